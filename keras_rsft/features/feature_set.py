@@ -1,0 +1,103 @@
+"""Kept features: what is in their folder and how it is opened.
+
+Owns the file format: `features.bin` (float32, row after row), `index.bin`
+(int64, which sample of the split each row belongs to) and `meta.json` (sizes).
+Writing them is `extraction.py`'s business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+FEATURES_FILE = "features.bin"
+INDEX_FILE = "index.bin"
+META_FILE = "meta.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSet:
+    """Features, labels and ids of the readable images of one split.
+
+    Attributes:
+        path: Raw file of float32 values, shape `(n, views, dim)`.
+        labels: int32 array of shape `(n,)`, the given labels.
+        ids: String array of shape `(n,)`.
+        dim: Number of features of an image.
+        views: Views kept of each image; view 0 is the plain image.
+        clean_labels: int32 array of shape `(n,)`, or None if not known.
+        unreadable: `(id, reason)` of each image that could not be read.
+    """
+
+    path: Path
+    labels: np.ndarray
+    ids: np.ndarray
+    dim: int
+    views: int = 1
+    clean_labels: np.ndarray | None = None
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def all_views(self) -> np.ndarray:
+        """Memory-mapped, read-only float32 array of shape `(n, views, dim)`."""
+        shape = (len(self), self.views, self.dim)
+        return np.memmap(self.path, dtype=np.float32, mode="r", shape=shape)
+
+    @property
+    def features(self) -> np.ndarray:
+        """Memory-mapped float32 array of shape `(n, dim)`: the plain images."""
+        return self.all_views[:, 0]
+
+    def with_labels(
+        self, labels: np.ndarray, clean_labels: np.ndarray | None = None
+    ) -> FeatureSet:
+        """Returns the same features under other labels, both of shape `(n,)`."""
+        return dataclasses.replace(self, labels=labels, clean_labels=clean_labels)
+
+    def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+        """Returns mean and variance of each feature over the plain images.
+
+        A feature that hardly varies gets a floor of a millionth of the mean
+        variance, so that standardising never blows up a dead feature.
+
+        Args:
+            chunk_rows: Rows read at a time, at least 1. Default 4096.
+
+        Returns:
+            Two float32 arrays of shape `(dim,)`; every variance is positive.
+        """
+        total = np.zeros(self.dim)
+        total_of_squares = np.zeros(self.dim)
+        for start in range(0, len(self), chunk_rows):
+            chunk = np.asarray(self.features[start : start + chunk_rows], np.float64)
+            total += chunk.sum(axis=0)
+            total_of_squares += np.square(chunk).sum(axis=0)
+        mean = total / len(self)
+        variance = np.maximum(total_of_squares / len(self) - np.square(mean), 0.0)
+        floor = max(1e-6 * variance.mean(), 1e-12)
+        return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
+
+
+def read_meta(folder: Path) -> dict[str, int] | None:
+    """Returns the sizes of a finished folder, or None if there is none.
+
+    A folder whose files do not have the size that `meta.json` says is treated
+    as absent.
+    """
+    try:
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        rows, views, dim = (int(meta[key]) for key in ("rows", "views", "dim"))
+        complete = (
+            (folder / FEATURES_FILE).stat().st_size == 4 * rows * views * dim
+            and (folder / INDEX_FILE).stat().st_size == 8 * rows
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {"rows": rows, "views": views, "dim": dim} if complete else None

@@ -1,0 +1,20 @@
+"""One run, from data to a trained model and its folder; what `keras-rsft fit` calls.
+
+`settings.py` is what the user chooses, `head_training.py` trains a head on kept
+features, `run.py` puts a run together, `run_folder.py` writes and reads it. The
+folder is not called `finetune`: the function of that name is public, and a module
+would hide it.
+"""
+
+from keras_rsft.finetuning.head_training import SplitFeatures, extract_all, train_head
+from keras_rsft.finetuning.run import Run, finetune
+from keras_rsft.finetuning.settings import TrainingSettings
+
+__all__ = [
+    "Run",
+    "SplitFeatures",
+    "TrainingSettings",
+    "extract_all",
+    "finetune",
+    "train_head",
+]

@@ -1,0 +1,218 @@
+"""Trains a head on kept features and says how good it is.
+
+Owns the shortest way from features to a trained `RSFTModel`; a comparison or a
+search walks it many times on the same features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.backbones import build_head
+from keras_rsft.data import ImageData
+from keras_rsft.errors import TrainingStalled
+from keras_rsft.features import (
+    FeatureSet,
+    TrainingBatches,
+    batches_of,
+    extract_features,
+)
+from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.model import RSFTModel
+from keras_rsft.policies import build_policy
+from keras_rsft.progress import progress_bar
+
+MAX_STEPS_PER_EXECUTION = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFeatures:
+    """The kept features of a data set."""
+
+    train: FeatureSet
+    validation: FeatureSet
+    test: FeatureSet
+    class_names: tuple[str, ...]
+
+    @property
+    def unreadable(self) -> tuple[tuple[str, str], ...]:
+        """`(id, reason)` of every image that could not be read."""
+        parts = (self.train, self.validation, self.test)
+        return tuple(pair for part in parts for pair in part.unreadable)
+
+
+def extract_all(
+    base: keras.Model,
+    data: ImageData,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> SplitFeatures:
+    """Runs the base over all splits, or reads what was kept of that.
+
+    Args:
+        base: Frozen base, images to features.
+        data: The images.
+        views: Views of each training image; the other splits have one.
+        seed: Seed of the random views.
+        cache_dir: Where features are kept. Default: the user's cache folder.
+        progress: Show progress bars.
+    """
+    kept = {
+        split.name: extract_features(
+            base,
+            split,
+            cache_dir=cache_dir,
+            views=views if split is data.train else 1,
+            seed=seed,
+            progress=progress,
+        )
+        for split in (data.train, data.validation, data.test)
+    }
+    return SplitFeatures(**kept, class_names=data.class_names)
+
+
+def train_head(
+    features: SplitFeatures,
+    settings: TrainingSettings,
+    *,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    progress: bool = True,
+) -> tuple[RSFTModel, dict[str, list[float]], dict[str, float]]:
+    """Trains a new head on kept features and evaluates it.
+
+    Args:
+        features: Features of the three splits.
+        settings: How to train.
+        callbacks: Further Keras callbacks.
+        progress: Show a progress bar.
+
+    Returns:
+        The trained head, its history and its results, as in `Run`.
+
+    Raises:
+        TrainingStalled: If the last epoch accepted nothing.
+    """
+    train = features.train
+    num_classes = len(features.class_names)
+    steps = -(-len(train) // settings.batch_size)
+    policy = build_policy(
+        settings.policy, num_classes=num_classes, steps_per_epoch=steps
+    )
+    head = build_head(
+        train.dim, num_classes, moments=train.moments(), seed=settings.seed
+    )
+    model = RSFTModel(head, policy)
+    model.compile(
+        settings.make_optimizer(),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        steps_per_execution=choose_steps_per_execution(steps),
+    )
+    batches = TrainingBatches(
+        train, batch_size=settings.batch_size, seed=settings.seed
+    )
+    validation = batches_of(features.validation) if len(features.validation) else None
+    with _epoch_bar(settings.epochs, visible=progress) as bar:
+        history = model.fit(
+            batches.dataset,
+            validation_data=validation,
+            epochs=settings.epochs,
+            callbacks=[batches.callback, bar, *callbacks],
+            verbose=0,
+            shuffle=False,
+        ).history
+    if history["acceptance_rate"][-1] == 0:
+        raise TrainingStalled(
+            f"The last of {settings.epochs} epochs accepted no sample: the losses, "
+            f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
+            "Raise `--threshold` or `--warmup-epochs`, or leave both out."
+        )
+    results = _accuracies(model, features)
+    results["acceptance_rate"] = history["acceptance_rate"][-1]
+    if train.clean_labels is not None:
+        accepted = _final_decisions(model, train, batches, settings)
+        results |= _rejected_shares(train, accepted)
+    return model, history, results
+
+
+def choose_steps_per_execution(steps: int) -> int:
+    """Returns how many steps to run in one call.
+
+    As many as keep the overhead of a call small, in calls of nearly equal size,
+    so that progress is still shown several times in a long epoch.
+
+    Args:
+        steps: Steps per epoch, at least 1.
+
+    Returns:
+        A number in [1, 64].
+    """
+    calls = -(-steps // MAX_STEPS_PER_EXECUTION)
+    return -(-steps // calls)
+
+
+def _accuracies(model: RSFTModel, features: SplitFeatures) -> dict[str, float]:
+    return {
+        f"{name}_accuracy": float(np.mean(_predictions(model, part) == part.labels))
+        for name in ("validation", "test")
+        if len(part := getattr(features, name))
+    }
+
+
+def _predictions(model: RSFTModel, part: FeatureSet) -> np.ndarray:
+    return _probabilities(model, part).argmax(axis=-1)
+
+
+def _probabilities(model: RSFTModel, part: FeatureSet) -> np.ndarray:
+    return model.predict(batches_of(part), verbose=0)
+
+
+def _final_decisions(
+    model: RSFTModel,
+    train: FeatureSet,
+    batches: TrainingBatches,
+    settings: TrainingSettings,
+) -> np.ndarray:
+    """Returns which samples the finished model accepts, in the last epoch's batches."""
+    losses = keras.losses.sparse_categorical_crossentropy(
+        train.labels, _probabilities(model, train)
+    ).numpy()
+    samples = batches.order(settings.epochs - 1)[0].numpy()
+    accepted = np.zeros(len(train), bool)
+    for start in range(0, len(samples), settings.batch_size):
+        batch = samples[start : start + settings.batch_size]
+        mask = model.policy.decide(tf.constant(losses[batch]), model.policy.steps_seen)
+        accepted[batch] = np.asarray(mask) & np.isfinite(losses[batch])
+    return accepted
+
+
+def _rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
+    """Returns how many wrong labels there are, and which shares were rejected."""
+    wrong = train.labels != train.clean_labels
+    shares = {"wrong_labels": float(wrong.mean())}
+    if wrong.any():
+        shares["wrong_labels_rejected"] = float(np.mean(~accepted[wrong]))
+    if not wrong.all():
+        shares["right_labels_rejected"] = float(np.mean(~accepted[~wrong]))
+    return shares
+
+
+@contextlib.contextmanager
+def _epoch_bar(epochs: int, *, visible: bool) -> Iterator[keras.callbacks.Callback]:
+    with progress_bar(
+        "Training the head", total=epochs, unit="epochs", visible=visible
+    ) as advance:
+        yield keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: advance(1)
+        )

@@ -1,0 +1,133 @@
+"""Puts a run together: images, features, head, evaluation, one model out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_rsft.backbones import build_classifier, load_backbone
+from keras_rsft.data import ImageData, load_images
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.features.precision import choose_precision
+from keras_rsft.finetuning.head_training import extract_all, train_head
+from keras_rsft.finetuning.run_folder import check_new_folder, write_run
+from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.model import RSFTModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came out of one run.
+
+    Attributes:
+        model: Images `(batch, height, width, 3)` in [0, 255] to probabilities.
+        head: The trained `RSFTModel` over features, with its policy's state.
+        class_names: Names of the classes, in the order of the probabilities.
+        history: Each logged value, one number an epoch.
+        results: Final numbers: accuracies in [0, 1], acceptance rate, seconds,
+            and, where the right labels are known, the shares of wrong and right
+            labels that the finished model's policy rejects.
+        config: Everything that is needed to repeat the run.
+        unreadable: `(id, reason)` of images that were left out.
+        folder: Where the run was written, or None.
+    """
+
+    model: keras.Model
+    head: RSFTModel
+    class_names: tuple[str, ...]
+    history: dict[str, list[float]]
+    results: dict[str, float]
+    config: dict[str, Any]
+    unreadable: tuple[tuple[str, str], ...]
+    folder: Path | None = None
+
+
+def finetune(
+    data: ImageData | str | os.PathLike,
+    *,
+    backbone: str = "resnet50",
+    weights: str = "imagenet",
+    image_size: int | None = None,
+    precision: str = "auto",
+    views: int = 1,
+    settings: TrainingSettings | None = None,
+    output: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    progress: bool = True,
+    command: str | None = None,
+) -> Run:
+    """Fine-tunes a new head on a frozen base and writes a run folder.
+
+    Args:
+        data: Loaded images, or what `load_images` takes.
+        backbone: Name of a base or path of a `.keras` file. Default ResNet50.
+        weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
+        image_size: Side of the square images in pixels. Default: the base's.
+        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
+        views: Views kept of each training image, at least 1. Default 1.
+        settings: How the head is trained. Default: `TrainingSettings()`.
+        output: The run folder; it must not exist. Default: none is written.
+        cache_dir: Where features are kept. Default: the user's cache folder.
+        callbacks: Further Keras callbacks for the training of the head.
+        progress: Show progress bars. Default True.
+        command: The command line that asked for this run, for the record.
+
+    Returns:
+        The trained model with its history and results.
+
+    Raises:
+        InvalidArgument: If an argument cannot be used.
+        DataError: If the data cannot be trained on.
+        WeightsUnavailable: If the base's weights cannot be had.
+        TrainingStalled: If the last epoch accepted nothing.
+    """
+    settings = settings or TrainingSettings()
+    if views < 1:
+        raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
+    started = time.perf_counter()
+    folder = check_new_folder(output) if output is not None else None
+    precision = choose_precision(precision)
+    if not isinstance(data, ImageData):
+        data = load_images(data)
+    base = load_backbone(
+        backbone, weights=weights, image_size=image_size, precision=precision
+    )
+    features = extract_all(
+        base, data, views=views, seed=settings.seed, cache_dir=cache_dir,
+        progress=progress,
+    )
+    head, history, results = train_head(
+        features, settings, callbacks=callbacks, progress=progress
+    )
+    if precision != "float32":  # What is kept and served runs on any machine.
+        base = load_backbone(backbone, weights=weights, image_size=image_size)
+    results["seconds"] = time.perf_counter() - started
+    run = Run(
+        model=build_classifier(base, data.num_classes, head=head.model),
+        head=head,
+        class_names=data.class_names,
+        history=history,
+        results=results,
+        config={
+            "command": command,
+            "data": data.source,
+            "backbone": backbone,
+            "weights": weights,
+            "image_size": list(base.input_shape[1:3]),
+            "precision": precision,
+            "views": views,
+            **dataclasses.asdict(settings),
+        },
+        unreadable=features.unreadable,
+        folder=folder,
+    )
+    if folder is not None:
+        write_run(run, data)
+    return run

@@ -1,0 +1,62 @@
+"""What the user chooses about training, checked before any work begins."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.policy_choice import PolicyChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """How a head is trained.
+
+    Attributes:
+        policy: What may update the weights. Default: `PolicyChoice()`.
+        epochs: Passes over the training features, at least 1. Default 20.
+        batch_size: Samples per step, at least 1. Default 32.
+        learning_rate: Positive. Default 0.001.
+        optimizer: Name of a Keras optimizer; `"sgd"` has momentum 0.9. Default.
+        seed: Seed of the initial weights and of the order. Default 0.
+
+    Raises:
+        InvalidArgument: If a value is out of its range or unknown.
+    """
+
+    policy: PolicyChoice = dataclasses.field(default_factory=PolicyChoice)
+    epochs: int = 20
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    optimizer: str = "sgd"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument(
+                    f"`{name}` must be at least 1. Received: {getattr(self, name)}."
+                )
+        if not 0 < self.learning_rate < float("inf"):
+            raise InvalidArgument(
+                "`learning_rate` must be a positive number. "
+                f"Received: {self.learning_rate}."
+            )
+        self.make_optimizer()
+
+    def make_optimizer(self) -> keras.optimizers.Optimizer:
+        """Returns a new optimizer."""
+        config = {"learning_rate": self.learning_rate}
+        if self.optimizer.lower() == "sgd":
+            config["momentum"] = 0.9
+        try:
+            return keras.optimizers.get(
+                {"class_name": self.optimizer.lower(), "config": config}
+            )
+        except (ValueError, TypeError) as error:
+            raise InvalidArgument(
+                "The optimizer must be the name of a Keras optimizer, such as sgd, "
+                f"adam or adamw. Received: {self.optimizer!r}."
+            ) from error

@@ -1,0 +1,329 @@
+"""The training step that lets only accepted samples change the weights.
+
+Owns `RSFTModel`: a `keras.Model` that wraps any other, with the forward pass,
+the conditional update and serialisation. Which samples are accepted is decided
+in `policies.py`; data, features and run folders are other rooms' business.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_rsft.model.per_sample_loss import LossScorer
+from keras_rsft.model.selection import (
+    SELECTION_METRICS,
+    AcceptanceGuard,
+    SelectionMetric,
+)
+from keras_rsft.policies import Policy
+
+
+class _Pass(NamedTuple):
+    """A recorded forward pass: its tape, what to minimise, and pending updates."""
+
+    tape: tf.GradientTape
+    objective: Any
+    pending: keras.StatelessScope
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class RSFTModel(keras.Model):
+    """Wraps a Keras model so that only accepted samples change its weights.
+
+    Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
+    logs of training have `acceptance_rate` (share of the samples that were
+    accepted, in [0, 1]) and `accepted_loss` (mean loss of the accepted ones)
+    beside `loss` (mean loss of all samples whose loss is finite).
+
+    At sample level the gradient is that of the mean data loss over the accepted
+    samples, whatever reduction the loss has; sample and class weights weigh the
+    accepted samples and never decide acceptance. A step that accepts nothing
+    changes no variable of the model or the optimizer and runs no backward pass.
+
+    Args:
+        model: Any `keras.Model`; it is used, not copied, and stays available
+            as `.model`.
+        policy: A `Policy`, e.g. `LossThreshold(1.5)`.
+
+    Raises:
+        TypeError: If `policy` is not a `Policy`, or `model` not a `keras.Model`.
+    """
+
+    def __init__(self, model: keras.Model, policy: Policy, **kwargs: Any):
+        if not isinstance(model, keras.Model):
+            raise TypeError(
+                f"`model` must be a `keras.Model`. Received: {type(model).__name__}."
+            )
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                "`policy` must be a `keras_rsft` policy such as `LossThreshold(1.5)`. "
+                f"Received: {type(policy).__name__}."
+            )
+        kwargs.setdefault("dtype", model.dtype_policy)
+        super().__init__(**kwargs)
+        self.model = model
+        self.policy = policy
+        self.selection = SelectionMetric()
+        self._scorer: LossScorer | None = None
+        self.built = model.built
+
+    @property
+    def output_names(self) -> Any:
+        """Names of the wrapped model's outputs: keys of `loss` and `metrics`."""
+        return getattr(self.model, "output_names", None)
+
+    def build(self, input_shape: Any) -> None:
+        if not self.model.built:
+            self.model.build(input_shape)
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.model(inputs, training=training)
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training; takes what `keras.Model.compile` takes."""
+        super().compile(optimizer, loss, loss_weights, *args, **kwargs)
+        self._scorer = LossScorer(loss, loss_weights, self.output_names)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
+        if self.distribute_strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "RSFTModel.fit trains on one device. Received: a strategy with "
+                f"{self.distribute_strategy.num_replicas_in_sync} replicas. "
+                "Build the model outside of the strategy's scope."
+            )
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(AcceptanceGuard())
+        else:
+            given = keras.tree.flatten(callbacks) if callbacks is not None else []
+            callbacks = [*given, AcceptanceGuard()]
+        return super().fit(
+            x, y, batch_size, epochs, verbose, callbacks=callbacks, **kwargs
+        )
+
+    def make_train_function(self, force: bool = False) -> None:
+        # Variables cannot be made inside the branches of a `tf.cond`.
+        variables = self.trainable_variables
+        if self.optimizer is not None and variables:
+            if not self.optimizer.built:
+                self.optimizer.build(variables)
+            _seed_moving_averages(self.optimizer, variables)
+        return super().make_train_function(force)
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred, pending = self._forward(x)
+            batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
+            per_sample_loss = self._scorer(y, y_pred)
+            accept_mask = self.policy(tf.stop_gradient(per_sample_loss))
+            if self._selects_within_batch:
+                objective = self._accepted_loss(y, y_pred, sample_weight, accept_mask)
+            else:
+                objective = batch_loss
+            objective = self.optimizer.scale_loss(objective)
+        recorded = _Pass(tape, objective, pending)
+
+        def update() -> None:
+            self._apply(recorded, per_sample_loss, accept_mask, (x, y, sample_weight))
+
+        if self.trainable_variables:
+            tf.cond(tf.reduce_any(accept_mask), update, lambda: None)
+        else:
+            warnings.warn("The model has no trainable weights.", stacklevel=2)
+        self._update_trackers(batch_loss, per_sample_loss, accept_mask)
+        return self.compute_metrics(x, y, y_pred, sample_weight)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        logs = super().test_step(data)
+        return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}
+
+    def selection_totals(self) -> dict[str, float]:
+        """Returns the sums of the selection since the last reset of metrics.
+
+        Returns:
+            `accepted`, `samples` and `nonfinite` (numbers of samples),
+            `accepted_loss_sum`, and `lowest_loss`: the lowest loss that was
+            compared with the threshold, infinity if there was none.
+        """
+        accepted, samples, loss_sum, nonfinite = self.selection.totals.numpy().tolist()
+        return {
+            "accepted": accepted,
+            "samples": samples,
+            "accepted_loss_sum": loss_sum,
+            "nonfinite": nonfinite,
+            "lowest_loss": float(self.selection.lowest.numpy()),
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {
+            "model": keras.saving.serialize_keras_object(self.model),
+            "policy": keras.saving.serialize_keras_object(self.policy),
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> RSFTModel:
+        config = dict(config)
+        for part in ("model", "policy"):
+            config[part] = keras.saving.deserialize_keras_object(
+                config[part], custom_objects=custom_objects
+            )
+        return cls(**config)
+
+    @property
+    def _selects_within_batch(self) -> bool:
+        policy = self.policy
+        return policy.level == "sample" and not policy.accepts_every_finite_sample
+
+    def _forward(self, x: Any) -> tuple[Any, keras.StatelessScope]:
+        """Runs the model, holding back what the pass would change in it.
+
+        BatchNorm statistics and random seeds are updated in the forward pass,
+        before the decision; `_apply` writes them once the batch is accepted.
+        """
+        with keras.StatelessScope(collect_losses=True) as pending:
+            y_pred = self(x, training=True)
+        if pending.losses:
+            self.add_loss(pending.losses)
+        return y_pred, pending
+
+    def _accepted_loss(
+        self, y: Any, y_pred: Any, sample_weight: Any, accept_mask: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the weighted mean loss over the accepted, plus regularisation."""
+        weighted_loss = self._scorer(y, y_pred, sample_weight)
+        accepted_count = tf.reduce_sum(tf.cast(accept_mask, tf.float32))
+        loss = tf.math.divide_no_nan(
+            tf.reduce_sum(tf.where(accept_mask, weighted_loss, 0.0)), accepted_count
+        )
+        for additional in self.losses:
+            loss += tf.reduce_sum(tf.cast(additional, tf.float32))
+        return loss
+
+    def _apply(
+        self,
+        recorded: _Pass,
+        per_sample_loss: tf.Tensor,
+        accept_mask: tf.Tensor,
+        data: tuple[Any, Any, Any],
+    ) -> None:
+        """Runs the backward pass and changes the weights, the slots and the state."""
+        reached: list[Any] = []  # Filled while the branches are traced.
+        if self.policy.level == "batch":  # Accepted, so all its losses are finite.
+            gradients, state = self._backward(recorded, reached)
+        else:
+            gradients, state = tf.cond(
+                tf.reduce_all(tf.math.is_finite(per_sample_loss)),
+                lambda: self._backward(recorded, reached),
+                lambda: self._backward(self._finite_pass(accept_mask, data), reached),
+            )
+        for variable, value in zip(
+            self._pending_variables(recorded.pending), state, strict=True
+        ):
+            variable.assign(value)
+        self.optimizer.apply(gradients, reached)
+
+    def _backward(
+        self, recorded: _Pass, reached: list[Any]
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Returns gradients and pending state; names the variables in `reached`."""
+        variables = self.trainable_variables
+        gradients = recorded.tape.gradient(
+            recorded.objective, [variable.value for variable in variables]
+        )
+        reached[:] = [
+            v
+            for v, gradient in zip(variables, gradients, strict=True)
+            if gradient is not None
+        ]
+        state = [
+            tf.convert_to_tensor(recorded.pending.get_current_value(variable))
+            for variable in self._pending_variables(recorded.pending)
+        ]
+        return [gradient for gradient in gradients if gradient is not None], state
+
+    def _pending_variables(self, pending: keras.StatelessScope) -> list[Any]:
+        return [
+            variable
+            for variable in self.model.variables
+            if pending.get_current_value(variable) is not None
+        ]
+
+    def _finite_pass(self, accept_mask: tf.Tensor, data: tuple[Any, Any, Any]) -> _Pass:
+        """Repeats the forward pass with every rejected row overwritten.
+
+        A NaN in one row would reach the gradients of all, since 0 x NaN is NaN:
+        masking the loss is not enough. Rejected rows become copies of the first
+        accepted one, and stay masked.
+        """
+        rows = tf.range(tf.size(accept_mask))
+        first_accepted = tf.argmax(tf.cast(accept_mask, tf.int32), output_type=tf.int32)
+        rows = tf.where(accept_mask, rows, first_accepted)
+        x, y, sample_weight = keras.tree.map_structure(
+            lambda part: None if part is None else tf.gather(part, rows), data
+        )
+        with tf.GradientTape() as tape:
+            y_pred, pending = self._forward(x)
+            objective = self._accepted_loss(y, y_pred, sample_weight, accept_mask)
+            objective = self.optimizer.scale_loss(objective)
+        return _Pass(tape, objective, pending)
+
+    def _update_trackers(
+        self, batch_loss: tf.Tensor, per_sample_loss: tf.Tensor, accept_mask: tf.Tensor
+    ) -> None:
+        finite = tf.math.is_finite(per_sample_loss)
+        finite_mean = tf.math.divide_no_nan(
+            tf.reduce_sum(tf.where(finite, per_sample_loss, 0.0)),
+            tf.reduce_sum(tf.cast(finite, tf.float32)),
+        )
+        # A rejected NaN must not reach the log: it would set off TerminateOnNaN.
+        shown = tf.where(tf.math.is_finite(batch_loss), batch_loss, finite_mean)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
+        judged = per_sample_loss
+        if self.policy.level == "batch":
+            judged = tf.reduce_mean(per_sample_loss)
+        self.selection.update_state(per_sample_loss, accept_mask, judged)
+
+
+def _seed_moving_averages(optimizer: Any, variables: list[Any]) -> None:
+    """Starts the averages of `use_ema` at the weights instead of at zero.
+
+    Keras copies the averages over the weights when training ends, even if no
+    step was applied; zeros would wipe out the model.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not optimizer.use_ema or int(optimizer.iterations) > 0:
+        return
+    averages = optimizer._model_variables_moving_average
+    for variable, average in zip(variables, averages, strict=True):
+        average.assign(variable)

@@ -1,0 +1,56 @@
+"""A progress bar for anything that takes more than a moment.
+
+Not a room of its own in the house, but the one place where a bar is drawn, so
+that all of them look alike: done of total, rate, time left. Nothing is drawn
+where standard error is not a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(
+    description: str, *, total: int, unit: str, done: int = 0, visible: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on standard error while the context is open.
+
+    Args:
+        description: What is being done, in a few words.
+        total: Number of units in all.
+        unit: Plural name of what is counted, e.g. "images"; also the rate's.
+        done: Units that were finished before, at least 0. Default 0.
+        visible: False draws nothing. Default True.
+
+    Yields:
+        A function that is called with the number of units just finished.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        def render(self, task) -> Text:  # noqa: ANN001
+            return Text(f"{task.speed or 0:,.0f} {unit}/s")
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not (visible and console.is_terminal),
+    ) as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda finished: progress.advance(task, finished)
