@@ -8,6 +8,7 @@ answer at once. Turns the user's mistakes into one message and an exit status:
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -112,7 +113,9 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--split-column", default="split", help="default: %(default)s")
     group.add_argument("--clean-label-column", help="CSV column of the right labels")
     group.add_argument(
-        "--label-key", default="label", help="label of a tfds: set; default: %(default)s"
+        "--label-key",
+        default="label",
+        help="label of a tfds: set; default: %(default)s",
     )
     group.add_argument("--clean-label-key", help="right label of a tfds: set")
     group.add_argument("--data-dir", help="where tfds: data lies")
@@ -141,7 +144,9 @@ def _add_base_options(group: argparse._ArgumentGroup) -> None:
         "default: %(default)s",
     )
     group.add_argument(
-        "--weights", default="imagenet", help="imagenet, none or a file; default: imagenet"
+        "--weights",
+        default="imagenet",
+        help="imagenet, none or a file; default: imagenet",
     )
     group.add_argument(
         "--image-size", type=_positive_int, help="pixels; default: the base's own"
@@ -193,12 +198,16 @@ def _add_policy_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=_positive_int, default=20, help="default: 20")
-    group.add_argument("--batch-size", type=_positive_int, default=32, help="default: 32")
+    group.add_argument(
+        "--batch-size", type=_positive_int, default=32, help="default: 32"
+    )
     group.add_argument(
         "--learning-rate", type=float, default=1e-3, help="default: %(default)s"
     )
     group.add_argument(
-        "--optimizer", default="sgd", help="a Keras optimizer; default: sgd, momentum 0.9"
+        "--optimizer",
+        default="sgd",
+        help="a Keras optimizer; default: sgd, momentum 0.9",
     )
     group.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
 
@@ -315,6 +324,7 @@ def _silence_native_libraries() -> None:
     own standard error moves to a copy of it, which still is the terminal.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     # Off by default on processors where it still is the faster choice.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     if os.environ.get(TRACEBACK_VARIABLE):
@@ -350,7 +360,7 @@ def _fraction(text: str) -> float:
     return _parsed(text, float, lambda value: 0 < value < 1, "a number in (0, 1)")
 
 
-def _parsed(text: str, kind: type, holds, expected: str):  # noqa: ANN001, ANN202
+def _parsed(text: str, kind: type, holds, expected: str):
     try:
         value = kind(text)
     except ValueError:

@@ -61,7 +61,9 @@ def print_run(run: Run) -> None:
     console.print(table)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)
     folder = shlex.quote(str(run.folder))
-    console.print(f"Use it:     keras-rsft predict {escape(folder)} FILE...", soft_wrap=True)
+    console.print(
+        f"Use it:     keras-rsft predict {escape(folder)} FILE...", soft_wrap=True
+    )
 
 
 def print_demo(demo: DemoResult) -> None:
@@ -76,20 +78,21 @@ def print_demo(demo: DemoResult) -> None:
     columns = {
         "test_accuracy": "Test accuracy",
         "acceptance_rate": "Accepted",
-        "wrong_labels_rejected": "Wrong labels rejected",
-        "right_labels_rejected": "Right labels rejected",
+        "wrong_labels_rejected": "Wrong rejected",
+        "right_labels_rejected": "Right rejected",
     }
     for header in columns.values():
         table.add_column(header, justify="right")
     titles = {
         "plain": "plain fine-tuning",
         "rsft": "rejection (RSFT)",
-        "right labels only": "right labels, for comparison",
+        "right labels only": "right labels only",
     }
     for key, title in titles.items():
         shown = (demo.results[key].get(column) for column in columns)
         table.add_row(
-            title, *("-" if value is None else f"{100 * value:.1f} %" for value in shown)
+            title,
+            *("-" if value is None else f"{100 * value:.1f} %" for value in shown),
         )
     console.print(table)
     console.print(f"Run folder:     {demo.run.folder}", soft_wrap=True)

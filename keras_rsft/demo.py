@@ -14,7 +14,13 @@ from pathlib import Path
 from keras_rsft.backbones import load_backbone
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.export import export_saved_model
-from keras_rsft.finetuning import Run, TrainingSettings, extract_all, finetune, train_head
+from keras_rsft.finetuning import (
+    Run,
+    TrainingSettings,
+    extract_all,
+    finetune,
+    train_head,
+)
 from keras_rsft.finetuning.run_folder import next_run_folder
 from keras_rsft.policy_choice import PolicyChoice
 

@@ -21,7 +21,6 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import LEVELS, PolicyChoice
 
 
-
 def accept_below(per_sample_loss: Any, threshold: Any) -> Any:
     """Accepts each sample whose loss is strictly below the threshold.
 

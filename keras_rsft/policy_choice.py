@@ -48,7 +48,7 @@ class PolicyChoice:
         require_known("policy", self.name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
         if self.threshold is not None:
-            _require("threshold", self.threshold, 0 < self.threshold, "positive")
+            _require("threshold", self.threshold, self.threshold > 0, "positive")
         _require(
             "relative_threshold",
             self.relative_threshold,
@@ -56,7 +56,10 @@ class PolicyChoice:
             "a positive multiple of ln(classes)",
         )
         _require(
-            "keep_fraction", self.keep_fraction, 0 < self.keep_fraction <= 1, "in (0, 1]"
+            "keep_fraction",
+            self.keep_fraction,
+            0 < self.keep_fraction <= 1,
+            "in (0, 1]",
         )
         _require(
             "warmup_epochs",

@@ -39,7 +39,7 @@ def progress_bar(
     from rich.text import Text
 
     class RateColumn(ProgressColumn):
-        def render(self, task) -> Text:  # noqa: ANN001
+        def render(self, task) -> Text:
             return Text(f"{task.speed or 0:,.0f} {unit}/s")
 
     console = Console(stderr=True)

@@ -48,7 +48,7 @@ _STORAGE_DTYPES = {
 _ALLOWED_GLOBALS = {_ORDERED_DICT, _REBUILD_TENSOR, *_STORAGE_DTYPES}
 
 
-class _Malformed(Exception):
+class _MalformedError(Exception):
     """Something in the file is not as it should be; the text says what."""
 
 
@@ -102,7 +102,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from error
     try:
         return _parse(content)
-    except _Malformed as error:
+    except _MalformedError as error:
         raise WeightsUnavailable(
             f"{path} is not a whole PyTorch state dict in the legacy format "
             f"(before PyTorch 1.6): {error}. Fetch the file again."
@@ -111,7 +111,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def _parse(content: bytes) -> dict[str, np.ndarray]:
     if content.startswith(_ZIP_SIGNATURE):
-        raise _Malformed(
+        raise _MalformedError(
             "it has the zip format of PyTorch 1.6 and later; write it with "
             "`torch.save(..., _use_new_zipfile_serialization=False)`"
         )
@@ -128,24 +128,24 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
 
 def _check_header(stream: io.BytesIO) -> None:
     if _load_pickle(stream) != _MAGIC_NUMBER:
-        raise _Malformed("it does not begin with PyTorch's magic number")
+        raise _MalformedError("it does not begin with PyTorch's magic number")
     if _load_pickle(stream) != _PROTOCOL_VERSION:
-        raise _Malformed(f"its protocol version is not {_PROTOCOL_VERSION}")
+        raise _MalformedError(f"its protocol version is not {_PROTOCOL_VERSION}")
     system = _load_pickle(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise _Malformed("it was not written on a little-endian machine")
+        raise _MalformedError("it was not written on a little-endian machine")
 
 
 def _check_tensors(value: Any) -> dict[str, _Tensor]:
     if not isinstance(value, dict):
-        raise _Malformed("it does not hold a dictionary of tensors")
+        raise _MalformedError("it does not hold a dictionary of tensors")
     storages: dict[str, _Storage] = {}
     for name, tensor in value.items():
         if not isinstance(tensor, _Tensor):
-            raise _Malformed(f"its entry {name[:80]!r} is not a tensor")
+            raise _MalformedError(f"its entry {name[:80]!r} is not a tensor")
         known = storages.setdefault(tensor.storage.key, tensor.storage)
         if known != tensor.storage:
-            raise _Malformed("two tensors disagree about the storage they share")
+            raise _MalformedError("two tensors disagree about the storage they share")
     return value
 
 
@@ -155,26 +155,26 @@ def _cut_storages(
     """Cuts what follows the pickles into one memory view per storage key."""
     expected = {t.storage.key: t.storage for t in tensors.values()}
     if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
-        raise _Malformed("its list of storage keys is not a list of strings")
+        raise _MalformedError("its list of storage keys is not a list of strings")
     if len(keys) != len(expected) or set(keys) != set(expected):
-        raise _Malformed("its storage keys are not those of its tensors")
+        raise _MalformedError("its storage keys are not those of its tensors")
     views = {}
     for key in keys:
         views[key], rest = _cut_storage(rest, expected[key])
     if rest:
-        raise _Malformed(f"{len(rest)} bytes follow its last tensor")
+        raise _MalformedError(f"{len(rest)} bytes follow its last tensor")
     return views
 
 
 def _cut_storage(rest: memoryview, storage: _Storage) -> tuple[memoryview, memoryview]:
     if len(rest) < _COUNT.size:
-        raise _Malformed("it ends before its last tensor")
+        raise _MalformedError("it ends before its last tensor")
     (count,) = _COUNT.unpack_from(rest)
     if count != storage.length:
-        raise _Malformed("a storage has not the length that its tensors give it")
+        raise _MalformedError("a storage has not the length that its tensors give it")
     end = _COUNT.size + count * storage.dtype.itemsize
     if len(rest) < end:
-        raise _Malformed("it ends before its last tensor")
+        raise _MalformedError("it ends before its last tensor")
     return rest[_COUNT.size : end], rest[end:]
 
 
@@ -200,14 +200,14 @@ def _load_pickle(stream: io.BytesIO) -> Any:
         try:
             opcode, argument, _position = next(operations)
         except (ValueError, LookupError, struct.error) as error:
-            raise _Malformed("it ends early or is damaged") from error
+            raise _MalformedError("it ends early or is damaged") from error
         if opcode.name == "STOP":
             return machine.pop()
         handler = _HANDLERS.get(opcode.name)
         if handler is None:
-            raise _Malformed(f"the pickle opcode {opcode.name} is not allowed")
+            raise _MalformedError(f"the pickle opcode {opcode.name} is not allowed")
         handler(machine, argument)
-    raise _Malformed(f"it has more than {_MAX_OPCODES} pickle opcodes")
+    raise _MalformedError(f"it has more than {_MAX_OPCODES} pickle opcodes")
 
 
 class _PickleMachine:
@@ -223,12 +223,12 @@ class _PickleMachine:
 
     def pop(self) -> Any:
         if not self._stack:
-            raise _Malformed("a pickle opcode finds nothing to work on")
+            raise _MalformedError("a pickle opcode finds nothing to work on")
         return self._stack.pop()
 
     def top(self, kind: type) -> Any:
         if not self._stack or not isinstance(self._stack[-1], kind):
-            raise _Malformed(f"a pickle opcode finds no {kind.__name__}")
+            raise _MalformedError(f"a pickle opcode finds no {kind.__name__}")
         return self._stack[-1]
 
     def mark(self, _: Any) -> None:
@@ -237,7 +237,7 @@ class _PickleMachine:
 
     def pop_to_mark(self) -> list[Any]:
         if not self._outer_stacks:
-            raise _Malformed("a pickle opcode finds no mark")
+            raise _MalformedError("a pickle opcode finds no mark")
         items, self._stack = self._stack, self._outer_stacks.pop()
         return items
 
@@ -249,7 +249,7 @@ class _PickleMachine:
 
     def get(self, index: int) -> None:
         if index not in self._memo:
-            raise _Malformed("a pickle opcode asks for a value it never stored")
+            raise _MalformedError("a pickle opcode asks for a value it never stored")
         self.push(self._memo[index])
 
     def tuple_of(self, count: int) -> None:
@@ -259,11 +259,11 @@ class _PickleMachine:
     def set_items(self, items: list[Any]) -> None:
         target = self.top(dict)
         if len(items) % 2:
-            raise _Malformed("a dictionary key has no value")
+            raise _MalformedError("a dictionary key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Strings only: the hash of tuples within tuples can take for ever.
             if not isinstance(key, str):
-                raise _Malformed("a dictionary key is not a string")
+                raise _MalformedError("a dictionary key is not a string")
             target[key] = value
 
     def set_item(self, _: Any) -> None:
@@ -272,7 +272,7 @@ class _PickleMachine:
 
     def load_global(self, name: str) -> None:
         if name not in _ALLOWED_GLOBALS:
-            raise _Malformed(f"it asks for `{name[:80]}`, which is not allowed")
+            raise _MalformedError(f"it asks for `{name[:80]}`, which is not allowed")
         self.push(_Global(name))
 
     def load_storage(self, _: Any) -> None:
@@ -286,7 +286,7 @@ class _PickleMachine:
         elif function == _Global(_REBUILD_TENSOR):
             self.push(_tensor_from(arguments))
         else:
-            raise _Malformed("it asks for a call that is not allowed")
+            raise _MalformedError("it asks for a call that is not allowed")
 
     def build(self, _: Any) -> None:
         # The attributes of an OrderedDict: version numbers, of no use here.
@@ -297,12 +297,12 @@ class _PickleMachine:
 def _storage_from(value: Any) -> _Storage:
     # A sixth item, other than None, would make it a view into another storage.
     if not isinstance(value, tuple) or len(value) < 5 or value[5:] not in _NO_VIEW:
-        raise _Malformed("a storage is not described as PyTorch does")
+        raise _MalformedError("a storage is not described as PyTorch does")
     tag, kind, key, _, length = value[:5]
     if tag != "storage" or not isinstance(key, str) or not _is_count(length):
-        raise _Malformed("a storage is not described as PyTorch does")
+        raise _MalformedError("a storage is not described as PyTorch does")
     if not isinstance(kind, _Global) or kind.name not in _STORAGE_DTYPES:
-        raise _Malformed("a storage holds numbers of an unknown type")
+        raise _MalformedError("a storage holds numbers of an unknown type")
     return _Storage(key, _STORAGE_DTYPES[kind.name], length)
 
 
@@ -310,21 +310,21 @@ def _tensor_from(value: Any) -> _Tensor:
     # (storage, offset, shape, strides, requires_grad, hooks); the last two are
     # for training.
     if not isinstance(value, tuple) or len(value) != 6:
-        raise _Malformed("a tensor is not described as PyTorch does")
+        raise _MalformedError("a tensor is not described as PyTorch does")
     storage, offset, shape, strides = value[:4]
     if not isinstance(storage, _Storage) or not _is_count(offset):
-        raise _Malformed("a tensor is not described as PyTorch does")
+        raise _MalformedError("a tensor is not described as PyTorch does")
     if not _are_counts(shape) or not _are_counts(strides):
-        raise _Malformed("a tensor's shape is not a tuple of counts")
+        raise _MalformedError("a tensor's shape is not a tuple of counts")
     if len(shape) != len(strides) or len(shape) > _MAX_RANK:
-        raise _Malformed("a tensor's shape and strides do not fit together")
+        raise _MalformedError("a tensor's shape and strides do not fit together")
     # The size is checked too: with strides of zero a small storage can look huge.
     if not 0 < math.prod(shape) <= storage.length:
-        raise _Malformed("a tensor is empty or larger than its storage")
+        raise _MalformedError("a tensor is empty or larger than its storage")
     steps = zip(shape, strides, strict=True)
     last = offset + sum((length - 1) * stride for length, stride in steps)
     if last >= storage.length:
-        raise _Malformed("a tensor reaches beyond its storage")
+        raise _MalformedError("a tensor reaches beyond its storage")
     return _Tensor(storage, offset, shape, strides)
 
 

@@ -1,0 +1,22 @@
+"""Folder, CSV, TFDS or digits -> splits of images with stable sample ids.
+
+`sources.py` opens a data set by name and leaves each kind to a module of its
+own (`folder.py`, `table.py`, `tfds.py`, `digits.py`); `partition.py` cuts the
+splits; `splits.py` is what the other rooms see of it; `readers.py` fetches
+bytes and `decode.py`, with `headers.py`, makes pixels of them; `noise.py` makes
+labels wrong on purpose.
+"""
+
+from keras_rsft.data.decode import MAX_PIXELS, decode_image
+from keras_rsft.data.noise import add_label_noise
+from keras_rsft.data.sources import load_images
+from keras_rsft.data.splits import ImageData, ImageSplit
+
+__all__ = [
+    "MAX_PIXELS",
+    "ImageData",
+    "ImageSplit",
+    "add_label_noise",
+    "decode_image",
+    "load_images",
+]

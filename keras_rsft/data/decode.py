@@ -7,6 +7,7 @@ the exported serving graph, so that training and serving cannot differ.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -35,9 +36,9 @@ _SCALED_DECODE_MARGIN = 3
 def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Tensor:
     """Decodes one image, crops its centre and resizes it.
 
-    Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF and animated
-    PNG (first frame), BMP (8, 24 and 32 bits) and WebP (not animated), told
-    apart by their first bytes. Transparency is dropped. The centre is cropped
+    Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF (the first
+    frame), BMP (8, 24 and 32 bits) and WebP (not animated), told apart by their
+    first bytes. Transparency is dropped. The centre is cropped
     to the target's aspect ratio, then resized with antialiased bilinear
     interpolation.
 
@@ -85,7 +86,7 @@ def decode_views(
     size = checked_size(image_size)
     pixels = decode_pixels(encoded, smallest=size)
     random = [
-        _random_resize(pixels, size, tf.stack([tf.cast(seed, tf.int64), key]))
+        _random_resize(pixels, size, tf.stack([tf.constant(seed, tf.int64), key]))
         for key in (index * 2**16 + view for view in range(1, views))
     ]
     return tf.stack([_centre_resize(pixels, size), *random])
@@ -147,7 +148,7 @@ def checked_size(image_size: Any) -> tuple[int, int]:
 
 def readable_reason(error: tf.errors.OpError) -> str:
     """Returns an op's error message without the names of TensorFlow's nodes."""
-    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", error.message)
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]| name:.*$", "", error.message)
     ours = re.search(r"Summarized data: b['\"](.*)['\"]", text, re.DOTALL)
     return " ".join((ours.group(1) if ours else text).split())
 
@@ -193,8 +194,9 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     header_size, bits, compression = headers.bmp_layout(head)
     # TensorFlow would take compressed bytes for pixels. 3 means colour masks,
     # which 32-bit files with transparency have; they are in the usual order.
-    known = (header_size >= 40) & ((compression == 0) | (compression == 3))
-    message = "A BMP file that is compressed or of an old kind."
+    plain = (compression == 0) | ((compression == 3) & (bits == 32))
+    known = (header_size >= 40) & plain & tf.reduce_any(bits == [8, 24, 32])
+    message = "A BMP file of another kind than uncompressed 8, 24 or 32 bits."
     encoded = _require(encoded, known, tf.constant(message))
     encoded = _within_limit(encoded, *headers.bmp_size(head))
     pixels = tf.io.decode_bmp(encoded, channels=0)
@@ -209,7 +211,7 @@ def _look_up_colours(
     encoded: tf.Tensor, header_size: tf.Tensor, numbers: tf.Tensor
 ) -> tf.Tensor:
     # TensorFlow returns an 8-bit BMP's colour numbers as if they were grey.
-    table = tf.strings.substr(encoded, 14 + header_size, tf.constant(1024, tf.int64))
+    table = headers.bytes_at(encoded, 14 + header_size, 1024)
     table = tf.io.decode_raw(table, tf.uint8, fixed_length=1024)
     return tf.gather(tf.reshape(table, [256, 4])[:, 2::-1], tf.cast(numbers, tf.int32))
 
@@ -220,7 +222,13 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     message = tf.constant("An animated WebP, which TensorFlow cannot read.")
     encoded = _require(encoded, still, message)
     encoded = _within_limit(encoded, *headers.webp_size(head))
-    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    # The decoder wants to be told the number of channels that it will find.
+    decode = functools.partial(tf.io.decode_image, encoded, expand_animations=False)
+    return tf.cond(
+        headers.webp_has_alpha(head),
+        lambda: decode(channels=4)[..., :3],
+        lambda: decode(channels=3),
+    )
 
 
 def _within_limit(encoded: tf.Tensor, width: tf.Tensor, height: tf.Tensor) -> tf.Tensor:

@@ -84,8 +84,26 @@ def webp_size(head: tf.Tensor) -> Size:
 
 
 def webp_is_animated(head: tf.Tensor) -> tf.Tensor:
-    """Says whether an extended WebP file's header announces an animation."""
+    """Says whether a WebP file's header announces an animation."""
     return _has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1)
+
+
+def webp_has_alpha(head: tf.Tensor) -> tf.Tensor:
+    """Says whether a WebP file's header announces transparency."""
+    extended = _has(head, 12, b"VP8X") & (head[20] // 16 % 2 == 1)
+    lossless = _has(head, 12, b"VP8L") & (head[24] // 16 % 2 == 1)
+    return extended | lossless
+
+
+def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """Returns a part of the bytes, as far as they reach.
+
+    Unlike `tf.strings.substr` it has no error for a start behind the end: that
+    error's message holds the bytes themselves, which Python fails to decode.
+    """
+    start = tf.cast(start, tf.int32)
+    start = tf.minimum(start, tf.strings.length(encoded))
+    return tf.strings.substr(encoded, start, tf.cast(count, tf.int32))
 
 
 def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
@@ -99,10 +117,11 @@ def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
 
     Returns:
         A GIF file of one frame, placed at the origin, and that frame's size.
-        Where the file is damaged, bytes that no decoder accepts, or an
-        InvalidArgumentError at once.
+        Of a damaged file, bytes that the decoder refuses.
     """
     raw = tf.cast(tf.io.decode_raw(encoded, tf.uint8), tf.int32)
+    # Zeros end every walk; no step below reaches further behind the end.
+    raw = tf.pad(raw, [[0, 1024]])
     jump = _block_jumps(raw)
     extension, palette_flag = 0x21, 0x80
     start = 13 + _palette_bytes(raw[10], palette_flag)
@@ -114,9 +133,9 @@ def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
     data = frame + 10 + _palette_bytes(raw[frame + 9], palette_flag) + 1
     end = _after_blocks(jump, data)
     parts = (
-        tf.strings.substr(encoded, 0, frame + 1),
+        bytes_at(encoded, 0, frame + 1),
         tf.constant(b"\0\0\0\0"),  # left and top
-        tf.strings.substr(encoded, frame + 5, end - frame - 5),
+        bytes_at(encoded, frame + 5, end - frame - 5),
         tf.constant(b";"),
     )
     size = tf.cast(raw[frame + 5 : frame + 9], tf.int64)
@@ -142,9 +161,7 @@ def _block_jumps(raw: tf.Tensor) -> tf.Tensor:
 
 def _after_blocks(jump: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
     """Returns the position behind the empty block that ends a run of blocks."""
-    (end,) = tf.while_loop(
-        lambda at: jump[at] != at, lambda at: (jump[at],), (start,)
-    )
+    (end,) = tf.while_loop(lambda at: jump[at] != at, lambda at: (jump[at],), (start,))
     return end + 1
 
 

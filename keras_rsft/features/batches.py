@@ -60,7 +60,7 @@ class TrainingBatches:
         if views == 1:
             return samples, samples
         view = tf.random.stateless_uniform(
-            (count,), seed=seed + [1, 0], maxval=views, dtype=tf.int64
+            (count,), seed=tf.add(seed, [1, 0]), maxval=views, dtype=tf.int64
         )
         return samples, samples * views + view
 

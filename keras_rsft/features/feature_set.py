@@ -95,9 +95,10 @@ def read_meta(folder: Path) -> dict[str, int] | None:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         rows, views, dim = (int(meta[key]) for key in ("rows", "views", "dim"))
         complete = (
-            (folder / FEATURES_FILE).stat().st_size == 4 * rows * views * dim
-            and (folder / INDEX_FILE).stat().st_size == 8 * rows
-        )
+            folder / FEATURES_FILE
+        ).stat().st_size == 4 * rows * views * dim and (
+            folder / INDEX_FILE
+        ).stat().st_size == 8 * rows
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return {"rows": rows, "views": views, "dim": dim} if complete else None

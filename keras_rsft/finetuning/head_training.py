@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -119,9 +118,7 @@ def train_head(
         metrics=["accuracy"],
         steps_per_execution=choose_steps_per_execution(steps),
     )
-    batches = TrainingBatches(
-        train, batch_size=settings.batch_size, seed=settings.seed
-    )
+    batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
     validation = batches_of(features.validation) if len(features.validation) else None
     with _epoch_bar(settings.epochs, visible=progress) as bar:
         history = model.fit(
@@ -163,19 +160,31 @@ def choose_steps_per_execution(steps: int) -> int:
 
 
 def _accuracies(model: RSFTModel, features: SplitFeatures) -> dict[str, float]:
+    parts = {"validation": features.validation, "test": features.test}
     return {
-        f"{name}_accuracy": float(np.mean(_predictions(model, part) == part.labels))
-        for name in ("validation", "test")
-        if len(part := getattr(features, name))
+        f"{name}_accuracy": float(
+            np.mean(head_probabilities(model, part).argmax(axis=-1) == part.labels)
+        )
+        for name, part in parts.items()
+        if len(part)
     }
 
 
-def _predictions(model: RSFTModel, part: FeatureSet) -> np.ndarray:
-    return _probabilities(model, part).argmax(axis=-1)
+def head_probabilities(
+    model: keras.Model, part: FeatureSet, *, chunk_rows: int = 4096
+) -> np.ndarray:
+    """Returns a head's probabilities for the plain images, `(n, classes)` float32.
 
-
-def _probabilities(model: RSFTModel, part: FeatureSet) -> np.ndarray:
-    return model.predict(batches_of(part), verbose=0)
+    Args:
+        model: Features `(batch, dim)` to probabilities.
+        part: The features.
+        chunk_rows: Rows at a time, at least 1. Default 4096.
+    """
+    chunks = [
+        np.asarray(model(part.features[start : start + chunk_rows], training=False))
+        for start in range(0, len(part), chunk_rows)
+    ]
+    return np.concatenate(chunks)
 
 
 def _final_decisions(
@@ -186,7 +195,7 @@ def _final_decisions(
 ) -> np.ndarray:
     """Returns which samples the finished model accepts, in the last epoch's batches."""
     losses = keras.losses.sparse_categorical_crossentropy(
-        train.labels, _probabilities(model, train)
+        train.labels, head_probabilities(model, train)
     ).numpy()
     samples = batches.order(settings.epochs - 1)[0].numpy()
     accepted = np.zeros(len(train), bool)

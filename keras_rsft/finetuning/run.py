@@ -100,7 +100,11 @@ def finetune(
         backbone, weights=weights, image_size=image_size, precision=precision
     )
     features = extract_all(
-        base, data, views=views, seed=settings.seed, cache_dir=cache_dir,
+        base,
+        data,
+        views=views,
+        seed=settings.seed,
+        cache_dir=cache_dir,
         progress=progress,
     )
     head, history, results = train_head(

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from keras_rsft.data import ImageData
 from keras_rsft.errors import InvalidArgument
 

@@ -1,0 +1,303 @@
+"""Decides which sample goes to which split.
+
+A source hands over a `Listing` of all its samples; what the source has no
+split for is cut from the training samples, class by class. Where samples come
+from is left to the modules of the sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from keras_rsft.data.readers import Reader
+from keras_rsft.data.splits import ImageData, ImageSplit
+from keras_rsft.errors import DataError, InvalidArgument
+
+SPLITS = ("train", "validation", "test")
+SPLIT_ALIASES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+TRAIN, VALIDATION, TEST = range(3)
+
+# With so many images of a class, each split that is cut gets at least one.
+_SMALLEST_CLASS_TO_CUT = 3
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Listing:
+    """All samples of a source, before the missing splits are cut.
+
+    Attributes:
+        ids: Shape `(n,)`, strings, each once, in their final order.
+        labels: Shape `(n,)`, int32.
+        clean_labels: Shape `(n,)`, int32, or None.
+        splits: Shape `(n,)`, int8, positions in `SPLITS`. Samples without a
+            split of their own count as training samples.
+        class_names: The classes' names.
+        reader: Fetches the images, in the order of `ids`.
+        source: Where the data are from, as it was asked for.
+        ignored_files: How many files were not taken.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    clean_labels: np.ndarray | None
+    splits: np.ndarray
+    class_names: tuple[str, ...]
+    reader: Reader
+    source: str
+    ignored_files: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NamedSample:
+    """One sample as a folder or a table names it; `split` is one of `SPLITS`."""
+
+    id: str
+    label: str
+    split: str = "train"
+    clean_label: str | None = None
+
+
+def list_named(
+    samples: Sequence[NamedSample],
+    reader_of: Callable[[np.ndarray], Reader],
+    *,
+    source: str,
+    ignored_files: int = 0,
+) -> Listing:
+    """Sorts samples by id and numbers their classes.
+
+    Args:
+        samples: The samples, in any order, each id once. Either all have a
+            clean label or none has.
+        reader_of: Makes a reader of the sorted ids.
+        source: Where the data are from, as it was asked for.
+        ignored_files: How many files were not taken.
+
+    Returns:
+        The listing. Its classes are those of the training samples, sorted by
+        name; by value, if all are numbers.
+
+    Raises:
+        DataError: If a label is not among the training samples' labels.
+    """
+    samples = sorted(samples, key=lambda sample: sample.id)
+    names = sorted_names({s.label for s in samples if s.split == "train"})
+    number = {name: position for position, name in enumerate(names)}
+    _refuse_stray(((s.label, s.split) for s in samples), number, source)
+    clean_labels = None
+    if samples and samples[0].clean_label is not None:
+        clean = ((s.clean_label, "the clean labels") for s in samples)
+        _refuse_stray(clean, number, source)
+        clean_labels = np.array([number[s.clean_label] for s in samples], np.int32)
+    ids = np.array([s.id for s in samples], dtype=np.str_)
+    return Listing(
+        ids=ids,
+        labels=np.array([number[s.label] for s in samples], np.int32),
+        clean_labels=clean_labels,
+        splits=np.array([SPLITS.index(s.split) for s in samples], np.int8),
+        class_names=names,
+        reader=reader_of(ids),
+        source=source,
+        ignored_files=ignored_files,
+    )
+
+
+def cut_splits(
+    listing: Listing,
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+) -> ImageData:
+    """Makes three splits of a listing; a split that it has is left alone.
+
+    Args:
+        listing: All samples of a source.
+        validation_fraction: Share of the training samples that a missing
+            validation split takes, in [0, 1).
+        test_fraction: The same for the test split. Both are shares of the
+            training samples as the source has them; their sum is below 1.
+        split_seed: Chooses which samples are taken.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InvalidArgument: If a fraction is out of its range.
+        DataError: If the training samples have fewer than two classes, or a
+            label of another split is not among theirs.
+    """
+    check_fractions(validation_fraction, test_fraction)
+    _check_classes(listing)
+    splits = listing.splits.copy()
+    pool = np.flatnonzero(splits == TRAIN)
+    splits[pool] = assign_splits(
+        listing.ids[pool],
+        listing.labels[pool],
+        validation_fraction=0.0 if VALIDATION in splits else validation_fraction,
+        test_fraction=0.0 if TEST in splits else test_fraction,
+        split_seed=split_seed,
+    )
+    whole = ImageSplit(
+        "all", listing.ids, listing.labels, listing.clean_labels, listing.reader
+    )
+    parts = {
+        name: dataclasses.replace(whole.take(np.flatnonzero(splits == code)), name=name)
+        for code, name in enumerate(SPLITS)
+    }
+    return ImageData(
+        **parts,
+        class_names=listing.class_names,
+        source=listing.source,
+        ignored_files=listing.ignored_files,
+    )
+
+
+def assign_splits(
+    ids: np.ndarray,
+    labels: np.ndarray,
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+) -> np.ndarray:
+    """Assigns samples to splits, class by class.
+
+    The samples of a class are ordered by a hash of seed and id; the first go to
+    test, the last to validation. So a sample's split depends neither on the
+    order of the samples nor, but for those at the borders, on which others
+    there are.
+
+    Args:
+        ids: Shape `(n,)`, strings, each once.
+        labels: Shape `(n,)`, integers.
+        validation_fraction: Share of each class, in [0, 1).
+        test_fraction: Share of each class, in [0, 1).
+        split_seed: Any integer.
+
+    Returns:
+        Shape `(n,)`, int8: positions in `SPLITS`. Each class keeps at least one
+        training sample.
+    """
+    splits = np.full(len(ids), TRAIN, np.int8)
+    order = np.lexsort((_hashes(ids, split_seed), labels))
+    borders = np.flatnonzero(np.diff(labels[order])) + 1
+    for members in np.split(order, borders) if len(ids) else []:
+        validation, test = split_counts(
+            len(members), validation_fraction, test_fraction
+        )
+        splits[members[:test]] = TEST
+        splits[members[len(members) - validation :]] = VALIDATION
+    return splits
+
+
+def split_counts(
+    count: int, validation_fraction: float, test_fraction: float
+) -> tuple[int, int]:
+    """Returns how many samples of a class go to validation and to test.
+
+    Args:
+        count: How many samples the class has.
+        validation_fraction: In [0, 1).
+        test_fraction: In [0, 1).
+
+    Returns:
+        The two counts, rounded to the nearest, halves upwards. A split that is
+        wanted gets at least one of a class of three or more; one sample always
+        remains for training.
+    """
+    validation, test = (
+        _share(count, fraction) for fraction in (validation_fraction, test_fraction)
+    )
+    while validation + test >= count and validation + test > 0:
+        if validation >= test:
+            validation -= 1
+        else:
+            test -= 1
+    return validation, test
+
+
+def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Sorts class names: by value if all are numbers, else as strings."""
+    names = sorted(names)
+    if all(_NUMBER.fullmatch(name) for name in names):
+        names.sort(key=float)
+    return tuple(names)
+
+
+def check_fractions(validation_fraction: float, test_fraction: float) -> None:
+    """Refuses fractions that cannot be cut.
+
+    Args:
+        validation_fraction: Should be in [0, 1).
+        test_fraction: Should be in [0, 1), their sum below 1.
+
+    Raises:
+        InvalidArgument: If they are not.
+    """
+    fractions = (validation_fraction, test_fraction)
+    if not all(0 <= fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
+        raise InvalidArgument(
+            "`validation_fraction` and `test_fraction` must be in [0, 1) and their "
+            f"sum below 1. Received: validation_fraction={validation_fraction}, "
+            f"test_fraction={test_fraction}."
+        )
+
+
+def _share(count: int, fraction: float) -> int:
+    rounded = math.floor(count * fraction + 0.5)
+    wanted = fraction > 0 and count >= _SMALLEST_CLASS_TO_CUT
+    return max(rounded, 1) if wanted else rounded
+
+
+def _hashes(ids: np.ndarray, split_seed: int) -> np.ndarray:
+    digests = b"".join(
+        hashlib.blake2b(f"{split_seed}:{name}".encode(), digest_size=8).digest()
+        for name in ids
+    )
+    return np.frombuffer(digests, dtype="<u8")
+
+
+def _refuse_stray(
+    labels: Iterable[tuple[str, str]], known: dict[str, int], source: str
+) -> None:
+    stray = {(label, place) for label, place in labels if label not in known}
+    if not stray:
+        return
+    listed = ", ".join(f"{label!r} in {place}" for label, place in sorted(stray)[:10])
+    raise DataError(
+        f"Every class must have an image in the training split of {source}. "
+        f"Without one: {listed}. Add training images, or leave these out."
+    )
+
+
+def _check_classes(listing: Listing) -> None:
+    trained = set(np.unique(listing.labels[listing.splits == TRAIN]).tolist())
+    if not trained:
+        raise DataError(f"There is no training image in {listing.source}.")
+    pairs = zip(listing.labels.tolist(), listing.splits.tolist(), strict=True)
+    stray = {pair for pair in pairs if pair[0] not in trained}
+    _refuse_stray(
+        ((listing.class_names[label], SPLITS[split]) for label, split in stray),
+        {},
+        listing.source,
+    )
+    if len(trained) < 2:
+        only = listing.class_names[trained.pop()]
+        raise DataError(
+            "Training needs images of two classes or more. "
+            f"Received: only {only!r} in {listing.source}."
+        )
