@@ -74,7 +74,7 @@ def print_demo(demo: DemoResult) -> None:
         f"the {demo.test_size} test labels are right."
     )
     table = Table()
-    table.add_column("Head trained with")
+    table.add_column("Head trained with", no_wrap=True)
     columns = {
         "test_accuracy": "Test accuracy",
         "acceptance_rate": "Accepted",

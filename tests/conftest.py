@@ -56,3 +56,42 @@ def dtype_policy():
     before = keras.config.dtype_policy()
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy(before)
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """Three classes of twelve 20 x 16 PNG images: red, green and blue, with noise."""
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("photos")
+    for channel, name in enumerate(["blue", "green", "red"]):
+        (root / name).mkdir()
+        for number in range(12):
+            image = rng.integers(0, 120, size=(20, 16, 3))
+            image[..., 2 - channel] += 100
+            encoded = tf.io.encode_png(image.astype("uint8")).numpy()
+            (root / name / f"{number:02}.png").write_bytes(encoded)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_base_file(tmp_path_factory):
+    """A base of a user's own: 16 x 16 images to 6 features, in a .keras file."""
+    keras.utils.set_random_seed(1)
+    images = keras.Input((16, 16, 3))
+    values = keras.layers.Rescaling(1 / 255)(images)
+    values = keras.layers.Conv2D(6, 3, strides=2, activation="relu")(values)
+    values = keras.layers.BatchNormalization()(values)
+    values = keras.layers.GlobalAveragePooling2D()(values)
+    path = tmp_path_factory.mktemp("base") / "tiny.keras"
+    keras.Model(images, values).save(path)
+    return path
+
+
+@pytest.fixture
+def tiny_base(tiny_base_file):
+    """The base of `tiny_base_file`, loaded and frozen."""
+    from keras_rsft.backbones import load_backbone
+
+    return load_backbone(str(tiny_base_file))

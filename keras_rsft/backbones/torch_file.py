@@ -17,7 +17,7 @@ import pickletools
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -46,6 +46,9 @@ _STORAGE_DTYPES = {
     "torch ByteStorage": np.dtype("u1"),
 }
 _ALLOWED_GLOBALS = {_ORDERED_DICT, _REBUILD_TENSOR, *_STORAGE_DTYPES}
+
+
+_Handler: TypeAlias = Callable[["_PickleMachine", Any], None]
 
 
 class _MalformedError(Exception):
@@ -197,17 +200,27 @@ def _load_pickle(stream: io.BytesIO) -> Any:
     machine = _PickleMachine()
     operations = pickletools.genops(stream)
     for _ in range(_MAX_OPCODES):
+        handler = _next_handler(stream)
         try:
             opcode, argument, _position = next(operations)
         except (ValueError, LookupError, struct.error) as error:
             raise _MalformedError("it ends early or is damaged") from error
         if opcode.name == "STOP":
             return machine.pop()
-        handler = _HANDLERS.get(opcode.name)
-        if handler is None:
-            raise _MalformedError(f"the pickle opcode {opcode.name} is not allowed")
         handler(machine, argument)
     raise _MalformedError(f"it has more than {_MAX_OPCODES} pickle opcodes")
+
+
+def _next_handler(stream: io.BytesIO) -> _Handler:
+    """Looks at the next opcode, before `pickletools` reads its argument."""
+    code = stream.read(1)
+    stream.seek(-len(code), io.SEEK_CUR)
+    name = _OPCODE_NAMES.get(code)
+    if name is None:
+        raise _MalformedError("it ends early or is damaged")
+    if name not in _HANDLERS:
+        raise _MalformedError(f"the pickle opcode {name} is not allowed")
+    return _HANDLERS[name]
 
 
 class _PickleMachine:
@@ -336,7 +349,7 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, tuple) and all(_is_count(item) for item in value)
 
 
-_Handler = Callable[[_PickleMachine, Any], None]
+_OPCODE_NAMES = {op.code.encode("latin-1"): op.name for op in pickletools.opcodes}
 _HANDLERS: dict[str, _Handler] = {
     "PROTO": lambda machine, version: None,
     "MARK": _PickleMachine.mark,
@@ -367,4 +380,5 @@ _HANDLERS: dict[str, _Handler] = {
     "BINPERSID": _PickleMachine.load_storage,
     "REDUCE": _PickleMachine.reduce,
     "BUILD": _PickleMachine.build,
+    "STOP": lambda machine, _: None,
 }

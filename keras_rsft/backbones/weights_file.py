@@ -6,6 +6,7 @@ to another model; the reading is Keras's own.
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -44,7 +45,7 @@ def load_weights_file(model: keras.Model, path: str | Path) -> None:
             f"There is no file {path}."
         )
     try:
-        model.load_weights(str(path))
+        _load_without_warnings(model, path)
     except DAMAGED as error:
         raise WeightsUnavailable(
             f"The weights file {path} is damaged or not a weights file: "
@@ -55,6 +56,12 @@ def load_weights_file(model: keras.Model, path: str | Path) -> None:
             f"The weights in {path} do not fit {model.name} without its classes "
             f"(include_top=False): {first_line(error)}"
         ) from error
+
+
+def _load_without_warnings(model: keras.Model, path: Path) -> None:
+    """Spares the reader a warning for each layer before the one error that counts."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        model.load_weights(str(path))
 
 
 def first_line(error: BaseException) -> str:

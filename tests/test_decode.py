@@ -1,0 +1,392 @@
+"""Decoding: every format against Pillow, damaged files, crop and resize."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from keras_rsft.data import MAX_PIXELS, decode, decode_image, headers
+from keras_rsft.errors import InvalidArgument
+
+HEIGHT, WIDTH = 48, 64
+
+
+def blocks(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Coloured 8 x 8 blocks: JPEG keeps them nearly as they are."""
+    colours = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3))
+    return np.kron(colours, np.ones((8, 8, 1))).astype(np.uint8)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def make_files() -> dict[str, bytes]:
+    colour = Image.fromarray(blocks())
+    turned = colour.rotate(180)
+    see_through = colour.convert("RGBA")
+    see_through.putalpha(Image.fromarray(blocks()[..., 0]))
+    return {
+        "jpeg": encode(colour, "JPEG", quality=95, subsampling=0),
+        "jpeg subsampled": encode(colour, "JPEG", quality=95),
+        "jpeg progressive": encode(colour, "JPEG", quality=95, progressive=True),
+        "jpeg grey": encode(colour.convert("L"), "JPEG", quality=95),
+        "jpeg cmyk": encode(colour.convert("CMYK"), "JPEG", quality=95),
+        "png": encode(colour, "PNG"),
+        "png grey": encode(colour.convert("L"), "PNG"),
+        "png grey alpha": encode(see_through.convert("LA"), "PNG"),
+        "png alpha": encode(see_through, "PNG"),
+        "png palette": encode(colour.convert("P"), "PNG"),
+        "png 1 bit": encode(colour.convert("1"), "PNG"),
+        "gif": encode(colour, "GIF"),
+        "gif animated": encode(colour, "GIF", save_all=True, append_images=[turned]),
+        "gif comment": encode(colour, "GIF", comment=b"c" * 700),
+        "bmp": encode(colour, "BMP"),
+        "bmp grey": encode(colour.convert("L"), "BMP"),
+        "bmp palette": encode(colour.convert("P"), "BMP"),
+        "bmp alpha": encode(see_through, "BMP"),
+        "webp": encode(colour, "WEBP", quality=95),
+        "webp lossless": encode(colour, "WEBP", lossless=True),
+        "webp lossless alpha": encode(see_through, "WEBP", lossless=True, exact=True),
+        "webp alpha": encode(see_through, "WEBP", quality=95, exact=True),
+        "webp metadata": encode(colour, "WEBP", quality=95, exif=b"Exif\0\0" + b"x" * 9),
+    }
+
+
+FILES = make_files()
+# A GIF is whole without its last byte, and an animation without its last frame.
+TRUNCATABLE = [name for name in FILES if name != "gif animated"]
+
+
+def opaque_pixels(encoded: bytes) -> np.ndarray:
+    """What Pillow decodes, with any transparency dropped rather than applied."""
+    image = Image.open(io.BytesIO(encoded))
+    if image.mode in ("LA", "RGBA"):
+        grey_or_rgb = np.asarray(image)[..., :-1]
+        return np.broadcast_to(grey_or_rgb, (*grey_or_rgb.shape[:2], 3))
+    return np.asarray(image.convert("RGB"))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be of any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(99)))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+def pixels_in_graph(encoded: tf.Tensor) -> tf.Tensor:
+    return decode.decode_pixels(encoded)
+
+
+def reason(encoded: bytes) -> str:
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        decode.decode_pixels(tf.constant(encoded))
+    return decode.readable_reason(error.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_equal_pillow(name):
+    pixels = pixels_in_graph(tf.constant(FILES[name])).numpy()
+    assert pixels.shape == (HEIGHT, WIDTH, 3)
+    assert pixels.dtype == np.uint8
+    difference = np.abs(pixels.astype(int) - opaque_pixels(FILES[name]))
+    # They differ in how they transform back and enlarge halved colour planes.
+    halved = name in ("jpeg subsampled", "jpeg progressive")
+    assert difference.max() <= (8 if halved else 1)
+    assert difference.mean() < (1 if halved else 0.1)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_eager_equals_graph(name):
+    encoded = tf.constant(FILES[name])
+    np.testing.assert_array_equal(
+        decode.decode_pixels(encoded), pixels_in_graph(encoded)
+    )
+
+
+def test_16_bit_png_is_scaled_to_8_bits():
+    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    encoded = encode(Image.fromarray(values), "PNG")
+    pixels = decode.decode_pixels(tf.constant(encoded)).numpy()
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_gif_of_many_frames_decodes_the_first_only():
+    frames = [Image.fromarray(np.full((40, 30), 9 * n, np.uint8)) for n in range(20)]
+    encoded = encode(frames[3], "GIF", save_all=True, append_images=frames)
+    one_frame, (width, height) = headers.first_gif_frame(tf.constant(encoded))
+    assert (int(width), int(height)) == (30, 40)
+    assert Image.open(io.BytesIO(one_frame.numpy())).n_frames == 1
+    assert np.all(decode.decode_pixels(tf.constant(encoded)).numpy() == 27)
+
+
+@pytest.mark.parametrize("size", [254, 255, 256, 8191, 70000])
+def test_gif_data_of_any_length_is_cut_at_its_end(size):
+    noise = np.random.default_rng(size).integers(0, 256, (1, size), dtype=np.uint8)
+    image = Image.fromarray(noise.reshape(-1, 1) if size < 65536 else noise[:, :65535])
+    encoded = encode(image, "GIF", save_all=True, append_images=[image.rotate(180)])
+    pixels = decode.decode_pixels(tf.constant(encoded)).numpy()
+    np.testing.assert_array_equal(pixels[..., 0], np.asarray(image))
+
+
+def test_bottom_up_and_top_down_bmp_are_the_same():
+    upright = FILES["bmp"]
+    (height,) = struct.unpack_from("<i", upright, 22)
+    rows = np.frombuffer(upright[54:], np.uint8).reshape(HEIGHT, -1)[::-1]
+    flipped = upright[:22] + struct.pack("<i", -height) + upright[26:54]
+    np.testing.assert_array_equal(
+        decode.decode_pixels(tf.constant(flipped + rows.tobytes())), blocks()
+    )
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("jpeg cmyk", (WIDTH, HEIGHT)),
+        ("webp", (WIDTH, HEIGHT)),
+        ("webp lossless", (WIDTH, HEIGHT)),
+        ("webp alpha", (WIDTH, HEIGHT)),
+        ("png palette", (WIDTH, HEIGHT)),
+        ("bmp palette", (WIDTH, HEIGHT)),
+    ],
+)
+def test_size_is_read_from_the_header(name, expected):
+    encoded = tf.constant(FILES[name])
+    head = headers.head_bytes(encoded)
+    read = {
+        "jpeg": lambda: headers.jpeg_size(encoded),
+        "png": lambda: headers.png_size(head),
+        "bmp": lambda: headers.bmp_size(head),
+        "webp": lambda: headers.webp_size(head),
+    }[name.split()[0]]
+    assert tuple(int(side) for side in read()) == expected
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_more_pixels_than_the_limit_are_refused(name, monkeypatch):
+    encoded = tf.constant(FILES[name])
+    monkeypatch.setattr(decode, "MAX_PIXELS", HEIGHT * WIDTH)
+    decode.decode_pixels(encoded)  # exactly the limit
+    monkeypatch.setattr(decode, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    assert f"An image of {WIDTH} x {HEIGHT} pixels; the most is 3,071." in reason(
+        FILES[name]
+    )
+
+
+@pytest.mark.parametrize(
+    "width, height", [(30_000, 30_000), (MAX_PIXELS + 1, 1), (2**31 - 1, 2**31 - 1)]
+)
+def test_a_small_file_of_huge_size_is_refused_by_its_header(width, height):
+    encoded = png_header(width, height)
+    assert len(encoded) < 200
+    expected = f"An image of {width} x {height} pixels; the most is 100,000,000."
+    assert reason(encoded) == expected
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the most is"):
+        pixels_in_graph(tf.constant(encoded))
+
+
+@pytest.mark.parametrize("name", TRUNCATABLE)
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9, 0.99])
+def test_truncated_files_are_refused(name, share):
+    whole = FILES[name]
+    cut = whole[: min(int(len(whole) * share), len(whole) - 2)]
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        pixels_in_graph(tf.constant(cut))
+
+
+@pytest.mark.parametrize("name", TRUNCATABLE)
+def test_first_bytes_alone_are_refused(name):
+    for length in (1, 2, 3, 6, 12, 13, 20, 29, 30, 54):
+        assert reason(FILES[name][:length])
+
+
+@pytest.mark.parametrize(
+    "encoded, expected",
+    [
+        (b"", "The file is empty."),
+        (b"\n", "Not an image of a known kind (JPEG, PNG, GIF, BMP, WebP)."),
+        (b"Good morning", "Not an image of a known kind (JPEG, PNG, GIF, BMP, WebP)."),
+        (b"RIFF\0\0\0\0WAVEfmt ", "Not an image of a known kind"),
+        (encode(Image.fromarray(blocks()), "TIFF"), "Not an image of a known kind"),
+        (b"BM" + bytes(60), "another kind than uncompressed 8, 24 or 32 bits"),
+        (b"GIF89a" + bytes(60), "Invalid GIF data"),
+        (FILES["jpeg"][:4] + b"text", "Invalid JPEG data"),
+    ],
+)
+def test_other_content_is_refused_with_a_reason(encoded, expected):
+    assert reason(encoded).startswith(expected) or expected in reason(encoded)
+
+
+def test_a_reason_names_no_node():
+    for encoded in (FILES["jpeg"][:99], FILES["png"][:99], FILES["gif"][:99]):
+        assert not set("{}[]") & set(reason(encoded))
+
+
+def test_animated_webp_is_refused():
+    first = Image.fromarray(blocks())
+    frames = encode(first, "WEBP", save_all=True, append_images=[first.rotate(180)])
+    assert reason(frames) == "An animated WebP, which TensorFlow cannot read."
+
+
+@pytest.mark.parametrize("field, value", [(28, 4), (28, 16), (30, 1), (14, 12)])
+def test_unusual_bmp_is_refused(field, value):
+    changed = bytearray(FILES["bmp palette"])
+    changed[field] = value
+    assert "another kind than uncompressed" in reason(bytes(changed))
+
+
+@pytest.mark.parametrize("header_size", [1 << 20, 1 << 31, 2**32 - 1])
+def test_a_bmp_palette_behind_the_end_does_not_leak_bytes(header_size):
+    changed = bytearray(FILES["bmp palette"])
+    struct.pack_into("<I", changed, 14, header_size)
+    pixels = decode.decode_pixels(tf.constant(bytes(changed)))
+    assert np.all(pixels.numpy() == 0)  # no colour is left to look up
+
+
+@pytest.mark.parametrize("size", [(48, 64), (12, 16), (96, 128), (7, 200), (300, 5)])
+def test_result_has_the_size_asked_for(size):
+    image = decode_image(tf.constant(FILES["png"]), size)
+    assert image.shape == (*size, 3)
+    assert image.dtype == tf.float32
+    assert float(tf.reduce_min(image)) >= 0.0
+    assert float(tf.reduce_max(image)) <= 255.0
+
+
+def test_native_size_changes_nothing():
+    image = decode_image(tf.constant(FILES["png"]), (HEIGHT, WIDTH))
+    np.testing.assert_array_equal(image, blocks().astype(np.float32))
+
+
+def test_a_square_is_cut_from_the_centre():
+    stripes = np.zeros((20, 60, 3), np.uint8)
+    stripes[:, 20:40] = 200
+    encoded = encode(Image.fromarray(stripes), "PNG")
+    np.testing.assert_allclose(decode_image(tf.constant(encoded), 10), 200, atol=1e-3)
+    upright = encode(Image.fromarray(stripes.transpose(1, 0, 2)), "PNG")
+    np.testing.assert_allclose(decode_image(tf.constant(upright), 10), 200, atol=1e-3)
+
+
+def test_shrinking_averages_instead_of_skipping():
+    lines = np.zeros((64, 64, 3), np.uint8)
+    lines[:, ::2] = 200
+    encoded = encode(Image.fromarray(lines), "PNG")
+    np.testing.assert_allclose(decode_image(tf.constant(encoded), 8), 100, atol=4)
+
+
+def test_enlarging_is_smooth():
+    edge = np.zeros((2, 2), np.uint8)
+    edge[:, 1] = 80
+    encoded = encode(Image.fromarray(edge), "PNG")
+    row = decode_image(tf.constant(encoded), 8).numpy()[3, :, 0]
+    # Bilinear between pixel centres at 0.5 and 1.5 of 2, flat beyond them.
+    np.testing.assert_allclose(row, [0, 0, 10, 30, 50, 70, 80, 80], atol=1e-4)
+
+
+def test_a_one_pixel_image_fills_the_result():
+    encoded = encode(Image.fromarray(np.full((1, 1, 3), 7, np.uint8)), "PNG")
+    np.testing.assert_allclose(decode_image(tf.constant(encoded), (5, 3)), 7, atol=1e-3)
+
+
+@pytest.mark.parametrize("target, expected", [(100, 600), (101, 1200), (50, 300)])
+def test_large_jpeg_is_decoded_smaller(target, expected):
+    """1200 is 6 x 200 and 12 x 100: halved from 6 times on, quartered from 12."""
+    encoded = encode(Image.new("RGB", (1200, 1200), (10, 200, 90)), "JPEG")
+    smallest = {100: (200, 200), 101: (201, 200), 50: (100, 100)}[target]
+    pixels = decode.decode_pixels(tf.constant(encoded), smallest=smallest)
+    assert pixels.shape[0] == expected
+
+
+def test_scaled_decoding_hardly_changes_the_result():
+    small = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    photo = Image.fromarray(small).resize((1200, 1200), Image.Resampling.BICUBIC)
+    encoded = tf.constant(encode(photo, "JPEG", quality=90))
+    whole = tf.image.resize(decode.decode_pixels(encoded), (96, 96), antialias=True)
+    difference = np.abs(decode_image(encoded, 96) - whole)
+    assert 0 < difference.mean() < 1
+    assert difference.max() < 8
+
+
+def test_truncated_large_jpeg_is_refused_at_any_scale():
+    noise = np.random.default_rng(2).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    encoded = encode(Image.fromarray(noise), "JPEG")
+    for target in (8, 40, 400):
+        decode_image(tf.constant(encoded), target)
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode_image(tf.constant(encoded[: len(encoded) * 9 // 10]), target)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "96", None, (3,), (3, 0), (1, 2, 3)])
+def test_wrong_image_size_is_refused(size):
+    with pytest.raises(InvalidArgument, match="image_size"):
+        decode_image(tf.constant(FILES["png"]), size)
+
+
+def test_views_begin_with_the_plain_one_and_differ():
+    encoded = tf.constant(FILES["png"])
+    index = tf.constant(5, tf.int64)
+    views = decode.decode_views(encoded, (24, 24), views=4, seed=1, index=index)
+    assert views.shape == (4, 24, 24, 3)
+    np.testing.assert_array_equal(views[0], decode_image(encoded, 24))
+    for one in range(4):
+        for two in range(one):
+            assert np.abs(views[one] - views[two]).mean() > 1
+
+
+def test_a_view_depends_on_seed_index_and_number_only():
+    def views(count, seed=1, index=5):
+        return decode.decode_views(
+            tf.constant(FILES["png"]),
+            24,
+            views=count,
+            seed=seed,
+            index=tf.constant(index, tf.int64),
+        ).numpy()
+
+    np.testing.assert_array_equal(views(4)[:3], views(3))
+    assert np.abs(views(3) - views(3, seed=2))[1:].mean() > 1
+    assert np.abs(views(3) - views(3, index=6))[1:].mean() > 1
+
+
+def test_random_views_keep_most_of_the_image():
+    """A grey ramp's mean tells where a crop lies, its range how much is kept."""
+    ramp = np.broadcast_to(np.arange(0, 256, dtype=np.uint8), (256, 256))
+    encoded = tf.constant(encode(Image.fromarray(ramp), "PNG"))
+    views = decode.decode_views(
+        encoded, 32, views=60, seed=0, index=tf.constant(0, tf.int64)
+    ).numpy()
+    spans = np.ptp(views[1:, 16, :, 0], axis=1) / np.ptp(views[0, 16, :, 0])
+    # A crop of half the area that is stretched to 3:4 is 0.53 of the width.
+    assert spans.min() > 0.52
+    assert spans.max() <= 1.0
+    flipped = views[1:, 16, 0, 0] > views[1:, 16, -1, 0]
+    assert 15 < flipped.sum() < 45
+
+
+def test_saved_model_decodes_and_refuses(tmp_path):
+    module = tf.Module()
+    module.decode = tf.function(
+        lambda encoded: decode_image(encoded, 32),
+        input_signature=[tf.TensorSpec([], tf.string)],
+    )
+    tf.saved_model.save(module, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    for encoded in FILES.values():
+        expected = decode_image(tf.constant(encoded), 32)
+        np.testing.assert_allclose(loaded.decode(encoded), expected, atol=1e-3)
+    for bad in (b"", b"text", png_header(30_000, 30_000), FILES["jpeg"][:300]):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            loaded.decode(bad)

@@ -1,0 +1,142 @@
+"""What a server loads: encoded images in, labels out, one bad image at a time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_rsft.backbones import build_classifier, load_backbone
+from keras_rsft.data import load_images
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.export import export_saved_model
+from keras_rsft.predict import predict_files
+
+NAMES = ("blue", "green", "réd")
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_base_file):
+    return build_classifier(load_backbone(str(tiny_base_file)), 3)
+
+
+@pytest.fixture(scope="module")
+def exported(classifier, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("served") / "photos"
+    return export_saved_model(classifier, directory, class_names=NAMES)
+
+
+@pytest.fixture(scope="module")
+def serve(exported):
+    loaded = tf.saved_model.load(str(exported))
+    return loaded.signatures
+
+
+def test_bytes_give_what_training_sees(serve, classifier, photo_folder):
+    test = load_images(str(photo_folder)).test
+    images = np.stack([image for _, image in test.images((16, 16))])
+    expected = classifier.predict(images, verbose=0)
+    encoded = [test.encoded(i) for i in range(len(test))]
+    served = serve["serving_default"](image_bytes=tf.constant(encoded))
+    np.testing.assert_allclose(served["probabilities"], expected, atol=1e-5)
+    np.testing.assert_allclose(served["score"], expected.max(axis=-1), atol=1e-5)
+    labels = [label.decode() for label in served["label"].numpy()]
+    assert labels == [NAMES[best] for best in expected.argmax(axis=-1)]
+    assert served["valid"].numpy().all()
+    direct = serve["serving_images"](images=tf.constant(images))
+    np.testing.assert_allclose(direct["probabilities"], expected, atol=1e-5)
+
+
+def test_a_corrupt_image_leaves_the_others_alone(serve, photo_folder):
+    good = (photo_folder / "red" / "03.png").read_bytes()
+    alone = serve["serving_default"](image_bytes=tf.constant([good]))
+    mixed = serve["serving_default"](
+        image_bytes=tf.constant([b"", good, good[:40], good, b"text"])
+    )
+    assert mixed["valid"].numpy().tolist() == [False, True, False, True, False]
+    assert mixed["label"].numpy()[0] == b""
+    assert mixed["probabilities"].numpy()[0].sum() == 0
+    np.testing.assert_allclose(
+        mixed["probabilities"][3], alone["probabilities"][0], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("images", [[], [b"none", b"of them"]])
+def test_nothing_to_classify(serve, images):
+    served = serve["serving_default"](image_bytes=tf.constant(images, tf.string))
+    assert served["label"].shape == (len(images),)
+    assert served["probabilities"].shape == (len(images), 3)
+    assert not served["valid"].numpy().any()
+
+
+def test_no_images(serve):
+    served = serve["serving_images"](images=tf.zeros((0, 16, 16, 3)))
+    assert served["label"].shape == (0,)
+
+
+def test_versions_count_up_and_are_never_overwritten(classifier, tmp_path):
+    directory = tmp_path / "photos"
+    for number in (1, 2):
+        written = export_saved_model(classifier, directory, class_names=NAMES)
+        assert written == directory / str(number)
+    with pytest.raises(InvalidArgument, match="does not exist yet"):
+        export_saved_model(classifier, directory, class_names=NAMES, version=2)
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]
+
+
+def test_class_names_must_fit(classifier, tmp_path):
+    with pytest.raises(InvalidArgument, match="3 classes"):
+        export_saved_model(classifier, tmp_path / "x", class_names=NAMES[:2])
+    assert not (tmp_path / "x").exists()
+
+
+def test_labels_are_beside_the_graph(exported):
+    labels = (exported / "assets" / "labels.txt").read_text(encoding="utf-8")
+    assert labels.split() == list(NAMES)
+
+
+def test_each_weight_is_stored_once(exported):
+    names = [name for name, _ in tf.train.list_variables(str(exported / "variables"))]
+    kernels = [name for name in names if "_CHECKPOINTABLE" not in name]
+    assert len(kernels) == 8  # Conv 2, BatchNorm 4, Dense 2.
+
+
+@pytest.mark.slow
+def test_loads_where_keras_rsft_is_not_installed(exported, photo_folder):
+    image = photo_folder / "green" / "02.png"
+    program = textwrap.dedent(f"""
+        import sys
+        sys.modules["keras_rsft"] = None  # Any import of it fails.
+        import tensorflow as tf
+        serve = tf.saved_model.load({str(exported)!r}).signatures["serving_default"]
+        encoded = open({str(image)!r}, "rb").read()
+        print(bool(serve(image_bytes=tf.constant([encoded]))["valid"][0]))
+    """)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "True"
+
+
+def test_predict_reads_an_export(exported, photo_folder, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    files = [photo_folder / "red" / "01.png", broken, tmp_path / "missing.png"]
+    for model in (exported, exported.parent):
+        good, bad, missing = predict_files(model, files)
+        assert good.label in NAMES
+        assert 0 < good.score <= 1
+        assert bad.label is None
+        assert "decoded" in bad.error
+        assert "No such file" in missing.error
+
+
+def test_predict_refuses_what_is_no_model(tmp_path):
+    with pytest.raises(InvalidArgument, match="does not exist"):
+        list(predict_files(tmp_path / "nothing", ["a.png"]))
+    with pytest.raises(InvalidArgument, match="run folder"):
+        list(predict_files(tmp_path, ["a.png"]))

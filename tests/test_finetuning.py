@@ -1,0 +1,215 @@
+"""One run: repeatable, whole or not at all, with everything it needs to be used."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from keras_rsft.data import add_label_noise, load_images
+from keras_rsft.errors import InvalidArgument, TrainingStalled
+from keras_rsft.finetuning import TrainingSettings, finetune, run_folder
+from keras_rsft.finetuning.head_training import choose_steps_per_execution
+from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
+from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.predict import predict_files
+
+
+@pytest.fixture(scope="module")
+def noisy(photo_folder):
+    return add_label_noise(load_images(str(photo_folder)), "symmetric:0.25", seed=0)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return TrainingSettings(
+        policy=PolicyChoice(threshold=0.8), epochs=12, batch_size=8, learning_rate=0.05
+    )
+
+
+@pytest.fixture(scope="module")
+def fit_to(noisy, settings, tiny_base_file, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(output=None, data=noisy, **changes):
+        options = {"backbone": str(tiny_base_file), "settings": settings} | changes
+        return finetune(
+            data, output=output, cache_dir=cache, progress=False, **options
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(fit_to, tmp_path_factory):
+    return fit_to(tmp_path_factory.mktemp("runs") / "deep" / "first")
+
+
+class TestRun:
+    def test_the_folder_has_all_that_is_needed(self, run, settings):
+        names = {path.name for path in run.folder.iterdir()}
+        assert names == {
+            "model.keras", "head.keras", "config.json", "results.json",
+            "classes.json", "metrics.csv", "samples.csv",
+        }  # fmt: skip
+        config = json.loads((run.folder / "config.json").read_text())
+        assert config["epochs"] == settings.epochs
+        assert config["policy"]["threshold"] == 0.8
+        assert config["image_size"] == [16, 16]
+        assert set(config["versions"]) >= {"keras", "tensorflow", "keras_rsft"}
+        with (run.folder / "metrics.csv").open() as file:
+            epochs = list(csv.DictReader(file))
+        assert len(epochs) == settings.epochs
+        assert float(epochs[-1]["loss"]) == pytest.approx(run.history["loss"][-1])
+        assert [path.name for path in run.folder.parent.iterdir()] == ["first"]
+
+    def test_samples_say_which_labels_are_wrong(self, run, noisy):
+        with (run.folder / "samples.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        train = [row for row in rows if row["split"] == "train"]
+        wrong = sum(row["given_label"] != row["clean_label"] for row in train)
+        assert wrong == np.sum(noisy.train.labels != noisy.train.clean_labels) > 0
+        assert {row["id"] for row in train} == set(noisy.train.ids)
+
+    def test_results_are_those_of_the_joined_model(self, run, noisy):
+        images = np.stack([image for _, image in noisy.test.images((16, 16))])
+        loaded = keras.saving.load_model(run.folder / "model.keras")
+        predicted = loaded.predict(images, verbose=0)
+        np.testing.assert_allclose(
+            predicted, run.model.predict(images, verbose=0), atol=1e-6
+        )
+        accuracy = np.mean(predicted.argmax(axis=-1) == noisy.test.labels)
+        assert run.results["test_accuracy"] == pytest.approx(accuracy)
+
+    def test_wrong_labels_are_rejected_more_often_than_right_ones(self, run):
+        results = run.results
+        assert results["wrong_labels"] == pytest.approx(6 / 24, abs=0.05)
+        assert results["wrong_labels_rejected"] > results["right_labels_rejected"]
+        assert results["acceptance_rate"] == run.history["acceptance_rate"][-1]
+
+    def test_the_same_seed_gives_the_same_numbers(self, run, fit_to, settings):
+        again = fit_to()
+        assert again.history == run.history
+        for one, other in zip(
+            again.model.get_weights(), run.model.get_weights(), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+        other_seed = fit_to(settings=TrainingSettings(epochs=1, seed=1))
+        assert other_seed.history["loss"][0] != run.history["loss"][0]
+
+    def test_the_head_is_saved_with_its_policy(self, run):
+        head = keras.saving.load_model(run.folder / "head.keras")
+        assert int(head.policy.steps_seen) == int(run.head.policy.steps_seen) > 0
+        np.testing.assert_array_equal(head.get_weights()[0], run.head.get_weights()[0])
+
+    def test_predict_uses_the_folder(self, run, photo_folder):
+        file = photo_folder / "green" / "05.png"
+        for model in (run.folder, run.folder / "model.keras"):
+            (prediction,) = predict_files(model, [file])
+            assert prediction.label in ("blue", "green", "red")
+
+    def test_nothing_is_overwritten(self, run, fit_to):
+        before = (run.folder / "results.json").read_bytes()
+        with pytest.raises(InvalidArgument, match="Nothing is overwritten"):
+            fit_to(run.folder)
+        assert (run.folder / "results.json").read_bytes() == before
+
+    def test_a_file_in_the_way(self, fit_to, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(InvalidArgument, match="is a file"):
+            fit_to(tmp_path / "file" / "run")
+
+    def test_a_failure_leaves_no_half_folder(self, fit_to, tmp_path, monkeypatch):
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(run_folder, "_versions", fail)
+        with pytest.raises(KeyboardInterrupt):
+            fit_to(tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_run_that_accepts_nothing_is_an_error(self, fit_to):
+        hopeless = TrainingSettings(
+            policy=PolicyChoice(threshold=1e-6, warmup_epochs=0), epochs=2
+        )
+        with (
+            pytest.warns(UserWarning, match="accepted no sample"),
+            pytest.raises(TrainingStalled, match="--threshold"),
+        ):
+            fit_to(settings=hopeless)
+
+    def test_a_users_callback_runs(self, fit_to):
+        seen = []
+        note = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: seen.append(sorted(logs))
+        )
+        fit_to(settings=TrainingSettings(epochs=2), callbacks=[note])
+        assert len(seen) == 2
+        assert {"acceptance_rate", "loss", "val_accuracy"} <= set(seen[0])
+
+    def test_views_train(self, fit_to):
+        assert len(fit_to(views=2, settings=TrainingSettings(epochs=1)).history) > 0
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            ({"epochs": 0}, "epochs"),
+            ({"batch_size": 0}, "batch_size"),
+            ({"learning_rate": 0.0}, "learning_rate"),
+            ({"learning_rate": float("nan")}, "learning_rate"),
+            ({"optimizer": "sdg"}, "sdg"),
+        ],
+    )
+    def test_refused(self, wrong, message):
+        with pytest.raises(InvalidArgument, match=message):
+            TrainingSettings(**wrong)
+
+    def test_sgd_has_momentum_and_the_others_their_defaults(self):
+        assert TrainingSettings().make_optimizer().momentum == 0.9
+        adam = TrainingSettings(optimizer="Adam", learning_rate=0.5).make_optimizer()
+        assert isinstance(adam, keras.optimizers.Adam)
+        assert float(adam.learning_rate) == 0.5
+
+
+class TestPolicyChoice:
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            ({"name": "keep-fractoin"}, "Did you mean 'keep-fraction'"),
+            ({"threshold": 0.0}, "positive"),
+            ({"threshold": float("nan")}, "positive"),
+            ({"relative_threshold": -1.0}, "relative_threshold"),
+            ({"keep_fraction": 1.5}, "keep_fraction"),
+            ({"level": "epoch"}, "level"),
+            ({"warmup_epochs": -1}, "warmup_epochs"),
+        ],
+    )
+    def test_refused(self, wrong, message):
+        with pytest.raises(InvalidArgument, match=message):
+            PolicyChoice(**wrong)
+
+    def test_epochs_become_steps_and_the_threshold_follows_the_classes(self):
+        policy = build_policy(PolicyChoice(), num_classes=10, steps_per_epoch=7)
+        assert isinstance(policy, LossThreshold)
+        assert policy.warmup_steps == 14
+        assert float(policy.threshold) == pytest.approx(0.65 * np.log(10))
+        kept = build_policy(
+            PolicyChoice("keep-fraction", keep_fraction=0.6, warmup_epochs=1.5),
+            num_classes=2,
+            steps_per_epoch=4,
+        )
+        assert isinstance(kept, KeepFraction)
+        assert kept.ramp_steps == 6
+        assert float(kept.keep_fraction) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "steps, expected", [(1, 1), (64, 64), (65, 33), (128, 64), (1000, 63)]
+)
+def test_steps_per_execution_are_few_even_calls(steps, expected):
+    assert choose_steps_per_execution(steps) == expected

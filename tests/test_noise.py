@@ -1,0 +1,160 @@
+"""Label noise: exact counts, never the same class, the same for the same seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_rsft.data import ImageData, ImageSplit, add_label_noise
+from keras_rsft.data.noise import asymmetric_noise, parse_noise, symmetric_noise
+from keras_rsft.data.readers import ArrayReader
+from keras_rsft.errors import InvalidArgument
+
+
+def make_split(name: str, labels: list[int], clean: list[int] | None = None):
+    ids = np.array([f"{name}/{number:04}" for number in range(len(labels))])
+    return ImageSplit(
+        name,
+        ids,
+        np.array(labels, np.int32),
+        None if clean is None else np.array(clean, np.int32),
+        ArrayReader(ids, np.zeros((len(ids), 2, 2, 1), np.uint8)),
+    )
+
+
+def make_data(train=None, clean=None) -> ImageData:
+    train = [0, 1, 2] * 20 if train is None else train
+    return ImageData(
+        make_split("train", train, clean),
+        make_split("validation", [0, 1, 2] * 4),
+        make_split("test", [0, 1, 2] * 3),
+        ("a", "b", "c"),
+        "made",
+    )
+
+
+many_labels = st.lists(st.integers(0, 4), max_size=80)
+rates = st.floats(0.001, 0.999)
+seeds = st.integers(0, 2**32)
+
+
+@settings(deadline=None)
+@given(labels=many_labels, rate=rates, seed=seeds)
+def test_symmetric_moves_the_exact_count_to_other_classes(labels, rate, seed):
+    labels = np.array(labels, np.int32)
+    rng = np.random.default_rng(seed)
+    noisy = symmetric_noise(labels, rate, num_classes=5, rng=rng)
+    assert np.count_nonzero(noisy != labels) == round(rate * len(labels))
+    assert noisy.dtype == np.int32
+    assert np.all((noisy >= 0) & (noisy < 5))
+
+
+@settings(deadline=None)
+@given(labels=many_labels, rate=rates, seed=seeds)
+def test_asymmetric_moves_the_exact_count_of_each_class_to_the_next(labels, rate, seed):
+    labels = np.array(labels, np.int32)
+    rng = np.random.default_rng(seed)
+    noisy = asymmetric_noise(labels, rate, num_classes=5, rng=rng)
+    for label in range(5):
+        after = noisy[labels == label]
+        moved = after[after != label]
+        assert len(moved) == round(rate * len(after))
+        assert np.all(moved == (label + 1) % 5)
+
+
+def test_symmetric_reaches_every_other_class_equally():
+    labels = np.zeros(6000, np.int32)
+    rng = np.random.default_rng(0)
+    noisy = symmetric_noise(labels, 0.5, num_classes=4, rng=rng)
+    counts = np.bincount(noisy, minlength=4)
+    assert counts[0] == 3000
+    # 1000 each; four standard deviations of a binomial are about 103.
+    assert np.all(np.abs(counts[1:] - 1000) < 110)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_same_seed_gives_the_same_labels(kind):
+    data = make_data()
+    one, two, other = (
+        add_label_noise(data, f"{kind}:0.4", seed=seed) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(one.train.labels, two.train.labels)
+    assert np.any(one.train.labels != other.train.labels)
+
+
+def test_noise_does_not_change_between_versions():
+    """Pinned: a published number must stay the number of the same labels."""
+    data = make_data([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    noisy = add_label_noise(data, "symmetric:0.3", seed=0).train.labels
+    moved = np.flatnonzero(noisy != data.train.labels)
+    assert moved.tolist() == PINNED[0]
+    assert noisy[moved].tolist() == PINNED[1]
+
+
+PINNED = ([], [])
+
+
+def test_only_the_named_splits_change_and_each_by_itself():
+    data = make_data()
+    noisy = add_label_noise(data, "symmetric:0.5", seed=1)
+    assert noisy.validation is data.validation
+    assert noisy.test is data.test
+    both = add_label_noise(data, "symmetric:0.5", seed=1, splits=("validation", "test"))
+    assert both.train is data.train
+    assert np.count_nonzero(both.validation.labels != data.validation.labels) == 6
+    alone = add_label_noise(data, "symmetric:0.5", seed=1, splits=("test",))
+    np.testing.assert_array_equal(both.test.labels, alone.test.labels)
+
+
+def test_old_labels_become_the_clean_ones():
+    data = make_data()
+    noisy = add_label_noise(data, "asymmetric:0.25", seed=0)
+    np.testing.assert_array_equal(noisy.train.clean_labels, data.train.labels)
+    assert noisy.validation.clean_labels is None
+    assert data.train.clean_labels is None
+
+
+def test_known_clean_labels_stay():
+    data = make_data([0, 1, 2, 2], clean=[0, 1, 2, 0])
+    noisy = add_label_noise(data, "symmetric:0.5", seed=0)
+    np.testing.assert_array_equal(noisy.train.clean_labels, [0, 1, 2, 0])
+
+
+def test_fingerprint_and_ids_stay():
+    data = make_data()
+    noisy = add_label_noise(data, "symmetric:0.5", seed=0)
+    assert noisy.train.fingerprint == data.train.fingerprint
+    np.testing.assert_array_equal(noisy.train.ids, data.train.ids)
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [("symmetric:0.3", ("symmetric", 0.3)), ("asymmetric:.25", ("asymmetric", 0.25))],
+)
+def test_a_spec_is_read(spec, expected):
+    assert parse_noise(spec) == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "symmetric", "symmetric:", "symmetric:0", "symmetric:1", "asymmetric:-0.1"]
+    + ["symmetric:30%", "uniform:0.3", "symmetric:nan", "symmetric:inf", "0.3", None]
+    + ["symmetric:0.3:1", "Symmetric:0.3"],
+)
+def test_a_bad_spec_names_the_accepted_forms(spec):
+    with pytest.raises(InvalidArgument, match='"symmetric:RATE" or "asymmetric:RATE"'):
+        add_label_noise(make_data(), spec, seed=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "0", 2**63])
+def test_a_bad_seed_is_refused(seed):
+    with pytest.raises(InvalidArgument, match="seed"):
+        add_label_noise(make_data(), "symmetric:0.3", seed=seed)
+
+
+@pytest.mark.parametrize("splits", ["train", ("training",), ("train", "all")])
+def test_bad_splits_are_refused(splits):
+    with pytest.raises(InvalidArgument, match="splits"):
+        add_label_noise(make_data(), "symmetric:0.3", seed=0, splits=splits)
