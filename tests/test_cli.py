@@ -45,7 +45,9 @@ def fit(command, photo_folder, tiny_base_file, tmp_path):
 
 
 class TestFit:
-    def test_prints_a_table_and_leaves_a_run(self, fit, command, photo_folder, tmp_path):
+    def test_prints_a_table_and_leaves_a_run(
+        self, fit, command, photo_folder, tmp_path
+    ):
         status, out, err = fit("--noise", "symmetric:0.2")
         assert status == 0, err
         assert "3 classes" in out
@@ -155,7 +157,9 @@ class TestMistakes:
         assert status == 1
         assert "accepted no sample" in err
 
-    def test_weights_that_cannot_be_downloaded(self, command, photo_folder, monkeypatch):
+    def test_weights_that_cannot_be_downloaded(
+        self, command, photo_folder, monkeypatch
+    ):
         import keras
 
         def offline(*_, **__):

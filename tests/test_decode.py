@@ -57,7 +57,9 @@ def make_files() -> dict[str, bytes]:
         "webp lossless": encode(colour, "WEBP", lossless=True),
         "webp lossless alpha": encode(see_through, "WEBP", lossless=True, exact=True),
         "webp alpha": encode(see_through, "WEBP", quality=95, exact=True),
-        "webp metadata": encode(colour, "WEBP", quality=95, exif=b"Exif\0\0" + b"x" * 9),
+        "webp metadata": encode(
+            colour, "WEBP", quality=95, exif=b"Exif\0\0" + b"x" * 9
+        ),
     }
 
 

@@ -292,7 +292,10 @@ class TestBatches:
             on_epoch_begin=lambda epoch, logs: seen.append(int(fed._epoch))
         )
         head.fit(
-            fed.dataset, epochs=4, initial_epoch=1, verbose=0,
+            fed.dataset,
+            epochs=4,
+            initial_epoch=1,
+            verbose=0,
             callbacks=[fed.callback, note],
         )
         assert seen == [1, 2, 3]

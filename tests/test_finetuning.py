@@ -36,9 +36,7 @@ def fit_to(noisy, settings, tiny_base_file, tmp_path_factory):
 
     def run(output=None, data=noisy, **changes):
         options = {"backbone": str(tiny_base_file), "settings": settings} | changes
-        return finetune(
-            data, output=output, cache_dir=cache, progress=False, **options
-        )
+        return finetune(data, output=output, cache_dir=cache, progress=False, **options)
 
     return run
 

@@ -190,7 +190,10 @@ def test_no_policy_accepts_what_is_not_finite(every_policy, losses):
 
 @pytest.mark.parametrize(
     "policy",
-    [LossThreshold(0.5, level="batch"), LossThreshold(0.5, level="batch", warmup_steps=9)],
+    [
+        LossThreshold(0.5, level="batch"),
+        LossThreshold(0.5, level="batch", warmup_steps=9),
+    ],
     ids=["threshold", "warm-up"],
 )
 def test_a_batch_with_a_loss_of_nan_is_rejected_whole(policy):
@@ -243,7 +246,9 @@ def test_config_round_trip(policy):
     assert restored.get_config() == policy.get_config()
     assert restored.name == "mine"
     assert restored.level == policy.level
-    assert [float(v) for v in restored.variables] == [float(v) for v in policy.variables]
+    assert [float(v) for v in restored.variables] == [
+        float(v) for v in policy.variables
+    ]
 
 
 def test_policies_have_no_trainable_weights_and_stay_float32(dtype_policy):

@@ -13,6 +13,8 @@ from keras_rsft.backbones import torch_file
 from keras_rsft.backbones.torch_file import read_state_dict
 from keras_rsft.errors import WeightsUnavailable
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 PROTO, STOP, MARK = b"\x80\x02", b".", b"("
 MAGIC = PROTO + b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" + STOP
 VERSION = PROTO + b"M\xe9\x03" + STOP
@@ -213,6 +215,7 @@ HOSTILE = {
     "bytes-of-2-to-the-63": HEADER + PROTO + b"\x8e" + b"\xff" * 8,
     # Text opcodes have decoders of their own, which are not to be reached.
     "text-opcode": HEADER + PROTO + b"S'\\_'\n" + STOP,
+    "escape-in-a-name": HEADER + PROTO + b"ctorch\\o\nload\n" + STOP,
     "duplicate-opcode": HEADER + PROTO + NESTED + STOP,
     # 2^60 tuples when walked or hashed; as a name, and as everything else.
     "bomb-as-name": HEADER + PROTO + b"}" + NESTED_BY_MEMO + b"Ns" + STOP,

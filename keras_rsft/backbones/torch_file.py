@@ -203,7 +203,8 @@ def _load_pickle(stream: io.BytesIO) -> Any:
         handler = _next_handler(stream)
         try:
             opcode, argument, _position = next(operations)
-        except (ValueError, LookupError, struct.error) as error:
+        # A warning where the user makes errors of them: an escape in a name.
+        except (ValueError, LookupError, struct.error, Warning) as error:
             raise _MalformedError("it ends early or is damaged") from error
         if opcode.name == "STOP":
             return machine.pop()
