@@ -141,7 +141,10 @@ class Policy(keras.layers.Layer):
         )
         if self.level == "batch":
             accept_mask = ops.logical_and(accept_mask, ops.all(accept_mask))
-        self.steps_seen.assign(step + 1)
+        # Tied to the batch by a maximum that changes nothing: at the end of a data
+        # set of unknown size Keras runs whatever does not wait for a batch.
+        accepted_any = ops.cast(ops.any(accept_mask), "int32")
+        self.steps_seen.assign(ops.maximum(step + 1, accepted_any))
         return accept_mask
 
     def get_config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the tests of several rooms share: tiny data, a tiny model, equality to the bit."""
+"""What the tests of several rooms share: tiny data, tiny models, bit equality."""
 
 from __future__ import annotations
 

@@ -159,7 +159,8 @@ class TestExtraction:
         kept = extract_features(tiny_base, train, cache_dir=tmp_path / "cache")
         assert {name for name, _ in kept.unreadable} == broken
         assert len(kept) == len(train) - len(broken)
-        assert broken and not broken & set(kept.ids)
+        assert broken
+        assert not broken & set(kept.ids)
         assert all(reason for _, reason in kept.unreadable)
 
     def test_no_readable_image_is_an_error(self, photo_folder, tiny_base, tmp_path):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold, Policy
+from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.05),
@@ -51,38 +49,6 @@ class BackwardCounter(keras.layers.Layer):
         return passed_on(inputs)
 
 
-class AcceptRows(Policy):
-    """Accepts the same places of every batch."""
-
-    def __init__(self, rows, **kwargs):
-        super().__init__(**kwargs)
-        self.rows = rows
-
-    def decide(self, per_sample_loss, step):
-        return tf.constant(self.rows)
-
-
-def softmax_step(x, y, rows, *, weights=None, rate=0.5):
-    """One SGD step of a zero linear softmax head, worked in NumPy.
-
-    At zero weights every class has probability 1/3, so the gradient of one
-    sample is `x (p - onehot(y))`.
-    """
-    rows = np.asarray(rows)
-    weights = np.ones(len(x)) if weights is None else np.asarray(weights)
-    error = (1 / 3 - np.eye(3)[y[rows]]) * weights[rows][:, None]
-    kernel = -rate * x[rows].T.astype("float64") @ error / len(rows)
-    return [kernel, -rate * error.sum(axis=0) / len(rows)]
-
-
-def linear_model(policy, *, rate=0.5, **compile_options):
-    """A linear softmax head that starts at zero."""
-    head = keras.layers.Dense(3, activation="softmax", kernel_initializer="zeros")
-    model = RSFTModel(keras.Sequential([keras.Input((8,)), head]), policy)
-    model.compile(keras.optimizers.SGD(rate), SCORES, **compile_options)
-    return model
-
-
 def assert_equal(values, expected):
     for value, other in zip(values, expected, strict=True):
         np.testing.assert_array_equal(value, other)
@@ -116,7 +82,10 @@ def test_rejected_batch_changes_no_variable(
     counter = BackwardCounter()
     wrapped = make_model(counter)
     model = RSFTModel(wrapped, LossThreshold(1e9, level=level))
-    model.compile(OPTIMIZERS[optimizer](), SCORES, **MODES[mode])
+    optimizer = OPTIMIZERS[optimizer]()
+    if mode == "mixed_float16":  # At its default scale the first steps overflow.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
+    model.compile(optimizer, SCORES, **MODES[mode])
 
     at_first = values_of(wrapped)
     fit(model, small_data)  # Three accepted steps: slots and averages are not zero.
@@ -129,8 +98,6 @@ def test_rejected_batch_changes_no_variable(
 
     model.policy.threshold.assign(1e-9)
     history = fit(model, small_data)
-    if optimizer == "ema":  # Keras itself puts the averages in at the end of `fit`.
-        trained[: len(wrapped.variables)] = with_averages(wrapped, model, trained)
     assert_equal(values_of(wrapped, model.optimizer), trained)
     assert counter.count.numpy() == 3, "no backward pass ran"
     assert history["acceptance_rate"] == [0.0]
@@ -146,37 +113,148 @@ def test_policies_and_models_are_checked(make_model):
         RSFTModel(keras.layers.Dense(3), AcceptAll())
 
 
-@pytest.mark.parametrize("mode", ["graph", "eager", "xla", "mixed_bfloat16"])
-@pytest.mark.parametrize("optimizer", ["momentum", "adam", "adamw"])
-@pytest.mark.parametrize(
-    "policy", [AcceptAll, lambda: LossThreshold(1e9)], ids=["AcceptAll", "threshold"]
-)
-def test_accepting_everything_equals_stock_keras(
-    policy, optimizer, mode, small_data, make_model, values_of, dtype_policy
-):
-    if mode == "xla" and optimizer != "adam":
-        pytest.skip("XLA is slow to compile: one optimizer is enough")
-    if mode.startswith("mixed"):
-        dtype_policy(mode)
+@pytest.fixture
+def exact_graphs():
+    """Keeps the graph compiler from reordering sums: they are rounded differently."""
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    yield
+    tf.config.optimizer.set_experimental_options(
+        {"arithmetic_optimization": True, **before}
+    )
+
+
+def train_beside_stock_keras(policy, optimizer, mode, data, make_model, values_of):
+    """Trains the same model without and with the wrapper; compares the logs."""
     runs = []
-    for wrap in (lambda m: m, lambda m: RSFTModel(m, policy())):
+    for wrap in (lambda m: m, lambda m: RSFTModel(m, policy)):
         wrapped = make_model()
         model = wrap(wrapped)
         model.compile(
             OPTIMIZERS[optimizer](), SCORES, metrics=["accuracy"], **MODES[mode]
         )
-        history = fit(model, small_data, epochs=2, validation_data=small_data)
+        history = fit(model, data, epochs=2, validation_data=data)
         runs.append((values_of(wrapped, model.optimizer), history))
     (stock, stock_logs), (ours, our_logs) = runs
-    compare = assert_within_1e6 if mode == "xla" else assert_equal
-    compare(ours, stock)
     assert our_logs.pop("acceptance_rate") == [1.0, 1.0]
     np.testing.assert_allclose(our_logs.pop("accepted_loss"), stock_logs["loss"], 1e-6)
-    assert set(our_logs) == set(stock_logs)
+    assert set(our_logs) == set(stock_logs)  # No val_acceptance_rate.
     for name in stock_logs:
         np.testing.assert_allclose(our_logs[name], stock_logs[name], 1e-6)
+    return ours, stock
 
 
-def assert_within_1e6(values, expected):
-    for value, other in zip(values, expected, strict=True):
+@pytest.mark.parametrize(
+    "policy, optimizer, mode",
+    [
+        ("AcceptAll", "momentum", "graph"),
+        ("AcceptAll", "adam", "graph"),
+        ("AcceptAll", "adamw", "steps_per_execution"),
+        ("AcceptAll", "ema", "eager"),
+        ("AcceptAll", "accumulation", "graph"),
+        ("AcceptAll", "momentum", "mixed_bfloat16"),
+        ("AcceptAll", "adam", "mixed_float16"),
+        ("LossThreshold", "momentum", "graph"),
+        ("LossThreshold", "adamw", "eager"),
+        ("LossThreshold", "adam", "mixed_bfloat16"),
+    ],
+)
+def test_accepting_everything_equals_stock_keras(
+    policy,
+    optimizer,
+    mode,
+    small_data,
+    make_model,
+    values_of,
+    dtype_policy,
+    exact_graphs,
+):
+    if mode.startswith("mixed"):
+        dtype_policy(mode)
+    policy = AcceptAll() if policy == "AcceptAll" else LossThreshold(1e9)
+    assert_equal(
+        *train_beside_stock_keras(
+            policy, optimizer, mode, small_data, make_model, values_of
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "policy, mode",
+    [
+        (AcceptAll(), "graph"),
+        (KeepFraction(1.0), "graph"),
+        pytest.param(AcceptAll(), "xla", marks=pytest.mark.slow),
+    ],
+    ids=["graph", "keep", "xla"],
+)
+def test_compiled_graphs_equal_stock_keras_to_rounding(
+    policy, mode, small_data, make_model, values_of
+):
+    ours, stock = train_beside_stock_keras(
+        policy, "momentum", mode, small_data, make_model, values_of
+    )
+    for value, other in zip(ours, stock, strict=True):
         np.testing.assert_allclose(value, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Epoch 1. 1 of 8 samples")
+@pytest.mark.parametrize("policy", [AcceptAll, lambda: KeepFraction(1.0)])
+def test_a_label_that_is_not_finite_is_rejected(policy, small_data):
+    x = small_data[0][:8]
+    target = np.ones((8, 1), "float32")
+    target[3] = np.nan
+    head = keras.layers.Dense(1, kernel_initializer="zeros")
+    model = RSFTModel(keras.Sequential([keras.Input((8,)), head]), policy())
+    model.compile(keras.optimizers.SGD(0.5), "mse")
+    history = fit(model, (x, target))
+    others = np.delete(x, 3, axis=0)  # d/dw of (0 - 1)^2 is -2x
+    np.testing.assert_allclose(
+        model.model.get_weights()[0][:, 0], others.mean(axis=0), atol=1e-6
+    )
+    assert history["loss"] == [1.0]
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2, 5])
+def test_the_logs_cover_the_epoch(steps_per_execution):
+    losses = np.linspace(0.1, 2.2, 22).astype("float32")  # Batches of 8, 8 and 6.
+    model = RSFTModel(
+        keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)]),
+        LossThreshold(1.75),
+    )
+    model.model.set_weights([np.zeros((1, 1))])
+    model.compile(
+        keras.optimizers.SGD(0.0), "mae", steps_per_execution=steps_per_execution
+    )
+    history = fit(model, (np.ones((22, 1)), losses), batch_size=8)
+    assert history["acceptance_rate"][0] == pytest.approx(17 / 22)  # 0.1 to 1.7
+    assert history["accepted_loss"][0] == pytest.approx(0.9, 1e-6)
+    assert history["loss"][0] == pytest.approx(1.15, 1e-6)
+    totals = model.selection_totals()
+    assert totals == pytest.approx(
+        {
+            "accepted": 17,
+            "samples": 22,
+            "accepted_loss_sum": 15.3,
+            "nonfinite": 0,
+            "lowest_loss": 0.1,
+        },
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("known_size", [True, False])
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_steps_are_counted_once(steps_per_execution, known_size, small_data):
+    x, y = small_data
+    data = tf.data.Dataset.from_tensor_slices((x, np.eye(3)[y])).batch(
+        16, drop_remainder=True
+    )
+    if not known_size:
+        data = data.filter(lambda x, y: True)
+    inner = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    model = RSFTModel(inner, AcceptAll())
+    model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    model.fit(data, epochs=2, verbose=0)
+    assert int(model.policy.steps_seen.numpy()) == 6
+    assert int(model.optimizer.iterations.numpy()) == 6

@@ -62,7 +62,7 @@ def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
         A frozen model of stock Keras parts, from float32 images
         `(batch, height, width, 3)` in [0, 255] to float32 features `(batch, dim)`.
     """
-    _freeze(base.body)
+    _hold_still(base.body)
     if precision == "bfloat16":
         _compute_in_bfloat16(base.body)
     shape = (*base.image_size, _IMAGE_CHANNELS)
@@ -76,14 +76,13 @@ def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
     return backbone
 
 
-def _freeze(body: keras.Model) -> None:
-    """Makes training and inference the same.
+def _hold_still(body: keras.Model) -> None:
+    """Takes the chance out of layers that act at random in training.
 
     The `training=False` that a call bakes into a functional model gives way when
     the model around it is called with `training=True`, so the layers themselves
-    are made to hold still. BatchNorm does so where it is not trainable.
+    have to hold still. BatchNorm does so where it is not trainable.
     """
-    body.trainable = False
     for layer in _leaves(body):
         if isinstance(layer, _DROPOUT):
             layer.rate = 0.0

@@ -83,6 +83,17 @@ def build(
         InvalidArgument: The weights are those of another model.
         WeightsUnavailable: The weights file cannot be read.
     """
+    # Read first: where that fails, it fails at once.
+    state = _read_state(weights)
+    model = _build_random(image_size, include_top)
+    if state is not None:
+        _load_state(model, state, source=str(weights))
+    elif weights != "none":
+        load_weights_file(model, weights)
+    return model
+
+
+def _build_random(image_size: tuple[int, int], include_top: bool) -> keras.Model:
     images = keras.Input((*image_size, 3), name="images")
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="normalization")(images)
     x = _convolve(x, _STEM_FILTERS, name="conv_stem", norm="bn0", kernel=3, stride=2)
@@ -91,9 +102,7 @@ def build(
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     if include_top:
         x = layers.Dense(1000, name="fc")(x)
-    model = keras.Model(images, x, name=NAME)
-    _load_weights(model, weights)
-    return model
+    return keras.Model(images, x, name=NAME)
 
 
 def _add_blocks(x: keras.KerasTensor) -> keras.KerasTensor:
@@ -151,15 +160,13 @@ def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
     return layers.BatchNormalization(epsilon=_BATCH_NORM_EPSILON, name=name)(x)
 
 
-def _load_weights(model: keras.Model, weights: str | Path) -> None:
-    if weights == "none":
-        return
+def _read_state(weights: str | Path) -> dict[str, np.ndarray] | None:
+    """The tensors of a PyTorch file; None where `weights` names no such file."""
     if weights == "imagenet":
-        _load_state(model, read_state_dict(_packaged_weights()), source=_PACKAGE)
-    elif Path(weights).suffix == ".pth":
-        _load_state(model, read_state_dict(weights), source=str(weights))
-    else:
-        load_weights_file(model, weights)
+        return read_state_dict(_packaged_weights())
+    if Path(weights).suffix == ".pth":
+        return read_state_dict(weights)
+    return None
 
 
 def _packaged_weights() -> Path:

@@ -78,7 +78,7 @@ class RSFTModel(keras.Model):
 
     def build(self, input_shape: Any) -> None:
         if not self.model.built:
-            self.model.build(input_shape)
+            self.model(_symbolic_inputs(input_shape))
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -128,16 +128,14 @@ class RSFTModel(keras.Model):
         )
 
     def make_train_function(self, force: bool = False) -> None:
-        # Variables cannot be made inside the branches of a `tf.cond`.
-        variables = self.trainable_variables
-        if self.optimizer is not None and variables:
-            if not self.optimizer.built:
-                self.optimizer.build(variables)
-            _seed_moving_averages(self.optimizer, variables)
+        self._make_slots()
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not self.model.built:  # Nothing can be made inside a `tf.cond`.
+            self.model(keras.tree.map_structure(_symbolic_input, x))
+            self._make_slots()
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
             batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
@@ -181,6 +179,18 @@ class RSFTModel(keras.Model):
             "lowest_loss": float(self.selection.lowest.numpy()),
         }
 
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the states of random layers, which Keras itself does not."""
+        for number, state in enumerate(self._random_states()):
+            store[f"random_state_{number}"] = state.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores the states of random layers, so that training goes on alike."""
+        for number, state in enumerate(self._random_states()):
+            key = f"random_state_{number}"
+            if key in store:
+                state.assign(store[key][...])
+
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "model": keras.saving.serialize_keras_object(self.model),
@@ -202,6 +212,19 @@ class RSFTModel(keras.Model):
     def _selects_within_batch(self) -> bool:
         policy = self.policy
         return policy.level == "sample" and not policy.accepts_every_finite_sample
+
+    def _random_states(self) -> list[Any]:
+        return [v for v in self.model.variables if v.name == "seed_generator_state"]
+
+    def _make_slots(self) -> None:
+        """Makes the optimizer's variables before they are used in a branch."""
+        variables = self.trainable_variables
+        if self.optimizer is None or not variables:
+            return
+        with tf.init_scope():
+            if not self.optimizer.built:
+                self.optimizer.build(variables)
+            _seed_moving_averages(self.optimizer, variables)
 
     def _forward(self, x: Any) -> tuple[Any, keras.StatelessScope]:
         """Runs the model, holding back what the pass would change in it.
@@ -313,6 +336,19 @@ class RSFTModel(keras.Model):
         if self.policy.level == "batch":
             judged = tf.reduce_mean(per_sample_loss)
         self.selection.update_state(per_sample_loss, accept_mask, judged)
+
+
+def _symbolic_input(value: Any) -> keras.KerasTensor:
+    return keras.KerasTensor(value.shape, keras.backend.standardize_dtype(value.dtype))
+
+
+def _symbolic_inputs(shape: Any) -> Any:
+    """Returns symbolic float32 inputs for a shape, or a dict or list of shapes."""
+    if isinstance(shape, dict):
+        return {name: _symbolic_inputs(part) for name, part in shape.items()}
+    if shape and isinstance(shape[0], (list, tuple)):
+        return [_symbolic_inputs(part) for part in shape]
+    return keras.KerasTensor(shape)
 
 
 def _seed_moving_averages(optimizer: Any, variables: list[Any]) -> None:

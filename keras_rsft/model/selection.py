@@ -105,6 +105,6 @@ def _stall_message(epoch: int, seen: dict[str, float], logs: dict[str, Any]) -> 
         return f"Epoch {epoch + 1} accepted no sample: no loss was finite."
     return (
         f"Epoch {epoch + 1} accepted no sample, so nothing was learnt: the lowest "
-        f"loss judged was {lowest:.4g} and the mean loss {logs.get('loss', lowest):.4g}. "
+        f"loss judged was {lowest:.4g}, the mean {logs.get('loss', lowest):.4g}. "
         f"A threshold above {lowest:.4g} accepts some; or set `warmup_steps`."
     )
