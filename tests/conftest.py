@@ -45,7 +45,7 @@ def values_of():
     """Copies the values of variables, so that they can be compared later."""
 
     def copy(*sources):
-        return [np.array(v) for source in sources for v in source.variables]
+        return [np.array(v.numpy()) for source in sources for v in source.variables]
 
     return copy
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold
 
@@ -64,8 +65,6 @@ REJECTION_CASES = [
     *((name, "graph") for name in OPTIMIZERS),
     *(("momentum", mode) for mode in MODES if mode != "graph"),
     ("adam", "eager"),
-    ("ema", "eager"),
-    ("accumulation", "xla"),
     ("accumulation", "mixed_float16"),
     ("adamw", "mixed_bfloat16"),
 ]
@@ -148,7 +147,6 @@ def train_beside_stock_keras(policy, optimizer, mode, data, make_model, values_o
     "policy, optimizer, mode",
     [
         ("AcceptAll", "momentum", "graph"),
-        ("AcceptAll", "adam", "graph"),
         ("AcceptAll", "adamw", "steps_per_execution"),
         ("AcceptAll", "ema", "eager"),
         ("AcceptAll", "accumulation", "graph"),
@@ -179,20 +177,12 @@ def test_accepting_everything_equals_stock_keras(
     )
 
 
-@pytest.mark.parametrize(
-    "policy, mode",
-    [
-        (AcceptAll(), "graph"),
-        (KeepFraction(1.0), "graph"),
-        pytest.param(AcceptAll(), "xla", marks=pytest.mark.slow),
-    ],
-    ids=["graph", "keep", "xla"],
-)
+@pytest.mark.parametrize("mode", ["graph", pytest.param("xla", marks=pytest.mark.slow)])
 def test_compiled_graphs_equal_stock_keras_to_rounding(
-    policy, mode, small_data, make_model, values_of
+    mode, small_data, make_model, values_of
 ):
     ours, stock = train_beside_stock_keras(
-        policy, "momentum", mode, small_data, make_model, values_of
+        AcceptAll(), "momentum", mode, small_data, make_model, values_of
     )
     for value, other in zip(ours, stock, strict=True):
         np.testing.assert_allclose(value, other, rtol=0, atol=1e-6)
@@ -258,3 +248,35 @@ def test_steps_are_counted_once(steps_per_execution, known_size, small_data):
     model.fit(data, epochs=2, verbose=0)
     assert int(model.policy.steps_seen.numpy()) == 6
     assert int(model.optimizer.iterations.numpy()) == 6
+
+
+def test_a_loss_of_one_number_is_refused(small_data):
+    model = RSFTModel(keras.Sequential([keras.layers.Dense(3)]), LossThreshold(1.0))
+    model.compile("sgd", lambda y_true, y_pred: keras.ops.mean(y_pred))
+    with pytest.raises(InvalidArgument, match=r"at least one value a sample.*Received"):
+        fit(model, small_data)
+
+
+def test_padding_does_not_make_a_sample_easy():
+    # Constant predictions of 1/3: every real time step has a loss of ln 3.
+    words = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    inner = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Embedding(2, 5, mask_zero=True),
+            keras.layers.Dense(3, activation="softmax", kernel_initializer="zeros"),
+        ]
+    )
+    model = RSFTModel(inner, LossThreshold(1.0))
+    model.compile("sgd", SCORES)
+    with pytest.warns(UserWarning, match=r"lowest loss judged was 1\.099"):
+        fit(model, (words, np.zeros((3, 4))))
+
+
+def test_a_callback_list_gets_the_guard_too(small_data):
+    inner = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, "softmax")])
+    model = RSFTModel(inner, LossThreshold(1e-9))
+    model.compile("sgd", SCORES)
+    callbacks = keras.callbacks.CallbackList(add_history=True, model=model)
+    with pytest.warns(UserWarning, match="Epoch 1 accepted no sample"):
+        fit(model, small_data, callbacks=callbacks)

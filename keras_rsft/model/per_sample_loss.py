@@ -10,15 +10,22 @@ from typing import Any
 
 import keras
 
+from keras_rsft.errors import InvalidArgument
+
 
 class PerSampleLoss(keras.losses.Loss):
     """A loss of one output, reduced to one number a sample.
 
     Calls the wrapped loss's own `call`, never a copy made from its config.
+    Several values a sample (of time steps, of pixels) are averaged, without
+    those that a Keras mask leaves out.
 
     Args:
         loss: A `keras.losses.Loss`, a function `(y_true, y_pred) -> values`,
             or the name of a Keras loss.
+
+    Raises:
+        InvalidArgument: When called, if the loss returns a single number.
     """
 
     def __init__(self, loss: Any):
@@ -36,9 +43,19 @@ class PerSampleLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         values = super().__call__(y_true, y_pred, sample_weight)
-        if len(values.shape) < 2:
-            return values
-        return keras.ops.mean(values, axis=tuple(range(1, len(values.shape))))
+        if len(values.shape) == 0:
+            raise InvalidArgument(
+                "`loss` must return at least one value a sample, to choose between "
+                "samples. Received: a loss that returns a single number. "
+                "Return it without the mean over the batch."
+            )
+        means = _mean_of_each_row(values)
+        mask = getattr(y_pred, "_keras_mask", None)
+        if mask is None or len(values.shape) == 1:
+            return means
+        # Padding has a loss of 0: counted, it would make short samples look easy.
+        share = _mean_of_each_row(keras.ops.cast(mask, means.dtype))
+        return keras.ops.divide_no_nan(means, share)
 
 
 class LossScorer:
@@ -82,6 +99,10 @@ class LossScorer:
             y=y_true, y_pred=y_pred, sample_weight=sample_weight
         )
         return keras.ops.cast(values, "float32")
+
+
+def _mean_of_each_row(values: Any) -> Any:
+    return keras.ops.mean(values, axis=tuple(range(1, len(values.shape))))
 
 
 def _crossentropy_for(y_true: Any, y_pred: Any) -> str:

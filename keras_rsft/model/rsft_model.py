@@ -119,7 +119,9 @@ class RSFTModel(keras.Model):
                 "Build the model outside of the strategy's scope."
             )
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(AcceptanceGuard())
+            guard = AcceptanceGuard()
+            guard.set_model(self)
+            callbacks.callbacks.append(guard)
         else:
             given = keras.tree.flatten(callbacks) if callbacks is not None else []
             callbacks = [*given, AcceptanceGuard()]

@@ -1,0 +1,96 @@
+"""`RSFTModel.fit` of a head on kept features against stock Keras `fit`.
+
+Prints steps a second for each policy and the ratio to stock Keras, round by
+round in turn, as median and range of the ratios: the machine's speed drifts.
+
+    python tests/benchmarks/training_step.py --rows 10000 --dim 2048
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import keras_rsft as rsft
+
+POLICIES = {
+    "stock Keras": None,
+    "AcceptAll": lambda steps: rsft.AcceptAll(),
+    "LossThreshold": lambda steps: rsft.LossThreshold(2.5, warmup_steps=steps),
+    "batch level": lambda steps: rsft.LossThreshold(1e9, level="batch"),
+    "KeepFraction": lambda steps: rsft.KeepFraction(0.7, ramp_steps=steps),
+}
+
+
+def make_features(folder: Path, rows: int, dim: int) -> rsft.FeatureSet:
+    """Writes synthetic features and opens them."""
+    rng = np.random.default_rng(0)
+    path = folder / "features.bin"
+    with path.open("wb") as file:
+        for start in range(0, rows, 10_000):
+            count = min(10_000, rows - start)
+            file.write(rng.normal(size=(count, dim)).astype("float32").data)
+    labels = rng.integers(0, 10, rows).astype("int32")
+    return rsft.FeatureSet(path, labels, np.arange(rows).astype(str), dim)
+
+
+def compiled(policy, dim: int, steps: int, steps_per_execution: int) -> keras.Model:
+    """Builds a head, wrapped under a policy or plain, ready to fit."""
+    head = rsft.build_head(dim, 10)
+    model = head if policy is None else rsft.RSFTModel(head, policy(steps))
+    model.compile(
+        keras.optimizers.SGD(1e-3, momentum=0.9),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        steps_per_execution=steps_per_execution,
+    )
+    return model
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps-per-execution", type=int, nargs="+", default=[1, 53])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        features = make_features(Path(folder), arguments.rows, arguments.dim)
+        for steps_per_execution in arguments.steps_per_execution:
+            _measure(features, arguments, steps_per_execution)
+
+
+def _measure(features, arguments, steps_per_execution: int) -> None:
+    batches = rsft.TrainingBatches(features, batch_size=arguments.batch_size, seed=0)
+    steps = -(-len(features) // arguments.batch_size)
+    models = {
+        name: compiled(policy, features.dim, steps, steps_per_execution)
+        for name, policy in POLICIES.items()
+    }
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(arguments.rounds + 1):  # The first one compiles.
+        for name, model in models.items():
+            started = time.perf_counter()
+            model.fit(batches.dataset, verbose=0, shuffle=False)
+            if round_number:
+                rates[name].append(steps / (time.perf_counter() - started))
+    print(f"\nsteps_per_execution={steps_per_execution}, {steps} steps an epoch")
+    print(f"{'':14} {'steps/s':>8} {'ratio to stock Keras':>22} {'range':>14}")
+    for name, values in rates.items():
+        ratios = [a / b for a, b in zip(values, rates["stock Keras"], strict=True)]
+        print(
+            f"{name:14} {statistics.median(values):8.0f} "
+            f"{statistics.median(ratios):22.2f} {min(ratios):6.2f}-{max(ratios):.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
