@@ -36,8 +36,8 @@ def load_weights_file(model: keras.Model, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise InvalidArgument(
-            "`weights` must be a `.weights.h5`, `.h5` or `.keras` file for "
-            f"{model.name}. Received: {path}"
+            "`weights` must be a `.weights.h5`, `.h5` or `.keras` file, or `.pth` for "
+            f"efficientnet_lite0. Received: {path} for {model.name}"
         )
     if not path.is_file():
         raise InvalidArgument(

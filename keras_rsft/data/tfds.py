@@ -179,7 +179,7 @@ def _prepared_builder(
 def _image_key(builder: DatasetBuilder, source: str) -> str:
     import tensorflow_datasets as tfds
 
-    features = dict(builder.info.features)
+    features = dict(sorted(builder.info.features.items()))
     keys = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     if "image" in keys:
         return "image"
@@ -196,10 +196,9 @@ def _class_label(
 ) -> ClassLabel:
     import tensorflow_datasets as tfds
 
-    features = dict(builder.info.features)
-    labels = {
-        k: f for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)
-    }
+    # Sorted, for TFDS has the features in another order in each process.
+    features = sorted(builder.info.features.items())
+    labels = {k: f for k, f in features if isinstance(f, tfds.features.ClassLabel)}
     if key not in labels:
         raise InvalidArgument(
             f"`{argument}` must be a class label of {source}, which has: "

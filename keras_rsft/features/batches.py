@@ -6,7 +6,7 @@ alone, so that a run that was interrupted goes on with the same batches.
 
 from __future__ import annotations
 
-import mmap
+import threading
 from collections.abc import Callable
 
 import keras
@@ -17,7 +17,7 @@ from keras_rsft.features.feature_set import FeatureSet
 
 # Above this, rows are read from disk a block of batches at a time.
 MAX_BYTES_IN_MEMORY = 2**28
-BLOCK_BYTES = 2**26
+BLOCK_BYTES = 2**25
 
 Gathering = Callable[[tf.Tensor, tf.Tensor], tf.data.Dataset]
 
@@ -135,18 +135,21 @@ def _slices(tensors: tuple[tf.Tensor, ...], size: int) -> tf.data.Dataset:
 
 
 def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk."""
-    with features.path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    table = np.frombuffer(mapping, dtype=np.float32).reshape(-1, features.dim)
+    """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk.
+
+    Rows are read one by one, in the order of the file. A memory map would count
+    its pages as ours, and bring in many more of them than were asked for.
+    """
+    file = features.path.open("rb", buffering=0)
+    row_bytes = 4 * features.dim
+    lock = threading.Lock()
 
     def read(rows: np.ndarray) -> np.ndarray:
-        by_position = np.argsort(rows)
         values = np.empty((len(rows), features.dim), np.float32)
-        values[by_position] = table[rows[by_position]]
-        if hasattr(mapping, "madvise"):
-            # Pages stay in the system's cache, but no longer count as ours.
-            mapping.madvise(mmap.MADV_DONTNEED)
+        with lock:
+            for position in np.argsort(rows):
+                file.seek(int(rows[position]) * row_bytes)
+                file.readinto(values[position])
         return values
 
     def read_rows(rows: tf.Tensor) -> tf.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,23 @@ class FeatureSet:
         """Returns the same features under other labels, both of shape `(n,)`."""
         return dataclasses.replace(self, labels=labels, clean_labels=clean_labels)
 
+    def chunks(self, rows: int = 4096) -> Iterator[np.ndarray]:
+        """Yields the plain images' features in order, read from the file.
+
+        Args:
+            rows: Rows of each array but the last, at least 1. Default 4096.
+
+        Yields:
+            Float32 arrays of shape `(rows, dim)`.
+        """
+        row_values = self.views * self.dim
+        for start in range(0, len(self), rows):
+            count = min(rows, len(self) - start) * row_values
+            values = np.fromfile(
+                self.path, np.float32, count=count, offset=4 * start * row_values
+            )
+            yield values.reshape(-1, self.views, self.dim)[:, 0]
+
     def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """Returns mean and variance of each feature over the plain images.
 
@@ -75,8 +93,8 @@ class FeatureSet:
         """
         total = np.zeros(self.dim)
         total_of_squares = np.zeros(self.dim)
-        for start in range(0, len(self), chunk_rows):
-            chunk = np.asarray(self.features[start : start + chunk_rows], np.float64)
+        for chunk in self.chunks(chunk_rows):
+            chunk = chunk.astype(np.float64)
             total += chunk.sum(axis=0)
             total_of_squares += np.square(chunk).sum(axis=0)
         mean = total / len(self)

@@ -181,8 +181,7 @@ def head_probabilities(
         chunk_rows: Rows at a time, at least 1. Default 4096.
     """
     chunks = [
-        np.asarray(model(part.features[start : start + chunk_rows], training=False))
-        for start in range(0, len(part), chunk_rows)
+        np.asarray(model(chunk, training=False)) for chunk in part.chunks(chunk_rows)
     ]
     return np.concatenate(chunks)
 
