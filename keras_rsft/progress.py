@@ -43,6 +43,9 @@ def progress_bar(
             return Text(f"{task.speed or 0:,.0f} {unit}/s")
 
     console = Console(stderr=True)
+    if not (visible and console.is_terminal):
+        yield lambda finished: None
+        return
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -50,7 +53,6 @@ def progress_bar(
         RateColumn(),
         TimeRemainingColumn(compact=True),
         console=console,
-        disable=not (visible and console.is_terminal),
     ) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda finished: progress.advance(task, finished)

@@ -485,6 +485,7 @@ def data_dir(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("tfds")
     write_tfds(data_dir, "tiny", (("train", 24), ("test", 6), ("extra", 3)))
     write_tfds(data_dir, "untrained", (("left", 8), ("right", 6)))
+    write_tfds(data_dir, "lopsided", (("train", 2), ("test", 3)))
     return data_dir
 
 
@@ -546,6 +547,10 @@ class TestTfds:
             seen = [(int(i), value_of(image) % 3) for i, image in part.images(4)]
             assert seen == list(enumerate(part.labels.tolist()))
         assert indices_of(data.train.images(4, start=9)) == [9, 10]
+
+    def test_a_class_that_train_lacks_is_named(self, data_dir):
+        with pytest.raises(DataError, match="Without one: 'z' in test"):
+            self.load(data_dir, "lopsided")
 
     def test_fingerprint_is_that_of_the_ids(self, data_dir):
         train = self.load(data_dir).train
