@@ -254,10 +254,12 @@ def test_interrupted_from_the_keyboard(photo_folder, tiny_base_file, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=_plain_environment(),
     )  # fmt: skip
-    assert process.stdout.readline().startswith("3 classes")
-    time.sleep(6)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline().startswith("3 classes")
+        time.sleep(6)
+        err = _interrupt(process)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Interrupted" in err
     assert "Traceback" not in err
@@ -277,6 +279,17 @@ def test_the_demo_of_the_readme(command, tmp_path):
     status, out, err = command(*predict.split()[1:])
     assert status == 0, err
     assert (tmp_path / "saved_models" / "digits" / "1" / "saved_model.pb").is_file()
+
+
+def _interrupt(process):
+    """Presses Ctrl-C, and again while nothing happens, as a user would."""
+    for _ in range(6):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=15)[1]
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError("six interrupts did not end the command")
 
 
 def _plain_environment():
