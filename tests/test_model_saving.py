@@ -80,6 +80,32 @@ class TestKerasFile:
             model.predict(small_data[0], verbose=0),
         )
 
+    @pytest.mark.parametrize("kind", ["nested", "built lazily"])
+    def test_any_structure_comes_back(self, kind, make_model, small_data, tmp_path):
+        head = keras.layers.Dense(3, activation="softmax")
+        if kind == "nested":
+            inputs = keras.Input((8,))
+            inner = keras.Model(inputs, head(make_model()(inputs)))
+        else:
+            inner = keras.Sequential([keras.layers.Dropout(0.5), head])
+        model = compiled(inner)
+        fit(model, small_data)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        assert_same(loaded, model)
+        assert fit(loaded, small_data) == fit(model, small_data)
+
+    def test_an_unknown_class_is_named(self, small_data, tmp_path):
+        class Unknown(keras.Model):
+            def call(self, inputs):
+                return inputs
+
+        model = RSFTModel(Unknown(), AcceptAll())
+        model(small_data[0])
+        model.save(tmp_path / "model.keras")
+        with pytest.raises(TypeError, match="Could not locate class 'Unknown'"):
+            keras.saving.load_model(tmp_path / "model.keras")
+
     @pytest.mark.slow
     def test_loads_in_a_fresh_process(self, make_model, small_data, tmp_path):
         model = compiled(make_model())

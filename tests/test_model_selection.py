@@ -296,9 +296,15 @@ def test_several_outputs(container, small_data):
             outputs = dict(zip(("scores", "number"), outputs, strict=True))
         return keras.Model(inputs, outputs)
 
+    sample_weight = keras.tree.map_structure(
+        lambda weight: np.linspace(0, weight, 48), weights
+    )
     assert_same_training(
         stock_and_ours(
-            build, lambda: {"loss": losses, "loss_weights": weights}, (x, targets)
+            build,
+            lambda: {"loss": losses, "loss_weights": weights},
+            (x, targets),
+            sample_weight=sample_weight,
         )
     )
 

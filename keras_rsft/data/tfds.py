@@ -123,24 +123,15 @@ def list_tfds(
         clean = _class_label(builder, clean_label_key, "clean_label_key", source)
         names = _better_names(given, clean)
         keys.append(clean_label_key)
-    parts = {
-        split: _gather(builder, split, image_key, keys)
-        for split in _wanted_splits(builder)
-    }
-    ids = np.concatenate([part[0] for part in parts.values()])
-    labels = np.concatenate([part[1] for part in parts.values()])
-    sizes = [len(part[0]) for part in parts.values()]
-    positions = np.concatenate([np.arange(size) for size in sizes])
-    splits = np.repeat(_split_codes(list(parts)), sizes)
+    ids, labels, origins, positions = _gather_all(builder, image_key, keys)
+    splits = _split_codes(origins)
     return Listing(
         ids=ids,
         labels=_given_labels(labels, splits, source),
         clean_labels=_clean_labels(labels, source),
         splits=splits,
         class_names=names,
-        reader=TfdsReader(
-            builder, image_key, ids, np.repeat(list(parts), sizes), positions
-        ),
+        reader=TfdsReader(builder, image_key, ids, origins, positions),
         source=source,
     )
 
@@ -219,10 +210,14 @@ def _wanted_splits(builder: DatasetBuilder) -> list[str]:
     return [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
 
 
-def _split_codes(splits: list[str]) -> np.ndarray:
-    if "train" not in splits:
-        return np.full(len(splits), TRAIN, np.int8)
-    return np.array([SPLITS.index(SPLIT_ALIASES[split]) for split in splits], np.int8)
+def _split_codes(origins: np.ndarray) -> np.ndarray:
+    """Maps TFDS splits to positions in `SPLITS`; without a train, all are train."""
+    if "train" not in origins:
+        return np.full(len(origins), TRAIN, np.int8)
+    codes = np.zeros(len(origins), np.int8)
+    for origin in np.unique(origins):
+        codes[origins == origin] = SPLITS.index(SPLIT_ALIASES[str(origin)])
+    return codes
 
 
 def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Dataset:
@@ -238,6 +233,21 @@ def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Datase
         decoders={image_key: tfds.decode.SkipDecoding()},
         read_config=config,
         shuffle_files=False,
+    )
+
+
+def _gather_all(
+    builder: DatasetBuilder, image_key: str, keys: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns ids, labels, TFDS splits and positions in them, of all splits."""
+    splits = _wanted_splits(builder)
+    parts = [_gather(builder, split, image_key, keys) for split in splits]
+    sizes = [len(ids) for ids, _ in parts]
+    return (
+        np.concatenate([ids for ids, _ in parts]),
+        np.concatenate([labels for _, labels in parts]),
+        np.repeat(splits, sizes),
+        np.concatenate([np.arange(size) for size in sizes]),
     )
 
 
