@@ -144,9 +144,7 @@ class RSFTModel(keras.Model):
             per_sample_loss = self._scorer(y, y_pred)
             accept_mask = self.policy(tf.stop_gradient(per_sample_loss))
             if self._selects_within_batch:
-                objective = self._accepted_loss(
-                    y, y_pred, sample_weight, accept_mask, per_sample_loss
-                )
+                objective = self._accepted_loss(y, y_pred, sample_weight, accept_mask)
             else:
                 objective = batch_loss
             objective = self.optimizer.scale_loss(objective)
@@ -243,17 +241,10 @@ class RSFTModel(keras.Model):
         return y_pred, pending
 
     def _accepted_loss(
-        self,
-        y: Any,
-        y_pred: Any,
-        sample_weight: Any,
-        accept_mask: tf.Tensor,
-        unweighted_loss: tf.Tensor | None = None,
+        self, y: Any, y_pred: Any, sample_weight: Any, accept_mask: tf.Tensor
     ) -> tf.Tensor:
         """Returns the weighted mean loss over the accepted, plus regularisation."""
-        weighted_loss = unweighted_loss
-        if sample_weight is not None or unweighted_loss is None:
-            weighted_loss = self._scorer(y, y_pred, sample_weight)
+        weighted_loss = self._scorer(y, y_pred, sample_weight)
         accepted_count = tf.reduce_sum(tf.cast(accept_mask, tf.float32))
         loss = tf.math.divide_no_nan(
             tf.reduce_sum(tf.where(accept_mask, weighted_loss, 0.0)), accepted_count
