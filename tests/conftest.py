@@ -9,6 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import pytest
+from made_images import png, write
 
 
 @pytest.fixture(scope="session")
@@ -95,3 +96,13 @@ def tiny_base(tiny_base_file):
     from keras_rsft.backbones import load_backbone
 
     return load_backbone(str(tiny_base_file))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty images of each of three classes; each is of its own grey value."""
+    root = tmp_path / "photos"
+    for label, name in enumerate(("cat", "dog", "owl")):
+        for number in range(20):
+            write(root / name / f"{number:02}.png", png(80 * label + number))
+    return root

@@ -1,0 +1,392 @@
+"""Folders, CSV files and names: what is found in them, what is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_images import (
+    SPLIT_NAMES,
+    all_ids,
+    indices_of,
+    named_labels,
+    png,
+    write,
+    write_table,
+)
+from PIL import Image
+
+from keras_rsft.data import load_images
+from keras_rsft.errors import DataError, InvalidArgument
+
+
+class TestFolder:
+    def test_each_class_is_cut_into_three(self, folder):
+        data = load_images(folder)
+        assert data.class_names == ("cat", "dog", "owl")
+        assert data.num_classes == 3
+        assert data.source == str(folder)
+        for name, count in zip(SPLIT_NAMES, (14, 3, 3), strict=True):
+            split = getattr(data, name)
+            assert split.name == name
+            assert np.bincount(split.labels).tolist() == [count] * 3
+            assert split.labels.dtype == np.int32
+            assert split.clean_labels is None
+            assert split.ids.tolist() == sorted(split.ids.tolist())
+        assert len(set(all_ids(data))) == 60
+
+    def test_labels_and_pixels_belong_to_the_ids(self, folder):
+        data = load_images(folder)
+        for id_, label in named_labels(data, "validation").items():
+            assert id_.split("/")[0] == label
+        for index, image in data.validation.images((6, 8)):
+            name, number = data.validation.ids[int(index)].split("/")
+            value = 80 * data.class_names.index(name) + int(number[:2])
+            assert np.all(image.numpy() == value)
+
+    def test_fractions_and_seed_are_used(self, folder):
+        data = load_images(folder, validation_fraction=0.5, test_fraction=0)
+        assert (len(data.train), len(data.validation), len(data.test)) == (30, 30, 0)
+        assert indices_of(data.test.images(8)) == []
+        one, two = load_images(folder, split_seed=1), load_images(folder, split_seed=2)
+        assert one.test.ids.tolist() != two.test.ids.tolist()
+        again = load_images(folder, split_seed=1)
+        assert one.test.ids.tolist() == again.test.ids.tolist()
+
+    def test_another_place_gives_the_same_splits(self, folder, tmp_path):
+        before = load_images(folder)
+        moved = shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
+        after = load_images(moved)
+        for name in SPLIT_NAMES:
+            one, two = getattr(before, name), getattr(after, name)
+            assert one.ids.tolist() == two.ids.tolist()
+            assert one.fingerprint == two.fingerprint
+
+    def test_adding_an_image_moves_few_others(self, folder):
+        before = load_images(folder)
+        write(folder / "cat" / "new.png")
+        after = load_images(folder)
+        for name in SPLIT_NAMES:
+            old, new = set(getattr(before, name).ids), set(getattr(after, name).ids)
+            assert len(old - new) <= 2
+
+    def test_names_of_any_kind(self, tmp_path):
+        names = ["a b.JPG", "Größe.png", "図.Jpeg", "deep/er/x.gif", "q'?\".webp"]
+        for name in names:
+            write(tmp_path / "chat à" / name)
+        write(tmp_path / "Hund" / "1.bmp")
+        data = load_images(tmp_path, validation_fraction=0, test_fraction=0)
+        expected = sorted([*(f"chat à/{name}" for name in names), "Hund/1.bmp"])
+        assert data.train.ids.tolist() == expected
+        assert data.class_names == ("Hund", "chat à")
+        assert indices_of(data.train.images(4)) == list(range(6))
+        assert data.train.read_error(0) is None
+
+    def test_other_files_are_ignored_and_counted(self, folder):
+        write(folder / "cat" / "notes.txt")
+        write(folder / "cat" / ".hidden.png")
+        write(folder / "dog" / "deep" / "Thumbs.db")
+        write(folder / "readme.md")
+        write(folder / ".cache" / "x.png")
+        data = load_images(folder)
+        assert len(all_ids(data)) == 60
+        assert data.ignored_files == 5
+
+    def test_links_are_followed_and_loops_are_not(self, folder, tmp_path):
+        other = write(tmp_path / "store" / "far.png")
+        (folder / "cat" / "link.png").symlink_to(other)
+        (folder / "cat" / "more").symlink_to(tmp_path / "store")
+        (folder / "cat" / "up").symlink_to(folder)
+        (folder / "cat" / "self.png").symlink_to(folder / "cat" / "self.png")
+        (folder / "cat" / "gone.png").symlink_to(tmp_path / "nothing.png")
+        (folder / "bat").symlink_to(folder / "cat")
+        (tmp_path / "store" / "back").symlink_to(folder / "cat")
+        ids = all_ids(load_images(folder))
+        cats = [id_ for id_ in ids if id_.startswith("cat/")]
+        assert len(cats) == 22
+        assert {"cat/link.png", "cat/more/far.png"} < set(cats)
+        assert sum(id_.startswith("bat/") for id_ in ids) == 22
+
+    def test_two_links_to_each_other_end(self, folder):
+        (folder / "cat" / "sub").mkdir()
+        (folder / "dog" / "sub").mkdir()
+        (folder / "cat" / "sub" / "dog").symlink_to(folder / "dog")
+        (folder / "dog" / "sub" / "cat").symlink_to(folder / "cat")
+        ids = all_ids(load_images(folder))
+        assert sum(id_.startswith("cat/") for id_ in ids) == 40
+
+    def test_numbers_as_class_names_are_sorted_by_value(self, tmp_path):
+        for name in ("10", "9", "1"):
+            write(tmp_path / name / "x.png")
+        assert load_images(tmp_path).class_names == ("1", "9", "10")
+
+    def test_a_single_image_of_a_class_goes_to_train(self, folder):
+        write(folder / "yak" / "only.png")
+        data = load_images(folder)
+        assert "yak/only.png" in data.train.ids
+        assert data.class_names[3] == "yak"
+
+    @pytest.mark.parametrize("name", ["validation", "val", "valid", "Val"])
+    def test_split_folders(self, tmp_path, name):
+        for split, count in (("train", 4), (name, 2), ("test", 3)):
+            for label in ("a", "b"):
+                for number in range(count):
+                    write(tmp_path / split / label / f"{number}.png")
+        data = load_images(tmp_path)
+        assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [8, 4, 6]
+        assert data.class_names == ("a", "b")
+        assert data.validation.ids[0] == f"{name}/a/0.png"
+
+    def test_a_missing_split_is_cut_from_train_alone(self, tmp_path):
+        for split, count in (("train", 20), ("test", 5)):
+            for label in ("a", "b"):
+                for number in range(count):
+                    write(tmp_path / split / label / f"{number}.png")
+        write(tmp_path / "readme.txt")
+        data = load_images(tmp_path)
+        assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [34, 6, 10]
+        assert all(id_.startswith("train/") for id_ in data.validation.ids)
+        assert all(id_.startswith("test/") for id_ in data.test.ids)
+        assert data.ignored_files == 1
+
+    def test_split_names_among_others_are_classes(self, tmp_path):
+        for name in ("train", "test", "boat"):
+            write(tmp_path / name / "deep" / "1.png")
+        assert load_images(tmp_path).class_names == ("boat", "test", "train")
+
+    def test_a_class_that_train_lacks_is_named(self, tmp_path):
+        for path in ("train/a", "train/b", "test/a", "test/zebra"):
+            write(tmp_path / path / "1.png")
+        with pytest.raises(DataError, match="'zebra' in test"):
+            load_images(tmp_path)
+
+    def test_an_empty_class_is_named(self, folder):
+        write(folder / "yak" / "photo.tiff")
+        with pytest.raises(DataError, match=r"yak\. Received: none, and 1 other"):
+            load_images(folder)
+
+    def test_one_class_is_not_enough(self, tmp_path):
+        write(tmp_path / "cat" / "1.png")
+        with pytest.raises(DataError, match=r"two classes or more.*only 'cat'"):
+            load_images(tmp_path)
+
+    def test_images_without_class_folders_are_refused(self, tmp_path):
+        write(tmp_path / "1.png")
+        with pytest.raises(DataError, match="one folder for each class"):
+            load_images(tmp_path)
+
+    def test_two_folders_for_one_split_are_refused(self, tmp_path):
+        for split in ("train", "val", "valid"):
+            write(tmp_path / split / "a" / "1.png")
+        with pytest.raises(DataError, match="train, val, valid"):
+            load_images(tmp_path)
+
+    def test_a_name_that_is_not_utf8_is_refused(self, folder):
+        try:
+            write(folder / "cat" / os.fsdecode(b"\xff.png"))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+        with pytest.raises(DataError, match="valid UTF-8"):
+            load_images(folder)
+
+
+class TestTable:
+    LABELS = ("red", "blue", "blue", "red")
+
+    @pytest.fixture
+    def table(self, tmp_path):
+        for number in range(4):
+            write(tmp_path / "img" / f"{number}.png", png(number))
+        return tmp_path / "labels.csv"
+
+    def test_path_and_label(self, table):
+        rows = [f"img/{n}.png,{label}" for n, label in enumerate(self.LABELS)]
+        write_table(table, "path,label", *rows)
+        data = load_images(table, validation_fraction=0, test_fraction=0)
+        assert data.class_names == ("blue", "red")
+        assert data.train.ids.tolist() == [f"img/{n}.png" for n in range(4)]
+        assert data.train.labels.tolist() == [1, 0, 0, 1]
+        assert data.train.encoded(2) == png(2)
+
+    def test_columns_by_name_splits_and_clean_labels(self, table):
+        write_table(
+            table,
+            "\ufefffile,given,part,right",
+            "img/3.png, red ,test,blue",
+            '"img/0.png",red,train,red',
+            "",
+            "img/1.png,blue,,red",
+            "./img/2.png,blue,val,blue",
+        )
+        data = load_images(
+            table,
+            path_column="file",
+            label_column="given",
+            split_column="part",
+            clean_label_column="right",
+        )
+        assert data.train.ids.tolist() == ["img/0.png", "img/1.png"]
+        assert data.train.labels.tolist() == [1, 0]
+        assert data.train.clean_labels.tolist() == [1, 1]
+        assert data.validation.ids.tolist() == ["img/2.png"]
+        assert data.test.labels.tolist() == [1]
+        assert data.test.clean_labels.tolist() == [0]
+
+    def test_split_column_can_be_ignored(self, table):
+        rows = [f"img/{n}.png,{label},?" for n, label in enumerate(self.LABELS)]
+        write_table(table, "path,label,split", *rows)
+        assert len(all_ids(load_images(table, split_column=None))) == 4
+
+    def test_numbers_are_sorted_by_value(self, table):
+        write_table(table, "path,label", "img/0.png,10", "img/1.png,9", "img/2.png,-1")
+        assert load_images(table).class_names == ("-1", "9", "10")
+
+    def test_a_missing_file_is_left_out_when_reading(self, table):
+        write_table(table, "path,label", "img/0.png,a", "img/1.png,b", "img/9.png,a")
+        train = load_images(table, validation_fraction=0, test_fraction=0).train
+        assert indices_of(train.images(8)) == [0, 1]
+        assert train.read_error(2).startswith("The file cannot be opened: No such file")
+
+    def test_only_missing_files_are_an_error(self, table):
+        write_table(table, "path,label", "pics/0.png,a", "pics/1.png,b")
+        with pytest.raises(DataError, match=r"None of the 2 files.*relative to the"):
+            load_images(table)
+
+    @pytest.mark.parametrize(
+        "path", ["../out.png", "/etc/hosts", "img/../../out.png", "..", "way/out.png"]
+    )
+    def test_a_path_outside_the_folder_is_refused(self, tmp_path, path):
+        inner = tmp_path / "inner"
+        write(tmp_path / "out.png")
+        write(inner / "img" / "0.png")
+        (inner / "way").symlink_to(tmp_path)
+        table = write_table(inner / "t.csv", "path,label", "img/0.png,a", f"{path},b")
+        with pytest.raises(DataError, match=r"stay inside it.*line 3"):
+            load_images(table)
+
+    def test_a_linked_file_outside_is_refused_and_inside_is_not(self, tmp_path):
+        inner = tmp_path / "inner"
+        outside = write(tmp_path / "out.png")
+        real = write(inner / "img" / "0.png")
+        (inner / "img" / "in.png").symlink_to(real)
+        table = write_table(
+            inner / "t.csv", "path,label", "img/0.png,a", "img/in.png,b"
+        )
+        assert len(all_ids(load_images(table))) == 2
+        (inner / "img" / "in.png").unlink()
+        (inner / "img" / "in.png").symlink_to(outside)
+        with pytest.raises(DataError, match="stay inside it"):
+            load_images(table)
+
+    def test_a_folder_that_is_reached_by_a_link_is_fine(self, table, tmp_path):
+        write_table(table, "path,label", "img/0.png,a", "img/1.png,b")
+        (tmp_path / "alias").symlink_to(table.parent)
+        assert len(all_ids(load_images(tmp_path / "alias" / table.name))) == 2
+
+    @pytest.mark.parametrize(
+        "lines, message",
+        [
+            (["file,class"], r"no column 'path', 'label'. It has: 'file', 'class'"),
+            (["path;label", "img/0.png;a"], "It has: 'path;label'"),
+            ([""], "It has: none"),
+            (["path,label"], "no row below the header"),
+            (["path,label", "img/0.png,"], "value in column 'label' of .*line 2"),
+            (["path,label", "img/0.png"], "value in column 'label' of .*line 2"),
+            (["path,label", ",a"], "value in column 'path' of .*line 2"),
+            (["path,label", "img/0.png,a", "img//0.png,b"], "line 3 has been listed"),
+            (["path,label,split", "img/0.png,a,dev"], "'dev' in .*line 2"),
+            (["path,label", "img,a"], "is not a file, in .*line 2"),
+            (["path,label", "img/0\0.png,a"], "stay inside it"),
+            (["path,label", 'img/0.png,"a'], "comma-separated table in UTF-8"),
+            (["path,label,split", "img/0.png,a,test"], "'a' in test"),
+            (["path,label", "img/0.png,a"], "two classes or more"),
+        ],
+    )
+    def test_wrong_tables_are_explained(self, table, lines, message):
+        write_table(table, *lines)
+        with pytest.raises(DataError, match=message):
+            load_images(table)
+
+    def test_an_option_that_names_no_column_is_explained(self, table):
+        write_table(table, "path,label", "img/0.png,a", "img/1.png,b")
+        for option in ("split_column", "clean_label_column"):
+            with pytest.raises(DataError, match="no column 'nope'"):
+                load_images(table, **{option: "nope"})
+
+    def test_a_clean_label_must_be_given_and_a_known_class(self, table):
+        options = {"clean_label_column": "clean"}
+        write_table(table, "path,label,clean", "img/0.png,a,a", "img/1.png,b,")
+        with pytest.raises(DataError, match=r"column 'clean' of .*line 3"):
+            load_images(table, **options)
+        write_table(table, "path,label,clean", "img/0.png,a,a", "img/1.png,b,c")
+        with pytest.raises(DataError, match="'c' in the clean labels"):
+            load_images(table, **options)
+
+    def test_another_encoding_is_explained(self, table):
+        table.write_bytes("path,label\nimg/0.png,Größe\n".encode("latin-1"))
+        with pytest.raises(DataError, match="UTF-8"):
+            load_images(table)
+
+    def test_a_pipe_is_not_read(self, table):
+        os.mkfifo(table.parent / "pipe.png")
+        write_table(table, "path,label", "img/0.png,a", "pipe.png,b")
+        with pytest.raises(DataError, match="is not a file"):
+            load_images(table)
+
+
+class TestOtherSources:
+    def test_digits(self):
+        data = load_images("digits")
+        assert data.class_names == tuple("0123456789")
+        ids = all_ids(data)
+        assert (len(ids), ids[0], ids[-1]) == (1797, "digits/0000", "digits/1796")
+        assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [1259, 269, 269]
+
+    def test_digits_pixels_and_file(self):
+        from sklearn.datasets import load_digits
+
+        train = load_images("digits").train
+        number = int(train.ids[7].split("/")[1])
+        grey = np.round(load_digits().images[number] * (255 / 16))
+        _, image = next(iter(train.images(8, start=7)))
+        np.testing.assert_array_equal(image, np.stack([grey] * 3, axis=-1))
+        stored = np.asarray(Image.open(io.BytesIO(train.encoded(7))))
+        np.testing.assert_array_equal(stored, grey)
+        assert train.labels[7] == load_digits().target[number]
+
+    def test_a_folder_called_digits_is_reached_by_its_path(self, tmp_path, monkeypatch):
+        for name in ("a", "b"):
+            write(tmp_path / "digits" / name / "1.png")
+        monkeypatch.chdir(tmp_path)
+        assert load_images("./digits").class_names == ("a", "b")
+        assert load_images(Path("digits")).class_names == ("a", "b")
+        assert len(load_images("digits").class_names) == 10
+
+    @pytest.mark.parametrize(
+        "name, message",
+        [
+            ("photo", r"Did you mean '.*photos'\?"),
+            ("digit", r"Did you mean|does not exist"),
+            ("no/such/place", "Neither does"),
+            ("photos/cat/00.png", "another kind of file"),
+        ],
+    )
+    def test_an_unknown_source_is_explained(self, folder, name, message):
+        with pytest.raises(InvalidArgument, match=message):
+            load_images(folder.parent / name)
+
+    def test_a_misspelt_name_is_suggested(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InvalidArgument, match=r"Did you mean 'digits'\?"):
+            load_images("digit")
+
+    @pytest.mark.parametrize(
+        "validation, test", [(-0.1, 0.1), (1.0, 0), (0.5, 0.5), (float("nan"), 0)]
+    )
+    def test_wrong_fractions_are_refused(self, validation, test):
+        with pytest.raises(InvalidArgument, match="validation_fraction"):
+            load_images("digits", validation_fraction=validation, test_fraction=test)
