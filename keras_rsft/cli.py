@@ -14,7 +14,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from keras_rsft import __version__
 from keras_rsft.errors import (
@@ -43,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
-        choice = _policy_choice(arguments) if arguments.command == "fit" else None
-        _silence_native_libraries()
-        return _COMMANDS[arguments.command](arguments, choice)
+        return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "Interrupted. Run the same command again to go on.")
     except InvalidArgument as error:
@@ -226,7 +223,8 @@ def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_demo(arguments: argparse.Namespace, _: PolicyChoice | None) -> int:
+def _run_demo(arguments: argparse.Namespace) -> int:
+    _silence_native_libraries()
     from keras_rsft.cli_output import print_demo
     from keras_rsft.demo import run_demo
 
@@ -246,7 +244,9 @@ def _run_demo(arguments: argparse.Namespace, _: PolicyChoice | None) -> int:
     return 0
 
 
-def _run_fit(arguments: argparse.Namespace, choice: PolicyChoice | None) -> int:
+def _run_fit(arguments: argparse.Namespace) -> int:
+    choice = _policy_choice(arguments)  # Refused before anything heavy is imported.
+    _silence_native_libraries()
     from keras_rsft.cli_output import print_data, print_run
     from keras_rsft.data import add_label_noise, load_images
     from keras_rsft.finetuning import TrainingSettings, finetune
@@ -296,7 +296,8 @@ def _run_fit(arguments: argparse.Namespace, choice: PolicyChoice | None) -> int:
     return 0
 
 
-def _run_predict(arguments: argparse.Namespace, _: PolicyChoice | None) -> int:
+def _run_predict(arguments: argparse.Namespace) -> int:
+    _silence_native_libraries()
     from keras_rsft.cli_output import print_predictions
     from keras_rsft.predict import predict_files
 
@@ -370,9 +371,5 @@ def _parsed(text: str, kind: type, holds, expected: str):
     return value
 
 
-def _exit() -> NoReturn:
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    _exit()
+    sys.exit(main())

@@ -48,9 +48,10 @@ def print_data(data: ImageData, *, noise: str | None = None) -> None:
 def print_run(run: Run) -> None:
     """Prints the results of a run and what to do next."""
     console = _console()
-    if run.unreadable:
+    unreadable = len(run.features.unreadable)
+    if unreadable:
         console.print(
-            f"[yellow]{len(run.unreadable)} images cannot be read and were left out; "
+            f"[yellow]{unreadable} images cannot be read and were left out; "
             "see unreadable.csv in the run folder.[/]"
         )
     table = Table(show_header=False)

@@ -11,13 +11,11 @@ import dataclasses
 import os
 from pathlib import Path
 
-from keras_rsft.backbones import load_backbone
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.export import export_saved_model
 from keras_rsft.finetuning import (
     Run,
     TrainingSettings,
-    extract_all,
     finetune,
     train_head,
 )
@@ -90,8 +88,7 @@ def run_demo(
         progress=progress,
         command=command,
     )
-    base = load_backbone(BACKBONE, image_size=IMAGE_SIZE)
-    noisy = extract_all(base, data, cache_dir=cache_dir, progress=progress)
+    noisy = run.features
     right = dataclasses.replace(
         noisy, train=noisy.train.with_labels(noisy.train.clean_labels)
     )

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from keras_rsft.backbones import assembly
 from keras_rsft.errors import InvalidArgument
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", *assembly.PRECISIONS)
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 _FIRST_GPU_WITH_BFLOAT16 = (8, 0)
 

@@ -15,7 +15,11 @@ from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.data import ImageData, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features.precision import choose_precision
-from keras_rsft.finetuning.head_training import extract_all, train_head
+from keras_rsft.finetuning.head_training import (
+    SplitFeatures,
+    extract_all,
+    train_head,
+)
 from keras_rsft.finetuning.run_folder import check_new_folder, write_run
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.model import RSFTModel
@@ -34,7 +38,7 @@ class Run:
             and, where the right labels are known, the shares of wrong and right
             labels that the finished model's policy rejects.
         config: Everything that is needed to repeat the run.
-        unreadable: `(id, reason)` of images that were left out.
+        features: The kept features; `.unreadable` names the images left out.
         folder: Where the run was written, or None.
     """
 
@@ -44,7 +48,7 @@ class Run:
     history: dict[str, list[float]]
     results: dict[str, float]
     config: dict[str, Any]
-    unreadable: tuple[tuple[str, str], ...]
+    features: SplitFeatures
     folder: Path | None = None
 
 
@@ -129,7 +133,7 @@ def finetune(
             "views": views,
             **dataclasses.asdict(settings),
         },
-        unreadable=features.unreadable,
+        features=features,
         folder=folder,
     )
     if folder is not None:

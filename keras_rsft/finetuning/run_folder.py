@@ -94,8 +94,8 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
         ["id", "split", "given_label", "clean_label"],
         _sample_rows(data),
     )
-    if run.unreadable:
-        _write_csv(folder / "unreadable.csv", ["id", "reason"], run.unreadable)
+    if run.features.unreadable:
+        _write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
 
 
 def _sample_rows(data: ImageData) -> Iterable[list[str]]:
