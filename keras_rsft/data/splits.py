@@ -20,6 +20,7 @@ from keras_rsft.data.decode import (
     decode_views,
     readable_reason,
 )
+from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.data.readers import Reader
 from keras_rsft.errors import InvalidArgument
 
@@ -102,7 +103,7 @@ class ImageSplit:
         images = self.reader.entries(start).map(
             render, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
-        return images.ignore_errors(log_warning=False)
+        return without_autotuning(images.ignore_errors(log_warning=False))
 
     def read_error(self, index: int) -> str | None:
         """Says why an image cannot be read.

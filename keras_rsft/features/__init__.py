@@ -1,11 +1,18 @@
 """One pass of a frozen base over the images, kept on disk, fed to a head.
 
-`extraction.py` runs the pass and keeps it, `feature_set.py` is what is kept,
-`batches.py` feeds it to training.
+`frozen_base.py` is the base, traced once, `extraction.py` runs it and keeps what
+comes out, `feature_set.py` is what is kept, `batches.py` feeds it to training.
 """
 
 from keras_rsft.features.batches import TrainingBatches, batches_of
 from keras_rsft.features.extraction import extract_features
 from keras_rsft.features.feature_set import FeatureSet
+from keras_rsft.features.frozen_base import FrozenBase
 
-__all__ = ["FeatureSet", "TrainingBatches", "batches_of", "extract_features"]
+__all__ = [
+    "FeatureSet",
+    "FrozenBase",
+    "TrainingBatches",
+    "batches_of",
+    "extract_features",
+]

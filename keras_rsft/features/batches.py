@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.features.feature_set import FeatureSet
 
 # Above this, rows are read from disk a block of batches at a time.
@@ -71,7 +72,7 @@ class TrainingBatches:
             lambda _: gathered(*self.order(self._epoch))
         )
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
-        return dataset.prefetch(tf.data.AUTOTUNE)
+        return without_autotuning(dataset.prefetch(2))
 
 
 def batches_of(features: FeatureSet, *, batch_size: int = 256) -> tf.data.Dataset:
@@ -86,7 +87,8 @@ def batches_of(features: FeatureSet, *, batch_size: int = 256) -> tf.data.Datase
     """
     samples = tf.range(len(features), dtype=tf.int64)
     rows = samples * features.views
-    return _make_gathering(features, batch_size)(samples, rows).prefetch(2)
+    dataset = _make_gathering(features, batch_size)(samples, rows)
+    return without_autotuning(dataset.prefetch(2))
 
 
 class _EpochNumber(keras.callbacks.Callback):

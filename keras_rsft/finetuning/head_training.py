@@ -20,6 +20,7 @@ from keras_rsft.data import ImageData
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.features import (
     FeatureSet,
+    FrozenBase,
     TrainingBatches,
     batches_of,
     extract_features,
@@ -67,9 +68,10 @@ def extract_all(
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars.
     """
+    frozen = FrozenBase(base)
     kept = {
         split.name: extract_features(
-            base,
+            frozen,
             split,
             cache_dir=cache_dir,
             views=views if split is data.train else 1,

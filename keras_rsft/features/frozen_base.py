@@ -1,0 +1,104 @@
+"""A base whose weights will not change: fingerprinted once, traced once.
+
+Owns what several passes over different images share. Reading images and keeping
+features are `extraction.py`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# A graph can hold 2 GB, and is copied a few times while it is being optimised.
+MAX_BYTES_AS_CONSTANTS = 2**28
+
+
+class FrozenBase:
+    """A base as it is now; what is done to its weights later goes unnoticed.
+
+    Args:
+        backbone: Model from images `(batch, height, width, 3)`, float32 in
+            [0, 255], to features `(batch, dim)`.
+
+    Attributes:
+        image_size: Height and width in pixels.
+        dim: Number of features of an image.
+    """
+
+    def __init__(self, backbone: keras.Model):
+        self._backbone = backbone
+        self.image_size = tuple(backbone.input_shape[1:3])
+        self.dim = int(backbone.output_shape[-1])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: the architecture and every weight.
+
+        The architecture includes preprocessing, image size and precision, but no
+        layer's name.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        config = json.dumps(_nameless_config(self._backbone), sort_keys=True)
+        digest.update(config.encode())
+        for weight in self._backbone.weights:
+            digest.update(np.ascontiguousarray(weight.numpy()).data)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def forward(self) -> tf.types.experimental.PolymorphicFunction:
+        """Function from images to float32 features `(batch, dim)`.
+
+        The weights are constants of its graph where they are small enough, so
+        that TensorFlow folds them (BatchNorm into convolutions, casts to
+        bfloat16) once instead of in every step.
+        """
+        backbone = self._backbone
+        weights = [(variable, variable.numpy()) for variable in backbone.variables]
+        if sum(value.nbytes for _, value in weights) > MAX_BYTES_AS_CONSTANTS:
+            weights = []
+
+        @tf.function(
+            input_signature=[tf.TensorSpec((None, *self.image_size, 3), tf.float32)]
+        )
+        def forward(images: tf.Tensor) -> tf.Tensor:
+            constants = [(variable, tf.constant(value)) for variable, value in weights]
+            with keras.StatelessScope(state_mapping=constants):
+                return tf.cast(backbone(images, training=False), tf.float32)
+
+        return forward
+
+
+def _nameless_config(backbone: keras.Model) -> Any:
+    """Returns the config with each name replaced by its order of appearance.
+
+    Keras numbers its automatic names through a process: the second load of a
+    base differs from the first in nothing else.
+    """
+    numbers: dict[str, str] = {}
+
+    def collect(node: Any) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("name"), str):
+                numbers.setdefault(node["name"], f"#{len(numbers)}")
+            node = node.values()
+        if not isinstance(node, (str, bytes)) and hasattr(node, "__iter__"):
+            for child in node:
+                collect(child)
+
+    def rename(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: rename(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [rename(value) for value in node]
+        return numbers.get(node, node) if isinstance(node, str) else node
+
+    config = json.loads(backbone.to_json())
+    config.pop("build_config", None)
+    collect(config)
+    return rename(config)
