@@ -24,6 +24,7 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
     extraction,
+    frozen_base,
     precision,
 )
 from keras_rsft.features.extraction import feature_key
@@ -66,6 +67,16 @@ class TestExtraction:
         np.testing.assert_array_equal(kept.labels, data.train.labels)
         np.testing.assert_array_equal(kept.ids, data.train.ids)
         assert kept.unreadable == ()
+
+    def test_weights_as_constants_give_the_same_features(
+        self, tiny_base, data, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(frozen_base, "MIN_IMAGES_FOR_CONSTANTS", 10)
+        assert len(data.train) > 10
+        kept = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        np.testing.assert_allclose(
+            kept.features, directly(tiny_base, data.train), atol=1e-5
+        )
 
     def test_a_second_call_does_not_run_the_base(
         self, tiny_base, data, tmp_path, monkeypatch

@@ -227,7 +227,7 @@ def test_the_logs_cover_the_epoch(steps_per_execution):
             "samples": 22,
             "accepted_loss_sum": 15.3,
             "nonfinite": 0,
-            "lowest_loss": 0.1,
+            "lowest_loss_rejected": float("inf"),
         },
         1e-6,
     )

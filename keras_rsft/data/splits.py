@@ -92,6 +92,7 @@ class ImageSplit:
         _require_in_range("views", views, 1, 2**16 - 1)
         _require_in_range("seed", seed, -(2**63), 2**63 - 1)
 
+        @tf.autograph.experimental.do_not_convert
         def render(index: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             encoded = self.reader.load(key)
             if views == 1:

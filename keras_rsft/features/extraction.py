@@ -74,7 +74,9 @@ def extract_features(
     """
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     root.mkdir(parents=True, exist_ok=True)
-    base = backbone if isinstance(backbone, FrozenBase) else FrozenBase(backbone)
+    base = backbone
+    if not isinstance(base, FrozenBase):
+        base = FrozenBase(backbone, num_images=views * len(split))
     folder = root / feature_key(base, split, views=views, seed=seed)
     with FileLock(f"{folder}.lock"):
         if read_meta(folder) is None:

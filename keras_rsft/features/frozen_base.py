@@ -15,7 +15,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# A graph can hold 2 GB, and is copied a few times while it is being optimised.
+# Weights as constants are folded once (BatchNorm into convolutions, casts to
+# bfloat16): a tenth faster for ResNet50, after four seconds of folding, which pays
+# from some 1,500 images on. A graph can hold 2 GB, and is copied while it is folded.
+MIN_IMAGES_FOR_CONSTANTS = 2000
 MAX_BYTES_AS_CONSTANTS = 2**28
 
 
@@ -25,14 +28,17 @@ class FrozenBase:
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
             [0, 255], to features `(batch, dim)`.
+        num_images: How many images it will be run on, for the choice of the
+            faster way. Default 0.
 
     Attributes:
         image_size: Height and width in pixels.
         dim: Number of features of an image.
     """
 
-    def __init__(self, backbone: keras.Model):
+    def __init__(self, backbone: keras.Model, *, num_images: int = 0):
         self._backbone = backbone
+        self._num_images = num_images
         self.image_size = tuple(backbone.input_shape[1:3])
         self.dim = int(backbone.output_shape[-1])
 
@@ -52,14 +58,10 @@ class FrozenBase:
 
     @functools.cached_property
     def forward(self) -> tf.types.experimental.PolymorphicFunction:
-        """Function from images to float32 features `(batch, dim)`.
-
-        The weights are constants of its graph where they are small enough, so
-        that TensorFlow folds them (BatchNorm into convolutions, casts to
-        bfloat16) once instead of in every step.
-        """
-        backbone = self._backbone
-        weights = [(variable, variable.numpy()) for variable in backbone.variables]
+        """Function from images to float32 features `(batch, dim)`, traced once."""
+        backbone, weights = self._backbone, []
+        if self._num_images >= MIN_IMAGES_FOR_CONSTANTS:
+            weights = [(variable, variable.numpy()) for variable in backbone.variables]
         if sum(value.nbytes for _, value in weights) > MAX_BYTES_AS_CONSTANTS:
             weights = []
 

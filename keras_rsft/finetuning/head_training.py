@@ -68,7 +68,9 @@ def extract_all(
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars.
     """
-    frozen = FrozenBase(base)
+    splits = (data.train, data.validation, data.test)
+    num_images = sum(map(len, splits)) + (views - 1) * len(data.train)
+    frozen = FrozenBase(base, num_images=num_images)
     kept = {
         split.name: extract_features(
             frozen,
@@ -78,7 +80,7 @@ def extract_all(
             seed=seed,
             progress=progress,
         )
-        for split in (data.train, data.validation, data.test)
+        for split in splits
     }
     return SplitFeatures(**kept, class_names=data.class_names)
 

@@ -18,6 +18,7 @@ from keras_rsft.model.selection import (
     SELECTION_METRICS,
     AcceptanceGuard,
     SelectionMetric,
+    selection_sums,
 )
 from keras_rsft.policies import Policy
 
@@ -140,11 +141,17 @@ class RSFTModel(keras.Model):
             self._make_slots()
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
-            batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
             per_sample_loss = self._scorer(y, y_pred)
+            if self._selects_within_batch and sample_weight is None:
+                batch_loss = tf.reduce_mean(per_sample_loss) + self._penalty()
+            else:
+                batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
             accept_mask = self.policy(tf.stop_gradient(per_sample_loss))
             if self._selects_within_batch:
-                objective = self._accepted_loss(y, y_pred, sample_weight, accept_mask)
+                weighted_loss = per_sample_loss
+                if sample_weight is not None:
+                    weighted_loss = self._scorer(y, y_pred, sample_weight)
+                objective = self._accepted_loss(weighted_loss, accept_mask)
             else:
                 objective = batch_loss
             objective = self.optimizer.scale_loss(objective)
@@ -153,8 +160,11 @@ class RSFTModel(keras.Model):
         def update() -> None:
             self._apply(recorded, per_sample_loss, accept_mask, (x, y, sample_weight))
 
+        def reject() -> None:
+            self.selection.note_rejected(per_sample_loss, self.policy.level)
+
         if self.trainable_variables:
-            tf.cond(tf.reduce_any(accept_mask), update, lambda: None)
+            tf.cond(tf.reduce_any(accept_mask), update, reject)
         else:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
         self._update_trackers(batch_loss, per_sample_loss, accept_mask)
@@ -169,16 +179,18 @@ class RSFTModel(keras.Model):
 
         Returns:
             `accepted`, `samples` and `nonfinite` (numbers of samples),
-            `accepted_loss_sum`, and `lowest_loss`: the lowest loss that was
-            compared with the threshold, infinity if there was none.
+            `accepted_loss_sum`, and `lowest_loss_rejected`: the lowest loss that
+            was compared with the threshold in steps that accepted nothing,
+            infinity if there was none.
         """
-        accepted, samples, loss_sum, nonfinite = self.selection.totals.numpy().tolist()
+        totals = self.selection.totals.numpy().tolist()
+        samples, accepted, loss_sum, finite, _ = totals
         return {
             "accepted": accepted,
             "samples": samples,
             "accepted_loss_sum": loss_sum,
-            "nonfinite": nonfinite,
-            "lowest_loss": float(self.selection.lowest.numpy()),
+            "nonfinite": samples - finite,
+            "lowest_loss_rejected": float(self.selection.lowest.numpy()),
         }
 
     def save_own_variables(self, store: Any) -> None:
@@ -241,17 +253,18 @@ class RSFTModel(keras.Model):
         return y_pred, pending
 
     def _accepted_loss(
-        self, y: Any, y_pred: Any, sample_weight: Any, accept_mask: tf.Tensor
+        self, weighted_loss: tf.Tensor, accept_mask: tf.Tensor
     ) -> tf.Tensor:
-        """Returns the weighted mean loss over the accepted, plus regularisation."""
-        weighted_loss = self._scorer(y, y_pred, sample_weight)
+        """Returns the mean over the accepted samples, plus regularisation."""
         accepted_count = tf.reduce_sum(tf.cast(accept_mask, tf.float32))
         loss = tf.math.divide_no_nan(
             tf.reduce_sum(tf.where(accept_mask, weighted_loss, 0.0)), accepted_count
         )
-        for additional in self.losses:
-            loss += tf.reduce_sum(tf.cast(additional, tf.float32))
-        return loss
+        return loss + self._penalty()
+
+    def _penalty(self) -> tf.Tensor | float:
+        """Returns the sum of what the layers add to the loss, regularisation."""
+        return sum(tf.reduce_sum(tf.cast(added, tf.float32)) for added in self.losses)
 
     def _apply(
         self,
@@ -262,13 +275,20 @@ class RSFTModel(keras.Model):
     ) -> None:
         """Runs the backward pass and changes the weights, the slots and the state."""
         reached: list[Any] = []  # Filled while the branches are traced.
+
+        # Rare, so it is kept apart: TensorFlow would otherwise unfold it into the
+        # graph, and walk through its dead operations in every step.
+        @tf.function(autograph=False, experimental_attributes={"_noinline": True})
+        def repeat_with_finite_rows() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            return self._backward(self._finite_pass(accept_mask, data), reached)
+
         if self.policy.level == "batch":  # Accepted, so all its losses are finite.
             gradients, state = self._backward(recorded, reached)
         else:
             gradients, state = tf.cond(
                 tf.reduce_all(tf.math.is_finite(per_sample_loss)),
                 lambda: self._backward(recorded, reached),
-                lambda: self._backward(self._finite_pass(accept_mask, data), reached),
+                repeat_with_finite_rows,
             )
         for variable, value in zip(
             self._pending_variables(recorded.pending), state, strict=True
@@ -317,27 +337,26 @@ class RSFTModel(keras.Model):
         )
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
-            objective = self._accepted_loss(y, y_pred, sample_weight, accept_mask)
+            weighted_loss = self._scorer(y, y_pred, sample_weight)
+            objective = self._accepted_loss(weighted_loss, accept_mask)
             objective = self.optimizer.scale_loss(objective)
         return _Pass(tape, objective, pending)
 
     def _update_trackers(
-        self, batch_loss: tf.Tensor, per_sample_loss: tf.Tensor, accept_mask: tf.Tensor
+        self,
+        batch_loss: tf.Tensor,
+        per_sample_loss: tf.Tensor,
+        accept_mask: tf.Tensor,
     ) -> None:
-        finite = tf.math.is_finite(per_sample_loss)
-        finite_mean = tf.math.divide_no_nan(
-            tf.reduce_sum(tf.where(finite, per_sample_loss, 0.0)),
-            tf.reduce_sum(tf.cast(finite, tf.float32)),
-        )
+        sums = selection_sums(per_sample_loss, accept_mask)
+        _, _, _, finite_count, finite_loss = tf.unstack(sums)
+        finite_mean = tf.math.divide_no_nan(finite_loss, finite_count)
         # A rejected NaN must not reach the log: it would set off TerminateOnNaN.
         shown = tf.where(tf.math.is_finite(batch_loss), batch_loss, finite_mean)
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
-        judged = per_sample_loss
-        if self.policy.level == "batch":
-            judged = tf.reduce_mean(per_sample_loss)
-        self.selection.update_state(per_sample_loss, accept_mask, judged)
+        self.selection.update_state(sums)
 
 
 def _symbolic_input(value: Any) -> keras.KerasTensor:

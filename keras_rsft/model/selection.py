@@ -16,17 +16,39 @@ import tensorflow as tf
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
+def selection_sums(per_sample_loss: tf.Tensor, accept_mask: tf.Tensor) -> tf.Tensor:
+    """Sums what a batch adds to the counters, in one reduction.
+
+    Args:
+        per_sample_loss: Float32 tensor of shape `(batch,)`.
+        accept_mask: Boolean tensor of shape `(batch,)`, False where the loss is
+            not finite.
+
+    Returns:
+        Float32 tensor of shape `(5,)`: samples, accepted samples, summed loss of
+        the accepted, samples with a finite loss, and their summed loss.
+    """
+    finite = tf.math.is_finite(per_sample_loss)
+    rows = [
+        tf.ones_like(per_sample_loss),
+        tf.cast(accept_mask, tf.float32),
+        tf.where(accept_mask, per_sample_loss, 0.0),
+        tf.cast(finite, tf.float32),
+        tf.where(finite, per_sample_loss, 0.0),
+    ]
+    return tf.reduce_sum(tf.stack(rows), axis=1)
+
+
 class SelectionMetric(keras.metrics.Metric):
     """Counts what was accepted since the last reset.
 
-    One vector holds all sums, so that a step pays for one assignment: accepted
-    samples, samples, summed loss of the accepted, samples without a finite
-    loss, and the lowest finite loss that was judged.
+    Holds the sums of `selection_sums` in one vector, so that a step pays for one
+    assignment, and the lowest finite loss judged in steps that accepted nothing.
     """
 
     def __init__(self, name: str = "selection"):
         super().__init__(name=name, dtype="float32")
-        self.totals = self.add_variable((4,), "zeros", dtype="float32", name="totals")
+        self.totals = self.add_variable((5,), "zeros", dtype="float32", name="totals")
         self.lowest = self.add_variable(
             (),
             keras.initializers.Constant(float("inf")),
@@ -34,37 +56,32 @@ class SelectionMetric(keras.metrics.Metric):
             name="lowest",
         )
 
-    def update_state(self, per_sample_loss: Any, accept_mask: Any, judged: Any) -> None:
-        """Adds one batch.
+    def update_state(self, sums: Any) -> None:
+        """Adds one batch: a float32 tensor `(5,)` from `selection_sums`."""
+        self.totals.assign_add(sums)
+
+    def note_rejected(self, per_sample_loss: tf.Tensor, level: str) -> None:
+        """Remembers the lowest loss that was judged in a step that accepted nothing.
 
         Args:
             per_sample_loss: Float32 tensor of shape `(batch,)`.
-            accept_mask: Boolean tensor of shape `(batch,)`.
-            judged: Float32 tensor, the losses that were compared with the
-                threshold: those of the samples, or the mean of the batch.
+            level: `"sample"` if these were judged, `"batch"` if their mean was.
         """
-        accepted = tf.cast(accept_mask, tf.float32)
-        finite = tf.math.is_finite(per_sample_loss)
-        size = tf.cast(tf.size(per_sample_loss), tf.float32)
-        increments = [
-            tf.reduce_sum(accepted),
-            size,
-            tf.reduce_sum(tf.where(accept_mask, per_sample_loss, 0.0)),
-            size - tf.reduce_sum(tf.cast(finite, tf.float32)),
-        ]
-        self.totals.assign_add(tf.stack(increments))
+        judged = (
+            tf.reduce_mean(per_sample_loss) if level == "batch" else per_sample_loss
+        )
         judged = tf.where(tf.math.is_finite(judged), judged, float("inf"))
         self.lowest.assign(tf.minimum(self.lowest, tf.reduce_min(judged)))
 
     def result(self) -> dict[str, Any]:
-        accepted, seen, accepted_loss, _ = tf.unstack(self.totals.value)
+        samples, accepted, accepted_loss, _, _ = tf.unstack(self.totals.value)
         return {
-            "acceptance_rate": tf.math.divide_no_nan(accepted, seen),
+            "acceptance_rate": tf.math.divide_no_nan(accepted, samples),
             "accepted_loss": tf.math.divide_no_nan(accepted_loss, accepted),
         }
 
     def reset_state(self) -> None:
-        self.totals.assign(tf.zeros((4,)))
+        self.totals.assign(tf.zeros((5,)))
         self.lowest.assign(float("inf"))
 
 
@@ -100,7 +117,7 @@ class AcceptanceGuard(keras.callbacks.Callback):
 
 def _stall_message(epoch: int, seen: dict[str, float], logs: dict[str, Any]) -> str:
     """Says that nothing was accepted, with the losses seen and what would help."""
-    lowest = seen["lowest_loss"]
+    lowest = seen["lowest_loss_rejected"]
     if not math.isfinite(lowest):
         return f"Epoch {epoch + 1} accepted no sample: no loss was finite."
     return (

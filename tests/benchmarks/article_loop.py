@@ -52,7 +52,8 @@ FORWARD = """
 import sys, time
 import tensorflow as tf
 import keras_rsft as rsft
-base = rsft.load_backbone("resnet50", weights="none")
+from keras_rsft.features.precision import choose_precision
+base = rsft.load_backbone("resnet50", weights="none", precision=choose_precision())
 forward = tf.function(lambda images: base(images, training=False))
 images = tf.random.uniform((32, 224, 224, 3), 0, 255)
 forward(images).numpy()
@@ -82,7 +83,7 @@ def printed_number(command: list[str], **options) -> float:
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=960)
+    parser.add_argument("--images", type=int, default=4800)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=6, help="measured of the loop")
     parser.add_argument("--torch-python", default=sys.executable)
