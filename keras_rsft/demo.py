@@ -94,9 +94,11 @@ def run_demo(
     )
     plain_settings = dataclasses.replace(settings, policy=PolicyChoice("accept-all"))
     results = {
-        "plain": train_head(noisy, plain_settings, progress=progress)[2],
+        "plain": train_head(noisy, plain_settings, progress=progress).results,
         "rsft": run.results,
-        "right labels only": train_head(right, plain_settings, progress=progress)[2],
+        "right labels only": train_head(
+            right, plain_settings, progress=progress
+        ).results,
     }
     sample_image = run.folder / "sample.png"
     sample_image.write_bytes(data.test.encoded(0))

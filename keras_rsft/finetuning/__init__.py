@@ -6,13 +6,19 @@ folder is not called `finetune`: the function of that name is public, and a modu
 would hide it.
 """
 
-from keras_rsft.finetuning.head_training import SplitFeatures, extract_all, train_head
+from keras_rsft.finetuning.head_training import (
+    SplitFeatures,
+    TrainedHead,
+    extract_all,
+    train_head,
+)
 from keras_rsft.finetuning.run import Run, finetune
 from keras_rsft.finetuning.settings import TrainingSettings
 
 __all__ = [
     "Run",
     "SplitFeatures",
+    "TrainedHead",
     "TrainingSettings",
     "extract_all",
     "finetune",

@@ -49,6 +49,24 @@ class SplitFeatures:
         return tuple(pair for part in parts for pair in part.unreadable)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedHead:
+    """What the training of a head gives.
+
+    Attributes:
+        model: The trained `RSFTModel` over features.
+        history: Each logged value, one number an epoch.
+        results: Accuracies, acceptance rate and rejected shares, as in `Run`.
+        accepted: Boolean array of shape `(n,)`: which training samples the
+            finished model's policy accepts.
+    """
+
+    model: RSFTModel
+    history: dict[str, list[float]]
+    results: dict[str, float]
+    accepted: np.ndarray
+
+
 def extract_all(
     base: keras.Model,
     data: ImageData,
@@ -91,7 +109,7 @@ def train_head(
     *,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     progress: bool = True,
-) -> tuple[RSFTModel, dict[str, list[float]], dict[str, float]]:
+) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
 
     Args:
@@ -99,9 +117,6 @@ def train_head(
         settings: How to train.
         callbacks: Further Keras callbacks.
         progress: Show a progress bar.
-
-    Returns:
-        The trained head, its history and its results, as in `Run`.
 
     Raises:
         TrainingStalled: If the last epoch accepted nothing.
@@ -141,10 +156,10 @@ def train_head(
         )
     results = _accuracies(model, features)
     results["acceptance_rate"] = history["acceptance_rate"][-1]
+    accepted = _final_decisions(model, train, batches, settings)
     if train.clean_labels is not None:
-        accepted = _final_decisions(model, train, batches, settings)
         results |= _rejected_shares(train, accepted)
-    return model, history, results
+    return TrainedHead(model, history, results, accepted)
 
 
 def choose_steps_per_execution(steps: int) -> int:

@@ -111,9 +111,8 @@ def finetune(
         cache_dir=cache_dir,
         progress=progress,
     )
-    head, history, results = train_head(
-        features, settings, callbacks=callbacks, progress=progress
-    )
+    trained = train_head(features, settings, callbacks=callbacks, progress=progress)
+    head, results = trained.model, trained.results
     if precision != "float32":  # What is kept and served runs on any machine.
         base = load_backbone(backbone, weights=weights, image_size=image_size)
     results["seconds"] = time.perf_counter() - started
@@ -121,7 +120,7 @@ def finetune(
         model=build_classifier(base, data.num_classes, head=head.model),
         head=head,
         class_names=data.class_names,
-        history=history,
+        history=trained.history,
         results=results,
         config={
             "command": command,
