@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_rsft.data import ImageData, ImageSplit, add_label_noise
-from keras_rsft.data.noise import asymmetric_noise, parse_noise, symmetric_noise
+from keras_rsft.data.noise import (
+    asymmetric_noise,
+    instance_noise,
+    parse_noise,
+    symmetric_noise,
+    thumbnails_of,
+)
 from keras_rsft.data.readers import ArrayReader
 from keras_rsft.errors import InvalidArgument
 
@@ -74,7 +80,58 @@ def test_symmetric_reaches_every_other_class_equally():
     assert np.all(np.abs(counts[1:] - 1000) < 110)
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@settings(deadline=None)
+@given(labels=many_labels, rate=rates, seed=seeds)
+def test_instance_moves_the_exact_count_to_other_classes(labels, rate, seed):
+    labels = np.array(labels, np.int32)
+    rng = np.random.default_rng(seed)
+    thumbnails = rng.normal(size=(len(labels), 12))
+    noisy = instance_noise(
+        labels, rate, num_classes=5, rng=rng, thumbnails=thumbnails, seed=seed
+    )
+    assert np.count_nonzero(noisy != labels) == round(rate * len(labels))
+    assert noisy.dtype == np.int32
+    assert np.all((noisy >= 0) & (noisy < 5))
+
+
+def test_instance_noise_gives_images_alike_the_same_wrong_class():
+    """In two splits as well: the matrices depend on the seed alone."""
+    rng = np.random.default_rng(0)
+    one, other = 1000 * rng.normal(size=(2, 12))  # The softmax is an argmax.
+    thumbnails = np.array([one, other] * 50)
+    labels = np.zeros(100, np.int32)
+    seen = {0: set(), 1: set()}
+    for split_seed in range(2):
+        noisy = instance_noise(
+            labels,
+            0.5,
+            num_classes=9,
+            rng=np.random.default_rng(split_seed),
+            thumbnails=thumbnails,
+            seed=4,
+        )
+        for sample in np.flatnonzero(noisy):
+            seen[sample % 2].add(int(noisy[sample]))
+    assert [len(classes) for classes in seen.values()] == [1, 1]
+    assert seen[0] != seen[1]
+
+
+def test_thumbnails_are_standardised_and_zero_without_contrast():
+    ids = np.array(["a", "b"])
+    pixels = np.zeros((2, 16, 16, 1), np.uint8)
+    pixels[0, :8] = 200
+    labels = np.zeros(2, np.int32)
+    split = ImageSplit("train", ids, labels, None, ArrayReader(ids, pixels))
+    thumbnails = thumbnails_of(split)
+    assert thumbnails.shape == (2, 192)
+    assert thumbnails[0].mean() == pytest.approx(0, abs=1e-5)
+    assert thumbnails[0].std() == pytest.approx(1, abs=1e-5)
+    assert np.all(thumbnails[0, :96] > 0)  # The bright upper half.
+    assert np.all(thumbnails[0, 96:] < 0)
+    np.testing.assert_array_equal(thumbnails[1], 0)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "instance"])
 def test_same_seed_gives_the_same_labels(kind):
     data = make_data()
     one, two, other = (
@@ -128,7 +185,11 @@ def test_fingerprint_and_ids_stay():
 
 @pytest.mark.parametrize(
     "spec, expected",
-    [("symmetric:0.3", ("symmetric", 0.3)), ("asymmetric:.25", ("asymmetric", 0.25))],
+    [
+        ("symmetric:0.3", ("symmetric", 0.3)),
+        ("asymmetric:.25", ("asymmetric", 0.25)),
+        ("instance:0.4", ("instance", 0.4)),
+    ],
 )
 def test_a_spec_is_read(spec, expected):
     assert parse_noise(spec) == expected
