@@ -1,0 +1,191 @@
+"""How many labels are wrong, and which, from features alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from keras_rsft import examination
+from keras_rsft.data.noise import asymmetric_noise, symmetric_noise
+from keras_rsft.errors import DataError
+from keras_rsft.examination import (
+    Examination,
+    examine_labels,
+    fit_noise,
+    softmax,
+    true_label_posterior,
+)
+from keras_rsft.features import FeatureSet
+
+
+@pytest.fixture
+def feature_set(tmp_path):
+    """Writes features and opens them under labels."""
+
+    def build(values, labels):
+        path = tmp_path / "features.bin"
+        np.asarray(values, np.float32).tofile(path)
+        ids = np.array([f"photos/{i}.jpg" for i in range(len(labels))])
+        return FeatureSet(path, np.asarray(labels, np.int32), ids, values.shape[1])
+
+    return build
+
+
+def clusters(count=600, num_classes=4, dim=12, spread=1.0, seed=0):
+    """Samples around one centre a class; returns features and right labels."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(num_classes, dim)) * 1.2
+    labels = np.arange(count) % num_classes
+    return centres[labels] + spread * rng.normal(size=(count, dim)), labels
+
+
+def noisy(labels, kind, rate, num_classes=4, seed=1):
+    return kind(labels, rate, num_classes=num_classes, rng=np.random.default_rng(seed))
+
+
+class TestRegression:
+    def test_scores_equal_those_of_a_fit_without_the_sample(self, feature_set):
+        values, labels = clusters(count=40, dim=5)
+        weights = np.linspace(0.2, 1.0, 40).astype(np.float32)
+        regression = examination._Regression(feature_set(values, labels), 4, seed=0)
+        scores = regression.left_out_scores(weights)
+        inputs = np.hstack(
+            [(values - values.mean(0)) / values.std(0), np.ones((40, 1))]
+        )
+        targets = np.eye(4)[labels]
+        penalty = np.diag([regression._ridge] * 5 + [1e-3])
+        for left_out in (0, 17, 39):
+            kept = np.arange(40) != left_out
+            weighted = inputs[kept] * weights[kept, None]
+            fit = np.linalg.solve(
+                weighted.T @ inputs[kept] + penalty, weighted.T @ targets[kept]
+            )
+            np.testing.assert_allclose(
+                scores[left_out], inputs[left_out] @ fit, atol=1e-4
+            )
+
+    def test_a_sample_without_weight_has_no_influence(self, feature_set):
+        values, labels = clusters(count=60)
+        weights = np.ones(60, np.float32)
+        weights[7] = 0.0
+        scores = []
+        for label in (0, 1):
+            given = labels.copy()
+            given[7] = label
+            regression = examination._Regression(feature_set(values, given), 4, seed=0)
+            scores.append(regression.left_out_scores(weights))
+        np.testing.assert_array_equal(*scores)
+
+    def test_chunks_do_not_change_the_scores(self, feature_set, monkeypatch):
+        features = feature_set(*clusters(count=100))
+        whole = examine_labels(features, 4, progress=False)
+        monkeypatch.setattr(examination, "CHUNK_ROWS", 7)
+        pieces = examine_labels(features, 4, progress=False)
+        np.testing.assert_allclose(whole.out_of_sample, pieces.out_of_sample, atol=1e-4)
+
+    def test_some_samples_are_enough_to_choose_the_ridge(
+        self, feature_set, monkeypatch
+    ):
+        values, labels = clusters()
+        features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
+        monkeypatch.setattr(examination, "MAX_ROWS_TO_CHOOSE", 200)
+        assert examine_labels(features, 4, progress=False).noise_rate == pytest.approx(
+            0.3, abs=0.05
+        )
+
+
+class TestNoise:
+    def test_posterior_by_hand(self):
+        # Class 0 has 0.8; a label 1 is given to class 0 in 0.1, to class 1 in 0.9
+        # of the cases: 0.08 against 0.18.
+        posterior = true_label_posterior(
+            np.array([[0.8, 0.2]]), np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([1])
+        )
+        np.testing.assert_allclose(posterior, [[0.08 / 0.26, 0.18 / 0.26]])
+
+    def test_finds_which_class_is_mistaken_for_which(self):
+        rng = np.random.default_rng(0)
+        right = rng.integers(0, 3, 6000)
+        scores = np.eye(3)[right] + 0.2 * rng.normal(size=(6000, 3))
+        labels = np.where((right == 0) & (rng.random(6000) < 0.4), 2, right)
+        _, noise = fit_noise(scores, labels)
+        np.testing.assert_allclose(
+            noise, [[0.6, 0, 0.4], [0, 1, 0], [0, 0, 1]], atol=0.03
+        )
+
+    def test_softmax_of_large_scores(self):
+        np.testing.assert_allclose(softmax(np.array([[1000.0, 1000.0]])), [[0.5, 0.5]])
+
+
+class TestExamination:
+    @pytest.mark.parametrize(
+        "kind,rate", [(symmetric_noise, 0.2), (symmetric_noise, 0.5),
+                      (asymmetric_noise, 0.3)],
+    )  # fmt: skip
+    def test_finds_the_rate_and_the_wrong_labels(self, feature_set, kind, rate):
+        values, labels = clusters()
+        given = noisy(labels, kind, rate)
+        found = examine_labels(feature_set(values, given), 4, progress=False)
+        assert found.noise_rate == pytest.approx(rate, abs=0.05)
+        assert found.reason is None
+        wrong = given != labels
+        rejected = ~found.accept_mask()
+        assert rejected[wrong].mean() > 0.85
+        assert rejected[~wrong].mean() < 0.1
+        assert found.suspicion[wrong].mean() > found.suspicion[~wrong].mean() + 0.4
+        assert f"About {100 * found.noise_rate:.0f} %" in found.describe()
+
+    def test_right_labels_are_all_kept(self, feature_set):
+        found = examine_labels(feature_set(*clusters()), 4, progress=False)
+        assert found.accept_mask().all()
+        assert found.describe().startswith("No sign of wrong labels")
+
+    def test_labels_at_random_are_all_kept_and_it_is_said(self, feature_set):
+        values, labels = clusters()
+        given = np.random.default_rng(5).permutation(labels)
+        found = examine_labels(feature_set(values, given), 4, progress=False)
+        assert found.accept_mask().all()
+        assert "not fit the images better than chance" in found.describe()
+
+    @pytest.mark.parametrize("count,num_classes", [(10, 5), (2000, 1000), (6, 2)])
+    def test_too_few_samples_to_judge(self, feature_set, count, num_classes):
+        values, labels = clusters(count=count, num_classes=num_classes)
+        found = examine_labels(feature_set(values, labels), num_classes, progress=False)
+        assert found.accept_mask().all()
+        assert found.noise_rate == 0.0
+        assert "too few to judge" in found.describe()
+        np.testing.assert_allclose(found.out_of_sample.sum(axis=1), 1.0, rtol=1e-5)
+
+    def test_a_class_of_one_sample_is_kept(self, feature_set):
+        values, labels = clusters()
+        given = noisy(labels, symmetric_noise, 0.3)
+        given[0] = 4
+        found = examine_labels(feature_set(values, given), 5, progress=False)
+        assert found.accept_mask()[0]
+
+    def test_no_class_is_dropped_whole(self):
+        labels = np.repeat([0, 1], 20).astype(np.int32)
+        right = np.r_[np.ones(20), np.linspace(0.0, 0.19, 20)].astype(np.float32)
+        found = Examination(np.full((40, 2), 0.5), right, 0.5, np.eye(2), labels)
+        accepted = found.accept_mask(class_floor=0.12)  # 2.4 of 20: at least 3.
+        np.testing.assert_array_equal(np.flatnonzero(accepted[20:]), [17, 18, 19])
+        assert found.accept_mask(class_floor=0.0)[20:].sum() == 1
+
+    def test_features_that_are_not_finite_are_refused(self, feature_set):
+        values, labels = clusters(count=50)
+        values[3, 2] = np.nan
+        with pytest.raises(DataError, match=r"1 of 50 images.*photos/3\.jpg"):
+            examine_labels(feature_set(values, labels), 4, progress=False)
+
+    def test_a_feature_that_never_varies(self, feature_set):
+        values, labels = clusters()
+        values[:, 0] = 3.0
+        given = noisy(labels, symmetric_noise, 0.2)
+        found = examine_labels(feature_set(values, given), 4, progress=False)
+        assert found.noise_rate == pytest.approx(0.2, abs=0.05)
+
+    def test_the_same_seed_gives_the_same_numbers(self, feature_set):
+        values, labels = clusters()
+        features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
+        first, second = (examine_labels(features, 4, progress=False) for _ in "12")
+        np.testing.assert_array_equal(first.right_probability, second.right_probability)
