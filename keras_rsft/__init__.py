@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AcceptAll": "policies",
+    "Comparison": "comparing",
     "FeatureSet": "features",
     "ImageData": "data",
     "ImageSplit": "data",
@@ -28,6 +29,7 @@ _HOMES = {
     "available_backbones": "backbones",
     "build_classifier": "backbones",
     "build_head": "backbones",
+    "compare": "comparing",
     "export_saved_model": "export",
     "extract_features": "features",
     "finetune": "finetuning",

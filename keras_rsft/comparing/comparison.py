@@ -1,0 +1,285 @@
+"""Puts a comparison together: features once, then every method with every seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from keras_rsft.backbones import load_backbone
+from keras_rsft.comparing.comparison_folder import write_comparison
+from keras_rsft.comparing.method_names import (
+    CLEAN_SUBSET,
+    CLEANLAB,
+    EARLY_STOPPING,
+    METHOD_NAMES,
+    check_methods,
+    has_cleanlab,
+)
+from keras_rsft.comparing.methods import Trial, run_method
+from keras_rsft.comparing.summary import (
+    MethodSummary,
+    Outcome,
+    Verdict,
+    judge,
+    summarize,
+)
+from keras_rsft.data import ImageData, add_label_noise, load_images
+from keras_rsft.data.noise import parse_noise
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.features import FeatureSet
+from keras_rsft.features.precision import choose_precision
+from keras_rsft.finetuning import SplitFeatures, TrainingSettings, extract_all
+from keras_rsft.finetuning.run_folder import check_new_folder
+from keras_rsft.progress import progress_bar
+
+NOISY_SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Several methods on one data set, side by side.
+
+    Attributes:
+        outcomes: One for each method and seed.
+        summaries: For each method: means, intervals, difference to `plain`.
+        verdict: Which method is ahead, or which are tied.
+        notes: What was left out, and why; one sentence each.
+        config: Everything that is needed to repeat the comparison.
+        noisy_data: For each seed, the data with the labels made wrong on purpose;
+            empty without `noise`.
+        folder: Where the comparison was written, or None.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    summaries: dict[str, MethodSummary]
+    verdict: Verdict
+    notes: tuple[str, ...] = ()
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    noisy_data: dict[int, ImageData] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+    folder: Path | None = None
+
+
+def compare(
+    data: ImageData | str | os.PathLike,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: int = 5,
+    noise: str | None = None,
+    backbone: str = "resnet50",
+    weights: str = "imagenet",
+    image_size: int | None = None,
+    precision: str = "auto",
+    views: int = 1,
+    settings: TrainingSettings | None = None,
+    output: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    command: str | None = None,
+) -> Comparison:
+    """Trains a head with each of several methods on the same kept features.
+
+    The seed changes the initial weights, the order of the samples and the labels
+    that `noise` makes wrong. Accuracy is measured on the test split, against the
+    right labels where they are known.
+
+    Args:
+        data: Loaded images, or what `load_images` takes.
+        methods: Names out of `METHOD_NAMES`; `plain` is always among them.
+            Default: all that can run on this data.
+        seeds: How many seeds, at least 1, from `settings.seed` on. Default 5.
+        noise: Labels of the training and validation splits are made wrong on
+            purpose, as in `add_label_noise`. Default: none.
+        backbone: Name of a base or path of a `.keras` file. Default ResNet50.
+        weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
+        image_size: Side of the square images in pixels. Default: the base's.
+        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
+        views: Views kept of each training image, at least 1. Default 1.
+        settings: How each head is trained; the numbers of `settings.policy` are
+            those of the methods that are policies. Default: `TrainingSettings()`.
+        output: Folder of the comparison; it must not exist. Default: none is
+            written.
+        cache_dir: Where features are kept. Default: the user's cache folder.
+        progress: Show progress bars. Default True.
+        command: The command line that asked for this, for the record.
+
+    Returns:
+        Outcomes, means with intervals, and a verdict.
+
+    Raises:
+        InvalidArgument: If an argument cannot be used.
+        DataError: If the data has no test split, or lacks what a method that was
+            asked for by name needs.
+        ImportError: If `cleanlab` is asked for by name and not installed.
+        WeightsUnavailable: If the base's weights cannot be had.
+    """
+    settings = settings or TrainingSettings()
+    _check_counts(seeds, views)
+    methods = check_methods(methods)
+    if noise is not None:
+        parse_noise(noise)
+    folder = check_new_folder(output) if output is not None else None
+    precision = choose_precision(precision)
+    if not isinstance(data, ImageData):
+        data = load_images(data)
+    base = load_backbone(
+        backbone, weights=weights, image_size=image_size, precision=precision
+    )
+    kept = extract_all(
+        base,
+        data,
+        views=views,
+        seed=settings.seed,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    noisy_data = {}
+    if noise is not None:
+        noisy_data = {
+            seed: add_label_noise(data, noise, seed=seed, splits=NOISY_SPLITS)
+            for seed in range(settings.seed, settings.seed + seeds)
+        }
+
+    def features_of(seed: int) -> SplitFeatures:
+        return relabelled(kept, noisy_data[seed]) if noise is not None else kept
+
+    comparison = compare_features(
+        features_of, methods=methods, seeds=seeds, settings=settings, progress=progress
+    )
+    comparison = dataclasses.replace(
+        comparison,
+        config={
+            "command": command,
+            "data": data.source,
+            "methods": list(comparison.summaries),
+            "seeds": seeds,
+            "noise": noise,
+            "backbone": backbone,
+            "weights": weights,
+            "image_size": list(base.input_shape[1:3]),
+            "precision": precision,
+            "views": views,
+            **dataclasses.asdict(settings),
+        },
+        noisy_data=noisy_data,
+        folder=folder,
+    )
+    if folder is not None:
+        write_comparison(comparison)
+    return comparison
+
+
+def compare_features(
+    features: SplitFeatures | Callable[[int], SplitFeatures],
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: int = 5,
+    settings: TrainingSettings | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Compares methods on features that are kept already; writes nothing.
+
+    Args:
+        features: The splits, or a function from a seed to the splits with the
+            labels of that seed.
+        methods: As in `compare`.
+        seeds: As in `compare`.
+        settings: As in `compare`.
+        progress: Show a progress bar over methods and seeds. Default True.
+
+    Raises:
+        InvalidArgument: If an argument cannot be used.
+        DataError: If there is no test split, or a method that was asked for by
+            name lacks what it needs.
+        ImportError: If `cleanlab` is asked for by name and not installed.
+    """
+    settings = settings or TrainingSettings()
+    _check_counts(seeds, 1)
+    methods = check_methods(methods)
+    features_of = features if callable(features) else lambda seed: features
+    first = features_of(settings.seed)
+    if not len(first.test):
+        raise DataError("A comparison needs a test split, and there is none.")
+    missing = _missing(first)
+    if methods is None:
+        methods = tuple(name for name in METHOD_NAMES if name not in missing)
+        notes = tuple(f"{name} was left out: {why}" for name, why in missing.items())
+    else:
+        notes = ()
+        for name in methods:
+            if name in missing:
+                raise DataError(f"The method {name} cannot run: {missing[name]}")
+    outcomes = []
+    with (
+        tempfile.TemporaryDirectory(prefix="keras_rsft-") as scratch,
+        progress_bar(
+            "Comparing", total=seeds * len(methods), unit="heads", visible=progress
+        ) as advance,
+    ):
+        for seed in range(settings.seed, settings.seed + seeds):
+            trial = Trial(
+                features=_judged_by_right_labels(features_of(seed)),
+                settings=dataclasses.replace(settings, seed=seed),
+                folder=Path(scratch),
+            )
+            for name in methods:
+                outcomes.append(run_method(name, trial))
+                advance(1)
+    return Comparison(tuple(outcomes), summarize(outcomes), judge(outcomes), notes)
+
+
+def relabelled(features: SplitFeatures, data: ImageData) -> SplitFeatures:
+    """Returns the same features under the labels that a data set gives their ids.
+
+    Args:
+        features: Kept features of the images of `data`.
+        data: The data set with other labels.
+    """
+
+    def relabel(part: FeatureSet, name: str) -> FeatureSet:
+        split = getattr(data, name)
+        row_of = {sample_id: row for row, sample_id in enumerate(split.ids)}
+        rows = [row_of[sample_id] for sample_id in part.ids]
+        clean = split.clean_labels
+        return part.with_labels(
+            split.labels[rows], None if clean is None else clean[rows]
+        )
+
+    parts = ("train", "validation", "test")
+    return dataclasses.replace(
+        features, **{name: relabel(getattr(features, name), name) for name in parts}
+    )
+
+
+def _judged_by_right_labels(features: SplitFeatures) -> SplitFeatures:
+    test = features.test
+    if test.clean_labels is None:
+        return features
+    right = test.with_labels(test.clean_labels, test.clean_labels)
+    return dataclasses.replace(features, test=right)
+
+
+def _missing(features: SplitFeatures) -> dict[str, str]:
+    """Returns the methods that cannot run on this data, each with the reason."""
+    missing = {}
+    if not len(features.validation):
+        missing[EARLY_STOPPING] = "it needs a validation split."
+    if not has_cleanlab():
+        missing[CLEANLAB] = 'it needs `pip install "keras_rsft[compare]"`.'
+    train = features.train
+    if train.clean_labels is None:
+        missing[CLEAN_SUBSET] = "the right labels are not known."
+    elif (train.labels == train.clean_labels).all():
+        missing[CLEAN_SUBSET] = "all labels are right."
+    return missing
+
+
+def _check_counts(seeds: int, views: int) -> None:
+    for name, value in {"seeds": seeds, "views": views}.items():
+        if value < 1:
+            raise InvalidArgument(f"`{name}` must be at least 1. Received: {value}.")

@@ -1,0 +1,96 @@
+"""Means over seeds with what chance can do to them. Pure numbers, nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. A table, because
+# the only other way is to depend on SciPy.
+_T_QUANTILES = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval.
+
+    Attributes:
+        mean: The mean of the values.
+        half_width: Half of the interval's width, at least 0; infinite for one
+            value, which says nothing about chance.
+    """
+
+    mean: float
+    half_width: float
+
+    @property
+    def low(self) -> float:
+        """The interval's lower end."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """The interval's upper end."""
+        return self.mean + self.half_width
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside; an end at zero does not exclude it."""
+        return self.low > 0 or self.high < 0
+
+
+def t_quantile(degrees_of_freedom: int) -> float:
+    """Returns the 97.5 % quantile of Student's t distribution.
+
+    Args:
+        degrees_of_freedom: At least 1. Above 30 the quantile of 30 is returned,
+            which makes an interval at most 4.2 % wider than it need be, and
+            never narrower.
+    """
+    return _T_QUANTILES[min(degrees_of_freedom, len(_T_QUANTILES)) - 1]
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Returns the mean of one or more values with its Student t interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, math.inf)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, t_quantile(len(values) - 1) * error)
+
+
+def paired_interval(ones: Sequence[float], others: Sequence[float]) -> Interval:
+    """Returns the interval of `ones - others`, pair by pair.
+
+    Two methods with the same seed share noise, order and initial weights; their
+    differences vary less than their accuracies.
+
+    Args:
+        ones: Values of one method, one a seed.
+        others: Values of the other method for the same seeds.
+
+    Raises:
+        ValueError: If there are not as many of one as of the other.
+    """
+    return mean_interval([a - b for a, b in zip(ones, others, strict=True)])
+
+
+def recovered_share(method: float, plain: float, clean: float) -> float | None:
+    """Returns the share of what wrong labels cost that a method wins back.
+
+    Args:
+        method: Accuracy of the method.
+        plain: Accuracy of plain fine-tuning.
+        clean: Accuracy of training on the samples with right labels only.
+
+    Returns:
+        0 for plain fine-tuning, 1 for the clean subset, below 0 for harm; None
+        where the wrong labels cost nothing.
+    """
+    return (method - plain) / (clean - plain) if clean > plain else None

@@ -1,0 +1,550 @@
+"""Comparing methods: statistics by hand, each baseline, stalls, repeatability."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_rsft.comparing import (
+    Outcome,
+    baselines,
+    compare,
+    compare_features,
+    comparison_folder,
+    method_names,
+    methods,
+)
+from keras_rsft.comparing import comparison as comparison_module
+from keras_rsft.comparing.intervals import (
+    Interval,
+    mean_interval,
+    paired_interval,
+    recovered_share,
+    t_quantile,
+)
+from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
+from keras_rsft.comparing.summary import judge, summarize
+from keras_rsft.data import load_images
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.features import FeatureSet, TrainingBatches
+from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
+from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.policy_choice import PolicyChoice
+
+CLASSES = 3
+DIM = 6
+
+
+def make_part(folder, name, count, rng, wrong=0.0, known=True):
+    """Three clusters; a share of the labels moves to the next class."""
+    clean = (np.arange(count) % CLASSES).astype(np.int32)
+    values = rng.normal(size=(count, DIM)).astype(np.float32)
+    values[np.arange(count), clean] += 3
+    path = folder / f"{name}.bin"
+    values.tofile(path)
+    labels = clean.copy()
+    moved = rng.choice(count, round(wrong * count), replace=False)
+    labels[moved] = (labels[moved] + 1) % CLASSES
+    ids = np.array([f"{name}/{number}" for number in range(count)])
+    return FeatureSet(path, labels, ids, DIM, 1, clean if known else None)
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("features")
+    return SplitFeatures(
+        train=make_part(folder, "train", 90, rng, wrong=0.3),
+        validation=make_part(folder, "validation", 30, rng, wrong=0.3),
+        test=make_part(folder, "test", 60, rng),
+        class_names=("a", "b", "c"),
+    )
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return TrainingSettings(
+        policy=PolicyChoice(threshold=0.9, warmup_epochs=1),
+        epochs=4,
+        batch_size=16,
+        learning_rate=0.05,
+    )
+
+
+@pytest.fixture
+def trial(noisy, settings, tmp_path):
+    return methods.Trial(noisy, settings, tmp_path)
+
+
+def outcomes_of(accuracies):
+    return [
+        Outcome(
+            name, seed, 1.0, accuracy, stalled="stuck" if accuracy is None else None
+        )
+        for name, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+class TestIntervals:
+    def test_by_hand(self):
+        """Mean 3, deviation sqrt(2.5), five values: 2.7764 x sqrt(2.5 / 5)."""
+        interval = mean_interval([1, 2, 3, 4, 5])
+        assert interval.mean == 3
+        assert interval.half_width == pytest.approx(1.96321, abs=1e-4)
+        assert interval.low == pytest.approx(1.03679, abs=1e-4)
+        assert interval.high == pytest.approx(4.96321, abs=1e-4)
+
+    def test_pairs_vary_less_than_what_they_are_made_of(self):
+        interval = paired_interval([2, 12, 23], [1, 11, 21])
+        assert interval.mean == pytest.approx(4 / 3)
+        assert interval.half_width == pytest.approx(4.3027 / 3, abs=1e-4)
+        with pytest.raises(ValueError, match="zip"):
+            paired_interval([1, 2], [1])
+
+    def test_one_value_says_nothing_about_chance(self):
+        assert mean_interval([0.5]) == Interval(0.5, math.inf)
+        assert not mean_interval([0.5]).excludes_zero
+
+    @pytest.mark.parametrize(
+        "mean, half_width, expected",
+        [(1, 0.5, True), (1, 1, False), (-1, 1, False), (-1, 0.9, True), (0, 0, False)],
+    )
+    def test_an_end_at_zero_does_not_exclude_it(self, mean, half_width, expected):
+        assert Interval(mean, half_width).excludes_zero is expected
+
+    def test_the_table_agrees_with_scipy_and_is_never_too_small(self):
+        stats = pytest.importorskip("scipy.stats")
+        for degrees in range(1, 200):
+            exact = stats.t.ppf(0.975, degrees)
+            assert exact - 1e-4 < t_quantile(degrees) < exact * 1.0421
+            if degrees <= 30:
+                assert t_quantile(degrees) == pytest.approx(exact, abs=1e-4)
+
+    @given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.floats(-1, 1))
+    def test_a_shift_moves_the_mean_alone(self, values, shift):
+        one, other = (mean_interval([v + s for v in values]) for s in (0.0, shift))
+        assert other.mean == pytest.approx(one.mean + shift, abs=1e-9)
+        assert other.half_width == pytest.approx(one.half_width, abs=1e-6)
+
+    def test_recovered(self):
+        assert recovered_share(0.8, 0.6, 0.9) == pytest.approx(2 / 3)
+        assert recovered_share(0.6, 0.6, 0.9) == 0
+        assert recovered_share(0.5, 0.6, 0.9) == pytest.approx(-1 / 3)
+        assert recovered_share(0.8, 0.9, 0.9) is None
+
+
+class TestVerdict:
+    def test_a_lead_larger_than_chance_wins(self):
+        verdict = judge(outcomes_of({"plain": [0.5, 0.6], "gce": [0.7, 0.8]}))
+        assert (verdict.winner, verdict.tied) == ("gce", ("gce",))
+        assert (
+            verdict.sentence == "gce is ahead: 20.0 ± 0.0 points over the next, plain."
+        )
+
+    def test_at_the_boundary_nobody_wins(self):
+        """Leads 1 and 3 of mean 2: half width 12.7062 > 2. Equal: a lead of 0."""
+        near = judge(outcomes_of({"plain": [0.5, 0.5], "gce": [0.51, 0.53]}))
+        assert near.winner is None
+        assert near.tied == ("gce", "plain")
+        assert near.sentence == (
+            "No method is ahead by more than chance: gce and plain are tied."
+        )
+        equal = judge(outcomes_of({"plain": [0.5, 0.6], "gce": [0.5, 0.6]}))
+        assert equal.winner is None
+
+    def test_only_those_within_chance_are_named(self):
+        verdict = judge(
+            outcomes_of(
+                {"plain": [0.1, 0.2], "article": [0.60, 0.66], "gce": [0.61, 0.65]}
+                | {"keep-fraction": [0.6, 0.7]}
+            )
+        )
+        assert verdict.tied == ("keep-fraction", "article", "gce")
+        assert verdict.sentence.endswith("keep-fraction, article and gce are tied.")
+
+    def test_the_runner_up_is_not_the_only_rival(self):
+        """A third whose accuracy varies a lot may still be the best."""
+        verdict = judge(
+            outcomes_of(
+                {"gce": [0.7, 0.7, 0.7], "plain": [0.69, 0.69, 0.69]}
+                | {"article": [0.5, 0.9, 0.6]}
+            )
+        )
+        assert verdict.tied == ("gce", "article")
+
+    def test_the_clean_subset_and_a_stalled_method_do_not_compete(self):
+        outcomes = outcomes_of(
+            {"plain": [0.5, 0.6], "gce": [0.7, 0.8]}
+            | {"clean-subset": [0.9, 0.9], "article": [0.99, None]}
+        )
+        assert judge(outcomes).winner == "gce"
+        summaries = summarize(outcomes)
+        assert summaries["article"].stalled == 1
+        assert summaries["article"].test_accuracy.mean == 0.99
+        assert summaries["article"].difference_to_plain is None
+        assert summaries["article"].recovered is None
+        assert summaries["gce"].recovered == pytest.approx(0.2 / 0.35)
+        assert summaries["gce"].difference_to_plain.mean == pytest.approx(0.2)
+
+    def test_one_seed_and_one_method(self):
+        assert "One seed" in judge(outcomes_of({"plain": [0.5], "gce": [0.9]})).sentence
+        alone = judge(outcomes_of({"plain": [0.5, 0.6]}))
+        assert alone.winner is None
+        assert "two methods" in alone.sentence
+
+
+class TestBaselines:
+    def test_early_stopping_restores_the_best_epoch(self, trial, monkeypatch):
+        """Epoch by epoch the same as plain; then the weights of the best one."""
+        settings = dataclasses.replace(
+            trial.settings, policy=PolicyChoice("accept-all"), epochs=6
+        )
+        weights, seen = [], []
+
+        class Note(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                weights.append(self.model.model.get_weights())
+                seen.append(logs["val_accuracy"])
+
+        # A step too large and labels too wrong for the last epoch to be the best.
+        settings = dataclasses.replace(settings, learning_rate=0.5)
+        train_head(trial.features, settings, callbacks=[Note()], progress=False)
+        best = int(np.argmax(seen))
+        assert best < len(seen) - 1
+        heads = []
+        real = methods.train_head
+        monkeypatch.setattr(
+            methods,
+            "train_head",
+            lambda *a, **k: heads.append(real(*a, **k)) or heads[-1],
+        )
+        methods.run_method(
+            "early-stopping", dataclasses.replace(trial, settings=settings)
+        )
+        restored = heads[0].model.model.get_weights()
+        for one, other in zip(restored, weights[best], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    def test_gce_is_the_published_loss(self):
+        """(1 - 0.5**0.7) / 0.7 and (1 - 0.25**0.7) / 0.7, for integer labels."""
+        loss = keras.losses.CategoricalGeneralizedCrossEntropy(
+            q=baselines.GCE_Q, reduction="none"
+        )
+        values = loss(np.array([0, 1]), np.array([[0.5, 0.5], [0.75, 0.25]]))
+        expected = [(1 - p**0.7) / 0.7 for p in (0.5, 0.25)]
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+    def test_gce_lets_a_wrong_label_pull_less(self):
+        """The gradient at a logit is cross-entropy's times p**0.7."""
+        import tensorflow as tf
+
+        logits = tf.constant([[4.0, 0.0], [0.0, 4.0]])
+        labels = tf.constant([1, 1])  # The first is wrong for the model.
+        norms = []
+        for loss in (
+            keras.losses.SparseCategoricalCrossentropy(reduction="sum"),
+            keras.losses.CategoricalGeneralizedCrossEntropy(q=0.7, reduction="sum"),
+        ):
+            with tf.GradientTape() as tape:
+                tape.watch(logits)
+                value = loss(labels, tf.nn.softmax(logits))
+            norms.append(np.abs(tape.gradient(value, logits)[:, 0]))
+        p = np.exp([0, 4]) / (1 + np.exp(4))
+        np.testing.assert_allclose(norms[1] / norms[0], p**0.7, rtol=1e-4)
+
+    def test_gce_first_step_is_the_one_by_hand(self, trial):
+        """One step of plain SGD on one batch moves the bias by -rate x gradient."""
+        settings = dataclasses.replace(
+            trial.settings, epochs=1, batch_size=90, learning_rate=0.1
+        )
+        train = trial.features.train
+        start = baselines.build_head(
+            DIM, CLASSES, moments=train.moments(), seed=settings.seed
+        )
+        p = head_probabilities(start, train)
+        given = np.eye(CLASSES)[train.labels]
+        weight = (p * given).sum(axis=1, keepdims=True) ** 0.7
+        gradient = (weight * (p - given)).mean(axis=0)
+        head = baselines.train_gce(trial.features, settings)
+        np.testing.assert_allclose(head.get_weights()[-1], -0.1 * gradient, atol=1e-5)
+
+    def test_co_teaching_heads_exchange_what_they_choose(self):
+        """Two samples, heads that trust one each: each learns the other's choice."""
+
+        def head(bias):
+            inputs = keras.Input((1,))
+            layer = keras.layers.Dense(2, activation="softmax")
+            model = keras.Model(inputs, layer(inputs))
+            layer.set_weights([np.zeros((1, 2)), np.array(bias, np.float32)])
+            return model
+
+        # The first head finds label 0 easy, the second label 1.
+        heads = [head([1.0, 0.0]), head([0.0, 1.0])]
+        optimizers = [keras.optimizers.SGD(1.0) for _ in heads]
+        for model, optimizer in zip(heads, optimizers, strict=True):
+            optimizer.build(model.trainable_variables)
+        inputs, labels = np.zeros((2, 1), np.float32), np.array([0, 1])
+        baselines.co_teaching_step(heads, optimizers, inputs, labels, 0.5)
+        p = 1 / (1 + math.exp(-1))  # Of the class with the larger bias.
+        # The first learns the sample with label 1: gradient (p, -p).
+        np.testing.assert_allclose(heads[0].get_weights()[1], [1 - p, p], atol=1e-6)
+        # The second learns the sample with label 0: gradient (-p, p).
+        np.testing.assert_allclose(heads[1].get_weights()[1], [p, 1 - p], atol=1e-6)
+
+    def test_co_teaching_keeps_the_estimated_share_after_the_ramp(self, trial):
+        settings = dataclasses.replace(trial.settings, epochs=11, batch_size=30)
+        _, chosen = baselines.train_co_teaching(
+            trial.features, settings, noise_rate=0.3
+        )
+        assert chosen.sum() == 3 * 21
+        wrong = trial.features.train.labels != trial.features.train.clean_labels
+        assert chosen[wrong].mean() < 0.5 < chosen[~wrong].mean()
+
+    def test_the_estimated_rate_by_hand(self):
+        """Class thresholds 0.7 and 0.6; the third sample is a confident 1."""
+        labels = np.array([0, 0, 0, 1, 1])
+        p1 = np.array([0.05, 0.05, 0.8, 0.6, 0.6])
+        probabilities = np.stack([1 - p1, p1], axis=1)
+        assert baselines.estimated_noise_rate(labels, probabilities) == 1 / 5
+        probabilities[3] = [0.5, 0.5]  # Threshold 0.55; it no longer counts.
+        assert baselines.estimated_noise_rate(labels, probabilities) == 1 / 4
+
+    def test_out_of_fold_heads_have_not_seen_the_sample(self, trial, monkeypatch):
+        seen = []
+
+        class Note(TrainingBatches):
+            def __init__(self, features, **options):
+                seen.append(set(features.ids))
+                super().__init__(features, **options)
+
+        monkeypatch.setattr(baselines, "TrainingBatches", Note)
+        settings = dataclasses.replace(trial.settings, epochs=1)
+        probabilities = baselines.out_of_fold_probabilities(
+            trial.features, settings, folder=trial.folder
+        )
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+        everyone = set(trial.features.train.ids)
+        held_out = [everyone - fold for fold in seen]
+        assert [len(fold) for fold in held_out] == [18] * 5
+        assert set.union(*held_out) == everyone
+
+    def test_a_subset_has_the_rows_of_its_samples(self, trial, tmp_path):
+        train = trial.features.train
+        part = baselines.subset(train, np.array([3, 5, 80]), tmp_path)
+        np.testing.assert_array_equal(part.features, train.features[[3, 5, 80]])
+        np.testing.assert_array_equal(part.labels, train.labels[[3, 5, 80]])
+        assert part.ids.tolist() == ["train/3", "train/5", "train/80"]
+
+    def test_the_clean_subset_is_all_right_labels_and_no_wrong_one(self, trial):
+        outcome = methods.run_method("clean-subset", trial)
+        assert outcome.acceptance_rate == pytest.approx(0.7)
+        assert outcome.wrong_labels_rejected == 1
+        assert outcome.right_labels_rejected == 0
+
+    def test_cleanlab_filters_and_retrains(self, trial):
+        pytest.importorskip("cleanlab")
+        outcome = methods.run_method("cleanlab", trial)
+        assert 0 < outcome.acceptance_rate < 1
+        assert outcome.wrong_labels_rejected > outcome.right_labels_rejected
+
+
+class TestComparison:
+    def test_a_stall_is_a_result(self, noisy, settings):
+        """A threshold far below ln(3) rejects every batch of the article's rule."""
+        hopeless = dataclasses.replace(settings, policy=PolicyChoice(threshold=1e-6))
+        result = compare_features(
+            noisy, methods=["article"], seeds=2, settings=hopeless, progress=False
+        )
+        article = result.summaries["article"]
+        assert article.stalled == 2
+        assert article.test_accuracy is None
+        assert article.acceptance_rate == 0
+        stalled = [o.stalled for o in result.outcomes if o.method == "article"]
+        assert all("accepted no sample" in reason for reason in stalled)
+        assert result.summaries["plain"].test_accuracy is not None
+
+    def test_all_methods_the_same_again_and_each_seed_its_own(self, noisy, settings):
+        short = dataclasses.replace(settings, epochs=1)
+        options = {"settings": short, "progress": False}
+        one = compare_features(noisy, seeds=1, **options)
+        two = compare_features(noisy, seeds=1, **options)
+        timeless = [
+            [dataclasses.replace(o, seconds=0.0) for o in result.outcomes]
+            for result in (one, two)
+        ]
+        assert timeless[0] == timeless[1]
+        expected = [name for name in METHOD_NAMES if name not in ("cleanlab",)]
+        assert set(expected) <= set(one.summaries)
+        plain = {"methods": ["plain"], "progress": False}
+        losses = [
+            train_head(
+                noisy, dataclasses.replace(short, seed=seed), progress=False
+            ).history["loss"]
+            for seed in (0, 1)
+        ]
+        assert losses[0] != losses[1]
+        seeds = compare_features(noisy, seeds=2, settings=short, **plain).outcomes
+        assert [outcome.seed for outcome in seeds] == [0, 1]
+
+    def test_the_test_split_is_judged_by_its_right_labels(self, noisy, settings):
+        test = noisy.test
+        wrong = test.with_labels((test.labels + 1) % CLASSES, test.clean_labels)
+        options = {"methods": ["gce"], "seeds": 1, "settings": settings}
+        results = [
+            compare_features(
+                dataclasses.replace(noisy, test=part), progress=False, **options
+            )
+            for part in (test, wrong)
+        ]
+        for name in ("plain", "gce"):
+            one, other = (result.summaries[name] for result in results)
+            assert one.test_accuracy == other.test_accuracy
+
+    def test_what_cannot_run_is_left_out_with_a_note(
+        self, noisy, settings, monkeypatch
+    ):
+        monkeypatch.setattr(comparison_module, "run_method", fake_run)
+        monkeypatch.setattr(comparison_module, "has_cleanlab", lambda: False)
+        unknown = noisy.train.with_labels(noisy.train.labels)
+        features = dataclasses.replace(
+            noisy,
+            train=unknown,
+            validation=dataclasses.replace(
+                noisy.validation, labels=noisy.validation.labels[:0]
+            ),
+        )
+        result = compare_features(features, settings=settings, progress=False)
+        assert not {"cleanlab", "clean-subset", "early-stopping"} & set(
+            result.summaries
+        )
+        notes = " ".join(result.notes)
+        assert "keras_rsft[compare]" in notes
+        assert "clean-subset was left out: the right labels are not known" in notes
+        assert "early-stopping was left out: it needs a validation split" in notes
+        with pytest.raises(DataError, match="clean-subset cannot run"):
+            compare_features(features, methods=["clean-subset"], progress=False)
+
+    def test_cleanlab_by_name_needs_the_extra(self, monkeypatch):
+        monkeypatch.setattr(method_names, "has_cleanlab", lambda: False)
+        with pytest.raises(ImportError, match=r"keras_rsft\[compare\]"):
+            check_methods(["cleanlab"])
+
+    def test_methods_by_name(self):
+        assert check_methods(["gce", "gce"]) == ("plain", "gce")
+        assert check_methods(["gce", "plain"]) == ("plain", "gce")
+        with pytest.raises(InvalidArgument, match="Did you mean 'co-teaching'"):
+            check_methods(["coteaching"])
+        for wrong in ([], "gce"):
+            with pytest.raises(InvalidArgument, match="methods"):
+                check_methods(wrong)
+        with pytest.raises(InvalidArgument, match="seeds"):
+            compare("digits", seeds=0)
+
+
+@pytest.fixture(scope="module")
+def written(photo_folder, tiny_base_file, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(output, **options):
+        return compare(
+            load_images(str(photo_folder)),
+            methods=["gce", "clean-subset"],
+            seeds=2,
+            noise="symmetric:0.25",
+            backbone=str(tiny_base_file),
+            settings=TrainingSettings(epochs=2, batch_size=8, seed=3),
+            output=output,
+            cache_dir=cache,
+            progress=False,
+            **options,
+        )
+
+    return run
+
+
+class TestCompare:
+    def test_the_folder_has_it_all_and_nothing_is_overwritten(self, written, tmp_path):
+        result = written(tmp_path / "deep" / "table", command="keras-rsft compare x")
+        folder = result.folder
+        assert {path.name for path in folder.iterdir()} == {
+            "comparison.csv", "summary.json", "labels.csv", "config.json",
+        }  # fmt: skip
+        with (folder / "comparison.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["method"], row["seed"]) for row in rows] == [
+            (name, seed)
+            for seed in ("3", "4")
+            for name in ("plain", "gce", "clean-subset")
+        ]
+        assert float(rows[0]["test_accuracy"]) == result.outcomes[0].test_accuracy
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["verdict"]["sentence"] == result.verdict.sentence
+        plain = summary["methods"]["plain"]
+        mean = np.mean(
+            [o.test_accuracy for o in result.outcomes if o.method == "plain"]
+        )
+        assert plain["test_accuracy"]["mean"] == pytest.approx(mean)
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["noise"], config["seeds"]) == ("symmetric:0.25", 2)
+        with pytest.raises(InvalidArgument, match="Nothing is overwritten"):
+            written(folder)
+
+    def test_noisy_labels_of_both_splits_are_written_down(self, written, tmp_path):
+        result = written(tmp_path / "table")
+        with (result.folder / "labels.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        data = result.noisy_data[3]
+        for split in (data.train, data.validation):
+            mine = [r for r in rows if r["seed"] == "3" and r["split"] == split.name]
+            wrong = sum(row["given_label"] != row["clean_label"] for row in mine)
+            assert wrong == round(0.25 * len(split)) > 0
+            assert [row["id"] for row in mine] == split.ids.tolist()
+            given = [data.class_names[label] for label in split.labels]
+            assert [row["given_label"] for row in mine] == given
+        by_seed = [
+            [r["given_label"] for r in rows if r["seed"] == seed] for seed in "34"
+        ]
+        assert by_seed[0] != by_seed[1]
+        assert data.test.clean_labels is None
+
+    def test_noise_reaches_the_features_by_id(self, noisy):
+        class Data:
+            pass
+
+        data = Data()
+        for name in ("train", "validation", "test"):
+            part = getattr(noisy, name)
+            split = Data()
+            # One image more than was readable, and in the other order.
+            split.ids = np.array([*part.ids[::-1], "unreadable"])
+            split.labels = np.array([*((part.labels[::-1] + 1) % CLASSES), 0])
+            split.clean_labels = None
+            setattr(data, name, split)
+        moved = comparison_module.relabelled(noisy, data)
+        np.testing.assert_array_equal(
+            moved.train.labels, (noisy.train.labels + 1) % CLASSES
+        )
+        assert moved.train.path == noisy.train.path
+
+    def test_a_failure_leaves_no_half_folder(self, written, tmp_path, monkeypatch):
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(comparison_folder, "_write_json", fail)
+        monkeypatch.setattr(comparison_module, "run_method", fake_run)
+        with pytest.raises(KeyboardInterrupt):
+            written(tmp_path / "table")
+        assert list(tmp_path.iterdir()) == []
+
+
+def fake_run(name, trial):
+    return Outcome(name, trial.settings.seed, 1.0, 0.5)
