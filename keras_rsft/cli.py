@@ -16,13 +16,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_rsft import __version__
+from keras_rsft.cli_options import (
+    add_base_options,
+    add_cache_dir,
+    add_data_options,
+    add_policy_numbers,
+    add_policy_options,
+    add_training_options,
+    load_data,
+    policy_choice,
+    positive_int,
+    seed_number,
+    training_settings,
+)
+from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
     DataError,
     InvalidArgument,
     TrainingStalled,
     WeightsUnavailable,
 )
-from keras_rsft.policy_choice import LEVELS, POLICY_NAMES, PolicyChoice
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
@@ -73,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_fit(commands)
+    _add_compare(commands)
     _add_predict(commands)
     return parser
 
@@ -81,132 +95,62 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo", help="fine-tune on real digits with wrong labels, in about a minute"
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+    demo.add_argument(
+        "--seed", type=seed_number, default=0, help="default: %(default)s"
+    )
     demo.add_argument("--output", metavar="FOLDER", help="default: runs/demo-N")
-    _add_cache_dir(demo)
+    add_cache_dir(demo)
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit = commands.add_parser("fit", help="fine-tune on your own images")
+    _add_data_argument(fit)
+    add_data_options(fit.add_argument_group("data"))
+    add_base_options(fit.add_argument_group("base"))
+    add_policy_options(fit.add_argument_group("rejection"))
+    add_training_options(fit.add_argument_group("training"))
     fit.add_argument(
+        "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
+    )
+    add_cache_dir(fit)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    compare = commands.add_parser(
+        "compare", help="several methods side by side on your own images"
+    )
+    _add_data_argument(compare)
+    methods = compare.add_argument_group("comparison")
+    methods.add_argument(
+        "--methods",
+        metavar="A,B,C",
+        help=f"out of {', '.join(METHOD_NAMES)}; plain is always among them; "
+        "default: all that can run",
+    )
+    methods.add_argument(
+        "--seeds",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="how often to train each, from --seed on; default: %(default)s",
+    )
+    add_data_options(compare.add_argument_group("data"))
+    add_base_options(compare.add_argument_group("base"))
+    add_policy_numbers(compare.add_argument_group("rejection"))
+    add_training_options(compare.add_argument_group("training"))
+    compare.add_argument(
+        "--output", metavar="FOLDER", help="default: runs/compare-NAME-N"
+    )
+    add_cache_dir(compare)
+
+
+def _add_data_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "data",
         metavar="DATA",
         help="folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, "
         "CSV file, tfds:NAME, or digits",
     )
-    _add_data_options(fit.add_argument_group("data"))
-    _add_base_options(fit.add_argument_group("base"))
-    _add_policy_options(fit.add_argument_group("rejection"))
-    _add_training_options(fit.add_argument_group("training"))
-    fit.add_argument(
-        "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
-    )
-    _add_cache_dir(fit)
-
-
-def _add_data_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--path-column", default="path", help="default: %(default)s")
-    group.add_argument("--label-column", default="label", help="default: %(default)s")
-    group.add_argument("--split-column", default="split", help="default: %(default)s")
-    group.add_argument("--clean-label-column", help="CSV column of the right labels")
-    group.add_argument(
-        "--label-key",
-        default="label",
-        help="label of a tfds: set; default: %(default)s",
-    )
-    group.add_argument("--clean-label-key", help="right label of a tfds: set")
-    group.add_argument("--data-dir", help="where tfds: data lies")
-    group.add_argument(
-        "--noise",
-        metavar="KIND:RATE",
-        help="make training labels wrong on purpose, e.g. symmetric:0.3",
-    )
-    for split in ("validation", "test"):
-        group.add_argument(
-            f"--{split}-fraction",
-            type=_fraction,
-            default=0.15,
-            help=f"share cut off where there is no {split} split; default: %(default)s",
-        )
-    group.add_argument(
-        "--split-seed", type=_seed, default=0, help="seed of the cut; default: 0"
-    )
-
-
-def _add_base_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--backbone",
-        default="resnet50",
-        help="any model of keras.applications, efficientnet_lite0, or a .keras file; "
-        "default: %(default)s",
-    )
-    group.add_argument(
-        "--weights",
-        default="imagenet",
-        help="imagenet, none or a file; default: imagenet",
-    )
-    group.add_argument(
-        "--image-size", type=_positive_int, help="pixels; default: the base's own"
-    )
-    group.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the base's pass; auto takes bfloat16 where the hardware has it",
-    )
-    group.add_argument(
-        "--views",
-        type=_positive_int,
-        default=1,
-        help="views kept of each training image, flipped and cropped; default: 1",
-    )
-
-
-def _add_policy_options(group: argparse._ArgumentGroup) -> None:
-    defaults = PolicyChoice()
-    group.add_argument(
-        "--policy",
-        default=defaults.name,
-        help=f"{', '.join(POLICY_NAMES)}; default: %(default)s",
-    )
-    group.add_argument(
-        "--threshold",
-        type=float,
-        help="loss below which loss-threshold accepts; default: 0.65 ln(classes)",
-    )
-    group.add_argument(
-        "--keep-fraction",
-        type=float,
-        default=defaults.keep_fraction,
-        help="share that keep-fraction keeps; default: %(default)s",
-    )
-    group.add_argument(
-        "--level",
-        default=defaults.level,
-        help=f"judge each {' or each '.join(LEVELS)}; default: %(default)s",
-    )
-    group.add_argument(
-        "--warmup-epochs",
-        type=float,
-        default=defaults.warmup_epochs,
-        help="epochs before rejection sets in; default: %(default)s",
-    )
-
-
-def _add_training_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--epochs", type=_positive_int, default=20, help="default: 20")
-    group.add_argument(
-        "--batch-size", type=_positive_int, default=32, help="default: 32"
-    )
-    group.add_argument(
-        "--learning-rate", type=float, default=1e-3, help="default: %(default)s"
-    )
-    group.add_argument(
-        "--optimizer",
-        default="sgd",
-        help="a Keras optimizer; default: sgd, momentum 0.9",
-    )
-    group.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -215,12 +159,6 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "model", metavar="MODEL", help="run folder, .keras file or exported model"
     )
     predict.add_argument("files", metavar="FILE", nargs="+", help="image files")
-
-
-def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cache-dir", metavar="FOLDER", help="where features are kept between runs"
-    )
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
@@ -245,40 +183,20 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 
 def _run_fit(arguments: argparse.Namespace) -> int:
-    choice = _policy_choice(arguments)  # Refused before anything heavy is imported.
+    choice = policy_choice(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
     from keras_rsft.cli_output import print_data, print_run
-    from keras_rsft.data import add_label_noise, load_images
-    from keras_rsft.finetuning import TrainingSettings, finetune
+    from keras_rsft.data import add_label_noise
+    from keras_rsft.finetuning import finetune
     from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
 
-    settings = TrainingSettings(
-        policy=choice,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        optimizer=arguments.optimizer,
-        seed=arguments.seed,
-    )
+    settings = training_settings(arguments, choice)
     if arguments.output is not None:
         check_new_folder(arguments.output)  # Before the work, not after it.
-    data = load_images(
-        arguments.data,
-        path_column=arguments.path_column,
-        label_column=arguments.label_column,
-        split_column=arguments.split_column,
-        clean_label_column=arguments.clean_label_column,
-        label_key=arguments.label_key,
-        clean_label_key=arguments.clean_label_key,
-        validation_fraction=arguments.validation_fraction,
-        test_fraction=arguments.test_fraction,
-        split_seed=arguments.split_seed,
-        data_dir=arguments.data_dir,
-    )
+    data = load_data(arguments)
     if arguments.noise is not None:
         data = add_label_noise(data, arguments.noise, seed=arguments.seed)
     print_data(data, noise=arguments.noise)
-    name = Path(arguments.data.removeprefix("tfds:")).stem or "run"
     print_run(
         finetune(
             data,
@@ -288,7 +206,46 @@ def _run_fit(arguments: argparse.Namespace) -> int:
             precision=arguments.precision,
             views=arguments.views,
             settings=settings,
-            output=arguments.output or next_run_folder(name),
+            output=arguments.output or next_run_folder(_data_name(arguments)),
+            cache_dir=arguments.cache_dir,
+            command=arguments.command_line,
+        )
+    )
+    return 0
+
+
+def _run_compare(arguments: argparse.Namespace) -> int:
+    methods = arguments.methods
+    if methods is not None:  # Refused before anything heavy is imported.
+        methods = check_methods([name.strip() for name in methods.split(",")])
+    numbers = policy_choice(arguments)
+    _silence_native_libraries()
+    from keras_rsft.cli_output import print_comparison, print_data
+    from keras_rsft.comparing import compare
+    from keras_rsft.data.noise import parse_noise
+    from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
+
+    settings = training_settings(arguments, numbers)
+    if arguments.noise is not None:
+        parse_noise(arguments.noise)
+    if arguments.output is not None:
+        check_new_folder(arguments.output)
+    data = load_data(arguments)
+    print_data(data)
+    print_comparison(
+        compare(
+            data,
+            methods=methods,
+            seeds=arguments.seeds,
+            noise=arguments.noise,
+            backbone=arguments.backbone,
+            weights=arguments.weights,
+            image_size=arguments.image_size,
+            precision=arguments.precision,
+            views=arguments.views,
+            settings=settings,
+            output=arguments.output
+            or next_run_folder(f"compare-{_data_name(arguments)}"),
             cache_dir=arguments.cache_dir,
             command=arguments.command_line,
         )
@@ -305,17 +262,16 @@ def _run_predict(arguments: argparse.Namespace) -> int:
     return FAILED if unreadable == len(arguments.files) else 0
 
 
-_COMMANDS = {"demo": _run_demo, "fit": _run_fit, "predict": _run_predict}
+_COMMANDS = {
+    "demo": _run_demo,
+    "fit": _run_fit,
+    "compare": _run_compare,
+    "predict": _run_predict,
+}
 
 
-def _policy_choice(arguments: argparse.Namespace) -> PolicyChoice:
-    return PolicyChoice(
-        name=arguments.policy,
-        threshold=arguments.threshold,
-        keep_fraction=arguments.keep_fraction,
-        level=arguments.level,
-        warmup_epochs=arguments.warmup_epochs,
-    )
+def _data_name(arguments: argparse.Namespace) -> str:
+    return Path(arguments.data.removeprefix("tfds:")).stem or "run"
 
 
 def _silence_native_libraries() -> None:
@@ -345,30 +301,6 @@ def _silence_native_libraries() -> None:
 def _fail(status: int, message: str) -> int:
     print(f"keras-rsft: {message}", file=sys.stderr)
     return status
-
-
-def _positive_int(text: str) -> int:
-    return _parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
-
-
-def _seed(text: str) -> int:
-    return _parsed(
-        text, int, lambda value: 0 <= value < 2**31, "a whole number in [0, 2**31)"
-    )
-
-
-def _fraction(text: str) -> float:
-    return _parsed(text, float, lambda value: 0 < value < 1, "a number in (0, 1)")
-
-
-def _parsed(text: str, kind: type, holds, expected: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, received {text!r}")
-    return value
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Apart from `cli.py` so that parsing imports nothing. Computes nothing.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ from rich.table import Table
 from keras_rsft.data import ImageData
 
 if TYPE_CHECKING:
+    from keras_rsft.comparing import Comparison
+    from keras_rsft.comparing.intervals import Interval
     from keras_rsft.demo import DemoResult
     from keras_rsft.finetuning import Run
     from keras_rsft.predict import Prediction
@@ -65,6 +68,49 @@ def print_run(run: Run) -> None:
     console.print(
         f"Use it:     keras-rsft predict {escape(folder)} FILE...", soft_wrap=True
     )
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Prints a row for each method, what was left out, and the verdict."""
+    console = _console()
+    table = Table()
+    table.add_column("Method", no_wrap=True)
+    for header in ("Test", "To plain", "Accepted", "Recovered", "Seconds"):
+        table.add_column(header, justify="right", no_wrap=header != "Test")
+    for name, summary in comparison.summaries.items():
+        accuracy = _percent(summary.test_accuracy)
+        if summary.stalled:
+            accuracy = f"{accuracy}, {summary.stalled} stalled".removeprefix("-, ")
+        difference = summary.difference_to_plain
+        shares = (summary.acceptance_rate, summary.recovered)
+        table.add_row(
+            name,
+            accuracy,
+            _percent(difference, sign="+"),
+            *("-" if share is None else f"{100 * share:.0f} %" for share in shares),
+            f"{summary.seconds:.1f}",
+        )
+    console.print(table)
+    for note in comparison.notes:
+        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+    seeds = len({outcome.seed for outcome in comparison.outcomes})
+    console.print(
+        f"Test accuracy in percent, mean of {seeds} seeds ± half of its 95 % interval; "
+        "differences to plain are paired by seed.",
+        soft_wrap=True,
+    )
+    console.print(escape(comparison.verdict.sentence), soft_wrap=True)
+    if comparison.folder is not None:
+        console.print(f"Folder: {escape(str(comparison.folder))}", soft_wrap=True)
+
+
+def _percent(interval: Interval | None, sign: str = "") -> str:
+    if interval is None:
+        return "-"
+    mean = f"{100 * interval.mean:{sign}.1f}"
+    if math.isinf(interval.half_width):  # One seed.
+        return mean
+    return f"{mean} ± {100 * interval.half_width:.1f}"
 
 
 def print_demo(demo: DemoResult) -> None:

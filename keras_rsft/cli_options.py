@@ -1,0 +1,218 @@
+"""The options that commands share: how they are parsed, and what is made of them.
+
+Like `cli.py`, imports nothing heavy: the functions at the end, which load data and
+build settings, import where they are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from keras_rsft.policy_choice import LEVELS, POLICY_NAMES, PolicyChoice
+
+if TYPE_CHECKING:
+    from keras_rsft.data import ImageData
+    from keras_rsft.finetuning import TrainingSettings
+
+
+def add_data_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what `load_images` and `add_label_noise` need."""
+    group.add_argument("--path-column", default="path", help="default: %(default)s")
+    group.add_argument("--label-column", default="label", help="default: %(default)s")
+    group.add_argument("--split-column", default="split", help="default: %(default)s")
+    group.add_argument("--clean-label-column", help="CSV column of the right labels")
+    group.add_argument(
+        "--label-key",
+        default="label",
+        help="label of a tfds: set; default: %(default)s",
+    )
+    group.add_argument("--clean-label-key", help="right label of a tfds: set")
+    group.add_argument("--data-dir", help="where tfds: data lies")
+    group.add_argument(
+        "--noise",
+        metavar="KIND:RATE",
+        help="make labels wrong on purpose: symmetric:RATE, asymmetric:RATE or "
+        "instance:RATE",
+    )
+    for split in ("validation", "test"):
+        group.add_argument(
+            f"--{split}-fraction",
+            type=fraction,
+            default=0.15,
+            help=f"share cut off where there is no {split} split; default: %(default)s",
+        )
+    group.add_argument(
+        "--split-seed", type=seed_number, default=0, help="seed of the cut; default: 0"
+    )
+
+
+def add_base_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what `load_backbone` and `extract_all` need."""
+    group.add_argument(
+        "--backbone",
+        default="resnet50",
+        help="any model of keras.applications, efficientnet_lite0, or a .keras file; "
+        "default: %(default)s",
+    )
+    group.add_argument(
+        "--weights",
+        default="imagenet",
+        help="imagenet, none or a file; default: imagenet",
+    )
+    group.add_argument(
+        "--image-size", type=positive_int, help="pixels; default: the base's own"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the base's pass; auto takes bfloat16 where the hardware has it",
+    )
+    group.add_argument(
+        "--views",
+        type=positive_int,
+        default=1,
+        help="views kept of each training image, flipped and cropped; default: 1",
+    )
+
+
+def add_policy_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the choice of one policy, and its numbers."""
+    defaults = PolicyChoice()
+    group.add_argument(
+        "--policy",
+        default=defaults.name,
+        help=f"{', '.join(POLICY_NAMES)}; default: %(default)s",
+    )
+    group.add_argument(
+        "--level",
+        default=defaults.level,
+        help=f"judge each {' or each '.join(LEVELS)}; default: %(default)s",
+    )
+    add_policy_numbers(group)
+
+
+def add_policy_numbers(group: argparse._ArgumentGroup) -> None:
+    """Adds the numbers of the policies, for one policy or for several."""
+    defaults = PolicyChoice()
+    group.add_argument(
+        "--threshold",
+        type=float,
+        help="loss below which loss-threshold accepts; default: 0.65 ln(classes)",
+    )
+    group.add_argument(
+        "--keep-fraction",
+        type=float,
+        default=defaults.keep_fraction,
+        help="share that keep-fraction keeps; default: %(default)s",
+    )
+    group.add_argument(
+        "--warmup-epochs",
+        type=float,
+        default=defaults.warmup_epochs,
+        help="epochs before rejection sets in; default: %(default)s",
+    )
+
+
+def add_training_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what `TrainingSettings` needs beside a policy."""
+    group.add_argument("--epochs", type=positive_int, default=20, help="default: 20")
+    group.add_argument(
+        "--batch-size", type=positive_int, default=32, help="default: 32"
+    )
+    group.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="default: %(default)s"
+    )
+    group.add_argument(
+        "--optimizer",
+        default="sgd",
+        help="a Keras optimizer; default: sgd, momentum 0.9",
+    )
+    group.add_argument(
+        "--seed", type=seed_number, default=0, help="default: %(default)s"
+    )
+
+
+def add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds where features are kept."""
+    parser.add_argument(
+        "--cache-dir", metavar="FOLDER", help="where features are kept between runs"
+    )
+
+
+def positive_int(text: str) -> int:
+    """Parses a whole number, at least 1."""
+    return _parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
+
+
+def seed_number(text: str) -> int:
+    """Parses a seed."""
+    return _parsed(
+        text, int, lambda value: 0 <= value < 2**31, "a whole number in [0, 2**31)"
+    )
+
+
+def fraction(text: str) -> float:
+    """Parses a number between 0 and 1."""
+    return _parsed(text, float, lambda value: 0 < value < 1, "a number in (0, 1)")
+
+
+def _parsed(text: str, kind: type, holds, expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, received {text!r}")
+    return value
+
+
+def policy_choice(arguments: argparse.Namespace) -> PolicyChoice:
+    """Returns the policy that was asked for, or the default one with the numbers.
+
+    Raises:
+        InvalidArgument: If a name or number cannot be used.
+    """
+    return PolicyChoice(
+        name=getattr(arguments, "policy", PolicyChoice().name),
+        threshold=arguments.threshold,
+        keep_fraction=arguments.keep_fraction,
+        level=getattr(arguments, "level", PolicyChoice().level),
+        warmup_epochs=arguments.warmup_epochs,
+    )
+
+
+def training_settings(
+    arguments: argparse.Namespace, policy: PolicyChoice
+) -> TrainingSettings:
+    """Returns how to train, as was asked for."""
+    from keras_rsft.finetuning import TrainingSettings
+
+    return TrainingSettings(
+        policy=policy,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        optimizer=arguments.optimizer,
+        seed=arguments.seed,
+    )
+
+
+def load_data(arguments: argparse.Namespace) -> ImageData:
+    """Returns the images that were asked for, without noise."""
+    from keras_rsft.data import load_images
+
+    return load_images(
+        arguments.data,
+        path_column=arguments.path_column,
+        label_column=arguments.label_column,
+        split_column=arguments.split_column,
+        clean_label_column=arguments.clean_label_column,
+        label_key=arguments.label_key,
+        clean_label_key=arguments.clean_label_key,
+        validation_fraction=arguments.validation_fraction,
+        test_fraction=arguments.test_fraction,
+        split_seed=arguments.split_seed,
+        data_dir=arguments.data_dir,
+    )
