@@ -91,6 +91,13 @@ def print_comparison(comparison: Comparison) -> None:
             f"{summary.seconds:.1f}",
         )
     console.print(table)
+    noise = comparison.config.get("noise")
+    if noise is not None:
+        console.print(
+            f"Training and validation labels were made wrong on purpose ({noise}), "
+            "other ones for each seed.",
+            soft_wrap=True,
+        )
     for note in comparison.notes:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     seeds = len({outcome.seed for outcome in comparison.outcomes})

@@ -372,6 +372,17 @@ class TestComparison:
         assert all("accepted no sample" in reason for reason in stalled)
         assert result.summaries["plain"].test_accuracy is not None
 
+    def test_a_head_that_diverged_is_no_accuracy(self, trial, monkeypatch):
+        def diverged(features, settings):
+            head = baselines.build_head(DIM, CLASSES)
+            head.set_weights([w * np.nan for w in head.get_weights()])
+            return head
+
+        monkeypatch.setattr(methods, "train_gce", diverged)
+        outcome = methods.run_method("gce", trial)
+        assert outcome.test_accuracy is None
+        assert "NaN" in outcome.stalled
+
     def test_all_methods_the_same_again_and_each_seed_its_own(self, noisy, settings):
         short = dataclasses.replace(settings, epochs=1)
         options = {"settings": short, "progress": False}
@@ -448,6 +459,8 @@ class TestComparison:
                 check_methods(wrong)
         with pytest.raises(InvalidArgument, match="seeds"):
             compare("digits", seeds=0)
+        with pytest.raises(InvalidArgument, match=r"2\*\*31"):
+            compare("digits", settings=TrainingSettings(seed=2**31 - 4))
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,7 @@ def subset(part: FeatureSet, rows: np.ndarray, folder: Path) -> FeatureSet:
         The features of these samples, all views of each.
     """
     path = folder / FEATURES_FILE
+    path.unlink(missing_ok=True)  # What still reads the old file keeps it.
     with path.open("wb") as file:
         for start in range(0, len(rows), 4096):
             file.write(part.all_views[rows[start : start + 4096]].tobytes())

@@ -119,7 +119,7 @@ def compare(
         WeightsUnavailable: If the base's weights cannot be had.
     """
     settings = settings or TrainingSettings()
-    _check_counts(seeds, views)
+    _check_counts(settings.seed, seeds, views)
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
@@ -199,7 +199,7 @@ def compare_features(
         ImportError: If `cleanlab` is asked for by name and not installed.
     """
     settings = settings or TrainingSettings()
-    _check_counts(seeds, 1)
+    _check_counts(settings.seed, seeds, 1)
     methods = check_methods(methods)
     features_of = features if callable(features) else lambda seed: features
     first = features_of(settings.seed)
@@ -279,7 +279,12 @@ def _missing(features: SplitFeatures) -> dict[str, str]:
     return missing
 
 
-def _check_counts(seeds: int, views: int) -> None:
+def _check_counts(first_seed: int, seeds: int, views: int) -> None:
     for name, value in {"seeds": seeds, "views": views}.items():
         if value < 1:
             raise InvalidArgument(f"`{name}` must be at least 1. Received: {value}.")
+    if not 0 <= first_seed <= 2**31 - seeds:
+        raise InvalidArgument(
+            f"Each of the {seeds} seeds from `settings.seed` on must be in "
+            f"[0, 2**31). Received: settings.seed={first_seed}."
+        )

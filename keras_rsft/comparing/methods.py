@@ -194,8 +194,10 @@ _METHODS: dict[str, Callable[[Trial], Trained]] = {
 
 def _test_accuracy(head: keras.Model, trial: Trial) -> float:
     test = trial.features.test
-    predicted = head_probabilities(head, test).argmax(axis=-1)
-    return float(np.mean(predicted == test.labels))
+    probabilities = head_probabilities(head, test)
+    if not np.isfinite(probabilities).all():
+        raise TrainingStalled("The weights became NaN or infinite.")
+    return float(np.mean(probabilities.argmax(axis=-1) == test.labels))
 
 
 def _rejected_shares(
