@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AcceptAll": "policies",
+    "AcceptListed": "policies",
+    "AutoPolicy": "policies",
+    "Examination": "examination",
     "Comparison": "comparing",
     "FeatureSet": "features",
     "ImageData": "data",
@@ -30,6 +33,7 @@ _HOMES = {
     "build_classifier": "backbones",
     "build_head": "backbones",
     "compare": "comparing",
+    "examine_labels": "examination",
     "export_saved_model": "export",
     "extract_features": "features",
     "finetune": "finetuning",

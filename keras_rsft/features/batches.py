@@ -36,15 +36,25 @@ class TrainingBatches:
         batch_size: Samples per step, at least 1; the last batch of an epoch may
             be smaller.
         seed: Seed of the order and of the choice among views.
+        sample_index: Say which sample each row is. Default False.
 
     Attributes:
         dataset: `tf.data.Dataset` of `(features (batch, dim) float32, labels
-            (batch,) int32)`, one epoch long.
+            (batch,) int32)`, one epoch long; with `sample_index` of `(features,
+            labels, None, indices (batch,) int32)`.
         callback: Tells the data set which epoch begins.
     """
 
-    def __init__(self, features: FeatureSet, *, batch_size: int, seed: int):
+    def __init__(
+        self,
+        features: FeatureSet,
+        *,
+        batch_size: int,
+        seed: int,
+        sample_index: bool = False,
+    ):
         self._features = features
+        self._sample_index = sample_index
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = tf.Variable(0, dtype=tf.int32, trainable=False)
@@ -71,6 +81,10 @@ class TrainingBatches:
         dataset = tf.data.Dataset.range(1).flat_map(
             lambda _: gathered(*self.order(self._epoch))
         )
+        if self._sample_index:
+            dataset = dataset.map(lambda x, y, index: (x, y, None, index))
+        else:
+            dataset = dataset.map(lambda x, y, index: (x, y))
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
         return without_autotuning(dataset.prefetch(2))
 
@@ -88,6 +102,7 @@ def batches_of(features: FeatureSet, *, batch_size: int = 256) -> tf.data.Datase
     samples = tf.range(len(features), dtype=tf.int64)
     rows = samples * features.views
     dataset = _make_gathering(features, batch_size)(samples, rows)
+    dataset = dataset.map(lambda x, y, index: (x, y))
     return without_autotuning(dataset.prefetch(2))
 
 
@@ -101,7 +116,10 @@ class _EpochNumber(keras.callbacks.Callback):
 
 
 def _make_gathering(features: FeatureSet, batch_size: int) -> Gathering:
-    """Returns a function from samples and their rows to a data set of batches."""
+    """Returns a function from samples and their rows to a data set of batches.
+
+    A batch is features, labels and the samples themselves.
+    """
     labels = tf.constant(features.labels)
     if features.all_views.nbytes <= MAX_BYTES_IN_MEMORY:
         values = np.fromfile(features.path, np.float32).reshape(-1, features.dim)
@@ -109,7 +127,11 @@ def _make_gathering(features: FeatureSet, batch_size: int) -> Gathering:
 
         def from_memory(samples: tf.Tensor, rows: tf.Tensor) -> tf.data.Dataset:
             return _slices((samples, rows), batch_size).map(
-                lambda sample, row: (tf.gather(table, row), tf.gather(labels, sample)),
+                lambda sample, row: (
+                    tf.gather(table, row),
+                    tf.gather(labels, sample),
+                    tf.cast(sample, tf.int32),
+                ),
                 num_parallel_calls=tf.data.AUTOTUNE,
             )
 
@@ -120,11 +142,13 @@ def _make_gathering(features: FeatureSet, batch_size: int) -> Gathering:
 
     def from_disk(samples: tf.Tensor, rows: tf.Tensor) -> tf.data.Dataset:
         blocks = _slices((samples, rows), block_rows).map(
-            lambda sample, row: (read(row), tf.gather(labels, sample))
+            lambda sample, row: (
+                read(row),
+                tf.gather(labels, sample),
+                tf.cast(sample, tf.int32),
+            )
         )
-        return blocks.prefetch(1).flat_map(
-            lambda values, given: _slices((values, given), batch_size)
-        )
+        return blocks.prefetch(1).flat_map(lambda *block: _slices(block, batch_size))
 
     return from_disk
 

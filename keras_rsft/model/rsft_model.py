@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_rsft.model.batch import symbolic_input, symbolic_inputs, unpack
 from keras_rsft.model.per_sample_loss import LossScorer
 from keras_rsft.model.selection import (
     SELECTION_METRICS,
@@ -44,6 +45,10 @@ class RSFTModel(keras.Model):
     samples, whatever reduction the loss has; sample and class weights weigh the
     accepted samples and never decide acceptance. A step that accepts nothing
     changes no variable of the model or the optimizer and runs no backward pass.
+
+    A data set may say which training sample each row is, for policies and for a
+    `RejectionLedger`: it then yields `(x, y, sample_weight or None, sample_index)`,
+    with int32 indices `(batch,)` in [0, n).
 
     Args:
         model: Any `keras.Model`; it is used, not copied, and stays available
@@ -79,7 +84,7 @@ class RSFTModel(keras.Model):
 
     def build(self, input_shape: Any) -> None:
         if not self.model.built:
-            self.model(_symbolic_inputs(input_shape))
+            self.model(symbolic_inputs(input_shape))
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -135,9 +140,9 @@ class RSFTModel(keras.Model):
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight, sample_index = unpack(data)
         if not self.model.built:  # Nothing can be made inside a `tf.cond`.
-            self.model(keras.tree.map_structure(_symbolic_input, x))
+            self.model(keras.tree.map_structure(symbolic_input, x))
             self._make_slots()
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
@@ -146,7 +151,7 @@ class RSFTModel(keras.Model):
                 batch_loss = tf.reduce_mean(per_sample_loss) + self._penalty()
             else:
                 batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
-            accept_mask = self.policy(tf.stop_gradient(per_sample_loss))
+            accept_mask = self.policy(tf.stop_gradient(per_sample_loss), sample_index)
             if self._selects_within_batch:
                 weighted_loss = per_sample_loss
                 if sample_weight is not None:
@@ -171,7 +176,7 @@ class RSFTModel(keras.Model):
         return self.compute_metrics(x, y, y_pred, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        logs = super().test_step(data)
+        logs = super().test_step(unpack(data)[:3])
         return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}
 
     def selection_totals(self) -> dict[str, float]:
@@ -357,19 +362,6 @@ class RSFTModel(keras.Model):
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
         self.selection.update_state(sums)
-
-
-def _symbolic_input(value: Any) -> keras.KerasTensor:
-    return keras.KerasTensor(value.shape, keras.backend.standardize_dtype(value.dtype))
-
-
-def _symbolic_inputs(shape: Any) -> Any:
-    """Returns symbolic float32 inputs for a shape, or a dict or list of shapes."""
-    if isinstance(shape, dict):
-        return {name: _symbolic_inputs(part) for name, part in shape.items()}
-    if shape and isinstance(shape[0], (list, tuple)):
-        return [_symbolic_inputs(part) for part in shape]
-    return keras.KerasTensor(shape)
 
 
 def _seed_moving_averages(optimizer: Any, variables: list[Any]) -> None:

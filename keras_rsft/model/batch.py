@@ -1,0 +1,41 @@
+"""What a batch of training data may look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_rsft.errors import InvalidArgument
+
+
+def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns inputs, targets, weights and sample indices, None where there are none.
+
+    Raises:
+        InvalidArgument: If the indices are not one whole number a sample.
+    """
+    if not (isinstance(data, tuple) and len(data) == 4):
+        return (*keras.utils.unpack_x_y_sample_weight(data), None)
+    sample_index = data[3]
+    if not (sample_index.dtype.is_integer and len(sample_index.shape) == 1):
+        raise InvalidArgument(
+            "The fourth part of a batch must be the sample indices, whole numbers of "
+            f"shape (batch,). Received: {sample_index.dtype.name} of "
+            f"shape {sample_index.shape}."
+        )
+    return data
+
+
+def symbolic_input(value: Any) -> keras.KerasTensor:
+    """Returns a symbolic tensor of the shape and type of a value."""
+    return keras.KerasTensor(value.shape, keras.backend.standardize_dtype(value.dtype))
+
+
+def symbolic_inputs(shape: Any) -> Any:
+    """Returns symbolic float32 inputs for a shape, or a dict or list of shapes."""
+    if isinstance(shape, dict):
+        return {name: symbolic_inputs(part) for name, part in shape.items()}
+    if shape and isinstance(shape[0], (list, tuple)):
+        return [symbolic_inputs(part) for part in shape]
+    return keras.KerasTensor(shape)

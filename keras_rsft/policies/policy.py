@@ -1,0 +1,97 @@
+"""What all policies are: Keras layers that turn losses into a mask.
+
+They have no trainable weights. Their numbers (a live threshold, the steps seen) are
+variables, which are saved with the model and can be changed without a retrace.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_rsft.errors import InvalidArgument
+
+
+class Policy(keras.layers.Layer):
+    """Turns the losses of a training batch into a mask of accepted samples.
+
+    A subclass implements `decide(per_sample_loss, step)` and, where it has
+    constructor arguments, `get_config`. All variables are made in `__init__`.
+
+    Attributes:
+        level: `"sample"` if samples are accepted one by one, `"batch"` if the
+            mask is equal for all samples of a batch.
+        accepts_every_finite_sample: True where the policy never rejects a
+            sample whose loss is finite.
+        steps_seen: int32 scalar variable, training batches judged so far.
+    """
+
+    level = "sample"
+    accepts_every_finite_sample = False
+
+    def __init__(self, **kwargs: Any):
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(trainable=False, **kwargs)
+        self.steps_seen = self.add_weight(
+            name="steps_seen", shape=(), dtype="int32", initializer="zeros"
+        )
+        self.built = True
+
+    def decide(self, per_sample_loss: Any, step: Any, sample_index: Any = None) -> Any:
+        """Returns a boolean mask of the shape of `per_sample_loss`.
+
+        Args:
+            per_sample_loss: Float32 tensor of shape `(batch,)`.
+            step: int32 scalar tensor, batches judged before this one.
+            sample_index: int32 tensor of shape `(batch,)`, which training samples
+                these are; None where the data set does not say.
+        """
+        raise NotImplementedError
+
+    def call(self, per_sample_loss: Any, sample_index: Any = None) -> Any:
+        """Returns the mask of `decide`, less what may never be accepted.
+
+        A loss that is not finite is rejected whatever `decide` says; at batch
+        level it takes the whole batch with it.
+        """
+        step = ops.convert_to_tensor(self.steps_seen)
+        accept_mask = ops.logical_and(
+            self.decide(per_sample_loss, step, sample_index),
+            ops.isfinite(per_sample_loss),
+        )
+        if self.level == "batch":
+            accept_mask = ops.logical_and(accept_mask, ops.all(accept_mask))
+        # Tied to the batch by a maximum that changes nothing: at the end of a data
+        # set of unknown size Keras runs whatever does not wait for a batch.
+        accepted_any = ops.cast(ops.any(accept_mask), "int32")
+        self.steps_seen.assign(ops.maximum(step + 1, accepted_any))
+        return accept_mask
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.pop("trainable", None)
+        return config
+
+
+def is_positive(value: Any) -> bool:
+    """Says whether a value is a number above 0, infinity included."""
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and not math.isnan(value)
+        and value > 0
+    )
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Returns a number of steps, or raises InvalidArgument."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise InvalidArgument(
+            f"`{name}` must be a whole number of steps, at least 0. "
+            f"Received: {name}={value!r}."
+        )
+    return int(value)
