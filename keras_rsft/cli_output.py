@@ -29,6 +29,7 @@ RESULT_NAMES = {
     "test_accuracy": "Accuracy on the test split",
     "validation_accuracy": "Accuracy on the validation split",
     "acceptance_rate": "Accepted in the last epoch",
+    "estimated_wrong_labels": "Labels that look wrong",
     "wrong_labels": "Wrong training labels",
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
@@ -57,6 +58,8 @@ def print_run(run: Run) -> None:
             f"[yellow]{unreadable} images cannot be read and were left out; "
             "see unreadable.csv in the run folder.[/]"
         )
+    if run.finding is not None:
+        console.print(escape(run.finding))
     table = Table(show_header=False)
     for key, name in RESULT_NAMES.items():
         if key in run.results:
@@ -101,9 +104,9 @@ def print_comparison(comparison: Comparison) -> None:
     for note in comparison.notes:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     seeds = len({outcome.seed for outcome in comparison.outcomes})
+    spread = f", mean of {seeds} seeds ± half of its 95 % interval" if seeds > 1 else ""
     console.print(
-        f"Test accuracy in percent, mean of {seeds} seeds ± half of its 95 % interval; "
-        "differences to plain are paired by seed.",
+        f"Test accuracy in percent{spread}; differences to plain are paired by seed.",
         soft_wrap=True,
     )
     console.print(escape(comparison.verdict.sentence), soft_wrap=True)
@@ -149,6 +152,7 @@ def print_demo(demo: DemoResult) -> None:
             *("-" if value is None else f"{100 * value:.1f} %" for value in shown),
         )
     console.print(table)
+    console.print(f"What it found:  {demo.run.finding}", soft_wrap=True)
     console.print(f"Run folder:     {demo.run.folder}", soft_wrap=True)
     console.print(f"Exported model: {demo.exported}", soft_wrap=True)
     folder, image = (shlex.quote(str(p)) for p in (demo.run.folder, demo.sample_image))
