@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from keras_rsft.errors import InvalidArgument
 
-POLICY_NAMES = ("accept-all", "loss-threshold", "keep-fraction")
+POLICY_NAMES = ("auto", "accept-all", "loss-threshold", "keep-fraction")
 LEVELS = ("sample", "batch")
 
 
@@ -22,8 +22,8 @@ class PolicyChoice:
     """A policy by name, in units that do not depend on the data set's size.
 
     Attributes:
-        name: `"accept-all"`, `"loss-threshold"` or `"keep-fraction"`. Default
-            `"loss-threshold"`.
+        name: `"auto"`, `"accept-all"`, `"loss-threshold"` or `"keep-fraction"`.
+            Default `"auto"`, which none of the numbers below concerns.
         threshold: Loss below which `loss-threshold` accepts, positive. Default
             None: `relative_threshold` decides.
         relative_threshold: The same in multiples of ln(classes), the loss that
@@ -37,7 +37,7 @@ class PolicyChoice:
         InvalidArgument: If a value is unknown or out of its range.
     """
 
-    name: str = "loss-threshold"
+    name: str = "auto"
     threshold: float | None = None
     relative_threshold: float = 0.65
     keep_fraction: float = 0.7

@@ -18,6 +18,7 @@ import tensorflow as tf
 from keras_rsft.backbones import build_head
 from keras_rsft.data import ImageData
 from keras_rsft.errors import TrainingStalled
+from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import (
     FeatureSet,
     FrozenBase,
@@ -26,8 +27,9 @@ from keras_rsft.features import (
     extract_features,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.ledger import Ledger, RejectionLedger
 from keras_rsft.model import RSFTModel
-from keras_rsft.policies import build_policy
+from keras_rsft.policies import AutoPolicy, build_policy
 from keras_rsft.progress import progress_bar
 
 MAX_STEPS_PER_EXECUTION = 64
@@ -59,12 +61,19 @@ class TrainedHead:
         results: Accuracies, acceptance rate and rejected shares, as in `Run`.
         accepted: Boolean array of shape `(n,)`: which training samples the
             finished model's policy accepts.
+        ledger: What happened to each training sample.
+        acceptance_by_class: Float32 array `(epochs, classes)`: accepted share of each
+            class, NaN for a class without training samples.
+        examination: What `auto` found out about the labels; None for other policies.
     """
 
     model: RSFTModel
     history: dict[str, list[float]]
     results: dict[str, float]
     accepted: np.ndarray
+    ledger: Ledger
+    acceptance_by_class: np.ndarray
+    examination: Examination | None = None
 
 
 def extract_all(
@@ -124,9 +133,16 @@ def train_head(
     train = features.train
     num_classes = len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    policy = build_policy(
-        settings.policy, num_classes=num_classes, steps_per_epoch=steps
-    )
+    examination = None
+    if settings.policy.name == "auto":
+        examination = examine_labels(
+            train, num_classes, seed=settings.seed, progress=progress
+        )
+        policy = AutoPolicy(examination)
+    else:
+        policy = build_policy(
+            settings.policy, num_classes=num_classes, steps_per_epoch=steps
+        )
     head = build_head(
         train.dim, num_classes, moments=train.moments(), seed=settings.seed
     )
@@ -137,14 +153,17 @@ def train_head(
         metrics=["accuracy"],
         steps_per_execution=choose_steps_per_execution(steps),
     )
-    batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
+    batches = TrainingBatches(
+        train, batch_size=settings.batch_size, seed=settings.seed, sample_index=True
+    )
+    recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     validation = batches_of(features.validation) if len(features.validation) else None
     with _epoch_bar(settings.epochs, visible=progress) as bar:
         history = model.fit(
             batches.dataset,
             validation_data=validation,
             epochs=settings.epochs,
-            callbacks=[batches.callback, bar, *callbacks],
+            callbacks=[batches.callback, recorder, bar, *callbacks],
             verbose=0,
             shuffle=False,
         ).history
@@ -156,10 +175,23 @@ def train_head(
         )
     results = _accuracies(model, features)
     results["acceptance_rate"] = history["acceptance_rate"][-1]
-    accepted = _final_decisions(model, train, batches, settings)
+    probabilities = head_probabilities(model, train)
+    accepted = _final_decisions(model, train.labels, probabilities, batches, settings)
+    if examination is not None:
+        probabilities = examination.out_of_sample
+        results["estimated_wrong_labels"] = examination.noise_rate
+    recorder.ledger.note_probabilities(probabilities)
     if train.clean_labels is not None:
         results |= _rejected_shares(train, accepted)
-    return TrainedHead(model, history, results, accepted)
+    return TrainedHead(
+        model,
+        history,
+        results,
+        accepted,
+        recorder.ledger,
+        np.stack(recorder.acceptance_by_class),
+        examination,
+    )
 
 
 def choose_steps_per_execution(steps: int) -> int:
@@ -207,19 +239,20 @@ def head_probabilities(
 
 def _final_decisions(
     model: RSFTModel,
-    train: FeatureSet,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
     batches: TrainingBatches,
     settings: TrainingSettings,
 ) -> np.ndarray:
     """Returns which samples the finished model accepts, in the last epoch's batches."""
-    losses = keras.losses.sparse_categorical_crossentropy(
-        train.labels, head_probabilities(model, train)
-    ).numpy()
+    losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities).numpy()
     samples = batches.order(settings.epochs - 1)[0].numpy()
-    accepted = np.zeros(len(train), bool)
+    accepted = np.zeros(len(labels), bool)
     for start in range(0, len(samples), settings.batch_size):
         batch = samples[start : start + settings.batch_size]
-        mask = model.policy.decide(tf.constant(losses[batch]), model.policy.steps_seen)
+        mask = model.policy.decide(
+            tf.constant(losses[batch]), model.policy.steps_seen, tf.constant(batch)
+        )
         accepted[batch] = np.asarray(mask) & np.isfinite(losses[batch])
     return accepted
 

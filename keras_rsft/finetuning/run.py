@@ -17,6 +17,7 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.features.precision import choose_precision
 from keras_rsft.finetuning.head_training import (
     SplitFeatures,
+    TrainedHead,
     extract_all,
     train_head,
 )
@@ -39,6 +40,7 @@ class Run:
             labels that the finished model's policy rejects.
         config: Everything that is needed to repeat the run.
         features: The kept features; `.unreadable` names the images left out.
+        trained: The head's training: ledger, acceptance by class, examination.
         folder: Where the run was written, or None.
     """
 
@@ -49,7 +51,14 @@ class Run:
     results: dict[str, float]
     config: dict[str, Any]
     features: SplitFeatures
+    trained: TrainedHead
     folder: Path | None = None
+
+    @property
+    def finding(self) -> str | None:
+        """What the policy `auto` found and chose, in one line; None for others."""
+        examination = self.trained.examination
+        return None if examination is None else examination.describe()
 
 
 def finetune(
@@ -133,6 +142,7 @@ def finetune(
             **dataclasses.asdict(settings),
         },
         features=features,
+        trained=trained,
         folder=folder,
     )
     if folder is not None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_rsft.data import ImageData
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.ledger import COLUMNS
 
 if TYPE_CHECKING:
     from keras_rsft.finetuning.run import Run
@@ -29,6 +30,7 @@ HEAD_FILE = "head.keras"
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 CLASSES_FILE = "classes.json"
+LEDGER_FILE = "ledger.csv"
 
 
 def check_new_folder(output: str | os.PathLike) -> Path:
@@ -79,7 +81,8 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
 def _fill(folder: Path, run: Run, data: ImageData) -> None:
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
-    _write_json(folder / CONFIG_FILE, run.config | {"versions": _versions()})
+    described = {"finding": run.finding, "versions": _versions()}
+    _write_json(folder / CONFIG_FILE, run.config | described)
     _write_json(folder / RESULTS_FILE, run.results)
     _write_json(folder / CLASSES_FILE, list(run.class_names))
     names = list(run.history)
@@ -93,6 +96,13 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
         folder / "samples.csv",
         ["id", "split", "given_label", "clean_label"],
         _sample_rows(data),
+    )
+    trained = run.trained
+    _write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
+    _write_csv(
+        folder / "acceptance_by_class.csv",
+        ["epoch", *run.class_names],
+        ([epoch, *row] for epoch, row in enumerate(trained.acceptance_by_class, 1)),
     )
     if run.features.unreadable:
         _write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)

@@ -27,6 +27,16 @@ def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
     return data
 
 
+def require_index(sample_index: Any) -> None:
+    """Raises InvalidArgument where a batch does not say which samples it holds."""
+    if sample_index is None:
+        raise InvalidArgument(
+            "A ledger must be told which samples a batch holds. Received: no "
+            "sample_index. Let the data set yield (x, y, sample_weight or None, "
+            "sample_index)."
+        )
+
+
 def symbolic_input(value: Any) -> keras.KerasTensor:
     """Returns a symbolic tensor of the shape and type of a value."""
     return keras.KerasTensor(value.shape, keras.backend.standardize_dtype(value.dtype))

@@ -8,12 +8,18 @@ in `policies.py`; data, features and run folders are other rooms' business.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_rsft.model.batch import symbolic_input, symbolic_inputs, unpack
+from keras_rsft.model.batch import (
+    require_index,
+    symbolic_input,
+    symbolic_inputs,
+    unpack,
+)
 from keras_rsft.model.per_sample_loss import LossScorer
 from keras_rsft.model.selection import (
     SELECTION_METRICS,
@@ -75,6 +81,7 @@ class RSFTModel(keras.Model):
         self.policy = policy
         self.selection = SelectionMetric()
         self._scorer: LossScorer | None = None
+        self._recorder: Callable[[Any, Any, Any], None] | None = None
         self.built = model.built
 
     @property
@@ -135,6 +142,17 @@ class RSFTModel(keras.Model):
             x, y, batch_size, epochs, verbose, callbacks=callbacks, **kwargs
         )
 
+    def record_with(self, recorder: Callable[[Any, Any, Any], None] | None) -> None:
+        """Has each training step report what it decided, as `RejectionLedger` does.
+
+        Args:
+            recorder: Called while a step is traced, with `sample_index` int32,
+                `per_sample_loss` float32 and `accept_mask` bool, each `(batch,)`.
+                None stops it.
+        """
+        self._recorder = recorder
+        self.train_function = None  # Traced anew, with or without it.
+
     def make_train_function(self, force: bool = False) -> None:
         self._make_slots()
         return super().make_train_function(force)
@@ -161,6 +179,9 @@ class RSFTModel(keras.Model):
                 objective = batch_loss
             objective = self.optimizer.scale_loss(objective)
         recorded = _Pass(tape, objective, pending)
+        if self._recorder is not None:
+            require_index(sample_index)
+            self._recorder(sample_index, per_sample_loss, accept_mask)
 
         def update() -> None:
             self._apply(recorded, per_sample_loss, accept_mask, (x, y, sample_weight))

@@ -1,0 +1,293 @@
+"""What happened to each training sample: losses seen, accepted, rejected.
+
+Owns the numbers and the callback that collects them. On the device, one variable
+takes a row a sample and one scatter a step; NumPy sums it up once an epoch. Who is
+accepted is decided in `policies`; where a ledger is written is the run's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.errors import InvalidArgument
+
+COLUMNS = (
+    "id",
+    "given_label",
+    "clean_label",
+    "predicted_label",
+    "predicted_probability",
+    "loss_mean",
+    "loss_last",
+    "loss_trend",
+    "seen",
+    "accepted",
+    "rejected",
+    "suspicion",
+)
+_NOT_SEEN = -1.0
+
+
+class Ledger:
+    """The record of `n` training samples, 36 bytes each beside ids and labels.
+
+    Args:
+        ids: String array `(n,)`.
+        labels: Integer array `(n,)`, the given labels.
+        clean_labels: Integer array `(n,)`, the right labels, or None.
+
+    Attributes:
+        seen: int32 array `(n,)`, how often the sample was judged.
+        accepted: int32 array `(n,)`, how often it was accepted.
+        predicted: int32 array `(n,)`, predicted labels; -1 where not known.
+        predicted_probability: Float32 array `(n,)`; NaN where not known.
+
+    Raises:
+        InvalidArgument: If the arrays differ in length.
+    """
+
+    def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
+        self.ids, self.labels = np.asarray(ids), np.asarray(labels, np.int32)
+        self.clean_labels = (
+            None if clean_labels is None else np.asarray(clean_labels, np.int32)
+        )
+        count = len(self.ids)
+        clean_count = count if clean_labels is None else len(self.clean_labels)
+        if {len(self.labels), clean_count} != {count}:
+            raise InvalidArgument(
+                "`ids`, `labels` and `clean_labels` must be equally long. Received: "
+                f"{count}, {len(self.labels)} and {clean_count}."
+            )
+        self.seen = np.zeros(count, np.int32)
+        self.accepted = np.zeros(count, np.int32)
+        self.predicted = np.full(count, -1, np.int32)
+        self.predicted_probability = np.full(count, np.nan, np.float32)
+        self._loss_sum = np.zeros(count, np.float32)
+        self._finite = np.zeros(count, np.int32)
+        self._loss_first = np.full(count, np.nan, np.float32)
+        self._loss_last = np.full(count, np.nan, np.float32)
+        self._suspicion: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def rejected(self) -> np.ndarray:
+        """int32 array `(n,)`, how often the sample was rejected."""
+        return self.seen - self.accepted
+
+    @property
+    def loss_mean(self) -> np.ndarray:
+        """Float32 array `(n,)`, mean of the finite losses; NaN if there is none."""
+        with np.errstate(invalid="ignore"):
+            return self._loss_sum / np.where(self._finite, self._finite, np.nan).astype(
+                np.float32
+            )
+
+    @property
+    def loss_last(self) -> np.ndarray:
+        """Float32 array `(n,)`, the last loss, NaN or infinite as it came."""
+        return self._loss_last
+
+    @property
+    def loss_trend(self) -> np.ndarray:
+        """Float32 array `(n,)`: last loss less first loss; falling is negative."""
+        return self._loss_last - self._loss_first
+
+    @property
+    def suspicion(self) -> np.ndarray:
+        """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label.
+
+        One minus the probability of the given label, where probabilities were
+        noted; else the rank of the mean loss.
+        """
+        if self._suspicion is not None:
+            return self._suspicion
+        losses = np.nan_to_num(self.loss_mean, nan=np.inf)
+        order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
+        return (order / max(len(self) - 1, 1)).astype(np.float32)
+
+    def note_epoch(self, losses: np.ndarray, accepted: np.ndarray) -> None:
+        """Adds one epoch.
+
+        Args:
+            losses: Float array `(n,)`.
+            accepted: Float array `(n,)`: 1 accepted, 0 rejected, negative not seen.
+        """
+        seen = accepted >= 0
+        finite = seen & np.isfinite(losses)
+        self._loss_first = np.where(
+            seen & (self.seen == 0), losses, self._loss_first
+        ).astype(np.float32)
+        self._loss_last[seen] = losses[seen]
+        self._loss_sum[finite] += losses[finite]
+        self._finite[finite] += 1
+        self.seen[seen] += 1
+        self.accepted[seen] += accepted[seen] > 0
+
+    def note_probabilities(self, probabilities: np.ndarray) -> None:
+        """Notes predictions, out-of-sample ones where they can be had.
+
+        Args:
+            probabilities: Float array `(n, classes)` in [0, 1].
+        """
+        rows = np.arange(len(self))
+        self.predicted = probabilities.argmax(axis=1).astype(np.int32)
+        self.predicted_probability = probabilities.max(axis=1).astype(np.float32)
+        given = probabilities[rows, self.labels]
+        self._suspicion = (1.0 - given).astype(np.float32)
+
+    def rows(self, class_names: tuple[str, ...]) -> Iterator[list[Any]]:
+        """Yields one row a sample, in the order of `COLUMNS`; unknown is empty.
+
+        Args:
+            class_names: Names of the classes.
+        """
+        named = [*class_names, ""]  # -1, not known, is the empty name.
+        clean = (
+            np.full(len(self), -1) if self.clean_labels is None else self.clean_labels
+        )
+        columns = zip(
+            self.ids,
+            self.labels,
+            clean,
+            self.predicted,
+            self.predicted_probability,
+            self.loss_mean,
+            self.loss_last,
+            self.loss_trend,
+            self.seen,
+            self.accepted,
+            self.rejected,
+            self.suspicion,
+            strict=True,
+        )
+        for sample_id, given, right, predicted, *numbers in columns:
+            yield [str(sample_id), named[given], named[right], named[predicted],
+                   *(_written(number) for number in numbers)]  # fmt: skip
+
+
+def datalab_inputs(
+    features: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns what cleanlab's Datalab takes, without importing it.
+
+    ```python
+    lab = Datalab({"label": inputs["labels"]}, label_name="label")
+    lab.find_issues(features=inputs["features"], pred_probs=inputs["pred_probs"])
+    ```
+
+    Args:
+        features: Shape `(n, dim)`.
+        labels: Shape `(n,)`, the given labels.
+        probabilities: Shape `(n, classes)`, out-of-sample, such as
+            `Examination.out_of_sample`.
+
+    Returns:
+        `features` float32, `labels` int64 and `pred_probs` float64, each row of the
+        last adding up to 1.
+
+    Raises:
+        InvalidArgument: If the arrays differ in length.
+    """
+    if not len(features) == len(labels) == len(probabilities):
+        raise InvalidArgument(
+            "`features`, `labels` and `probabilities` must be equally long. Received: "
+            f"{len(features)}, {len(labels)} and {len(probabilities)}."
+        )
+    probabilities = np.asarray(probabilities, np.float64)
+    return {
+        "features": np.asarray(features, np.float32),
+        "labels": np.asarray(labels, np.int64),
+        "pred_probs": probabilities / probabilities.sum(axis=1, keepdims=True),
+    }
+
+
+class RejectionLedger(keras.callbacks.Callback):
+    """Keeps a `Ledger` of an `RSFTModel` while it is fitted.
+
+    Works with any data set that says which samples a batch holds: it yields
+    `(x, y, sample_weight or None, sample_index)`. Where the right labels are known,
+    each epoch's logs get `rejection_precision` (share of the rejected samples whose
+    label is wrong) and `rejection_recall` (share of the wrong labels rejected), NaN
+    where there is nothing to divide by.
+
+    Args:
+        ids: String array `(n,)`, named by the sample indices.
+        labels: Integer array `(n,)`, the given labels.
+        clean_labels: Integer array `(n,)`, the right labels, or None.
+
+    Attributes:
+        ledger: The `Ledger`.
+        acceptance_by_class: A float32 array `(classes,)` an epoch: accepted share of
+            the samples seen of each class, NaN where none was seen.
+    """
+
+    def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
+        super().__init__()
+        self.ledger = Ledger(ids, labels, clean_labels)
+        self.acceptance_by_class: list[np.ndarray] = []
+        shape = (len(self.ledger), 2)
+        self._epoch = tf.Variable(tf.fill(shape, _NOT_SEEN), trainable=False)
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        epoch = self._epoch
+
+        def record(sample_index: Any, per_sample_loss: Any, accept_mask: Any) -> None:
+            accepted = tf.cast(accept_mask, tf.float32)
+            values = tf.stack([per_sample_loss, accepted], axis=1)
+            epoch.scatter_nd_update(sample_index[:, None], values)
+
+        model.record_with(record)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self.model.record_with(None)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        losses, accepted = self._epoch.numpy().T
+        self._epoch.assign(tf.fill(self._epoch.shape, _NOT_SEEN))
+        self.ledger.note_epoch(losses, accepted)
+        seen = accepted >= 0
+        labels = self.ledger.labels
+        with np.errstate(invalid="ignore"):
+            self.acceptance_by_class.append(
+                (
+                    np.bincount(labels, weights=accepted > 0)
+                    / np.bincount(labels, weights=seen)
+                ).astype(np.float32)
+            )
+        if logs is not None and self.ledger.clean_labels is not None:
+            logs |= rejection_quality(
+                (accepted == 0)[seen], (labels != self.ledger.clean_labels)[seen]
+            )
+
+
+def rejection_quality(rejected: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """Returns precision and recall of rejection.
+
+    Args:
+        rejected: Boolean array `(n,)`.
+        wrong: Boolean array `(n,)`, whether the given label is wrong.
+
+    Returns:
+        `rejection_precision` and `rejection_recall` in [0, 1], NaN where nothing
+        was rejected, or nothing is wrong.
+    """
+    hits = float(np.count_nonzero(rejected & wrong))
+    counts = {"precision": rejected.sum(), "recall": wrong.sum()}
+    return {
+        f"rejection_{name}": hits / float(count) if count else float("nan")
+        for name, count in counts.items()
+    }
+
+
+def _written(number: Any) -> str:
+    if isinstance(number, np.integer):
+        return str(number)
+    return "" if np.isnan(number) else f"{number:.6g}"
