@@ -9,7 +9,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from keras_rsft.policy_choice import LEVELS, POLICY_NAMES, PolicyChoice
+from keras_rsft.policy_choice import (
+    DEFAULT_KEEP_FRACTION,
+    LEVELS,
+    POLICY_NAMES,
+    PolicyChoice,
+)
 
 if TYPE_CHECKING:
     from keras_rsft.data import ImageData
@@ -82,8 +87,8 @@ def add_policy_options(group: argparse._ArgumentGroup) -> None:
     defaults = PolicyChoice()
     group.add_argument(
         "--policy",
-        default=defaults.name,
-        help=f"{', '.join(POLICY_NAMES)}; default: %(default)s",
+        help=f"{', '.join(POLICY_NAMES)}; default: the one that a number below belongs "
+        "to, else auto",
     )
     group.add_argument(
         "--level",
@@ -104,8 +109,13 @@ def add_policy_numbers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--keep-fraction",
         type=float,
-        default=defaults.keep_fraction,
-        help="share that keep-fraction keeps; default: %(default)s",
+        help=f"share that keep-fraction keeps; default: {DEFAULT_KEEP_FRACTION}",
+    )
+    group.add_argument(
+        "--class-floor",
+        type=float,
+        default=defaults.class_floor,
+        help="least share of each class in a batch to accept; default: %(default)s",
     )
     group.add_argument(
         "--warmup-epochs",
@@ -175,9 +185,10 @@ def policy_choice(arguments: argparse.Namespace) -> PolicyChoice:
         InvalidArgument: If a name or number cannot be used.
     """
     return PolicyChoice(
-        name=getattr(arguments, "policy", PolicyChoice().name),
+        name=getattr(arguments, "policy", None),
         threshold=arguments.threshold,
         keep_fraction=arguments.keep_fraction,
+        class_floor=arguments.class_floor,
         level=getattr(arguments, "level", PolicyChoice().level),
         warmup_epochs=arguments.warmup_epochs,
     )

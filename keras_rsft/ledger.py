@@ -214,8 +214,8 @@ class RejectionLedger(keras.callbacks.Callback):
     Works with any data set that says which samples a batch holds: it yields
     `(x, y, sample_weight or None, sample_index)`. Where the right labels are known,
     each epoch's logs get `rejection_precision` (share of the rejected samples whose
-    label is wrong) and `rejection_recall` (share of the wrong labels rejected), NaN
-    where there is nothing to divide by.
+    label is wrong) and `rejection_recall` (share of the wrong labels rejected), 0 where
+    there is nothing to divide by.
 
     Args:
         ids: String array `(n,)`, named by the sample indices.
@@ -253,6 +253,9 @@ class RejectionLedger(keras.callbacks.Callback):
         losses, accepted = self._epoch.numpy().T
         self._epoch.assign(tf.fill(self._epoch.shape, _NOT_SEEN))
         self.ledger.note_epoch(losses, accepted)
+        if self.model.policy.needs_ledger:
+            epochs = len(self.acceptance_by_class) + 1
+            self.model.policy.note_losses(self.ledger.loss_mean, epochs)
         seen = accepted >= 0
         labels = self.ledger.labels
         with np.errstate(invalid="ignore"):
@@ -276,13 +279,13 @@ def rejection_quality(rejected: np.ndarray, wrong: np.ndarray) -> dict[str, floa
         wrong: Boolean array `(n,)`, whether the given label is wrong.
 
     Returns:
-        `rejection_precision` and `rejection_recall` in [0, 1], NaN where nothing
-        was rejected, or nothing is wrong.
+        `rejection_precision` and `rejection_recall` in [0, 1]; 0 where nothing was
+        rejected, or nothing is wrong.
     """
     hits = float(np.count_nonzero(rejected & wrong))
     counts = {"precision": rejected.sum(), "recall": wrong.sum()}
     return {
-        f"rejection_{name}": hits / float(count) if count else float("nan")
+        f"rejection_{name}": hits / float(count) if count else 0.0
         for name, count in counts.items()
     }
 

@@ -13,8 +13,17 @@ from collections.abc import Sequence
 
 from keras_rsft.errors import InvalidArgument
 
-POLICY_NAMES = ("auto", "accept-all", "loss-threshold", "keep-fraction")
+POLICY_NAMES = (
+    "auto",
+    "accept-all",
+    "loss-threshold",
+    "keep-fraction",
+    "self-paced",
+    "running-threshold",
+    "loss-mixture",
+)
 LEVELS = ("sample", "batch")
+DEFAULT_KEEP_FRACTION = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,29 +31,36 @@ class PolicyChoice:
     """A policy by name, in units that do not depend on the data set's size.
 
     Attributes:
-        name: `"auto"`, `"accept-all"`, `"loss-threshold"` or `"keep-fraction"`.
-            Default `"auto"`, which none of the numbers below concerns.
-        threshold: Loss below which `loss-threshold` accepts, positive. Default
-            None: `relative_threshold` decides.
+        name: One of `POLICY_NAMES`. Default: the policy whose number is given below
+            (`loss-threshold` for `threshold` or batch level, `keep-fraction`), else
+            `"auto"`, which none of them concerns.
+        threshold: Loss below which `loss-threshold` accepts, and from which
+            `self-paced` starts, positive. Default None: `relative_threshold` decides.
         relative_threshold: The same in multiples of ln(classes), the loss that
             a new head starts with; positive. Default 0.65.
         keep_fraction: Share that `keep-fraction` keeps, in (0, 1]. Default 0.7.
         level: `"sample"` or `"batch"`, for `loss-threshold`. Default `"sample"`.
-        warmup_epochs: Epochs in which `loss-threshold` accepts everything, and
-            over which `keep-fraction` ramps down; at least 0. Default 2.
+        warmup_epochs: Epochs at the start in which everything is accepted;
+            `keep-fraction` ramps down over them. At least 0. Default 2.
+        class_floor: Least share of each class in a batch that a policy by loss
+            accepts, in [0, 1]. Default 0.
 
     Raises:
         InvalidArgument: If a value is unknown or out of its range.
     """
 
-    name: str = "auto"
+    name: str | None = None
     threshold: float | None = None
     relative_threshold: float = 0.65
-    keep_fraction: float = 0.7
+    keep_fraction: float | None = None
     level: str = "sample"
     warmup_epochs: float = 2.0
+    class_floor: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self._implied_name())
+        if self.keep_fraction is None:
+            object.__setattr__(self, "keep_fraction", DEFAULT_KEEP_FRACTION)
         require_known("policy", self.name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
         if self.threshold is not None:
@@ -67,6 +83,14 @@ class PolicyChoice:
             0 <= self.warmup_epochs < math.inf,
             "at least 0",
         )
+        _require(
+            "class_floor", self.class_floor, 0 <= self.class_floor <= 1, "in [0, 1]"
+        )
+
+    def _implied_name(self) -> str:
+        if self.threshold is not None or self.level == "batch":
+            return "loss-threshold"
+        return "auto" if self.keep_fraction is None else "keep-fraction"
 
 
 def nearest_name_hint(name: str, known: Sequence[str]) -> str:

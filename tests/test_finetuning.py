@@ -14,7 +14,7 @@ from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning import TrainingSettings, finetune, run_folder
 from keras_rsft.finetuning.head_training import choose_steps_per_execution
 from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
-from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.policy_choice import POLICY_NAMES, PolicyChoice
 from keras_rsft.predict import predict_files
 
 
@@ -51,7 +51,8 @@ class TestRun:
         names = {path.name for path in run.folder.iterdir()}
         assert names == {
             "model.keras", "head.keras", "config.json", "results.json",
-            "classes.json", "metrics.csv", "samples.csv",
+            "classes.json", "metrics.csv", "samples.csv", "ledger.csv",
+            "acceptance_by_class.csv",
         }  # fmt: skip
         config = json.loads((run.folder / "config.json").read_text())
         assert config["epochs"] == settings.epochs
@@ -63,6 +64,28 @@ class TestRun:
         assert len(epochs) == settings.epochs
         assert float(epochs[-1]["loss"]) == pytest.approx(run.history["loss"][-1])
         assert [path.name for path in run.folder.parent.iterdir()] == ["first"]
+
+    def test_the_ledger_has_a_row_for_each_training_sample(self, run, noisy, settings):
+        with (run.folder / "ledger.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["id"] for row in rows] == noisy.train.ids.tolist()
+        assert {row["seen"] for row in rows} == {str(settings.epochs)}
+        accepted = sum(int(row["accepted"]) for row in rows)
+        rates = np.mean(run.history["acceptance_rate"])
+        assert accepted == pytest.approx(rates * len(rows) * settings.epochs)
+        assert all(0 <= float(row["suspicion"]) <= 1 for row in rows)
+        recall = run.history["rejection_recall"][-1]
+        assert 0 <= recall <= 1
+
+    def test_auto_examines_first_and_says_what_it_found(self, fit_to, noisy):
+        settings = TrainingSettings(epochs=4, batch_size=8, learning_rate=0.05)
+        run = fit_to(settings=settings)
+        examination = run.trained.examination
+        assert run.finding == examination.describe()
+        listed = run.head.policy.listed.numpy()
+        np.testing.assert_array_equal(listed, examination.accept_mask())
+        np.testing.assert_array_equal(listed, run.trained.accepted)
+        assert run.history["acceptance_rate"][-1] == pytest.approx(listed.mean())
 
     def test_samples_say_which_labels_are_wrong(self, run, noisy):
         with (run.folder / "samples.csv").open(encoding="utf-8") as file:
@@ -191,8 +214,29 @@ class TestPolicyChoice:
         with pytest.raises(InvalidArgument, match=message):
             PolicyChoice(**wrong)
 
+    @pytest.mark.parametrize(
+        "numbers, name",
+        [
+            ({}, "auto"),
+            ({"threshold": 1.0}, "loss-threshold"),
+            ({"level": "batch"}, "loss-threshold"),
+            ({"keep_fraction": 0.7}, "keep-fraction"),
+            ({"name": "self-paced", "threshold": 1.0}, "self-paced"),
+        ],
+    )
+    def test_a_number_names_its_policy(self, numbers, name):
+        assert PolicyChoice(**numbers).name == name
+
+    @pytest.mark.parametrize("name", [n for n in POLICY_NAMES if n != "auto"])
+    def test_every_name_makes_a_policy_with_the_floor(self, name):
+        choice = PolicyChoice(name, class_floor=0.2)
+        policy = build_policy(choice, num_classes=3, steps_per_epoch=5)
+        floor = 0.0 if name == "accept-all" else 0.2
+        assert policy.class_floor == floor
+
     def test_epochs_become_steps_and_the_threshold_follows_the_classes(self):
-        policy = build_policy(PolicyChoice(), num_classes=10, steps_per_epoch=7)
+        choice = PolicyChoice("loss-threshold")
+        policy = build_policy(choice, num_classes=10, steps_per_epoch=7)
         assert isinstance(policy, LossThreshold)
         assert policy.warmup_steps == 14
         assert float(policy.threshold) == pytest.approx(0.65 * np.log(10))

@@ -22,7 +22,7 @@ class AcceptRows(Policy):
         super().__init__(**kwargs)
         self.rows = rows
 
-    def decide(self, per_sample_loss, step, sample_index=None):
+    def decide(self, per_sample_loss, step, labels=None, sample_index=None):
         return tf.constant(self.rows)
 
 
@@ -128,7 +128,7 @@ def test_rates_are_those_of_the_whole_epoch(batch, steps_per_execution):
     y = np.concatenate([batch[1]] * 2)[:10]
 
     class FirstTwo(Policy):
-        def decide(self, per_sample_loss, step, sample_index=None):
+        def decide(self, per_sample_loss, step, labels=None, sample_index=None):
             return tf.range(tf.size(per_sample_loss)) < 2
 
     model = linear_model(FirstTwo(), steps_per_execution=steps_per_execution)

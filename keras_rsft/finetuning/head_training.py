@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_rsft.backbones import build_head
 from keras_rsft.data import ImageData
@@ -250,10 +249,8 @@ def _final_decisions(
     accepted = np.zeros(len(labels), bool)
     for start in range(0, len(samples), settings.batch_size):
         batch = samples[start : start + settings.batch_size]
-        mask = model.policy.decide(
-            tf.constant(losses[batch]), model.policy.steps_seen, tf.constant(batch)
-        )
-        accepted[batch] = np.asarray(mask) & np.isfinite(losses[batch])
+        with keras.StatelessScope():  # Judging changes no running statistics.
+            accepted[batch] = model.policy(losses[batch], labels[batch], batch)
     return accepted
 
 

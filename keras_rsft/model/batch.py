@@ -27,6 +27,20 @@ def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
     return data
 
 
+def class_labels(y: Any) -> Any:
+    """Returns the classes that targets name, int32 `(batch,)`, or None.
+
+    Classes are integers of shape `(batch,)` or `(batch, 1)`, or one-hot rows.
+    """
+    if isinstance(y, (dict, list, tuple)) or y is None or len(y.shape) > 2:
+        return None
+    if len(y.shape) == 2 and (y.shape[-1] or 0) > 1:
+        return keras.ops.cast(keras.ops.argmax(y, axis=-1), "int32")
+    if not keras.backend.is_int_dtype(y.dtype):
+        return None
+    return keras.ops.cast(keras.ops.reshape(y, (-1,)), "int32")
+
+
 def require_index(sample_index: Any) -> None:
     """Raises InvalidArgument where a batch does not say which samples it holds."""
     if sample_index is None:

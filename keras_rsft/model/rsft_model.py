@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.model.batch import (
+    class_labels,
     require_index,
     symbolic_input,
     symbolic_inputs,
     unpack,
 )
+from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
 from keras_rsft.model.selection import (
     SELECTION_METRICS,
@@ -154,6 +157,11 @@ class RSFTModel(keras.Model):
         self.train_function = None  # Traced anew, with or without it.
 
     def make_train_function(self, force: bool = False) -> None:
+        if self.policy.needs_ledger and self._recorder is None:
+            raise InvalidArgument(
+                f"{type(self.policy).__name__} learns from a ledger. Received: none. "
+                "Give `fit` a `RejectionLedger` among its callbacks."
+            )
         self._make_slots()
         return super().make_train_function(force)
 
@@ -169,7 +177,9 @@ class RSFTModel(keras.Model):
                 batch_loss = tf.reduce_mean(per_sample_loss) + self._penalty()
             else:
                 batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
-            accept_mask = self.policy(tf.stop_gradient(per_sample_loss), sample_index)
+            accept_mask = self.policy(
+                tf.stop_gradient(per_sample_loss), class_labels(y), sample_index
+            )
             if self._selects_within_batch:
                 weighted_loss = per_sample_loss
                 if sample_weight is not None:
@@ -264,7 +274,7 @@ class RSFTModel(keras.Model):
         with tf.init_scope():
             if not self.optimizer.built:
                 self.optimizer.build(variables)
-            _seed_moving_averages(self.optimizer, variables)
+            seed_moving_averages(self.optimizer, variables)
 
     def _forward(self, x: Any) -> tuple[Any, keras.StatelessScope]:
         """Runs the model, holding back what the pass would change in it.
@@ -383,17 +393,3 @@ class RSFTModel(keras.Model):
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
         self.selection.update_state(sums)
-
-
-def _seed_moving_averages(optimizer: Any, variables: list[Any]) -> None:
-    """Starts the averages of `use_ema` at the weights instead of at zero.
-
-    Keras copies the averages over the weights when training ends, even if no
-    step was applied; zeros would wipe out the model.
-    """
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if not optimizer.use_ema or int(optimizer.iterations) > 0:
-        return
-    averages = optimizer._model_variables_moving_average
-    for variable, average in zip(variables, averages, strict=True):
-        average.assign(variable)

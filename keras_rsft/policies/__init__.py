@@ -2,17 +2,22 @@
 
 Policies see losses, labels and sample numbers only; the room `model` turns their masks
 into updates. `decisions.py` has the decisions as pure functions, `policy.py` what all
-policies are, `by_loss.py` and `listed.py` the policies, `by_name.py` makes one from its
-name.
+policies are, `by_loss.py`, `adaptive.py` and `listed.py` the policies, `by_name.py`
+makes one from its name.
 """
 
+from keras_rsft.policies.adaptive import LossMixture, RunningThreshold, SelfPaced
 from keras_rsft.policies.by_loss import AcceptAll, KeepFraction, LossThreshold
 from keras_rsft.policies.by_name import build_policy
 from keras_rsft.policies.decisions import (
     accept_batch_below,
     accept_below,
+    grown_threshold,
     keep_smallest,
     ramped_keep_fraction,
+    running_moments,
+    threshold_from_moments,
+    with_class_floor,
 )
 from keras_rsft.policies.listed import AcceptListed, AutoPolicy
 from keras_rsft.policies.policy import Policy
@@ -22,11 +27,18 @@ __all__ = [
     "AcceptListed",
     "AutoPolicy",
     "KeepFraction",
+    "LossMixture",
     "LossThreshold",
     "Policy",
+    "RunningThreshold",
+    "SelfPaced",
     "accept_batch_below",
     "accept_below",
     "build_policy",
+    "grown_threshold",
     "keep_smallest",
     "ramped_keep_fraction",
+    "running_moments",
+    "threshold_from_moments",
+    "with_class_floor",
 ]

@@ -24,8 +24,14 @@ class AcceptAll(Policy):
 
     accepts_every_finite_sample = True
 
-    def decide(self, per_sample_loss: Any, step: Any, sample_index: Any = None) -> Any:
-        del step, sample_index
+    def decide(
+        self,
+        per_sample_loss: Any,
+        step: Any,
+        labels: Any = None,
+        sample_index: Any = None,
+    ) -> Any:
+        del step, labels, sample_index
         return ops.ones_like(per_sample_loss, dtype="bool")
 
 
@@ -80,8 +86,14 @@ class LossThreshold(Policy):
         )
         self._configured_threshold = float(threshold)
 
-    def decide(self, per_sample_loss: Any, step: Any, sample_index: Any = None) -> Any:
-        del sample_index
+    def decide(
+        self,
+        per_sample_loss: Any,
+        step: Any,
+        labels: Any = None,
+        sample_index: Any = None,
+    ) -> Any:
+        del labels, sample_index
         judge = accept_batch_below if self.level == "batch" else accept_below
         accept_mask = judge(per_sample_loss, self.threshold)
         if self.warmup_steps == 0:
@@ -131,8 +143,14 @@ class KeepFraction(Policy):
         )
         self._configured_keep_fraction = float(keep_fraction)
 
-    def decide(self, per_sample_loss: Any, step: Any, sample_index: Any = None) -> Any:
-        del sample_index
+    def decide(
+        self,
+        per_sample_loss: Any,
+        step: Any,
+        labels: Any = None,
+        sample_index: Any = None,
+    ) -> Any:
+        del labels, sample_index
         keep_fraction = ramped_keep_fraction(step, self.keep_fraction, self.ramp_steps)
         return keep_smallest(per_sample_loss, keep_fraction)
 

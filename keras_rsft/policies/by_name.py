@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from keras_rsft.policies.adaptive import LossMixture, RunningThreshold, SelfPaced
 from keras_rsft.policies.by_loss import AcceptAll, KeepFraction, LossThreshold
 from keras_rsft.policies.policy import Policy
 from keras_rsft.policy_choice import PolicyChoice
@@ -21,11 +22,26 @@ def build_policy(
         steps_per_epoch: Batches per epoch, at least 1.
     """
     warmup_steps = round(choice.warmup_epochs * steps_per_epoch)
-    if choice.name == "accept-all":
-        return AcceptAll()
-    if choice.name == "keep-fraction":
-        return KeepFraction(choice.keep_fraction, ramp_steps=warmup_steps)
     threshold = choice.threshold
     if threshold is None:
         threshold = choice.relative_threshold * math.log(num_classes)
-    return LossThreshold(threshold, level=choice.level, warmup_steps=warmup_steps)
+    floor = {"class_floor": choice.class_floor}
+    makers = {
+        "accept-all": AcceptAll,
+        "loss-threshold": lambda: LossThreshold(
+            threshold, level=choice.level, warmup_steps=warmup_steps, **floor
+        ),
+        "keep-fraction": lambda: KeepFraction(
+            choice.keep_fraction, ramp_steps=warmup_steps, **floor
+        ),
+        "self-paced": lambda: SelfPaced(
+            threshold, growth_steps=steps_per_epoch, warmup_steps=warmup_steps, **floor
+        ),
+        "running-threshold": lambda: RunningThreshold(
+            num_classes=num_classes, warmup_steps=warmup_steps, **floor
+        ),
+        "loss-mixture": lambda: LossMixture(
+            warmup_epochs=math.ceil(choice.warmup_epochs), **floor
+        ),
+    }
+    return makers[choice.name]()

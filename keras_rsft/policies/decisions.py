@@ -83,3 +83,92 @@ def ramped_keep_fraction(step: Any, keep_fraction: Any, ramp_steps: Any) -> Any:
     no_ramp = ops.equal(ramp_steps, 0)
     progress = ops.where(no_ramp, 1.0, ops.minimum(progress, 1.0))
     return 1.0 - (1.0 - keep_fraction) * progress
+
+
+def grown_threshold(step: Any, threshold: Any, growth: Any, growth_steps: Any) -> Any:
+    """Multiplies a threshold by `growth` in every `growth_steps` steps, smoothly.
+
+    Args:
+        step: Number of training steps already taken, at least 0.
+        threshold: Threshold at step 0, positive.
+        growth: Factor, at least 1.
+        growth_steps: Steps after which the factor is reached, at least 1.
+
+    Returns:
+        Float tensor, the threshold at this step.
+    """
+    elapsed = ops.cast(step, "float32") / ops.cast(growth_steps, "float32")
+    return threshold * ops.power(ops.cast(growth, "float32"), elapsed)
+
+
+def running_moments(
+    moments: Any, per_sample_loss: Any, members: Any, momentum: float
+) -> Any:
+    """Updates exponential means of the finite losses, group by group.
+
+    Args:
+        moments: Float tensor `(..., groups, 3)`: running sums of the weight, the
+            loss and the squared loss.
+        per_sample_loss: Float tensor `(..., batch)`.
+        members: Float tensor `(..., groups, batch)`, 1 where a sample is of a group.
+        momentum: Share of the old sums that is kept, in [0, 1).
+
+    Returns:
+        New moments. A group without finite losses keeps its own.
+    """
+    finite = ops.isfinite(per_sample_loss)
+    losses = ops.where(finite, per_sample_loss, 0.0)
+    powers = ops.stack([ops.cast(finite, "float32"), losses, losses**2], axis=-1)
+    sums = ops.matmul(members, powers)
+    counts = sums[..., :1]
+    means = sums / ops.maximum(counts, 1.0)
+    updated = momentum * moments + (1.0 - momentum) * means
+    return ops.where(counts > 0, updated, moments)
+
+
+def threshold_from_moments(moments: Any, deviations: Any) -> Any:
+    """Returns mean plus `deviations` standard deviations of each group.
+
+    Args:
+        moments: Float tensor `(..., groups, 3)` from `running_moments`.
+        deviations: Number of standard deviations, of any sign.
+
+    Returns:
+        Float tensor `(..., groups)`; infinite for a group that has seen nothing.
+    """
+    weight = moments[..., 0]
+    safe = ops.maximum(weight, 1e-12)
+    mean = moments[..., 1] / safe
+    variance = ops.maximum(moments[..., 2] / safe - mean**2, 0.0)
+    threshold = mean + deviations * ops.sqrt(variance)
+    return ops.where(weight > 0, threshold, float("inf"))
+
+
+def with_class_floor(
+    accept_mask: Any, per_sample_loss: Any, labels: Any, class_floor: Any
+) -> Any:
+    """Accepts at least a share of each class in the batch: its smallest losses.
+
+    Args:
+        accept_mask: Boolean tensor `(..., batch)`, what is accepted already.
+        per_sample_loss: Float tensor `(..., batch)`.
+        labels: Integer tensor `(batch,)` or `(..., batch)`.
+        class_floor: Share in [0, 1]; of `m` finite losses of a class at least
+            `ceil(class_floor * m)` are accepted.
+
+    Returns:
+        Boolean tensor `(..., batch)`: what was accepted, and what the floor adds.
+    """
+    finite = ops.isfinite(per_sample_loss)
+    same_class = ops.equal(labels[..., :, None], labels[..., None, :])
+    peers = ops.logical_and(same_class, finite[..., None, :])
+    losses = ops.where(finite, per_sample_loss, float("inf"))
+    mine, theirs = losses[..., :, None], losses[..., None, :]
+    places = ops.arange(losses.shape[-1] or ops.shape(losses)[-1])
+    earlier = places[None, :] < places[:, None]
+    before = ops.logical_or(theirs < mine, ops.logical_and(theirs == mine, earlier))
+    rank = ops.sum(ops.cast(ops.logical_and(peers, before), "float32"), axis=-1)
+    # Less a little, so that 0.1 of 20 is 2 in float32 too.
+    least = ops.ceil(class_floor * ops.sum(ops.cast(peers, "float32"), axis=-1) - 1e-4)
+    floor = ops.logical_and(finite, rank < least)
+    return ops.logical_or(accept_mask, floor)

@@ -48,8 +48,14 @@ class AcceptListed(Policy):
             initializer=lambda shape, dtype: ops.convert_to_tensor(accept),
         )
 
-    def decide(self, per_sample_loss: Any, step: Any, sample_index: Any = None) -> Any:
-        del per_sample_loss, step
+    def decide(
+        self,
+        per_sample_loss: Any,
+        step: Any,
+        labels: Any = None,
+        sample_index: Any = None,
+    ) -> Any:
+        del per_sample_loss, step, labels
         if sample_index is None:
             raise InvalidArgument(
                 f"{type(self).__name__} must be told which samples a batch holds. "

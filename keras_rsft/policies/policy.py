@@ -14,55 +14,81 @@ import keras
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.policies.decisions import with_class_floor
 
 
 class Policy(keras.layers.Layer):
     """Turns the losses of a training batch into a mask of accepted samples.
 
-    A subclass implements `decide(per_sample_loss, step)` and, where it has
-    constructor arguments, `get_config`. All variables are made in `__init__`.
+    A subclass implements `decide` and, where it has constructor arguments,
+    `get_config`. All variables are made in `__init__`.
+
+    Args:
+        class_floor: Least share of each class's samples in a batch to accept, in
+            [0, 1], so that no class is dropped in silence; needs labels that are
+            classes. Default 0: no floor.
 
     Attributes:
         level: `"sample"` if samples are accepted one by one, `"batch"` if the
             mask is equal for all samples of a batch.
+        needs_ledger: True where the policy learns from a `RejectionLedger`.
         accepts_every_finite_sample: True where the policy never rejects a
             sample whose loss is finite.
         steps_seen: int32 scalar variable, training batches judged so far.
     """
 
     level = "sample"
+    needs_ledger = False
     accepts_every_finite_sample = False
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, class_floor: float = 0.0, **kwargs: Any):
         kwargs.setdefault("dtype", "float32")
         super().__init__(trainable=False, **kwargs)
+        if not 0 <= class_floor <= 1:
+            raise InvalidArgument(
+                "`class_floor` must be in [0, 1]. "
+                f"Received: class_floor={class_floor}. Use 0 for no floor."
+            )
+        self.class_floor = float(class_floor)
         self.steps_seen = self.add_weight(
             name="steps_seen", shape=(), dtype="int32", initializer="zeros"
         )
         self.built = True
 
-    def decide(self, per_sample_loss: Any, step: Any, sample_index: Any = None) -> Any:
+    def decide(
+        self,
+        per_sample_loss: Any,
+        step: Any,
+        labels: Any = None,
+        sample_index: Any = None,
+    ) -> Any:
         """Returns a boolean mask of the shape of `per_sample_loss`.
 
         Args:
             per_sample_loss: Float32 tensor of shape `(batch,)`.
             step: int32 scalar tensor, batches judged before this one.
+            labels: int32 tensor of shape `(batch,)`, the classes given; None where
+                the targets are not classes.
             sample_index: int32 tensor of shape `(batch,)`, which training samples
                 these are; None where the data set does not say.
         """
         raise NotImplementedError
 
-    def call(self, per_sample_loss: Any, sample_index: Any = None) -> Any:
-        """Returns the mask of `decide`, less what may never be accepted.
+    def call(
+        self, per_sample_loss: Any, labels: Any = None, sample_index: Any = None
+    ) -> Any:
+        """Returns the mask of `decide` over the floor, less what is never accepted.
 
         A loss that is not finite is rejected whatever `decide` says; at batch
         level it takes the whole batch with it.
         """
         step = ops.convert_to_tensor(self.steps_seen)
-        accept_mask = ops.logical_and(
-            self.decide(per_sample_loss, step, sample_index),
-            ops.isfinite(per_sample_loss),
-        )
+        accept_mask = self.decide(per_sample_loss, step, labels, sample_index)
+        if self.class_floor > 0:
+            accept_mask = with_class_floor(
+                accept_mask, per_sample_loss, self.require(labels), self.class_floor
+            )
+        accept_mask = ops.logical_and(accept_mask, ops.isfinite(per_sample_loss))
         if self.level == "batch":
             accept_mask = ops.logical_and(accept_mask, ops.all(accept_mask))
         # Tied to the batch by a maximum that changes nothing: at the end of a data
@@ -71,10 +97,19 @@ class Policy(keras.layers.Layer):
         self.steps_seen.assign(ops.maximum(step + 1, accepted_any))
         return accept_mask
 
+    def require(self, labels: Any) -> Any:
+        """Returns the labels, or raises InvalidArgument where there are none."""
+        if labels is None:
+            raise InvalidArgument(
+                f"{type(self).__name__} judges class by class. Received: targets that "
+                "are not classes. Give one integer or one-hot row a sample."
+            )
+        return labels
+
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.pop("trainable", None)
-        return config
+        return config | {"class_floor": self.class_floor}
 
 
 def is_positive(value: Any) -> bool:
