@@ -89,7 +89,7 @@ class TestCompare:
         def fail(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(comparison_folder, "_write_json", fail)
+        monkeypatch.setattr(comparison_folder, "write_json", fail)
         monkeypatch.setattr(comparison_module, "run_method", fake_run)
         with pytest.raises(KeyboardInterrupt):
             written(tmp_path / "table")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import math
-import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_rsft.comparing.intervals import Interval
 from keras_rsft.comparing.summary import Outcome
+from keras_rsft.result_folder import write_csv, write_json, written_whole
 
 if TYPE_CHECKING:
     from keras_rsft.comparing.comparison import Comparison
@@ -27,21 +24,13 @@ CONFIG_FILE = "config.json"
 
 def write_comparison(comparison: Comparison) -> None:
     """Writes a folder at `comparison.folder`, whole or not at all."""
-    target = comparison.folder
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        partial.chmod(0o755)
+    with written_whole(comparison.folder) as partial:
         _fill(partial, comparison)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _fill(folder: Path, comparison: Comparison) -> None:
     fields = [field.name for field in dataclasses.fields(Outcome)]
-    _write_csv(
+    write_csv(
         folder / TABLE_FILE,
         fields,
         (dataclasses.astuple(outcome) for outcome in comparison.outcomes),
@@ -57,10 +46,10 @@ def _fill(folder: Path, comparison: Comparison) -> None:
         },
         "notes": list(comparison.notes),
     }
-    _write_json(folder / SUMMARY_FILE, summary)
-    _write_json(folder / CONFIG_FILE, comparison.config)
+    write_json(folder / SUMMARY_FILE, summary)
+    write_json(folder / CONFIG_FILE, comparison.config)
     if comparison.noisy_data:
-        _write_csv(
+        write_csv(
             folder / LABELS_FILE,
             ["seed", "id", "split", "given_label", "clean_label"],
             _label_rows(comparison.noisy_data),
@@ -86,15 +75,3 @@ def _label_rows(noisy_data: dict[int, ImageData]) -> Iterable[tuple]:
                 split.ids, split.labels, split.clean_labels, strict=True
             ):
                 yield seed, sample_id, split.name, names[given], names[clean]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -6,21 +6,19 @@ always whole. Nothing that exists is ever overwritten.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import platform
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from keras_rsft.data import ImageData
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.ledger import COLUMNS
+from keras_rsft.result_folder import write_csv, write_json, written_whole
 
 if TYPE_CHECKING:
     from keras_rsft.finetuning.run import Run
@@ -61,16 +59,8 @@ def next_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
 
 def write_run(run: Run, data: ImageData) -> None:
     """Writes a run folder at `run.folder`, whole or not at all."""
-    target = run.folder
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        partial.chmod(0o755)
+    with written_whole(run.folder) as partial:
         _fill(partial, run, data)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
@@ -82,30 +72,30 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
     described = {"finding": run.finding, "versions": _versions()}
-    _write_json(folder / CONFIG_FILE, run.config | described)
-    _write_json(folder / RESULTS_FILE, run.results)
-    _write_json(folder / CLASSES_FILE, list(run.class_names))
+    write_json(folder / CONFIG_FILE, run.config | described)
+    write_json(folder / RESULTS_FILE, run.results)
+    write_json(folder / CLASSES_FILE, list(run.class_names))
     names = list(run.history)
     rows = zip(*(run.history[name] for name in names), strict=True)
-    _write_csv(
+    write_csv(
         folder / "metrics.csv",
         ["epoch", *names],
         ([epoch, *row] for epoch, row in enumerate(rows, start=1)),
     )
-    _write_csv(
+    write_csv(
         folder / "samples.csv",
         ["id", "split", "given_label", "clean_label"],
         _sample_rows(data),
     )
     trained = run.trained
-    _write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
-    _write_csv(
+    write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
+    write_csv(
         folder / "acceptance_by_class.csv",
         ["epoch", *run.class_names],
         ([epoch, *row] for epoch, row in enumerate(trained.acceptance_by_class, 1)),
     )
     if run.features.unreadable:
-        _write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
+        write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
 
 
 def _sample_rows(data: ImageData) -> Iterable[list[str]]:
@@ -115,18 +105,6 @@ def _sample_rows(data: ImageData) -> Iterable[list[str]]:
         for sample_id, given, right in zip(split.ids, split.labels, clean, strict=True):
             right_name = data.class_names[right] if known else ""
             yield [str(sample_id), split.name, data.class_names[given], right_name]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _versions() -> dict[str, str]:
