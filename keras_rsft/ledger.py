@@ -246,9 +246,6 @@ class RejectionLedger(keras.callbacks.Callback):
 
         model.record_with(record)
 
-    def on_train_end(self, logs: dict | None = None) -> None:
-        self.model.record_with(None)
-
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         losses, accepted = self._epoch.numpy().T
         self._epoch.assign(tf.fill(self._epoch.shape, _NOT_SEEN))

@@ -78,6 +78,14 @@ class TestRunningThreshold:
             alone = running_moments(np.zeros((1, 3), "f4"), losses[trial], members, 0.9)
             np.testing.assert_allclose(moments[trial], alone, rtol=1e-5)
 
+    def test_one_huge_loss_is_forgotten(self):
+        policy = RunningThreshold(num_classes=2, momentum=0.5)
+        policy(floats(1e30, 1.0), np.array([0, 1], "int32"))
+        labels = np.array([0, 0, 1, 1], "int32")
+        for _ in range(60):
+            accepted = policy(floats(1.0, 3.0, 1.0, 3.0), labels)
+        assert np.array(accepted).tolist() == [True, False, True, False]
+
     def test_needs_classes(self):
         with pytest.raises(InvalidArgument, match="class by class"):
             RunningThreshold(num_classes=2)(floats(1.0))
@@ -137,12 +145,13 @@ class TestClassFloor:
     [
         lambda: SelfPaced(0.0, growth_steps=1),
         lambda: SelfPaced(1.0, growth=0.9, growth_steps=1),
+        lambda: SelfPaced(1.0, growth_steps=0),
         lambda: SelfPaced(1.0, growth_steps=1, max_threshold=-1.0),
         lambda: RunningThreshold(NAN),
         lambda: RunningThreshold(momentum=1.0),
         lambda: RunningThreshold(num_classes=0),
         lambda: LossMixture(1.0),
-        lambda: LossMixture(warmup_epochs=-1),
+        lambda: LossMixture(warmup_epochs=0),
     ],
 )
 def test_numbers_out_of_range_are_refused(make):

@@ -141,9 +141,13 @@ class RSFTModel(keras.Model):
         else:
             given = keras.tree.flatten(callbacks) if callbacks is not None else []
             callbacks = [*given, AcceptanceGuard()]
-        return super().fit(
-            x, y, batch_size, epochs, verbose, callbacks=callbacks, **kwargs
-        )
+        try:
+            return super().fit(
+                x, y, batch_size, epochs, verbose, callbacks=callbacks, **kwargs
+            )
+        finally:  # A ledger is of one fit, also where that fails.
+            if self._recorder is not None:
+                self.record_with(None)
 
     def record_with(self, recorder: Callable[[Any, Any, Any], None] | None) -> None:
         """Has each training step report what it decided, as `RejectionLedger` does.
@@ -151,7 +155,7 @@ class RSFTModel(keras.Model):
         Args:
             recorder: Called while a step is traced, with `sample_index` int32,
                 `per_sample_loss` float32 and `accept_mask` bool, each `(batch,)`.
-                None stops it.
+                None stops it, as does the end of `fit`.
         """
         self._recorder = recorder
         self.train_function = None  # Traced anew, with or without it.

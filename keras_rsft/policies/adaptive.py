@@ -62,7 +62,7 @@ class SelfPaced(Policy):
                 f"Received: growth={growth}. Use 1.0 for a fixed threshold."
             )
         self.growth = float(growth)
-        self.growth_steps = max(whole_number("growth_steps", growth_steps), 1)
+        self.growth_steps = whole_number("growth_steps", growth_steps, least=1)
         self.max_threshold = float(max_threshold)
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.threshold = self.add_weight(
@@ -226,7 +226,7 @@ class LossMixture(Policy):
                 f"Received: probability={probability}. Use 0.5, for example."
             )
         self.probability = float(probability)
-        self.warmup_epochs = max(whole_number("warmup_epochs", warmup_epochs), 1)
+        self.warmup_epochs = whole_number("warmup_epochs", warmup_epochs, least=1)
         self.threshold = self.add_weight(
             name="threshold",
             shape=(),
@@ -269,7 +269,7 @@ def mixture_threshold(losses: np.ndarray, probability: float) -> float:
         probability: Posterior probability of the lower component, in (0, 1).
 
     Returns:
-        The largest loss with at least that probability; infinity, with a warning,
+        The first loss with less than that probability; infinity, with a warning,
         where the losses do not fall into two groups.
 
     Raises:
@@ -282,21 +282,24 @@ def mixture_threshold(losses: np.ndarray, probability: float) -> float:
             'LossMixture needs scikit-learn: pip install "keras_rsft[demo]"'
         ) from error
     values = np.sort(losses[np.isfinite(losses)].astype(np.float64))
-    if len(np.unique(values)) < 3:
+    top = np.quantile(values, 0.99) if len(values) else 0.0
+    if len(np.unique(values)) < 3 or top <= 0:
         warnings.warn("Too few different losses to fit a mixture to.", stacklevel=2)
         return math.inf
-    top = np.quantile(values, 0.99)  # A few huge losses would be a group of their own.
+    # A few huge losses would be a group of their own.
     scaled = np.minimum(values, top)[:, None] / top
     one, two = (
         GaussianMixture(n, reg_covar=5e-4, random_state=0).fit(scaled) for n in (1, 2)
     )
     lower = int(np.argmin(two.means_))
-    in_lower = two.predict_proba(scaled)[:, lower] >= probability
-    if two.bic(scaled) >= one.bic(scaled) or not in_lower.any():
+    probabilities = two.predict_proba(scaled)[:, lower]
+    # Above the lower mean only: far from it the wider component may take over.
+    above = scaled[:, 0] > two.means_[lower, 0]
+    given_way = np.flatnonzero(above & (probabilities < probability))
+    if two.bic(scaled) >= one.bic(scaled) or len(given_way) == 0:
         warnings.warn(
             "The losses do not fall into two groups: every sample is accepted.",
             stacklevel=2,
         )
         return math.inf
-    # Above the lower mean only: far below it the wider component may take over.
-    return float(np.nextafter(values[in_lower].max(), math.inf, dtype=np.float32))
+    return float(values[given_way[0]])

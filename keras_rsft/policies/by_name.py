@@ -41,7 +41,7 @@ def build_policy(
             num_classes=num_classes, warmup_steps=warmup_steps, **floor
         ),
         "loss-mixture": lambda: LossMixture(
-            warmup_epochs=math.ceil(choice.warmup_epochs), **floor
+            warmup_epochs=max(math.ceil(choice.warmup_epochs), 1), **floor
         ),
     }
     return makers[choice.name]()

@@ -117,7 +117,8 @@ def running_moments(
         New moments. A group without finite losses keeps its own.
     """
     finite = ops.isfinite(per_sample_loss)
-    losses = ops.where(finite, per_sample_loss, 0.0)
+    # Limited, for the square of a huge loss would be infinite for ever.
+    losses = ops.clip(ops.where(finite, per_sample_loss, 0.0), -1e6, 1e6)
     powers = ops.stack([ops.cast(finite, "float32"), losses, losses**2], axis=-1)
     sums = ops.matmul(members, powers)
     counts = sums[..., :1]

@@ -122,11 +122,11 @@ def is_positive(value: Any) -> bool:
     )
 
 
-def whole_number(name: str, value: Any) -> int:
-    """Returns a number of steps, or raises InvalidArgument."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+def whole_number(name: str, value: Any, *, least: int = 0) -> int:
+    """Returns a number of steps or epochs, or raises InvalidArgument."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InvalidArgument(
-            f"`{name}` must be a whole number of steps, at least 0. "
+            f"`{name}` must be a whole number, at least {least}. "
             f"Received: {name}={value!r}."
         )
     return int(value)
