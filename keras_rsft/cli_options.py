@@ -16,6 +16,8 @@ from keras_rsft.policy_choice import (
     PolicyChoice,
 )
 
+STAGE2_EPOCHS = 3
+
 if TYPE_CHECKING:
     from keras_rsft.data import ImageData
     from keras_rsft.finetuning import TrainingSettings
@@ -83,7 +85,7 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_policy_options(group: argparse._ArgumentGroup) -> None:
-    """Adds the choice of one policy, and its numbers."""
+    """Adds the choice of one policy, its numbers, and what is done with its choice."""
     defaults = PolicyChoice()
     group.add_argument(
         "--policy",
@@ -96,6 +98,12 @@ def add_policy_options(group: argparse._ArgumentGroup) -> None:
         help=f"judge each {' or each '.join(LEVELS)}; default: %(default)s",
     )
     add_policy_numbers(group)
+    group.add_argument(
+        "--stage2",
+        action="store_true",
+        help="then fine-tune the last block of the base on the accepted images, for "
+        f"{STAGE2_EPOCHS} epochs; kept where validation is no worse",
+    )
 
 
 def add_policy_numbers(group: argparse._ArgumentGroup) -> None:
@@ -207,6 +215,7 @@ def training_settings(
         learning_rate=arguments.learning_rate,
         optimizer=arguments.optimizer,
         seed=arguments.seed,
+        stage2_epochs=STAGE2_EPOCHS if getattr(arguments, "stage2", False) else 0,
     )
 
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 RESULT_NAMES = {
     "test_accuracy": "Accuracy on the test split",
     "validation_accuracy": "Accuracy on the validation split",
+    "head_test_accuracy": "Head alone, test split",
+    "head_validation_accuracy": "Head alone, validation split",
+    "stage2_test_accuracy": "Last block fine-tuned, test split",
+    "stage2_validation_accuracy": "Last block fine-tuned, validation split",
     "acceptance_rate": "Accepted in the last epoch",
     "estimated_wrong_labels": "Labels that look wrong",
     "wrong_labels": "Wrong training labels",

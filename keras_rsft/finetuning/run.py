@@ -23,6 +23,7 @@ from keras_rsft.finetuning.head_training import (
 )
 from keras_rsft.finetuning.run_folder import check_new_folder, write_run
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
 from keras_rsft.model import RSFTModel
 
 
@@ -37,7 +38,10 @@ class Run:
         history: Each logged value, one number an epoch.
         results: Final numbers: accuracies in [0, 1], acceptance rate, seconds,
             and, where the right labels are known, the shares of wrong and right
-            labels that the finished model's policy rejects.
+            labels that the finished model's policy rejects. After a stage two also
+            `stage2_validation_accuracy`, `stage2_test_accuracy`, and `stage2_kept`:
+            1.0 where `model` is its model. The plain accuracies are then its own,
+            and the head's `head_validation_accuracy` and `head_test_accuracy`.
         config: Everything that is needed to repeat the run.
         features: The kept features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, examination.
@@ -78,6 +82,10 @@ def finetune(
 ) -> Run:
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
+    With `stage2_epochs` in the settings, the base's last block is then fine-tuned
+    with the head on the accepted images (Ahn et al., 2024, TURN). That is kept where
+    it gets no fewer validation images right than the head alone.
+
     Args:
         data: Loaded images, or what `load_images` takes.
         backbone: Name of a base or path of a `.keras` file. Default ResNet50.
@@ -85,7 +93,7 @@ def finetune(
         image_size: Side of the square images in pixels. Default: the base's.
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
         views: Views kept of each training image, at least 1. Default 1.
-        settings: How the head is trained. Default: `TrainingSettings()`.
+        settings: How to train. Default: `TrainingSettings()`.
         output: The run folder; it must not exist. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head.
@@ -99,7 +107,8 @@ def finetune(
         InvalidArgument: If an argument cannot be used.
         DataError: If the data cannot be trained on.
         WeightsUnavailable: If the base's weights cannot be had.
-        TrainingStalled: If the last epoch accepted nothing.
+        TrainingStalled: If the last epoch accepted nothing, or the finished head
+            accepts nothing for a stage two to learn from.
     """
     settings = settings or TrainingSettings()
     if views < 1:
@@ -124,9 +133,12 @@ def finetune(
     head, results = trained.model, trained.results
     if precision != "float32":  # What is kept and served runs on any machine.
         base = load_backbone(backbone, weights=weights, image_size=image_size)
+    model = build_classifier(base, data.num_classes, head=head.model)
+    if settings.stage2_epochs:
+        model = _stage_two(model, base, data, features, trained, settings, progress)
     results["seconds"] = time.perf_counter() - started
     run = Run(
-        model=build_classifier(base, data.num_classes, head=head.model),
+        model=model,
         head=head,
         class_names=data.class_names,
         history=trained.history,
@@ -148,3 +160,43 @@ def finetune(
     if folder is not None:
         write_run(run, data)
     return run
+
+
+def _stage_two(
+    head_only: keras.Model,
+    base: keras.Model,
+    data: ImageData,
+    features: SplitFeatures,
+    trained: TrainedHead,
+    settings: TrainingSettings,
+    progress: bool,
+) -> keras.Model:
+    """Returns the better of two models by validation, and notes both in the results."""
+    results = trained.results
+    tuned = fine_tune_last_block(
+        base,
+        trained.model.model,
+        data.train,
+        features.train,
+        trained.accepted,
+        epochs=settings.stage2_epochs,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        progress=progress,
+    )
+    kept = False
+    if len(features.test):
+        results["stage2_test_accuracy"] = accuracy_on_images(tuned, data.test)
+    if len(features.validation):
+        accuracy = accuracy_on_images(tuned, data.validation)
+        results["stage2_validation_accuracy"] = accuracy
+        # Anew, as the features may have been computed in another precision.
+        kept = accuracy >= accuracy_on_images(head_only, data.validation)
+    results["stage2_kept"] = float(kept)
+    if not kept:
+        return head_only
+    for name in ("validation_accuracy", "test_accuracy"):
+        if name in results:
+            results[f"head_{name}"] = results[name]
+            results[name] = results[f"stage2_{name}"]
+    return tuned

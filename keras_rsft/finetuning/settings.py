@@ -12,7 +12,7 @@ from keras_rsft.policy_choice import PolicyChoice
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """How a head is trained.
+    """How a head is trained, and after it perhaps the base's last block.
 
     Attributes:
         policy: What may update the weights. Default: `PolicyChoice()`.
@@ -21,6 +21,8 @@ class TrainingSettings:
         learning_rate: Positive. Default 0.001.
         optimizer: Name of a Keras optimizer; `"sgd"` has momentum 0.9. Default.
         seed: Seed of the initial weights and of the order. Default 0.
+        stage2_epochs: Passes over the accepted images in which the last block of
+            the base is fine-tuned with the head, at least 0. Default 0: none.
 
     Raises:
         InvalidArgument: If a value is out of its range or unknown.
@@ -32,6 +34,7 @@ class TrainingSettings:
     learning_rate: float = 1e-3
     optimizer: str = "sgd"
     seed: int = 0
+    stage2_epochs: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -39,6 +42,11 @@ class TrainingSettings:
                 raise InvalidArgument(
                     f"`{name}` must be at least 1. Received: {getattr(self, name)}."
                 )
+        if self.stage2_epochs < 0:
+            raise InvalidArgument(
+                "`stage2_epochs` must be at least 0; 0 leaves the base as it is. "
+                f"Received: {self.stage2_epochs}."
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise InvalidArgument(
                 "`learning_rate` must be a positive number. "

@@ -1,0 +1,92 @@
+"""Finds the last block of a base: the part that a cautious fine-tuning may change.
+
+Owns where the block begins. Which of its layers learn, and how, is left to
+`finetuning/stage_two.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import keras
+from keras import layers
+
+# What the layers of one block have in common, in the names of keras.applications:
+# conv5_block3_, block7a_, block_16_, stage_3_block_2_, block8_10_, expanded_conv_10_.
+_BLOCK_NAME = re.compile(
+    r"(block\d+_\d+|.*?block_?\d+[a-z]?|expanded_conv_\d+)(?=_|$)", re.IGNORECASE
+)
+# MobileNet numbers the two halves of a block: conv_dw_13, conv_pw_13.
+_SEPARABLE_NAME = re.compile(r"conv_(?:pad|dw|pw)_(\d+)(?=_|$)")
+_NOT_LEARNT = (layers.BatchNormalization, layers.Normalization)
+_UPSAMPLING = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+
+
+def last_block(body: keras.Model) -> list[keras.Layer]:
+    """Returns the layers of the last block of a base, and all that come after it.
+
+    The block begins, by the first of these rules that gives a layer to train:
+
+    1. Where layers are named as in `keras.applications` (`conv5_block3_1_conv`,
+       `block7a_expand_conv`, `stage3_block2_conv`, `block_16_expand`,
+       `expanded_conv_10_project`, `conv_dw_13`): at the first layer of the block
+       that is named last.
+    2. Behind the last layer that halves height and width (`strides` above 1) and
+       is followed by a layer to train.
+    3. At the last layer to train.
+
+    A layer to train is one with weights that is neither BatchNorm nor
+    normalisation of the input: those keep still in a fine-tuning of few steps.
+
+    Args:
+        body: Any functional or sequential model. Models nested in it are entered,
+            so that a backbone of `load_backbone` can be given as it is.
+
+    Returns:
+        The model's own layers, without nested models, in the model's order. Empty
+        where the model has no layer to train.
+    """
+    found = leaf_layers(body)
+    for start in _possible_starts(found):
+        if any(learns(layer) for layer in found[start:]):
+            return found[start:]
+    return []
+
+
+def leaf_layers(model: keras.Model) -> list[keras.Layer]:
+    """Returns a model's layers in order, those of nested models in their place."""
+    found: list[keras.Layer] = []
+    for layer in model.layers:
+        found += leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def learns(layer: keras.Layer) -> bool:
+    """Says whether a layer has weights that are not those of a normalisation."""
+    return bool(layer.weights) and not isinstance(layer, _NOT_LEARNT)
+
+
+def _possible_starts(found: list[keras.Layer]) -> Iterator[int]:
+    blocks = [_block_of(layer.name) for layer in found]
+    named = [block for block in blocks if block is not None]
+    if named:
+        yield blocks.index(named[-1])
+    for position in reversed(range(len(found))):
+        if _halves(found[position]):
+            yield position + 1
+    for position in reversed(range(len(found))):
+        if learns(found[position]):
+            yield position
+
+
+def _block_of(layer_name: str) -> str | None:
+    match = _BLOCK_NAME.match(layer_name) or _SEPARABLE_NAME.match(layer_name)
+    return match[1] if match else None
+
+
+def _halves(layer: keras.Layer) -> bool:
+    if isinstance(layer, _UPSAMPLING):
+        return False
+    strides = getattr(layer, "strides", 1)
+    return max(strides if isinstance(strides, (tuple, list)) else (strides,)) > 1

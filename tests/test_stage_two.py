@@ -1,0 +1,313 @@
+"""Stage two changes the last block and the head, by the accepted samples alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+from made_images import png, write
+
+from keras_rsft.backbones import build_head, load_backbone
+from keras_rsft.backbones.last_block import last_block, leaf_layers
+from keras_rsft.cli import main
+from keras_rsft.data import add_label_noise, load_images
+from keras_rsft.errors import InvalidArgument, TrainingStalled
+from keras_rsft.features import FrozenBase, extract_features
+from keras_rsft.finetuning import TrainingSettings, finetune, run, stage_two
+from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
+from keras_rsft.predict import predict_files
+
+
+@pytest.fixture(scope="module")
+def split(photo_folder):
+    return load_images(str(photo_folder)).train
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Normalisation with kept moments, two convolutions, each with BatchNorm."""
+    keras.utils.set_random_seed(2)
+    images = keras.Input((16, 16, 3))
+    normalise = keras.layers.Normalization()
+    normalise.adapt(np.random.default_rng(0).uniform(0, 255, (8, 16, 16, 3)))
+    x = normalise(images)
+    for _ in range(2):
+        x = keras.layers.Conv2D(6, 3, strides=2, activation="relu")(x)
+        x = keras.layers.BatchNormalization()(x)
+    path = tmp_path_factory.mktemp("base") / "two.keras"
+    keras.Model(images, keras.layers.GlobalAveragePooling2D()(x)).save(path)
+    return load_backbone(str(path))
+
+
+@pytest.fixture(scope="module")
+def head():
+    return build_head(6, 3, moments=(np.zeros(6), np.ones(6)), seed=1)
+
+
+@pytest.fixture(scope="module")
+def kept(base, split, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    frozen = FrozenBase(base, num_images=len(split))
+    return extract_features(frozen, split, cache_dir=cache, progress=False)
+
+
+@pytest.fixture(scope="module")
+def accepted(kept):
+    return np.arange(len(kept)) % 3 != 1
+
+
+@pytest.fixture(scope="module")
+def tune(base, head, split, kept, accepted):
+    def run(**changes):
+        given = {"split": split, "kept": kept, "accepted": accepted} | changes
+        options = {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "seed": 0}
+        options |= {name: given.pop(name) for name in options if name in given}
+        return fine_tune_last_block(base, head, **given, **options, progress=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tuned(tune):
+    return tune()
+
+
+def changed(before, after):
+    pairs = zip(before, after, strict=True)
+    return [not np.array_equal(one, other) for one, other in pairs]
+
+
+class TestWhatChanges:
+    def test_only_the_last_block_and_the_head(self, base, head, tuned):
+        block = [v.path for layer in last_block(base) for v in layer.weights]
+        learnt = [v.path for v in base.weights if "conv2d" in v.path]
+        expected = [v.path in block and v.path in learnt for v in base.weights]
+        assert sum(expected) == 2  # Kernel and bias of the second convolution.
+        own_base, own_head = tuned.layers[1:]
+        assert changed(base.get_weights(), own_base.get_weights()) == expected
+        assert all(changed(head.get_weights(), own_head.get_weights()))
+
+    def test_batch_norm_stays_bit_identical(self, base, tuned):
+        def moving(model):
+            return [v.numpy() for v in model.weights if "moving" in v.path]
+
+        assert len(moving(base)) == 4
+        assert not any(changed(moving(base), moving(tuned.layers[1])))
+
+    def test_the_given_models_stay_as_they_are(self, tune, base, head, values_of):
+        before = values_of(base, head)
+        tune(epochs=1)
+        assert not any(changed(before, values_of(base, head)))
+        assert not any(v.trainable for v in base.variables)
+        assert len(head.trainable_variables) == 2
+
+    def test_training_starts_from_what_is_given(self, tune, base, head, split):
+        images = np.stack([image for _, image in split.images(16)])
+        still = tune(learning_rate=1e-12, epochs=1)
+        np.testing.assert_allclose(
+            still.predict(images, verbose=0),
+            head.predict(base.predict(images, verbose=0), verbose=0),
+            atol=1e-6,
+        )
+
+    def test_the_loss_on_the_accepted_falls(self, tune, split, kept, accepted):
+        images = np.stack([image for _, image in split.images(16)])[accepted]
+
+        def loss(model):
+            probabilities = model.predict(images, verbose=0)
+            own = probabilities[np.arange(len(images)), kept.labels[accepted]]
+            return -np.mean(np.log(own))
+
+        assert loss(tune(epochs=5)) < loss(tune(learning_rate=1e-12, epochs=1))
+
+
+class TestWhatItLearnsFrom:
+    def test_labels_of_rejected_samples_play_no_part(
+        self, tune, tuned, split, kept, accepted
+    ):
+        other = np.where(accepted, kept.labels, (kept.labels + 1) % 3).astype(np.int32)
+        again = tune(split=split.with_labels(other), kept=kept.with_labels(other))
+        assert not any(changed(tuned.get_weights(), again.get_weights()))
+
+    def test_labels_of_accepted_samples_do(self, tune, tuned, kept, accepted):
+        other = kept.labels.copy()
+        other[np.flatnonzero(accepted)[0]] = (
+            other[np.flatnonzero(accepted)[0]] + 1
+        ) % 3
+        again = tune(kept=kept.with_labels(other))
+        assert any(changed(tuned.get_weights(), again.get_weights()))
+
+    def test_the_seed_decides_the_order_and_repeats_it(self, tune, tuned):
+        assert not any(changed(tuned.get_weights(), tune().get_weights()))
+        assert any(changed(tuned.get_weights(), tune(seed=1).get_weights()))
+
+    def test_parts_that_fit_into_memory_hold_every_sample_once(
+        self, split, kept, accepted, monkeypatch
+    ):
+        monkeypatch.setattr(stage_two, "_SHUFFLED_BYTES", 5 * 16 * 16 * 3 * 4)
+        positions = np.flatnonzero(accepted)
+        labels = np.arange(100, 100 + len(positions))
+        rng = np.random.default_rng(0)
+        rows = list(stage_two._shuffled(split, positions, labels, (16, 16), rng))
+        seen = [int(label) for _, label in rows]
+        assert sorted(seen) == labels.tolist() != seen
+        plain = [image.numpy() for _, image in split.images(16)]
+        for image, label in rows:
+            np.testing.assert_array_equal(image, plain[positions[int(label) - 100]])
+
+    def test_unreadable_images_are_joined_by_id(self, tmp_path):
+        for number in range(4):
+            write(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png", png(number))
+        (tmp_path / "photos" / "a" / "1.png").write_bytes(b"broken")
+        data = load_images(
+            str(tmp_path / "photos"), validation_fraction=0.1, test_fraction=0.1
+        )
+        whole = data.train
+        readable = np.array([not one.endswith("a/1.png") for one in whole.ids])
+        kept = dataclasses.replace(
+            _features_of(whole), ids=whole.ids[readable], labels=whole.labels[readable]
+        )
+        accepted = np.ones(len(kept), bool)
+        positions, labels = stage_two._accepted_samples(whole, kept, accepted)
+        np.testing.assert_array_equal(positions, np.flatnonzero(readable))
+        np.testing.assert_array_equal(labels, whole.labels[readable])
+
+
+def _features_of(split):
+    from keras_rsft.features import FeatureSet
+
+    return FeatureSet("unused", split.labels, split.ids, dim=6)
+
+
+class TestRefused:
+    def test_nothing_accepted(self, tune, accepted):
+        with pytest.raises(TrainingStalled, match="--stage2"):
+            tune(accepted=np.zeros_like(accepted))
+
+    @pytest.mark.parametrize("name", ["epochs", "batch_size"])
+    def test_numbers(self, tune, name):
+        with pytest.raises(InvalidArgument, match=name):
+            tune(**{name: 0})
+
+    def test_another_shape_or_type(self, tune, accepted):
+        for wrong in (accepted[1:], accepted.astype(int)):
+            with pytest.raises(InvalidArgument, match="booleans"):
+                tune(accepted=wrong)
+
+    def test_features_of_other_images(self, tune, kept):
+        other = dataclasses.replace(kept, ids=np.char.add("x", kept.ids))
+        with pytest.raises(InvalidArgument, match="not in it"):
+            tune(kept=other)
+
+    def test_negative_epochs_in_the_settings(self):
+        with pytest.raises(InvalidArgument, match="stage2_epochs"):
+            TrainingSettings(stage2_epochs=-1)
+
+
+class TestTheModel:
+    def test_it_is_frozen_saves_and_loads(self, tuned, split, tmp_path):
+        assert len(tuned.trainable_variables) == 2  # The head's, as in any run.
+        assert not any(layer.trainable for layer in leaf_layers(tuned.layers[1]))
+        assert {v.dtype for v in tuned.trainable_variables} == {"float32"}
+        assert tuned.dtype == "float32"
+        tuned.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        images = np.stack([image for _, image in split.images(16)])
+        np.testing.assert_allclose(
+            loaded.predict(images, verbose=0),
+            tuned.predict(images, verbose=0),
+            atol=1e-6,
+        )
+        assert "keras_rsft" not in json.dumps(loaded.get_config(), default=str)
+
+    def test_it_is_float32_whatever_the_global_policy(self, tune, dtype_policy):
+        dtype_policy("mixed_bfloat16")
+        model = tune(epochs=1)
+        assert model.output.dtype == "float32"
+        assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+
+    def test_accuracy_is_the_share_of_right_answers(self, tuned, split):
+        images = np.stack([image for _, image in split.images(16)])
+        right = tuned.predict(images, verbose=0).argmax(axis=-1) == split.labels
+        assert accuracy_on_images(tuned, split, batch_size=5) == right.mean()
+
+
+class TestRun:
+    @pytest.fixture
+    def fit(self, photo_folder, tiny_base_file, tmp_path):
+        def call(**changes):
+            settings = TrainingSettings(
+                epochs=4, batch_size=8, learning_rate=0.05, stage2_epochs=1
+            )
+            data = load_images(str(photo_folder), **changes)
+            return finetune(
+                add_label_noise(data, "symmetric:0.25", seed=0),
+                backbone=str(tiny_base_file),
+                settings=settings,
+                output=tmp_path / "run",
+                cache_dir=tmp_path / "cache",
+                progress=False,
+            )
+
+        return call
+
+    def test_it_writes_a_model_that_predicts(self, fit, photo_folder):
+        done = fit()
+        results = json.loads((done.folder / "results.json").read_text())
+        assert results["stage2_kept"] in (0.0, 1.0)
+        assert 0 <= results["stage2_validation_accuracy"] <= 1
+        assert 0 <= results["stage2_test_accuracy"] <= 1
+        config = json.loads((done.folder / "config.json").read_text())
+        assert config["stage2_epochs"] == 1
+        (prediction,) = predict_files(done.folder, [photo_folder / "green" / "05.png"])
+        assert prediction.label in ("blue", "green", "red")
+
+    @pytest.mark.parametrize("tuned_is, kept", [(0.5, 1.0), (0.4, 0.0)])
+    def test_kept_where_validation_is_not_lower(
+        self, fit, monkeypatch, tuned_is, kept, tiny_base
+    ):
+        def accuracy(model, split):
+            same = np.array_equal(model.get_weights()[0], tiny_base.get_weights()[0])
+            return 0.5 if same else tuned_is
+
+        monkeypatch.setattr(run, "accuracy_on_images", accuracy)
+        done = fit()
+        results = done.results
+        assert results["stage2_kept"] == kept
+        assert results["stage2_validation_accuracy"] == tuned_is
+        untouched = np.array_equal(
+            done.model.get_weights()[0], tiny_base.get_weights()[0]
+        )
+        assert untouched == (kept == 0.0)
+        for name in ("validation_accuracy", "test_accuracy"):
+            assert (f"head_{name}" in results) == (kept == 1.0)
+            assert (results[name] == results[f"stage2_{name}"]) == (kept == 1.0)
+
+    def test_without_validation_the_head_stays(self, fit, monkeypatch, tiny_base):
+        measured = []
+        monkeypatch.setattr(
+            run,
+            "accuracy_on_images",
+            lambda model, split: measured.append(split.name) or 1.0,
+        )
+        untouched = run.extract_all
+
+        def without_validation(base, data, **options):
+            features = untouched(base, data, **options)
+            empty = _features_of(data.validation.take(np.zeros(0, np.int64)))
+            return dataclasses.replace(features, validation=empty)
+
+        monkeypatch.setattr(run, "extract_all", without_validation)
+        results = fit().results
+        assert measured == ["test"]
+        assert results["stage2_kept"] == 0.0
+        assert "stage2_validation_accuracy" not in results
+
+
+def test_the_flag_belongs_to_fit_alone(photo_folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(photo_folder), "--stage2"])
+    assert "--stage2" in capsys.readouterr().err
