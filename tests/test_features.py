@@ -68,6 +68,12 @@ class TestExtraction:
         np.testing.assert_array_equal(kept.ids, data.train.ids)
         assert kept.unreadable == ()
 
+    def test_an_empty_split_has_no_features(self, tiny_base, data, tmp_path):
+        empty = data.train.take(np.array([], np.int64))
+        kept = extract_features(tiny_base, empty, cache_dir=tmp_path)
+        assert len(kept) == 0
+        assert list(kept.chunks()) == []
+
     def test_weights_as_constants_give_the_same_features(
         self, tiny_base, data, tmp_path, monkeypatch
     ):
@@ -203,6 +209,23 @@ class TestExtraction:
 
 def key(backbone, split, **options):
     return feature_key(FrozenBase(backbone), split, **options)
+
+
+class TestSampleIndex:
+    def test_names_each_row_of_the_batches(self, synthetic):
+        features = synthetic(rows=10, dim=4)
+        batches_with = TrainingBatches(
+            features, batch_size=4, seed=0, sample_index=True
+        )
+        for values, labels, weight, index in batches_with.dataset:
+            assert weight is None
+            assert index.dtype == tf.int32
+            np.testing.assert_array_equal(values, features.features[index.numpy()])
+            np.testing.assert_array_equal(labels, features.labels[index.numpy()])
+
+    def test_comes_from_disk_too(self, synthetic, monkeypatch):
+        monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", 0)
+        self.test_names_each_row_of_the_batches(synthetic)
 
 
 class TestKey:

@@ -148,7 +148,7 @@ def _run_pass(
             reached = int(index[-1]) + 1
             advance(reached - next_index)
             next_index = reached
-    if rows == 0:
+    if rows == 0 and len(split) > 0:
         raise DataError(
             f"None of the {len(split)} images of {split.name!r} can be read; "
             f"the first, {split.ids[0]!r}: {split.read_error(0)}."

@@ -178,7 +178,8 @@ def train_head(
     accepted = _final_decisions(model, train.labels, probabilities, batches, settings)
     if examination is not None:
         probabilities = examination.out_of_sample
-        results["estimated_wrong_labels"] = examination.noise_rate
+        if examination.noise_rate > 0:  # Else there was too little to judge by.
+            results["estimated_wrong_labels"] = examination.noise_rate
     recorder.ledger.note_probabilities(probabilities)
     if train.clean_labels is not None:
         results |= _rejected_shares(train, accepted)
