@@ -164,11 +164,20 @@ def _accepted_samples(
 
 def _copy(model: keras.Model) -> keras.Model:
     copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    for layer in leaf_layers(copy):
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # It computes with what it derives from weights.
+    _copy_weights(model, copy)
     return copy
+
+
+def _copy_weights(source: keras.Model, target: keras.Model) -> None:
+    """Copies layer by layer: a clone may list parallel layers in another order."""
+    for layer in source.layers:
+        own = target.get_layer(layer.name)
+        if isinstance(layer, keras.Model):
+            _copy_weights(layer, own)
+            continue
+        own.set_weights(layer.get_weights())
+        if isinstance(own, keras.layers.Normalization):
+            own.finalize_state()  # It computes with what it derives from weights.
 
 
 def _set_trainable(base: keras.Model, block: list[keras.Layer]) -> None:

@@ -1,7 +1,8 @@
 """`RSFTModel.fit` of a head on kept features against stock Keras `fit`.
 
 Prints steps a second for each policy and the ratio to stock Keras, round by
-round in turn, as median and range of the ratios: the machine's speed drifts.
+round in turn, as median and range of the ratios: the machine's speed drifts. Then
+what a ledger costs, epoch by epoch of one fit, without the first, which compiles.
 
     python tests/benchmarks/training_step.py --rows 10000 --dim 2048
 """
@@ -66,6 +67,7 @@ def main() -> None:
         features = make_features(Path(folder), arguments.rows, arguments.dim)
         for steps_per_execution in arguments.steps_per_execution:
             _measure(features, arguments, steps_per_execution)
+        _measure_ledger(features, arguments)
 
 
 def _measure(features, arguments, steps_per_execution: int) -> None:
@@ -90,6 +92,42 @@ def _measure(features, arguments, steps_per_execution: int) -> None:
             f"{name:14} {statistics.median(values):8.0f} "
             f"{statistics.median(ratios):22.2f} {min(ratios):6.2f}-{max(ratios):.2f}"
         )
+
+
+class _EpochTimes(keras.callbacks.Callback):
+    """Notes when epochs end."""
+
+    def __init__(self):
+        super().__init__()
+        self.ends: list[float] = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.ends.append(time.perf_counter())
+
+
+def _measure_ledger(features, arguments) -> None:
+    steps = -(-len(features) // arguments.batch_size)
+    steps_per_execution = arguments.steps_per_execution[-1]
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(arguments.rounds):
+        for ledger, times in seconds.items():
+            batches = rsft.TrainingBatches(
+                features, batch_size=arguments.batch_size, seed=0, sample_index=True
+            )
+            model = compiled(
+                POLICIES["LossThreshold"], features.dim, steps, steps_per_execution
+            )
+            epochs, callbacks = _EpochTimes(), [batches.callback]
+            if ledger:
+                callbacks.append(rsft.RejectionLedger(features.ids, features.labels))
+            model.fit(
+                batches.dataset, epochs=6, verbose=0, shuffle=False,
+                callbacks=[*callbacks, epochs],
+            )  # fmt: skip
+            times.append((epochs.ends[-1] - epochs.ends[0]) / (len(epochs.ends) - 1))
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    print("\nLossThreshold with a ledger, time of an epoch against without:")
+    print(f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})")
 
 
 if __name__ == "__main__":
