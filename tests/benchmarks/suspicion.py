@@ -1,8 +1,8 @@
 """How well wrong labels are ranked: the ledger's suspicion against cleanlab's score.
 
-AUROC of both on the same features of a frozen EfficientNet-Lite0 at 128 px. cleanlab's
-label quality (self-confidence) is computed on its usual input, out-of-fold probabilities
-of five plainly trained heads; with cleanlab installed by cleanlab itself.
+AUROC of both on the same features of a frozen EfficientNet-Lite0 at 128 px. cleanlab
+computes its label quality (self-confidence) from what it usually gets: out-of-fold
+probabilities of five plainly trained heads.
 
     python tests/benchmarks/suspicion.py FOLDER
 
