@@ -68,6 +68,9 @@ def print_run(run: Run) -> None:
     for key, name in RESULT_NAMES.items():
         if key in run.results:
             table.add_row(name, f"{100 * run.results[key]:.1f} %")
+    if "stage2_kept" in run.results:
+        kept = "kept" if run.results["stage2_kept"] else "not kept: worse on validation"
+        table.add_row("Last block fine-tuned", kept)
     table.add_row("Time", f"{run.results['seconds']:.1f} s")
     console.print(table)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)

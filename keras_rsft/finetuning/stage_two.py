@@ -25,6 +25,9 @@ from keras_rsft.progress import progress_bar
 # Decoded images that are in memory at once, to be shuffled.
 _SHUFFLED_BYTES = 2**28
 _BYTES_PER_PIXEL = 3 * 4
+# A head that standardises features of little spread makes the first gradients large
+# enough to ruin the block; clipped to this norm they cannot.
+_LARGEST_GRADIENT = 1.0
 
 
 def fine_tune_last_block(
@@ -42,7 +45,8 @@ def fine_tune_last_block(
 ) -> keras.Model:
     """Fine-tunes copies of the last block and the head on the accepted samples.
 
-    SGD with momentum 0.9 on the cross-entropy with the given labels. BatchNorm is
+    SGD with momentum 0.9 on the cross-entropy with the given labels, the gradient
+    clipped to a norm of 1. BatchNorm is
     in inference mode throughout: its statistics, scale and offset stay as they are.
     The images of the other samples are not even read.
 
@@ -78,7 +82,9 @@ def fine_tune_last_block(
         _set_trainable(own_base, last_block(own_base))
         model = RSFTModel(classifier, AcceptAll())
     model.compile(
-        keras.optimizers.SGD(learning_rate, momentum=0.9),
+        keras.optimizers.SGD(
+            learning_rate, momentum=0.9, global_clipnorm=_LARGEST_GRADIENT
+        ),
         "sparse_categorical_crossentropy",
     )
     steps = -(-len(positions) // batch_size)
