@@ -46,9 +46,9 @@ def fine_tune_last_block(
     """Fine-tunes copies of the last block and the head on the accepted samples.
 
     SGD with momentum 0.9 on the cross-entropy with the given labels, the gradient
-    clipped to a norm of 1. BatchNorm is
-    in inference mode throughout: its statistics, scale and offset stay as they are.
-    The images of the other samples are not even read.
+    clipped to a norm of 1. BatchNorm is in inference mode throughout: its statistics,
+    scale and offset stay as they are. The images of the other samples are not even
+    read.
 
     Args:
         base: From images `(batch, height, width, 3)` in [0, 255] to features
