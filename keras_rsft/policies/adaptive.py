@@ -65,12 +65,7 @@ class SelfPaced(Policy):
         self.growth_steps = whole_number("growth_steps", growth_steps, least=1)
         self.max_threshold = float(max_threshold)
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
-        self.threshold = self.add_weight(
-            name="threshold",
-            shape=(),
-            dtype="float32",
-            initializer=keras.initializers.Constant(float(threshold)),
-        )
+        self.threshold = self.add_live_number("threshold", threshold)
         self._configured_threshold = float(threshold)
 
     def decide(
@@ -227,12 +222,7 @@ class LossMixture(Policy):
             )
         self.probability = float(probability)
         self.warmup_epochs = whole_number("warmup_epochs", warmup_epochs, least=1)
-        self.threshold = self.add_weight(
-            name="threshold",
-            shape=(),
-            dtype="float32",
-            initializer=keras.initializers.Constant(math.inf),
-        )
+        self.threshold = self.add_live_number("threshold", math.inf)
 
     def decide(
         self,

@@ -78,12 +78,7 @@ class LossThreshold(Policy):
             )
         self.level = level
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
-        self.threshold = self.add_weight(
-            name="threshold",
-            shape=(),
-            dtype="float32",
-            initializer=keras.initializers.Constant(float(threshold)),
-        )
+        self.threshold = self.add_live_number("threshold", threshold)
         self._configured_threshold = float(threshold)
 
     def decide(
@@ -135,12 +130,7 @@ class KeepFraction(Policy):
                 "Use 1.0 to keep every sample."
             )
         self.ramp_steps = whole_number("ramp_steps", ramp_steps)
-        self.keep_fraction = self.add_weight(
-            name="keep_fraction",
-            shape=(),
-            dtype="float32",
-            initializer=keras.initializers.Constant(float(keep_fraction)),
-        )
+        self.keep_fraction = self.add_live_number("keep_fraction", keep_fraction)
         self._configured_keep_fraction = float(keep_fraction)
 
     def decide(

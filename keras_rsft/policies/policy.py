@@ -97,6 +97,15 @@ class Policy(keras.layers.Layer):
         self.steps_seen.assign(ops.maximum(step + 1, accepted_any))
         return accept_mask
 
+    def add_live_number(self, name: str, value: float) -> Any:
+        """Returns a float32 scalar variable: saved, and changed without a retrace."""
+        return self.add_weight(
+            name=name,
+            shape=(),
+            dtype="float32",
+            initializer=keras.initializers.Constant(float(value)),
+        )
+
     def require(self, labels: Any) -> Any:
         """Returns the labels, or raises InvalidArgument where there are none."""
         if labels is None:
