@@ -34,10 +34,15 @@ from keras_rsft.policies import Policy
 
 
 class _Pass(NamedTuple):
-    """A recorded forward pass: its tape, what to minimise, and pending updates."""
+    """A recorded forward pass, and the updates that it holds back.
+
+    `minimised` are the tensors to minimise. Of `per_sample`, if it is not None, the
+    mean over the accepted samples is minimised too.
+    """
 
     tape: tf.GradientTape
-    objective: Any
+    minimised: list[tf.Tensor]
+    per_sample: tf.Tensor | None
     pending: keras.StatelessScope
 
 
@@ -174,40 +179,32 @@ class RSFTModel(keras.Model):
         if not self.model.built:  # Nothing can be made inside a `tf.cond`.
             self.model(keras.tree.map_structure(symbolic_input, x))
             self._make_slots()
+        selects = self._selects_within_batch
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
-            per_sample_loss = self._scorer(y, y_pred)
-            if self._selects_within_batch and sample_weight is None:
-                batch_loss = tf.reduce_mean(per_sample_loss) + self._penalty()
-            else:
-                batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
-            accept_mask = self.policy(
-                tf.stop_gradient(per_sample_loss), class_labels(y), sample_index
-            )
-            if self._selects_within_batch:
-                weighted_loss = per_sample_loss
-                if sample_weight is not None:
-                    weighted_loss = self._scorer(y, y_pred, sample_weight)
-                objective = self._accepted_loss(weighted_loss, accept_mask)
-            else:
-                objective = batch_loss
-            objective = self.optimizer.scale_loss(objective)
-        recorded = _Pass(tape, objective, pending)
+            per_sample_loss = weighted_loss = self._scorer(y, y_pred)
+            if selects and sample_weight is not None:
+                weighted_loss = self._scorer(y, y_pred, sample_weight)
+            minimised = self._penalties() if selects else []
+            if not selects:
+                minimised = [self.compute_loss(x, y, y_pred, sample_weight)]
+        recorded = _Pass(tape, minimised, weighted_loss if selects else None, pending)
+        accept_mask = self.policy(per_sample_loss, class_labels(y), sample_index)
         if self._recorder is not None:
             require_index(sample_index)
             self._recorder(sample_index, per_sample_loss, accept_mask)
 
-        def update() -> None:
-            self._apply(recorded, per_sample_loss, accept_mask, (x, y, sample_weight))
-
-        def reject() -> None:
-            self.selection.note_rejected(per_sample_loss, self.policy.level)
-
         if self.trainable_variables:
-            tf.cond(tf.reduce_any(accept_mask), update, reject)
+            data = x, y, sample_weight
+            self._update_if_accepted(recorded, per_sample_loss, accept_mask, data)
         else:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
-        self._update_trackers(batch_loss, per_sample_loss, accept_mask)
+        sums = selection_sums(per_sample_loss, accept_mask)
+        shown = self._shown_loss(recorded, sums, (x, y, y_pred, sample_weight))
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
+        self.selection.update_state(sums)
         return self.compute_metrics(x, y, y_pred, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:
@@ -292,75 +289,68 @@ class RSFTModel(keras.Model):
             self.add_loss(pending.losses)
         return y_pred, pending
 
-    def _accepted_loss(
-        self, weighted_loss: tf.Tensor, accept_mask: tf.Tensor
-    ) -> tf.Tensor:
-        """Returns the mean over the accepted samples, plus regularisation."""
-        accepted_count = tf.reduce_sum(tf.cast(accept_mask, tf.float32))
-        loss = tf.math.divide_no_nan(
-            tf.reduce_sum(tf.where(accept_mask, weighted_loss, 0.0)), accepted_count
-        )
-        return loss + self._penalty()
+    def _penalties(self) -> list[tf.Tensor]:
+        """Returns what the layers add to the loss: regularisation."""
+        return [tf.reduce_sum(tf.cast(added, tf.float32)) for added in self.losses]
 
-    def _penalty(self) -> tf.Tensor | float:
-        """Returns the sum of what the layers add to the loss, regularisation."""
-        return sum(tf.reduce_sum(tf.cast(added, tf.float32)) for added in self.losses)
-
-    def _apply(
+    def _update_if_accepted(
         self,
         recorded: _Pass,
         per_sample_loss: tf.Tensor,
         accept_mask: tf.Tensor,
         data: tuple[Any, Any, Any],
     ) -> None:
-        """Runs the backward pass and changes the weights, the slots and the state."""
-        reached: list[Any] = []  # Filled while the branches are traced.
+        """Changes the weights, or notes that this batch was rejected as a whole."""
+        accepts_any = tf.reduce_any(accept_mask)
 
-        # Rare, so it is kept apart: TensorFlow would otherwise unfold it into the
-        # graph, and walk through its dead operations in every step.
-        @tf.function(autograph=False, experimental_attributes={"_noinline": True})
-        def repeat_with_finite_rows() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-            return self._backward(self._finite_pass(accept_mask, data), reached)
+        def update() -> None:
+            self._apply(recorded, accept_mask)
+
+        def reject() -> None:
+            self.selection.note_rejected(per_sample_loss, self.policy.level)
+
+        def repeat() -> None:
+            self._apply(self._finite_pass(accept_mask, data), accept_mask)
+
+        def reject_or_repeat() -> None:
+            tf.cond(accepts_any, repeat, reject)
 
         if self.policy.level == "batch":  # Accepted, so all its losses are finite.
-            gradients, state = self._backward(recorded, reached)
-        else:
-            gradients, state = tf.cond(
-                tf.reduce_all(tf.math.is_finite(per_sample_loss)),
-                lambda: self._backward(recorded, reached),
-                repeat_with_finite_rows,
+            tf.cond(accepts_any, update, reject)
+            return
+        if not tf.executing_eagerly():
+            # Rare, so it is kept apart: TensorFlow would otherwise unfold it into
+            # the graph, and walk through its dead operations in every step.
+            reject_or_repeat = tf.function(
+                reject_or_repeat,
+                autograph=False,
+                experimental_attributes={"_noinline": True},
             )
-        for variable, value in zip(
-            self._pending_variables(recorded.pending), state, strict=True
-        ):
-            variable.assign(value)
-        self.optimizer.apply(gradients, reached)
+        all_finite = tf.reduce_all(tf.math.is_finite(per_sample_loss))
+        tf.cond(tf.logical_and(accepts_any, all_finite), update, reject_or_repeat)
 
-    def _backward(
-        self, recorded: _Pass, reached: list[Any]
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """Returns gradients and pending state; names the variables in `reached`."""
+    def _apply(self, recorded: _Pass, accept_mask: tf.Tensor) -> None:
+        """Runs the backward pass and changes the weights, the slots and the state."""
+        targets = list(recorded.minimised)
+        seeds = [tf.ones_like(target) for target in targets]
+        if recorded.per_sample is not None:
+            accepted = tf.cast(accept_mask, tf.float32)
+            targets.append(recorded.per_sample)  # By its share of the mean:
+            seeds.append(accepted / tf.reduce_sum(accepted))
         variables = self.trainable_variables
         gradients = recorded.tape.gradient(
-            recorded.objective, [variable.value for variable in variables]
+            targets,
+            [variable.value for variable in variables],
+            output_gradients=[self.optimizer.scale_loss(seed) for seed in seeds],
         )
-        reached[:] = [
-            v
-            for v, gradient in zip(variables, gradients, strict=True)
-            if gradient is not None
-        ]
-        state = [
-            tf.convert_to_tensor(recorded.pending.get_current_value(variable))
-            for variable in self._pending_variables(recorded.pending)
-        ]
-        return [gradient for gradient in gradients if gradient is not None], state
-
-    def _pending_variables(self, pending: keras.StatelessScope) -> list[Any]:
-        return [
-            variable
-            for variable in self.model.variables
-            if pending.get_current_value(variable) is not None
-        ]
+        for variable in self.model.variables:
+            value = recorded.pending.get_current_value(variable)
+            if value is not None:
+                variable.assign(value)
+        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        self.optimizer.apply(
+            [gradients[i] for i in reached], [variables[i] for i in reached]
+        )
 
     def _finite_pass(self, accept_mask: tf.Tensor, data: tuple[Any, Any, Any]) -> _Pass:
         """Repeats the forward pass with every rejected row overwritten.
@@ -378,22 +368,18 @@ class RSFTModel(keras.Model):
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
             weighted_loss = self._scorer(y, y_pred, sample_weight)
-            objective = self._accepted_loss(weighted_loss, accept_mask)
-            objective = self.optimizer.scale_loss(objective)
-        return _Pass(tape, objective, pending)
+            penalties = self._penalties()
+        return _Pass(tape, penalties, weighted_loss, pending)
 
-    def _update_trackers(
-        self,
-        batch_loss: tf.Tensor,
-        per_sample_loss: tf.Tensor,
-        accept_mask: tf.Tensor,
-    ) -> None:
-        sums = selection_sums(per_sample_loss, accept_mask)
+    def _shown_loss(
+        self, recorded: _Pass, sums: tf.Tensor, data: tuple[Any, Any, Any, Any]
+    ) -> tf.Tensor:
+        """Returns the loss for the log, of the samples whose loss is finite."""
         _, _, _, finite_count, finite_loss = tf.unstack(sums)
         finite_mean = tf.math.divide_no_nan(finite_loss, finite_count)
+        selects, weighted = recorded.per_sample is not None, data[3] is not None
+        if selects and not weighted:
+            return sum(recorded.minimised, finite_mean)
+        batch_loss = self.compute_loss(*data) if selects else recorded.minimised[0]
         # A rejected NaN must not reach the log: it would set off TerminateOnNaN.
-        shown = tf.where(tf.math.is_finite(batch_loss), batch_loss, finite_mean)
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
-        self.selection.update_state(sums)
+        return tf.where(tf.math.is_finite(batch_loss), batch_loss, finite_mean)

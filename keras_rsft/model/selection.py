@@ -28,13 +28,15 @@ def selection_sums(per_sample_loss: tf.Tensor, accept_mask: tf.Tensor) -> tf.Ten
         Float32 tensor of shape `(5,)`: samples, accepted samples, summed loss of
         the accepted, samples with a finite loss, and their summed loss.
     """
-    finite = tf.math.is_finite(per_sample_loss)
+    accepted = tf.cast(accept_mask, tf.float32)
+    finite = tf.cast(tf.math.is_finite(per_sample_loss), tf.float32)
+    finite_loss = tf.math.multiply_no_nan(per_sample_loss, finite)
     rows = [
         tf.ones_like(per_sample_loss),
-        tf.cast(accept_mask, tf.float32),
-        tf.where(accept_mask, per_sample_loss, 0.0),
-        tf.cast(finite, tf.float32),
-        tf.where(finite, per_sample_loss, 0.0),
+        accepted,
+        accepted * finite_loss,
+        finite,
+        finite_loss,
     ]
     return tf.reduce_sum(tf.stack(rows), axis=1)
 
@@ -58,7 +60,7 @@ class SelectionMetric(keras.metrics.Metric):
 
     def update_state(self, sums: Any) -> None:
         """Adds one batch: a float32 tensor `(5,)` from `selection_sums`."""
-        self.totals.assign_add(sums)
+        self.totals.value.assign_add(sums)  # In one operation, unlike Keras's own.
 
     def note_rejected(self, per_sample_loss: tf.Tensor, level: str) -> None:
         """Remembers the lowest loss that was judged in a step that accepted nothing.

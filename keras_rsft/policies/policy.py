@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
@@ -91,10 +92,10 @@ class Policy(keras.layers.Layer):
         accept_mask = ops.logical_and(accept_mask, ops.isfinite(per_sample_loss))
         if self.level == "batch":
             accept_mask = ops.logical_and(accept_mask, ops.all(accept_mask))
-        # Tied to the batch by a maximum that changes nothing: at the end of a data
-        # set of unknown size Keras runs whatever does not wait for a batch.
-        accepted_any = ops.cast(ops.any(accept_mask), "int32")
-        self.steps_seen.assign(ops.maximum(step + 1, accepted_any))
+        # Once the losses are there: at the end of a data set of unknown size, Keras
+        # runs whatever does not wait for a batch.
+        with tf.control_dependencies([per_sample_loss]):
+            self.steps_seen.value.assign_add(1)
         return accept_mask
 
     def add_live_number(self, name: str, value: float) -> Any:
