@@ -8,8 +8,17 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.ledger import RejectionLedger
 from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold
+from keras_rsft.policies import (
+    AcceptAll,
+    AcceptListed,
+    KeepFraction,
+    LossMixture,
+    LossThreshold,
+    RunningThreshold,
+    SelfPaced,
+)
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.05),
@@ -103,6 +112,43 @@ def test_rejected_batch_changes_no_variable(
     assert history["accepted_loss"] == [0.0]
     assert np.isfinite(history["loss"][0])
     assert int(model.policy.steps_seen.numpy()) == 6
+
+
+def mixture_that_rejects_all():
+    policy = LossMixture()
+    policy.threshold.assign(1e-9)
+    return policy
+
+
+@pytest.mark.filterwarnings("ignore:Epoch 1 accepted no sample")
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lambda: SelfPaced(1e-9, growth_steps=10),
+        lambda: RunningThreshold(-1e3),
+        lambda: RunningThreshold(-1e3, num_classes=3),
+        lambda: AcceptListed(np.arange(100) == 99),
+        mixture_that_rejects_all,
+    ],
+)
+def test_a_rejected_batch_changes_no_variable_whatever_rejected_it(
+    policy, small_data, make_model, values_of
+):
+    x, y = small_data
+    wrapped = make_model()
+    model = RSFTModel(wrapped, AcceptAll())
+    model.compile(OPTIMIZERS["momentum"](), SCORES)
+    fit(model, small_data)  # So that momentum is not zero.
+    trained = values_of(wrapped, model.optimizer)
+    model.policy = policy()
+    index = np.arange(len(x), dtype="int32")
+    batches = tf.data.Dataset.from_tensor_slices((x, y, index)).batch(16)
+    ledger = RejectionLedger(index.astype(str), y)
+    history = model.fit(
+        batches.map(lambda x, y, i: (x, y, None, i)), verbose=0, callbacks=[ledger]
+    ).history
+    assert history["acceptance_rate"] == [0.0]
+    assert_equal(values_of(wrapped, model.optimizer), trained)
 
 
 def test_policies_and_models_are_checked(make_model):

@@ -16,7 +16,9 @@ from keras_rsft.policies import (
     SelfPaced,
     grown_threshold,
     running_moments,
+    running_percentile,
     threshold_from_moments,
+    threshold_from_percentile,
     with_class_floor,
 )
 
@@ -85,6 +87,43 @@ class TestRunningThreshold:
         for _ in range(60):
             accepted = policy(floats(1.0, 3.0, 1.0, 3.0), labels)
         assert np.array(accepted).tolist() == [True, False, True, False]
+
+    @pytest.mark.parametrize(
+        "percentile, first, second", [(0.5, 1.0, 5.0), (0.51, 3.0, 5.0), (1.0, 4.0, 5.0)]
+    )
+    def test_percentiles_by_hand(self, percentile, first, second):
+        losses = floats(1.0, 3.0, 0.5, 4.0, 5.0, NAN)
+        members = floats(1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1).reshape(2, 6)
+        before = floats(1.0, 7.0, 0.0, 0.0).reshape(2, 2)
+        after = running_percentile(before, losses, members, percentile, 0.75)
+        # A quarter of this batch's percentile is mixed in; the NaN does not count.
+        expected = [[1.0, 0.75 * 7 + 0.25 * first], [0.25, 0.25 * second]]
+        np.testing.assert_allclose(after, expected)
+        thresholds = threshold_from_percentile(after)
+        np.testing.assert_allclose(thresholds, [expected[0][1], second])
+
+    def test_percentiles_of_trials_broadcast(self):
+        losses = np.random.default_rng(0).random((3, 8)).astype("float32")
+        members = np.ones((1, 8), "float32")
+        zeros = np.zeros((3, 1, 2), "float32")
+        together = running_percentile(zeros, losses, members, 0.7, 0.9)
+        for trial in range(3):
+            alone = running_percentile(zeros[0], losses[trial], members, 0.7, 0.9)
+            np.testing.assert_allclose(together[trial], alone, rtol=1e-5)
+
+    def test_by_percentile(self):
+        policy = RunningThreshold(percentile=0.75, momentum=0.5)
+        accepted = policy(floats(0.1, 0.3, 8.0, 9.0))
+        assert np.array(accepted).tolist() == [True, True, False, False]
+        again = RunningThreshold.from_config(policy.get_config())
+        assert again.percentile == 0.75
+
+    @pytest.mark.parametrize("wrong", [0.0, 1.1])
+    def test_percentile_is_a_share(self, wrong):
+        with pytest.raises(InvalidArgument, match="percentile"):
+            RunningThreshold(percentile=wrong)
+        with pytest.raises(InvalidArgument, match="without `deviations`"):
+            RunningThreshold(1.0, percentile=0.5)
 
     def test_needs_classes(self):
         with pytest.raises(InvalidArgument, match="class by class"):

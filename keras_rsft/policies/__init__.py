@@ -16,7 +16,9 @@ from keras_rsft.policies.decisions import (
     keep_smallest,
     ramped_keep_fraction,
     running_moments,
+    running_percentile,
     threshold_from_moments,
+    threshold_from_percentile,
     with_class_floor,
 )
 from keras_rsft.policies.listed import AcceptListed, AutoPolicy
@@ -39,6 +41,8 @@ __all__ = [
     "keep_smallest",
     "ramped_keep_fraction",
     "running_moments",
+    "running_percentile",
     "threshold_from_moments",
+    "threshold_from_percentile",
     "with_class_floor",
 ]

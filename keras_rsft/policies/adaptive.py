@@ -15,7 +15,9 @@ from keras_rsft.policies.decisions import (
     accept_below,
     grown_threshold,
     running_moments,
+    running_percentile,
     threshold_from_moments,
+    threshold_from_percentile,
 )
 from keras_rsft.policies.policy import Policy, is_positive, whole_number
 
@@ -99,16 +101,22 @@ class SelfPaced(Policy):
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class RunningThreshold(Policy):
-    """Accepts losses below their running mean plus some standard deviations.
+    """Accepts losses below their running mean plus some deviations, or percentile.
 
     With `num_classes` each class is compared with its own statistics, so that a hard
-    class is not rejected for being hard. Sources: Patel and Sastry, "Adaptive sample
-    selection for robust learning under label noise" (BARE), WACV 2023, for batch
-    statistics of each class; Jiang et al., "MentorNet", ICML 2018, for a running
-    threshold on the loss.
+    class is not rejected for being hard. Sources: Dedeoglu, Kesgin and Amasyali,
+    "Adaptive-k", Frontiers of Computer Science 2024, for a threshold found while
+    training; Jiang et al., "MentorNet", ICML 2018, for a running percentile of the
+    loss; Patel and Sastry, "Adaptive sample selection for robust learning under
+    label noise" (BARE), WACV 2023, for statistics of each class.
+
+    The first sample of a class is not below its own mean: with `num_classes`, let
+    `warmup_steps` cover the first samples of each class.
 
     Args:
         deviations: Standard deviations above the mean, any finite number. Default 0.
+        percentile: Share of the losses, in (0, 1], whose largest is the threshold;
+            None, the default, for mean and deviations.
         momentum: Share of the old statistics kept in a step, in [0, 1). Default 0.95.
         num_classes: Number of classes to keep apart, or None for one threshold.
         warmup_steps: Steps at the start in which every finite sample is accepted;
@@ -116,7 +124,8 @@ class RunningThreshold(Policy):
         class_floor: As for every `Policy`.
 
     Attributes:
-        moments: Variable `(groups, 3)`, see `running_moments`.
+        statistics: Variable of a row for each group, see `running_moments` and
+            `running_percentile`.
 
     Raises:
         InvalidArgument: If an argument is out of its range; when called with
@@ -127,6 +136,7 @@ class RunningThreshold(Policy):
         self,
         deviations: float = 0.0,
         *,
+        percentile: float | None = None,
         momentum: float = 0.95,
         num_classes: int | None = None,
         warmup_steps: int = 0,
@@ -136,6 +146,11 @@ class RunningThreshold(Policy):
         if not math.isfinite(deviations):
             raise InvalidArgument(
                 f"`deviations` must be finite. Received: deviations={deviations}."
+            )
+        if percentile is not None and (deviations != 0 or not 0 < percentile <= 1):
+            raise InvalidArgument(
+                "`percentile` must be in (0, 1], and without `deviations`. Received: "
+                f"percentile={percentile}, deviations={deviations}."
             )
         if not 0 <= momentum < 1:
             raise InvalidArgument(
@@ -147,12 +162,13 @@ class RunningThreshold(Policy):
                 f"Received: num_classes={num_classes}."
             )
         self.deviations = float(deviations)
+        self.percentile = percentile
         self.momentum = float(momentum)
         self.num_classes = num_classes
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
-        self.moments = self.add_weight(
-            name="moments",
-            shape=(num_classes or 1, 3),
+        self.statistics = self.add_weight(
+            name="statistics",
+            shape=(num_classes or 1, 3 if percentile is None else 2),
             dtype="float32",
             initializer="zeros",
         )
@@ -170,16 +186,25 @@ class RunningThreshold(Policy):
         else:
             groups = self.require(labels)
         members = ops.transpose(ops.one_hot(groups, self.num_classes or 1))
-        self.moments.assign(
-            running_moments(self.moments, per_sample_loss, members, self.momentum)
-        )
-        thresholds = threshold_from_moments(self.moments, self.deviations)
+        thresholds = self._moved_thresholds(per_sample_loss, members)
         accept_mask = accept_below(per_sample_loss, ops.take(thresholds, groups))
         return ops.logical_or(accept_mask, ops.less(step, self.warmup_steps))
+
+    def _moved_thresholds(self, per_sample_loss: Any, members: Any) -> Any:
+        """Takes a batch into the statistics; returns each group's threshold."""
+        seen = (self.statistics, per_sample_loss, members)
+        if self.percentile is None:
+            self.statistics.assign(running_moments(*seen, self.momentum))
+            return threshold_from_moments(self.statistics, self.deviations)
+        self.statistics.assign(
+            running_percentile(*seen, self.percentile, self.momentum)
+        )
+        return threshold_from_percentile(self.statistics)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "deviations": self.deviations,
+            "percentile": self.percentile,
             "momentum": self.momentum,
             "num_classes": self.num_classes,
             "warmup_steps": self.warmup_steps,

@@ -127,6 +127,49 @@ def running_moments(
     return ops.where(counts > 0, updated, moments)
 
 
+def running_percentile(
+    statistics: Any, per_sample_loss: Any, members: Any, percentile: Any, momentum: Any
+) -> Any:
+    """Updates an exponential mean of a percentile of the losses, group by group.
+
+    Args:
+        statistics: Float tensor `(..., groups, 2)`: running sums of the weight and
+            of the weighted percentile; zeros at first.
+        per_sample_loss: Float tensor `(..., batch)`, unreduced.
+        members: Float tensor `(groups, batch)`, 1 where a sample is of a group.
+        percentile: Share of a group's losses at or below it, in (0, 1].
+        momentum: Share of the old statistics that is kept, in [0, 1).
+
+    Returns:
+        New statistics. A group without finite losses keeps its own.
+    """
+    inside = ops.logical_and(members > 0, ops.isfinite(per_sample_loss)[..., None, :])
+    losses = ops.where(inside, per_sample_loss[..., None, :], float("inf"))
+    counts = ops.sum(ops.cast(inside, "float32"), axis=-1, keepdims=True)
+    # Less a little, so that 0.1 of 20 is the second in float32 too.
+    place = ops.maximum(ops.ceil(percentile * counts - 1e-4), 1.0) - 1.0
+    found = ops.take_along_axis(
+        ops.sort(losses, axis=-1), ops.cast(place, "int32"), axis=-1
+    )
+    seen = ops.concatenate([ops.ones_like(found), found], axis=-1)
+    updated = momentum * statistics + (1.0 - momentum) * seen
+    return ops.where(counts > 0, updated, statistics)
+
+
+def threshold_from_percentile(statistics: Any) -> Any:
+    """Returns the mean of each group's percentiles.
+
+    Args:
+        statistics: Float tensor `(..., groups, 2)` from `running_percentile`.
+
+    Returns:
+        Float tensor `(..., groups)`; infinite for a group that has seen nothing.
+    """
+    weight = statistics[..., 0]
+    threshold = statistics[..., 1] / ops.maximum(weight, 1e-12)
+    return ops.where(weight > 0, threshold, float("inf"))
+
+
 def threshold_from_moments(moments: Any, deviations: Any) -> Any:
     """Returns mean plus `deviations` standard deviations of each group.
 

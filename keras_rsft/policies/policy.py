@@ -95,7 +95,7 @@ class Policy(keras.layers.Layer):
         # Once the losses are there: at the end of a data set of unknown size, Keras
         # runs whatever does not wait for a batch.
         with tf.control_dependencies([per_sample_loss]):
-            self.steps_seen.value.assign_add(1)
+            self.steps_seen.assign(step + 1)
         return accept_mask
 
     def add_live_number(self, name: str, value: float) -> Any:
