@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keras_rsft import examination
 from keras_rsft.data.noise import asymmetric_noise, symmetric_noise
 from keras_rsft.errors import DataError
 from keras_rsft.examination import (
     Examination,
     examine_labels,
     fit_noise,
+    left_out,
+    noise_matrix,
     softmax,
     true_label_posterior,
 )
+from keras_rsft.examination.left_out import LeftOutRegression
 from keras_rsft.features import FeatureSet
 
 
@@ -47,22 +49,20 @@ class TestRegression:
     def test_scores_equal_those_of_a_fit_without_the_sample(self, feature_set):
         values, labels = clusters(count=40, dim=5)
         weights = np.linspace(0.2, 1.0, 40).astype(np.float32)
-        regression = examination._Regression(feature_set(values, labels), 4, seed=0)
+        regression = LeftOutRegression(feature_set(values, labels), 4, seed=0)
         scores = regression.left_out_scores(weights)
         inputs = np.hstack(
             [(values - values.mean(0)) / values.std(0), np.ones((40, 1))]
         )
         targets = np.eye(4)[labels]
         penalty = np.diag([regression._ridge] * 5 + [1e-3])
-        for left_out in (0, 17, 39):
-            kept = np.arange(40) != left_out
+        for place in (0, 17, 39):
+            kept = np.arange(40) != place
             weighted = inputs[kept] * weights[kept, None]
             fit = np.linalg.solve(
                 weighted.T @ inputs[kept] + penalty, weighted.T @ targets[kept]
             )
-            np.testing.assert_allclose(
-                scores[left_out], inputs[left_out] @ fit, atol=1e-4
-            )
+            np.testing.assert_allclose(scores[place], inputs[place] @ fit, atol=1e-4)
 
     def test_a_sample_without_weight_has_no_influence(self, feature_set):
         values, labels = clusters(count=60)
@@ -72,14 +72,15 @@ class TestRegression:
         for label in (0, 1):
             given = labels.copy()
             given[7] = label
-            regression = examination._Regression(feature_set(values, given), 4, seed=0)
+            regression = LeftOutRegression(feature_set(values, given), 4, seed=0)
             scores.append(regression.left_out_scores(weights))
         np.testing.assert_array_equal(*scores)
 
     def test_chunks_do_not_change_the_scores(self, feature_set, monkeypatch):
         features = feature_set(*clusters(count=100))
         whole = examine_labels(features, 4, progress=False)
-        monkeypatch.setattr(examination, "CHUNK_ROWS", 7)
+        monkeypatch.setattr(left_out, "CHUNK_ROWS", 7)
+        monkeypatch.setattr(noise_matrix, "CHUNK_VALUES", 50)
         pieces = examine_labels(features, 4, progress=False)
         np.testing.assert_allclose(whole.out_of_sample, pieces.out_of_sample, atol=1e-4)
 
@@ -88,7 +89,7 @@ class TestRegression:
     ):
         values, labels = clusters()
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
-        monkeypatch.setattr(examination, "MAX_ROWS_TO_CHOOSE", 200)
+        monkeypatch.setattr(left_out, "MAX_ROWS_TO_CHOOSE", 200)
         assert examine_labels(features, 4, progress=False).noise_rate == pytest.approx(
             0.3, abs=0.05
         )
@@ -112,6 +113,16 @@ class TestNoise:
         np.testing.assert_allclose(
             noise, [[0.6, 0, 0.4], [0, 1, 0], [0, 0, 1]], atol=0.03
         )
+
+    def test_some_samples_choose_the_sharpness_and_all_fit_the_matrix(self):
+        rng = np.random.default_rng(0)
+        right = rng.integers(0, 2, 2000)
+        scores = np.eye(2)[right] + 0.2 * rng.normal(size=(2000, 2))
+        labels = np.where((right == 0) & (np.arange(2000) >= 200), 1, right)
+        chosen = np.arange(2000) < 200  # Among these no label is wrong.
+        _, noise = fit_noise(scores, labels, chosen=chosen)
+        expected = np.bincount(labels[right == 0], minlength=2) / np.sum(right == 0)
+        np.testing.assert_allclose(noise[0], expected, atol=0.05)
 
     def test_softmax_of_large_scores(self):
         np.testing.assert_allclose(softmax(np.array([[1000.0, 1000.0]])), [[0.5, 0.5]])

@@ -9,30 +9,74 @@ epochs, with the wrong labels that people gave.
 
     python tests/benchmarks/rejection.py
     python tests/benchmarks/rejection.py --cifar10n FOLDER --no-digits
+    python tests/benchmarks/rejection.py --cifar10n FOLDER --unseen
 
 FOLDER holds labels.csv with the columns path, split, random_label1, aggre_label and
-clean_label.
+clean_label. `--unseen` measures conditions that had no part in the design of `auto`:
+other wrong labels, and digits that are split in another way.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from keras_rsft.cli_output import print_comparison
 from keras_rsft.comparing import Comparison, compare
 from keras_rsft.comparing.intervals import paired_interval
 from keras_rsft.comparing.method_names import AUTO, CLEAN_SUBSET
-from keras_rsft.data import load_images
+from keras_rsft.data import ImageData, load_images
 from keras_rsft.finetuning import TrainingSettings
 
 BACKBONE = "efficientnet_lite0"
-DIGITS_NOISE = (
-    None, "symmetric:0.2", "symmetric:0.4", "symmetric:0.6", "asymmetric:0.3",
-)  # fmt: skip
-CIFAR10N_LABELS = ("random_label1", "aggre_label", "clean_label")
 BASELINES = ("gce", "co-teaching", "early-stopping", "cleanlab")
 MIN_SEEDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What to compare on.
+
+    Attributes:
+        source: `"digits"`, or the column of CIFAR-10N whose labels are given.
+        noise: What is made wrong on purpose, as in `compare`.
+        split_seed: How the digits are split.
+    """
+
+    source: str
+    noise: str | None = None
+    split_seed: int = 0
+
+    @property
+    def is_digits(self) -> bool:
+        return self.source == "digits"
+
+    def load(self, folder: Path) -> ImageData:
+        """Returns the images; `folder` holds those of CIFAR-10N."""
+        if self.is_digits:
+            return load_images("digits", split_seed=self.split_seed)
+        return load_images(
+            folder / "labels.csv",
+            label_column=self.source,
+            clean_label_column=None if self.noise else "clean_label",
+        )
+
+
+CONDITIONS = (
+    *(
+        Condition("digits", noise)
+        for noise in (
+            None, "symmetric:0.2", "symmetric:0.4", "symmetric:0.6", "asymmetric:0.3",
+        )
+    ),
+    *(Condition(name) for name in ("random_label1", "aggre_label", "clean_label")),
+)  # fmt: skip
+UNSEEN_NOISE = ("symmetric:0.3", "asymmetric:0.4", "instance:0.3")
+UNSEEN_CONDITIONS = (
+    *(Condition("digits", noise, split_seed=1) for noise in (None, *UNSEEN_NOISE)),
+    *(Condition("clean_label", noise) for noise in UNSEEN_NOISE),
+)
 
 
 def main() -> None:
@@ -40,43 +84,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cifar10n", type=Path, metavar="FOLDER")
     parser.add_argument("--no-digits", action="store_true")
+    parser.add_argument("--unseen", action="store_true")
     parser.add_argument("--seeds", type=int, default=MIN_SEEDS)
     parser.add_argument("--methods", help="A,B,C; default: all that can run")
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
     if arguments.seeds < MIN_SEEDS:
         parser.error(f"fewer than {MIN_SEEDS} seeds tell too little")
-    options = {
-        "backbone": BACKBONE,
-        "seeds": arguments.seeds,
-        "methods": arguments.methods and arguments.methods.split(","),
-        "cache_dir": arguments.cache_dir,
-    }
-    if not arguments.no_digits:
-        for noise in DIGITS_NOISE:
-            known = options
-            if noise is None and options["methods"]:  # No right labels to train on.
-                methods = [m for m in options["methods"] if m != CLEAN_SUBSET]
-                known = options | {"methods": methods}
-            result = compare(
-                load_images("digits"),
-                noise=noise,
-                image_size=96,
-                settings=TrainingSettings(epochs=30),
-                **known,
-            )
-            report(f"digits, {noise or 'no noise'}", result)
-    for column in CIFAR10N_LABELS if arguments.cifar10n else ():
-        data = load_images(
-            arguments.cifar10n / "labels.csv",
-            label_column=column,
-            clean_label_column="clean_label",
-        )
-        result = compare(
-            data, image_size=128, settings=TrainingSettings(epochs=20), **options
-        )
-        wrong = (data.train.labels != data.train.clean_labels).mean()
-        report(f"cifar10n {column}, {100 * wrong:.1f} % wrong", result)
+    for condition in UNSEEN_CONDITIONS if arguments.unseen else CONDITIONS:
+        skipped = arguments.no_digits if condition.is_digits else not arguments.cifar10n
+        if not skipped:
+            measure(condition, arguments)
+
+
+def measure(condition: Condition, arguments: argparse.Namespace) -> None:
+    """Compares the methods in one condition, and prints what came out."""
+    data = condition.load(arguments.cifar10n)
+    train = data.train
+    knows_right_labels = condition.noise or train.clean_labels is not None
+    methods = arguments.methods and arguments.methods.split(",")
+    if methods and not knows_right_labels:
+        methods = [name for name in methods if name != CLEAN_SUBSET]
+    result = compare(
+        data,
+        backbone=BACKBONE,
+        methods=methods,
+        seeds=arguments.seeds,
+        noise=condition.noise,
+        image_size=96 if condition.is_digits else 128,
+        settings=TrainingSettings(epochs=30 if condition.is_digits else 20),
+        cache_dir=arguments.cache_dir,
+    )
+    wrong = condition.noise or "no wrong labels"
+    if train.clean_labels is not None:
+        wrong = f"{100 * (train.labels != train.clean_labels).mean():.1f} % wrong"
+    report(f"{condition.source}, {wrong}", result)
 
 
 def report(title: str, result: Comparison) -> None:

@@ -1,0 +1,170 @@
+"""Examines the labels of kept features: how many are wrong, and which."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from keras_rsft.examination.left_out import LeftOutRegression
+from keras_rsft.examination.noise_matrix import (
+    fit_noise,
+    right_probability,
+    softmax,
+)
+from keras_rsft.features import FeatureSet
+from keras_rsft.progress import progress_bar
+
+ROUNDS = 4
+# With fewer samples a class's labels are not judged.
+MIN_CLASS_SIZE = 5
+MIN_NOISE_RATE = 0.02
+MIN_RIGHT_PROBABILITY = 0.6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examination:
+    """What was found out about the labels of `n` samples in `k` classes.
+
+    Attributes:
+        out_of_sample: Float32 array `(n, k)`, each row adding up to 1: how likely
+            each class is, from the other samples alone.
+        right_probability: Float32 array `(n,)` in [0, 1]: how likely the given
+            label is right.
+        noise_rate: Estimated share of wrong labels, in [0, 1].
+        noise: Float64 array `(k, k)`: `noise[c, g]` is the estimated probability
+            that a sample of class `c` was labelled `g`. Rows add up to 1.
+        labels: int32 array `(n,)`, the given labels.
+        reason: Why nothing is rejected, or None if the labels could be judged.
+    """
+
+    out_of_sample: np.ndarray
+    right_probability: np.ndarray
+    noise_rate: float
+    noise: np.ndarray
+    labels: np.ndarray
+    reason: str | None = None
+
+    @property
+    def suspicion(self) -> np.ndarray:
+        """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label."""
+        return 1.0 - self.out_of_sample[np.arange(len(self.labels)), self.labels]
+
+    def accept_mask(self, *, class_floor: float = 0.1) -> np.ndarray:
+        """Chooses the samples to learn from.
+
+        Args:
+            class_floor: Least share of each class's samples to accept, in [0, 1];
+                at least one is. Default 0.1.
+
+        Returns:
+            Boolean array `(n,)`. All True where nothing is to be rejected.
+        """
+        if self.reason is not None:
+            return np.ones(len(self.labels), bool)
+        accepted = self.right_probability >= MIN_RIGHT_PROBABILITY
+        counts = np.bincount(self.labels, minlength=len(self.noise))
+        small = counts < MIN_CLASS_SIZE
+        accepted |= small[self.labels]
+        for label in np.flatnonzero(counts):
+            members = np.flatnonzero(self.labels == label)
+            least = max(1, int(np.ceil(class_floor * len(members))))
+            if np.count_nonzero(accepted[members]) < least:
+                best = np.argsort(-self.right_probability[members], kind="stable")
+                accepted[members[best[:least]]] = True
+        return accepted
+
+    def describe(self) -> str:
+        """Says in one line what was found and chosen."""
+        if self.reason is not None:
+            return f"{self.reason}: keeping every sample."
+        kept = self.accept_mask().mean()
+        return (
+            f"About {100 * self.noise_rate:.0f} % of the labels look wrong; keeping "
+            f"the {100 * kept:.0f} % of the samples whose label is right with a "
+            f"probability of {MIN_RIGHT_PROBABILITY} or more."
+        )
+
+
+def examine_labels(
+    features: FeatureSet, num_classes: int, *, seed: int = 0, progress: bool = True
+) -> Examination:
+    """Estimates how many labels are wrong, and for each how likely it is right.
+
+    Takes some seconds for 10,000 samples; the time grows with the number of samples
+    and with the square of the number of features.
+
+    Args:
+        features: Kept features of the training samples with their given labels.
+        num_classes: Number of classes, at least 2.
+        seed: Chooses the samples by which the ridge is chosen, where there are
+            more than 10,000. Default 0.
+        progress: Show a progress bar. Default True.
+
+    Returns:
+        What was found. Where there is too little to go by, `reason` says so.
+
+    Raises:
+        DataError: If a feature is NaN or infinite.
+    """
+    labels = np.asarray(features.labels)
+    counts = np.bincount(labels, minlength=num_classes)
+    if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
+        return _unjudged(
+            labels,
+            counts,
+            f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
+            "labels by",
+        )
+    regression = LeftOutRegression(features, num_classes, seed)
+    weights = np.ones(len(labels), np.float32)
+    sharpness = noise = None
+    with progress_bar(
+        "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
+    ) as advance:
+        for _ in range(ROUNDS):
+            scores = regression.left_out_scores(weights)
+            sharpness, noise = fit_noise(
+                scores, labels, near=sharpness, chosen=regression.sampled
+            )
+            out_of_sample = softmax(sharpness * scores)
+            weights = right_probability(out_of_sample, noise, labels)
+            advance(1)
+    examination = Examination(
+        out_of_sample.astype(np.float32),
+        weights,
+        float(1.0 - weights.mean()),
+        noise,
+        labels,
+    )
+    return dataclasses.replace(examination, reason=_reason_to_keep_all(examination))
+
+
+def _unjudged(labels: np.ndarray, counts: np.ndarray, reason: str) -> Examination:
+    """Says nothing against any label: each class is as likely as it is frequent."""
+    shares = (counts / max(counts.sum(), 1)).astype(np.float32)
+    return Examination(
+        np.tile(shares, (len(labels), 1)),
+        np.ones(len(labels), np.float32),
+        0.0,
+        np.eye(len(counts)),
+        labels,
+        reason,
+    )
+
+
+def _reason_to_keep_all(examination: Examination) -> str | None:
+    labels, rate = examination.labels, examination.noise_rate
+    shares = np.bincount(labels, minlength=len(examination.noise)) / len(labels)
+    chance = float(shares.max())
+    agreement = float(np.mean(examination.out_of_sample.argmax(axis=1) == labels))
+    if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / len(labels)):
+        return (
+            "The labels do not fit the images better than chance (they agree with a "
+            f"head that has not seen them in {100 * agreement:.0f} % of the cases, "
+            f"against {100 * chance:.0f} % for the commonest class), so that right "
+            "and wrong ones cannot be told apart"
+        )
+    if rate < MIN_NOISE_RATE:
+        return f"No sign of wrong labels (about {100 * rate:.1f} %)"
+    return None
