@@ -242,7 +242,7 @@ class RejectionLedger(keras.callbacks.Callback):
         def record(sample_index: Any, per_sample_loss: Any, accept_mask: Any) -> None:
             accepted = tf.cast(accept_mask, tf.float32)
             values = tf.stack([per_sample_loss, accepted], axis=1)
-            epoch.scatter_nd_update(sample_index[:, None], values)
+            epoch.scatter_update(tf.IndexedSlices(values, sample_index))
 
         model.record_with(record)
 

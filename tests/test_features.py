@@ -299,6 +299,14 @@ class TestBatches:
         np.testing.assert_array_equal(labels, kept.labels[samples])
         np.testing.assert_array_equal(values, rows[:, None] * 4 + np.arange(4))
 
+    def test_in_order_for_evaluation(self, synthetic):
+        kept = synthetic(rows=11, views=3)
+        fed = batches.batches_of(kept, batch_size=4)
+        assert fed.cardinality() == 3  # Else Keras warns that the data ran out.
+        values = np.concatenate([x for x, _ in fed])
+        np.testing.assert_array_equal(values, kept.features)
+        np.testing.assert_array_equal(np.concatenate([y for _, y in fed]), kept.labels)
+
     def test_memory_and_disk_give_the_same_batches(self, synthetic, monkeypatch):
         def collect(limit):
             monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", limit)

@@ -104,6 +104,20 @@ class TestWhatChanges:
         assert not any(v.trainable for v in base.variables)
         assert len(head.trainable_variables) == 2
 
+    def test_a_huge_gradient_is_clipped(self, base, split, kept, accepted):
+        # Features scaled up a thousand times: so are the gradients.
+        head = build_head(6, 3, moments=(np.zeros(6), np.full(6, 1e-6)), seed=1)
+        one_step = {"epochs": 1, "batch_size": 100, "learning_rate": 1.0}
+        tuned = fine_tune_last_block(
+            base, head, split, kept, accepted, **one_step, progress=False
+        )
+        before = [*base.get_weights(), *head.get_weights()]
+        moved = [
+            np.sum(np.square(after - start))
+            for after, start in zip(tuned.get_weights(), before, strict=True)
+        ]
+        assert np.sqrt(sum(moved)) == pytest.approx(1.0, rel=1e-3)
+
     def test_training_starts_from_what_is_given(self, tune, base, head, split):
         images = np.stack([image for _, image in split.images(16)])
         still = tune(learning_rate=1e-12, epochs=1)

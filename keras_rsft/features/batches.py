@@ -78,11 +78,9 @@ class TrainingBatches:
 
     def _make_dataset(self) -> tf.data.Dataset:
         columns = _with_index if self._sample_index else _without_index
-        dataset = _gathered(
+        return _gathered(
             self._features, lambda: self.order(self._epoch), self._batch_size, columns
         )
-        steps = -(-len(self._features) // self._batch_size)
-        return dataset.apply(tf.data.experimental.assert_cardinality(steps))
 
 
 def batches_of(features: FeatureSet, *, batch_size: int = 256) -> tf.data.Dataset:
@@ -137,7 +135,11 @@ def _gathered(
         return columns(read(row), tf.gather(labels, sample), sample)
 
     blocks = tf.data.Dataset.range(1).map(lambda _: order()).rebatch(block_rows)
-    return without_autotuning(blocks.map(gather).prefetch(1).rebatch(batch_size))
+    batches = blocks.map(gather).prefetch(1).rebatch(batch_size)
+    steps = -(-len(features) // batch_size)
+    return without_autotuning(
+        batches.apply(tf.data.experimental.assert_cardinality(steps))
+    )
 
 
 def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
