@@ -82,10 +82,13 @@ class TestRun:
         run = fit_to(settings=settings)
         examination = run.trained.examination
         assert run.finding == examination.describe()
-        listed = run.head.policy.listed.numpy()
+        policy = run.head.policy
+        listed = policy.listed.numpy()
         np.testing.assert_array_equal(listed, examination.accept_mask())
-        np.testing.assert_array_equal(listed, run.trained.accepted)
-        assert run.history["acceptance_rate"][-1] == pytest.approx(listed.mean())
+        assert float(policy.loss_limit) == pytest.approx(examination.loss_limit)
+        assert policy.warmup_steps == 2 * -(-len(noisy.train) // settings.batch_size)
+        assert run.history["acceptance_rate"][0] == pytest.approx(listed.mean())
+        assert not np.any(run.trained.accepted & ~listed)
 
     def test_samples_say_which_labels_are_wrong(self, run, noisy):
         with (run.folder / "samples.csv").open(encoding="utf-8") as file:

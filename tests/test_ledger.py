@@ -196,6 +196,25 @@ class TestPoliciesThatKnowTheSamples:
         for one, other in zip(*weights, strict=True):
             np.testing.assert_array_equal(one, other)
 
+    def test_auto_leaves_out_what_is_too_hard_but_no_class(self):
+        policy = AutoPolicy(6, loss_limit=1.0, warmup_steps=1)
+        policy.listed.assign([True, True, True, True, True, False])
+        losses = np.array([0.5, 1.5, 1.0, 3.0, 2.0, 0.1], "float32")
+        labels = np.array([0, 0, 0, 1, 1, 1], "int32")
+        index = np.arange(6, dtype="int32")
+        first = policy(losses, labels, index)  # The warm-up: the listed alone.
+        assert np.array(first).tolist() == [True] * 5 + [False]
+        # Of class 1 none is below the limit: the easiest of the listed is accepted.
+        then = policy(losses, labels, index)
+        assert np.array(then).tolist() == [True, False, False, False, True, False]
+        without_labels = policy(losses, None, index)
+        assert np.array(without_labels).tolist() == [True] + [False] * 5
+
+    @pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan])
+    def test_auto_refuses_a_limit_that_is_not_positive(self, wrong):
+        with pytest.raises(InvalidArgument, match="loss_limit"):
+            AutoPolicy(6, loss_limit=wrong)
+
     def test_refuses_a_data_set_without_indices(self, small_data, make_model):
         x, y = small_data
         with pytest.raises(InvalidArgument, match="AcceptListed must be told"):
@@ -243,6 +262,7 @@ class TestPoliciesThatKnowTheSamples:
         [
             lambda: AcceptListed(np.arange(48) % 2 == 0),
             lambda: AutoPolicy(48),
+            lambda: AutoPolicy(48, loss_limit=1.0, warmup_steps=3),
             lambda: SelfPaced(1.0, growth_steps=3, class_floor=0.25),
             lambda: RunningThreshold(0.5, num_classes=3),
             lambda: LossMixture(0.6, warmup_epochs=1),

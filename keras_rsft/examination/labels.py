@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -50,6 +51,15 @@ class Examination:
         """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label."""
         return 1.0 - self.out_of_sample[np.arange(len(self.labels)), self.labels]
 
+    @property
+    def loss_limit(self) -> float:
+        """Loss from which on a trained head does no better than a guess: ln(k).
+
+        Infinite where nothing is to be rejected. A sample above it is wrong, or so
+        hard that a head learns it by heart.
+        """
+        return math.inf if self.reason is not None else math.log(len(self.noise))
+
     def accept_mask(self, *, class_floor: float = 0.1) -> np.ndarray:
         """Chooses the samples to learn from.
 
@@ -81,8 +91,9 @@ class Examination:
         kept = self.accept_mask().mean()
         return (
             f"About {100 * self.noise_rate:.0f} % of the labels look wrong; keeping "
-            f"the {100 * kept:.0f} % of the samples whose label is right with a "
-            f"probability of {MIN_RIGHT_PROBABILITY} or more."
+            f"the {100 * kept:.0f} % whose label is right with a probability of "
+            f"{MIN_RIGHT_PROBABILITY} or more, while they are learnt better than by "
+            "guessing."
         )
 
 

@@ -137,7 +137,11 @@ def train_head(
         examination = examine_labels(
             train, num_classes, seed=settings.seed, progress=progress
         )
-        policy = AutoPolicy(examination)
+        policy = AutoPolicy(
+            examination,
+            loss_limit=examination.loss_limit,
+            warmup_steps=round(settings.policy.warmup_epochs * steps),
+        )
     else:
         policy = build_policy(
             settings.policy, num_classes=num_classes, steps_per_epoch=steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +12,10 @@ from keras import ops
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.examination import Examination
-from keras_rsft.policies.policy import Policy
+from keras_rsft.policies.decisions import accept_below, with_class_floor
+from keras_rsft.policies.policy import Policy, is_positive, whole_number
+
+LEAST_OF_A_HARD_CLASS = 0.1
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -84,17 +88,60 @@ class AutoPolicy(AcceptListed):
     Args:
         examination: What `examine_labels` found; or the number of samples, to
             accept all of them.
+        loss_limit: After the warm-up, a sample must also have a loss below this:
+            `examination.loss_limit` leaves out what a trained head finds no more
+            likely than a guess. Of each class in a batch a tenth of the listed, but
+            at least one, is accepted even so. Positive. Default: infinity.
+        warmup_steps: Steps at the start in which the loss plays no part, at least
+            0. Default 0; a new head needs an epoch or two.
 
     Raises:
-        InvalidArgument: If `examination` is neither.
+        InvalidArgument: If an argument is not as above.
     """
 
-    def __init__(self, examination: Examination | int, **kwargs: Any):
+    def __init__(
+        self,
+        examination: Examination | int,
+        *,
+        loss_limit: float = math.inf,
+        warmup_steps: int = 0,
+        **kwargs: Any,
+    ):
         if isinstance(examination, Examination):
             examination = examination.accept_mask()
         super().__init__(examination, **kwargs)
+        if not is_positive(loss_limit):
+            raise InvalidArgument(
+                f"`loss_limit` must be positive. Received: loss_limit={loss_limit}. "
+                "Use infinity for no limit."
+            )
+        self.warmup_steps = whole_number("warmup_steps", warmup_steps)
+        self.loss_limit = self.add_live_number("loss_limit", loss_limit)
+        self._configured_loss_limit = float(loss_limit)
+
+    def decide(
+        self,
+        per_sample_loss: Any,
+        step: Any,
+        labels: Any = None,
+        sample_index: Any = None,
+    ) -> Any:
+        listed = super().decide(per_sample_loss, step, labels, sample_index)
+        easy = ops.logical_or(
+            accept_below(per_sample_loss, self.loss_limit),
+            ops.less(step, self.warmup_steps),
+        )
+        accept_mask = ops.logical_and(listed, easy)
+        if labels is None or math.isinf(self._configured_loss_limit):
+            return accept_mask
+        # A class that is hard to learn is still learnt from: its easiest samples.
+        losses = ops.where(listed, per_sample_loss, float("inf"))
+        return with_class_floor(accept_mask, losses, labels, LEAST_OF_A_HARD_CLASS)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config["examination"] = config.pop("accept")
-        return config
+        return config | {
+            "loss_limit": self._configured_loss_limit,
+            "warmup_steps": self.warmup_steps,
+        }
