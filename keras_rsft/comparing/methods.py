@@ -37,6 +37,10 @@ from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
 from keras_rsft.finetuning.head_training import head_probabilities
 
 
+# In multiples of ln(classes).
+ARTICLE_THRESHOLD = 1.5
+
+
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """One seed of a comparison: what every method is given.
@@ -135,8 +139,17 @@ def _early_stopping(trial: Trial) -> Trained:
 
 
 def _article(trial: Trial) -> Trained:
-    """The RSFT article's rule: a fixed threshold on the batch's mean loss."""
-    return _policy(trial, "loss-threshold", level="batch", warmup_epochs=0.0)
+    """The RSFT article's rule: a fixed threshold on the batch's mean loss.
+
+    Without a warm-up, a threshold below the loss of a new head, somewhat above
+    ln(classes), would reject every batch for ever.
+    """
+    above_a_new_head = {}
+    if trial.settings.policy.threshold is None:
+        above_a_new_head["relative_threshold"] = ARTICLE_THRESHOLD
+    return _policy(
+        trial, "loss-threshold", level="batch", warmup_epochs=0.0, **above_a_new_head
+    )
 
 
 def _loss_threshold(trial: Trial) -> Trained:
