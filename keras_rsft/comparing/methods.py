@@ -36,7 +36,6 @@ from keras_rsft.errors import TrainingStalled
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
 from keras_rsft.finetuning.head_training import head_probabilities
 
-
 # In multiples of ln(classes).
 ARTICLE_THRESHOLD = 1.5
 
