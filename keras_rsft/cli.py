@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_rsft import __version__
+from keras_rsft.cli_export import add_export, export_settings, run_export
 from keras_rsft.cli_options import (
     add_base_options,
     add_cache_dir,
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fit(commands)
     _add_compare(commands)
+    add_export(commands)
     _add_predict(commands)
     return parser
 
@@ -253,6 +255,13 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_export(arguments: argparse.Namespace) -> int:
+    settings = export_settings(arguments)  # Refused before anything heavy is imported.
+    _silence_native_libraries()
+    run_export(arguments, settings, build_parser())
+    return 0
+
+
 def _run_predict(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     from keras_rsft.cli_output import print_predictions
@@ -266,6 +275,7 @@ _COMMANDS = {
     "demo": _run_demo,
     "fit": _run_fit,
     "compare": _run_compare,
+    "export": _run_export,
     "predict": _run_predict,
 }
 

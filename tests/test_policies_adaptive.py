@@ -89,7 +89,8 @@ class TestRunningThreshold:
         assert np.array(accepted).tolist() == [True, False, True, False]
 
     @pytest.mark.parametrize(
-        "percentile, first, second", [(0.5, 1.0, 5.0), (0.51, 3.0, 5.0), (1.0, 4.0, 5.0)]
+        "percentile, first, second",
+        [(0.5, 1.0, 5.0), (0.51, 3.0, 5.0), (1.0, 4.0, 5.0)],
     )
     def test_percentiles_by_hand(self, percentile, first, second):
         losses = floats(1.0, 3.0, 0.5, 4.0, 5.0, NAN)

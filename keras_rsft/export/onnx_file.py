@@ -1,0 +1,82 @@
+"""Writes a model as an ONNX file, from decoded images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from keras_rsft.export.places import check_file, write_new_file
+from keras_rsft.export.saved_model import check_class_names
+from keras_rsft.export.serving_graph import ForwardPass
+
+OPSET = 17
+CLASS_NAMES_KEY = "class_names"
+
+
+def export_onnx(
+    model: keras.Model, path: str | os.PathLike, *, class_names: Sequence[str]
+) -> Path:
+    """Writes an ONNX model from `images` to `probabilities`.
+
+    It takes float32 images `(batch, height, width, 3)` in [0, 255], at the size that
+    the model was trained with.
+
+    Args:
+        model: Images in [0, 255] to probabilities, as `Run.model`.
+        path: The file to write; it must not exist.
+        class_names: Names in the order of the probabilities; kept in the file's
+            metadata as a JSON list, under `class_names`.
+
+    Returns:
+        The file.
+
+    Raises:
+        InvalidArgument: If the file exists or the names do not fit.
+        ImportError: If the extra `onnx` is not installed.
+    """
+    path = check_file(path, "onnx")
+    check_class_names(model, class_names)
+    try:
+        import tf2onnx
+    except ImportError as error:
+        raise ImportError(
+            'ONNX needs the package tf2onnx. Install it with: pip install "keras_rsft'
+            '[onnx]".'
+        ) from error
+    forward = ForwardPass(model)
+    serve = tf.function(
+        lambda images: {"probabilities": forward(images)},
+        input_signature=[forward.images_spec()],
+    )
+    with _quiet("tf2onnx"):
+        converted, _ = tf2onnx.convert.from_function(
+            serve, input_signature=[forward.images_spec()], opset=OPSET
+        )
+    _name_classes(converted, class_names)
+    write_new_file(path, converted.SerializeToString())
+    return path
+
+
+def _name_classes(converted, class_names: Sequence[str]) -> None:
+    entry = converted.metadata_props.add()
+    entry.key = CLASS_NAMES_KEY
+    entry.value = json.dumps(list(class_names), ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keeps a library's progress notes off the terminal; errors still raise."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,97 @@
+"""`keras-rsft export`: from a run folder to something that other programs load."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tensorflow as tf
+
+from keras_rsft import cli
+from keras_rsft.finetuning import TrainingSettings, finetune
+
+
+@pytest.fixture(scope="module")
+def run_folder(photo_folder, tiny_base_file, tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    run = finetune(
+        str(photo_folder),
+        backbone=str(tiny_base_file),
+        settings=TrainingSettings(epochs=2, batch_size=8),
+        output=root / "photos-1",
+        cache_dir=root / "cache",
+        progress=False,
+    )
+    return run.folder
+
+
+@pytest.fixture
+def export(capsys, tmp_path, monkeypatch):
+    """Runs the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = cli.main(["export", *(str(argument) for argument in arguments)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_writes_the_next_version_and_says_how_to_serve_it(export, run_folder, tmp_path):
+    for version in ("1", "2"):
+        status, out, err = export(run_folder)
+        assert status == 0, err
+        written = tmp_path / "saved_models" / "photos-1" / version
+        assert f"Exported model: {written}" in out
+        assert "docker run" in out
+        assert (written / "saved_model.pb").is_file()
+
+
+def test_options_reach_the_model(export, run_folder, tmp_path):
+    status, _, err = export(
+        run_folder, "--name", "birds", "--directory", tmp_path / "out",
+        "--model-version", 7, "--top-k", 2,
+    )  # fmt: skip
+    assert status == 0, err
+    loaded = tf.saved_model.load(str(tmp_path / "out" / "birds" / "7"))
+    outputs = loaded.signatures["serving_default"].structured_outputs
+    assert outputs["top_labels"].shape.as_list() == [None, 2]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--format", "tar"], "saved-model, litert, onnx"),
+        (["--format", "onnx", "--weight-dtype", "int8"], "float32"),
+        (["--format", "litert", "--top-k", "2"], "saved-model only"),
+        (["--name", "../up"], "no path separator"),
+        (["--top-k", "9"], "number of classes"),
+    ],
+)
+def test_options_that_do_not_fit(export, run_folder, tmp_path, options, message):
+    status, _, err = export(run_folder, *options)
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run(export, tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        status, _, err = export(folder)
+        assert status == 2
+        assert "Expected a run folder" in err
+
+
+@pytest.mark.parametrize("damaged", ["model.keras", "classes.json", "config.json"])
+def test_a_damaged_run(export, run_folder, tmp_path, damaged):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / damaged).write_bytes(b"PK damaged")
+    status, _, err = export(copy)
+    assert status == 1
+    assert "cannot be read" in err
+    assert "please report" not in err
+    assert not (tmp_path / "saved_models").exists()
