@@ -6,7 +6,7 @@ functions that training used, so that served images are seen as in training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import keras
@@ -99,12 +99,15 @@ class ServingGraph(tf.Module):
         """Traces `serving_default` and `serving_images`."""
         encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
         images = self._forward.images_spec()
-        self.serve_images = tf.function(self._serve_images, input_signature=[images])
-        self.serve_bytes = tf.function(self._serve_bytes, input_signature=[encoded])
-        return {
-            "serving_default": self.serve_bytes.get_concrete_function(),
-            "serving_images": self.serve_images.get_concrete_function(),
-        }
+        # Not attributes: those would be traced, and saved, once more.
+        serve_images = tf.function(
+            self._serve_images, input_signature=[images]
+        ).get_concrete_function()
+        serve_bytes = tf.function(
+            lambda image_bytes: self._serve_bytes(image_bytes, serve_images),
+            input_signature=[encoded],
+        ).get_concrete_function()
+        return {"serving_default": serve_bytes, "serving_images": serve_images}
 
     def _serve_images(self, images: tf.Tensor) -> Outputs:
         # Some kernels refuse an empty batch: one blank image is added, then cut.
@@ -125,9 +128,11 @@ class ServingGraph(tf.Module):
             served |= {"top_labels": tf.gather(names, positions), "top_scores": scores}
         return served
 
-    def _serve_bytes(self, image_bytes: tf.Tensor) -> Outputs:
+    def _serve_bytes(
+        self, image_bytes: tf.Tensor, serve_images: Callable[..., Outputs]
+    ) -> Outputs:
         images, valid = decode_batch(image_bytes, self._forward.image_size)
-        served = self.serve_images(images)  # One copy of the model in the graph.
+        served = serve_images(images=images)  # A call: one copy of the model.
         blanked = {name: _blank(value, valid) for name, value in served.items()}
         return blanked | {"valid": valid}
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_rsft.export.places import BATCHING_CONFIG, MODELS_CONFIG, write_new_file
 
 WARMUP_FILE = Path("assets.extra") / "tf_serving_warmup_requests"
-WARMUP_BATCHES = (1, 8, 32)
+WARMUP_BATCHES = (1, 8)
 WARMUP_IMAGE_SIZE = (400, 500)
 MAX_REQUEST, MAX_BATCH = 128, 32
 
@@ -27,7 +27,7 @@ def warmup_available() -> bool:
 def warmup_requests(model_name: str) -> list[bytes]:
     """Returns serialised `PredictionLog` messages for `serving_default`.
 
-    They hold a generated photo-like JPEG, in batches of 1, 8 and 32: what is shipped
+    They hold a generated photo-like JPEG, in batches of 1 and 8: what is shipped
     to a server should not carry anybody's training images.
 
     Raises:
@@ -114,4 +114,4 @@ def _generated_jpeg() -> bytes:
     right = tf.linspace(0.0, 10.0, width)[None, :, None]
     colour = tf.constant([1.0, 1.7, 2.3])
     waves = 127.5 + 60.0 * (tf.sin(down * colour) + tf.cos(right * colour * colour))
-    return tf.io.encode_jpeg(tf.cast(waves, tf.uint8)).numpy()
+    return tf.io.encode_jpeg(tf.cast(waves, tf.uint8), quality=70).numpy()
