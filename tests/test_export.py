@@ -184,7 +184,7 @@ def test_each_weight_is_stored_once(exported):
 
 
 @pytest.mark.slow
-def test_loads_where_keras_rsft_is_not_installed(exported, photo_folder):
+def test_loads_where_keras_rsft_is_not_installed(exported, serve, photo_folder):
     image = photo_folder / "green" / "02.png"
     program = textwrap.dedent(f"""
         import sys
@@ -192,12 +192,16 @@ def test_loads_where_keras_rsft_is_not_installed(exported, photo_folder):
         import tensorflow as tf
         serve = tf.saved_model.load({str(exported)!r}).signatures["serving_default"]
         encoded = open({str(image)!r}, "rb").read()
-        print(bool(serve(image_bytes=tf.constant([encoded]))["valid"][0]))
+        served = serve(image_bytes=tf.constant([encoded]))
+        print(*served["label"].numpy(), *served["score"].numpy())
     """)
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert result.stdout.strip() == "True"
+    here = serve["serving_default"](image_bytes=tf.constant([image.read_bytes()]))
+    label, score = result.stdout.split()
+    assert label == repr(here["label"].numpy()[0])
+    assert float(score) == pytest.approx(float(here["score"][0]), abs=1e-6)
 
 
 def test_predict_reads_an_export(exported, photo_folder, tmp_path):
