@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -95,3 +96,33 @@ def test_a_damaged_run(export, run_folder, tmp_path, damaged):
     assert "cannot be read" in err
     assert "please report" not in err
     assert not (tmp_path / "saved_models").exists()
+
+
+def test_narrow_weights_are_judged_on_the_validation_split(
+    export, run_folder, tmp_path
+):
+    pytest.importorskip("ai_edge_litert")
+    for number in (1, 2):
+        status, out, err = export(
+            run_folder, "--format", "litert", "--weight-dtype", "int8"
+        )
+        assert status == 0, err
+        folder = tmp_path / "saved_models" / "photos-1"
+        assert f"Exported model: {folder / f'model-{number}.tflite'}" in out
+        # 36 photos, 15 % for validation, stratified over three classes.
+        assert "Accuracy on the validation split (6 images)" in out
+        results = json.loads((run_folder / "results.json").read_text())
+        accuracy = f"{100 * results['validation_accuracy']:.1f} %"
+        assert f"in float32 {accuracy}" in out
+
+
+def test_data_that_changed_is_not_judged_by(export, run_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for source in ("nowhere", "digits"):
+        config["data"] = source
+        (copy / "config.json").write_text(json.dumps(config))
+        status, out, err = export(copy, "--weight-dtype", "float16")
+        assert status == 0, err
+        assert "was not measured" in out
