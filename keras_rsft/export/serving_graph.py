@@ -13,8 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data import decode_image
-from keras_rsft.data.pipeline import without_autotuning
+from keras_rsft.data.decode_many import decode_images
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
@@ -131,7 +130,7 @@ class ServingGraph(tf.Module):
     def _serve_bytes(
         self, image_bytes: tf.Tensor, serve_images: Callable[..., Outputs]
     ) -> Outputs:
-        images, valid = decode_batch(image_bytes, self._forward.image_size)
+        images, valid = decode_images(image_bytes, self._forward.image_size)
         served = serve_images(images=images)  # A call: one copy of the model.
         blanked = {name: _blank(value, valid) for name, value in served.items()}
         return blanked | {"valid": valid}
@@ -141,39 +140,3 @@ def _blank(value: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
     """Returns empty text or zeros where an image is not valid."""
     mask = tf.reshape(valid, [-1] + [1] * (value.shape.rank - 1))
     return tf.where(mask, value, tf.zeros([], value.dtype))
-
-
-def decode_batch(
-    image_bytes: tf.Tensor, size: tuple[int, int]
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes what can be decoded; the rest is blank and not valid.
-
-    Args:
-        image_bytes: String vector of encoded images, of any length.
-        size: Height and width of the result.
-
-    Returns:
-        Float32 `(batch, height, width, 3)` in [0, 255], and bool `(batch,)`.
-    """
-    count = tf.size(image_bytes, tf.int64)
-    # A failed element can be left out of a data set; elsewhere it fails the batch.
-    decoded = (
-        tf.data.Dataset.from_tensor_slices(image_bytes)
-        .enumerate()
-        .map(
-            lambda index, one: (index, decode_image(one, size)),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
-        .ignore_errors()
-        .batch(tf.maximum(count, 1))
-    )
-    nothing = (tf.zeros((0,), tf.int64), tf.zeros((0, *size, 3), tf.float32))
-    index, images = without_autotuning(decoded).reduce(nothing, lambda _, batch: batch)
-    shape = tf.stack([count, *(tf.constant(n, tf.int64) for n in (*size, 3))])
-    images = tf.cond(
-        tf.size(index, tf.int64) == count,  # The usual case needs no copy.
-        lambda: images,
-        lambda: tf.scatter_nd(index[:, None], images, shape),
-    )
-    valid = tf.scatter_nd(index[:, None], tf.ones_like(index), count[None]) > 0
-    return tf.ensure_shape(images, (None, *size, 3)), valid
