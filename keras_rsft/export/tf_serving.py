@@ -110,8 +110,8 @@ max_enqueued_batches {{ value: 100 }}
 
 def _generated_jpeg() -> bytes:
     height, width = WARMUP_IMAGE_SIZE
-    down = tf.linspace(0.0, 8.0, height)[:, None, None]
-    right = tf.linspace(0.0, 10.0, width)[None, :, None]
+    down = tf.linspace(0.0, 3.0, height)[:, None, None]
+    right = tf.linspace(0.0, 3.0, width)[None, :, None]
     colour = tf.constant([1.0, 1.7, 2.3])
     waves = 127.5 + 60.0 * (tf.sin(down * colour) + tf.cos(right * colour * colour))
-    return tf.io.encode_jpeg(tf.cast(waves, tf.uint8), quality=70).numpy()
+    return tf.io.encode_jpeg(tf.cast(waves, tf.uint8), quality=60).numpy()
