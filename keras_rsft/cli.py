@@ -251,8 +251,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
 def _run_export(arguments: argparse.Namespace) -> int:
     settings = export_settings(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
-    run_export(arguments, settings, build_parser())
-    return 0
+    return 0 if run_export(arguments, settings, build_parser()) else FAILED
 
 
 def _run_predict(arguments: argparse.Namespace) -> int:

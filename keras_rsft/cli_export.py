@@ -58,6 +58,11 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         metavar="K",
         help="have a saved-model name the K most probable classes too",
     )
+    export.add_argument(
+        "--verify",
+        action="store_true",
+        help="load what was written in a fresh process and compare it with the run",
+    )
 
 
 def export_settings(arguments: argparse.Namespace) -> ExportSettings:
@@ -78,13 +83,16 @@ def run_export(
     arguments: argparse.Namespace,
     settings: ExportSettings,
     parser: argparse.ArgumentParser,
-) -> None:
+) -> bool:
     """Exports, and compares with the run where weights were narrowed.
 
     Args:
         arguments: The parsed command.
         settings: What `export_settings` made of them.
         parser: Reads the command that made the run, for its data.
+
+    Returns:
+        False if the export was to be verified and is not as it must be.
     """
     from keras_rsft.export.from_run import export_run, read_run
 
@@ -95,6 +103,7 @@ def run_export(
     _print_export(export)
     if settings.weight_dtype != "float32":
         _print_accuracy(run, export, parser)
+    return not arguments.verify or _print_verification(run, export)
 
 
 def _print_export(export: Export) -> None:
@@ -136,6 +145,26 @@ def _print_accuracy(
         f"{100 * check.exported:.1f} %; in float32 {100 * check.run:.1f} %. "
         f"Largest difference of a probability: {check.largest_difference:.4f}"
     )
+
+
+def _print_verification(run: FinishedRun, export: Export) -> bool:
+    from rich.console import Console
+    from rich.table import Table
+
+    from keras_rsft.export.verification import verify_export
+
+    found = verify_export(run, export)
+    limit = found.allowed_difference
+    allowed = "" if limit is None else f" (allowed: {limit:.0e})"
+    table = Table(title="In a fresh process", show_header=False)
+    table.add_row("Largest difference", f"{found.largest_difference:.1e}{allowed}")
+    table.add_row("Same label", f"{found.same_labels} of {found.images} images")
+    if found.broken_refused is not None:
+        table.add_row("Broken image", "refused" if found.broken_refused else "MISTAKEN")
+    table.add_row("Loaded in", f"{found.load_seconds:.1f} s")
+    table.add_row("Verdict", "as the run" if found.passed else "NOT as the run")
+    Console(highlight=False).print(table)
+    return found.passed
 
 
 def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:

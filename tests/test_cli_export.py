@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
+import keras
 import pytest
 import tensorflow as tf
 
 from keras_rsft import cli
+from keras_rsft.errors import DataError
+from keras_rsft.export.from_run import export_run, read_run
+from keras_rsft.export.verification import Verification, verify_export
 from keras_rsft.finetuning import TrainingSettings, finetune
 
 
@@ -126,3 +131,36 @@ def test_data_that_changed_is_not_judged_by(export, run_folder, tmp_path):
         status, out, err = export(copy, "--weight-dtype", "float16")
         assert status == 0, err
         assert "was not measured" in out
+
+
+@pytest.mark.slow
+def test_verify_loads_it_in_a_fresh_process(export, run_folder):
+    status, out, err = export(run_folder, "--verify")
+    assert status == 0, err
+    assert "12 of 12 images" in out
+    assert "refused" in out
+    assert "Verdict" in out
+
+
+@pytest.mark.slow
+def test_verify_tells_a_damaged_export(run_folder, tmp_path):
+    run = read_run(run_folder)
+    good = export_run(run, directory=tmp_path)
+    other = keras.models.clone_model(run.model)  # Other weights.
+    wrong = dataclasses.replace(run, model=other)
+    assert not verify_export(wrong, good).passed
+    (good.path / "saved_model.pb").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="in a fresh process"):
+        verify_export(run, good)
+
+
+def test_only_exact_weights_are_judged_by_their_difference():
+    found = Verification(
+        images=2, same_labels=2, largest_difference=1e-4, allowed_difference=1e-5,
+        broken_refused=True, load_seconds=0.0,
+    )  # fmt: skip
+    assert not found.passed
+    assert dataclasses.replace(found, allowed_difference=1e-3).passed
+    narrow = dataclasses.replace(found, allowed_difference=None)
+    assert narrow.passed
+    assert not dataclasses.replace(narrow, broken_refused=False).passed

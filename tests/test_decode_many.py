@@ -43,7 +43,7 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def decode():
+def decode_batch():
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string)])
     def graph(encoded):
         return decode_images(encoded, SIZE)
@@ -57,25 +57,25 @@ def one_by_one(files):
     return np.stack([decode_image(tf.constant(one), SIZE) for one in files])
 
 
-def test_every_kind_equals_decoding_one_by_one(decode):
+def test_every_kind_equals_decoding_one_by_one(decode_batch):
     files = list(GOOD.values())
-    images, valid = decode(files)
+    images, valid = decode_batch(files)
     assert valid.all()
     np.testing.assert_array_equal(images, one_by_one(files))
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_leaves_its_neighbours_alone(decode, name):
+def test_a_bad_file_leaves_its_neighbours_alone(decode_batch, name):
     good = [FILES["jpeg"], FILES["png"], FILES["gif"]]
-    images, valid = decode([good[0], BAD[name], *good[1:]])
+    images, valid = decode_batch([good[0], BAD[name], *good[1:]])
     assert valid.tolist() == [True, False, True, True]
     np.testing.assert_array_equal(images[[0, 2, 3]], one_by_one(good))
     assert not images[1].any()
 
 
 @pytest.mark.parametrize("files", [[], list(BAD.values())])
-def test_nothing_good(decode, files):
-    images, valid = decode(files)
+def test_nothing_good(decode_batch, files):
+    images, valid = decode_batch(files)
     assert images.shape == (len(files), *SIZE, 3)
     assert valid.shape == (len(files),)
     assert not valid.any()
@@ -90,9 +90,17 @@ def test_what_is_beyond_the_budget_is_decoded_too(monkeypatch):
     np.testing.assert_array_equal(images[:-1], one_by_one(files[:-1]))
 
 
+def test_more_pixels_than_the_limit_are_refused(monkeypatch):
+    monkeypatch.setattr(decode_batch, "MAX_PIXELS", 400 * 300)
+    images, valid = decode_images(tf.constant(list(LARGE.values())), SIZE)
+    fits = [not name.endswith("700") for name in LARGE]
+    assert valid.numpy().tolist() == fits
+    assert not images.numpy()[~valid.numpy()].any()
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_change_of_bytes_gives_an_answer_for_each(decode, data):
+def test_any_change_of_bytes_gives_an_answer_for_each(decode_batch, data):
     names = data.draw(st.lists(st.sampled_from(list(FILES)), min_size=1, max_size=4))
     files = []
     for name in names:
@@ -101,7 +109,7 @@ def test_any_change_of_bytes_gives_an_answer_for_each(decode, data):
             at = data.draw(st.integers(0, len(content) - 1))
             content[at] = data.draw(st.integers(0, 255))
         files.append(bytes(content[: data.draw(st.integers(0, len(content)))]))
-    images, valid = decode(files)
+    images, valid = decode_batch(files)
     for file, image, is_valid in zip(files, images, valid, strict=True):
         try:
             expected = decode_image(tf.constant(file), SIZE)

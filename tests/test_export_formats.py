@@ -13,6 +13,7 @@ import pytest
 from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import export_litert, export_onnx, export_saved_model
+from keras_rsft.export.places import write_new_file
 from keras_rsft.export.runtimes import load_exported
 
 NAMES = ("blue", "green", "réd")
@@ -113,6 +114,14 @@ def test_nothing_is_overwritten_and_nothing_half_written(export, classifier, tmp
     with pytest.raises(InvalidArgument, match="must end in"):
         export(classifier, tmp_path / "model.bin", class_names=NAMES)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(InvalidArgument, match="nothing is overwritten"):
+        write_new_file(tmp_path / "mine", b"other")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ def check_accuracy(
             images += len(index)
             largest = max(largest, float(np.abs(expected - received).max()))
             advance(len(index))
+    if images == 0:
+        raise DataError("none of the validation images can be read.")
     return AccuracyCheck(hits / images, exported_hits / images, images, largest)
 
 
