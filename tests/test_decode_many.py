@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_decode import FILES, encode, png_header
 
-from keras_rsft.data import decode_image, decode_many
+from keras_rsft.data import decode, decode_image, decode_many
 from keras_rsft.data.decode_many import decode_images
 
 SIZE = (24, 32)
@@ -91,7 +91,7 @@ def test_what_is_beyond_the_budget_is_decoded_too(monkeypatch):
 
 
 def test_more_pixels_than_the_limit_are_refused(monkeypatch):
-    monkeypatch.setattr(decode_batch, "MAX_PIXELS", 400 * 300)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 400 * 300)
     images, valid = decode_images(tf.constant(list(LARGE.values())), SIZE)
     fits = [not name.endswith("700") for name in LARGE]
     assert valid.numpy().tolist() == fits

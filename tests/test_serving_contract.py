@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 from concurrent import futures
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -111,35 +112,42 @@ def test_the_server_sees_versions_and_nothing_else(version):
 
 @pytest.mark.slow
 def test_saved_model_cli_shows_and_runs(version, files, expected, tmp_path):
-    shown = _saved_model_cli("show", "--dir", version, "--all")
-    assert "signature_def['serving_default']" in shown
-    assert "inputs['image_bytes'] tensor_info" in shown
     images = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3))
     np.save(tmp_path / "images.npy", images.astype("float32"))
-    _saved_model_cli(
-        "run", "--dir", version, "--tag_set", "serve",
-        "--signature_def", "serving_images",
-        "--inputs", f"images={tmp_path / 'images.npy'}", "--outdir", tmp_path,
+    np.save(tmp_path / "encoded.npy", np.array([file.read_bytes() for file in files]))
+    run = ["run", "--dir", version, "--tag_set", "serve", "--overwrite"]
+    shown = _saved_model_cli(
+        ["show", "--dir", version, "--all"],
+        [*run, "--signature_def", "serving_images", "--outdir", tmp_path / "a",
+         "--inputs", f"images={tmp_path / 'images.npy'}"],
+        [*run, "--signature_def", "serving_default", "--outdir", tmp_path / "b",
+         "--inputs", f"image_bytes={tmp_path / 'encoded.npy'}"],
     )  # fmt: skip
-    probabilities = np.load(tmp_path / "probabilities.npy")
+    assert "signature_def['serving_default']" in shown
+    assert "inputs['image_bytes'] tensor_info" in shown
+    probabilities = np.load(tmp_path / "a" / "probabilities.npy")
     np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-5)
-    encoded = np.array([file.read_bytes() for file in files])
-    np.save(tmp_path / "encoded.npy", encoded)
-    _saved_model_cli(
-        "run", "--dir", version, "--tag_set", "serve",
-        "--signature_def", "serving_default",
-        "--inputs", f"image_bytes={tmp_path / 'encoded.npy'}",
-        "--outdir", tmp_path, "--overwrite",
-    )  # fmt: skip
     np.testing.assert_allclose(
-        np.load(tmp_path / "score.npy"), expected["score"], atol=1e-6
+        np.load(tmp_path / "b" / "score.npy"), expected["score"], atol=1e-6
     )
 
 
-def _saved_model_cli(*arguments) -> str:
-    program = "from tensorflow.python.tools.saved_model_cli import main; main()"
+def _saved_model_cli(*commands) -> str:
+    """Runs the tool's commands one after the other in one process."""
+    program = textwrap.dedent("""
+        import json, sys
+        from tensorflow.python.tools import saved_model_cli
+        for command in json.loads(sys.argv[1]):
+            sys.argv = ["saved_model_cli", *command]
+            try:
+                saved_model_cli.main()
+            except SystemExit as stop:
+                if stop.code:
+                    raise
+    """)
+    commands = json.dumps([[str(word) for word in command] for command in commands])
     result = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
+        [sys.executable, "-c", program, commands],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
