@@ -53,6 +53,7 @@ def test_writes_the_next_version_and_says_how_to_serve_it(export, run_folder, tm
         assert f"Exported model: {written}" in out
         assert "docker run" in out
         assert (written / "saved_model.pb").is_file()
+        assert "# photos-1" in (written / "README.md").read_text(encoding="utf-8")
 
 
 def test_options_reach_the_model(export, run_folder, tmp_path):

@@ -4,7 +4,7 @@
 writes it, with what `tf_serving.py` lays beside it for the server. `litert_file.py` and
 `onnx_file.py` write models that take decoded images; `runtimes.py` runs all three.
 `places.py` knows which names are free, `settings.py` what can be asked for,
-`from_run.py` starts from a run folder, `accuracy.py` and
+`from_run.py` starts from a run folder, `model_card.py` describes it, `accuracy.py` and
 `verification.py` compare with the run.
 
 The names below are loaded when they are first used, so that the command line can

@@ -16,8 +16,14 @@ import numpy as np
 
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.litert_file import export_litert
+from keras_rsft.export.model_card import model_card
 from keras_rsft.export.onnx_file import export_onnx
-from keras_rsft.export.places import check_model_folder, check_name, free_file
+from keras_rsft.export.places import (
+    check_model_folder,
+    check_name,
+    free_file,
+    write_new_file,
+)
 from keras_rsft.export.saved_model import export_saved_model
 from keras_rsft.export.settings import ExportSettings
 from keras_rsft.finetuning.run_folder import CONFIG_FILE, MODEL_FILE, read_class_names
@@ -97,6 +103,8 @@ def export_run(
 ) -> Export:
     """Exports a run's model as `DIRECTORY/NAME/VERSION/` or `DIRECTORY/NAME/model-N.*`.
 
+    A model card lies in a version as `README.md`, beside a file as `model-N.*.md`.
+
     Args:
         run: A run folder, or what `read_run` returns.
         name: The model's name. Default: that of the run folder.
@@ -130,7 +138,7 @@ def export_run(
 
 
 def _write(run: FinishedRun, target: Path, settings: ExportSettings) -> Path:
-    names = run.class_names
+    names, card = run.class_names, model_card(run, target.name)
     if settings.file_format == "saved-model":
         return export_saved_model(
             run.model,
@@ -139,13 +147,19 @@ def _write(run: FinishedRun, target: Path, settings: ExportSettings) -> Path:
             version=settings.version,
             top_k=settings.top_k,
             weight_dtype=settings.weight_dtype,
+            model_card=card,
         )
     if settings.file_format == "litert":
-        path = free_file(target, "tflite")
-        return export_litert(
-            run.model, path, class_names=names, weight_dtype=settings.weight_dtype
+        path = export_litert(
+            run.model,
+            free_file(target, "tflite"),
+            class_names=names,
+            weight_dtype=settings.weight_dtype,
         )
-    return export_onnx(run.model, free_file(target, "onnx"), class_names=names)
+    else:
+        path = export_onnx(run.model, free_file(target, "onnx"), class_names=names)
+    write_new_file(Path(f"{path}.md"), card.encode())
+    return path
 
 
 def size_on_disk(path: Path) -> int:

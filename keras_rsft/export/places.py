@@ -15,7 +15,7 @@ from keras_rsft.errors import InvalidArgument
 
 MODELS_CONFIG = "models.config"
 BATCHING_CONFIG = "batching.config"
-_OURS = re.compile(rf"\d+|model-\d+\.\w+|{MODELS_CONFIG}|{BATCHING_CONFIG}|\..*")
+_OURS = re.compile(rf"\d+|model-\d+\.[\w.]+|{MODELS_CONFIG}|{BATCHING_CONFIG}|\..*")
 _NAME = re.compile(r"\w[\w.-]*")
 
 

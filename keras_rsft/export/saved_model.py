@@ -28,6 +28,7 @@ def export_saved_model(
     top_k: int | None = None,
     weight_dtype: str = "float32",
     warmup: bool | None = None,
+    model_card: str | None = None,
 ) -> Path:
     """Writes `DIRECTORY/VERSION` as a SavedModel with two signatures.
 
@@ -54,6 +55,7 @@ def export_saved_model(
             stored in float16 and widened when the graph runs. Default float32.
         warmup: Write requests that the server runs before it answers, in
             `assets.extra/`. Default: where the extra `serving` is installed.
+        model_card: Markdown, written as the version's `README.md`. Default: none.
 
     Returns:
         The folder that was written; it appears whole.
@@ -79,6 +81,8 @@ def export_saved_model(
         tf.saved_model.save(graph, str(partial), signatures=graph.signatures())
         if requests is not None:
             tf_serving.write_warmup(partial, requests)
+        if model_card is not None:
+            (partial / "README.md").write_text(model_card, encoding="utf-8")
     tf_serving.write_configs(directory)
     return target
 
