@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.backbones import build_classifier, load_backbone
+from keras_rsft.backbones import build_classifier, build_head, load_backbone
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import export_litert, export_onnx, export_saved_model
 from keras_rsft.export.places import write_new_file
@@ -68,8 +68,10 @@ def test_any_batch_gives_the_saved_models_probabilities(
 def test_a_real_base_gives_the_saved_models_probabilities(suffix, tmp_path):
     keras.utils.set_random_seed(0)
     base = load_backbone("efficientnet_lite0", image_size=64)
-    model = build_classifier(base, 3)
     rng = np.random.default_rng(0)
+    dim = base.output_shape[-1]
+    moments = rng.normal(size=dim), rng.uniform(1, 2, dim)  # As a trained head has.
+    model = build_classifier(base, 3, head=build_head(dim, 3, moments=moments))
     images = rng.uniform(0, 255, (4, 64, 64, 3)).astype("float32")
     version = export_saved_model(model, tmp_path / "photos", class_names=NAMES)
     path = export_as(suffix, model, tmp_path, class_names=NAMES)

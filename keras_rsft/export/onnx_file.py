@@ -50,18 +50,45 @@ def export_onnx(
             'ONNX needs the package tf2onnx. Install it with: pip install "keras_rsft'
             '[onnx]".'
         ) from error
-    forward = ForwardPass(model)
-    serve = tf.function(
-        lambda images: {"probabilities": forward(images)},
-        input_signature=[forward.images_spec()],
-    )
+    graph, output = _frozen_graph(ForwardPass(model))
     with _quiet("tf2onnx"):
-        converted, _ = tf2onnx.convert.from_function(
-            serve, input_signature=[forward.images_spec()], opset=OPSET
+        converted, _ = tf2onnx.convert.from_graph_def(
+            graph,
+            input_names=["images:0"],
+            output_names=[output],
+            opset=OPSET,
+            tensors_to_rename={"images:0": "images", output: "probabilities"},
         )
     _name_classes(converted, class_names)
     write_new_file(path, converted.SerializeToString())
     return path
+
+
+def _frozen_graph(forward: ForwardPass) -> tuple[tf.compat.v1.GraphDef, str]:
+    """Returns the forward pass without variables, and the name of its output."""
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_v2,
+    )
+
+    function = tf.function(forward, input_signature=[forward.images_spec()])
+    traced = function.get_concrete_function()
+    frozen = convert_variables_to_constants_v2(traced, lower_control_flow=False)
+    graph = frozen.graph.as_graph_def()
+    # A layer's constants of 128 numbers and more (the means of the standardisation)
+    # are further inputs of a traced function, which freezing leaves as they are.
+    constants = {
+        inner.op.name: tf.make_tensor_proto(outer.numpy())
+        for outer, inner in traced.graph.captures
+        if inner.dtype != tf.resource
+    }
+    for node in graph.node:
+        if node.name in constants:
+            value = constants[node.name]
+            node.ClearField("attr")
+            node.op = "Const"
+            node.attr["dtype"].type = value.dtype
+            node.attr["value"].tensor.CopyFrom(value)
+    return graph, frozen.outputs[0].name
 
 
 def _name_classes(converted, class_names: Sequence[str]) -> None:
