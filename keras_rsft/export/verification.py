@@ -59,7 +59,8 @@ class Verification:
             return False
         if self.allowed_difference is None:
             return True
-        return self.largest_difference <= self.allowed_difference
+        close = self.largest_difference <= self.allowed_difference
+        return close and self.same_labels == self.images
 
 
 def verify_export(run: FinishedRun, export: Export) -> Verification:
