@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_rsft import __version__
+from keras_rsft.cli_export import add_export, export_settings, run_export
 from keras_rsft.cli_options import (
     add_base_options,
     add_cache_dir,
@@ -29,6 +30,7 @@ from keras_rsft.cli_options import (
     seed_number,
     training_settings,
 )
+from keras_rsft.cli_predict import add_predict, run_predict
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
     DataError,
@@ -87,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fit(commands)
     _add_compare(commands)
-    _add_predict(commands)
+    add_export(commands)
+    add_predict(commands)
     return parser
 
 
@@ -151,14 +154,6 @@ def _add_data_argument(parser: argparse.ArgumentParser) -> None:
         help="folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, "
         "CSV file, tfds:NAME, or digits",
     )
-
-
-def _add_predict(commands: argparse._SubParsersAction) -> None:
-    predict = commands.add_parser("predict", help="use a trained model on image files")
-    predict.add_argument(
-        "model", metavar="MODEL", help="run folder, .keras file or exported model"
-    )
-    predict.add_argument("files", metavar="FILE", nargs="+", help="image files")
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
@@ -253,19 +248,22 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_export(arguments: argparse.Namespace) -> int:
+    settings = export_settings(arguments)  # Refused before anything heavy is imported.
+    _silence_native_libraries()
+    return 0 if run_export(arguments, settings, build_parser()) else FAILED
+
+
 def _run_predict(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_predictions
-    from keras_rsft.predict import predict_files
-
-    unreadable = print_predictions(predict_files(arguments.model, arguments.files))
-    return FAILED if unreadable == len(arguments.files) else 0
+    return 0 if run_predict(arguments) else FAILED
 
 
 _COMMANDS = {
     "demo": _run_demo,
     "fit": _run_fit,
     "compare": _run_compare,
+    "export": _run_export,
     "predict": _run_predict,
 }
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from keras_rsft.comparing.intervals import Interval
     from keras_rsft.demo import DemoResult
     from keras_rsft.finetuning import Run
-    from keras_rsft.predict import Prediction
 
 RESULT_NAMES = {
     "test_accuracy": "Accuracy on the test split",
@@ -168,22 +165,6 @@ def print_demo(demo: DemoResult) -> None:
     console.print(
         "  keras-rsft fit PHOTOS --backbone efficientnet_lite0", soft_wrap=True
     )
-
-
-def print_predictions(predictions: Iterable[Prediction]) -> int:
-    """Prints one line a file: path, label and score, separated by tabs.
-
-    Returns:
-        How many files could not be read; their reasons go to standard error.
-    """
-    unreadable = 0
-    for prediction in predictions:
-        if prediction.error is not None:
-            unreadable += 1
-            print(f"{prediction.path}: {prediction.error}", file=sys.stderr)
-        else:
-            print(f"{prediction.path}\t{prediction.label}\t{prediction.score:.4f}")
-    return unreadable
 
 
 def _console() -> Console:

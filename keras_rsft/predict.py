@@ -7,6 +7,7 @@ answers; it trains nothing and writes nothing.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data import decode_image
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.data.decode_many import decode_images
+from keras_rsft.data.folder import IMAGE_SUFFIXES
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.export.runtimes import load_exported
 from keras_rsft.finetuning.run_folder import CLASSES_FILE, MODEL_FILE, read_class_names
 
 BATCH_SIZE = 32
@@ -45,16 +48,53 @@ def predict_files(
     """Yields one prediction a file, in order.
 
     Args:
-        model: A run folder, a `.keras` file, or a SavedModel written by
-            `export_saved_model` (its folder, or the folder of its versions).
+        model: A run folder, a `.keras` file, a SavedModel written by
+            `export_saved_model` (its folder, or the folder of its versions), or a
+            `.tflite` or `.onnx` file.
         files: Image files.
 
     Raises:
         InvalidArgument: If the model cannot be found or is none of these.
+        DataError: If it cannot be read, or an exported file has no class names.
+        ImportError: If the file's runtime is not installed.
     """
     classify = load_classifier(model)
     for start in range(0, len(files), BATCH_SIZE):
         yield from _predict_batch(classify, files[start : start + BATCH_SIZE])
+
+
+def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Replaces folders and patterns by the image files in them, sorted.
+
+    Args:
+        paths: Files, which are kept as they are; folders, searched to any depth for
+            names with the suffix of an image; and patterns with `*`, `?`, `[...]`, or
+            `**` for folders of any depth.
+
+    Returns:
+        The files, each once.
+
+    Raises:
+        DataError: If a folder or pattern has none.
+    """
+    found: dict[str, None] = {}
+    for path in map(os.fspath, paths):
+        if os.path.isdir(path):
+            files = _images_below(path)
+        elif not os.path.lexists(path) and glob.has_magic(path):
+            matches = glob.glob(path, recursive=True)
+            files = sorted(match for match in matches if os.path.isfile(match))
+        else:
+            files = [path]
+        if not files:
+            raise DataError(f"There is no image file in {path}.")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _images_below(folder: str) -> list[str]:
+    files = (file for file in Path(folder).rglob("*") if file.is_file())
+    return sorted(str(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 Classifier = Callable[[list[bytes]], tuple[list[str], np.ndarray, list[bool]]]
@@ -69,31 +109,43 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
         beside = path.with_name(CLASSES_FILE)
         names = read_class_names(path.parent) if beside.is_file() else None
         return _keras_classifier(path, names)
+    if path.suffix in (".tflite", ".onnx") and path.is_file():
+        exported = load_exported(path)
+        return _images_classifier(
+            exported.image_size, exported.class_names, exported.probabilities
+        )
     saved = _saved_model_folder(path)
     if saved is not None:
         return _saved_model_classifier(saved)
     raise InvalidArgument(
-        "The model must be a run folder, a .keras file or an exported SavedModel. "
+        "The model must be a run folder, a .keras file, an exported SavedModel, or a "
+        ".tflite or .onnx file. "
         f"Received: {model}{'' if path.exists() else ', which does not exist'}."
     )
 
 
 def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifier:
     model = keras.saving.load_model(path, compile=False)
-    size = model.input_shape[1:3]
     names = class_names or [str(i) for i in range(model.output_shape[-1])]
+    size = tuple(model.input_shape[1:3])
+    return _images_classifier(size, names, model.predict_on_batch)
+
+
+def _images_classifier(
+    size: tuple[int, int],
+    names: Sequence[str],
+    probabilities_of: Callable[[np.ndarray], np.ndarray],
+) -> Classifier:
+    decode = tf.function(
+        lambda encoded: decode_images(encoded, size),
+        input_signature=[tf.TensorSpec((None,), tf.string)],
+    )
 
     def classify(encoded: list[bytes]) -> tuple[list[str], np.ndarray, list[bool]]:
-        images = np.zeros((len(encoded), *size, 3), np.float32)
-        valid = [True] * len(encoded)
-        for i, one in enumerate(encoded):
-            try:
-                images[i] = decode_image(tf.constant(one), size)
-            except tf.errors.InvalidArgumentError:
-                valid[i] = False
-        probabilities = np.asarray(model(images, training=False))
+        images, valid = decode(tf.constant(encoded, tf.string))
+        probabilities = np.asarray(probabilities_of(images.numpy()))
         labels = [names[best] for best in probabilities.argmax(axis=-1)]
-        return labels, probabilities.max(axis=-1), valid
+        return labels, probabilities.max(axis=-1), valid.numpy().tolist()
 
     return classify
 

@@ -14,6 +14,7 @@ from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.data import load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export import export_saved_model
+from keras_rsft.export.places import check_name
 from keras_rsft.predict import predict_files
 
 NAMES = ("blue", "green", "réd")
@@ -85,13 +86,90 @@ def test_versions_count_up_and_are_never_overwritten(classifier, tmp_path):
         assert written == directory / str(number)
     with pytest.raises(InvalidArgument, match="does not exist yet"):
         export_saved_model(classifier, directory, class_names=NAMES, version=2)
-    assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "1", "2", "batching.config", "models.config",
+    ]  # fmt: skip
 
 
-def test_class_names_must_fit(classifier, tmp_path):
-    with pytest.raises(InvalidArgument, match="3 classes"):
-        export_saved_model(classifier, tmp_path / "x", class_names=NAMES[:2])
+def test_a_configuration_of_the_users_own_is_left_alone(classifier, tmp_path):
+    directory = tmp_path / "photos"
+    directory.mkdir()
+    (directory / "models.config").write_text("mine")
+    export_saved_model(classifier, directory, class_names=NAMES, warmup=False)
+    assert (directory / "models.config").read_text() == "mine"
+
+
+def test_top_k_is_the_probabilities_sorted(classifier, photo_folder, tmp_path):
+    written = export_saved_model(
+        classifier, tmp_path / "photos", class_names=NAMES, top_k=2
+    )
+    good = (photo_folder / "red" / "03.png").read_bytes()
+    serve = tf.saved_model.load(str(written)).signatures["serving_default"]
+    served = {k: v.numpy() for k, v in serve(tf.constant([good, b"no image"])).items()}
+    order = np.argsort(-served["probabilities"][0])[:2]
+    names = [label.decode() for label in served["top_labels"][0]]
+    assert names == [NAMES[at] for at in order]
+    np.testing.assert_array_equal(
+        served["top_scores"][0], served["probabilities"][0][order]
+    )
+    assert served["label"][0] == served["top_labels"][0][0]
+    assert served["top_labels"][1].tolist() == [b"", b""]
+    assert served["top_scores"][1].tolist() == [0, 0]
+    empty = serve(tf.constant([], tf.string))
+    assert empty["top_labels"].shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"class_names": NAMES[:2]}, "3 classes"),
+        ({"class_names": ("a", "b", "c\nd")}, "one line"),
+        ({"top_k": 4}, "top_k"),
+        ({"weight_dtype": "int8"}, "float32, float16"),
+        ({"version": 0}, "at least 1"),
+    ],
+)
+def test_an_option_that_does_not_fit_leaves_nothing(
+    classifier, tmp_path, options, match
+):
+    with pytest.raises(InvalidArgument, match=match):
+        export_saved_model(
+            classifier, tmp_path / "x", **({"class_names": NAMES} | options)
+        )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_refused(classifier, tmp_path):
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(InvalidArgument, match=r"holiday\.jpg"):
+        export_saved_model(classifier, tmp_path, class_names=NAMES)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+    with pytest.raises(InvalidArgument, match="is a file"):
+        export_saved_model(
+            classifier, tmp_path / "holiday.jpg" / "x", class_names=NAMES
+        )
+
+
+def test_a_folder_that_cannot_be_written_is_refused(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # As root all can be.
+    with pytest.raises(InvalidArgument, match="cannot be written"):
+        export_saved_model(classifier, tmp_path / "x", class_names=NAMES)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "a b", ".hidden", 'a"b', "a\n"])
+def test_names_that_could_lead_elsewhere_are_refused(name):
+    with pytest.raises(InvalidArgument, match="separator"):
+        check_name(name)
+
+
+def test_a_failed_export_leaves_no_version(classifier, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tf.saved_model, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_saved_model(classifier, tmp_path / "photos", class_names=NAMES)
+    assert list((tmp_path / "photos").iterdir()) == []
 
 
 def test_labels_are_beside_the_graph(exported):
@@ -106,7 +184,7 @@ def test_each_weight_is_stored_once(exported):
 
 
 @pytest.mark.slow
-def test_loads_where_keras_rsft_is_not_installed(exported, photo_folder):
+def test_loads_where_keras_rsft_is_not_installed(exported, serve, photo_folder):
     image = photo_folder / "green" / "02.png"
     program = textwrap.dedent(f"""
         import sys
@@ -114,12 +192,16 @@ def test_loads_where_keras_rsft_is_not_installed(exported, photo_folder):
         import tensorflow as tf
         serve = tf.saved_model.load({str(exported)!r}).signatures["serving_default"]
         encoded = open({str(image)!r}, "rb").read()
-        print(bool(serve(image_bytes=tf.constant([encoded]))["valid"][0]))
+        served = serve(image_bytes=tf.constant([encoded]))
+        print(*served["label"].numpy(), *served["score"].numpy())
     """)
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert result.stdout.strip() == "True"
+    here = serve["serving_default"](image_bytes=tf.constant([image.read_bytes()]))
+    label, score = result.stdout.split()
+    assert label == repr(here["label"].numpy()[0])
+    assert float(score) == pytest.approx(float(here["score"][0]), abs=1e-6)
 
 
 def test_predict_reads_an_export(exported, photo_folder, tmp_path):

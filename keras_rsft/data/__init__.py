@@ -3,8 +3,8 @@
 `sources.py` opens a data set by name and leaves each kind to a module of its
 own (`folder.py`, `table.py`, `tfds.py`, `digits.py`); `partition.py` cuts the
 splits; `splits.py` is what the other rooms see of it; `readers.py` fetches
-bytes and `decode.py`, with `headers.py`, makes pixels of them; `noise.py` makes
-labels wrong on purpose.
+bytes and `decode.py`, with `headers.py`, makes pixels of them, `decode_many.py` for a
+server's batches; `noise.py` makes labels wrong on purpose.
 """
 
 from keras_rsft.data.decode import MAX_PIXELS, decode_image

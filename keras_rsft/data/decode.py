@@ -31,6 +31,7 @@ CROP_STRETCH = (3 / 4, 4 / 3)
 # where what is left is still this many times the target, then the antialiased
 # resize decides the result: less than 1 of 255 levels away on the mean.
 _SCALED_DECODE_MARGIN = 3
+JPEG_RATIOS = (1, 2, 4)
 
 
 def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Tensor:
@@ -55,7 +56,7 @@ def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Te
             image, are truncated, or hold more than `MAX_PIXELS` pixels.
     """
     size = checked_size(image_size)
-    return _centre_resize(decode_pixels(encoded, smallest=size), size)
+    return centre_resize(decode_pixels(encoded, smallest=size), size)
 
 
 def decode_views(
@@ -89,7 +90,7 @@ def decode_views(
         _random_resize(pixels, size, tf.stack([tf.constant(seed, tf.int64), key]))
         for key in (index * 2**16 + view for view in range(1, views))
     ]
-    return tf.stack([_centre_resize(pixels, size), *random])
+    return tf.stack([centre_resize(pixels, size), *random])
 
 
 def decode_pixels(
@@ -166,28 +167,43 @@ def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
 
 def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Tensor:
     width, height = headers.jpeg_size(encoded)
-    encoded = _within_limit(encoded, width, height)
+    encoded = _require_within_limit(encoded, width, height)
     if smallest is None:
         return tf.io.decode_jpeg(encoded, channels=3)
-    scale = tf.minimum(height // smallest[0], width // smallest[1])
-    halvings = tf.add_n(
-        [tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32) for r in (2, 4)]
-    )
     branches = [
         lambda ratio=ratio: tf.io.decode_jpeg(encoded, channels=3, ratio=ratio)
-        for ratio in (1, 2, 4)
+        for ratio in JPEG_RATIOS
     ]
-    return tf.switch_case(halvings, branches)
+    return tf.switch_case(jpeg_ratio_index(width, height, smallest), branches)
+
+
+def jpeg_ratio_index(
+    width: tf.Tensor, height: tf.Tensor, smallest: tuple[int, int]
+) -> tf.Tensor:
+    """Returns by which of `JPEG_RATIOS` a JPEG of that size is decoded smaller.
+
+    Args:
+        width: Int64 tensor of any shape.
+        height: The same.
+        smallest: Height and width that the pixels will be resized to.
+
+    Returns:
+        Int32 tensor of that shape.
+    """
+    scale = tf.minimum(height // smallest[0], width // smallest[1])
+    return tf.add_n(
+        [tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32) for r in JPEG_RATIOS[1:]]
+    )
 
 
 def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-    encoded = _within_limit(encoded, *headers.png_size(head))
+    encoded = _require_within_limit(encoded, *headers.png_size(head))
     return tf.io.decode_png(encoded, channels=3)
 
 
 def _decode_gif(encoded: tf.Tensor) -> tf.Tensor:
     frame, (width, height) = headers.first_gif_frame(encoded)
-    return tf.io.decode_gif(_within_limit(frame, width, height))[0]
+    return tf.io.decode_gif(_require_within_limit(frame, width, height))[0]
 
 
 def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
@@ -198,7 +214,7 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     known = (header_size >= 40) & plain & tf.reduce_any(bits == [8, 24, 32])
     message = "A BMP file of another kind than uncompressed 8, 24 or 32 bits."
     encoded = _require(encoded, known, tf.constant(message))
-    encoded = _within_limit(encoded, *headers.bmp_size(head))
+    encoded = _require_within_limit(encoded, *headers.bmp_size(head))
     pixels = tf.io.decode_bmp(encoded, channels=0)
     return tf.cond(
         bits == 8,
@@ -221,7 +237,7 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     still = ~headers.webp_is_animated(head)
     message = tf.constant("An animated WebP, which TensorFlow cannot read.")
     encoded = _require(encoded, still, message)
-    encoded = _within_limit(encoded, *headers.webp_size(head))
+    encoded = _require_within_limit(encoded, *headers.webp_size(head))
     # The decoder wants to be told the number of channels that it will find.
     decode = functools.partial(tf.io.decode_image, encoded, expand_animations=False)
     return tf.cond(
@@ -231,12 +247,18 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _within_limit(encoded: tf.Tensor, width: tf.Tensor, height: tf.Tensor) -> tf.Tensor:
+def _require_within_limit(
+    encoded: tf.Tensor, width: tf.Tensor, height: tf.Tensor
+) -> tf.Tensor:
     template = f"An image of {{}} x {{}} pixels; the most is {MAX_PIXELS:,}."
     message = tf.strings.format(template, (width, height))
+    return _require(encoded, within_limit(width, height), message)
+
+
+def within_limit(width: tf.Tensor, height: tf.Tensor) -> tf.Tensor:
+    """Says whether an image of that size, int64 of any shape, may be decoded."""
     # Dividing, for the product of two 32-bit numbers may not fit 64 bits.
-    fits = width <= MAX_PIXELS // tf.maximum(height, 1)
-    return _require(encoded, fits, message)
+    return width <= MAX_PIXELS // tf.maximum(height, 1)
 
 
 def _require(encoded: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf.Tensor:
@@ -245,7 +267,8 @@ def _require(encoded: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf
         return tf.identity(encoded)
 
 
-def _centre_resize(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+def centre_resize(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    """Crops the centre of uint8 pixels `(h, w, 3)`; float32 of the size given."""
     height, width = tf.shape(pixels)[0], tf.shape(pixels)[1]
     crop_height, crop_width = _largest_crop(height, width, size[1] / size[0])
     top, left = (height - crop_height) // 2, (width - crop_width) // 2

@@ -25,20 +25,25 @@ Size = tuple[tf.Tensor, tf.Tensor]  # width, height; int64 scalars
 
 
 def head_bytes(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns the first 54 bytes as int64 numbers, zeros where there are fewer."""
+    """Returns the first 54 bytes as int64 numbers, zeros where there are fewer.
+
+    Of many files at once, the numbers have shape `(files, 54)`; `image_kind` and
+    `png_size` then answer for each.
+    """
     head = tf.io.decode_raw(encoded, tf.uint8, fixed_length=_HEAD_BYTES)
     return tf.cast(head, tf.int64)
 
 
 def image_kind(head: tf.Tensor) -> tf.Tensor:
-    """Returns the position in `KINDS` as an int32 scalar, by signature only.
+    """Returns the position in `KINDS` as int32, by signature only.
 
     The file's name has no say: a PNG called `.jpg` is a PNG.
     """
     signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
-    same = (head[: signatures.shape[1]] == signatures) | (signatures == ord("."))
-    matches = tf.cast(tf.reduce_all(same, axis=1), tf.int32)
-    return tf.reduce_sum(matches * np.arange(1, len(KINDS), dtype=np.int32))
+    start = head[..., None, : signatures.shape[1]]
+    same = (start == signatures) | (signatures == ord("."))
+    matches = tf.cast(tf.reduce_all(same, axis=-1), tf.int32)
+    return tf.reduce_sum(matches * np.arange(1, len(KINDS), dtype=np.int32), axis=-1)
 
 
 def jpeg_size(encoded: tf.Tensor) -> Size:
@@ -183,7 +188,7 @@ def _little_endian(head: tf.Tensor, at: int, count: int) -> tf.Tensor:
 
 def _big_endian(head: tf.Tensor, at: int, count: int) -> tf.Tensor:
     places = tf.constant([256**place for place in reversed(range(count))], tf.int64)
-    return tf.reduce_sum(head[at : at + count] * places)
+    return tf.reduce_sum(head[..., at : at + count] * places, axis=-1)
 
 
 def _low14(head: tf.Tensor, at: int) -> tf.Tensor:

@@ -16,3 +16,15 @@ def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.with_options(options)
+
+
+def without_tuning_or_rewriting(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns the same data set, to be run as it is.
+
+    For those that a served graph runs anew on each request: looking for a better
+    form of the pipeline takes longer there than the pipeline.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
+    return dataset.with_options(options)

@@ -1,0 +1,182 @@
+"""The command `export`: its options, and what it calls and prints.
+
+Like `cli.py`, imports nothing heavy until the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import TYPE_CHECKING
+
+from keras_rsft.cli_options import load_data, positive_int
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.export.settings import FORMATS, WEIGHT_DTYPES, ExportSettings
+
+if TYPE_CHECKING:
+    from keras_rsft.data import ImageData
+    from keras_rsft.export.from_run import Export, FinishedRun
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    defaults = ExportSettings()
+    export = commands.add_parser(
+        "export", help="write a run's model for TF Serving, LiteRT or ONNX"
+    )
+    export.add_argument("run", metavar="RUN", help="run folder")
+    export.add_argument(
+        "--name", help="the model's name; default: that of the run folder"
+    )
+    export.add_argument(
+        "--directory",
+        metavar="FOLDER",
+        default="saved_models",
+        help="where exported models lie, each in a folder of its name; "
+        "default: %(default)s",
+    )
+    export.add_argument(
+        "--format",
+        default=defaults.file_format,
+        help=f"{', '.join(FORMATS)}; default: %(default)s",
+    )
+    export.add_argument(
+        "--weight-dtype",
+        default=defaults.weight_dtype,
+        help=f"{', '.join(WEIGHT_DTYPES)}: how weights are stored; float16 for "
+        "saved-model and litert, int8 for litert; default: %(default)s",
+    )
+    export.add_argument(
+        "--model-version",
+        type=positive_int,
+        metavar="N",
+        help="version of a saved-model; default: the next free one",
+    )
+    export.add_argument(
+        "--top-k",
+        type=positive_int,
+        metavar="K",
+        help="have a saved-model name the K most probable classes too",
+    )
+    export.add_argument(
+        "--verify",
+        action="store_true",
+        help="load what was written in a fresh process and compare it with the run",
+    )
+
+
+def export_settings(arguments: argparse.Namespace) -> ExportSettings:
+    """Returns what was asked for.
+
+    Raises:
+        InvalidArgument: If the options do not fit each other.
+    """
+    return ExportSettings(
+        file_format=arguments.format,
+        weight_dtype=arguments.weight_dtype,
+        version=arguments.model_version,
+        top_k=arguments.top_k,
+    )
+
+
+def run_export(
+    arguments: argparse.Namespace,
+    settings: ExportSettings,
+    parser: argparse.ArgumentParser,
+) -> bool:
+    """Exports, and compares with the run where weights were narrowed.
+
+    Args:
+        arguments: The parsed command.
+        settings: What `export_settings` made of them.
+        parser: Reads the command that made the run, for its data.
+
+    Returns:
+        False if the export was to be verified and is not as it must be.
+    """
+    from keras_rsft.export.from_run import export_run, read_run
+
+    run = read_run(arguments.run)
+    export = export_run(
+        run, name=arguments.name, directory=arguments.directory, settings=settings
+    )
+    _print_export(export)
+    if settings.weight_dtype != "float32":
+        _print_accuracy(run, export, parser)
+    return not arguments.verify or _print_verification(run, export)
+
+
+def _print_export(export: Export) -> None:
+    share = export.num_bytes / export.weight_bytes
+    print(f"Exported model: {export.path}")
+    print(
+        f"Size:           {export.num_bytes / 1e6:.1f} MB, "
+        f"{share:.2f} times the weights in float32"
+    )
+    if export.settings.file_format == "saved-model":
+        print(f"Serve it:       {docker_command(export)}")
+
+
+def docker_command(export: Export) -> str:
+    """Returns the command that serves the newest version on this machine only."""
+    model, inside = export.path.parent, f"/models/{export.name}"
+    return " ".join(
+        [
+            "docker run --rm -p 127.0.0.1:8500:8500 -p 127.0.0.1:8501:8501",
+            f"-v {shlex.quote(f'{model}:{inside}:ro')} tensorflow/serving",
+            f"--model_config_file={inside}/models.config --enable_batching",
+            f"--batching_parameters_file={inside}/batching.config",
+        ]
+    )
+
+
+def _print_accuracy(
+    run: FinishedRun, export: Export, parser: argparse.ArgumentParser
+) -> None:
+    from keras_rsft.export.accuracy import check_accuracy
+
+    try:
+        check = check_accuracy(run, export, _data_of(run, parser).validation)
+    except (DataError, InvalidArgument, ImportError, OSError) as error:
+        print(f"The accuracy on the validation split was not measured: {error}")
+        return
+    print(
+        f"Accuracy on the validation split ({check.images} images): "
+        f"{100 * check.exported:.1f} %; in float32 {100 * check.run:.1f} %. "
+        f"Largest difference of a probability: {check.largest_difference:.4f}"
+    )
+
+
+def _print_verification(run: FinishedRun, export: Export) -> bool:
+    from rich.console import Console
+    from rich.table import Table
+
+    from keras_rsft.export.verification import verify_export
+
+    found = verify_export(run, export)
+    limit = found.allowed_difference
+    allowed = "" if limit is None else f" (allowed: {limit:.0e})"
+    table = Table(title="In a fresh process", show_header=False)
+    table.add_row("Largest difference", f"{found.largest_difference:.1e}{allowed}")
+    table.add_row("Same label", f"{found.same_labels} of {found.images} images")
+    if found.broken_refused is not None:
+        table.add_row("Broken image", "refused" if found.broken_refused else "MISTAKEN")
+    table.add_row("Loaded in", f"{found.load_seconds:.1f} s")
+    table.add_row("Verdict", "as the run" if found.passed else "NOT as the run")
+    Console(highlight=False).print(table)
+    return found.passed
+
+
+def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:
+    """Loads the images that the run was trained on, by the command it has kept."""
+    from keras_rsft.data import load_images
+
+    command = shlex.split(run.config.get("command") or "")[1:]
+    if command[:1] == ["fit"]:
+        try:
+            return load_data(parser.parse_args(command))
+        except SystemExit as stop:  # argparse, at a command of another version.
+            raise DataError("the run's command cannot be read.") from stop
+    if "data" not in run.config:
+        raise DataError("the run does not say what data it was trained on.")
+    return load_images(run.config["data"])

@@ -1,0 +1,90 @@
+"""The command `predict`: its options, and how answers are written.
+
+Like `cli.py`, imports nothing heavy until the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from keras_rsft.predict import Prediction
+
+OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
+
+
+def add_predict(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    predict = commands.add_parser("predict", help="use a trained model on image files")
+    predict.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run folder, .keras file, exported model, .tflite or .onnx file",
+    )
+    predict.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="image files, folders, or quoted patterns such as 'new/**/*.jpg'",
+    )
+    predict.add_argument(
+        "--output-format",
+        choices=OUTPUT_FORMATS,
+        default=OUTPUT_FORMATS[0],
+        help="tab-separated lines, CSV with a header, or a JSON object a line; "
+        "default: %(default)s",
+    )
+
+
+def run_predict(arguments: argparse.Namespace) -> bool:
+    """Prints an answer for each file that can be read, and lists the others.
+
+    Returns:
+        Whether any file was answered.
+    """
+    from keras_rsft.predict import find_images, predict_files
+    from keras_rsft.progress import progress_bar
+
+    files = find_images(arguments.paths)
+    write = answer_writer(arguments.output_format, sys.stdout)
+    unreadable = []
+    # Answers and a bar on the same terminal would write over each other.
+    visible = not sys.stdout.isatty()
+    with progress_bar(
+        "Predicting", total=len(files), unit="images", visible=visible
+    ) as advance:
+        for prediction in predict_files(arguments.model, files):
+            if prediction.error is None:
+                write(prediction)
+            else:
+                unreadable.append(prediction)
+            advance(1)
+    for prediction in unreadable:
+        print(f"{prediction.path}: {prediction.error}", file=sys.stderr)
+    return len(unreadable) < len(files)
+
+
+def answer_writer(output_format: str, file: TextIO) -> Callable[[Prediction], None]:
+    """Returns a function that writes one answer.
+
+    Args:
+        output_format: One of `OUTPUT_FORMATS`.
+        file: Where to; a CSV's header is written at once.
+    """
+    if output_format == "csv":
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "score"])
+        return lambda one: writer.writerow([one.path, one.label, f"{one.score:.6f}"])
+    if output_format == "jsonl":
+
+        def write_json(one: Prediction) -> None:
+            answer = {"path": one.path, "label": one.label, "score": one.score}
+            print(json.dumps(answer, ensure_ascii=False), file=file)
+
+        return write_json
+    return lambda one: print(f"{one.path}\t{one.label}\t{one.score:.4f}", file=file)

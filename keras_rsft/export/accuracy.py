@@ -1,0 +1,90 @@
+"""What narrower weights cost: an export against its run on the validation images."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from keras_rsft.data import ImageSplit
+from keras_rsft.errors import DataError
+from keras_rsft.export.from_run import Export, FinishedRun
+from keras_rsft.export.runtimes import load_exported
+from keras_rsft.progress import progress_bar
+
+BATCH_SIZE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyCheck:
+    """What narrower weights cost on the validation split.
+
+    Attributes:
+        run: Accuracy of the run's model, in [0, 1].
+        exported: Accuracy of the exported model.
+        images: How many images were judged.
+        largest_difference: Largest difference of any probability.
+    """
+
+    run: float
+    exported: float
+    images: int
+    largest_difference: float
+
+
+def check_accuracy(
+    run: FinishedRun, export: Export, validation: ImageSplit, *, progress: bool = True
+) -> AccuracyCheck:
+    """Compares an export with its run on the validation images and their labels.
+
+    Args:
+        run: The run that was exported.
+        export: What `export_run` returned.
+        validation: Images with the ids of the run's validation split.
+        progress: Show a progress bar. Default True.
+
+    Raises:
+        DataError: If there are no images, or they are not those of the run.
+    """
+    labels = _validation_labels(run)
+    found = {sample_id: at for at, sample_id in enumerate(validation.ids.tolist())}
+    if not labels or set(labels) != set(found):
+        raise DataError(
+            f"The run was validated on {len(labels)} images and the data now have "
+            f"{len(found)} with other ids: a comparison would say nothing."
+        )
+    given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
+    exported = load_exported(export.path)
+    forward = _forward_of(run.model)
+    hits, exported_hits, images, largest = 0, 0, 0, 0.0
+    with progress_bar(
+        "Validation", total=len(validation), unit="images", visible=progress
+    ) as advance:
+        batches = validation.images(run.model.input_shape[1:3]).batch(BATCH_SIZE)
+        for index, batch in batches.as_numpy_iterator():
+            expected, received = forward(batch), exported.probabilities(batch)
+            hits += int(np.sum(expected.argmax(axis=-1) == given[index]))
+            exported_hits += int(np.sum(received.argmax(axis=-1) == given[index]))
+            images += len(index)
+            largest = max(largest, float(np.abs(expected - received).max()))
+            advance(len(index))
+    if images == 0:
+        raise DataError("none of the validation images can be read.")
+    return AccuracyCheck(hits / images, exported_hits / images, images, largest)
+
+
+def _forward_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda images: np.asarray(model.predict_on_batch(images), np.float32)
+
+
+def _validation_labels(run: FinishedRun) -> dict[str, int]:
+    numbers = {name: number for number, name in enumerate(run.class_names)}
+    with (run.folder / "samples.csv").open(encoding="utf-8", newline="") as file:
+        return {
+            row["id"]: numbers[row["given_label"]]
+            for row in csv.DictReader(file)
+            if row["split"] == "validation"
+        }

@@ -1,0 +1,168 @@
+"""Exports the model of a run folder.
+
+Owns reading a run back for that purpose, and the choice of the format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.export.litert_file import export_litert
+from keras_rsft.export.model_card import model_card
+from keras_rsft.export.onnx_file import export_onnx
+from keras_rsft.export.places import (
+    check_model_folder,
+    check_name,
+    free_file,
+    write_new_file,
+)
+from keras_rsft.export.saved_model import export_saved_model
+from keras_rsft.export.settings import ExportSettings
+from keras_rsft.finetuning.run_folder import CONFIG_FILE, MODEL_FILE, read_class_names
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run read back from its folder.
+
+    Attributes:
+        folder: Where it lies.
+        model: Images in [0, 255] to probabilities.
+        class_names: Names in the order of the probabilities.
+        config: What `config.json` says; empty where there is none.
+    """
+
+    folder: Path
+    model: keras.Model
+    class_names: tuple[str, ...]
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A finished export.
+
+    Attributes:
+        path: Folder of a SavedModel's version, or a file.
+        name: The model's name.
+        settings: What was asked for.
+        num_bytes: Size of all its files.
+        weight_bytes: Size of the model's weights in float32.
+    """
+
+    path: Path
+    name: str
+    settings: ExportSettings
+    num_bytes: int
+    weight_bytes: int
+
+
+def read_run(folder: str | os.PathLike) -> FinishedRun:
+    """Reads a run folder back.
+
+    Raises:
+        InvalidArgument: If it is no run folder.
+        DataError: If its model, with the base in it, cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / MODEL_FILE).is_file():
+        state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
+        raise InvalidArgument(
+            "Expected a run folder, as `keras-rsft fit` leaves it. "
+            f"Received: {folder} ({state})."
+        )
+    try:
+        model = keras.saving.load_model(folder / MODEL_FILE, compile=False)
+        class_names = read_class_names(folder)
+        config_file = folder / CONFIG_FILE
+        config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(
+            f"The run {folder} cannot be read: {reason} Its base, head and class "
+            f"names must be whole; a base with layers of your own needs these "
+            "registered with Keras first."
+        ) from error
+    return FinishedRun(folder, model, class_names, config)
+
+
+def export_run(
+    run: FinishedRun | str | os.PathLike,
+    *,
+    name: str | None = None,
+    directory: str | os.PathLike = "saved_models",
+    settings: ExportSettings | None = None,
+) -> Export:
+    """Exports a run's model as `DIRECTORY/NAME/VERSION/` or `DIRECTORY/NAME/model-N.*`.
+
+    A model card lies in a version as `README.md`, beside a file as `model-N.*.md`.
+
+    Args:
+        run: A run folder, or what `read_run` returns.
+        name: The model's name. Default: that of the run folder.
+        directory: Folder of exported models. Default `saved_models`.
+        settings: Format and its options. Default: a SavedModel in float32.
+
+    Returns:
+        Where it lies and how large it is.
+
+    Raises:
+        InvalidArgument: If an argument does not fit or the place cannot be used.
+        DataError: If the run cannot be read.
+        ImportError: If the format's extra is not installed.
+    """
+    settings = settings or ExportSettings()
+    folder = Path(run.folder if isinstance(run, FinishedRun) else run)
+    name = check_name(folder.absolute().name if name is None else name)
+    target = check_model_folder(Path(directory) / name)  # Before anything slow.
+    if not isinstance(run, FinishedRun):
+        run = read_run(run)
+    path = _write(run, target, settings)
+    return Export(
+        path=path,
+        name=name,
+        settings=settings,
+        num_bytes=size_on_disk(path),
+        weight_bytes=sum(
+            keras.ops.size(v) * np.dtype(v.dtype).itemsize for v in run.model.variables
+        ),
+    )
+
+
+def _write(run: FinishedRun, target: Path, settings: ExportSettings) -> Path:
+    names, card = run.class_names, model_card(run, target.name)
+    if settings.file_format == "saved-model":
+        return export_saved_model(
+            run.model,
+            target,
+            class_names=names,
+            version=settings.version,
+            top_k=settings.top_k,
+            weight_dtype=settings.weight_dtype,
+            model_card=card,
+        )
+    if settings.file_format == "litert":
+        path = export_litert(
+            run.model,
+            free_file(target, "tflite"),
+            class_names=names,
+            weight_dtype=settings.weight_dtype,
+        )
+    else:
+        path = export_onnx(run.model, free_file(target, "onnx"), class_names=names)
+    write_new_file(Path(f"{path}.md"), card.encode())
+    return path
+
+
+def size_on_disk(path: Path) -> int:
+    """Returns the bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,142 @@
+"""Where exports go: names, free numbers, and folders that may be written to.
+
+Owns the layout `DIRECTORY/NAME/`: a folder of digits for each version of the
+SavedModel, as TF Serving wants it, and files `model-N.tflite` and `model-N.onnx`,
+which the server passes over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from keras_rsft.errors import InvalidArgument
+
+MODELS_CONFIG = "models.config"
+BATCHING_CONFIG = "batching.config"
+_OURS = re.compile(rf"\d+|model-\d+\.[\w.]+|{MODELS_CONFIG}|{BATCHING_CONFIG}|\..*")
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+def check_name(name: str) -> str:
+    """Returns a model's name that is safe as a folder, in a URL and in a config.
+
+    Raises:
+        InvalidArgument: If it has other characters than letters, digits, `_`, `.` and
+            `-`, or does not begin with one of the first three.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            "A model's name has letters, digits, `_`, `.` and `-` only, no path "
+            f"separator, and begins with a letter or digit. Received: {name!r}."
+        )
+    return name
+
+
+def check_model_folder(directory: str | os.PathLike) -> Path:
+    """Returns the folder of a model's versions; it need not exist.
+
+    Raises:
+        InvalidArgument: If it is not a folder, holds something else than exports, or
+            cannot be written to.
+    """
+    directory = Path(directory).absolute()
+    if _check_writable(directory):
+        others = sorted(p.name for p in directory.iterdir() if not _is_ours(p))
+        if others:
+            raise InvalidArgument(
+                f"{directory} must hold exported models only. Found: {others[0]!r}. "
+                "Choose another folder."
+            )
+    return directory
+
+
+def _is_ours(path: Path) -> bool:
+    if path.name.isdigit():
+        return path.is_dir()
+    return _OURS.fullmatch(path.name) is not None
+
+
+def free_version(directory: Path, version: int | None) -> int:
+    """Returns the version to write: the one asked for, or one more than the highest.
+
+    Raises:
+        InvalidArgument: If it is below 1 or exists.
+    """
+    if version is None:
+        return _highest(directory, r"(\d+)") + 1
+    if version < 1 or (directory / str(version)).exists():
+        raise InvalidArgument(
+            "The version must be a number of at least 1 that does not exist yet. "
+            f"Received: {version}, in {directory}."
+        )
+    return version
+
+
+def free_file(directory: Path, suffix: str) -> Path:
+    """Returns the first free `model-N.SUFFIX` after the highest."""
+    number = _highest(directory, rf"model-(\d+)\.{suffix}") + 1
+    return directory / f"model-{number}.{suffix}"
+
+
+def _highest(directory: Path, pattern: str) -> int:
+    if not directory.is_dir():
+        return 0
+    matches = (re.fullmatch(pattern, path.name) for path in directory.iterdir())
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+def write_new_file(path: Path, content: bytes) -> None:
+    """Writes a file whole, beside its place first; never over one that exists.
+
+    Raises:
+        InvalidArgument: If it exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        os.link(partial, path)  # Unlike a rename, fails where the target exists.
+    except FileExistsError:
+        raise InvalidArgument(
+            f"{path} exists, and nothing is overwritten. Choose another name."
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_file(path: str | os.PathLike, suffix: str) -> Path:
+    """Returns the path of a file that can be written.
+
+    Raises:
+        InvalidArgument: If it exists, its name ends otherwise, or its folder cannot be
+            written to.
+    """
+    path = Path(path).absolute()
+    if path.suffix != f".{suffix}":
+        raise InvalidArgument(
+            f"The file's name must end in .{suffix}. Received: {path.name!r}."
+        )
+    if path.exists():
+        raise InvalidArgument(
+            f"{path} exists, and nothing is overwritten. Choose another name."
+        )
+    _check_writable(path.parent)
+    return path
+
+
+def _check_writable(directory: Path) -> bool:
+    """Returns whether the folder exists, if one can be made or written to."""
+    nearest = next(p for p in (directory, *directory.parents) if p.exists())
+    if not nearest.is_dir():
+        raise InvalidArgument(
+            f"{nearest} is a file, so nothing can be exported to {directory}. "
+            "Choose another folder."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidArgument(
+            f"{nearest} cannot be written to. Choose another folder, or change its "
+            "permissions."
+        )
+    return nearest == directory

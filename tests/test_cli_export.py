@@ -1,0 +1,167 @@
+"""`keras-rsft export`: from a run folder to something that other programs load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import keras
+import pytest
+import tensorflow as tf
+
+from keras_rsft import cli
+from keras_rsft.errors import DataError
+from keras_rsft.export.from_run import export_run, read_run
+from keras_rsft.export.verification import Verification, verify_export
+from keras_rsft.finetuning import TrainingSettings, finetune
+
+
+@pytest.fixture(scope="module")
+def run_folder(photo_folder, tiny_base_file, tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    run = finetune(
+        str(photo_folder),
+        backbone=str(tiny_base_file),
+        settings=TrainingSettings(epochs=2, batch_size=8),
+        output=root / "photos-1",
+        cache_dir=root / "cache",
+        progress=False,
+    )
+    return run.folder
+
+
+@pytest.fixture
+def export(capsys, tmp_path, monkeypatch):
+    """Runs the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = cli.main(["export", *(str(argument) for argument in arguments)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_writes_the_next_version_and_says_how_to_serve_it(export, run_folder, tmp_path):
+    for version in ("1", "2"):
+        status, out, err = export(run_folder)
+        assert status == 0, err
+        written = tmp_path / "saved_models" / "photos-1" / version
+        assert f"Exported model: {written}" in out
+        assert "docker run" in out
+        assert (written / "saved_model.pb").is_file()
+        assert "# photos-1" in (written / "README.md").read_text(encoding="utf-8")
+
+
+def test_options_reach_the_model(export, run_folder, tmp_path):
+    status, _, err = export(
+        run_folder, "--name", "birds", "--directory", tmp_path / "out",
+        "--model-version", 7, "--top-k", 2,
+    )  # fmt: skip
+    assert status == 0, err
+    loaded = tf.saved_model.load(str(tmp_path / "out" / "birds" / "7"))
+    outputs = loaded.signatures["serving_default"].structured_outputs
+    assert outputs["top_labels"].shape.as_list() == [None, 2]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--format", "tar"], "saved-model, litert, onnx"),
+        (["--format", "onnx", "--weight-dtype", "int8"], "float32"),
+        (["--format", "litert", "--top-k", "2"], "saved-model only"),
+        (["--name", "../up"], "no path separator"),
+        (["--top-k", "9"], "number of classes"),
+    ],
+)
+def test_options_that_do_not_fit(export, run_folder, tmp_path, options, message):
+    status, _, err = export(run_folder, *options)
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run(export, tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        status, _, err = export(folder)
+        assert status == 2
+        assert "Expected a run folder" in err
+
+
+@pytest.mark.parametrize("damaged", ["model.keras", "classes.json", "config.json"])
+def test_a_damaged_run(export, run_folder, tmp_path, damaged):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    (copy / damaged).write_bytes(b"PK damaged")
+    status, _, err = export(copy)
+    assert status == 1
+    assert "cannot be read" in err
+    assert "please report" not in err
+    assert not (tmp_path / "saved_models").exists()
+
+
+def test_narrow_weights_are_judged_on_the_validation_split(
+    export, run_folder, tmp_path
+):
+    pytest.importorskip("ai_edge_litert")
+    for number in (1, 2):
+        status, out, err = export(
+            run_folder, "--format", "litert", "--weight-dtype", "int8"
+        )
+        assert status == 0, err
+        folder = tmp_path / "saved_models" / "photos-1"
+        assert f"Exported model: {folder / f'model-{number}.tflite'}" in out
+        # 36 photos, 15 % for validation, stratified over three classes.
+        assert "Accuracy on the validation split (6 images)" in out
+        results = json.loads((run_folder / "results.json").read_text())
+        accuracy = f"{100 * results['validation_accuracy']:.1f} %"
+        assert f"in float32 {accuracy}" in out
+
+
+def test_data_that_changed_is_not_judged_by(export, run_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for source in ("nowhere", "digits"):
+        config["data"] = source
+        (copy / "config.json").write_text(json.dumps(config))
+        status, out, err = export(copy, "--weight-dtype", "float16")
+        assert status == 0, err
+        assert "was not measured" in out
+
+
+@pytest.mark.slow
+def test_verify_loads_it_in_a_fresh_process(export, run_folder):
+    status, out, err = export(run_folder, "--verify")
+    assert status == 0, err
+    assert "12 of 12 images" in out
+    assert "refused" in out
+    assert "Verdict" in out
+
+
+@pytest.mark.slow
+def test_verify_tells_a_damaged_export(run_folder, tmp_path):
+    run = read_run(run_folder)
+    good = export_run(run, directory=tmp_path)
+    other = keras.models.clone_model(run.model)  # Other weights.
+    wrong = dataclasses.replace(run, model=other)
+    assert not verify_export(wrong, good).passed
+    (good.path / "saved_model.pb").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="in a fresh process"):
+        verify_export(run, good)
+
+
+def test_only_exact_weights_are_judged_by_their_difference():
+    found = Verification(
+        images=2, same_labels=2, largest_difference=1e-4, allowed_difference=1e-5,
+        broken_refused=True, load_seconds=0.0,
+    )  # fmt: skip
+    assert not found.passed
+    assert dataclasses.replace(found, allowed_difference=1e-3).passed
+    narrow = dataclasses.replace(found, allowed_difference=None)
+    assert narrow.passed
+    assert not dataclasses.replace(narrow, broken_refused=False).passed

@@ -1,0 +1,85 @@
+"""The card of a model says what its run says, and nothing else gets into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from keras_rsft.export.from_run import FinishedRun
+from keras_rsft.export.model_card import model_card, wilson_interval
+
+MODEL = SimpleNamespace(input_shape=(None, 96, 64, 3))
+
+
+def make_run(folder: Path, class_names=("cat", "dog"), **config) -> FinishedRun:
+    return FinishedRun(folder, MODEL, class_names, config)
+
+
+def head_of(card: str) -> dict:
+    lines = card.split("---\n")[1].splitlines()
+    return {key: json.loads(value) for key, value in (x.split(": ", 1) for x in lines)}
+
+
+@pytest.fixture
+def full_run(tmp_path):
+    samples = ["id,split,given_label,clean_label"]
+    samples += [f"{n},test,cat," for n in range(100)] + ["x,train,dog,"]
+    (tmp_path / "samples.csv").write_text("\n".join(samples))
+    (tmp_path / "results.json").write_text(json.dumps({"test_accuracy": 0.5}))
+    (tmp_path / "ledger.csv").write_text(
+        "id,given_label,suspicion\na.png,cat,0.9\nb.png,dog,0.2\nc.png,dog,0.95\n"
+    )
+    return make_run(
+        tmp_path, data="/home/me/photos", backbone="resnet50", weights="imagenet",
+        policy={"name": None}, finding="About 20 % look wrong.",
+        versions={"keras": "3.15"},
+    )  # fmt: skip
+
+
+def test_says_what_the_run_says(full_run):
+    card = model_card(full_run, "pets")
+    assert "| test | 50.0 % | 40.4 to 59.6 % | 100 |" in card
+    assert "2 of 3 training labels" in card
+    assert card.index("`c.png`") < card.index("`a.png`")
+    assert "b.png" not in card
+    assert "96 x 64 pixels" in card
+    assert "About 20 % look wrong." in card
+    assert "policy `auto`" in card
+    assert "keras 3.15" in card
+    assert "/home/me" not in card  # Where the data lay is nobody's business.
+    head = head_of(card)
+    assert head["pipeline_tag"] == "image-classification"
+    (entry,) = head["model-index"]
+    assert entry["name"] == "pets"
+    assert entry["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.5}]
+
+
+def test_a_run_with_nothing_but_a_model(tmp_path):
+    card = model_card(make_run(tmp_path), "x")
+    assert "2 classes: cat, dog." in card
+    assert "Accuracy" not in card
+    assert "suspicious" not in card
+
+
+def test_names_cannot_break_out(tmp_path):
+    (tmp_path / "ledger.csv").write_text(
+        "id,given_label,suspicion\n`|<b>`,<script>alert(1)</script>|x,0.9\n"
+    )
+    names = ("<script>alert(1)</script>", "a|b", "two\nlines\n---\n# head")
+    card = model_card(make_run(tmp_path, names, data='x"\n---\nlicense: mit'), "x")
+    assert "<script" not in card
+    assert card.count("\n---\n") == 1
+    assert head_of(card)["license"] == "other"
+    (row,) = (line for line in card.splitlines() if line.startswith("| 0.90"))
+    assert row.replace("\\|", "").count("|") == 4
+
+
+@pytest.mark.parametrize(
+    "share, count, low, high",
+    [(0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0)],
+)
+def test_wilson_interval(share, count, low, high):
+    assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-4)

@@ -1,0 +1,106 @@
+"""From any model and any paths to answers, and what happens to files that are none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import keras
+import pytest
+
+from keras_rsft import cli
+from keras_rsft.backbones import build_classifier, load_backbone
+from keras_rsft.cli_predict import answer_writer
+from keras_rsft.errors import DataError
+from keras_rsft.export import export_litert, export_onnx, export_saved_model
+from keras_rsft.predict import Prediction, find_images, predict_files
+
+NAMES = ("blue", "green", "réd")
+
+
+@pytest.fixture(scope="module")
+def models(tiny_base_file, tmp_path_factory):
+    """The same model in each form that is read."""
+    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("tf2onnx")
+    keras.utils.set_random_seed(0)
+    model = build_classifier(load_backbone(str(tiny_base_file)), 3)
+    root = tmp_path_factory.mktemp("models")
+    (root / "run").mkdir()
+    model.save(root / "run" / "model.keras")
+    (root / "run" / "classes.json").write_text(json.dumps(NAMES))
+    export_saved_model(model, root / "photos", class_names=NAMES)
+    return [
+        root / "run",
+        root / "run" / "model.keras",
+        root / "photos",
+        root / "photos" / "1",
+        export_litert(model, root / "a.tflite", class_names=NAMES),
+        export_onnx(model, root / "a.onnx", class_names=NAMES),
+    ]
+
+
+def test_every_form_of_a_model_gives_the_same_answers(models, photo_folder, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    files = [
+        photo_folder / "red" / "01.png",
+        tmp_path / "broken.png",
+        tmp_path / "missing.png",
+        photo_folder / "blue" / "02.png",
+    ]
+    first, *others = (list(predict_files(model, files)) for model in models)
+    assert [one.path for one in first] == [str(file) for file in files]
+    assert [one.error is None for one in first] == [True, False, False, True]
+    for other in others:
+        assert [one.label for one in other] == [one.label for one in first]
+        assert [one.error for one in other] == [one.error for one in first]
+        for one, same in zip(other, first, strict=True):
+            assert one.score == pytest.approx(same.score, abs=1e-3)
+
+
+def test_folders_and_patterns_become_files(tmp_path):
+    for name in ("a/2.PNG", "a/1.jpg", "a/b/3.webp", "a/notes.txt", "4.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*paths):
+        return [str(path) for path in (tmp_path / name for name in paths)]
+
+    assert find_images([tmp_path / "a"]) == names("a/1.jpg", "a/2.PNG", "a/b/3.webp")
+    assert find_images([tmp_path / "**" / "*.jpg"]) == names("a/1.jpg")
+    assert find_images(names("4.gif", "a/1.jpg", "4.gif")) == names("4.gif", "a/1.jpg")
+    assert find_images(names("missing.png")) == names("missing.png")
+    for nothing in ("*.bmp", "a/notes.txt/*"):
+        with pytest.raises(DataError, match="no image file"):
+            find_images([tmp_path / nothing])
+
+
+def test_a_name_with_brackets_is_a_file_first(tmp_path):
+    (tmp_path / "photo[1].png").touch()
+    assert find_images([tmp_path / "photo[1].png"]) == [str(tmp_path / "photo[1].png")]
+
+
+def test_answers_can_be_read_back():
+    answer = Prediction('a "b",\tc.png', "réd, light", 0.25)
+    text = {name: io.StringIO() for name in ("csv", "jsonl", "tsv")}
+    for name, file in text.items():
+        answer_writer(name, file)(answer)
+    (row,) = csv.DictReader(io.StringIO(text["csv"].getvalue()))
+    assert (row["path"], row["label"]) == (answer.path, answer.label)
+    assert float(row["score"]) == answer.score
+    assert json.loads(text["jsonl"].getvalue()) == {
+        "path": answer.path, "label": answer.label, "score": 0.25,
+    }  # fmt: skip
+    assert text["tsv"].getvalue().endswith("réd, light\t0.2500\n")
+
+
+def test_the_command_lists_what_it_cannot_read(models, photo_folder, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    arguments = ["predict", str(models[0]), str(tmp_path), str(photo_folder / "red")]
+    assert cli.main([*arguments, "--output-format", "csv"]) == 0
+    captured = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(captured.out)))
+    assert len(rows) == 12
+    assert "broken.png: not an image" in captured.err
+    assert cli.main(arguments[:3]) == 1
