@@ -2,11 +2,11 @@
 
 `names.py` is what the command line may know, `space.py` what is searched,
 `hypermodel.py` makes and trains the model of one trial. `head_trials.py`,
-`batched_step.py` and `batched_heads.py` train many heads together, `batched_tuner.py`
-does so for any oracle, `oracles.py` makes oracles and tuners by name. `choice.py`
-chooses among the trials, `search_run.py` puts it together, `search_folder.py` writes
-it, `pictures.py` draws it. The folder is not called `search`: the function of that
-name is public, and a module would hide it.
+`batched_step.py`, `head_notes.py` and `batched_heads.py` train many heads together,
+`batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name.
+`choice.py` chooses among the trials, `search_run.py` puts it together,
+`search_folder.py` writes it, `pictures.py` draws it. The folder is not called
+`search`: the function of that name is public, and a module would hide it.
 
 The names below are loaded when they are first used, so that the command line can
 check names before anything heavy is imported.

@@ -8,7 +8,6 @@ what it notes of each head, and the dropping of hopeless heads; a step is
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import keras
@@ -17,37 +16,14 @@ import tensorflow as tf
 
 from keras_rsft.features import FeatureSet, TrainingBatches
 from keras_rsft.searching.batched_step import Batch, HeadState, head_logits, step_heads
+from keras_rsft.searching.head_notes import HeadNotes, TrainedHeads
 from keras_rsft.searching.head_trials import HeadTrials
 
 # Rows that are handed to one call of the compiled loop: an epoch, if it is not huge.
 _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
 _SLOTS = {"sgd": 1, "adam": 2}
-METRICS = ("loss", "acceptance_rate", "accepted_loss", "val_accuracy", "val_loss")
-_SHOWN_SUMS = 5
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainedHeads:
-    """What the training of `k` heads gives.
-
-    Attributes:
-        history: For each of `METRICS` a float32 array `(k, epochs)`; NaN after the
-            epoch in which a head was dropped. Without a validation split the last
-            two are not there.
-        kernels: Float32 array `(k, dim, classes)` of the last epoch.
-        biases: Float32 array `(k, classes)`.
-        best_kernels: Float32 array `(k, dim, classes)` of the best epoch.
-        best_biases: Float32 array `(k, classes)`.
-        best_epochs: int array `(k,)`, counted from 0.
-    """
-
-    history: dict[str, np.ndarray]
-    kernels: np.ndarray
-    biases: np.ndarray
-    best_kernels: np.ndarray
-    best_biases: np.ndarray
-    best_epochs: np.ndarray
+_SUMS = 5  # What `step_heads` sums for each trial.
 
 
 class BatchedHeads:
@@ -59,8 +35,6 @@ class BatchedHeads:
         num_classes: Number of classes, at least 2.
         batch_size: Samples per step, at least 1.
         seed: Seed of the initial weights and of the order.
-        listed: Boolean array `(n,)`, the samples that trials with `LISTED` accept.
-            Default: all.
     """
 
     def __init__(
@@ -71,13 +45,12 @@ class BatchedHeads:
         num_classes: int,
         batch_size: int,
         seed: int,
-        listed: np.ndarray | None = None,
     ):
         self._train, self._validation = train, validation
         self._num_classes = num_classes
         self._batch_size = batch_size
         self._seed = seed
-        self._listed = np.ones(len(train), bool) if listed is None else listed
+        self._listed = np.ones(len(train), bool)
         mean, variance = train.moments()
         # As the layer Normalization has it.
         self._mean, self._scale = mean, np.maximum(np.sqrt(variance), 1e-7)
@@ -85,6 +58,14 @@ class BatchedHeads:
         most = max(1, _BLOCK_BYTES // (4 * train.dim * batch_size))
         calls = -(-self.steps_per_epoch // most)
         self._block_rows = -(-self.steps_per_epoch // calls) * batch_size
+
+    def list_samples(self, listed: np.ndarray) -> None:
+        """Says which samples trials with `LISTED` accept; before, they accept all.
+
+        Args:
+            listed: Boolean array `(n,)`, one entry a training sample.
+        """
+        self._listed = listed
 
     def train(
         self,
@@ -101,7 +82,7 @@ class BatchedHeads:
         Args:
             trials: Hyperparameters of `k` heads.
             epochs: Passes over the training features, at least 1.
-            objective: Out of `METRICS`; its best epoch is kept beside the last.
+            objective: One of the logged values; its best epoch is kept beside the last.
             direction: `"max"` or `"min"`, of the objective. Default `"max"`.
             halvings: How often, at even intervals, the worse half of the heads is
                 dropped (Jamieson and Talwalkar, 2016, "Non-stochastic best arm
@@ -109,7 +90,7 @@ class BatchedHeads:
             on_epoch: Called after each epoch with the number of heads trained.
         """
         count = len(trials)
-        notes = _Notes(count, epochs, self._train.dim, self._num_classes)
+        notes = HeadNotes(count, epochs, self._train.dim, self._num_classes)
         alive = np.arange(count)
         cuts = _halving_epochs(epochs, halvings)
         state = self._first_state(trials)
@@ -164,7 +145,7 @@ class BatchedHeads:
     ) -> tuple[HeadState, dict[str, np.ndarray]]:
         batches.callback.on_epoch_begin(epoch)
         arrays = {name: tf.constant(v) for name, v in trials.arrays.items()}
-        sums = tf.zeros((len(trials), _SHOWN_SUMS))
+        sums = tf.zeros((len(trials), _SUMS))
         step = epoch * self.steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
@@ -302,60 +283,6 @@ def score_block(
     present = (tf.range(features.shape[0]) < rows)[:, None]
     counted = (tf.cast(right, tf.float32), losses)
     return tf.stack([tf.reduce_sum(tf.where(present, c, 0.0), axis=0) for c in counted])
-
-
-class _Notes:
-    """What is noted of each head while it trains."""
-
-    def __init__(self, count: int, epochs: int, dim: int, classes: int):
-        self._history = {
-            name: np.full((count, epochs), np.nan, np.float32) for name in METRICS
-        }
-        self.best_values = np.full(count, -np.inf)
-        self._best_epochs = np.zeros(count, int)
-        shapes = (count, dim, classes), (count, classes)
-        self._last = tuple(np.zeros(shape, np.float32) for shape in shapes)
-        self._best = tuple(np.zeros(shape, np.float32) for shape in shapes)
-
-    def add(
-        self,
-        epoch: int,
-        heads: np.ndarray,
-        logs: dict[str, np.ndarray],
-        values: np.ndarray,
-        state: HeadState,
-    ) -> None:
-        """Notes an epoch of some heads; of equal values the earlier is the best."""
-        for name, numbers in logs.items():
-            self._history[name][heads, epoch] = numbers
-        better = np.flatnonzero(values > self.best_values[heads])
-        self.best_values[heads[better]] = values[better]
-        self._best_epochs[heads[better]] = epoch
-        self._copy(self._best, heads[better], better, state)
-
-    def finish(self, heads: np.ndarray, rows: np.ndarray, state: HeadState) -> None:
-        """Notes the weights with which some heads, in these rows, end."""
-        self._copy(self._last, heads, rows, state)
-
-    def trained(self, *, has_validation: bool) -> TrainedHeads:
-        history = {
-            name: values
-            for name, values in self._history.items()
-            if has_validation or not name.startswith("val_")
-        }
-        return TrainedHeads(history, *self._last, *self._best, self._best_epochs)
-
-    @staticmethod
-    def _copy(
-        target: tuple[np.ndarray, np.ndarray],
-        heads: np.ndarray,
-        rows: np.ndarray,
-        state: HeadState,
-    ) -> None:
-        if len(heads):
-            kernels = tf.gather(state.kernel, rows, axis=1).numpy()
-            target[0][heads] = kernels.transpose(1, 0, 2)
-            target[1][heads] = tf.gather(state.bias, rows).numpy()
 
 
 def _halving_epochs(epochs: int, halvings: int) -> set[int]:
