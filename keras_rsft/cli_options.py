@@ -7,6 +7,8 @@ build settings, import where they are called.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from keras_rsft.policy_choice import (
@@ -15,12 +17,19 @@ from keras_rsft.policy_choice import (
     POLICY_NAMES,
     PolicyChoice,
 )
+from keras_rsft.searching.names import (
+    OBJECTIVES,
+    ORACLE_NAMES,
+    TUNER_NAMES,
+    SearchOptions,
+)
 
 STAGE2_EPOCHS = 3
 
 if TYPE_CHECKING:
     from keras_rsft.data import ImageData
     from keras_rsft.finetuning import TrainingSettings
+    from keras_rsft.searching import SearchSpace
 
 
 def add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -133,12 +142,20 @@ def add_policy_numbers(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_training_options(group: argparse._ArgumentGroup) -> None:
-    """Adds what `TrainingSettings` needs beside a policy."""
+def add_loop_options(group: argparse._ArgumentGroup) -> None:
+    """Adds how long and in which order a head is trained."""
     group.add_argument("--epochs", type=positive_int, default=20, help="default: 20")
     group.add_argument(
         "--batch-size", type=positive_int, default=32, help="default: 32"
     )
+    group.add_argument(
+        "--seed", type=seed_number, default=0, help="default: %(default)s"
+    )
+
+
+def add_training_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what `TrainingSettings` needs beside a policy."""
+    add_loop_options(group)
     group.add_argument(
         "--learning-rate", type=float, default=1e-3, help="default: %(default)s"
     )
@@ -148,7 +165,81 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
         help="a Keras optimizer; default: sgd, momentum 0.9",
     )
     group.add_argument(
-        "--seed", type=seed_number, default=0, help="default: %(default)s"
+        "--weight-decay", type=float, help="decoupled; default: the optimizer's own"
+    )
+
+
+def add_search_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what `SearchOptions` needs."""
+    defaults = SearchOptions()
+    group.add_argument(
+        "--tuner",
+        default=defaults.tuner,
+        help=f"{', '.join(TUNER_NAMES)}; default: %(default)s, which trains many heads "
+        "together",
+    )
+    group.add_argument(
+        "--max-trials", type=positive_int, default=defaults.max_trials, metavar="N",
+        help="default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--objective",
+        default=defaults.objective,
+        help=f"{', '.join(OBJECTIVES)}; default: %(default)s",
+    )
+    group.add_argument(
+        "--oracle",
+        default=defaults.oracle,
+        help=f"what proposes the batched tuner's trials: {', '.join(ORACLE_NAMES)}; "
+        "default: %(default)s",
+    )
+    group.add_argument(
+        "--parallel-trials", type=positive_int, default=defaults.parallel_trials,
+        metavar="N", help="heads trained together; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--halvings", type=int, default=defaults.halvings, metavar="N",
+        help="how often the worse half of the heads is dropped; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-acceptance", type=float, default=defaults.min_acceptance,
+        metavar="SHARE",
+        help="a setting that accepts less is not chosen; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--clean-validation",
+        action="store_true",
+        help="judge trials by the validation split's right labels",
+    )
+
+
+def add_space_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the ranges of a `SearchSpace`; what is left out keeps its default."""
+    ranges = {
+        "learning_rate": "sampled by its logarithm; default: 0.0001:0.1",
+        "relative_threshold": "in multiples of ln(classes); default: 0.2:1.5",
+        "article_threshold": "of the policy article; default: 0.5:3",
+        "keep_fraction": "default: 0.4:0.95",
+        "warmup_epochs": "whole numbers; default: 0:5",
+        "weight_decay": "of adamw; default: 0.00001:0.01",
+    }
+    for name, text in ranges.items():
+        whole = name == "warmup_epochs"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=whole_range if whole else number_range,
+            metavar="LOW:HIGH",
+            help=text,
+        )
+    group.add_argument(
+        "--policies",
+        type=name_list,
+        metavar="A,B,C",
+        help=f"out of {', '.join(POLICY_NAMES)} and article; default: accept-all, auto, "
+        "loss-threshold, keep-fraction",
+    )
+    group.add_argument(
+        "--optimizers", type=name_list, metavar="A,B", help="default: sgd,adamw"
     )
 
 
@@ -176,7 +267,37 @@ def fraction(text: str) -> float:
     return _parsed(text, float, lambda value: 0 < value < 1, "a number in (0, 1)")
 
 
-def _parsed(text: str, kind: type, holds, expected: str):
+def number_range(text: str) -> tuple[float, float]:
+    """Parses a lowest and a highest number."""
+    return _parsed(
+        text,
+        lambda given: tuple(float(part) for part in given.split(":")),
+        lambda value: len(value) == 2 and value[0] <= value[1],
+        "two numbers LOW:HIGH",
+    )
+
+
+def whole_range(text: str) -> tuple[int, int]:
+    """Parses a lowest and a highest whole number."""
+    return _parsed(
+        text,
+        lambda given: tuple(int(part) for part in given.split(":")),
+        lambda value: len(value) == 2 and value[0] <= value[1],
+        "two whole numbers LOW:HIGH",
+    )
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """Parses names that commas separate."""
+    return _parsed(
+        text,
+        lambda given: tuple(part.strip() for part in given.split(",")),
+        all,
+        "names separated by commas",
+    )
+
+
+def _parsed(text: str, kind: Callable, holds, expected: str):
     try:
         value = kind(text)
     except ValueError:
@@ -214,9 +335,33 @@ def training_settings(
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         optimizer=arguments.optimizer,
+        weight_decay=arguments.weight_decay,
         seed=arguments.seed,
         stage2_epochs=STAGE2_EPOCHS if getattr(arguments, "stage2", False) else 0,
     )
+
+
+def search_options(arguments: argparse.Namespace) -> SearchOptions:
+    """Returns how to search, as was asked for.
+
+    Raises:
+        InvalidArgument: If a name or number cannot be used.
+    """
+    names = [field.name for field in dataclasses.fields(SearchOptions)]
+    return SearchOptions(**{name: getattr(arguments, name) for name in names})
+
+
+def search_space(arguments: argparse.Namespace) -> SearchSpace:
+    """Returns what to search, as was asked for.
+
+    Raises:
+        InvalidArgument: If a range or name cannot be used.
+    """
+    from keras_rsft.searching import SearchSpace
+
+    names = [field.name for field in dataclasses.fields(SearchSpace)]
+    given = {name: getattr(arguments, name) for name in names}
+    return SearchSpace(**{k: v for k, v in given.items() if v is not None})
 
 
 def load_data(arguments: argparse.Namespace) -> ImageData:
