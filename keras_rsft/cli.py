@@ -23,16 +23,18 @@ from keras_rsft.cli_options import (
     add_loop_options,
     add_policy_numbers,
     add_policy_options,
-    add_search_options,
-    add_space_options,
     add_training_options,
     load_data,
     policy_choice,
     positive_int,
-    search_options,
-    search_space,
     seed_number,
     training_settings,
+)
+from keras_rsft.cli_search import (
+    add_search_options,
+    add_space_options,
+    search_options,
+    search_space,
 )
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (

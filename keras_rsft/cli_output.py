@@ -152,16 +152,28 @@ def print_search(found: Search, *, data: str) -> None:
     if failed:
         console.print(f"[yellow]{failed} trials failed; see trials.csv.[/]")
     console.print(escape(found.choice.reason), soft_wrap=True)
+    folder = escape(shlex.quote(str(found.folder)))
     console.print(f"Folder:      {escape(str(found.folder))}", soft_wrap=True)
-    command = _fit_command(found.settings, data)
-    console.print(f"Train it:    {escape(command)}", soft_wrap=True)
+    classes = found.head.model.output_shape[-1]
+    command = _fit_command(found.settings, data, classes)
+    console.print(f"Use it:      keras-rsft predict {folder} FILE...", soft_wrap=True)
+    console.print("Train it again, with your options for data and base:")
+    console.print(f"  {escape(command)}", soft_wrap=True)
 
 
-def _fit_command(settings: TrainingSettings, data: str) -> str:
-    """Returns the command that trains with a setting; base and data options apart."""
+def _fit_command(settings: TrainingSettings, data: str, num_classes: int) -> str:
+    """Returns the command that trains with a setting; data and base options apart."""
     policy = settings.policy
-    given = {
-        "policy": policy.name,
+    threshold = policy.threshold or policy.relative_threshold * math.log(num_classes)
+    numbers = {
+        "loss-threshold": {"level": policy.level, "threshold": threshold},
+        "self-paced": {"threshold": threshold},
+        "keep-fraction": {"keep-fraction": policy.keep_fraction},
+    }
+    given = {"policy": policy.name, **numbers.get(policy.name, {})}
+    if policy.name not in ("auto", "accept-all"):
+        given["warmup-epochs"] = policy.warmup_epochs
+    given |= {
         "epochs": settings.epochs,
         "batch-size": settings.batch_size,
         "learning-rate": settings.learning_rate,
@@ -169,13 +181,6 @@ def _fit_command(settings: TrainingSettings, data: str) -> str:
         "weight-decay": settings.weight_decay,
         "seed": settings.seed,
     }
-    if policy.name not in ("auto", "accept-all"):
-        given |= {
-            "level": policy.level,
-            "threshold": policy.threshold,
-            "keep-fraction": policy.keep_fraction,
-            "warmup-epochs": policy.warmup_epochs,
-        }
     options = [f"--{name}={v}" for name, v in given.items() if v is not None]
     return shlex.join(["keras-rsft", "fit", data, *options])
 
