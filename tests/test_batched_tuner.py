@@ -13,7 +13,7 @@ from made_features import split_features
 
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.finetuning import TrainingSettings, train_head
-from keras_rsft.searching import BatchedTuner, RSFTHyperModel, SearchSpace
+from keras_rsft.searching import BatchedTuner, RSFTHyperModel, SearchSpace, durable
 from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracles import GridOracle, make_tuner
 
@@ -25,6 +25,15 @@ SPACE = SearchSpace(learning_rate=(1e-3, 1e-1), optimizers=("sgd", "adamw"))
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     return split_features(tmp_path_factory.mktemp("features"))
+
+
+def cut_short(path, write):
+    """Writes half of a file beside its place, and then the process is gone."""
+    beside = path.with_name(f".partial-{path.name}")
+    write(beside)
+    content = beside.read_bytes()
+    beside.write_bytes(content[: len(content) // 2])
+    raise KeyboardInterrupt
 
 
 def hypermodel_of(features, space=SPACE, settings=SETTINGS):
@@ -122,6 +131,48 @@ def test_what_was_interrupted_is_trained_again(features, tmp_path):
     assert values == {
         k: t.hyperparameters.values for k, t in again.oracle.trials.items()
     }
+
+
+@pytest.mark.parametrize("name", ["batched", "grid", "hyperband", "bayesian"])
+def test_a_kill_while_a_file_is_written_loses_no_trial(
+    features, tmp_path, monkeypatch, name
+):
+    """Trials are handed out, and each write from one on is cut in the middle."""
+    space = SearchSpace(policies=("accept-all", "keep-fraction"), optimizers=("sgd",))
+    options = SearchOptions(tuner=name, max_trials=4)
+
+    def tuner():
+        return make_tuner(hypermodel_of(features, space), options, tmp_path)
+
+    first = tuner()
+    first.on_search_begin()
+    trials = [first.oracle.create_trial(str(number)) for number in range(3)]
+    given = [
+        trial.hyperparameters.values for trial in trials if trial.hyperparameters.values
+    ]
+    monkeypatch.setattr(durable, "replaced", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        first.on_trial_end(trials[0])
+    monkeypatch.undo()
+    again = tuner().oracle
+    assert [again.trials[t].hyperparameters.values for t in again.start_order] == given
+    waiting = {again.create_trial(str(number)).trial_id for number in range(len(given))}
+    assert waiting == set(again.start_order)
+
+
+def test_a_trial_of_which_the_oracle_does_not_know_is_handed_out_anew(
+    features, tmp_path
+):
+    options = SearchOptions(max_trials=2)
+    first = make_tuner(hypermodel_of(features), options, tmp_path)
+    first.on_search_begin()
+    first.oracle.create_trial("a")
+    before = (tmp_path / "trials" / "oracle.json").read_bytes()
+    first.oracle.create_trial("b")
+    (tmp_path / "trials" / "oracle.json").write_bytes(before)
+    again = make_tuner(hypermodel_of(features), options, tmp_path)
+    assert list(again.oracle.trials) == ["0"]
+    assert [again.oracle.create_trial(name).trial_id for name in "ab"] == ["0", "1"]
 
 
 def test_trials_that_diverge_fail_alone(features, tmp_path):

@@ -3,11 +3,11 @@
 `names.py` is what the command line may know, `space.py` what is searched,
 `hypermodel.py` makes and trains the model of one trial. `head_trials.py`,
 `batched_step.py`, `head_notes.py` and `batched_heads.py` train many heads together,
-`batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name.
-`trials.py` runs a tuner's trials and compares with plain training, `choice.py`
-chooses among them, `search_run.py` puts it together, `search_folder.py` writes it,
-`pictures.py` draws it. The folder is not called `search`: the function of that name
-is public, and a module would hide it.
+`batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name,
+`durable.py` keeps their files whole. `trials.py` runs a tuner's trials and compares
+with plain training, `choice.py` chooses among them, `search_run.py` puts it together,
+`search_folder.py` writes it, `pictures.py` draws it. The folder is not called
+`search`: the function of that name is public, and a module would hide it.
 
 The names below are loaded when they are first used, so that the command line can
 check names before anything heavy is imported.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +15,17 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.model import RSFTModel
 from keras_rsft.searching.batched_heads import BatchedHeads, TrainedHeads
+from keras_rsft.searching.durable import DurableTuner
 from keras_rsft.searching.head_trials import stack_trials, update_rule
 from keras_rsft.searching.hypermodel import DIVERGED, RSFTHyperModel
+from keras_rsft.searching.search_folder import replaced
 from keras_rsft.searching.space import settings_of_values
 
 HEAD_FILE = "head.npz"
 _WAIT_SECONDS = 1.0
 
 
-class BatchedTuner(keras_tuner.Tuner):
+class BatchedTuner(DurableTuner, keras_tuner.Tuner):
     """Takes up to `parallel_trials` trials from an oracle and trains them together.
 
     Results go back to the oracle trial by trial, so that everything else is as with
@@ -181,9 +182,7 @@ class BatchedTuner(keras_tuner.Tuner):
 
     def _keep_head(self, trial: Trial, kernel: np.ndarray, bias: np.ndarray) -> None:
         path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
-        beside = path.with_suffix(".partial.npz")
-        np.savez(beside, kernel=kernel, bias=bias)
-        os.replace(beside, path)
+        replaced(path, lambda beside: np.savez(beside, kernel=kernel, bias=bias))
 
     def _check_space(self) -> None:
         """Raises InvalidArgument where a policy or an optimizer cannot be batched."""

@@ -12,17 +12,31 @@ import keras_tuner
 from keras_tuner.oracles import (
     BayesianOptimizationOracle,
     GridSearchOracle,
+    HyperbandOracle,
     RandomSearchOracle,
 )
 
 from keras_rsft.searching.batched_tuner import BatchedTuner
+from keras_rsft.searching.durable import DurableOracle, DurableTuner
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import BATCHED, HYPERBAND, SearchOptions
 
 TRIALS_FOLDER = "trials"
 
 
-class GridOracle(GridSearchOracle):
+class RandomOracle(DurableOracle, RandomSearchOracle):
+    """Keras Tuner's random oracle."""
+
+
+class BayesianOracle(DurableOracle, BayesianOptimizationOracle):
+    """Keras Tuner's Bayesian oracle."""
+
+
+class BandsOracle(DurableOracle, HyperbandOracle):
+    """Keras Tuner's Hyperband oracle."""
+
+
+class GridOracle(DurableOracle, GridSearchOracle):
     """Keras Tuner's grid, which goes on after a stop and hands out many at once.
 
     The stock oracle forgets at a stop which combinations have been handed out, and
@@ -60,12 +74,17 @@ class _WithoutTensorBoard:
             super()._configure_tensorboard_dir(callbacks, trial, execution)
 
 
-class OneByOneTuner(_WithoutTensorBoard, keras_tuner.Tuner):
+class OneByOneTuner(_WithoutTensorBoard, DurableTuner, keras_tuner.Tuner):
     """Keras Tuner's tuner for any oracle but Hyperband's."""
 
 
-class OneByOneHyperband(_WithoutTensorBoard, keras_tuner.Hyperband):
-    """Keras Tuner's Hyperband."""
+class OneByOneHyperband(_WithoutTensorBoard, DurableTuner, keras_tuner.Hyperband):
+    """Keras Tuner's Hyperband, with an oracle that is given."""
+
+    def __init__(
+        self, oracle: HyperbandOracle, hypermodel: RSFTHyperModel, **kwargs: Any
+    ):
+        keras_tuner.Tuner.__init__(self, oracle, hypermodel, **kwargs)
 
 
 def make_tuner(
@@ -91,10 +110,9 @@ def make_tuner(
         "max_consecutive_failed_trials": None,
     }
     if options.tuner == HYPERBAND:
-        epochs = hypermodel.settings.epochs
-        tuner = OneByOneHyperband(hypermodel, max_epochs=epochs, **shared, **place)
-        tuner.oracle.max_trials = options.max_trials
-        return tuner
+        oracle = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        oracle.max_trials = options.max_trials
+        return OneByOneHyperband(oracle, hypermodel, **place)
     name = options.oracle if options.tuner == BATCHED else options.tuner
     oracle = _make_oracle(name, max_trials=options.max_trials, **shared)
     if options.tuner == BATCHED:
@@ -115,8 +133,8 @@ def _make_oracle(name: str, **options: Any) -> keras_tuner.Oracle:
             'Install it with: pip install "keras_rsft[search]"'
         )
     oracles = {
-        "random": RandomSearchOracle,
-        "bayesian": BayesianOptimizationOracle,
+        "random": RandomOracle,
+        "bayesian": BayesianOracle,
         "grid": GridOracle,
     }
     return oracles[name](**options)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import subprocess
 import sys
 import tempfile
@@ -121,22 +120,19 @@ def main() -> None:
 
 def _measure_time(features, settings, arguments) -> None:
     alone = [settings[i] for i in range(arguments.alone)]
-    print(f"{'round':>5} {'together':>10} {'alone':>10} {'together / alone':>17}")
+    print(
+        f"{'round':>5} {'':8} {'together':>10} {'alone':>10} {'together / alone':>17}"
+    )
     for number in range(1, arguments.rounds + 1):
         # As in a process that has just begun: every program is compiled anew.
         _forget_programs()
-        started = time.perf_counter()
-        kernels = train_together(features, settings)
-        together = time.perf_counter() - started
-        started = time.perf_counter()
-        for one in alone:
-            _fit_alone(features, one)
-        one_by_one = time.perf_counter() - started
-        print(
-            f"{number:5} {together:8.2f} s {one_by_one:8.2f} s "
-            f"{together / one_by_one:17.2f}",
-            flush=True,
-        )
+        _, *together = _timed(lambda: train_together(features, settings))
+        _, *one_by_one = _timed(lambda: [_fit_alone(features, one) for one in alone])
+        for name, one, other in zip(
+            ("seconds", "of CPU"), together, one_by_one, strict=True
+        ):
+            print(f"{number:5} {name:8} {one:10.2f} {other:10.2f} {one / other:17.2f}")
+        sys.stdout.flush()
     print(f"{arguments.trials} heads together, {arguments.alone} of them alone.")
     # A step more or less is a question of rounding where the loss is near a bound, so
     # that long trainings part company: few epochs show whether the steps are the same.
@@ -149,6 +145,17 @@ def _measure_time(features, settings, arguments) -> None:
             f"trial {place}, {few[place].policy.name}, {few[place].optimizer}: largest "
             f"difference of a weight after {COMPARED_EPOCHS} epochs {difference:.1e}"
         )
+
+
+def _timed(work) -> tuple:
+    """Returns what the work gives, its seconds, and the processor's seconds.
+
+    The latter say more where a machine is shared.
+    """
+    started = time.perf_counter(), time.process_time()
+    result = work()
+    ended = time.perf_counter(), time.process_time()
+    return result, *(end - start for start, end in zip(started, ended, strict=True))
 
 
 def _fit_alone(features, settings):
@@ -176,13 +183,19 @@ def _forget_programs() -> None:
 
 
 def _print_memory(features, settings) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
     train_together(features, settings)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"highest resident memory before training: {before / 2**10:.0f} MiB; "
-        f"with {len(settings)} heads: {(after - before) / 2**10:.0f} MiB more"
+        f"resident memory before training: {before} MiB; at most "
+        f"{_resident('VmHWM') - before} MiB more with {len(settings)} heads"
     )
+
+
+def _resident(name: str) -> int:
+    """Returns a number of /proc/self/status in MiB: what is resident, or was at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) // 2**10
 
 
 if __name__ == "__main__":
