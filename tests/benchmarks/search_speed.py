@@ -192,7 +192,7 @@ def _print_memory(features, settings) -> None:
 
 
 def _resident(name: str) -> int:
-    """Returns a number of /proc/self/status in MiB: what is resident, or was at most."""
+    """Returns MiB out of /proc/self/status: resident now, or at most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{name}:"))
     return int(line.split()[1]) // 2**10
