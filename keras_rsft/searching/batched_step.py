@@ -120,11 +120,8 @@ def step_heads(
     flat_errors = tf.reshape(errors, (-1, logits.shape[1] * logits.shape[2]))
     gradient = tf.matmul(features, flat_errors, transpose_a=True)
     gradients = tf.reshape(gradient, state.kernel.shape), tf.reduce_sum(errors, axis=0)
-    updated = _updated(state, gradients, trials, update_rule)
     moves = tf.reduce_any(accepted, axis=1)
-    state = tf.nest.map_structure(
-        lambda new, old: tf.where(_along_trials(moves, old), new, old), updated, state
-    )
+    state = _updated(state, gradients, trials, moves, update_rule)
     return state, _sums(losses, accepted, batch.present)
 
 
@@ -186,57 +183,67 @@ def _updated(
     state: HeadState,
     gradients: tuple[tf.Tensor, tf.Tensor],
     trials: dict[str, tf.Tensor],
+    moves: tf.Tensor,
     update_rule: str,
 ) -> HeadState:
-    rule = {"sgd": _sgd, "adam": _adam}[update_rule]
+    """Returns the state after an update of the heads that move, bool `(k,)`."""
+    slots_of, change_of = {"sgd": (_sgd_slots, _sgd), "adam": (_adam_slots, _adam)}[
+        update_rule
+    ]
     decay = 1.0 - trials["weight_decay"] * trials["learning_rate"]
-    iterations = state.iterations + 1.0
-    kernel, kernel_slots = rule(
-        state.kernel * decay[:, None],
-        gradients[0],
-        state.kernel_slots,
-        trials,
-        iterations,
-    )
-    bias, bias_slots = rule(
-        state.bias * decay[:, None], gradients[1], state.bias_slots, trials, iterations
-    )
+    iterations = tf.where(moves, state.iterations + 1.0, state.iterations)
+    parts = []
+    for weights, gradient, slots in (
+        (state.kernel, gradients[0], state.kernel_slots),
+        (state.bias, gradients[1], state.bias_slots),
+    ):
+        # From here on the old slots are not needed, so that the compiler copies none.
+        new_slots = tuple(
+            tf.where(moves[:, None], new, old)
+            for new, old in zip(slots_of(slots, gradient, trials), slots, strict=True)
+        )
+        change = change_of(new_slots, trials, iterations)
+        moved = weights * decay[:, None] + change
+        parts.append((tf.where(moves[:, None], moved, weights), new_slots))
+    (kernel, kernel_slots), (bias, bias_slots) = parts
     return HeadState(kernel, bias, kernel_slots, bias_slots, iterations)
 
 
-def _sgd(
-    weights: tf.Tensor,
-    gradient: tf.Tensor,
-    slots: tuple[tf.Tensor, ...],
-    trials: dict[str, tf.Tensor],
-    iterations: tf.Tensor,
-) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+def _sgd_slots(
+    slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
+) -> tuple[tf.Tensor, ...]:
     """Gradient descent with momentum, as in `keras.optimizers.SGD`."""
-    del iterations
     rate, momentum = trials["learning_rate"][:, None], trials["momentum"][:, None]
-    velocity = slots[0] * momentum - gradient * rate
-    return weights + velocity, (velocity,)
+    return (slots[0] * momentum - gradient * rate,)
+
+
+def _sgd(
+    slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
+) -> tf.Tensor:
+    """Returns what is added to the weights."""
+    del trials, iterations
+    return slots[0]
+
+
+def _adam_slots(
+    slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
+) -> tuple[tf.Tensor, ...]:
+    """Adam (Kingma and Ba, 2015), as in `keras.optimizers.Adam`."""
+    del trials
+    first = slots[0] + (gradient - slots[0]) * (1.0 - BETA_1)
+    second = slots[1] + (tf.square(gradient) - slots[1]) * (1.0 - BETA_2)
+    return first, second
 
 
 def _adam(
-    weights: tf.Tensor,
-    gradient: tf.Tensor,
-    slots: tuple[tf.Tensor, ...],
-    trials: dict[str, tf.Tensor],
-    iterations: tf.Tensor,
-) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
-    """Adam (Kingma and Ba, 2015), as in `keras.optimizers.Adam`."""
-    rate = trials["learning_rate"]
-    rate *= tf.sqrt(1.0 - BETA_2**iterations) / (1.0 - BETA_1**iterations)
-    first = slots[0] + (gradient - slots[0]) * (1.0 - BETA_1)
-    second = slots[1] + (tf.square(gradient) - slots[1]) * (1.0 - BETA_2)
-    weights -= first * rate[:, None] / (tf.sqrt(second) + EPSILON)
-    return weights, (first, second)
-
-
-def _along_trials(moves: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """Gives a bool `(k,)` the shape that broadcasts over a part of the state."""
-    return moves if like.shape.rank == 1 else moves[:, None]
+    slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
+) -> tf.Tensor:
+    """Returns what is added to the weights."""
+    # Of a head that has not moved yet, to which nothing is added, it would be 0 / 0.
+    steps = tf.maximum(iterations, 1.0)
+    rate = trials["learning_rate"] * tf.sqrt(1.0 - BETA_2**steps)
+    rate /= 1.0 - BETA_1**steps
+    return -slots[0] * rate[:, None] / (tf.sqrt(slots[1]) + EPSILON)
 
 
 def _sums(losses: tf.Tensor, accepted: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
