@@ -15,6 +15,7 @@ _HOMES = {
     "AcceptAll": "policies",
     "AcceptListed": "policies",
     "AutoPolicy": "policies",
+    "BatchedTuner": "searching",
     "Examination": "examination",
     "Comparison": "comparing",
     "Export": "export",
@@ -28,10 +29,14 @@ _HOMES = {
     "LossThreshold": "policies",
     "Policy": "policies",
     "PolicyChoice": "policy_choice",
+    "RSFTHyperModel": "searching",
     "RSFTModel": "model",
     "RejectionLedger": "ledger",
     "Run": "finetuning",
     "RunningThreshold": "policies",
+    "Search": "searching",
+    "SearchOptions": "searching",
+    "SearchSpace": "searching",
     "SelfPaced": "policies",
     "TrainingBatches": "features",
     "TrainingSettings": "finetuning",
@@ -51,6 +56,8 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_images": "data",
     "predict_files": "predict",
+    "search": "searching",
+    "search_features": "searching",
 }
 
 __all__ = ["__version__", *_HOMES]

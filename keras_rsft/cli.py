@@ -21,6 +21,7 @@ from keras_rsft.cli_options import (
     add_base_options,
     add_cache_dir,
     add_data_options,
+    add_loop_options,
     add_policy_numbers,
     add_policy_options,
     add_training_options,
@@ -31,6 +32,12 @@ from keras_rsft.cli_options import (
     training_settings,
 )
 from keras_rsft.cli_predict import add_predict, run_predict
+from keras_rsft.cli_search import (
+    add_search_options,
+    add_space_options,
+    search_options,
+    search_space,
+)
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
     DataError,
@@ -89,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fit(commands)
     _add_compare(commands)
+    _add_search(commands)
     add_export(commands)
     add_predict(commands)
     return parser
@@ -145,6 +153,25 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--output", metavar="FOLDER", help="default: runs/compare-NAME-N"
     )
     add_cache_dir(compare)
+
+
+def _add_search(commands: argparse._SubParsersAction) -> None:
+    search = commands.add_parser(
+        "search", help="find the policy, its threshold and the learning rate"
+    )
+    _add_data_argument(search)
+    add_search_options(search.add_argument_group("search"))
+    add_space_options(search.add_argument_group("space"))
+    add_data_options(search.add_argument_group("data"))
+    add_base_options(search.add_argument_group("base"))
+    add_loop_options(search.add_argument_group("training"))
+    search.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="of a new search, or of a stopped one to go on with; default: "
+        "runs/search-NAME-N",
+    )
+    add_cache_dir(search)
 
 
 def _add_data_argument(parser: argparse.ArgumentParser) -> None:
@@ -254,6 +281,46 @@ def _run_export(arguments: argparse.Namespace) -> int:
     return 0 if run_export(arguments, settings, build_parser()) else FAILED
 
 
+def _run_search(arguments: argparse.Namespace) -> int:
+    options = search_options(arguments)  # Refused before anything heavy is imported.
+    _silence_native_libraries()
+    from keras_rsft.cli_output import print_data, print_search
+    from keras_rsft.data import add_label_noise
+    from keras_rsft.finetuning import TrainingSettings
+    from keras_rsft.searching import search
+    from keras_rsft.searching.search_folder import next_search_folder
+
+    space = search_space(arguments)
+    settings = TrainingSettings(
+        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed
+    )
+    data = load_data(arguments)
+    if arguments.noise is not None:
+        data = add_label_noise(
+            data, arguments.noise, seed=arguments.seed, splits=("train", "validation")
+        )
+    print_data(data, noise=arguments.noise)
+    print_search(
+        search(
+            data,
+            output=arguments.output or next_search_folder(_data_name(arguments)),
+            options=options,
+            space=space,
+            clean_validation=arguments.clean_validation,
+            backbone=arguments.backbone,
+            weights=arguments.weights,
+            image_size=arguments.image_size,
+            precision=arguments.precision,
+            views=arguments.views,
+            settings=settings,
+            cache_dir=arguments.cache_dir,
+            command=arguments.command_line,
+        ),
+        data=arguments.data,
+    )
+    return 0
+
+
 def _run_predict(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     return 0 if run_predict(arguments) else FAILED
@@ -264,6 +331,7 @@ _COMMANDS = {
     "fit": _run_fit,
     "compare": _run_compare,
     "export": _run_export,
+    "search": _run_search,
     "predict": _run_predict,
 }
 

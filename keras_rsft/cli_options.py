@@ -7,7 +7,8 @@ build settings, import where they are called.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from keras_rsft.policy_choice import (
     DEFAULT_KEEP_FRACTION,
@@ -133,12 +134,20 @@ def add_policy_numbers(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_training_options(group: argparse._ArgumentGroup) -> None:
-    """Adds what `TrainingSettings` needs beside a policy."""
+def add_loop_options(group: argparse._ArgumentGroup) -> None:
+    """Adds how long and in which order a head is trained."""
     group.add_argument("--epochs", type=positive_int, default=20, help="default: 20")
     group.add_argument(
         "--batch-size", type=positive_int, default=32, help="default: 32"
     )
+    group.add_argument(
+        "--seed", type=seed_number, default=0, help="default: %(default)s"
+    )
+
+
+def add_training_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what `TrainingSettings` needs beside a policy."""
+    add_loop_options(group)
     group.add_argument(
         "--learning-rate", type=float, default=1e-3, help="default: %(default)s"
     )
@@ -148,7 +157,7 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
         help="a Keras optimizer; default: sgd, momentum 0.9",
     )
     group.add_argument(
-        "--seed", type=seed_number, default=0, help="default: %(default)s"
+        "--weight-decay", type=float, help="decoupled; default: the optimizer's own"
     )
 
 
@@ -161,22 +170,23 @@ def add_cache_dir(parser: argparse.ArgumentParser) -> None:
 
 def positive_int(text: str) -> int:
     """Parses a whole number, at least 1."""
-    return _parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
+    return parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
 
 
 def seed_number(text: str) -> int:
     """Parses a seed."""
-    return _parsed(
+    return parsed(
         text, int, lambda value: 0 <= value < 2**31, "a whole number in [0, 2**31)"
     )
 
 
 def fraction(text: str) -> float:
     """Parses a number between 0 and 1."""
-    return _parsed(text, float, lambda value: 0 < value < 1, "a number in (0, 1)")
+    return parsed(text, float, lambda value: 0 < value < 1, "a number in (0, 1)")
 
 
-def _parsed(text: str, kind: type, holds, expected: str):
+def parsed(text: str, kind: Callable, holds: Callable, expected: str) -> Any:
+    """Returns what an option's text means, or raises what `argparse` shows."""
     try:
         value = kind(text)
     except ValueError:
@@ -214,6 +224,7 @@ def training_settings(
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         optimizer=arguments.optimizer,
+        weight_decay=arguments.weight_decay,
         seed=arguments.seed,
         stage2_epochs=STAGE2_EPOCHS if getattr(arguments, "stage2", False) else 0,
     )

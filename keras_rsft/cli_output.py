@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from keras_rsft.comparing import Comparison
     from keras_rsft.comparing.intervals import Interval
     from keras_rsft.demo import DemoResult
-    from keras_rsft.finetuning import Run
+    from keras_rsft.finetuning import Run, TrainingSettings
+    from keras_rsft.searching import Search
 
 RESULT_NAMES = {
     "test_accuracy": "Accuracy on the test split",
@@ -35,6 +36,8 @@ RESULT_NAMES = {
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
 }
+
+_SHOWN_TRIALS = 5
 
 
 def print_data(data: ImageData, *, noise: str | None = None) -> None:
@@ -116,6 +119,75 @@ def print_comparison(comparison: Comparison) -> None:
     console.print(escape(comparison.verdict.sentence), soft_wrap=True)
     if comparison.folder is not None:
         console.print(f"Folder: {escape(str(comparison.folder))}", soft_wrap=True)
+
+
+def print_search(found: Search, *, data: str) -> None:
+    """Prints the best trials, the choice beside plain fine-tuning, and what to do."""
+    console = _console()
+    completed = [one for one in found.outcomes if one.metrics]
+    better = sorted(completed, key=lambda one: -one.metrics["val_accuracy"])
+    trials = Table(title=f"The best of {len(found.outcomes)} trials")
+    for header in ("Trial", "Setting"):
+        trials.add_column(header)
+    for header in ("Validation", "Accepted"):
+        trials.add_column(header, justify="right")
+    for one in better[:_SHOWN_TRIALS]:
+        values = ", ".join(f"{k} {_short(v)}" for k, v in one.values.items())
+        shares = (one.metrics[name] for name in ("val_accuracy", "acceptance_rate"))
+        trials.add_row(one.trial_id, escape(values), *map(_share, shares))
+    console.print(trials)
+    table = Table()
+    table.add_column("")
+    for header in ("Validation", "Test", "Accepted"):
+        table.add_column(header, justify="right")
+    for key, title in {"chosen": "chosen", "plain": "plain fine-tuning"}.items():
+        row = found.results[key]
+        names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
+        table.add_row(title, *(_share(row.get(name)) for name in names))
+    console.print(table)
+    failed = found.results["failed"]
+    if failed:
+        console.print(f"[yellow]{failed} trials failed; see trials.csv.[/]")
+    console.print(escape(found.choice.reason), soft_wrap=True)
+    folder = escape(shlex.quote(str(found.folder)))
+    console.print(f"Folder:      {escape(str(found.folder))}", soft_wrap=True)
+    classes = found.head.model.output_shape[-1]
+    command = _fit_command(found.settings, data, classes)
+    console.print(f"Use it:      keras-rsft predict {folder} FILE...", soft_wrap=True)
+    console.print("Train it again, with your options for data and base:")
+    console.print(f"  {escape(command)}", soft_wrap=True)
+
+
+def _fit_command(settings: TrainingSettings, data: str, num_classes: int) -> str:
+    """Returns the command that trains with a setting; data and base options apart."""
+    policy = settings.policy
+    threshold = policy.threshold or policy.relative_threshold * math.log(num_classes)
+    numbers = {
+        "loss-threshold": {"level": policy.level, "threshold": threshold},
+        "self-paced": {"threshold": threshold},
+        "keep-fraction": {"keep-fraction": policy.keep_fraction},
+    }
+    given = {"policy": policy.name, **numbers.get(policy.name, {})}
+    if policy.name not in ("auto", "accept-all"):
+        given["warmup-epochs"] = policy.warmup_epochs
+    given |= {
+        "epochs": settings.epochs,
+        "batch-size": settings.batch_size,
+        "learning-rate": settings.learning_rate,
+        "optimizer": settings.optimizer,
+        "weight-decay": settings.weight_decay,
+        "seed": settings.seed,
+    }
+    options = [f"--{name}={v}" for name, v in given.items() if v is not None]
+    return shlex.join(["keras-rsft", "fit", data, *options])
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _percent(interval: Interval | None, sign: str = "") -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 @contextmanager
 def progress_bar(
     description: str, *, total: int, unit: str, done: int = 0, visible: bool = True
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[..., None]]:
     """Shows a bar on standard error while the context is open.
 
     Args:
@@ -25,7 +25,8 @@ def progress_bar(
         visible: False draws nothing. Default True.
 
     Yields:
-        A function that is called with the number of units just finished.
+        A function that is called with the number of units just finished, and, where
+        there is news, with another description.
     """
     from rich.console import Console
     from rich.progress import (
@@ -44,7 +45,7 @@ def progress_bar(
 
     console = Console(stderr=True)
     if not (visible and console.is_terminal):
-        yield lambda finished: None
+        yield lambda finished, description=None: None
         return
     with Progress(
         TextColumn("{task.description}"),
@@ -55,4 +56,6 @@ def progress_bar(
         console=console,
     ) as progress:
         task = progress.add_task(description, total=total, completed=done)
-        yield lambda finished: progress.advance(task, finished)
+        yield lambda finished, description=None: progress.update(
+            task, advance=finished, description=description
+        )

@@ -130,32 +130,12 @@ def train_head(
         TrainingStalled: If the last epoch accepted nothing.
     """
     train = features.train
-    num_classes = len(features.class_names)
-    steps = -(-len(train) // settings.batch_size)
     examination = None
     if settings.policy.name == "auto":
         examination = examine_labels(
-            train, num_classes, seed=settings.seed, progress=progress
+            train, len(features.class_names), seed=settings.seed, progress=progress
         )
-        policy = AutoPolicy(
-            examination,
-            loss_limit=examination.loss_limit,
-            warmup_steps=round(settings.policy.warmup_epochs * steps),
-        )
-    else:
-        policy = build_policy(
-            settings.policy, num_classes=num_classes, steps_per_epoch=steps
-        )
-    head = build_head(
-        train.dim, num_classes, moments=train.moments(), seed=settings.seed
-    )
-    model = RSFTModel(head, policy)
-    model.compile(
-        settings.make_optimizer(),
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        steps_per_execution=choose_steps_per_execution(steps),
-    )
+    model = untrained_head(features, settings, examination)
     batches = TrainingBatches(
         train, batch_size=settings.batch_size, seed=settings.seed, sample_index=True
     )
@@ -196,6 +176,43 @@ def train_head(
         np.stack(recorder.acceptance_by_class),
         examination,
     )
+
+
+def untrained_head(
+    features: SplitFeatures,
+    settings: TrainingSettings,
+    examination: Examination | None = None,
+) -> RSFTModel:
+    """Builds and compiles a new head over kept features, under its policy.
+
+    Args:
+        features: Features of the three splits.
+        settings: How it will be trained.
+        examination: What was found out about the labels; `"auto"` needs it.
+    """
+    train, num_classes = features.train, len(features.class_names)
+    steps = -(-len(train) // settings.batch_size)
+    if settings.policy.name == "auto":
+        policy = AutoPolicy(
+            examination,
+            loss_limit=examination.loss_limit,
+            warmup_steps=round(settings.policy.warmup_epochs * steps),
+        )
+    else:
+        policy = build_policy(
+            settings.policy, num_classes=num_classes, steps_per_epoch=steps
+        )
+    head = build_head(
+        train.dim, num_classes, moments=train.moments(), seed=settings.seed
+    )
+    model = RSFTModel(head, policy)
+    model.compile(
+        settings.make_optimizer(),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        steps_per_execution=choose_steps_per_execution(steps),
+    )
+    return model
 
 
 def choose_steps_per_execution(steps: int) -> int:

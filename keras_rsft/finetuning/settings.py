@@ -19,7 +19,9 @@ class TrainingSettings:
         epochs: Passes over the training features, at least 1. Default 20.
         batch_size: Samples per step, at least 1. Default 32.
         learning_rate: Positive. Default 0.001.
-        optimizer: Name of a Keras optimizer; `"sgd"` has momentum 0.9. Default.
+        optimizer: Name of a Keras optimizer. Default `"sgd"`.
+        momentum: Of `"sgd"`, in [0, 1]. Default 0.9.
+        weight_decay: Decoupled, at least 0. Default None: the optimizer's own.
         seed: Seed of the initial weights and of the order. Default 0.
         stage2_epochs: Passes over the accepted images in which the last block of
             the base is fine-tuned with the head, at least 0. Default 0: none.
@@ -33,6 +35,8 @@ class TrainingSettings:
     batch_size: int = 32
     learning_rate: float = 1e-3
     optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float | None = None
     seed: int = 0
     stage2_epochs: int = 0
 
@@ -52,13 +56,23 @@ class TrainingSettings:
                 "`learning_rate` must be a positive number. "
                 f"Received: {self.learning_rate}."
             )
+        if not 0 <= self.momentum <= 1:
+            raise InvalidArgument(
+                f"`momentum` must be in [0, 1]. Received: {self.momentum}."
+            )
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
+            raise InvalidArgument(
+                f"`weight_decay` must be at least 0. Received: {self.weight_decay}."
+            )
         self.make_optimizer()
 
     def make_optimizer(self) -> keras.optimizers.Optimizer:
         """Returns a new optimizer."""
         config = {"learning_rate": self.learning_rate}
         if self.optimizer.lower() == "sgd":
-            config["momentum"] = 0.9
+            config["momentum"] = float(self.momentum)
+        if self.weight_decay is not None:
+            config["weight_decay"] = self.weight_decay
         try:
             return keras.optimizers.get(
                 {"class_name": self.optimizer.lower(), "config": config}

@@ -1,0 +1,149 @@
+"""The options of `keras-rsft search`, and what is made of them.
+
+Like `cli_options.py`, imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+from keras_rsft.cli_options import parsed, positive_int
+from keras_rsft.policy_choice import POLICY_NAMES
+from keras_rsft.searching.names import (
+    OBJECTIVES,
+    ORACLE_NAMES,
+    TUNER_NAMES,
+    SearchOptions,
+)
+
+if TYPE_CHECKING:
+    from keras_rsft.searching import SearchSpace
+
+
+def add_search_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what `SearchOptions` needs."""
+    defaults = SearchOptions()
+    group.add_argument(
+        "--tuner",
+        default=defaults.tuner,
+        help=f"{', '.join(TUNER_NAMES)}; default: %(default)s, which trains many heads "
+        "together",
+    )
+    group.add_argument(
+        "--max-trials", type=positive_int, default=defaults.max_trials, metavar="N",
+        help="default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--objective",
+        default=defaults.objective,
+        help=f"{', '.join(OBJECTIVES)}; default: %(default)s",
+    )
+    group.add_argument(
+        "--oracle",
+        default=defaults.oracle,
+        help=f"what proposes the batched tuner's trials: {', '.join(ORACLE_NAMES)}; "
+        "default: %(default)s",
+    )
+    group.add_argument(
+        "--parallel-trials", type=positive_int, default=defaults.parallel_trials,
+        metavar="N", help="heads trained together; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--halvings", type=int, default=defaults.halvings, metavar="N",
+        help="how often the worse half of the heads is dropped; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-acceptance", type=float, default=defaults.min_acceptance,
+        metavar="SHARE",
+        help="a setting that accepts less is not chosen; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--clean-validation",
+        action="store_true",
+        help="judge trials by the validation split's right labels",
+    )
+
+
+def add_space_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the ranges of a `SearchSpace`; what is left out keeps its default."""
+    ranges = {
+        "learning_rate": "sampled by its logarithm; default: 0.0001:0.1",
+        "relative_threshold": "in multiples of ln(classes); default: 0.2:1.5",
+        "article_threshold": "of the policy article; default: 0.5:3",
+        "keep_fraction": "default: 0.4:0.95",
+        "warmup_epochs": "whole numbers; default: 0:5",
+        "weight_decay": "of adamw; default: 0.00001:0.01",
+    }
+    for name, text in ranges.items():
+        whole = name == "warmup_epochs"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=whole_range if whole else number_range,
+            metavar="LOW:HIGH",
+            help=text,
+        )
+    group.add_argument(
+        "--policies",
+        type=name_list,
+        metavar="A,B,C",
+        help=f"out of {', '.join(POLICY_NAMES)}, article; default: accept-all, auto, "
+        "loss-threshold, keep-fraction",
+    )
+    group.add_argument(
+        "--optimizers", type=name_list, metavar="A,B", help="default: sgd,adamw"
+    )
+
+
+def search_options(arguments: argparse.Namespace) -> SearchOptions:
+    """Returns how to search, as was asked for.
+
+    Raises:
+        InvalidArgument: If a name or number cannot be used.
+    """
+    names = [field.name for field in dataclasses.fields(SearchOptions)]
+    return SearchOptions(**{name: getattr(arguments, name) for name in names})
+
+
+def search_space(arguments: argparse.Namespace) -> SearchSpace:
+    """Returns what to search, as was asked for.
+
+    Raises:
+        InvalidArgument: If a range or name cannot be used.
+    """
+    from keras_rsft.searching import SearchSpace
+
+    names = [field.name for field in dataclasses.fields(SearchSpace)]
+    given = {name: getattr(arguments, name) for name in names}
+    return SearchSpace(**{k: v for k, v in given.items() if v is not None})
+
+
+def number_range(text: str) -> tuple[float, float]:
+    """Parses a lowest and a highest number."""
+    return parsed(
+        text,
+        lambda given: tuple(float(part) for part in given.split(":")),
+        lambda value: len(value) == 2 and value[0] <= value[1],
+        "two numbers LOW:HIGH",
+    )
+
+
+def whole_range(text: str) -> tuple[int, int]:
+    """Parses a lowest and a highest whole number."""
+    return parsed(
+        text,
+        lambda given: tuple(int(part) for part in given.split(":")),
+        lambda value: len(value) == 2 and value[0] <= value[1],
+        "two whole numbers LOW:HIGH",
+    )
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """Parses names that commas separate."""
+    return parsed(
+        text,
+        lambda given: tuple(part.strip() for part in given.split(",")),
+        all,
+        "names separated by commas",
+    )

@@ -1,0 +1,40 @@
+"""Searches the threshold and the learning rate with Keras Tuner.
+
+`names.py` is what the command line may know, `space.py` what is searched,
+`hypermodel.py` makes and trains the model of one trial. `head_trials.py`,
+`batched_step.py`, `head_notes.py` and `batched_heads.py` train many heads together,
+`batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name,
+`durable.py` keeps their files whole. `trials.py` runs a tuner's trials and compares
+with plain training, `choice.py` chooses among them, `search_run.py` puts it together,
+`search_folder.py` writes it, `pictures.py` draws it. The folder is not called
+`search`: the function of that name is public, and a module would hide it.
+
+The names below are loaded when they are first used, so that the command line can
+check names before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "BatchedHeads": "batched_heads",
+    "BatchedTuner": "batched_tuner",
+    "HeadTrials": "head_trials",
+    "RSFTHyperModel": "hypermodel",
+    "Search": "search_run",
+    "SearchOptions": "names",
+    "SearchSpace": "space",
+    "search": "search_run",
+    "search_features": "search_run",
+    "stack_trials": "head_trials",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,270 @@
+"""One training step of many heads at once: what is accepted, and what it changes.
+
+Pure functions of tensors, with the trials along an axis of their own. The decisions
+are those of `keras_rsft.policies.decisions`, the updates those of Keras's optimizers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_rsft.policies import (
+    accept_batch_below,
+    accept_below,
+    keep_smallest,
+    ramped_keep_fraction,
+    with_class_floor,
+)
+from keras_rsft.policies.listed import LEAST_OF_A_HARD_CLASS
+from keras_rsft.searching.head_trials import (
+    BATCH_BELOW,
+    BELOW,
+    KEEP_SMALLEST,
+    LISTED,
+)
+
+# The defaults of `keras.optimizers.Adam` and `AdamW`.
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
+
+
+class HeadState(NamedTuple):
+    """Weights and optimizer slots of `k` heads, float32.
+
+    Attributes:
+        kernel: Shape `(dim, k, classes)`, so that all heads are one matrix.
+        bias: Shape `(k, classes)`.
+        kernel_slots: One (`sgd`) or two (`adam`) tensors like `kernel`.
+        bias_slots: As many like `bias`.
+        iterations: Shape `(k,)`, updates so far.
+    """
+
+    kernel: tf.Tensor
+    bias: tf.Tensor
+    kernel_slots: tuple[tf.Tensor, ...]
+    bias_slots: tuple[tf.Tensor, ...]
+    iterations: tf.Tensor
+
+
+class Batch(NamedTuple):
+    """One batch, which all heads see.
+
+    Attributes:
+        features: Float32, standardised, shape `(batch, dim)`.
+        labels: int32, shape `(batch,)`.
+        listed: bool, shape `(batch,)`, which samples the list of `auto` accepts.
+        present: bool, shape `(batch,)`, False for rows that only fill up the batch.
+    """
+
+    features: tf.Tensor
+    labels: tf.Tensor
+    listed: tf.Tensor
+    present: tf.Tensor
+
+
+def head_logits(features: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+    """Returns the scores of all heads, `(batch, k, classes)`, by one matrix product.
+
+    Args:
+        features: Float32, shape `(batch, dim)`.
+        kernel: Float32, shape `(dim, k, classes)`.
+        bias: Float32, shape `(k, classes)`.
+    """
+    dim, trials, classes = kernel.shape
+    scores = tf.matmul(features, tf.reshape(kernel, (dim, trials * classes)))
+    return tf.reshape(scores, (-1, trials, classes)) + bias
+
+
+def step_heads(
+    batch: Batch,
+    state: HeadState,
+    trials: dict[str, tf.Tensor],
+    step: tf.Tensor,
+    *,
+    update_rule: str,
+    acceptances: tuple[int, ...],
+) -> tuple[HeadState, tf.Tensor]:
+    """Takes one step with every head.
+
+    A head that accepts nothing keeps its weights, slots and iterations.
+
+    Args:
+        batch: The samples.
+        state: Weights and slots before the step.
+        trials: The arrays of a `HeadTrials`, as tensors.
+        step: int32 scalar, batches judged before this one.
+        update_rule: `"sgd"` or `"adam"`.
+        acceptances: The ways of accepting that occur in the trials.
+
+    Returns:
+        The state after the step, and float32 sums `(k, 5)`: samples, accepted ones,
+        summed loss of the accepted, samples with a finite loss, their summed loss.
+    """
+    usable = tf.reduce_all(tf.math.is_finite(batch.features), axis=-1)
+    # A NaN in one row would reach the gradients of all through the product.
+    features = tf.where(usable[:, None], batch.features, 0.0)
+    logits = head_logits(features, state.kernel, state.bias)
+    labels = tf.broadcast_to(batch.labels[:, None], tf.shape(logits)[:2])
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    usable = tf.logical_and(usable, batch.present)[:, None]
+    losses = tf.transpose(tf.where(usable, losses, float("inf")))
+    accepted = accepted_by_trials(losses, batch, trials, step, acceptances=acceptances)
+
+    share = tf.cast(accepted, tf.float32)
+    share = tf.math.divide_no_nan(share, tf.reduce_sum(share, axis=1, keepdims=True))
+    errors = tf.nn.softmax(logits) - tf.one_hot(labels, logits.shape[-1])
+    errors = tf.where(
+        tf.transpose(accepted)[:, :, None],
+        errors * tf.transpose(share)[:, :, None],
+        0.0,
+    )
+    flat_errors = tf.reshape(errors, (-1, logits.shape[1] * logits.shape[2]))
+    gradient = tf.matmul(features, flat_errors, transpose_a=True)
+    gradients = tf.reshape(gradient, state.kernel.shape), tf.reduce_sum(errors, axis=0)
+    moves = tf.reduce_any(accepted, axis=1)
+    state = _updated(state, gradients, trials, moves, update_rule)
+    return state, _sums(losses, accepted, batch.present)
+
+
+def accepted_by_trials(
+    losses: tf.Tensor,
+    batch: Batch,
+    trials: dict[str, tf.Tensor],
+    step: tf.Tensor,
+    *,
+    acceptances: tuple[int, ...],
+) -> tf.Tensor:
+    """Returns which samples each trial accepts, bool `(k, batch)`.
+
+    Args:
+        losses: Float32, shape `(k, batch)`; infinite for rows that are not present.
+        batch: The samples.
+        trials: The arrays of a `HeadTrials`, as tensors.
+        step: int32 scalar, batches judged before this one.
+        acceptances: The ways of accepting that occur in the trials.
+    """
+    column = {name: values[:, None] for name, values in trials.items()}
+    warming_up = tf.less(step, column["warmup_steps"])
+    accepted = tf.ones_like(losses, dtype=tf.bool)
+
+    def below() -> tf.Tensor:
+        return tf.logical_or(accept_below(losses, column["threshold"]), warming_up)
+
+    def batch_below() -> tf.Tensor:
+        # Rows that only fill up get the mean of the others, which then is the mean.
+        count = tf.reduce_sum(tf.cast(batch.present, tf.float32))
+        shown = tf.where(batch.present, losses, 0.0)
+        mean = tf.reduce_sum(shown, axis=1, keepdims=True) / count
+        judged = tf.where(batch.present, losses, mean)
+        mask = accept_batch_below(judged, column["threshold"])
+        mask = tf.logical_or(mask, warming_up)
+        all_finite = tf.reduce_all(tf.math.is_finite(judged), axis=1, keepdims=True)
+        return tf.logical_and(mask, all_finite)
+
+    def smallest() -> tf.Tensor:
+        kept = ramped_keep_fraction(
+            step, column["keep_fraction"], column["warmup_steps"]
+        )
+        return keep_smallest(losses, kept)
+
+    def listed() -> tf.Tensor:
+        chosen = tf.where(batch.listed, losses, float("inf"))
+        return with_class_floor(
+            tf.logical_and(batch.listed, below()),
+            chosen,
+            batch.labels,
+            LEAST_OF_A_HARD_CLASS,
+        )
+
+    rules = {
+        BELOW: below,
+        BATCH_BELOW: batch_below,
+        KEEP_SMALLEST: smallest,
+        LISTED: listed,
+    }
+    for acceptance, rule in rules.items():
+        if acceptance in acceptances:
+            chosen = tf.equal(column["acceptance"], acceptance)
+            accepted = tf.where(chosen, rule(), accepted)
+    return tf.logical_and(accepted, tf.math.is_finite(losses))
+
+
+def _updated(
+    state: HeadState,
+    gradients: tuple[tf.Tensor, tf.Tensor],
+    trials: dict[str, tf.Tensor],
+    moves: tf.Tensor,
+    update_rule: str,
+) -> HeadState:
+    """Returns the state after an update of the heads that move, bool `(k,)`."""
+    slots_of, change_of = {"sgd": (_sgd_slots, _sgd), "adam": (_adam_slots, _adam)}[
+        update_rule
+    ]
+    decay = 1.0 - trials["weight_decay"] * trials["learning_rate"]
+    iterations = tf.where(moves, state.iterations + 1.0, state.iterations)
+    parts = []
+    for weights, gradient, slots in (
+        (state.kernel, gradients[0], state.kernel_slots),
+        (state.bias, gradients[1], state.bias_slots),
+    ):
+        # From here on the old slots are not needed, so that the compiler copies none.
+        new_slots = tuple(
+            tf.where(moves[:, None], new, old)
+            for new, old in zip(slots_of(slots, gradient, trials), slots, strict=True)
+        )
+        change = change_of(new_slots, trials, iterations)
+        moved = weights * decay[:, None] + change
+        parts.append((tf.where(moves[:, None], moved, weights), new_slots))
+    (kernel, kernel_slots), (bias, bias_slots) = parts
+    return HeadState(kernel, bias, kernel_slots, bias_slots, iterations)
+
+
+def _sgd_slots(
+    slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
+) -> tuple[tf.Tensor, ...]:
+    """Gradient descent with momentum, as in `keras.optimizers.SGD`."""
+    rate, momentum = trials["learning_rate"][:, None], trials["momentum"][:, None]
+    return (slots[0] * momentum - gradient * rate,)
+
+
+def _sgd(
+    slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
+) -> tf.Tensor:
+    """Returns what is added to the weights."""
+    del trials, iterations
+    return slots[0]
+
+
+def _adam_slots(
+    slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
+) -> tuple[tf.Tensor, ...]:
+    """Adam (Kingma and Ba, 2015), as in `keras.optimizers.Adam`."""
+    del trials
+    first = slots[0] + (gradient - slots[0]) * (1.0 - BETA_1)
+    second = slots[1] + (tf.square(gradient) - slots[1]) * (1.0 - BETA_2)
+    return first, second
+
+
+def _adam(
+    slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
+) -> tf.Tensor:
+    """Returns what is added to the weights."""
+    # Of a head that has not moved yet, to which nothing is added, it would be 0 / 0.
+    steps = tf.maximum(iterations, 1.0)
+    rate = trials["learning_rate"] * tf.sqrt(1.0 - BETA_2**steps)
+    rate /= 1.0 - BETA_1**steps
+    return -slots[0] * rate[:, None] / (tf.sqrt(slots[1]) + EPSILON)
+
+
+def _sums(losses: tf.Tensor, accepted: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
+    finite = tf.math.is_finite(losses)
+    finite_losses = tf.where(finite, losses, 0.0)
+    rows = [
+        tf.broadcast_to(tf.cast(present, tf.float32), tf.shape(losses)),
+        tf.cast(accepted, tf.float32),
+        tf.where(accepted, losses, 0.0),
+        tf.cast(finite, tf.float32),
+        finite_losses,
+    ]
+    return tf.stack([tf.reduce_sum(row, axis=1) for row in rows], axis=1)

@@ -1,0 +1,137 @@
+"""Chooses among finished trials, as fairly as a small validation split allows.
+
+Pure functions of numbers. The best of many trials is partly the luckiest, so what is
+inside the noise of the best counts as equally good, and of those the setting that
+rejects least is taken: rejection must earn its place. In the manner of the rule of
+one standard error (Breiman et al., 1984, "Classification and regression trees").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keras_rsft.errors import TrainingStalled
+from keras_rsft.searching.names import OBJECTIVES
+
+COMPLETED = "COMPLETED"
+ACCURACY = "val_accuracy"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialOutcome:
+    """What became of one trial.
+
+    Attributes:
+        trial_id: Its name, which its folder has too.
+        status: `"COMPLETED"`, or how it ended instead.
+        values: The hyperparameters that were active.
+        metrics: What was logged in its best epoch; empty unless it was completed.
+        epochs: Epochs up to the best one, counted from 1; 0 unless completed.
+        message: Why it failed, in one line, or None.
+    """
+
+    trial_id: str
+    status: str
+    values: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    epochs: int
+    message: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which trial is chosen, and why.
+
+    Attributes:
+        chosen: The setting to use.
+        best: The trial with the best value of the objective.
+        noise: How far below the best still counts as equally good, at least 0.
+        reason: One sentence.
+    """
+
+    chosen: TrialOutcome
+    best: TrialOutcome
+    noise: float
+    reason: str
+
+
+def choose_trial(
+    outcomes: Sequence[TrialOutcome],
+    *,
+    objective: str,
+    validation_size: int,
+    min_acceptance: float,
+) -> Choice:
+    """Chooses the least selective of the trials that are as good as the best.
+
+    Args:
+        outcomes: All trials.
+        objective: Name out of `OBJECTIVES`.
+        validation_size: Samples that an accuracy was measured on, at least 1. The
+            noise is one binomial standard error of the best accuracy; of another
+            objective it is 0, and only ties count as equal.
+        min_acceptance: A trial that accepts a smaller share is never chosen.
+
+    Raises:
+        TrainingStalled: If no trial was completed, or all accept too little.
+    """
+    completed = [one for one in outcomes if one.status == COMPLETED]
+    if not completed:
+        first = next(
+            (one.message for one in outcomes if one.message), "no reason given"
+        )
+        raise TrainingStalled(
+            f"All {len(outcomes)} trials failed. The first says: {first} "
+            "Change the search space."
+        )
+    eligible = [one for one in completed if _acceptance(one) >= min_acceptance]
+    if not eligible:
+        most = max(map(_acceptance, completed))
+        raise TrainingStalled(
+            f"No trial accepted at least {min_acceptance:.0%} of the samples; the "
+            f"highest was {most:.0%}. Raise the thresholds or lower the least "
+            "acceptance."
+        )
+    sign = 1.0 if OBJECTIVES[objective] == "max" else -1.0
+
+    def value(outcome: TrialOutcome) -> float:
+        return sign * outcome.metrics[objective]
+
+    best = max(eligible, key=value)
+    noise = 0.0
+    if objective == ACCURACY:
+        noise = binomial_error(best.metrics[ACCURACY], validation_size)
+    as_good = [one for one in eligible if value(one) >= value(best) - noise]
+    chosen = max(as_good, key=lambda one: (_acceptance(one), value(one)))
+    return Choice(chosen, best, noise, _reason(chosen, best, noise, objective))
+
+
+def binomial_error(share: float, count: int) -> float:
+    """Returns the standard error of a share measured on `count` samples."""
+    return math.sqrt(share * (1.0 - share) / count)
+
+
+def _acceptance(outcome: TrialOutcome) -> float:
+    return outcome.metrics["acceptance_rate"]
+
+
+def _reason(
+    chosen: TrialOutcome, best: TrialOutcome, noise: float, objective: str
+) -> str:
+    value, best_value = (one.metrics[objective] for one in (chosen, best))
+    name = f"Trial {chosen.trial_id}"
+    if chosen is best:
+        return f"{name} has the best {objective}, {value:.4f}."
+    if value == best_value:
+        return (
+            f"{name} has the best {objective}, {value:.4f}, and rejects the least of "
+            "those that have it."
+        )
+    return (
+        f"{name} rejects the least of those whose {objective} is within the noise "
+        f"({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of trial "
+        f"{best.trial_id}."
+    )

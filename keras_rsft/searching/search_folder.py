@@ -1,0 +1,174 @@
+"""A search on disk: what makes it the same search, and what it leaves.
+
+The folder is made when a search begins, since its trials must survive a stop. What
+is written when it ends is written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import keras_tuner
+import numpy as np
+
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.finetuning import SplitFeatures
+from keras_rsft.finetuning.run_folder import check_new_folder
+from keras_rsft.result_folder import write_csv, write_json, written_whole
+from keras_rsft.searching.choice import TrialOutcome
+from keras_rsft.searching.hypermodel import RSFTHyperModel
+from keras_rsft.searching.names import SearchOptions
+
+IDENTITY_FILE = "search.json"
+RESULTS_FILE = "results.json"
+TRIALS_FILE = "trials.csv"
+_LOCK_FILE = ".lock"
+# Options that may change from one call to the next without another meaning of trials.
+_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance")
+
+
+def identity_of(
+    hypermodel: RSFTHyperModel, options: SearchOptions, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what must stay the same for a search to go on, as JSON can hold it.
+
+    Args:
+        hypermodel: Data, settings and space.
+        options: Tuner, oracle and objective.
+        source: Where the features come from: data, base, precision and so on.
+    """
+    hp = keras_tuner.HyperParameters()
+    hypermodel.space(hp)
+    kept = dataclasses.asdict(options)
+    identity = {
+        "data": {"source": dict(source), **_labels_digest(hypermodel.features)},
+        "space": hp.get_config()["space"],
+        "settings": dataclasses.asdict(hypermodel.settings),
+        "options": {k: v for k, v in kept.items() if k not in _FREE_OPTIONS},
+    }
+    return json.loads(json.dumps(identity, default=str))
+
+
+@contextlib.contextmanager
+def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator[Path]:
+    """Makes a search's folder, or opens it to go on, for this process alone.
+
+    Args:
+        output: The folder.
+        identity: What `identity_of` gives.
+
+    Raises:
+        InvalidArgument: If the folder holds another search or something else, or
+            another process is searching in it.
+    """
+    folder = Path(output).absolute()
+    if not folder.exists():
+        check_new_folder(folder)
+        with written_whole(folder) as partial:
+            write_json(partial / IDENTITY_FILE, identity)
+    else:
+        _check_same(folder, identity)
+    lock = filelock.FileLock(folder / _LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise InvalidArgument(
+            f"Another process is searching in {folder}. Wait for it, or choose another "
+            "`--output`."
+        ) from error
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
+    """Returns the first `ROOT/search-NAME-N` that does not exist or is not finished."""
+    number = 1
+    while (folder := Path(root) / f"search-{name}-{number}").exists() and (
+        (folder / RESULTS_FILE).exists() or not (folder / IDENTITY_FILE).exists()
+    ):
+        number += 1
+    return folder
+
+
+def write_results(
+    folder: Path, outcomes: Sequence[TrialOutcome], results: dict[str, Any]
+) -> None:
+    """Writes the table of trials, then the results, which say that it is finished."""
+    values = sorted({name for one in outcomes for name in one.values})
+    metrics = sorted({name for one in outcomes for name in one.metrics})
+    replaced(
+        folder / TRIALS_FILE,
+        lambda path: write_csv(
+            path,
+            ["trial", "status", *values, "epochs", *metrics, "message"],
+            (
+                [
+                    one.trial_id,
+                    one.status,
+                    *(one.values.get(name, "") for name in values),
+                    one.epochs,
+                    *(one.metrics.get(name, "") for name in metrics),
+                    one.message or "",
+                ]
+                for one in outcomes
+            ),
+        ),
+    )
+    replaced(folder / RESULTS_FILE, lambda path: write_json(path, results))
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Returns the results of a finished search, or None."""
+    try:
+        return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def replaced(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file beside its place and renames it.
+
+    Args:
+        path: The file to be.
+        write: Writes to the path that it is given.
+    """
+    beside = path.with_name(f".partial-{path.name}")
+    write(beside)
+    os.replace(beside, path)
+
+
+def _labels_digest(features: SplitFeatures) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for part in (features.train, features.validation):
+        digest.update("\n".join(map(str, part.ids)).encode())
+        digest.update(np.ascontiguousarray(part.labels, np.int32).tobytes())
+    return {"labels": digest.hexdigest(), "classes": list(features.class_names)}
+
+
+def _check_same(folder: Path, identity: dict[str, Any]) -> None:
+    try:
+        kept = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(
+            f"{folder} exists and is not the folder of a search. Nothing is "
+            "overwritten: choose another `--output`."
+        ) from error
+    changed = [name for name in identity if kept.get(name) != identity[name]]
+    if changed:
+        names = {"data": "data set or base", "space": "search space"}
+        named = " and ".join(names.get(name, name) for name in changed)
+        raise InvalidArgument(
+            f"{folder} holds a search with another {named}, whose trials cannot be "
+            "mixed with new ones. Choose another `--output`, or repeat the first "
+            "command to go on."
+        )

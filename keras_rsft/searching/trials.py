@@ -1,0 +1,193 @@
+"""Runs a tuner's trials, reads what became of them, and compares with plain training.
+
+The one place that looks at the test split, and only once for a choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_tuner
+import numpy as np
+
+from keras_rsft.features import FeatureSet
+from keras_rsft.finetuning import TrainingSettings, train_head
+from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.model import RSFTModel
+from keras_rsft.progress import progress_bar
+from keras_rsft.searching.batched_tuner import BatchedTuner
+from keras_rsft.searching.choice import COMPLETED, TrialOutcome
+from keras_rsft.searching.names import SearchOptions
+from keras_rsft.searching.search_folder import read_results
+
+PLAIN = "accept-all"
+# Hyperband's own numbers, which are among the values of its trials.
+_TUNERS_OWN = "tuner/"
+_FIRST_EPOCH = "tuner/initial_epoch"
+
+
+def run_trials(
+    tuner: keras_tuner.Tuner, options: SearchOptions, *, progress: bool = True
+) -> tuple[TrialOutcome, ...]:
+    """Trains all trials that are left, under a progress bar, and returns all.
+
+    Args:
+        tuner: With an `RSFTHyperModel`.
+        options: How the search goes on.
+        progress: Show the bar: trials done, the best so far, time left.
+    """
+    oracle, epochs = tuner.oracle, tuner.hypermodel.settings.epochs
+    with (
+        progress_bar(
+            "Searching",
+            total=options.max_trials * epochs,
+            unit="epochs",
+            done=len(oracle.end_order) * epochs,
+            visible=progress,
+        ) as advance,
+        warnings.catch_warnings(),
+    ):
+        # Told by a trial's acceptance rate, instead of by a warning in each epoch.
+        warnings.filterwarnings("ignore", message=".*accepted no sample")
+
+        def report(heads: int) -> None:
+            advance(heads, _state_of(oracle, options))
+
+        if isinstance(tuner, BatchedTuner):
+            tuner.search(on_epoch=report)
+        else:
+            bar = keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, logs: report(1)
+            )
+            tuner.search(verbose=0, callbacks=[bar])
+    trials = (oracle.trials[trial_id] for trial_id in oracle.start_order)
+    return tuple(map(outcome_of, trials))
+
+
+def outcome_of(trial: Any) -> TrialOutcome:
+    """Returns what became of one of Keras Tuner's trials."""
+    values = trial.hyperparameters.values
+    completed = trial.status == COMPLETED
+    names = trial.metrics.metrics if completed else ()
+    lines = (trial.message or "").strip().splitlines()
+    return TrialOutcome(
+        trial_id=trial.trial_id,
+        status=trial.status,
+        values={k: v for k, v in values.items() if not k.startswith(_TUNERS_OWN)},
+        metrics={name: trial.metrics.get_last_value(name) for name in names},
+        epochs=values.get(_FIRST_EPOCH, 0) + trial.best_step + 1 if completed else 0,
+        message=lines[-1] if lines else None,
+    )
+
+
+def settings_of_outcome(
+    tuner: keras_tuner.Tuner, outcome: TrialOutcome
+) -> TrainingSettings:
+    """Returns how a trial was trained, up to its best epoch."""
+    trial = tuner.oracle.trials[outcome.trial_id]
+    settings = tuner.hypermodel.settings_of(trial.hyperparameters)
+    return dataclasses.replace(settings, epochs=max(outcome.epochs, 1))
+
+
+def head_of_outcome(tuner: keras_tuner.Tuner, outcome: TrialOutcome) -> RSFTModel:
+    """Returns a completed trial's model, with the weights of its best epoch."""
+    with warnings.catch_warnings():
+        # Of optimizers: Keras Tuner reloads weights alone.
+        warnings.simplefilter("ignore")
+        return tuner.load_model(tuner.oracle.trials[outcome.trial_id])
+
+
+def side_by_side(
+    tuner: keras_tuner.Tuner,
+    options: SearchOptions,
+    outcomes: Sequence[TrialOutcome],
+    chosen: TrialOutcome,
+    head: RSFTModel,
+    folder: Path,
+) -> dict[str, Any]:
+    """Returns the chosen setting and plain fine-tuning, measured on the test split.
+
+    Plain fine-tuning is the best trial that accepts everything. Where there is none,
+    a head is trained with the chosen numbers and without rejection, and judged at
+    its best epoch as the trials are.
+
+    Args:
+        tuner: With all trials.
+        options: How the search went on.
+        outcomes: All trials.
+        chosen: The one that was chosen.
+        head: Its model.
+        folder: Of the search. Where its results are of the same choice among as many
+            trials, they are taken from there.
+    """
+    kept = read_results(folder)
+    same = {"chosen_trial": chosen.trial_id, "trials": len(outcomes)}
+    if kept is not None and same.items() <= kept.items():
+        return {name: kept[name] for name in ("chosen_trial", "chosen", "plain")}
+    test = tuner.hypermodel.features.test
+    plain = [
+        one
+        for one in outcomes
+        if one.status == COMPLETED
+        and settings_of_outcome(tuner, one).policy.name == PLAIN
+    ]
+    if plain:
+        sign = 1 if options.direction == "max" else -1
+        best = max(plain, key=lambda one: sign * one.metrics[options.objective])
+        model = head if best is chosen else head_of_outcome(tuner, best)
+        plain_row = {"trial": best.trial_id} | _row(best, model, test)
+    else:
+        plain_row = _trained_plainly(tuner, options, chosen)
+    return {
+        "chosen_trial": chosen.trial_id,
+        "chosen": _row(chosen, head, test),
+        "plain": plain_row,
+    }
+
+
+def _row(outcome: TrialOutcome, head: RSFTModel, test: FeatureSet) -> dict[str, Any]:
+    row = {
+        "validation_accuracy": outcome.metrics["val_accuracy"],
+        "acceptance_rate": outcome.metrics["acceptance_rate"],
+    }
+    if len(test):
+        classes = head_probabilities(head, test).argmax(axis=-1)
+        row["test_accuracy"] = float(np.mean(classes == test.labels))
+    return row
+
+
+def _trained_plainly(
+    tuner: keras_tuner.Tuner, options: SearchOptions, chosen: TrialOutcome
+) -> dict[str, Any]:
+    hypermodel = tuner.hypermodel
+    settings = settings_of_outcome(tuner, chosen)
+    policy = dataclasses.replace(settings.policy, name=PLAIN, class_floor=0.0)
+    epochs = hypermodel.settings.epochs
+    best_epoch = keras.callbacks.EarlyStopping(
+        monitor=options.objective,
+        mode=options.direction,
+        patience=epochs,  # The best of all epochs, not the first dip.
+        restore_best_weights=True,
+    )
+    trained = train_head(
+        hypermodel.features,
+        dataclasses.replace(settings, policy=policy, epochs=epochs),
+        callbacks=[best_epoch],
+        progress=False,
+    )
+    names = ("validation_accuracy", "acceptance_rate", "test_accuracy")
+    return {name: trained.results[name] for name in names if name in trained.results}
+
+
+def _state_of(oracle: keras_tuner.Oracle, options: SearchOptions) -> str:
+    """Says how far a search is, for its progress bar."""
+    state = f"Searching: {len(oracle.end_order)} of {options.max_trials} trials"
+    best = [t for t in oracle.get_best_trials(1) if t.status == COMPLETED]
+    if best:
+        state += f", best {options.objective} {best[0].score:.4f}"
+    return state

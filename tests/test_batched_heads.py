@@ -1,0 +1,224 @@
+"""Heads trained together equal heads trained alone, decision by decision."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+import pytest
+from made_features import CLASSES, DIM, feature_set, split_features
+
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.examination import examine_labels
+from keras_rsft.finetuning import TrainingSettings, train_head
+from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.searching import BatchedHeads, stack_trials
+
+BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return split_features(tmp_path_factory.mktemp("features"))
+
+
+SETTINGS = TrainingSettings(epochs=5, batch_size=BATCH, learning_rate=0.02)
+POLICIES = {
+    "accept-all": PolicyChoice("accept-all"),
+    "below": PolicyChoice("loss-threshold", threshold=1.0, warmup_epochs=0),
+    "below, warm-up": PolicyChoice("loss-threshold", threshold=0.6, warmup_epochs=1.5),
+    "article": PolicyChoice(
+        "loss-threshold", threshold=1.5, level="batch", warmup_epochs=0
+    ),
+    "article, warm-up": PolicyChoice(
+        "loss-threshold", threshold=1.3, level="batch", warmup_epochs=1
+    ),
+    "keep-fraction": PolicyChoice("keep-fraction", keep_fraction=0.6),
+    "auto": PolicyChoice("auto"),
+}
+OPTIMIZERS = {
+    "sgd": {},
+    "sgd without momentum": {"momentum": 0.0, "learning_rate": 0.1},
+    "sgd with decay": {"weight_decay": 0.1},
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw"},
+    "adamw with decay": {"optimizer": "adamw", "weight_decay": 0.2},
+}
+
+
+def trained_together(features, settings, **options):
+    """Trains heads of one update rule, 5 epochs unless told otherwise."""
+    first = settings[0]
+    heads = BatchedHeads(
+        features.train,
+        features.validation,
+        num_classes=CLASSES,
+        batch_size=first.batch_size,
+        seed=first.seed,
+    )
+    limits = {}
+    if any(one.policy.name == "auto" for one in settings):
+        examination = examine_labels(features.train, CLASSES, progress=False)
+        assert math.isfinite(examination.loss_limit)  # So that it is in play.
+        heads.list_samples(examination.accept_mask())
+        limits = {"loss_limit": examination.loss_limit}
+    trials = stack_trials(
+        settings, num_classes=CLASSES, steps_per_epoch=heads.steps_per_epoch, **limits
+    )
+    return heads.train(trials, epochs=first.epochs, **options)
+
+
+def assert_equal_to_alone(features, settings, together):
+    for row, one in enumerate(settings):
+        alone = train_head(features, one, progress=False)
+        kernel, bias = alone.model.model.get_layer("scores").get_weights()
+        np.testing.assert_allclose(together.kernels[row], kernel, atol=1e-4)
+        np.testing.assert_allclose(together.biases[row], bias, atol=1e-4)
+        # Counts of samples, so any other decision in any epoch would show.
+        np.testing.assert_allclose(
+            together.history["acceptance_rate"][row],
+            alone.history["acceptance_rate"],
+            atol=1e-6,
+        )
+        for name in ("loss", "accepted_loss", "val_loss", "val_accuracy"):
+            np.testing.assert_allclose(
+                together.history[name][row], alone.history[name], atol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    "optimizer, policies",
+    [("sgd", tuple(POLICIES)), ("adam", ("article, warm-up", "keep-fraction"))],
+)
+def test_each_policy_equals_the_ordinary_path(features, optimizer, policies):
+    settings = [
+        dataclasses.replace(SETTINGS, policy=POLICIES[name], optimizer=optimizer)
+        for name in policies
+    ]
+    together = trained_together(features, settings)
+    rates = together.history["acceptance_rate"]
+    assert len({tuple(row) for row in rates.tolist()}) == len(policies)
+    assert_equal_to_alone(features, settings, together)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_each_optimizer_equals_the_ordinary_path(features, rule):
+    settings = [
+        dataclasses.replace(SETTINGS, policy=POLICIES["below, warm-up"], **changes)
+        for name, changes in OPTIMIZERS.items()
+        if name.startswith(rule)
+    ]
+    together = trained_together(features, settings)
+    assert_equal_to_alone(features, settings, together)
+
+
+def test_views_are_drawn_as_on_the_ordinary_path(features, tmp_path):
+    train = feature_set(tmp_path, "views", 37, seed=3, views=3)
+    features = dataclasses.replace(features, train=train)
+    settings = [dataclasses.replace(SETTINGS, policy=POLICIES["accept-all"])]
+    assert_equal_to_alone(features, settings, trained_together(features, settings))
+
+
+def test_blocks_of_an_epoch_follow_each_other(features, monkeypatch):
+    settings = [dataclasses.replace(SETTINGS, policy=POLICIES["below, warm-up"])]
+    whole = trained_together(features, settings)
+    module = "keras_rsft.searching.batched_heads"
+    monkeypatch.setattr(f"{module}._BLOCK_BYTES", 4 * DIM * BATCH * 2)
+    monkeypatch.setattr(f"{module}._VALIDATION_ROWS", 10)
+    blocks = trained_together(features, settings)
+    np.testing.assert_allclose(blocks.kernels, whole.kernels, atol=1e-6)
+    for name, values in whole.history.items():
+        np.testing.assert_allclose(blocks.history[name], values, atol=1e-5)
+
+
+def test_a_head_that_accepts_nothing_stays_as_it_was(features):
+    hopeless = PolicyChoice("loss-threshold", threshold=1e-6, warmup_epochs=0)
+    settings = [
+        dataclasses.replace(SETTINGS, policy=policy, weight_decay=0.1)
+        for policy in (hopeless, POLICIES["accept-all"])
+    ]
+    together = trained_together(features, settings)
+    first = keras.initializers.GlorotUniform(seed=0)((DIM, CLASSES)).numpy()
+    np.testing.assert_array_equal(together.kernels[0], first)
+    np.testing.assert_array_equal(together.biases[0], np.zeros(CLASSES))
+    assert (together.history["acceptance_rate"][0] == 0).all()
+    assert not np.allclose(together.kernels[1], first)
+
+
+def test_a_head_that_diverges_leaves_the_others_alone(features):
+    policy = POLICIES["accept-all"]
+    settings = [
+        dataclasses.replace(SETTINGS, policy=policy, learning_rate=rate)
+        for rate in (1e38, 0.02)
+    ]
+    together = trained_together(features, settings)
+    assert together.diverged.tolist() == [True, False]
+    alone = trained_together(features, settings[1:])
+    np.testing.assert_allclose(together.kernels[1], alone.kernels[0], atol=1e-6)
+
+
+def test_a_row_that_is_not_finite_is_rejected_by_all(features, tmp_path):
+    """One NaN must not reach the gradients through the product."""
+    train = feature_set(tmp_path, "broken", 37, seed=3)
+    values = np.array(train.features)
+    heads = BatchedHeads(
+        train, features.validation, num_classes=CLASSES, batch_size=BATCH, seed=0
+    )
+    values[5] = np.nan
+    values.tofile(train.path)  # After the moments were taken.
+    policies = [POLICIES[name] for name in ("accept-all", "article", "keep-fraction")]
+    settings = [dataclasses.replace(SETTINGS, policy=policy) for policy in policies]
+    trials = stack_trials(settings, num_classes=CLASSES, steps_per_epoch=3)
+    together = heads.train(trials, epochs=2)
+    assert np.isfinite(together.kernels).all()
+    np.testing.assert_allclose(together.history["acceptance_rate"][0], 36 / 37)
+
+
+def test_the_best_epoch_is_kept_beside_the_last(features):
+    settings = [dataclasses.replace(SETTINGS, policy=POLICIES["accept-all"])]
+    together = trained_together(features, settings)
+    values = together.history["val_accuracy"][0]
+    best = together.best_epochs[0]
+    assert best == int(np.argmax(values))
+    again = trained_together(
+        features, [dataclasses.replace(settings[0], epochs=int(best) + 1)]
+    )
+    np.testing.assert_allclose(together.best_kernels, again.kernels, atol=1e-6)
+
+
+def test_halving_drops_the_worse_half(features):
+    rates = (1e-6, 0.02, 1e-5, 0.05)
+    settings = [
+        dataclasses.replace(SETTINGS, policy=POLICIES["accept-all"], learning_rate=rate)
+        for rate in rates
+    ]
+    seen = []
+    halved = trained_together(
+        features, settings, halvings=1, objective="val_loss", direction="min",
+        on_epoch=seen.append,
+    )  # fmt: skip
+    assert seen == [4, 4, 2, 2, 2]
+    losses = halved.history["val_loss"]
+    assert np.isnan(losses).sum(axis=1).tolist() == [3, 0, 3, 0]
+    whole = trained_together(features, settings)
+    np.testing.assert_allclose(halved.kernels[[1, 3]], whole.kernels[[1, 3]], atol=1e-6)
+    assert (halved.best_epochs[[0, 2]] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"optimizer": "rmsprop"}, "the optimizer rmsprop, only sgd, adam, adamw"),
+        ({"policy": PolicyChoice("self-paced")}, "the policy self-paced"),
+        ({"policy": PolicyChoice("accept-all", class_floor=0.1)}, "class floor of 0.1"),
+    ],
+)
+def test_what_cannot_be_batched_names_a_tuner_that_can(changes, what):
+    with pytest.raises(InvalidArgument, match=f"{what}.*use the tuner random"):
+        stack_trials(
+            [dataclasses.replace(SETTINGS, **changes)],
+            num_classes=CLASSES,
+            steps_per_epoch=7,
+        )

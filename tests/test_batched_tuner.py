@@ -1,0 +1,287 @@
+"""Many trials at once, and everything else as Keras Tuner has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import keras_tuner
+import numpy as np
+import pytest
+from made_features import split_features
+
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.finetuning import TrainingSettings, train_head
+from keras_rsft.searching import BatchedTuner, RSFTHyperModel, SearchSpace, durable
+from keras_rsft.searching.names import SearchOptions
+from keras_rsft.searching.oracles import GridOracle, make_tuner
+
+SLOW_TUNERS = ("bayesian", "hyperband", "grid")
+SETTINGS = TrainingSettings(epochs=3, batch_size=16)
+SPACE = SearchSpace(learning_rate=(1e-3, 1e-1), optimizers=("sgd", "adamw"))
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return split_features(tmp_path_factory.mktemp("features"))
+
+
+def cut_short(path, write):
+    """Writes half of a file beside its place, and then the process is gone."""
+    beside = path.with_name(f".partial-{path.name}")
+    write(beside)
+    content = beside.read_bytes()
+    beside.write_bytes(content[: len(content) // 2])
+    raise KeyboardInterrupt
+
+
+def hypermodel_of(features, space=SPACE, settings=SETTINGS):
+    return RSFTHyperModel(features, settings=settings, space=space, progress=False)
+
+
+def random_oracle(max_trials=6, objective="val_accuracy"):
+    return keras_tuner.oracles.RandomSearchOracle(
+        keras_tuner.Objective(objective, "max" if "acc" in objective else "min"),
+        max_trials=max_trials,
+        seed=3,
+    )
+
+
+def make(features, folder, *, oracle=None, space=SPACE, **options):
+    return BatchedTuner(
+        oracle or random_oracle(),
+        hypermodel_of(features, space),
+        directory=str(folder),
+        project_name="trials",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def searched(features, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    tuner = make(features, folder, parallel_trials=4)
+    epochs = []
+    tuner.search(on_epoch=epochs.append)
+    return tuner, epochs
+
+
+def test_every_trial_is_trained_once(searched):
+    tuner, epochs = searched
+    assert sum(epochs) == 6 * SETTINGS.epochs
+    trials = tuner.oracle.trials.values()
+    assert {trial.status for trial in trials} == {"COMPLETED"}
+    assert len({str(trial.hyperparameters.values) for trial in trials}) == 6
+    assert tuner.remaining_trials == 0
+
+
+def test_a_trial_has_the_value_and_the_weights_of_its_best_epoch(searched, features):
+    tuner, _ = searched
+    for trial in list(tuner.oracle.trials.values())[:3]:
+        settings = tuner.hypermodel.settings_of(trial.hyperparameters)
+        alone = train_head(features, settings, progress=False).history
+        assert trial.score == pytest.approx(max(alone["val_accuracy"]))
+        assert trial.best_step == int(np.argmax(alone["val_accuracy"]))
+        rate = trial.metrics.get_best_value("acceptance_rate")
+        assert rate == pytest.approx(alone["acceptance_rate"][trial.best_step])
+        model = tuner.load_model(trial)
+        probabilities = model.predict(np.array(features.validation.features), verbose=0)
+        right = probabilities.argmax(axis=-1) == features.validation.labels
+        assert right.mean() == pytest.approx(trial.score)
+        assert int(model.policy.steps_seen) == 7 * (trial.best_step + 1)
+
+
+def test_the_rest_is_keras_tuner(searched, capsys):
+    tuner, _ = searched
+    best = tuner.get_best_hyperparameters(2)
+    scores = [trial.score for trial in tuner.oracle.get_best_trials(6)]
+    assert scores == sorted(scores, reverse=True)
+    assert "learning_rate" in best[0].values
+    assert len(tuner.get_best_models(2)) == 2
+    tuner.results_summary()
+    assert "Results summary" in capsys.readouterr().out
+
+
+def test_a_reload_has_the_trials_and_goes_on(searched, features):
+    tuner, _ = searched
+    again = make(features, tuner.directory, oracle=random_oracle(max_trials=8))
+    assert again.oracle.trials.keys() == tuner.oracle.trials.keys()
+    epochs = []
+    again.search(on_epoch=epochs.append)
+    assert sum(epochs) == 2 * SETTINGS.epochs
+    one, other = (t.get_best_models()[0].get_weights() for t in (tuner, again))
+    assert len(one) == len(other)
+
+
+def test_what_was_interrupted_is_trained_again(features, tmp_path):
+    tuner = make(features, tmp_path)
+
+    def stop(heads):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuner.search(on_epoch=stop)
+    assert len(tuner.oracle.ongoing_trials) == 6
+    again = make(features, tmp_path)
+    again.search()
+    assert sorted(again.oracle.trials) == sorted(tuner.oracle.trials)
+    assert {t.status for t in again.oracle.trials.values()} == {"COMPLETED"}
+    values = {k: t.hyperparameters.values for k, t in tuner.oracle.trials.items()}
+    assert values == {
+        k: t.hyperparameters.values for k, t in again.oracle.trials.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["batched", "grid", "hyperband", "bayesian"])
+def test_a_kill_while_a_file_is_written_loses_no_trial(
+    features, tmp_path, monkeypatch, name
+):
+    """Trials are handed out, and each write from one on is cut in the middle."""
+    space = SearchSpace(policies=("accept-all", "keep-fraction"), optimizers=("sgd",))
+    options = SearchOptions(tuner=name, max_trials=4)
+
+    def tuner():
+        return make_tuner(hypermodel_of(features, space), options, tmp_path)
+
+    first = tuner()
+    first.on_search_begin()
+    trials = [first.oracle.create_trial(str(number)) for number in range(3)]
+    given = [
+        trial.hyperparameters.values for trial in trials if trial.hyperparameters.values
+    ]
+    monkeypatch.setattr(durable, "replaced", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        first.on_trial_end(trials[0])
+    monkeypatch.undo()
+    again = tuner().oracle
+    assert [again.trials[t].hyperparameters.values for t in again.start_order] == given
+    waiting = {again.create_trial(str(number)).trial_id for number in range(len(given))}
+    assert waiting == set(again.start_order)
+
+
+def test_a_trial_of_which_the_oracle_does_not_know_is_handed_out_anew(
+    features, tmp_path
+):
+    options = SearchOptions(max_trials=2)
+    first = make_tuner(hypermodel_of(features), options, tmp_path)
+    first.on_search_begin()
+    first.oracle.create_trial("a")
+    before = (tmp_path / "trials" / "oracle.json").read_bytes()
+    first.oracle.create_trial("b")
+    (tmp_path / "trials" / "oracle.json").write_bytes(before)
+    again = make_tuner(hypermodel_of(features), options, tmp_path)
+    assert list(again.oracle.trials) == ["0"]
+    assert [again.oracle.create_trial(name).trial_id for name in "ab"] == ["0", "1"]
+
+
+def test_trials_that_diverge_fail_alone(features, tmp_path):
+    def space(hp):
+        rates = [1e38, 1.5e38, 2e38, 3e38, 0.01]
+        return {
+            "learning_rate": hp.Choice("learning_rate", rates),
+            "policy": "accept-all",
+        }
+
+    oracle = GridOracle(keras_tuner.Objective("val_loss", "min"), max_trials=9)
+    tuner = make(features, tmp_path, oracle=oracle, space=space)
+    tuner.search()
+    trials = list(tuner.oracle.trials.values())
+    assert [trial.status for trial in trials].count("FAILED") == 4
+    assert len(trials) == 5
+    failed = next(trial for trial in trials if trial.status == "FAILED")
+    assert "learning rate is too high" in failed.message
+    kept = json.loads(
+        (tmp_path / "trials" / f"trial_{failed.trial_id}" / "trial.json").read_text()
+    )
+    assert kept["message"] == failed.message
+    assert tuner.get_best_hyperparameters()[0].values == {"learning_rate": 0.01}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["random", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_TUNERS)],
+)
+def test_keras_tuners_own_tuners(features, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "tensorboard.plugins.hparams", None)
+    options = SearchOptions(tuner=name, max_trials=2)
+    space = SearchSpace(policies=("accept-all", "keep-fraction"), optimizers=("sgd",))
+    tuner = make_tuner(hypermodel_of(features, space), options, tmp_path)
+    tuner.search(verbose=0)
+    trials = tuner.oracle.trials.values()
+    assert {trial.status for trial in trials} == {"COMPLETED"}, [
+        t.message for t in trials
+    ]
+    assert len(trials) == 2
+    model = tuner.get_best_models()[0]
+    assert model.predict(np.zeros((1, 6)), verbose=0).shape == (1, 3)
+
+
+def test_a_single_trial_that_diverges_says_so(features, tmp_path):
+    def space(hp):
+        rates = [1e38, 0.01]
+        return {
+            "learning_rate": hp.Choice("learning_rate", rates),
+            "policy": "accept-all",
+        }
+
+    tuner = make_tuner(
+        hypermodel_of(features, space), SearchOptions(tuner="grid"), tmp_path
+    )
+    tuner.search(verbose=0)
+    failed, completed = tuner.oracle.trials.values()
+    assert (failed.status, completed.status) == ("FAILED", "COMPLETED")
+    assert "learning rate is too high" in failed.message
+
+
+class TestGrid:
+    SPACE = SearchSpace(
+        learning_rate=(0.01, 0.01), optimizers=("sgd", "adam"), warmup_epochs=(0, 2),
+        policies=("accept-all", "keep-fraction"), keep_fraction=(0.7, 0.7),
+    )  # fmt: skip
+
+    def oracle(self, max_trials):
+        return GridOracle(
+            keras_tuner.Objective("val_loss", "min"), max_trials=max_trials
+        )
+
+    def test_all_combinations_are_handed_out_at_once(self, features, tmp_path):
+        tuner = make(features, tmp_path, oracle=self.oracle(99), space=self.SPACE)
+        trials = tuner._take_trials()
+        assert len({str(t.hyperparameters.values) for t in trials}) == len(trials) == 8
+
+    def test_it_goes_on_after_a_stop(self, features, tmp_path):
+        first = make(features, tmp_path, oracle=self.oracle(3), space=self.SPACE)
+        first.search()
+        again = make(features, tmp_path, oracle=self.oracle(99), space=self.SPACE)
+        again.search()
+        trials = again.oracle.trials.values()
+        assert len({str(t.hyperparameters.values) for t in trials}) == len(trials) == 8
+
+
+class TestRefusals:
+    def test_policies_that_cannot_be_batched(self, features, tmp_path):
+        space = SearchSpace(policies=("accept-all", "self-paced"))
+        with pytest.raises(InvalidArgument, match=r"self-paced.*use the tuner random"):
+            make(features, tmp_path, space=space)
+
+    def test_optimizers_that_cannot_be_batched(self, features, tmp_path):
+        space = SearchSpace(optimizers=("sgd", "rmsprop"))
+        with pytest.raises(InvalidArgument, match="rmsprop"):
+            make(features, tmp_path, space=space)
+
+    def test_hyperband(self, features, tmp_path):
+        oracle = keras_tuner.oracles.HyperbandOracle("val_accuracy")
+        with pytest.raises(InvalidArgument, match="use the tuner hyperband"):
+            make(features, tmp_path, oracle=oracle)
+
+    def test_other_hypermodels(self, tmp_path):
+        with pytest.raises(InvalidArgument, match="RSFTHyperModel"):
+            BatchedTuner(random_oracle(), lambda hp: None, directory=str(tmp_path))
+
+    def test_no_validation_split(self, features):
+        none = dataclasses.replace(
+            features.validation, labels=features.validation.labels[:0]
+        )
+        with pytest.raises(DataError, match="validation split"):
+            RSFTHyperModel(dataclasses.replace(features, validation=none))

@@ -1,0 +1,106 @@
+"""`keras-rsft search` as a user meets it: the tables, going on, mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+
+from keras_rsft import cli
+
+
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch, tiny_base_file):
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own errors.
+            status = stop.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def search(call, tmp_path, photo_folder, tiny_base_file):
+    def run(*arguments):
+        return call(
+            "search", photo_folder, "--backbone", tiny_base_file, "--epochs", 2,
+            "--batch-size", 8, "--cache-dir", tmp_path / "kept", "--max-trials", 4,
+            *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+def test_tables_a_reason_and_a_command_that_trains_the_same(
+    search, call, photo_folder, tiny_base_file, tmp_path
+):
+    status, out, err = search(
+        "--policies", "loss-threshold", "--optimizers", "adamw",
+        "--relative-threshold", "1.2:3", "--warmup-epochs", "1:1",
+    )  # fmt: skip
+    assert status == 0, err
+    assert err == ""
+    folder = tmp_path / "runs" / f"search-{photo_folder.name}-1"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["reason"] in out.replace("\n", " ")
+    assert "plain fine-tuning" in out
+    command = re.search(r"^  keras-rsft (fit .*)$", out, re.MULTILINE)[1]
+    status, out, err = call(
+        *shlex.split(command), "--backbone", tiny_base_file,
+        "--cache-dir", tmp_path / "kept", "--output", tmp_path / "again",
+    )  # fmt: skip
+    assert status == 0, err
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    for name in ("validation_accuracy", "test_accuracy", "acceptance_rate"):
+        assert again[name] == pytest.approx(results["chosen"][name])
+
+
+def test_a_search_that_was_stopped_goes_on(search, tmp_path, photo_folder, monkeypatch):
+    from keras_rsft.searching import search_run
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_run, "run_trials", stop)
+    plain = ("--policies", "accept-all,keep-fraction", "--optimizers", "sgd")
+    status, _, err = search(*plain)
+    assert status == 130
+    assert "Run the same command again" in err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert search(*plain)[0] == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    status, _, err = search(
+        *plain, "--output", f"runs/search-{photo_folder.name}-1", "--seed", 1
+    )
+    assert status == 2
+    assert "cannot be mixed" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tuner", "bayes"], "Did you mean 'bayesian'?"),
+        (["--objective", "accuracy"], "Did you mean 'val_accuracy'?"),
+        (["--max-trials", "0"], "at least 1"),
+        (["--learning-rate", "0.1:0.01"], "two numbers LOW:HIGH"),
+        (["--warmup-epochs", "0.5:1"], "two whole numbers"),
+        (["--keep-fraction", "0.5:2"], "at most 1"),
+        (["--policies", "auto,keep"], "Did you mean 'keep-fraction'?"),
+        (["--policies", "self-paced"], "use the tuner random"),
+        (["--clean-validation"], "--clean-label-column"),
+    ],
+)
+def test_mistakes(search, arguments, message):
+    status, _, err = search(*arguments)
+    assert status == (1 if arguments == ["--clean-validation"] else 2)
+    assert message in err

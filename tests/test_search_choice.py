@@ -1,0 +1,124 @@
+"""The choice among trials: fair to the setting that rejects least."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from keras_rsft.errors import TrainingStalled
+from keras_rsft.searching.choice import TrialOutcome, binomial_error, choose_trial
+from keras_rsft.searching.pictures import draw_heat_maps, heat_map
+
+
+def outcome(name, accuracy, acceptance, *, loss=1.0, **values):
+    metrics = {
+        "val_accuracy": accuracy, "acceptance_rate": acceptance, "val_loss": loss,
+    }  # fmt: skip
+    return TrialOutcome(name, "COMPLETED", values, metrics, 3)
+
+
+FAILED = TrialOutcome("f", "FAILED", {}, {}, 0, "The weights became NaN.")
+
+
+def choose(*outcomes, size=100, least=0.1, objective="val_accuracy"):
+    return choose_trial(
+        outcomes, objective=objective, validation_size=size, min_acceptance=least
+    )
+
+
+def test_the_standard_error_by_hand():
+    assert binomial_error(0.9, 100) == pytest.approx(0.03)
+    assert binomial_error(1.0, 100) == 0
+
+
+@pytest.mark.parametrize(
+    "accuracies, chosen",
+    [
+        ((0.90, 0.88, 0.86), "b"),  # 0.86 is outside of 0.90 - 0.03.
+        ((0.90, 0.88, 0.875), "c"),
+        ((0.90, 0.85, 0.80), "a"),
+        ((0.90, 0.90, 0.80), "b"),
+    ],
+)
+def test_inside_the_noise_the_least_selective_is_taken(accuracies, chosen):
+    a, b, c = accuracies
+    choice = choose(outcome("a", a, 0.6), outcome("b", b, 0.8), outcome("c", c, 1.0))
+    assert choice.chosen.trial_id == chosen
+    assert choice.best.metrics["val_accuracy"] == 0.90
+    assert chosen in choice.reason
+
+
+def test_more_samples_mean_less_noise():
+    trials = outcome("a", 0.90, 0.6), outcome("b", 0.88, 1.0)
+    assert choose(*trials, size=100).chosen.trial_id == "b"
+    assert choose(*trials, size=10_000).chosen.trial_id == "a"
+
+
+def test_of_equally_selective_ones_the_better_is_taken():
+    choice = choose(outcome("a", 0.90, 0.8), outcome("b", 0.89, 0.8))
+    assert choice.chosen.trial_id == "a"
+
+
+def test_a_setting_that_accepts_too_little_is_never_chosen():
+    trials = outcome("a", 0.95, 0.05), outcome("b", 0.60, 0.5), FAILED
+    assert choose(*trials).chosen.trial_id == "b"
+    with pytest.raises(TrainingStalled, match=r"at least 60% .* highest was 50%"):
+        choose(*trials, least=0.6)
+
+
+def test_losses_are_compared_as_they_are():
+    trials = outcome("a", 0.5, 0.5, loss=0.30), outcome("b", 0.9, 1.0, loss=0.31)
+    choice = choose(*trials, objective="val_loss")
+    assert (choice.chosen.trial_id, choice.noise) == ("a", 0.0)
+    tied = outcome("a", 0.5, 0.5, loss=0.3), outcome("b", 0.9, 1.0, loss=0.3)
+    assert choose(*tied, objective="val_loss").chosen.trial_id == "b"
+
+
+def test_where_all_failed_the_first_reason_is_told():
+    with pytest.raises(TrainingStalled, match=r"All 2 trials failed.*NaN"):
+        choose(FAILED, FAILED)
+
+
+class TestHeatMap:
+    TRIALS = (
+        outcome("a", 0.5, 1.0, learning_rate=0.01, relative_threshold=0.5),
+        outcome("b", 0.7, 0.8, learning_rate=0.01, relative_threshold=0.5),
+        outcome("c", 0.9, 0.6, learning_rate=0.1, relative_threshold=1.0),
+        outcome("d", 0.1, 1.0, learning_rate=0.1),
+        FAILED,
+    )
+
+    def test_means_in_cells(self):
+        found = heat_map(self.TRIALS, "relative_threshold")
+        np.testing.assert_allclose(
+            found.means["val_accuracy"], [[0.6, np.nan], [np.nan, 0.9]]
+        )
+        np.testing.assert_allclose(
+            found.means["acceptance_rate"], [[0.9, np.nan], [np.nan, 0.6]]
+        )
+        np.testing.assert_allclose(found.edges, [0.25, 0.75, 1.25])
+        middle = math.sqrt(0.01 * 0.1)
+        np.testing.assert_allclose(found.rate_edges[1], middle)
+
+    def test_many_values_share_cells_and_none_is_lost(self):
+        rng = np.random.default_rng(0)
+        trials = [
+            outcome(str(n), 1.0, 1.0, learning_rate=rate, keep_fraction=kept)
+            for n, (rate, kept) in enumerate(rng.uniform(1e-4, 1.0, (50, 2)))
+        ]
+        found = heat_map(trials, "keep_fraction")
+        assert found.means["val_accuracy"].shape == (8, 8)
+        edges = found.edges, found.rate_edges
+        points = np.array([list(t.values.values())[::-1] for t in trials]).T
+        assert np.histogram2d(*points, edges)[0].sum() == 50
+
+    def test_the_picture_is_written(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        path = draw_heat_maps(self.TRIALS, tmp_path)
+        assert path.read_text().startswith("<?xml")
+        assert [p.name for p in tmp_path.iterdir()] == ["heatmap.svg"]
+
+    def test_nothing_to_draw(self, tmp_path):
+        assert draw_heat_maps([FAILED], tmp_path) is None
