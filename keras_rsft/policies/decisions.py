@@ -55,12 +55,18 @@ def keep_smallest(per_sample_loss: Any, keep_fraction: Any) -> Any:
         batch is True, unless none of its losses is finite.
     """
     finite = ops.isfinite(per_sample_loss)
-    sortable = ops.where(finite, per_sample_loss, float("inf"))
-    rank = ops.argsort(ops.argsort(sortable, axis=-1), axis=-1)
     # Counted in float32 whatever the losses are: bfloat16 has no 257.
     finite_count = ops.sum(ops.cast(finite, "float32"), axis=-1, keepdims=True)
     keep_count = ops.maximum(ops.floor(finite_count * keep_fraction + 0.5), 1.0)
-    return ops.logical_and(finite, ops.less(ops.cast(rank, "float32"), keep_count))
+    losses = ops.where(finite, per_sample_loss, float("inf"))
+    losses = losses + ops.zeros_like(keep_count, dtype=losses.dtype)  # All trials.
+    place = ops.cast(keep_count, "int32") - 1
+    largest = ops.take_along_axis(ops.sort(losses, axis=-1), place, axis=-1)
+    smaller, equal = losses < largest, ops.equal(losses, largest)
+    room = keep_count - ops.sum(ops.cast(smaller, "float32"), axis=-1, keepdims=True)
+    earliest = ops.cumsum(ops.cast(equal, "float32"), axis=-1) <= room
+    kept = ops.logical_or(smaller, ops.logical_and(equal, earliest))
+    return ops.logical_and(finite, kept)
 
 
 def ramped_keep_fraction(step: Any, keep_fraction: Any, ramp_steps: Any) -> Any:
