@@ -125,7 +125,7 @@ def number_range(text: str) -> tuple[float, float]:
         text,
         lambda given: tuple(float(part) for part in given.split(":")),
         lambda value: len(value) == 2 and value[0] <= value[1],
-        "two numbers LOW:HIGH",
+        "two numbers LOW:HIGH, the lower one first",
     )
 
 
