@@ -101,9 +101,11 @@ def measure(condition: Condition, arguments: argparse.Namespace) -> None:
     """Compares the methods in one condition, and prints what came out."""
     data = condition.load(arguments.cifar10n)
     train = data.train
-    knows_right_labels = condition.noise or train.clean_labels is not None
+    given_wrong = condition.noise or (
+        train.clean_labels is not None and (train.labels != train.clean_labels).any()
+    )
     methods = arguments.methods and arguments.methods.split(",")
-    if methods and not knows_right_labels:
+    if methods and not given_wrong:  # The right labels are all of them.
         methods = [name for name in methods if name != CLEAN_SUBSET]
     result = compare(
         data,
