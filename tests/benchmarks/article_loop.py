@@ -83,9 +83,9 @@ def printed_number(command: list[str], **options) -> float:
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=4800)
+    parser.add_argument("--images", type=int, default=9600)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=6, help="measured of the loop")
+    parser.add_argument("--steps", type=int, default=10, help="measured of the loop")
     parser.add_argument("--torch-python", default=sys.executable)
     arguments = parser.parse_args()
     count, epochs, steps = arguments.images, arguments.epochs, str(arguments.steps)
