@@ -16,7 +16,13 @@ from keras_rsft.cli import main
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features import FrozenBase, extract_features
-from keras_rsft.finetuning import TrainingSettings, finetune, run, stage_two
+from keras_rsft.finetuning import (
+    TrainingSettings,
+    feature_source,
+    finetune,
+    run,
+    stage_two,
+)
 from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
 from keras_rsft.predict import predict_files
 
@@ -307,14 +313,14 @@ class TestRun:
             "accuracy_on_images",
             lambda model, split: measured.append(split.name) or 1.0,
         )
-        untouched = run.extract_all
+        untouched = feature_source.extract_all
 
         def without_validation(base, data, **options):
             features = untouched(base, data, **options)
             empty = _features_of(data.validation.take(np.zeros(0, np.int64)))
             return dataclasses.replace(features, validation=empty)
 
-        monkeypatch.setattr(run, "extract_all", without_validation)
+        monkeypatch.setattr(feature_source, "extract_all", without_validation)
         results = fit().results
         assert measured == ["test"]
         assert results["stage2_kept"] == 0.0

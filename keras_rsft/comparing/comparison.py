@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_rsft.backbones import load_backbone
 from keras_rsft.comparing.comparison_folder import write_comparison
 from keras_rsft.comparing.method_names import (
     CLEAN_SUBSET,
@@ -27,12 +26,12 @@ from keras_rsft.comparing.summary import (
     judge,
     summarize,
 )
-from keras_rsft.data import ImageData, add_label_noise, load_images
+from keras_rsft.data import ImageData, add_label_noise
 from keras_rsft.data.noise import parse_noise
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
-from keras_rsft.features.precision import choose_precision
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings, extract_all
+from keras_rsft.finetuning import SplitFeatures, TrainingSettings
+from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.run_folder import check_new_folder
 from keras_rsft.progress import progress_bar
 
@@ -124,20 +123,18 @@ def compare(
     if noise is not None:
         parse_noise(noise)
     folder = check_new_folder(output) if output is not None else None
-    precision = choose_precision(precision)
-    if not isinstance(data, ImageData):
-        data = load_images(data)
-    base = load_backbone(
-        backbone, weights=weights, image_size=image_size, precision=precision
-    )
-    kept = extract_all(
-        base,
+    source = open_features(
         data,
+        backbone=backbone,
+        weights=weights,
+        image_size=image_size,
+        precision=precision,
         views=views,
         seed=settings.seed,
         cache_dir=cache_dir,
         progress=progress,
     )
+    data, kept = source.data, source.features
     noisy_data = {}
     if noise is not None:
         noisy_data = {
@@ -155,15 +152,10 @@ def compare(
         comparison,
         config={
             "command": command,
-            "data": data.source,
+            **source.origin,
             "methods": list(comparison.summaries),
             "seeds": seeds,
             "noise": noise,
-            "backbone": backbone,
-            "weights": weights,
-            "image_size": list(base.input_shape[1:3]),
-            "precision": precision,
-            "views": views,
             **dataclasses.asdict(settings),
         },
         noisy_data=noisy_data,

@@ -11,14 +11,12 @@ from typing import Any
 
 import keras
 
-from keras_rsft.backbones import build_classifier, load_backbone
-from keras_rsft.data import ImageData, load_images
-from keras_rsft.errors import InvalidArgument
-from keras_rsft.features.precision import choose_precision
+from keras_rsft.backbones import build_classifier
+from keras_rsft.data import ImageData
+from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.head_training import (
     SplitFeatures,
     TrainedHead,
-    extract_all,
     train_head,
 )
 from keras_rsft.finetuning.run_folder import check_new_folder, write_run
@@ -111,28 +109,23 @@ def finetune(
             accepts nothing for a stage two to learn from.
     """
     settings = settings or TrainingSettings()
-    if views < 1:
-        raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
     started = time.perf_counter()
     folder = check_new_folder(output) if output is not None else None
-    precision = choose_precision(precision)
-    if not isinstance(data, ImageData):
-        data = load_images(data)
-    base = load_backbone(
-        backbone, weights=weights, image_size=image_size, precision=precision
-    )
-    features = extract_all(
-        base,
+    source = open_features(
         data,
+        backbone=backbone,
+        weights=weights,
+        image_size=image_size,
+        precision=precision,
         views=views,
         seed=settings.seed,
         cache_dir=cache_dir,
         progress=progress,
     )
+    data, features = source.data, source.features
     trained = train_head(features, settings, callbacks=callbacks, progress=progress)
     head, results = trained.model, trained.results
-    if precision != "float32":  # What is kept and served runs on any machine.
-        base = load_backbone(backbone, weights=weights, image_size=image_size)
+    base = source.float32_base()
     model = build_classifier(base, data.num_classes, head=head.model)
     if settings.stage2_epochs:
         model = _stage_two(model, base, data, features, trained, settings, progress)
@@ -145,12 +138,7 @@ def finetune(
         results=results,
         config={
             "command": command,
-            "data": data.source,
-            "backbone": backbone,
-            "weights": weights,
-            "image_size": list(base.input_shape[1:3]),
-            "precision": precision,
-            "views": views,
+            **source.origin,
             **dataclasses.asdict(settings),
         },
         features=features,

@@ -13,16 +13,15 @@ from typing import Any
 
 import keras_tuner
 
-from keras_rsft.backbones import build_classifier, load_backbone
-from keras_rsft.data import ImageData, load_images
-from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.backbones import build_classifier
+from keras_rsft.data import ImageData
+from keras_rsft.errors import DataError
 from keras_rsft.features import FeatureSet
-from keras_rsft.features.precision import choose_precision
 from keras_rsft.finetuning import (
     SplitFeatures,
     TrainingSettings,
-    extract_all,
 )
+from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.run_folder import CLASSES_FILE, HEAD_FILE, MODEL_FILE
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import write_json
@@ -129,43 +128,31 @@ def search(
     """
     options = dataclasses.replace(options or SearchOptions(), **changes)
     settings = settings or TrainingSettings()
-    if views < 1:
-        raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
-    precision = choose_precision(precision)
-    if not isinstance(data, ImageData):
-        data = load_images(data)
-    base = load_backbone(
-        backbone, weights=weights, image_size=image_size, precision=precision
-    )
-    features = extract_all(
-        base,
+    opened = open_features(
         data,
+        backbone=backbone,
+        weights=weights,
+        image_size=image_size,
+        precision=precision,
         views=views,
         seed=settings.seed,
         cache_dir=cache_dir,
         progress=progress,
     )
     found = search_features(
-        features,
+        opened.features,
         output=output,
         options=options,
         space=space,
         clean_validation=clean_validation,
         settings=settings,
         progress=progress,
-        source={
-            "data": data.source,
-            "backbone": backbone,
-            "weights": weights,
-            "image_size": list(base.input_shape[1:3]),
-            "precision": precision,
-            "views": views,
-        },
+        source=opened.origin,
         command=command,
     )
-    if precision != "float32":  # What is kept and served runs on any machine.
-        base = load_backbone(backbone, weights=weights, image_size=image_size)
-    model = build_classifier(base, data.num_classes, head=found.head.model)
+    model = build_classifier(
+        opened.float32_base(), opened.data.num_classes, head=found.head.model
+    )
     replaced(found.folder / MODEL_FILE, model.save)
     return found
 

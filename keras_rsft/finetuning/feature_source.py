@@ -1,0 +1,98 @@
+"""Where kept features come from: images, a base, and how the two were brought together.
+
+The first step of a run, of a comparison and of a search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import keras
+
+from keras_rsft.backbones import load_backbone
+from keras_rsft.data import ImageData, load_images
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.features.precision import choose_precision
+from keras_rsft.finetuning.head_training import SplitFeatures, extract_all
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureSource:
+    """Features, and what they were computed from.
+
+    Attributes:
+        data: The images.
+        base: The frozen base, in the precision of the pass.
+        features: The kept features of the splits.
+        origin: Data, backbone, weights, image size, precision and views, for the
+            record.
+    """
+
+    data: ImageData
+    base: keras.Model
+    features: SplitFeatures
+    origin: dict[str, Any]
+
+    def float32_base(self) -> keras.Model:
+        """Returns the base in float32: what is kept and served runs on any machine."""
+        if self.origin["precision"] == "float32":
+            return self.base
+        return load_backbone(
+            self.origin["backbone"],
+            weights=self.origin["weights"],
+            image_size=self.base.input_shape[1:3],
+        )
+
+
+def open_features(
+    data: ImageData | str | os.PathLike,
+    *,
+    backbone: str,
+    weights: str,
+    image_size: int | None,
+    precision: str,
+    views: int,
+    seed: int,
+    cache_dir: str | os.PathLike | None,
+    progress: bool,
+) -> FeatureSource:
+    """Lists the images, loads the base, and computes or reads the features.
+
+    Args:
+        data: Loaded images, or what `load_images` takes.
+        backbone: As in `load_backbone`.
+        weights: As in `load_backbone`.
+        image_size: As in `load_backbone`.
+        precision: `"float32"`, `"bfloat16"`, or `"auto"`.
+        views: Views of each training image, at least 1.
+        seed: Seed of the random views.
+        cache_dir: Where features are kept; None: the user's cache folder.
+        progress: Show progress bars.
+
+    Raises:
+        InvalidArgument: If an argument cannot be used.
+        DataError: If the data cannot be trained on.
+        WeightsUnavailable: If the base's weights cannot be had.
+    """
+    if views < 1:
+        raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
+    precision = choose_precision(precision)
+    if not isinstance(data, ImageData):
+        data = load_images(data)
+    base = load_backbone(
+        backbone, weights=weights, image_size=image_size, precision=precision
+    )
+    features = extract_all(
+        base, data, views=views, seed=seed, cache_dir=cache_dir, progress=progress
+    )
+    origin = {
+        "data": data.source,
+        "backbone": backbone,
+        "weights": weights,
+        "image_size": list(base.input_shape[1:3]),
+        "precision": precision,
+        "views": views,
+    }
+    return FeatureSource(data, base, features, origin)
