@@ -15,7 +15,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.features import FeatureSet, TrainingBatches
-from keras_rsft.searching.batched_step import Batch, HeadState, head_logits, step_heads
+from keras_rsft.searching.batched_step import (
+    Batch,
+    HeadState,
+    head_logits,
+    log_likelihoods,
+    losses_of,
+    step_heads,
+)
 from keras_rsft.searching.head_notes import HeadNotes, TrainedHeads
 from keras_rsft.searching.head_trials import HeadTrials
 
@@ -125,8 +132,8 @@ class BatchedHeads:
         """Returns the weights that `build_head` begins with, the same for all."""
         count, shape = len(trials), (self._train.dim, self._num_classes)
         first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
-        kernel = tf.tile(tf.convert_to_tensor(first)[:, None], (1, count, 1))
-        bias = tf.zeros((count, self._num_classes))
+        kernel = tf.tile(tf.convert_to_tensor(first)[:, :, None], (1, 1, count))
+        bias = tf.zeros((self._num_classes, count))
         slots = _SLOTS[trials.update_rule]
         return HeadState(
             kernel,
@@ -145,7 +152,8 @@ class BatchedHeads:
     ) -> tuple[HeadState, dict[str, np.ndarray]]:
         batches.callback.on_epoch_begin(epoch)
         arrays = {name: tf.constant(v) for name, v in trials.arrays.items()}
-        sums = tf.zeros((len(trials), _SUMS))
+        groups = {way: tf.constant(v) for way, v in trials.groups.items()}
+        sums = tf.zeros((_SUMS, len(trials)))
         step = epoch * self.steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
@@ -158,13 +166,13 @@ class BatchedHeads:
                 state,
                 sums,
                 arrays,
+                groups,
                 tf.constant(step),
                 batch_size=self._batch_size,
                 update_rule=trials.update_rule,
-                acceptances=trials.acceptances,
             )
             step += -(-rows // self._batch_size)
-        samples, accepted, accepted_loss, finite, finite_loss = sums.numpy().T
+        samples, accepted, accepted_loss, finite, finite_loss = sums.numpy()
         return state, {
             "loss": finite_loss / np.maximum(finite, 1),
             "acceptance_rate": accepted / samples,
@@ -207,11 +215,11 @@ def run_block(
     state: HeadState,
     sums: tf.Tensor,
     trials: dict[str, tf.Tensor],
+    groups: dict[int, tf.Tensor],
     first_step: tf.Tensor,
     *,
     batch_size: int,
     update_rule: str,
-    acceptances: tuple[int, ...],
 ) -> tuple[HeadState, tf.Tensor]:
     """Takes all steps of a block of shuffled rows, as one compiled program.
 
@@ -223,12 +231,12 @@ def run_block(
         rows: int32 scalar: how many of the rows there are; the others only fill up.
         moments: What to subtract from the features, and what to divide them by.
         state: Weights and slots of all heads.
-        sums: Float32 `(k, 5)`, to which those of each step are added.
+        sums: Float32 `(5, k)`, to which those of each step are added.
         trials: The arrays of a `HeadTrials`, as tensors.
+        groups: Which trials accept in which way, see `HeadTrials.groups`.
         first_step: int32 scalar, batches judged before this block.
         batch_size: Samples per step.
         update_rule: `"sgd"` or `"adam"`.
-        acceptances: The ways of accepting that occur in the trials.
     """
     steps = (rows + batch_size - 1) // batch_size
 
@@ -247,7 +255,7 @@ def run_block(
             trials,
             first_step + step,
             update_rule=update_rule,
-            acceptances=acceptances,
+            groups=groups,
         )
         return step + 1, state, sums + added
 
@@ -273,13 +281,13 @@ def score_block(
         labels: int32, shape `(n,)`.
         rows: int32 scalar: how many of the rows there are; the others only fill up.
         moments: What to subtract from the features, and what to divide them by.
-        kernel: Float32, shape `(dim, k, classes)`.
-        bias: Float32, shape `(k, classes)`.
+        kernel: Float32, shape `(dim, classes, k)`.
+        bias: Float32, shape `(classes, k)`.
     """
     logits = head_logits((features - moments[0]) / moments[1], kernel, bias)
-    wanted = tf.broadcast_to(labels[:, None], tf.shape(logits)[:2])
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(wanted, logits)
-    right = tf.equal(tf.argmax(logits, axis=-1, output_type=tf.int32), wanted)
+    losses = losses_of(log_likelihoods(logits), labels)
+    predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
+    right = tf.equal(predicted, labels[:, None])
     present = (tf.range(features.shape[0]) < rows)[:, None]
     counted = (tf.cast(right, tf.float32), losses)
     return tf.stack([tf.reduce_sum(tf.where(present, c, 0.0), axis=0) for c in counted])
@@ -297,13 +305,9 @@ def _better_half(values: np.ndarray) -> np.ndarray:
 
 
 def _take(state: HeadState, rows: np.ndarray) -> HeadState:
-    """Returns the state of some heads; only the kernel has another axis first."""
+    """Returns the state of some heads, which are the last axis of every part."""
     return HeadState(
-        tf.gather(state.kernel, rows, axis=1),
-        tf.gather(state.bias, rows),
-        tuple(tf.gather(slot, rows, axis=1) for slot in state.kernel_slots),
-        tuple(tf.gather(slot, rows) for slot in state.bias_slots),
-        tf.gather(state.iterations, rows),
+        *tf.nest.map_structure(lambda values: tf.gather(values, rows, axis=-1), state)
     )
 
 

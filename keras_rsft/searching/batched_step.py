@@ -33,8 +33,9 @@ class HeadState(NamedTuple):
     """Weights and optimizer slots of `k` heads, float32.
 
     Attributes:
-        kernel: Shape `(dim, k, classes)`, so that all heads are one matrix.
-        bias: Shape `(k, classes)`.
+        kernel: Shape `(dim, classes, k)`, so that all heads are one matrix, and what
+            is done to each head is done to neighbours in memory.
+        bias: Shape `(classes, k)`.
         kernel_slots: One (`sgd`) or two (`adam`) tensors like `kernel`.
         bias_slots: As many like `bias`.
         iterations: Shape `(k,)`, updates so far.
@@ -64,16 +65,39 @@ class Batch(NamedTuple):
 
 
 def head_logits(features: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-    """Returns the scores of all heads, `(batch, k, classes)`, by one matrix product.
+    """Returns the scores of all heads, `(batch, classes, k)`, by one matrix product.
 
     Args:
         features: Float32, shape `(batch, dim)`.
-        kernel: Float32, shape `(dim, k, classes)`.
-        bias: Float32, shape `(k, classes)`.
+        kernel: Float32, shape `(dim, classes, k)`.
+        bias: Float32, shape `(classes, k)`.
     """
-    dim, trials, classes = kernel.shape
-    scores = tf.matmul(features, tf.reshape(kernel, (dim, trials * classes)))
-    return tf.reshape(scores, (-1, trials, classes)) + bias
+    dim, classes, trials = kernel.shape
+    scores = tf.matmul(features, tf.reshape(kernel, (dim, classes * trials)))
+    return tf.reshape(scores, (-1, classes, trials)) + bias
+
+
+def losses_of(likelihoods: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Returns the cross-entropy of each sample under each head, `(batch, k)`.
+
+    Args:
+        likelihoods: Float32, shape `(batch, classes, k)`, from `log_likelihoods`.
+        labels: int32, shape `(batch,)`.
+    """
+    wanted = tf.one_hot(labels, likelihoods.shape[1], on_value=True, off_value=False)
+    chosen = tf.where(wanted[:, :, None], likelihoods, 0.0)
+    return -tf.reduce_sum(chosen, axis=1)
+
+
+def log_likelihoods(logits: tf.Tensor) -> tf.Tensor:
+    """Returns the logarithms of the probabilities, shaped like the scores.
+
+    Args:
+        logits: Float32, shape `(batch, classes, k)`.
+    """
+    shifted = logits - tf.reduce_max(logits, axis=1, keepdims=True)
+    normalizer = tf.reduce_sum(tf.exp(shifted), axis=1, keepdims=True)
+    return shifted - tf.math.log(normalizer)
 
 
 def step_heads(
@@ -83,7 +107,7 @@ def step_heads(
     step: tf.Tensor,
     *,
     update_rule: str,
-    acceptances: tuple[int, ...],
+    groups: dict[int, tf.Tensor],
 ) -> tuple[HeadState, tf.Tensor]:
     """Takes one step with every head.
 
@@ -95,36 +119,34 @@ def step_heads(
         trials: The arrays of a `HeadTrials`, as tensors.
         step: int32 scalar, batches judged before this one.
         update_rule: `"sgd"` or `"adam"`.
-        acceptances: The ways of accepting that occur in the trials.
+        groups: Which trials accept in which way, see `HeadTrials.groups`.
 
     Returns:
-        The state after the step, and float32 sums `(k, 5)`: samples, accepted ones,
+        The state after the step, and float32 sums `(5, k)`: samples, accepted ones,
         summed loss of the accepted, samples with a finite loss, their summed loss.
     """
     usable = tf.reduce_all(tf.math.is_finite(batch.features), axis=-1)
     # A NaN in one row would reach the gradients of all through the product.
     features = tf.where(usable[:, None], batch.features, 0.0)
-    logits = head_logits(features, state.kernel, state.bias)
-    labels = tf.broadcast_to(batch.labels[:, None], tf.shape(logits)[:2])
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    likelihoods = log_likelihoods(head_logits(features, state.kernel, state.bias))
+    _, classes, trial_count = likelihoods.shape
+    wanted = tf.one_hot(batch.labels, classes)[:, :, None]
+    losses = losses_of(likelihoods, batch.labels)
     usable = tf.logical_and(usable, batch.present)[:, None]
-    losses = tf.transpose(tf.where(usable, losses, float("inf")))
-    accepted = accepted_by_trials(losses, batch, trials, step, acceptances=acceptances)
-
-    share = tf.cast(accepted, tf.float32)
-    share = tf.math.divide_no_nan(share, tf.reduce_sum(share, axis=1, keepdims=True))
-    errors = tf.nn.softmax(logits) - tf.one_hot(labels, logits.shape[-1])
-    errors = tf.where(
-        tf.transpose(accepted)[:, :, None],
-        errors * tf.transpose(share)[:, :, None],
-        0.0,
+    losses = tf.where(usable, losses, float("inf"))
+    accepted = tf.transpose(
+        accepted_by_trials(tf.transpose(losses), batch, trials, step, groups=groups)
     )
-    flat_errors = tf.reshape(errors, (-1, logits.shape[1] * logits.shape[2]))
+    share = tf.cast(accepted, tf.float32)
+    share = tf.math.divide_no_nan(share, tf.reduce_sum(share, axis=0))
+    errors = (tf.exp(likelihoods) - wanted) * share[:, None]
+    errors = tf.where(accepted[:, None], errors, 0.0)
+    flat_errors = tf.reshape(errors, (-1, classes * trial_count))
     gradient = tf.matmul(features, flat_errors, transpose_a=True)
     gradients = tf.reshape(gradient, state.kernel.shape), tf.reduce_sum(errors, axis=0)
-    moves = tf.reduce_any(accepted, axis=1)
+    moves = tf.reduce_any(accepted, axis=0)
     state = _updated(state, gradients, trials, moves, update_rule)
-    return state, _sums(losses, accepted, batch.present)
+    return state, _sums(losses, accepted, batch.present[:, None])
 
 
 def accepted_by_trials(
@@ -133,61 +155,76 @@ def accepted_by_trials(
     trials: dict[str, tf.Tensor],
     step: tf.Tensor,
     *,
-    acceptances: tuple[int, ...],
+    groups: dict[int, tf.Tensor],
 ) -> tf.Tensor:
     """Returns which samples each trial accepts, bool `(k, batch)`.
+
+    Each rule is asked about the trials that go by it alone: to rank losses costs more
+    than all the rest of a step.
 
     Args:
         losses: Float32, shape `(k, batch)`; infinite for rows that are not present.
         batch: The samples.
         trials: The arrays of a `HeadTrials`, as tensors.
         step: int32 scalar, batches judged before this one.
-        acceptances: The ways of accepting that occur in the trials.
+        groups: Which trials accept in which way, see `HeadTrials.groups`.
     """
-    column = {name: values[:, None] for name, values in trials.items()}
-    warming_up = tf.less(step, column["warmup_steps"])
-    accepted = tf.ones_like(losses, dtype=tf.bool)
-
-    def below() -> tf.Tensor:
-        return tf.logical_or(accept_below(losses, column["threshold"]), warming_up)
-
-    def batch_below() -> tf.Tensor:
-        # Rows that only fill up get the mean of the others, which then is the mean.
-        count = tf.reduce_sum(tf.cast(batch.present, tf.float32))
-        shown = tf.where(batch.present, losses, 0.0)
-        mean = tf.reduce_sum(shown, axis=1, keepdims=True) / count
-        judged = tf.where(batch.present, losses, mean)
-        mask = accept_batch_below(judged, column["threshold"])
-        mask = tf.logical_or(mask, warming_up)
-        all_finite = tf.reduce_all(tf.math.is_finite(judged), axis=1, keepdims=True)
-        return tf.logical_and(mask, all_finite)
-
-    def smallest() -> tf.Tensor:
-        kept = ramped_keep_fraction(
-            step, column["keep_fraction"], column["warmup_steps"]
-        )
-        return keep_smallest(losses, kept)
-
-    def listed() -> tf.Tensor:
-        chosen = tf.where(batch.listed, losses, float("inf"))
-        return with_class_floor(
-            tf.logical_and(batch.listed, below()),
-            chosen,
-            batch.labels,
-            LEAST_OF_A_HARD_CLASS,
-        )
-
     rules = {
-        BELOW: below,
-        BATCH_BELOW: batch_below,
-        KEEP_SMALLEST: smallest,
-        LISTED: listed,
+        BELOW: _below,
+        BATCH_BELOW: _batch_below,
+        KEEP_SMALLEST: _smallest,
+        LISTED: _listed,
     }
-    for acceptance, rule in rules.items():
-        if acceptance in acceptances:
-            chosen = tf.equal(column["acceptance"], acceptance)
-            accepted = tf.where(chosen, rule(), accepted)
+    accepted = tf.ones_like(losses, dtype=tf.bool)
+    for acceptance, places in groups.items():
+        if acceptance not in rules:
+            continue
+        column = {name: tf.gather(v, places)[:, None] for name, v in trials.items()}
+        chosen = rules[acceptance](tf.gather(losses, places), batch, column, step)
+        accepted = tf.tensor_scatter_nd_update(accepted, places[:, None], chosen)
     return tf.logical_and(accepted, tf.math.is_finite(losses))
+
+
+def _below(
+    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
+) -> tf.Tensor:
+    del batch
+    warming_up = tf.less(step, column["warmup_steps"])
+    return tf.logical_or(accept_below(losses, column["threshold"]), warming_up)
+
+
+def _batch_below(
+    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
+) -> tf.Tensor:
+    # Rows that only fill up get the mean of the others, which then is the mean.
+    count = tf.reduce_sum(tf.cast(batch.present, tf.float32))
+    shown = tf.where(batch.present, losses, 0.0)
+    mean = tf.reduce_sum(shown, axis=1, keepdims=True) / count
+    judged = tf.where(batch.present, losses, mean)
+    mask = accept_batch_below(judged, column["threshold"])
+    mask = tf.logical_or(mask, tf.less(step, column["warmup_steps"]))
+    all_finite = tf.reduce_all(tf.math.is_finite(judged), axis=1, keepdims=True)
+    return tf.logical_and(mask, all_finite)
+
+
+def _smallest(
+    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
+) -> tf.Tensor:
+    del batch
+    kept = ramped_keep_fraction(step, column["keep_fraction"], column["warmup_steps"])
+    return keep_smallest(losses, kept)
+
+
+def _listed(
+    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
+) -> tf.Tensor:
+    below = _below(losses, batch, column, step)
+    return with_class_floor(
+        tf.logical_and(batch.listed, below),
+        tf.where(batch.listed, losses, float("inf")),
+        batch.labels,
+        LEAST_OF_A_HARD_CLASS,
+    )
 
 
 def _updated(
@@ -210,12 +247,12 @@ def _updated(
     ):
         # From here on the old slots are not needed, so that the compiler copies none.
         new_slots = tuple(
-            tf.where(moves[:, None], new, old)
+            tf.where(moves, new, old)
             for new, old in zip(slots_of(slots, gradient, trials), slots, strict=True)
         )
         change = change_of(new_slots, trials, iterations)
-        moved = weights * decay[:, None] + change
-        parts.append((tf.where(moves[:, None], moved, weights), new_slots))
+        moved = weights * decay + change
+        parts.append((tf.where(moves, moved, weights), new_slots))
     (kernel, kernel_slots), (bias, bias_slots) = parts
     return HeadState(kernel, bias, kernel_slots, bias_slots, iterations)
 
@@ -224,7 +261,7 @@ def _sgd_slots(
     slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
 ) -> tuple[tf.Tensor, ...]:
     """Gradient descent with momentum, as in `keras.optimizers.SGD`."""
-    rate, momentum = trials["learning_rate"][:, None], trials["momentum"][:, None]
+    rate, momentum = trials["learning_rate"], trials["momentum"]
     return (slots[0] * momentum - gradient * rate,)
 
 
@@ -254,17 +291,16 @@ def _adam(
     steps = tf.maximum(iterations, 1.0)
     rate = trials["learning_rate"] * tf.sqrt(1.0 - BETA_2**steps)
     rate /= 1.0 - BETA_1**steps
-    return -slots[0] * rate[:, None] / (tf.sqrt(slots[1]) + EPSILON)
+    return -slots[0] * rate / (tf.sqrt(slots[1]) + EPSILON)
 
 
 def _sums(losses: tf.Tensor, accepted: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
     finite = tf.math.is_finite(losses)
-    finite_losses = tf.where(finite, losses, 0.0)
     rows = [
         tf.broadcast_to(tf.cast(present, tf.float32), tf.shape(losses)),
         tf.cast(accepted, tf.float32),
         tf.where(accepted, losses, 0.0),
         tf.cast(finite, tf.float32),
-        finite_losses,
+        tf.where(finite, losses, 0.0),
     ]
-    return tf.stack([tf.reduce_sum(row, axis=1) for row in rows], axis=1)
+    return tf.stack([tf.reduce_sum(row, axis=0) for row in rows])

@@ -92,6 +92,6 @@ class HeadNotes:
         state: HeadState,
     ) -> None:
         if len(heads):
-            kernels = tf.gather(state.kernel, rows, axis=1).numpy()
-            target[0][heads] = kernels.transpose(1, 0, 2)
-            target[1][heads] = tf.gather(state.bias, rows).numpy()
+            for place, values in enumerate((state.kernel, state.bias)):
+                chosen = tf.gather(values, rows, axis=-1).numpy()
+                target[place][heads] = np.moveaxis(chosen, -1, 0)

@@ -19,6 +19,7 @@ ACCEPT_ALL, BELOW, BATCH_BELOW, KEEP_SMALLEST, LISTED = range(5)
 UPDATE_RULES = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}
 # What `keras.optimizers.AdamW` decays by where nothing else is said.
 ADAMW_WEIGHT_DECAY = 0.004
+_GROUP_SIZE = 8
 BATCHED_POLICIES = ("accept-all", "auto", "loss-threshold", "keep-fraction")
 
 
@@ -58,9 +59,18 @@ class HeadTrials:
         return {name: getattr(self, name) for name in names if name != "update_rule"}
 
     @property
-    def acceptances(self) -> tuple[int, ...]:
-        """Which ways of accepting occur, each once, in order."""
-        return tuple(np.unique(self.acceptance).tolist())
+    def groups(self) -> dict[int, np.ndarray]:
+        """Which trials accept in which way: for each way their places, int32.
+
+        Each is filled up with its first place to a multiple of eight, so that the
+        programs compiled for one set of trials serve most others too.
+        """
+        found = {}
+        for way in np.unique(self.acceptance).tolist():
+            places = np.flatnonzero(self.acceptance == way).astype(np.int32)
+            missing = -len(places) % _GROUP_SIZE
+            found[way] = np.pad(places, (0, missing), constant_values=places[0])
+        return found
 
     def take(self, rows: np.ndarray) -> HeadTrials:
         """Returns some of the trials.
