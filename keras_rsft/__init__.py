@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AcceptAll": "policies",
     "AcceptListed": "policies",
+    "AcceptReviewed": "policies",
     "AutoPolicy": "policies",
     "BatchedTuner": "searching",
     "Examination": "examination",
@@ -41,6 +42,7 @@ _HOMES = {
     "TrainingBatches": "features",
     "TrainingSettings": "finetuning",
     "add_label_noise": "data",
+    "apply_corrections": "data",
     "available_backbones": "backbones",
     "build_classifier": "backbones",
     "build_head": "backbones",
