@@ -43,6 +43,7 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
         help="make labels wrong on purpose: symmetric:RATE, asymmetric:RATE or "
         "instance:RATE",
     )
+    add_corrections(group)
     for split in ("validation", "test"):
         group.add_argument(
             f"--{split}-fraction",
@@ -168,6 +169,33 @@ def add_cache_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """Adds how a command answers."""
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print errors and the last line of the result only, no progress",
+    )
+    if json:
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            help="print the result as one JSON document, all else to standard error",
+        )
+
+
+def add_corrections(group: argparse._ArgumentGroup) -> None:
+    """Adds what `apply_corrections` needs."""
+    group.add_argument(
+        "--corrections",
+        metavar="CSV",
+        action="append",
+        default=[],
+        help="what a review decided: columns id, given_label, decision (keep, relabel, "
+        "drop), new_label; again for a later review",
+    )
+
+
 def positive_int(text: str) -> int:
     """Parses a whole number, at least 1."""
     return parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
@@ -230,8 +258,36 @@ def training_settings(
     )
 
 
+def base_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `finetune`, `compare` and `search` are told about the base."""
+    names = ("backbone", "weights", "image_size", "precision", "views", "cache_dir")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def load_corrected(
+    arguments: argparse.Namespace, *, noisy_splits: tuple[str, ...] = ()
+) -> ImageData:
+    """Returns the images that were asked for, labels made wrong and then corrected.
+
+    Args:
+        arguments: The parsed command.
+        noisy_splits: Where `--noise` makes labels wrong.
+    """
+    from keras_rsft.data import add_label_noise, apply_corrections
+    from keras_rsft.data.corrections import read_corrections
+
+    for file in arguments.corrections:
+        read_corrections(file)  # Refused before the images are listed.
+    data = load_data(arguments)
+    if noisy_splits and arguments.noise is not None:
+        data = add_label_noise(
+            data, arguments.noise, seed=arguments.seed, splits=noisy_splits
+        )
+    return apply_corrections(data, arguments.corrections)
+
+
 def load_data(arguments: argparse.Namespace) -> ImageData:
-    """Returns the images that were asked for, without noise."""
+    """Returns the images that were asked for, without noise or corrections."""
     from keras_rsft.data import load_images
 
     return load_images(
