@@ -33,6 +33,7 @@ _HOMES = {
     "RSFTHyperModel": "searching",
     "RSFTModel": "model",
     "RejectionLedger": "ledger",
+    "RejectionTensorBoard": "rejection_tensorboard",
     "Run": "finetuning",
     "RunningThreshold": "policies",
     "Search": "searching",

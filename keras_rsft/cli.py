@@ -27,6 +27,7 @@ from keras_rsft.cli_options import (
     add_policy_options,
     add_training_options,
     base_options,
+    fit_callbacks,
     load_corrected,
     policy_choice,
     positive_int,
@@ -126,6 +127,11 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument(
         "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
     )
+    fit.add_argument(
+        "--tensorboard",
+        metavar="FOLDER",
+        help="write for TensorBoard, into a folder of the run's name below this one",
+    )
     add_cache_dir(fit)
     add_output_options(fit)
 
@@ -224,14 +230,17 @@ def _run_fit(arguments: argparse.Namespace) -> int:
     settings = training_settings(arguments, choice)
     if arguments.output is not None:
         check_new_folder(arguments.output)  # Before the work, not after it.
+    folder = arguments.output or next_run_folder(_data_name(arguments))
     with output_of(arguments) as output:
+        callbacks_of = fit_callbacks(arguments, settings, folder)
         data = load_corrected(arguments, noisy_splits=("train",))
         print_data(data, output.console, noise=arguments.noise)
         run = finetune(
             data,
             **base_options(arguments),
             settings=settings,
-            output=arguments.output or next_run_folder(_data_name(arguments)),
+            output=folder,
+            callbacks=callbacks_of(data),
             progress=output.progress,
             command=arguments.command_line,
         )

@@ -7,7 +7,9 @@ build settings, import where they are called.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_rsft.policy_choice import (
@@ -22,6 +24,7 @@ STAGE2_EPOCHS = 3
 if TYPE_CHECKING:
     from keras_rsft.data import ImageData
     from keras_rsft.finetuning import TrainingSettings
+    from keras_rsft.finetuning.head_training import Callbacks
 
 
 def add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -262,6 +265,43 @@ def base_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what `finetune`, `compare` and `search` are told about the base."""
     names = ("backbone", "weights", "image_size", "precision", "views", "cache_dir")
     return {name: getattr(arguments, name) for name in names}
+
+
+def fit_callbacks(
+    arguments: argparse.Namespace, settings: TrainingSettings, folder: str | Path
+) -> Callable[[ImageData], Callbacks]:
+    """Returns what makes the callbacks of a run once its images are known.
+
+    Raises:
+        ImportError: If TensorBoard is asked for and not installed.
+    """
+    if arguments.tensorboard is None:
+        return lambda data: ()
+    from keras_rsft.rejection_tensorboard import (
+        RejectionTensorBoard,
+        free_log_folder,
+        hparams_of,
+        require_tensorboard,
+    )
+
+    require_tensorboard()  # Before the work, not after it.
+    log_dir = free_log_folder(arguments.tensorboard, Path(folder).name)
+    names = ("data", "backbone", "weights", "precision", "views", "noise")
+    chosen = {name: getattr(arguments, name) for name in names}
+    hparams = hparams_of(chosen | dataclasses.asdict(settings))
+
+    def callbacks_of(data: ImageData) -> Callbacks:
+        return lambda ledger: [
+            RejectionTensorBoard(
+                log_dir,
+                ledger,
+                images=data.train,
+                class_names=data.class_names,
+                hparams=hparams,
+            )
+        ]
+
+    return callbacks_of
 
 
 def load_corrected(
