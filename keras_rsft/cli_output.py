@@ -24,27 +24,13 @@ from rich.table import Table
 
 from keras_rsft.cli_documents import json_value
 from keras_rsft.data import ImageData
+from keras_rsft.result_words import RESULT_NAMES, interval_text, share_text
 
 if TYPE_CHECKING:
     from keras_rsft.comparing import Comparison
-    from keras_rsft.comparing.intervals import Interval
     from keras_rsft.demo import DemoResult
     from keras_rsft.finetuning import Run
     from keras_rsft.searching import Search
-
-RESULT_NAMES = {
-    "test_accuracy": "Accuracy on the test split",
-    "validation_accuracy": "Accuracy on the validation split",
-    "head_test_accuracy": "Head alone, test split",
-    "head_validation_accuracy": "Head alone, validation split",
-    "stage2_test_accuracy": "Last block fine-tuned, test split",
-    "stage2_validation_accuracy": "Last block fine-tuned, validation split",
-    "acceptance_rate": "Accepted in the last epoch",
-    "estimated_wrong_labels": "Labels that look wrong",
-    "wrong_labels": "Wrong training labels",
-    "wrong_labels_rejected": "Wrong labels rejected",
-    "right_labels_rejected": "Right labels rejected",
-}
 
 _SHOWN_TRIALS = 5
 
@@ -157,7 +143,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for header in ("Test", "To plain", "Accepted", "Recovered", "Seconds"):
         table.add_column(header, justify="right", no_wrap=header != "Test")
     for name, summary in comparison.summaries.items():
-        accuracy = _percent(summary.test_accuracy)
+        accuracy = interval_text(summary.test_accuracy)
         if summary.stalled:
             accuracy = f"{accuracy}, {summary.stalled} stalled".removeprefix("-, ")
         difference = summary.difference_to_plain
@@ -165,7 +151,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         table.add_row(
             name,
             accuracy,
-            _percent(difference, sign="+"),
+            interval_text(difference, sign="+"),
             *("-" if share is None else f"{100 * share:.0f} %" for share in shares),
             f"{summary.seconds:.1f}",
         )
@@ -202,7 +188,7 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
     for one in better[:_SHOWN_TRIALS]:
         values = ", ".join(f"{k} {_short(v)}" for k, v in one.values.items())
         shares = (one.metrics[name] for name in ("val_accuracy", "acceptance_rate"))
-        trials.add_row(one.trial_id, escape(values), *map(_share, shares))
+        trials.add_row(one.trial_id, escape(values), *map(share_text, shares))
     console.print(trials)
     table = Table()
     table.add_column("")
@@ -211,7 +197,7 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
     for key, title in {"chosen": "chosen", "plain": "plain fine-tuning"}.items():
         row = found.results[key]
         names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
-        table.add_row(title, *(_share(row.get(name)) for name in names))
+        table.add_row(title, *(share_text(row.get(name)) for name in names))
     console.print(table)
     failed = found.results["failed"]
     if failed:
@@ -253,19 +239,6 @@ def repeat_command(found: Search, data: str) -> str:
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _percent(interval: Interval | None, sign: str = "") -> str:
-    if interval is None:
-        return "-"
-    mean = f"{100 * interval.mean:{sign}.1f}"
-    if math.isinf(interval.half_width):  # One seed.
-        return mean
-    return f"{mean} ± {100 * interval.half_width:.1f}"
 
 
 def print_demo(demo: DemoResult, console: Console) -> None:

@@ -63,6 +63,12 @@ class Run:
         examination = self.trained.examination
         return None if examination is None else examination.describe()
 
+    def _repr_html_(self) -> str:
+        """Returns a table and a figure for a notebook."""
+        from keras_rsft.notebook import run_html
+
+        return run_html(self)
+
 
 def finetune(
     data: ImageData | str | os.PathLike,

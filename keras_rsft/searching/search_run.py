@@ -74,6 +74,12 @@ class Search:
     tuner: keras_tuner.Tuner
     folder: Path
 
+    def _repr_html_(self) -> str:
+        """Returns a table and a figure for a notebook."""
+        from keras_rsft.notebook import search_html
+
+        return search_html(self)
+
 
 def search(
     data: ImageData | str | os.PathLike,
