@@ -24,7 +24,12 @@ from rich.table import Table
 
 from keras_rsft.cli_documents import json_value
 from keras_rsft.data import ImageData
-from keras_rsft.result_words import RESULT_NAMES, interval_text, share_text
+from keras_rsft.result_words import (
+    RESULT_NAMES,
+    interval_text,
+    setting_text,
+    share_text,
+)
 
 if TYPE_CHECKING:
     from keras_rsft.comparing import Comparison
@@ -186,9 +191,9 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
     for header in ("Validation", "Accepted"):
         trials.add_column(header, justify="right")
     for one in better[:_SHOWN_TRIALS]:
-        values = ", ".join(f"{k} {_short(v)}" for k, v in one.values.items())
         shares = (one.metrics[name] for name in ("val_accuracy", "acceptance_rate"))
-        trials.add_row(one.trial_id, escape(values), *map(share_text, shares))
+        values = escape(setting_text(one.values))
+        trials.add_row(one.trial_id, values, *map(share_text, shares))
     console.print(trials)
     table = Table()
     table.add_column("")
@@ -235,10 +240,6 @@ def repeat_command(found: Search, data: str) -> str:
     }
     options = [f"--{name}={v}" for name, v in given.items() if v is not None]
     return shlex.join(["keras-rsft", "fit", data, *options])
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def print_demo(demo: DemoResult, console: Console) -> None:

@@ -13,7 +13,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from keras_rsft.result_words import RESULT_NAMES, interval_text, share_text
+from keras_rsft.result_words import (
+    RESULT_NAMES,
+    interval_text,
+    setting_text,
+    share_text,
+)
 
 if TYPE_CHECKING:
     from keras_rsft.comparing import Comparison
@@ -76,7 +81,7 @@ def search_html(found: Search) -> str:
     trials = [
         [
             one.trial_id,
-            ", ".join(f"{name} {value}" for name, value in one.values.items()),
+            setting_text(one.values),
             share_text(one.metrics["val_accuracy"]),
             share_text(one.metrics["acceptance_rate"]),
         ]
@@ -134,6 +139,7 @@ def _draw_curves(figure: Any, history: dict[str, list[float]]) -> bool:
             place.plot(range(1, len(values) + 1), values, label=name.replace("_", " "))
         place.set(xlabel="epoch", ylabel=title)
         place.legend(frameon=False, fontsize="small")
+        place.xaxis.get_major_locator().set_params(integer=True)
     return True
 
 

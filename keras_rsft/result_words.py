@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keras_rsft.comparing.intervals import Interval
@@ -42,3 +43,12 @@ def interval_text(interval: Interval | None, sign: str = "") -> str:
     if math.isinf(interval.half_width):
         return mean
     return f"{mean} ± {100 * interval.half_width:.1f}"
+
+
+def setting_text(values: Mapping[str, Any]) -> str:
+    """Returns names and values of a trial in one line, numbers to three digits."""
+    short = (
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
+    return ", ".join(short)
