@@ -109,7 +109,8 @@ def print_data(data: ImageData, console: Console, *, noise: str | None = None) -
     text = f"{data.num_classes} classes; images: {sizes}."
     if noise is not None:
         wrong = int(np.sum(data.train.labels != data.train.clean_labels))
-        text += f" {wrong} training labels made wrong ({noise})."
+        state = "made wrong" if data.corrections is None else "are still wrong"
+        text += f" {wrong} training labels {state} ({noise})."
     console.print(escape(text))
     if data.corrections is not None:
         console.print(escape(data.corrections.describe()), soft_wrap=True)
