@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AcceptAll": "policies",
     "AcceptListed": "policies",
+    "AcceptReviewed": "policies",
     "AutoPolicy": "policies",
     "BatchedTuner": "searching",
     "Examination": "examination",
@@ -32,6 +33,7 @@ _HOMES = {
     "RSFTHyperModel": "searching",
     "RSFTModel": "model",
     "RejectionLedger": "ledger",
+    "RejectionTensorBoard": "rejection_tensorboard",
     "Run": "finetuning",
     "RunningThreshold": "policies",
     "Search": "searching",
@@ -41,6 +43,7 @@ _HOMES = {
     "TrainingBatches": "features",
     "TrainingSettings": "finetuning",
     "add_label_noise": "data",
+    "apply_corrections": "data",
     "available_backbones": "backbones",
     "build_classifier": "backbones",
     "build_head": "backbones",

@@ -22,10 +22,13 @@ from keras_rsft.cli_options import (
     add_cache_dir,
     add_data_options,
     add_loop_options,
+    add_output_options,
     add_policy_numbers,
     add_policy_options,
     add_training_options,
-    load_data,
+    base_options,
+    fit_callbacks,
+    load_corrected,
     policy_choice,
     positive_int,
     seed_number,
@@ -111,6 +114,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     demo.add_argument("--output", metavar="FOLDER", help="default: runs/demo-N")
     add_cache_dir(demo)
+    add_output_options(demo)
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -123,7 +127,13 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument(
         "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
     )
+    fit.add_argument(
+        "--tensorboard",
+        metavar="FOLDER",
+        help="write for TensorBoard, into a folder of the run's name below this one",
+    )
     add_cache_dir(fit)
+    add_output_options(fit)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -153,6 +163,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--output", metavar="FOLDER", help="default: runs/compare-NAME-N"
     )
     add_cache_dir(compare)
+    add_output_options(compare)
 
 
 def _add_search(commands: argparse._SubParsersAction) -> None:
@@ -172,6 +183,7 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
         "runs/search-NAME-N",
     )
     add_cache_dir(search)
+    add_output_options(search)
 
 
 def _add_data_argument(parser: argparse.ArgumentParser) -> None:
@@ -185,54 +197,55 @@ def _add_data_argument(parser: argparse.ArgumentParser) -> None:
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_demo
+    from keras_rsft.cli_documents import demo_document
+    from keras_rsft.cli_output import output_of, print_demo
     from keras_rsft.demo import run_demo
 
-    print(
-        "Real handwritten digits from scikit-learn. 30 % of the training labels are "
-        f"now replaced by wrong ones (seed {arguments.seed}).",
-        flush=True,
-    )
-    print_demo(
-        run_demo(
+    with output_of(arguments) as output:
+        output.console.print(
+            "Real handwritten digits from scikit-learn. 30 % of the training labels "
+            f"are now replaced by wrong ones (seed {arguments.seed}).",
+            soft_wrap=True,
+        )
+        demo = run_demo(
             seed=arguments.seed,
             output=arguments.output,
             cache_dir=arguments.cache_dir,
+            progress=output.progress,
             command=arguments.command_line,
         )
-    )
+        print_demo(demo, output.console)
+        output.finish(demo_document(demo), demo.run.folder)
     return 0
 
 
 def _run_fit(arguments: argparse.Namespace) -> int:
     choice = policy_choice(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_data, print_run
-    from keras_rsft.data import add_label_noise
+    from keras_rsft.cli_documents import run_document
+    from keras_rsft.cli_output import output_of, print_data, print_run
     from keras_rsft.finetuning import finetune
     from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
 
     settings = training_settings(arguments, choice)
     if arguments.output is not None:
         check_new_folder(arguments.output)  # Before the work, not after it.
-    data = load_data(arguments)
-    if arguments.noise is not None:
-        data = add_label_noise(data, arguments.noise, seed=arguments.seed)
-    print_data(data, noise=arguments.noise)
-    print_run(
-        finetune(
+    folder = arguments.output or next_run_folder(_data_name(arguments))
+    with output_of(arguments) as output:
+        callbacks_of = fit_callbacks(arguments, settings, folder)
+        data = load_corrected(arguments, noisy_splits=("train",))
+        print_data(data, output.console, noise=arguments.noise)
+        run = finetune(
             data,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
+            **base_options(arguments),
             settings=settings,
-            output=arguments.output or next_run_folder(_data_name(arguments)),
-            cache_dir=arguments.cache_dir,
+            output=folder,
+            callbacks=callbacks_of(data),
+            progress=output.progress,
             command=arguments.command_line,
         )
-    )
+        print_run(run, output.console)
+        output.finish(run_document(run, data), run.folder)
     return 0
 
 
@@ -242,7 +255,8 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         methods = check_methods([name.strip() for name in methods.split(",")])
     numbers = policy_choice(arguments)
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_comparison, print_data
+    from keras_rsft.cli_documents import comparison_document
+    from keras_rsft.cli_output import output_of, print_comparison, print_data
     from keras_rsft.comparing import compare
     from keras_rsft.data.noise import parse_noise
     from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
@@ -252,40 +266,45 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         parse_noise(arguments.noise)
     if arguments.output is not None:
         check_new_folder(arguments.output)
-    data = load_data(arguments)
-    print_data(data)
-    print_comparison(
-        compare(
+    folder = arguments.output or next_run_folder(f"compare-{_data_name(arguments)}")
+    with output_of(arguments) as output:
+        data = load_corrected(arguments)
+        print_data(data, output.console)
+        comparison = compare(
             data,
             methods=methods,
             seeds=arguments.seeds,
             noise=arguments.noise,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
+            **base_options(arguments),
             settings=settings,
-            output=arguments.output
-            or next_run_folder(f"compare-{_data_name(arguments)}"),
-            cache_dir=arguments.cache_dir,
+            output=folder,
+            progress=output.progress,
             command=arguments.command_line,
         )
-    )
+        print_comparison(comparison, output.console)
+        output.finish(comparison_document(comparison), comparison.folder)
     return 0
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
     settings = export_settings(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
-    return 0 if run_export(arguments, settings, build_parser()) else FAILED
+    from keras_rsft.cli_output import output_of
+
+    with output_of(arguments) as output:
+        return 0 if run_export(arguments, settings, build_parser(), output) else FAILED
 
 
 def _run_search(arguments: argparse.Namespace) -> int:
     options = search_options(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_data, print_search
-    from keras_rsft.data import add_label_noise
+    from keras_rsft.cli_documents import search_document
+    from keras_rsft.cli_output import (
+        output_of,
+        print_data,
+        print_search,
+        repeat_command,
+    )
     from keras_rsft.finetuning import TrainingSettings
     from keras_rsft.searching import search
     from keras_rsft.searching.search_folder import next_search_folder
@@ -294,30 +313,23 @@ def _run_search(arguments: argparse.Namespace) -> int:
     settings = TrainingSettings(
         epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed
     )
-    data = load_data(arguments)
-    if arguments.noise is not None:
-        data = add_label_noise(
-            data, arguments.noise, seed=arguments.seed, splits=("train", "validation")
-        )
-    print_data(data, noise=arguments.noise)
-    print_search(
-        search(
+    with output_of(arguments) as output:
+        data = load_corrected(arguments, noisy_splits=("train", "validation"))
+        print_data(data, output.console, noise=arguments.noise)
+        found = search(
             data,
             output=arguments.output or next_search_folder(_data_name(arguments)),
             options=options,
             space=space,
             clean_validation=arguments.clean_validation,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
+            **base_options(arguments),
             settings=settings,
-            cache_dir=arguments.cache_dir,
+            progress=output.progress,
             command=arguments.command_line,
-        ),
-        data=arguments.data,
-    )
+        )
+        print_search(found, output.console, data=arguments.data)
+        command = repeat_command(found, arguments.data)
+        output.finish(search_document(found, command), found.folder)
     return 0
 
 

@@ -9,13 +9,18 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from keras_rsft.cli_options import load_data, positive_int
+from keras_rsft.cli_options import add_output_options, load_data, positive_int
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.settings import FORMATS, WEIGHT_DTYPES, ExportSettings
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from keras_rsft.cli_output import Output
     from keras_rsft.data import ImageData
+    from keras_rsft.export.accuracy import AccuracyCheck
     from keras_rsft.export.from_run import Export, FinishedRun
+    from keras_rsft.export.verification import Verification
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -63,6 +68,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="load what was written in a fresh process and compare it with the run",
     )
+    add_output_options(export)
 
 
 def export_settings(arguments: argparse.Namespace) -> ExportSettings:
@@ -83,6 +89,7 @@ def run_export(
     arguments: argparse.Namespace,
     settings: ExportSettings,
     parser: argparse.ArgumentParser,
+    output: Output,
 ) -> bool:
     """Exports, and compares with the run where weights were narrowed.
 
@@ -90,31 +97,52 @@ def run_export(
         arguments: The parsed command.
         settings: What `export_settings` made of them.
         parser: Reads the command that made the run, for its data.
+        output: Where words and the result go.
 
     Returns:
         False if the export was to be verified and is not as it must be.
     """
+    from keras_rsft.cli_documents import export_document
     from keras_rsft.export.from_run import export_run, read_run
+    from keras_rsft.export.verification import verify_export
 
     run = read_run(arguments.run)
     export = export_run(
         run, name=arguments.name, directory=arguments.directory, settings=settings
     )
-    _print_export(export)
+    _print_export(export, output.console)
+    accuracy = verification = None
     if settings.weight_dtype != "float32":
-        _print_accuracy(run, export, parser)
-    return not arguments.verify or _print_verification(run, export)
-
-
-def _print_export(export: Export) -> None:
-    share = export.num_bytes / export.weight_bytes
-    print(f"Exported model: {export.path}")
-    print(
-        f"Size:           {export.num_bytes / 1e6:.1f} MB, "
-        f"{share:.2f} times the weights in float32"
+        accuracy = _check_accuracy(run, export, parser, output)
+    if arguments.verify:
+        verification = verify_export(run, export)
+        _print_verification(verification, output.console)
+    output.finish(
+        export_document(export, _serve_command(export), accuracy, verification),
+        export.path,
     )
-    if export.settings.file_format == "saved-model":
-        print(f"Serve it:       {docker_command(export)}")
+    return verification is None or verification.passed
+
+
+def _serve_command(export: Export) -> str | None:
+    return (
+        docker_command(export) if export.settings.file_format == "saved-model" else None
+    )
+
+
+def _print_export(export: Export, console: Console) -> None:
+    from rich.markup import escape
+
+    share = export.num_bytes / export.weight_bytes
+    lines = [
+        f"Exported model: {export.path}",
+        f"Size:           {export.num_bytes / 1e6:.1f} MB, {share:.2f} times the "
+        "weights in float32",
+    ]
+    command = _serve_command(export)
+    if command is not None:
+        lines.append(f"Serve it:       {command}")
+    console.print(escape("\n".join(lines)), soft_wrap=True)
 
 
 def docker_command(export: Export) -> str:
@@ -130,30 +158,33 @@ def docker_command(export: Export) -> str:
     )
 
 
-def _print_accuracy(
-    run: FinishedRun, export: Export, parser: argparse.ArgumentParser
-) -> None:
+def _check_accuracy(
+    run: FinishedRun, export: Export, parser: argparse.ArgumentParser, output: Output
+) -> AccuracyCheck | None:
+    """Prints and returns the accuracy on the validation split, if it can be had."""
+    from rich.markup import escape
+
     from keras_rsft.export.accuracy import check_accuracy
 
     try:
-        check = check_accuracy(run, export, _data_of(run, parser).validation)
+        validation = _data_of(run, parser).validation
+        check = check_accuracy(run, export, validation, progress=output.progress)
     except (DataError, InvalidArgument, ImportError, OSError) as error:
-        print(f"The accuracy on the validation split was not measured: {error}")
-        return
-    print(
+        text = f"The accuracy on the validation split was not measured: {error}"
+        output.console.print(escape(text), soft_wrap=True)
+        return None
+    output.console.print(
         f"Accuracy on the validation split ({check.images} images): "
         f"{100 * check.exported:.1f} %; in float32 {100 * check.run:.1f} %. "
-        f"Largest difference of a probability: {check.largest_difference:.4f}"
+        f"Largest difference of a probability: {check.largest_difference:.4f}",
+        soft_wrap=True,
     )
+    return check
 
 
-def _print_verification(run: FinishedRun, export: Export) -> bool:
-    from rich.console import Console
+def _print_verification(found: Verification, console: Console) -> None:
     from rich.table import Table
 
-    from keras_rsft.export.verification import verify_export
-
-    found = verify_export(run, export)
     limit = found.allowed_difference
     allowed = "" if limit is None else f" (allowed: {limit:.0e})"
     table = Table(title="In a fresh process", show_header=False)
@@ -163,8 +194,7 @@ def _print_verification(run: FinishedRun, export: Export) -> bool:
         table.add_row("Broken image", "refused" if found.broken_refused else "MISTAKEN")
     table.add_row("Loaded in", f"{found.load_seconds:.1f} s")
     table.add_row("Verdict", "as the run" if found.passed else "NOT as the run")
-    Console(highlight=False).print(table)
-    return found.passed
+    console.print(table)
 
 
 def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:

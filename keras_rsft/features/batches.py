@@ -126,7 +126,7 @@ def _gathered(
     microseconds a call, some 5 milliseconds each time that an epoch begins.
     """
     labels = tf.constant(features.labels)
-    in_memory = features.all_views.nbytes <= MAX_BYTES_IN_MEMORY
+    in_memory = features.num_bytes <= MAX_BYTES_IN_MEMORY
     read = _make_table_reader(features) if in_memory else _make_row_reader(features)
     batch_bytes = 4 * features.dim * batch_size
     block_rows = batch_size * max(1, BLOCK_BYTES // batch_bytes)
@@ -144,8 +144,11 @@ def _gathered(
 
 def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from int64 rows `(k,)` to features `(k, dim)` in memory."""
-    values = np.fromfile(features.path, np.float32).reshape(-1, features.dim)
-    table = tf.constant(values)
+    if features.rows is None:
+        values = np.fromfile(features.path, np.float32)
+    else:
+        values = features.all_views
+    table = tf.constant(values.reshape(-1, features.dim))
     return lambda rows: tf.gather(table, rows)
 
 
@@ -160,6 +163,8 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     lock = threading.Lock()
 
     def read(rows: np.ndarray) -> np.ndarray:
+        samples, view = np.divmod(rows, features.views)
+        rows = features.file_rows(samples) * features.views + view
         values = np.empty((len(rows), features.dim), np.float32)
         with lock:
             for position in np.argsort(rows):

@@ -6,6 +6,7 @@ a killed run go on where it was, and the pass itself.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -50,7 +51,8 @@ def extract_features(
     The pass appends chunk after chunk to a file beside its final place and is
     renamed when it is complete. Interrupted at any moment, the next call goes
     on after the last whole chunk. Two processes that want the same features
-    take turns.
+    take turns. A split that images were dropped from is served by the features of
+    the whole one.
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
@@ -72,6 +74,17 @@ def extract_features(
         DataError: If no image can be read.
         OSError: If the disk has no room for the features.
     """
+    if split.whole is not None:
+        whole = extract_features(
+            backbone,
+            split.whole,
+            cache_dir=cache_dir,
+            batch_size=batch_size,
+            views=views,
+            seed=seed,
+            progress=progress,
+        )
+        return _left_over(whole, split)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     root.mkdir(parents=True, exist_ok=True)
     base = backbone
@@ -212,4 +225,20 @@ def _open(folder: Path, split: ImageSplit) -> FeatureSet:
         views=meta["views"],
         clean_labels=None if split.clean_labels is None else split.clean_labels[index],
         unreadable=unreadable,
+        reviewed=None if split.reviewed is None else split.reviewed[index],
+    )
+
+
+def _left_over(whole: FeatureSet, split: ImageSplit) -> FeatureSet:
+    """Returns what remains of a split's features, with the labels that it has now."""
+    at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
+    ids = whole.ids.tolist()
+    remains = np.array([sample_id in at for sample_id in ids], bool)
+    index = np.array([at[sample_id] for sample_id in ids if sample_id in at], np.int64)
+    return dataclasses.replace(
+        whole.take(np.flatnonzero(remains)),
+        labels=split.labels[index],
+        clean_labels=None if split.clean_labels is None else split.clean_labels[index],
+        reviewed=None if split.reviewed is None else split.reviewed[index],
+        unreadable=tuple(pair for pair in whole.unreadable if pair[0] in at),
     )

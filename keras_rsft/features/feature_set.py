@@ -25,13 +25,17 @@ class FeatureSet:
     """Features, labels and ids of the readable images of one split.
 
     Attributes:
-        path: Raw file of float32 values, shape `(n, views, dim)`.
+        path: Raw file of float32 values, shape `(rows, views, dim)`.
         labels: int32 array of shape `(n,)`, the given labels.
         ids: String array of shape `(n,)`.
         dim: Number of features of an image.
         views: Views kept of each image; view 0 is the plain image.
         clean_labels: int32 array of shape `(n,)`, or None if not known.
         unreadable: `(id, reason)` of each image that could not be read.
+        reviewed: Boolean array of shape `(n,)`: whose given label a person has found
+            or made right. None: nobody looked.
+        rows: int64 array of shape `(n,)`, increasing: the row of each sample in the
+            file. None: the file holds these samples and no others.
     """
 
     path: Path
@@ -41,26 +45,73 @@ class FeatureSet:
     views: int = 1
     clean_labels: np.ndarray | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
+    reviewed: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all views of these samples."""
+        return 4 * len(self) * self.views * self.dim
+
     @functools.cached_property
     def all_views(self) -> np.ndarray:
-        """Memory-mapped, read-only float32 array of shape `(n, views, dim)`."""
-        shape = (len(self), self.views, self.dim)
-        return np.memmap(self.path, dtype=np.float32, mode="r", shape=shape)
+        """Read-only float32 array of shape `(n, views, dim)`.
+
+        Memory-mapped where the file holds no other samples, else a copy.
+        """
+        if self.rows is not None:
+            return self.views_of(np.arange(len(self)))
+        return self._file_views
 
     @property
     def features(self) -> np.ndarray:
-        """Memory-mapped float32 array of shape `(n, dim)`: the plain images."""
+        """Float32 array of shape `(n, dim)`: `all_views` of the plain images."""
         return self.all_views[:, 0]
+
+    def views_of(self, samples: np.ndarray) -> np.ndarray:
+        """Returns a copy of all views of some samples, `(k, views, dim)` float32.
+
+        Args:
+            samples: Integers of shape `(k,)`, positions in [0, n).
+        """
+        return np.array(self._file_views[self.file_rows(samples)])
+
+    def file_rows(self, samples: np.ndarray) -> np.ndarray:
+        """Returns where samples are in the file, integers of shape `(k,)`."""
+        return samples if self.rows is None else self.rows[samples]
+
+    def take(self, samples: np.ndarray) -> FeatureSet:
+        """Returns some of the samples; their features stay in the same file.
+
+        Args:
+            samples: Integers of shape `(k,)`, increasing positions in [0, n).
+        """
+        clean, reviewed = (
+            None if values is None else values[samples]
+            for values in (self.clean_labels, self.reviewed)
+        )
+        return dataclasses.replace(
+            self,
+            labels=self.labels[samples],
+            ids=self.ids[samples],
+            clean_labels=clean,
+            reviewed=reviewed,
+            rows=self.file_rows(samples),
+        )
 
     def with_labels(
         self, labels: np.ndarray, clean_labels: np.ndarray | None = None
     ) -> FeatureSet:
-        """Returns the same features under other labels, both of shape `(n,)`."""
-        return dataclasses.replace(self, labels=labels, clean_labels=clean_labels)
+        """Returns the same features under other labels, both of shape `(n,)`.
+
+        Nobody has reviewed those.
+        """
+        return dataclasses.replace(
+            self, labels=labels, clean_labels=clean_labels, reviewed=None
+        )
 
     def chunks(self, rows: int = 4096) -> Iterator[np.ndarray]:
         """Yields the plain images' features in order, read from the file.
@@ -73,11 +124,16 @@ class FeatureSet:
         """
         row_values = self.views * self.dim
         for start in range(0, len(self), rows):
-            count = min(rows, len(self) - start) * row_values
+            places = self.file_rows(np.arange(start, min(start + rows, len(self))))
+            first, last = int(places[0]), int(places[-1])
             values = np.fromfile(
-                self.path, np.float32, count=count, offset=4 * start * row_values
+                self.path,
+                np.float32,
+                count=(last - first + 1) * row_values,
+                offset=4 * first * row_values,
             )
-            yield values.reshape(-1, self.views, self.dim)[:, 0]
+            values = values.reshape(-1, self.views, self.dim)[:, 0]
+            yield values if self.rows is None else values[places - first]
 
     def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """Returns mean and variance of each feature over the plain images.
@@ -101,6 +157,12 @@ class FeatureSet:
         variance = np.maximum(total_of_squares / len(self) - np.square(mean), 0.0)
         floor = max(1e-6 * variance.mean(), 1e-12)
         return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
+
+    @functools.cached_property
+    def _file_views(self) -> np.ndarray:
+        count = len(self) if self.rows is None else int(self.rows[-1]) + 1
+        shape = (count, self.views, self.dim)
+        return np.memmap(self.path, dtype=np.float32, mode="r", shape=shape)
 
 
 def read_meta(folder: Path) -> dict[str, int] | None:

@@ -26,8 +26,8 @@ class FeatureSource:
         data: The images.
         base: The frozen base, in the precision of the pass.
         features: The kept features of the splits.
-        origin: Data, backbone, weights, image size, precision and views, for the
-            record.
+        origin: Data, corrections if there are any, backbone, weights, image size,
+            precision and views, for the record.
     """
 
     data: ImageData
@@ -95,4 +95,6 @@ def open_features(
         "precision": precision,
         "views": views,
     }
+    if data.corrections is not None:
+        origin["corrections"] = data.corrections.record()
     return FeatureSource(data, base, features, origin)

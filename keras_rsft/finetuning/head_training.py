@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -28,10 +28,15 @@ from keras_rsft.features import (
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.ledger import Ledger, RejectionLedger
 from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AutoPolicy, build_policy
+from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
 from keras_rsft.progress import progress_bar
 
 MAX_STEPS_PER_EXECUTION = 64
+
+Callbacks = (
+    Sequence[keras.callbacks.Callback]
+    | Callable[[RejectionLedger], Sequence[keras.callbacks.Callback]]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +120,7 @@ def train_head(
     features: SplitFeatures,
     settings: TrainingSettings,
     *,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: Callbacks = (),
     progress: bool = True,
 ) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
@@ -123,7 +128,8 @@ def train_head(
     Args:
         features: Features of the three splits.
         settings: How to train.
-        callbacks: Further Keras callbacks.
+        callbacks: Further Keras callbacks, or a function that makes them of the
+            `RejectionLedger` of this training.
         progress: Show a progress bar.
 
     Raises:
@@ -140,13 +146,14 @@ def train_head(
         train, batch_size=settings.batch_size, seed=settings.seed, sample_index=True
     )
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
+    further = callbacks(recorder) if callable(callbacks) else callbacks
     validation = batches_of(features.validation) if len(features.validation) else None
     with _epoch_bar(settings.epochs, visible=progress) as bar:
         history = model.fit(
             batches.dataset,
             validation_data=validation,
             epochs=settings.epochs,
-            callbacks=[batches.callback, recorder, bar, *callbacks],
+            callbacks=[batches.callback, recorder, bar, *further],
             verbose=0,
             shuffle=False,
         ).history
@@ -165,6 +172,8 @@ def train_head(
         if examination.noise_rate > 0:  # Else there was too little to judge by.
             results["estimated_wrong_labels"] = examination.noise_rate
     recorder.ledger.note_probabilities(probabilities)
+    if train.reviewed is not None:
+        recorder.ledger.note_reviewed(train.reviewed)
     if train.clean_labels is not None:
         results |= _rejected_shares(train, accepted)
     return TrainedHead(
@@ -185,6 +194,9 @@ def untrained_head(
 ) -> RSFTModel:
     """Builds and compiles a new head over kept features, under its policy.
 
+    Samples that a person has reviewed are accepted whatever the policy says, unless
+    it judges whole batches.
+
     Args:
         features: Features of the three splits.
         settings: How it will be trained.
@@ -192,16 +204,9 @@ def untrained_head(
     """
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    if settings.policy.name == "auto":
-        policy = AutoPolicy(
-            examination,
-            loss_limit=examination.loss_limit,
-            warmup_steps=round(settings.policy.warmup_epochs * steps),
-        )
-    else:
-        policy = build_policy(
-            settings.policy, num_classes=num_classes, steps_per_epoch=steps
-        )
+    policy = _policy(settings, num_classes, steps, examination)
+    if train.reviewed is not None and policy.level == "sample":
+        policy = AcceptReviewed(policy, train.reviewed)
     head = build_head(
         train.dim, num_classes, moments=train.moments(), seed=settings.seed
     )
@@ -213,6 +218,21 @@ def untrained_head(
         steps_per_execution=choose_steps_per_execution(steps),
     )
     return model
+
+
+def _policy(
+    settings: TrainingSettings,
+    num_classes: int,
+    steps: int,
+    examination: Examination | None,
+) -> Policy:
+    if settings.policy.name == "auto":
+        return AutoPolicy(
+            examination,
+            loss_limit=examination.loss_limit,
+            warmup_steps=round(settings.policy.warmup_epochs * steps),
+        )
+    return build_policy(settings.policy, num_classes=num_classes, steps_per_epoch=steps)
 
 
 def choose_steps_per_execution(steps: int) -> int:

@@ -12,9 +12,10 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones import build_classifier
-from keras_rsft.data import ImageData
+from keras_rsft.data import ImageData, apply_corrections, load_images
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.head_training import (
+    Callbacks,
     SplitFeatures,
     TrainedHead,
     train_head,
@@ -62,10 +63,17 @@ class Run:
         examination = self.trained.examination
         return None if examination is None else examination.describe()
 
+    def _repr_html_(self) -> str:
+        """Returns a table and a figure for a notebook."""
+        from keras_rsft.notebook import run_html
+
+        return run_html(self)
+
 
 def finetune(
     data: ImageData | str | os.PathLike,
     *,
+    corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
     backbone: str = "resnet50",
     weights: str = "imagenet",
     image_size: int | None = None,
@@ -74,7 +82,7 @@ def finetune(
     settings: TrainingSettings | None = None,
     output: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: Callbacks = (),
     progress: bool = True,
     command: str | None = None,
 ) -> Run:
@@ -86,6 +94,7 @@ def finetune(
 
     Args:
         data: Loaded images, or what `load_images` takes.
+        corrections: Files for `apply_corrections`. Default: none.
         backbone: Name of a base or path of a `.keras` file. Default ResNet50.
         weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
         image_size: Side of the square images in pixels. Default: the base's.
@@ -94,7 +103,8 @@ def finetune(
         settings: How to train. Default: `TrainingSettings()`.
         output: The run folder; it must not exist. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
-        callbacks: Further Keras callbacks for the training of the head.
+        callbacks: Further Keras callbacks for the training of the head, or a function
+            that makes them of the run's `RejectionLedger`.
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
 
@@ -103,7 +113,7 @@ def finetune(
 
     Raises:
         InvalidArgument: If an argument cannot be used.
-        DataError: If the data cannot be trained on.
+        DataError: If the data cannot be trained on, or not be corrected so.
         WeightsUnavailable: If the base's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for a stage two to learn from.
@@ -111,6 +121,9 @@ def finetune(
     settings = settings or TrainingSettings()
     started = time.perf_counter()
     folder = check_new_folder(output) if output is not None else None
+    if corrections:
+        data = data if isinstance(data, ImageData) else load_images(data)
+        data = apply_corrections(data, corrections)
     source = open_features(
         data,
         backbone=backbone,

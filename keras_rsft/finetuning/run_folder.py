@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keras_rsft.data import ImageData
+from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
+from keras_rsft.data.corrections import correction_cells
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.ledger import COLUMNS
 from keras_rsft.result_folder import write_csv, write_json, written_whole
@@ -29,6 +31,7 @@ CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 CLASSES_FILE = "classes.json"
 LEDGER_FILE = "ledger.csv"
+CORRECTIONS_FILE = "corrections.csv"
 
 
 def check_new_folder(output: str | os.PathLike) -> Path:
@@ -84,9 +87,12 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
     )
     write_csv(
         folder / "samples.csv",
-        ["id", "split", "given_label", "clean_label"],
+        ["id", "split", "given_label", "clean_label", "decision", "label_before"],
         _sample_rows(data),
     )
+    if data.corrections is not None:
+        cells = correction_cells(data.corrections.rows)
+        write_csv(folder / CORRECTIONS_FILE, CORRECTION_COLUMNS, cells)
     trained = run.trained
     write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
     write_csv(
@@ -99,12 +105,17 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
 
 
 def _sample_rows(data: ImageData) -> Iterable[list[str]]:
+    """Yields the samples that remain, with what was decided and what it replaced."""
+    rows = () if data.corrections is None else data.corrections.rows
+    decided = {row.id: [row.decision, row.given_label] for row in rows}
     for split in (data.train, data.validation, data.test):
         clean = split.labels if split.clean_labels is None else split.clean_labels
         known = split.clean_labels is not None
         for sample_id, given, right in zip(split.ids, split.labels, clean, strict=True):
             right_name = data.class_names[right] if known else ""
-            yield [str(sample_id), split.name, data.class_names[given], right_name]
+            names = [data.class_names[given], right_name]
+            decision = decided.get(str(sample_id), ["", ""])
+            yield [str(sample_id), split.name, *names, *decision]
 
 
 def _versions() -> dict[str, str]:

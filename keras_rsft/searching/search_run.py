@@ -74,6 +74,12 @@ class Search:
     tuner: keras_tuner.Tuner
     folder: Path
 
+    def _repr_html_(self) -> str:
+        """Returns a table and a figure for a notebook."""
+        from keras_rsft.notebook import search_html
+
+        return search_html(self)
+
 
 def search(
     data: ImageData | str | os.PathLike,
@@ -226,8 +232,12 @@ def search_features(
 
 
 def _judged(features: SplitFeatures, *, clean_validation: bool) -> SplitFeatures:
-    """Returns the splits with the labels that trials and the choice are judged by."""
-    parts = {}
+    """Returns the splits with the labels that trials and the choice are judged by.
+
+    A reviewed label counts as any other: heads that are trained together have no
+    policy that could make a difference.
+    """
+    parts = {"train": dataclasses.replace(features.train, reviewed=None)}
     if clean_validation:
         if features.validation.clean_labels is None:
             raise DataError(
