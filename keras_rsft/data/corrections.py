@@ -294,11 +294,10 @@ def _corrected(
         if row.decision == RELABEL:
             labels[at] = number[row.new_label]
     corrected = dataclasses.replace(split, labels=labels, reviewed=reviewed)
-    if remains.all():
-        return corrected
-    part = corrected.take(np.flatnonzero(remains))
-    whole = split if split.whole is None else split.whole
-    return dataclasses.replace(part, whole=whole)
+    return dataclasses.replace(
+        corrected.take(np.flatnonzero(remains)),
+        before_review=split if split.before_review is None else split.before_review,
+    )
 
 
 def _refuse_empty_class(before: ImageData, after: ImageData, file: Path) -> None:

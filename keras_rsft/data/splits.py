@@ -43,8 +43,9 @@ class ImageSplit:
         reader: Fetches the images' bytes.
         reviewed: Shape `(n,)`, bool: whose given label a person has found or made
             right. None: nobody looked.
-        whole: The split that this one was left over from when images were dropped:
-            features kept of it are those of this one. None: nothing was dropped.
+        before_review: This split as it was loaded, before a person dropped images and
+            corrected labels; features kept of it are those of this one. None: nobody
+            looked.
     """
 
     name: str
@@ -53,7 +54,7 @@ class ImageSplit:
     clean_labels: np.ndarray | None
     reader: Reader
     reviewed: np.ndarray | None = None
-    whole: ImageSplit | None = None
+    before_review: ImageSplit | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -74,17 +74,17 @@ def extract_features(
         DataError: If no image can be read.
         OSError: If the disk has no room for the features.
     """
-    if split.whole is not None:
-        whole = extract_features(
+    if split.before_review is not None:
+        before_review = extract_features(
             backbone,
-            split.whole,
+            split.before_review,
             cache_dir=cache_dir,
             batch_size=batch_size,
             views=views,
             seed=seed,
             progress=progress,
         )
-        return _left_over(whole, split)
+        return _left_over(before_review, split)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     root.mkdir(parents=True, exist_ok=True)
     base = backbone
@@ -229,16 +229,17 @@ def _open(folder: Path, split: ImageSplit) -> FeatureSet:
     )
 
 
-def _left_over(whole: FeatureSet, split: ImageSplit) -> FeatureSet:
+def _left_over(before_review: FeatureSet, split: ImageSplit) -> FeatureSet:
     """Returns what remains of a split's features, with the labels that it has now."""
     at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
-    ids = whole.ids.tolist()
+    ids = before_review.ids.tolist()
     remains = np.array([sample_id in at for sample_id in ids], bool)
     index = np.array([at[sample_id] for sample_id in ids if sample_id in at], np.int64)
     return dataclasses.replace(
-        whole.take(np.flatnonzero(remains)),
+        before_review.take(np.flatnonzero(remains)),
         labels=split.labels[index],
         clean_labels=None if split.clean_labels is None else split.clean_labels[index],
         reviewed=None if split.reviewed is None else split.reviewed[index],
-        unreadable=tuple(pair for pair in whole.unreadable if pair[0] in at),
+        before_review=before_review,
+        unreadable=tuple(pair for pair in before_review.unreadable if pair[0] in at),
     )

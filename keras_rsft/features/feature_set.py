@@ -34,6 +34,8 @@ class FeatureSet:
         unreadable: `(id, reason)` of each image that could not be read.
         reviewed: Boolean array of shape `(n,)`: whose given label a person has found
             or made right. None: nobody looked.
+        before_review: These samples and those dropped since, with the labels that they
+            had before a person looked. None: nobody looked.
         rows: int64 array of shape `(n,)`, increasing: the row of each sample in the
             file. None: the file holds these samples and no others.
     """
@@ -46,6 +48,7 @@ class FeatureSet:
     clean_labels: np.ndarray | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
     reviewed: np.ndarray | None = None
+    before_review: FeatureSet | None = None
     rows: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -110,7 +113,11 @@ class FeatureSet:
         Nobody has reviewed those.
         """
         return dataclasses.replace(
-            self, labels=labels, clean_labels=clean_labels, reviewed=None
+            self,
+            labels=labels,
+            clean_labels=clean_labels,
+            reviewed=None,
+            before_review=None,
         )
 
     def chunks(self, rows: int = 4096) -> Iterator[np.ndarray]:
