@@ -232,12 +232,8 @@ def search_features(
 
 
 def _judged(features: SplitFeatures, *, clean_validation: bool) -> SplitFeatures:
-    """Returns the splits with the labels that trials and the choice are judged by.
-
-    A reviewed label counts as any other: heads that are trained together have no
-    policy that could make a difference.
-    """
-    parts = {"train": dataclasses.replace(features.train, reviewed=None)}
+    """Returns the splits with the labels that trials and the choice are judged by."""
+    parts = {}
     if clean_validation:
         if features.validation.clean_labels is None:
             raise DataError(
