@@ -35,13 +35,16 @@ from keras_rsft.cli_predict import add_predict, run_predict
 from keras_rsft.cli_search import (
     add_search_options,
     add_space_options,
+    crew_of,
     search_options,
+    search_role,
     search_space,
 )
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
     DataError,
     InvalidArgument,
+    SearchFailed,
     TrainingStalled,
     WeightsUnavailable,
 )
@@ -62,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
+    arguments.argv = argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
         return _COMMANDS[arguments.command](arguments)
@@ -69,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(INTERRUPTED, "Interrupted. Run the same command again to go on.")
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
-    except (DataError, TrainingStalled, WeightsUnavailable, ImportError) as error:
+    except (DataError, SearchFailed, TrainingStalled, WeightsUnavailable) as error:
+        return _fail(FAILED, str(error))
+    except ImportError as error:
         return _fail(FAILED, str(error))
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
@@ -283,6 +289,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 def _run_search(arguments: argparse.Namespace) -> int:
     options = search_options(arguments)  # Refused before anything heavy is imported.
+    role = search_role(arguments)
     _silence_native_libraries()
     from keras_rsft.cli_output import print_data, print_search
     from keras_rsft.data import add_label_noise
@@ -300,24 +307,28 @@ def _run_search(arguments: argparse.Namespace) -> int:
             data, arguments.noise, seed=arguments.seed, splits=("train", "validation")
         )
     print_data(data, noise=arguments.noise)
-    print_search(
-        search(
-            data,
-            output=arguments.output or next_search_folder(_data_name(arguments)),
-            options=options,
-            space=space,
-            clean_validation=arguments.clean_validation,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
-            settings=settings,
-            cache_dir=arguments.cache_dir,
-            command=arguments.command_line,
-        ),
-        data=arguments.data,
+    output = Path(arguments.output or next_search_folder(_data_name(arguments)))
+    found = search(
+        data,
+        output=output,
+        options=options,
+        space=space,
+        clean_validation=arguments.clean_validation,
+        backbone=arguments.backbone,
+        weights=arguments.weights,
+        image_size=arguments.image_size,
+        precision=arguments.precision,
+        views=arguments.views,
+        settings=settings,
+        cache_dir=arguments.cache_dir,
+        command=arguments.command_line,
+        crew=crew_of(arguments, options, output),
+        patience=arguments.worker_timeout,
     )
+    if found is None:
+        print(f"{role.tuner_id} is done; the chief at {role.address} has the results.")
+    else:
+        print_search(found, data=arguments.data)
     return 0
 
 

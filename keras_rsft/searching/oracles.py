@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,14 @@ def make_tuner(
             **place,
         )
     return OneByOneTuner(oracle, hypermodel, **place)
+
+
+def make_quiet_tuner(
+    hypermodel: RSFTHyperModel, options: SearchOptions, folder: Path
+) -> keras_tuner.Tuner:
+    """Is `make_tuner`, without what Keras Tuner prints about going on."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return make_tuner(hypermodel, options, folder)
 
 
 def _make_oracle(name: str, **options: Any) -> keras_tuner.Oracle:
