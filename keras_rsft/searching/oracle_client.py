@@ -17,7 +17,7 @@ from keras_tuner.src import protos  # There is no public name for these two.
 from keras_tuner.src.distribute.oracle_client import OracleClient
 
 from keras_rsft.errors import SearchFailed
-from keras_rsft.searching.oracle_server import MARK_KEY, MESSAGE_KEY
+from keras_rsft.searching.oracle_server import MARK_KEY, MESSAGE_KEY, without_prints
 from keras_rsft.searching.roles import Role
 
 HEARTBEAT_SECONDS = 5.0
@@ -55,8 +55,10 @@ class WorkerOracle(OracleClient):
 
     def end_trial(self, trial: Trial) -> None:
         message = (trial.message or "").encode()[-_MESSAGE_BYTES:]
+        with without_prints():
+            sent = trial.to_proto()
         self.stub.EndTrial(
-            protos.get_service().EndTrialRequest(trial=trial.to_proto()),
+            protos.get_service().EndTrialRequest(trial=sent),
             wait_for_ready=True,
             metadata=((MESSAGE_KEY, message),),
         )

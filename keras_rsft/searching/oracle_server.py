@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,11 @@ class Heard:
     failure: Exception | None = None
 
 
+def without_prints() -> contextlib.AbstractContextManager:
+    """Silences a forgotten print in Keras Tuner, where it sends a conditional space."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def _noted(method: Callable) -> Callable:
     """Lets one call at a time into the oracle, and keeps what goes wrong there."""
 
@@ -56,7 +62,8 @@ def _noted(method: Callable) -> Callable:
         with self.lock:
             self.heard.last = time.monotonic()
             try:
-                return method(self, request, context)
+                with without_prints():
+                    return method(self, request, context)
             except Exception as error:
                 self.heard.failure = error
                 context.abort(grpc.StatusCode.INTERNAL, str(error))

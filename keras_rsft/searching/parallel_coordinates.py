@@ -85,7 +85,7 @@ def draw_parallel_coordinates(
     place = figure.subplots()
     lines = np.stack([axis.positions for axis in axes], axis=1)
     goodness = lines[:, -1] if options.direction == "max" else 1 - lines[:, -1]
-    colours = colormaps["plasma"](0.95 * goodness)
+    colours = colormaps["plasma"](0.85 * goodness)
     for row in np.argsort(goodness, kind="stable"):
         place.plot(lines[row], color=colours[row], alpha=0.8, linewidth=1.2)
     for column, axis in enumerate(axes):
@@ -145,8 +145,9 @@ def _of_numbers(
     low, high = scaled.min(), scaled.max()
     if low == high:
         return np.full(len(numbers), 0.5), {0.5: f"{numbers[0]:.3g}"}
-    distinct = np.unique(scaled)
-    shown = distinct if len(distinct) <= _TICKS else np.linspace(low, high, _TICKS)
+    shown = np.unique(scaled)
+    if len(shown) > _TICKS or not all(isinstance(one, int) for one in numbers):
+        shown = np.linspace(low, high, _TICKS)
     labels = 10.0**shown if logarithmic else shown
     places = (shown - low) / (high - low)
     ticks = {float(at): f"{v:.3g}" for at, v in zip(places, labels, strict=True)}
