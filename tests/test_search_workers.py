@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import time
 
 import keras_tuner
 import numpy as np
+import psutil
 import pytest
 from made_features import split_features
 
@@ -269,6 +271,32 @@ class TestWorkerProcesses:
                 time.sleep(0.05)
             (process,) = workers._processes.values()
         assert process.returncode == -9
+
+    def test_a_worker_does_not_outlive_a_chief_that_was_killed(self, tmp_path):
+        child = (
+            "from keras_rsft.searching.worker_processes import end_with_parent\n"
+            "import os, time; end_with_parent()\n"
+            "print(os.getpid(), flush=True); time.sleep(60)"
+        )
+        parent = (
+            "from pathlib import Path; import sys, time\n"
+            "from keras_rsft.searching.roles import Crew\n"
+            "from keras_rsft.searching.worker_processes import WorkerProcesses\n"
+            f"crew = Crew(1, (sys.executable, '-c', {child!r}))\n"
+            f"workers = WorkerProcesses(crew, port=1, logs=Path({str(tmp_path)!r}))\n"
+            "with workers.running(): time.sleep(60)"
+        )
+        leading = subprocess.Popen(python(parent))
+        log = tmp_path / "worker-0.log"
+        until = time.monotonic() + 30
+        while not (log.exists() and log.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        worker = psutil.Process(int(log.read_text()))
+        leading.kill()
+        leading.wait()
+        while worker.is_running() and worker.status() != "zombie":
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
     def test_last_words_and_a_restart(self, tmp_path):
         crew = Crew(
