@@ -25,13 +25,13 @@ def start(tmp_path, photo_folder, tiny_base_file):
     """Starts a search in a process of its own; none outlives the test."""
     started = []
 
-    def run(*arguments, output=tmp_path / "run", **environment):
+    def run(*arguments, **environment):
         command = [
             sys.executable, "-m", "keras_rsft.cli", "search", photo_folder,
             "--backbone", tiny_base_file, "--tuner", "random", "--max-trials", "4",
-            "--epochs", "20", "--batch-size", "4", "--policies", "accept-all,keep-fraction",
-            "--optimizers", "sgd", "--cache-dir", tmp_path / "kept",
-            "--output", output, *arguments,
+            "--policies", "accept-all,keep-fraction", "--optimizers", "sgd",
+            "--epochs", "20", "--batch-size", "4", "--cache-dir", tmp_path / "kept",
+            "--output", tmp_path / "run", *arguments,
         ]  # fmt: skip
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -94,8 +94,8 @@ def test_a_worker_killed_in_the_middle_of_a_trial_loses_none(start, tmp_path):
 
 
 def test_ctrl_c_ends_all_and_workers_by_hand_go_on(start, tmp_path):
-    search = start("--workers", 2)
-    wait_for(lambda: held_by(tmp_path / "run", "worker-1"))
+    search = start("--workers", 1)
+    wait_for(lambda: held_by(tmp_path / "run", "worker-0"))
     children = psutil.Process(search.pid).children(recursive=True)
     search.send_signal(signal.SIGINT)
     out, _ = search.communicate(timeout=SECONDS)
@@ -108,11 +108,7 @@ def test_ctrl_c_ends_all_and_workers_by_hand_go_on(start, tmp_path):
         port = str(free.getsockname()[1])
     address = {ORACLE_HOST: "127.0.0.1", ORACLE_PORT: port}
     chief = start(**address, **{TUNER_ID: "chief"})
-    lost = start(**address, **{TUNER_ID: "lost"}, output=tmp_path / "not-shared")
     worker = start(**address, **{TUNER_ID: "w"})
-    out, _ = lost.communicate(timeout=SECONDS)
-    assert lost.returncode == 1
-    assert "Chief and workers need one folder that all of them see" in out
     out, _ = worker.communicate(timeout=SECONDS)
     assert worker.returncode == 0, out
     assert "w is done" in out

@@ -54,7 +54,7 @@ class TestRoles:
             del given[TUNER_ID]
         else:
             given[missing] = ""
-        with pytest.raises(InvalidArgument, match=f"{missing} is not set"):
+        with pytest.raises(InvalidArgument, match=f"does not set {missing}"):
             role_of(given)
 
     @pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "80.5"])

@@ -78,9 +78,9 @@ def role_of(environment: Mapping[str, str] = os.environ) -> Role:
     missing = [name for name, value in given.items() if not value]
     if missing:
         raise InvalidArgument(
-            f"The environment says that this process is one of several, but "
-            f"{' and '.join(missing)} is not set. A search with chief and workers "
-            f"needs {', '.join(names)}; a search alone none of them."
+            "The environment says that this process is one of several, but does not "
+            f"set {' and '.join(missing)}. A search with chief and workers needs "
+            f"{', '.join(names)}; a search alone none of them."
         )
     port = given[ORACLE_PORT]
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
     """Makes a search's folder, or opens it to go on, for this process alone.
 
     Args:
-        output: The folder.
+        output: The folder. If it is new, and the context fails before any trial has
+            begun, it is removed again.
         identity: What `identity_of` gives.
 
     Raises:
@@ -74,7 +76,8 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
             another process is searching in it.
     """
     folder = Path(output).absolute()
-    if not folder.exists():
+    is_new = not folder.exists()
+    if is_new:
         check_new_folder(folder)
         with written_whole(folder) as partial:
             write_json(partial / IDENTITY_FILE, identity)
@@ -90,6 +93,11 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
         ) from error
     try:
         yield folder
+    except BaseException:
+        if is_new and not any(folder.glob("*/trial_*")):
+            # It has not begun: what is left would refuse a command that was mended.
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         lock.release()
 
