@@ -7,12 +7,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from keras_rsft.errors import SearchFailed
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracle_client import WorkerOracle, mark_of_chief
 from keras_rsft.searching.oracles import make_quiet_tuner
 from keras_rsft.searching.roles import Role
-from keras_rsft.searching.search_folder import join_search
+from keras_rsft.searching.search_folder import join_search, read_results
 from keras_rsft.searching.worker_processes import end_with_parent
 
 
@@ -44,8 +45,13 @@ def train_for_chief(
         InvalidArgument: If the chief searches something else.
     """
     end_with_parent()
-    mark = mark_of_chief(role, patience=patience)
-    folder: Path = join_search(output, identity, mark)
+    try:
+        mark = mark_of_chief(role, patience=patience)
+    except SearchFailed:
+        if read_results(Path(output)) is None:
+            raise
+        return 0  # This worker came when all was done and the chief had gone.
+    folder = join_search(output, identity, mark)
     tuner = make_quiet_tuner(hypermodel, options, folder)
     tuner.oracle = WorkerOracle(tuner.oracle, role, patience=patience)
     with warnings.catch_warnings():
