@@ -9,6 +9,7 @@ import json
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from made_features import split_features
 
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
@@ -234,9 +235,8 @@ def test_trials_on_the_hparams_page(found):
     assert data.session_end_info.status == 1  # Success.
     (accuracy,) = events.Tensors("val_accuracy")
     assert accuracy.step == one.epochs
-    assert accuracy.tensor_proto.float_val[0] == pytest.approx(
-        one.metrics["val_accuracy"]
-    )
+    value = float(tf.make_ndarray(accuracy.tensor_proto))
+    assert value == pytest.approx(one.metrics["val_accuracy"])
 
 
 def test_from_images(photo_folder, tiny_base_file, tmp_path):
