@@ -363,6 +363,8 @@ class TestChief:
         again = make_quiet_tuner(
             tuner.hypermodel, SearchOptions(max_trials=2), tmp_path
         )
+        assert again.oracle.ongoing_trials == {}
+        assert again.oracle._retry_queue == [handed.trial_id]
         again.search()
         trials = again.oracle.trials
         assert {trial.status for trial in trials.values()} == {"COMPLETED"}
