@@ -77,6 +77,10 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="judge trials by the validation split's right labels",
     )
+    _add_worker_options(group)
+
+
+def _add_worker_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--workers", type=positive_int, metavar="N",
         help="processes on this machine that share the trials; default: this one alone",
