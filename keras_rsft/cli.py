@@ -38,13 +38,16 @@ from keras_rsft.cli_predict import add_predict, run_predict
 from keras_rsft.cli_search import (
     add_search_options,
     add_space_options,
+    crew_of,
     search_options,
+    search_role,
     search_space,
 )
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
     DataError,
     InvalidArgument,
+    SearchFailed,
     TrainingStalled,
     WeightsUnavailable,
 )
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
+    arguments.argv = argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
         return _COMMANDS[arguments.command](arguments)
@@ -72,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(INTERRUPTED, "Interrupted. Run the same command again to go on.")
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
-    except (DataError, TrainingStalled, WeightsUnavailable, ImportError) as error:
+    except (DataError, SearchFailed, TrainingStalled, WeightsUnavailable) as error:
+        return _fail(FAILED, str(error))
+    except ImportError as error:
         return _fail(FAILED, str(error))
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
@@ -297,6 +303,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 def _run_search(arguments: argparse.Namespace) -> int:
     options = search_options(arguments)  # Refused before anything heavy is imported.
+    role = search_role(arguments)
     _silence_native_libraries()
     from keras_rsft.cli_documents import search_document
     from keras_rsft.cli_output import (
@@ -316,9 +323,10 @@ def _run_search(arguments: argparse.Namespace) -> int:
     with output_of(arguments) as output:
         data = load_corrected(arguments, noisy_splits=("train", "validation"))
         print_data(data, output.console, noise=arguments.noise)
+        folder = Path(arguments.output or next_search_folder(_data_name(arguments)))
         found = search(
             data,
-            output=arguments.output or next_search_folder(_data_name(arguments)),
+            output=folder,
             options=options,
             space=space,
             clean_validation=arguments.clean_validation,
@@ -326,7 +334,14 @@ def _run_search(arguments: argparse.Namespace) -> int:
             settings=settings,
             progress=output.progress,
             command=arguments.command_line,
+            crew=crew_of(arguments, options, folder),
+            patience=arguments.worker_timeout,
         )
+        if found is None:
+            text = f"{role.tuner_id} is done; {role.address} has the results."
+            output.console.print(text, markup=False)
+            output.finish({"worker": role.tuner_id, "chief": role.address}, text)
+            return 0
         print_search(found, output.console, data=arguments.data)
         command = repeat_command(found, arguments.data)
         output.finish(search_document(found, command), found.folder)

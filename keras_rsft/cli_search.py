@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keras_rsft.cli_options import parsed, positive_int
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import POLICY_NAMES
 from keras_rsft.searching.names import (
     OBJECTIVES,
     ORACLE_NAMES,
     TUNER_NAMES,
     SearchOptions,
+)
+from keras_rsft.searching.roles import (
+    DEFAULT_PATIENCE,
+    PARENT_VARIABLE,
+    TUNER_ID,
+    Crew,
+    Role,
+    role_of,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +77,19 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="judge trials by the validation split's right labels",
     )
+    _add_worker_options(group)
+
+
+def _add_worker_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--workers", type=positive_int, metavar="N",
+        help="processes on this machine that share the trials; default: this one alone",
+    )  # fmt: skip
+    group.add_argument(
+        "--worker-timeout", type=positive_seconds, default=DEFAULT_PATIENCE,
+        metavar="SECONDS", help="how long a chief waits for workers, and a worker for "
+        "the chief; default: 600",
+    )  # fmt: skip
 
 
 def add_space_options(group: argparse._ArgumentGroup) -> None:
@@ -117,6 +143,56 @@ def search_space(arguments: argparse.Namespace) -> SearchSpace:
     names = [field.name for field in dataclasses.fields(SearchSpace)]
     given = {name: getattr(arguments, name) for name in names}
     return SearchSpace(**{k: v for k, v in given.items() if v is not None})
+
+
+def search_role(arguments: argparse.Namespace) -> Role:
+    """Returns the part that the environment gives this process.
+
+    Raises:
+        InvalidArgument: If the environment and the options do not fit together.
+    """
+    role = role_of()
+    if role.tuner_id is None or PARENT_VARIABLE in os.environ:
+        return role
+    if arguments.workers is not None:
+        raise InvalidArgument(
+            "`--workers` starts chief and workers by itself, but the environment says "
+            f"that this process is one of several ({TUNER_ID}={role.tuner_id}). Leave "
+            "out one of the two."
+        )
+    if arguments.output is None:
+        raise InvalidArgument(
+            "Chief and workers share one folder: name it with `--output`."
+        )
+    return role
+
+
+def crew_of(
+    arguments: argparse.Namespace, options: SearchOptions, output: Path
+) -> Crew | None:
+    """Returns the workers that `--workers` asks for: the same command once more."""
+    count = arguments.workers
+    if count is None or PARENT_VARIABLE in os.environ:
+        return None
+    # So that the first to ask does not take all trials of the batched tuner.
+    together = min(options.parallel_trials, -(-options.max_trials // count))
+    command = (
+        sys.executable,
+        "-P",  # Nothing is imported from the folder in which the user is.
+        "-m",
+        "keras_rsft.cli",
+        *arguments.argv,
+        f"--output={output}",
+        f"--parallel-trials={together}",
+    )
+    return Crew(count, command)
+
+
+def positive_seconds(text: str) -> float:
+    """Parses a time."""
+    return parsed(
+        text, float, lambda value: 0 < value < math.inf, "seconds, more than 0"
+    )
 
 
 def number_range(text: str) -> tuple[float, float]:

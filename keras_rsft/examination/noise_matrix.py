@@ -110,9 +110,7 @@ def fit_noise(
             best = (likelihood, float(sharpness), noise)
     _, sharpness, noise = best
     if not everything:
-        _, noise = _expectation_maximisation(
-            softmax(sharpness * scores), labels, known
-        )
+        _, noise = _expectation_maximisation(softmax(sharpness * scores), labels, known)
     return sharpness, noise
 
 

@@ -30,6 +30,7 @@ from keras_rsft.searching.head_trials import HeadTrials
 _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
 _SLOTS = {"sgd": 1, "adam": 2}
+OnEpoch = Callable[[int, float], None]
 _SUMS = 5  # What `step_heads` sums for each trial.
 
 
@@ -85,7 +86,7 @@ class BatchedHeads:
         objective: str = "val_accuracy",
         direction: str = "max",
         halvings: int = 0,
-        on_epoch: Callable[[int, float], None] = lambda heads, best: None,
+        on_epoch: OnEpoch | None = None,
     ) -> TrainedHeads:
         """Trains one head for each trial.
 
@@ -116,7 +117,8 @@ class BatchedHeads:
             state, logs = self._epoch(batches, epoch, state, trials)
             logs |= self._validate(state)
             notes.add(epoch, alive, logs, sign * logs[objective], state)
-            on_epoch(len(alive), sign * float(notes.best_values.max()))
+            if on_epoch is not None:
+                on_epoch(len(alive), sign * float(notes.best_values.max()))
             if epoch + 1 in cuts and len(alive) > 1:
                 kept = _better_half(notes.best_values[alive])
                 notes.finish(
