@@ -14,7 +14,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.settings import FORMATS, WEIGHT_DTYPES, ExportSettings
 
 if TYPE_CHECKING:
-    from keras_rsft.data import ImageData
+    from keras_rsft.data import ImageData, ImageSplit
     from keras_rsft.export.from_run import Export, FinishedRun
 
 
@@ -61,7 +61,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--verify",
         action="store_true",
-        help="load what was written in a fresh process and compare it with the run",
+        help="load what was written in a fresh process and compare it with the run, "
+        "on images of its validation split",
     )
 
 
@@ -84,7 +85,7 @@ def run_export(
     settings: ExportSettings,
     parser: argparse.ArgumentParser,
 ) -> bool:
-    """Exports, and compares with the run where weights were narrowed.
+    """Exports, and compares with the run if asked to, or where weights were narrowed.
 
     Args:
         arguments: The parsed command.
@@ -94,6 +95,10 @@ def run_export(
     Returns:
         False if the export was to be verified and is not as it must be.
     """
+    from keras_rsft.export.places import model_folder
+
+    # Refused before anything heavy is imported.
+    model_folder(arguments.run, arguments.name, arguments.directory)
     from keras_rsft.export.from_run import export_run, read_run
 
     run = read_run(arguments.run)
@@ -101,9 +106,13 @@ def run_export(
         run, name=arguments.name, directory=arguments.directory, settings=settings
     )
     _print_export(export)
-    if settings.weight_dtype != "float32":
-        _print_accuracy(run, export, parser)
-    return not arguments.verify or _print_verification(run, export)
+    narrowed = settings.weight_dtype != "float32"
+    if not (narrowed or arguments.verify):
+        return True
+    images, missing = _validation_images(run, parser)
+    if narrowed:
+        _print_accuracy(run, export, images, missing)
+    return not arguments.verify or _print_verification(run, export, images, missing)
 
 
 def _print_export(export: Export) -> None:
@@ -130,14 +139,28 @@ def docker_command(export: Export) -> str:
     )
 
 
+def _validation_images(
+    run: FinishedRun, parser: argparse.ArgumentParser
+) -> tuple[ImageSplit | None, str]:
+    """Returns what the run was validated on, or None and why that is gone."""
+    from keras_rsft.export.accuracy import validation_split
+
+    try:
+        return validation_split(run, _data_of(run, parser)), ""
+    except (DataError, InvalidArgument, ImportError, OSError) as error:
+        return None, str(error)
+
+
 def _print_accuracy(
-    run: FinishedRun, export: Export, parser: argparse.ArgumentParser
+    run: FinishedRun, export: Export, images: ImageSplit | None, missing: str
 ) -> None:
     from keras_rsft.export.accuracy import check_accuracy
 
     try:
-        check = check_accuracy(run, export, _data_of(run, parser).validation)
-    except (DataError, InvalidArgument, ImportError, OSError) as error:
+        if images is None:
+            raise DataError(missing)
+        check = check_accuracy(run, export, images)
+    except (DataError, ImportError) as error:
         print(f"The accuracy on the validation split was not measured: {error}")
         return
     print(
@@ -147,16 +170,24 @@ def _print_accuracy(
     )
 
 
-def _print_verification(run: FinishedRun, export: Export) -> bool:
+def _print_verification(
+    run: FinishedRun, export: Export, images: ImageSplit | None, missing: str
+) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    from keras_rsft.export.verification import verify_export
+    from keras_rsft.export.verification import sample_of, verify_export
 
-    found = verify_export(run, export)
+    encoded = None if images is None else sample_of(images)
+    if not encoded:
+        reason = missing or "their files are gone."
+        print(f"The run's images cannot be read, so generated ones are used: {reason}")
+    found = verify_export(run, export, encoded or None)
     limit = found.allowed_difference
     allowed = "" if limit is None else f" (allowed: {limit:.0e})"
     table = Table(title="In a fresh process", show_header=False)
+    of_what = f"{found.images} of the validation split" if encoded else "generated"
+    table.add_row("Images", of_what)
     table.add_row("Largest difference", f"{found.largest_difference:.1e}{allowed}")
     table.add_row("Same label", f"{found.same_labels} of {found.images} images")
     if found.broken_refused is not None:
@@ -172,7 +203,7 @@ def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:
     from keras_rsft.data import load_images
 
     command = shlex.split(run.config.get("command") or "")[1:]
-    if command[:1] == ["fit"]:
+    if command[:1] in (["fit"], ["search"]):
         try:
             return load_data(parser.parse_args(command))
         except SystemExit as stop:  # argparse, at a command of another version.

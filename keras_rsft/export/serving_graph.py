@@ -16,6 +16,10 @@ import tensorflow as tf
 from keras_rsft.data.decode_many import decode_images
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
+# A variable costs about 3 kB of graph, to read, to save and to restore it. The many
+# small ones of a network (BatchNorm has four a layer) would make a small model a tenth
+# larger; as constants they cost little more than their own bytes.
+MAX_CONSTANT_BYTES = 16_384
 
 Outputs = dict[str, tf.Tensor]
 
@@ -35,20 +39,14 @@ class ForwardPass(tf.Module):
     def __init__(self, model: keras.Model, *, float16: bool = False):
         super().__init__()
         self.image_size = tuple(model.input_shape[1:3])
-        narrow = [
-            (variable, tf.Variable(tf.cast(variable.value, tf.float16)))
-            for variable in model.variables
-            if float16 and _fits_float16(variable.value)
-        ]
-        replaced = {id(variable) for variable, _ in narrow}
-        kept = [v.value for v in model.variables if id(v) not in replaced]
-        self._weights = kept + [stored for _, stored in narrow]
+        stored = [(v, _as_stored(v.value, float16)) for v in model.variables]
+        self._weights = [kept for _, kept in stored if isinstance(kept, tf.Variable)]
 
         # A closure: what is an attribute of a module is saved with it, and tracking
         # the Keras model would store every weight twice.
         def predict(images: tf.Tensor) -> tf.Tensor:
-            widened = [(v, tf.cast(stored, v.dtype)) for v, stored in narrow]
-            with keras.StatelessScope(state_mapping=widened):
+            state = [(v, tf.cast(kept, v.dtype)) for v, kept in stored]
+            with keras.StatelessScope(state_mapping=state):
                 return tf.cast(model(images, training=False), tf.float32)
 
         self._predict = predict
@@ -60,6 +58,15 @@ class ForwardPass(tf.Module):
     def images_spec(self, batch: int | None = None) -> tf.TensorSpec:
         """Returns what the pass takes: float32 `(batch, height, width, 3)`."""
         return tf.TensorSpec((batch, *self.image_size, 3), tf.float32, name="images")
+
+
+def _as_stored(weight: tf.Variable, float16: bool) -> tf.Variable | np.ndarray:
+    """Returns what the graph holds of a weight: a variable, or a constant's value."""
+    narrow = float16 and _fits_float16(weight)
+    value = tf.cast(weight, tf.float16) if narrow else weight
+    if weight.shape.num_elements() * value.dtype.size <= MAX_CONSTANT_BYTES:
+        return value.numpy()
+    return tf.Variable(value) if narrow else weight
 
 
 def _fits_float16(weight: tf.Variable) -> bool:
