@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import keras
 import pytest
@@ -98,9 +100,25 @@ def test_answers_can_be_read_back():
 def test_the_command_lists_what_it_cannot_read(models, photo_folder, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no image")
     arguments = ["predict", str(models[0]), str(tmp_path), str(photo_folder / "red")]
-    assert cli.main([*arguments, "--output-format", "csv"]) == 0
+    # The rest is answered, and a script is told that something was not.
+    assert cli.main([*arguments, "--output-format", "csv"]) == 1
     captured = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(captured.out)))
     assert len(rows) == 12
     assert "broken.png: not an image" in captured.err
     assert cli.main(arguments[:3]) == 1
+    assert cli.main([*arguments[:2], arguments[3]]) == 0
+
+
+@pytest.mark.slow
+def test_a_pipe_that_is_closed_ends_it_without_a_word(models, photo_folder):
+    paths = [str(models[0]), *30 * [str(photo_folder / "red" / "01.png")]]
+    paths = [*paths, str(photo_folder)]
+    command = [sys.executable, "-m", "keras_rsft.cli", "predict", *paths]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors == ""
