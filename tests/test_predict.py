@@ -14,7 +14,7 @@ import pytest
 from keras_rsft import cli
 from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.cli_predict import answer_writer
-from keras_rsft.errors import DataError
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import export_litert, export_onnx, export_saved_model
 from keras_rsft.predict import Prediction, find_images, predict_files
 
@@ -81,6 +81,22 @@ def test_folders_and_patterns_become_files(tmp_path):
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     (tmp_path / "photo[1].png").touch()
     assert find_images([tmp_path / "photo[1].png"]) == [str(tmp_path / "photo[1].png")]
+
+
+@pytest.mark.parametrize("name", ["a.keras", "a.onnx", "a.tflite"])
+def test_a_damaged_model_is_told(tmp_path, name):
+    for package in ("onnxruntime", "ai_edge_litert"):
+        pytest.importorskip(package)
+    (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=name):
+        list(predict_files(tmp_path / name, ["a.png"]))
+
+
+def test_a_head_takes_no_images(tmp_path):
+    head = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    head.save(tmp_path / "head.keras")
+    with pytest.raises(InvalidArgument, match="takes features"):
+        list(predict_files(tmp_path / "head.keras", ["a.png"]))
 
 
 def test_answers_can_be_read_back():
