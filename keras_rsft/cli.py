@@ -52,7 +52,7 @@ from keras_rsft.errors import (
     WeightsUnavailable,
 )
 
-USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+USAGE_ERROR, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for a failed run, 2 for a usage error, 130 when
-        interrupted.
+        interrupted, 141 where nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "Interrupted. Run the same command again to go on.")
+    except BrokenPipeError:  # `| head` has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
     except (DataError, SearchFailed, TrainingStalled, WeightsUnavailable) as error:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from keras_rsft.cli_output import Output
-    from keras_rsft.data import ImageData
+    from keras_rsft.data import ImageData, ImageSplit
     from keras_rsft.export.accuracy import AccuracyCheck
     from keras_rsft.export.from_run import Export, FinishedRun
     from keras_rsft.export.verification import Verification
@@ -66,7 +66,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--verify",
         action="store_true",
-        help="load what was written in a fresh process and compare it with the run",
+        help="load what was written in a fresh process and compare it with the run, "
+        "on images of its validation split",
     )
     add_output_options(export)
 
@@ -91,7 +92,7 @@ def run_export(
     parser: argparse.ArgumentParser,
     output: Output,
 ) -> bool:
-    """Exports, and compares with the run where weights were narrowed.
+    """Exports, and compares with the run if asked to, or where weights were narrowed.
 
     Args:
         arguments: The parsed command.
@@ -102,21 +103,26 @@ def run_export(
     Returns:
         False if the export was to be verified and is not as it must be.
     """
+    from keras_rsft.export.places import model_folder
+
+    # Refused before anything heavy is imported.
+    model_folder(arguments.run, arguments.name, arguments.directory)
     from keras_rsft.cli_documents import export_document
     from keras_rsft.export.from_run import export_run, read_run
-    from keras_rsft.export.verification import verify_export
 
     run = read_run(arguments.run)
     export = export_run(
         run, name=arguments.name, directory=arguments.directory, settings=settings
     )
     _print_export(export, output.console)
+    narrowed = settings.weight_dtype != "float32"
     accuracy = verification = None
-    if settings.weight_dtype != "float32":
-        accuracy = _check_accuracy(run, export, parser, output)
+    if narrowed or arguments.verify:
+        images, missing = _validation_images(run, parser)
+    if narrowed:
+        accuracy = _check_accuracy(run, export, images, missing, output)
     if arguments.verify:
-        verification = verify_export(run, export)
-        _print_verification(verification, output.console)
+        verification = _verify(run, export, images, missing, output)
     output.finish(
         export_document(export, _serve_command(export), accuracy, verification),
         export.path,
@@ -158,8 +164,24 @@ def docker_command(export: Export) -> str:
     )
 
 
+def _validation_images(
+    run: FinishedRun, parser: argparse.ArgumentParser
+) -> tuple[ImageSplit | None, str]:
+    """Returns what the run was validated on, or None and why that is gone."""
+    from keras_rsft.export.accuracy import validation_split
+
+    try:
+        return validation_split(run, _data_of(run, parser)), ""
+    except (DataError, InvalidArgument, ImportError, OSError) as error:
+        return None, str(error)
+
+
 def _check_accuracy(
-    run: FinishedRun, export: Export, parser: argparse.ArgumentParser, output: Output
+    run: FinishedRun,
+    export: Export,
+    images: ImageSplit | None,
+    missing: str,
+    output: Output,
 ) -> AccuracyCheck | None:
     """Prints and returns the accuracy on the validation split, if it can be had."""
     from rich.markup import escape
@@ -167,9 +189,10 @@ def _check_accuracy(
     from keras_rsft.export.accuracy import check_accuracy
 
     try:
-        validation = _data_of(run, parser).validation
-        check = check_accuracy(run, export, validation, progress=output.progress)
-    except (DataError, InvalidArgument, ImportError, OSError) as error:
+        if images is None:
+            raise DataError(missing)
+        check = check_accuracy(run, export, images, progress=output.progress)
+    except (DataError, ImportError) as error:
         text = f"The accuracy on the validation split was not measured: {error}"
         output.console.print(escape(text), soft_wrap=True)
         return None
@@ -182,12 +205,38 @@ def _check_accuracy(
     return check
 
 
+def _verify(
+    run: FinishedRun,
+    export: Export,
+    images: ImageSplit | None,
+    missing: str,
+    output: Output,
+) -> Verification:
+    """Verifies an export and prints what was found."""
+    from rich.markup import escape
+
+    from keras_rsft.export.verification import sample_of, verify_export
+
+    encoded = None if images is None else sample_of(images)
+    if not encoded:
+        reason = missing or "their files are gone."
+        text = f"The run's images cannot be read, so generated ones are used: {reason}"
+        output.console.print(escape(text), soft_wrap=True)
+    found = verify_export(run, export, encoded or None, progress=output.progress)
+    _print_verification(found, output.console)
+    return found
+
+
 def _print_verification(found: Verification, console: Console) -> None:
     from rich.table import Table
 
     limit = found.allowed_difference
     allowed = "" if limit is None else f" (allowed: {limit:.0e})"
     table = Table(title="In a fresh process", show_header=False)
+    of_what = (
+        "generated" if found.generated else f"{found.images} of the validation split"
+    )
+    table.add_row("Images", of_what)
     table.add_row("Largest difference", f"{found.largest_difference:.1e}{allowed}")
     table.add_row("Same label", f"{found.same_labels} of {found.images} images")
     if found.broken_refused is not None:
@@ -202,7 +251,7 @@ def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:
     from keras_rsft.data import load_images
 
     command = shlex.split(run.config.get("command") or "")[1:]
-    if command[:1] == ["fit"]:
+    if command[:1] in (["fit"], ["search"]):
         try:
             return load_data(parser.parse_args(command))
         except SystemExit as stop:  # argparse, at a command of another version.

@@ -18,11 +18,11 @@ import numpy as np
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
-from keras_rsft.export.onnx_file import export_onnx
+from keras_rsft.export.onnx_file import export_onnx, require_tf2onnx
 from keras_rsft.export.places import (
-    check_model_folder,
-    check_name,
     free_file,
+    free_version,
+    model_folder,
     write_new_file,
 )
 from keras_rsft.export.saved_model import export_saved_model
@@ -121,15 +121,18 @@ def export_run(
         ImportError: If the format's extra is not installed.
     """
     settings = settings or ExportSettings()
-    folder = Path(run.folder if isinstance(run, FinishedRun) else run)
-    name = check_name(folder.absolute().name if name is None else name)
-    target = check_model_folder(Path(directory) / name)  # Before anything slow.
+    folder = run.folder if isinstance(run, FinishedRun) else run
+    target = model_folder(folder, name, directory)  # Before anything slow.
+    if settings.file_format == "saved-model":
+        free_version(target, settings.version)
+    if settings.file_format == "onnx":
+        require_tf2onnx()
     if not isinstance(run, FinishedRun):
         run = read_run(run)
     path = _write(run, target, settings)
     return Export(
         path=path,
-        name=name,
+        name=target.name,
         settings=settings,
         num_bytes=size_on_disk(path),
         weight_bytes=sum(

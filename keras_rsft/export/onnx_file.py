@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,13 +44,7 @@ def export_onnx(
     """
     path = check_file(path, "onnx")
     check_class_names(model, class_names)
-    try:
-        import tf2onnx
-    except ImportError as error:
-        raise ImportError(
-            'ONNX needs the package tf2onnx. Install it with: pip install "keras_rsft'
-            '[onnx]".'
-        ) from error
+    tf2onnx = require_tf2onnx()
     graph, output = _frozen_graph(ForwardPass(model))
     with _quiet("tf2onnx"):
         converted, _ = tf2onnx.convert.from_graph_def(
@@ -62,6 +57,22 @@ def export_onnx(
     _name_classes(converted, class_names)
     write_new_file(path, converted.SerializeToString())
     return path
+
+
+def require_tf2onnx() -> types.ModuleType:
+    """Returns the converter.
+
+    Raises:
+        ImportError: If the extra `onnx` is not installed.
+    """
+    try:
+        import tf2onnx
+    except ImportError as error:
+        raise ImportError(
+            'ONNX needs the package tf2onnx. Install it with: pip install "keras_rsft'
+            '[onnx]".'
+        ) from error
+    return tf2onnx
 
 
 def _frozen_graph(forward: ForwardPass) -> tuple[tf.compat.v1.GraphDef, str]:

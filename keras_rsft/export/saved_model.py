@@ -72,7 +72,7 @@ def export_saved_model(
     if warmup is None:
         warmup = tf_serving.warmup_available()
     requests = tf_serving.warmup_requests(directory.name) if warmup else None
-    forward = ForwardPass(model, float16=weight_dtype == "float16")
+    forward = ForwardPass(model, float16=weight_dtype == "float16", pack=True)
     # TF Serving looks for folders that are numbers: the hidden one it never sees.
     with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
         labels = Path(assets) / "labels.txt"
