@@ -19,6 +19,7 @@ from keras_rsft.finetuning.head_training import (
     TrainedHead,
     train_head,
 )
+from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
 from keras_rsft.finetuning.run_folder import check_new_folder, write_run
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
@@ -44,6 +45,8 @@ class Run:
         features: The kept features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, examination.
         folder: Where the run was written, or None.
+        against_plain: Rejection against a plain head, image by image; None where
+            none was trained.
     """
 
     model: keras.Model
@@ -55,6 +58,7 @@ class Run:
     features: SplitFeatures
     trained: TrainedHead
     folder: Path | None = None
+    against_plain: AgainstPlain | None = None
 
     @property
     def finding(self) -> str | None:
@@ -75,6 +79,7 @@ def finetune(
     output: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    with_plain: bool = True,
     progress: bool = True,
     command: str | None = None,
 ) -> Run:
@@ -95,6 +100,8 @@ def finetune(
         output: The run folder; it must not exist. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head.
+        with_plain: Train a plain head as well, to be compared in the report. Default
+            True; only where a folder is written and the policy can reject.
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
 
@@ -129,6 +136,11 @@ def finetune(
     model = build_classifier(base, data.num_classes, head=head.model)
     if settings.stage2_epochs:
         model = _stage_two(model, base, data, features, trained, settings, progress)
+    against_plain = None
+    if with_plain and folder is not None:
+        against_plain = train_against_plain(
+            features, trained, settings, progress=progress
+        )
     results["seconds"] = time.perf_counter() - started
     run = Run(
         model=model,
@@ -144,9 +156,10 @@ def finetune(
         features=features,
         trained=trained,
         folder=folder,
+        against_plain=against_plain,
     )
     if folder is not None:
-        write_run(run, data)
+        write_run(run, data, cache_dir=cache_dir, progress=progress)
     return run
 
 

@@ -138,6 +138,9 @@ class AutoPolicy(AcceptListed):
         losses = ops.where(listed, per_sample_loss, float("inf"))
         return with_class_floor(accept_mask, losses, labels, LEAST_OF_A_HARD_CLASS)
 
+    def threshold_in_use(self) -> float | None:
+        return self.after_warmup(self.loss_limit, self.warmup_steps)
+
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config["examination"] = config.pop("accept")
