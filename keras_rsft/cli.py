@@ -32,6 +32,7 @@ from keras_rsft.cli_options import (
     training_settings,
 )
 from keras_rsft.cli_predict import add_predict, run_predict
+from keras_rsft.cli_review import add_review, run_review
 from keras_rsft.cli_search import (
     add_search_options,
     add_space_options,
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _add_compare(commands)
     _add_search(commands)
+    add_review(commands)
     add_export(commands)
     add_predict(commands)
     return parser
@@ -122,6 +124,12 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     add_training_options(fit.add_argument_group("training"))
     fit.add_argument(
         "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
+    )
+    fit.add_argument(
+        "--no-plain",
+        dest="with_plain",
+        action="store_false",
+        help="train no plain head for the report to compare with",
     )
     add_cache_dir(fit)
 
@@ -187,20 +195,21 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     from keras_rsft.cli_output import print_demo
     from keras_rsft.demo import run_demo
+    from keras_rsft.report import write_report
 
     print(
         "Real handwritten digits from scikit-learn. 30 % of the training labels are "
         f"now replaced by wrong ones (seed {arguments.seed}).",
         flush=True,
     )
-    print_demo(
-        run_demo(
-            seed=arguments.seed,
-            output=arguments.output,
-            cache_dir=arguments.cache_dir,
-            command=arguments.command_line,
-        )
+    demo = run_demo(
+        seed=arguments.seed,
+        output=arguments.output,
+        cache_dir=arguments.cache_dir,
+        command=arguments.command_line,
     )
+    write_report(demo.run)
+    print_demo(demo)
     return 0
 
 
@@ -211,6 +220,7 @@ def _run_fit(arguments: argparse.Namespace) -> int:
     from keras_rsft.data import add_label_noise
     from keras_rsft.finetuning import finetune
     from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
+    from keras_rsft.report import write_report
 
     settings = training_settings(arguments, choice)
     if arguments.output is not None:
@@ -219,20 +229,21 @@ def _run_fit(arguments: argparse.Namespace) -> int:
     if arguments.noise is not None:
         data = add_label_noise(data, arguments.noise, seed=arguments.seed)
     print_data(data, noise=arguments.noise)
-    print_run(
-        finetune(
-            data,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
-            settings=settings,
-            output=arguments.output or next_run_folder(_data_name(arguments)),
-            cache_dir=arguments.cache_dir,
-            command=arguments.command_line,
-        )
+    run = finetune(
+        data,
+        backbone=arguments.backbone,
+        weights=arguments.weights,
+        image_size=arguments.image_size,
+        precision=arguments.precision,
+        views=arguments.views,
+        settings=settings,
+        output=arguments.output or next_run_folder(_data_name(arguments)),
+        cache_dir=arguments.cache_dir,
+        with_plain=arguments.with_plain,
+        command=arguments.command_line,
     )
+    write_report(run)
+    print_run(run)
     return 0
 
 
@@ -287,6 +298,7 @@ def _run_search(arguments: argparse.Namespace) -> int:
     from keras_rsft.cli_output import print_data, print_search
     from keras_rsft.data import add_label_noise
     from keras_rsft.finetuning import TrainingSettings
+    from keras_rsft.report import write_report
     from keras_rsft.searching import search
     from keras_rsft.searching.search_folder import next_search_folder
 
@@ -300,30 +312,34 @@ def _run_search(arguments: argparse.Namespace) -> int:
             data, arguments.noise, seed=arguments.seed, splits=("train", "validation")
         )
     print_data(data, noise=arguments.noise)
-    print_search(
-        search(
-            data,
-            output=arguments.output or next_search_folder(_data_name(arguments)),
-            options=options,
-            space=space,
-            clean_validation=arguments.clean_validation,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
-            settings=settings,
-            cache_dir=arguments.cache_dir,
-            command=arguments.command_line,
-        ),
-        data=arguments.data,
+    found = search(
+        data,
+        output=arguments.output or next_search_folder(_data_name(arguments)),
+        options=options,
+        space=space,
+        clean_validation=arguments.clean_validation,
+        backbone=arguments.backbone,
+        weights=arguments.weights,
+        image_size=arguments.image_size,
+        precision=arguments.precision,
+        views=arguments.views,
+        settings=settings,
+        cache_dir=arguments.cache_dir,
+        command=arguments.command_line,
     )
+    write_report(found)
+    print_search(found, data=arguments.data)
     return 0
 
 
 def _run_predict(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     return 0 if run_predict(arguments) else FAILED
+
+
+def _run_review(arguments: argparse.Namespace) -> int:
+    run_review(arguments)
+    return 0
 
 
 _COMMANDS = {
@@ -333,6 +349,7 @@ _COMMANDS = {
     "export": _run_export,
     "search": _run_search,
     "predict": _run_predict,
+    "review": _run_review,
 }
 
 

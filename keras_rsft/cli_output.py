@@ -75,6 +75,7 @@ def print_run(run: Run) -> None:
     console.print(table)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)
     folder = shlex.quote(str(run.folder))
+    console.print(f"Look at it: keras-rsft review {escape(folder)}", soft_wrap=True)
     console.print(
         f"Use it:     keras-rsft predict {escape(folder)} FILE...", soft_wrap=True
     )
@@ -153,6 +154,7 @@ def print_search(found: Search, *, data: str) -> None:
     console.print(f"Folder:      {escape(str(found.folder))}", soft_wrap=True)
     classes = found.head.model.output_shape[-1]
     command = _fit_command(found.settings, data, classes)
+    console.print(f"Look at it:  keras-rsft review {folder}", soft_wrap=True)
     console.print(f"Use it:      keras-rsft predict {folder} FILE...", soft_wrap=True)
     console.print("Train it again, with your options for data and base:")
     console.print(f"  {escape(command)}", soft_wrap=True)
@@ -233,6 +235,7 @@ def print_demo(demo: DemoResult) -> None:
     console.print(f"Exported model: {demo.exported}", soft_wrap=True)
     folder, image = (shlex.quote(str(p)) for p in (demo.run.folder, demo.sample_image))
     console.print("Try next:")
+    console.print(f"  keras-rsft review {folder}", soft_wrap=True)
     console.print(f"  keras-rsft predict {folder} {image}", soft_wrap=True)
     console.print(
         "  keras-rsft fit PHOTOS --backbone efficientnet_lite0", soft_wrap=True

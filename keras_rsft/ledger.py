@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.result_folder import guarded
 
 COLUMNS = (
     "id",
@@ -154,7 +155,7 @@ class Ledger:
         Args:
             class_names: Names of the classes.
         """
-        named = [*class_names, ""]  # -1, not known, is the empty name.
+        named = [*map(guarded, class_names), ""]  # -1, not known, is the empty name.
         clean = (
             np.full(len(self), -1) if self.clean_labels is None else self.clean_labels
         )
@@ -174,8 +175,9 @@ class Ledger:
             strict=True,
         )
         for sample_id, given, right, predicted, *numbers in columns:
-            yield [str(sample_id), named[given], named[right], named[predicted],
-                   *(_written(number) for number in numbers)]  # fmt: skip
+            names = (named[given], named[right], named[predicted])
+            written = (_written(number) for number in numbers)
+            yield [guarded(str(sample_id)), *names, *written]
 
 
 def datalab_inputs(

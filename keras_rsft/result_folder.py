@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+_RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r", "'")
+
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
@@ -35,6 +37,21 @@ def written_whole(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def guarded(cell: str) -> str:
+    """Returns a cell that no spreadsheet runs as a formula.
+
+    One that begins with `= + - @`, a tab, a carriage return or a quote gets a single
+    quote before it, which `unguarded` takes away.
+    """
+    return f"'{cell}" if cell.startswith(_RUN_BY_SPREADSHEETS) else cell
+
+
+def unguarded(cell: str) -> str:
+    """Returns the text that `guarded` was given."""
+    is_guarded = cell.startswith("'") and cell[1:].startswith(_RUN_BY_SPREADSHEETS)
+    return cell[1:] if is_guarded else cell
 
 
 def write_json(path: Path, content: Any) -> None:
