@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from keras_rsft.report.run_record import EpochLosses
 
-WIDTH, HEIGHT = 520, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 30
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 28
 SMALL_WIDTH, SMALL_HEIGHT = 320, 150
 _SHOWN_EPOCHS = 6
 
@@ -81,6 +81,7 @@ class Histogram:
     x_ticks: tuple[Tick, ...]
     base: float
     threshold: Tick | None
+    counts: str
     summary: str
 
 
@@ -172,8 +173,8 @@ def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histog
     base = SMALL_HEIGHT - 22
 
     def place(loss: float) -> float:
-        return _scaled(math.log(loss), math.log(low), math.log(high), 6,
-                       SMALL_WIDTH - 6)  # fmt: skip
+        return _scaled(math.log(loss), math.log(low), math.log(high), 16,
+                       SMALL_WIDTH - 16)  # fmt: skip
 
     bars = []
     for start, end, accepted, rejected in epoch.bins:
@@ -197,7 +198,8 @@ def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histog
         text = f"{epoch.threshold:.2f}"
         threshold = Tick(round(place(epoch.threshold), 1), text)
     accepted, rejected = (sum(one[i] for one in epoch.bins) for i in (2, 3))
-    summary = f"Epoch {epoch.epoch}: {accepted:,} accepted, {rejected:,} rejected"
+    counts = f"{accepted:,} accepted, {rejected:,} rejected"
+    summary = f"Losses of epoch {epoch.epoch}: {counts}"
     if epoch.threshold is not None:
         summary += f"; threshold {epoch.threshold:.3g}"
     return Histogram(
@@ -206,6 +208,7 @@ def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histog
         x_ticks=tuple(Tick(round(place(10.0**d), 1), f"{10.0**d:g}") for d in decades),
         base=base,
         threshold=threshold,
+        counts=counts,
         summary=f"{summary}.",
     )
 

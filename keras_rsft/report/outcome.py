@@ -84,7 +84,7 @@ def _paired(paired: dict[str, Any]) -> tuple[str, list[Figure], str]:
 
 def _method(split: str, wrong_labels: int | None) -> str:
     labels = {
-        None: "by its given labels, of which some may be wrong as well",
+        None: "by its given labels, right or wrong",
         0: "by labels that are known to be right",
     }.get(wrong_labels, f"by its given labels, of which {wrong_labels} are known wrong")
     return (

@@ -194,7 +194,7 @@ def _settings(record: RunRecord) -> list[tuple[str, str]]:
     """Returns the configuration as rows, one level deep."""
     rows = []
     for name, value in record.config.items():
-        if name in ("command", "versions"):
+        if name in ("command", "versions", "finding"):
             continue
         if isinstance(value, dict):
             rows += [(f"{name}.{key}", _shown(one)) for key, one in value.items()]

@@ -71,7 +71,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 30
 
-    def do_GET(self) -> None:  # noqa: N802 -- The name that the library asks for.
+    def do_GET(self) -> None:
         if not self.server.is_own_host(self.headers.get("Host")):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"Another host's name.\n")
         elif self.path == "/":
@@ -81,7 +81,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"Nothing is here.\n")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 -- The names that the library asks for.
 
     def _picture(self) -> bytes | None:
         match = _THUMBNAIL.fullmatch(self.path)

@@ -29,7 +29,7 @@ function readableChart(figure) {
     current = null;
     marks.replaceChildren();
     values.forEach((one) => { one.textContent = ""; });
-    epoch.textContent = "\u00a0";
+    epoch.textContent = "";
   }
 
   function show(index) {
@@ -45,7 +45,7 @@ function readableChart(figure) {
       }
       values[line].textContent = data.texts[line][index] ?? "-";
     });
-    epoch.textContent = `Epoch ${data.epochs[index]}`;
+    epoch.textContent = `at epoch ${data.epochs[index]}`;
   }
 
   function say() {

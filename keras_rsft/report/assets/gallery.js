@@ -139,7 +139,8 @@ class Gallery {
     if (predicted[row] >= 0 && predicted[row] !== given[row]) {
       labels.append(" → ", isolated(classes[predicted[row]], "predicted"));
     }
-    const facts = `${percentText(probability[row])}, rejected ${rejected[row]}/${seen[row]}`;
+    labels.append(made("small", { textContent: ` ${percentText(probability[row])}` }));
+    const facts = `rejected ${rejected[row]} of ${seen[row]}`;
     const card = made(
       "button",
       { type: "button", className: "card", title: id[row] },
