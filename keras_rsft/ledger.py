@@ -16,7 +16,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.result_folder import guarded
 
 COLUMNS = (
     "id",
@@ -155,7 +154,7 @@ class Ledger:
         Args:
             class_names: Names of the classes.
         """
-        named = [*map(guarded, class_names), ""]  # -1, not known, is the empty name.
+        named = [*class_names, ""]  # -1, not known, is the empty name.
         clean = (
             np.full(len(self), -1) if self.clean_labels is None else self.clean_labels
         )
@@ -177,7 +176,7 @@ class Ledger:
         for sample_id, given, right, predicted, *numbers in columns:
             names = (named[given], named[right], named[predicted])
             written = (_written(number) for number in numbers)
-            yield [guarded(str(sample_id)), *names, *written]
+            yield [str(sample_id), *names, *written]
 
 
 def datalab_inputs(

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r", "'")
+# What starts a formula in a spreadsheet; the quote itself, to tell it from a guard.
+_GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 @contextlib.contextmanager
@@ -39,21 +40,6 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise
 
 
-def guarded(cell: str) -> str:
-    """Returns a cell that no spreadsheet runs as a formula.
-
-    One that begins with `= + - @`, a tab, a carriage return or a quote gets a single
-    quote before it, which `unguarded` takes away.
-    """
-    return f"'{cell}" if cell.startswith(_RUN_BY_SPREADSHEETS) else cell
-
-
-def unguarded(cell: str) -> str:
-    """Returns the text that `guarded` was given."""
-    is_guarded = cell.startswith("'") and cell[1:].startswith(_RUN_BY_SPREADSHEETS)
-    return cell[1:] if is_guarded else cell
-
-
 def write_json(path: Path, content: Any) -> None:
     """Writes readable JSON; what it does not know is written as text."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
@@ -61,8 +47,41 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Writes a CSV file with a header."""
+    """Writes a CSV file with a header, safe to open in a spreadsheet.
+
+    Texts that a spreadsheet would run are guarded; `read_csv` gives them back.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerow([guarded_cell(name) for name in header])
+        writer.writerows([guarded_cell(value) for value in row] for row in rows)
+
+
+def read_csv(path: Path) -> Iterator[dict[str, str]]:
+    """Yields the rows of what `write_csv` wrote, by column, the guards taken off."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            yield {plain_cell(name): plain_cell(cell) for name, cell in row.items()}
+
+
+def guarded_cell(value: Any) -> Any:
+    """Puts a quote before a text that a spreadsheet would run as a formula.
+
+    A file or a class may be named `=HYPERLINK(...)`. Numbers stay as they are, also
+    negative ones.
+
+    Args:
+        value: A cell; all but strings are returned unchanged.
+    """
+    if not isinstance(value, str) or not value.startswith(_GUARDED):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def plain_cell(cell: str) -> str:
+    """Takes the quote off again that `guarded_cell` puts before a text."""
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_GUARDED) else cell

@@ -16,7 +16,7 @@ from keras_rsft.ledger import (
     Ledger,
     loss_histogram,
 )
-from keras_rsft.result_folder import guarded, write_csv, write_json
+from keras_rsft.result_folder import write_csv, write_json
 
 HOSTILE_CLASSES = (
     "<script>document.title='class'</script>",
@@ -76,9 +76,9 @@ def _write_tables(folder, names, labels, classes, epochs):
         folder / run_files.SAMPLES_FILE,
         ("id", "split", "given_label", "clean_label"),
         [
-            *((guarded(i), "train", guarded(classes[k]), "")
+            *((i, "train", classes[k], "")
               for i, k in zip(names.tolist(), labels, strict=True)),
-            *((f"test{n}.png", "test", guarded(classes[0]), "") for n in range(200)),
+            *((f"test{n}.png", "test", classes[0], "") for n in range(200)),
         ],
     )  # fmt: skip
     write_csv(
@@ -88,7 +88,7 @@ def _write_tables(folder, names, labels, classes, epochs):
     )
     write_csv(
         folder / run_files.ACCEPTANCE_FILE,
-        ("epoch", *map(guarded, classes)),
+        ("epoch", *classes),
         ((e, *(0.9 - 0.1 * (k % 5) for k in range(len(classes))))
          for e in range(1, epochs + 1)),
     )  # fmt: skip
@@ -96,7 +96,7 @@ def _write_tables(folder, names, labels, classes, epochs):
     write_csv(
         folder / run_files.NEAR_DUPLICATES_FILE,
         ("id", "other_id", "similarity"),
-        [(guarded(str(names[0])), guarded(str(names[different])), "0.9500")],
+        [(str(names[0]), str(names[different]), "0.9500")],
     )
 
 
@@ -106,7 +106,7 @@ def _write_thumbnails(folder, names, side):
         for number, name in enumerate(names.tolist()):
             encoded = _jpeg(number % 256, side)
             file.write(encoded)
-            rows.append((guarded(name), offset, len(encoded)))
+            rows.append((name, offset, len(encoded)))
             offset += len(encoded)
     header = ("id", "offset", "bytes")
     write_csv(folder / run_files.THUMBNAILS_INDEX_FILE, header, rows)

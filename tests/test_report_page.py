@@ -11,7 +11,7 @@ from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
 from keras_rsft.report import write_report
 from keras_rsft.report.run_record import read_run
-from keras_rsft.result_folder import unguarded
+from keras_rsft.result_folder import plain_cell
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
@@ -281,12 +281,12 @@ class TestHostileNames:
             page.keyboard.press(str(1 + place % len(HOSTILE_CLASSES)))
         page.keyboard.press("Escape")
         rows = downloaded(page)
-        assert {unguarded(row["id"]) for row in rows} == set(HOSTILE_IDS)
+        assert {plain_cell(row["id"]) for row in rows} == set(HOSTILE_IDS)
         for row in rows:
             assert all(not cell.startswith(("=", "-")) for cell in row.values())
-            assert unguarded(row["given_label"]) in HOSTILE_CLASSES
+            assert plain_cell(row["given_label"]) in HOSTILE_CLASSES
             if row["decision"] == "relabel":
-                assert unguarded(row["new_label"]) in HOSTILE_CLASSES
+                assert plain_cell(row["new_label"]) in HOSTILE_CLASSES
 
 
 class TestCharts:

@@ -106,6 +106,17 @@ def test_nothing_can_be_changed(server, method):
     assert ask(server, "/", method=method)[0] == 501
 
 
+def test_a_visitor_who_leaves_early_is_no_error(server, capfd):
+    for _ in range(5):
+        visitor = socket.create_connection(("127.0.0.1", server.server_port), timeout=5)
+        visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        host = f"Host: 127.0.0.1:{server.server_port}"
+        visitor.sendall(f"GET / HTTP/1.1\r\n{host}\r\n\r\n".encode())
+        visitor.close()  # With a reset, while the page is being written.
+    assert ask(server, "/")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_only_this_machine_can_reach_it(server):
     assert server.server_address[0] == "127.0.0.1"
 

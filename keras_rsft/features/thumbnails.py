@@ -21,7 +21,7 @@ from keras_rsft.data import ImageSplit
 from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.features.extraction import default_cache_dir
 from keras_rsft.progress import progress_bar
-from keras_rsft.result_folder import guarded, write_csv, written_whole
+from keras_rsft.result_folder import write_csv, written_whole
 from keras_rsft.run_files import THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE
 
 SIZE = 96
@@ -88,7 +88,7 @@ def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
         for indices, encoded in batches.as_numpy_iterator():
             for index, one in zip(indices, encoded, strict=True):
                 file.write(one)
-                rows.append((guarded(str(split.ids[index])), offset, len(one)))
+                rows.append((str(split.ids[index]), offset, len(one)))
                 offset += len(one)
             advance(int(indices[-1]) + 1 - reached)
             reached = int(indices[-1]) + 1

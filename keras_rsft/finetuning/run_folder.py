@@ -20,7 +20,7 @@ from keras_rsft.data import ImageData
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features import near_duplicates, write_thumbnails
 from keras_rsft.ledger import COLUMNS, HISTOGRAM_COLUMNS
-from keras_rsft.result_folder import guarded, write_csv, write_json, written_whole
+from keras_rsft.result_folder import write_csv, write_json, written_whole
 from keras_rsft.run_files import (
     ACCEPTANCE_FILE,
     CLASSES_FILE,
@@ -113,7 +113,7 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
     write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
     write_csv(
         folder / ACCEPTANCE_FILE,
-        ["epoch", *map(guarded, run.class_names)],
+        ["epoch", *run.class_names],
         ([epoch, *row] for epoch, row in enumerate(trained.acceptance_by_class, 1)),
     )
     write_csv(
@@ -126,8 +126,7 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
         ),
     )
     if run.features.unreadable:
-        rows = ([guarded(name), reason] for name, reason in run.features.unreadable)
-        write_csv(folder / "unreadable.csv", ["id", "reason"], rows)
+        write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
 
 
 def _results(run: Run) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def _fill_for_the_eye(
         folder / NEAR_DUPLICATES_FILE,
         ["id", "other_id", "similarity"],
         (
-            [guarded(str(train.ids[pair.first])), guarded(str(train.ids[pair.second])),
+            [str(train.ids[pair.first]), str(train.ids[pair.second]),
              f"{pair.similarity:.4f}"]
             for pair in near_duplicates(train, suspicion, progress=progress)
         ),
@@ -164,12 +163,7 @@ def _sample_rows(data: ImageData) -> Iterable[list[str]]:
         known = split.clean_labels is not None
         for sample_id, given, right in zip(split.ids, split.labels, clean, strict=True):
             right_name = data.class_names[right] if known else ""
-            yield [
-                guarded(str(sample_id)),
-                split.name,
-                guarded(data.class_names[given]),
-                guarded(right_name),
-            ]
+            yield [str(sample_id), split.name, data.class_names[given], right_name]
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_rsft import run_files
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.result_folder import unguarded
+from keras_rsft.result_folder import read_csv
 
 SEARCH_FILE, TRIALS_FILE, HEAT_MAP_FILE = "search.json", "trials.csv", "heatmap.svg"
 _NUMBERS = ("predicted_probability", "loss_mean", "loss_last", "suspicion")
@@ -106,10 +106,7 @@ class RunRecord:
     def thumbnail_places(self) -> dict[str, tuple[int, int]]:
         """Offset and length in bytes of each sample's thumbnail, by id."""
         rows = _rows(self.folder / run_files.THUMBNAILS_INDEX_FILE)
-        return {
-            unguarded(row["id"]): (int(row["offset"]), int(row["bytes"]))
-            for row in rows
-        }
+        return {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
 
     def thumbnail(self, sample_id: str) -> bytes | None:
         """Returns a JPEG file, or None where the image has none."""
@@ -170,7 +167,7 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
         losses=_losses(folder),
         acceptance=_acceptance(folder),
         pairs=tuple(
-            (unguarded(row["id"]), unguarded(row["other_id"]), float(row["similarity"]))
+            (row["id"], row["other_id"], float(row["similarity"]))
             for row in _rows(folder / run_files.NEAR_DUPLICATES_FILE)
         ),
         split_sizes=_split_sizes(folder),
@@ -183,10 +180,10 @@ def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
     rows = list(_rows(folder / run_files.LEDGER_FILE))
 
     def labels(column: str) -> np.ndarray:
-        return np.array([place[unguarded(row[column])] for row in rows], np.int32)
+        return np.array([place[row[column]] for row in rows], np.int32)
 
     return Samples(
-        ids=[unguarded(row["id"]) for row in rows],
+        ids=[row["id"] for row in rows],
         given=labels("given_label"),
         predicted=labels("predicted_label"),
         clean=labels("clean_label"),
@@ -232,10 +229,7 @@ def _split_sizes(folder: Path) -> dict[str, int]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
-    if not path.exists():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(file)
+    return read_csv(path) if path.exists() else iter(())
 
 
 def _json(path: Path) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import http.server
 import re
+import sys
 from http import HTTPStatus
 from typing import Any
 
@@ -63,6 +64,11 @@ class ReviewServer(http.server.ThreadingHTTPServer):
         """Says whether a request's Host header names this server."""
         names = (ADDRESS, "localhost")
         return host in [f"{name}:{self.server_port}" for name in names]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A browser that turns a page before all pictures have come is no error.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
