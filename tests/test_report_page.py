@@ -219,7 +219,7 @@ class TestGallery:
         assert page.locator("#grid .card").count() == 10
         assert page.is_disabled("#next-page")
         page.select_option("[name=given]", label="dog")
-        labels = page.locator("#grid .labels bdi:first-child").all_text_contents()
+        labels = page.locator("#grid .label bdi:not(.predicted)").all_text_contents()
         assert set(labels) == {"dog"}
         assert page.text_content("#page-text").startswith("Page 1")
         page.fill("[name=find]", "nothing like it")
@@ -239,14 +239,14 @@ class TestGallery:
         count = int(cell.text_content())
         cell.click()
         playwright.expect(page.locator("#grid .card")).to_have_count(count)
-        predicted = page.locator("#grid .labels .predicted").all_text_contents()
+        predicted = page.locator("#grid .label .predicted").all_text_contents()
         assert predicted == ["owl"] * count
 
     def test_near_duplicates_stand_side_by_side(self, open_page, report):
         page = open_page(report)
         pair = page.locator("#duplicate-list li").first
         assert pair.locator(".card").count() == 2
-        one, other = pair.locator(".labels bdi:first-child").all_text_contents()
+        one, other = pair.locator(".label bdi:not(.predicted)").all_text_contents()
         assert one != other
 
     def test_closing_the_review_goes_back_to_the_image(self, open_page, report):

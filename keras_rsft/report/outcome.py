@@ -77,7 +77,7 @@ def _paired(paired: dict[str, Any]) -> tuple[str, list[Figure], str]:
     figures = [
         Figure("With rejection", percent(ours / images), _interval(ours, images)),
         Figure("Plain fine-tuning", percent(plain / images), _interval(plain, images)),
-        Figure("Difference", f"{points:+.1f} points", interval),
+        Figure("Difference in points", f"{points:+.1f}", _range(low, high, "+")),
     ]
     return sentence, figures, _method(paired["split"], paired["wrong_labels"])
 
@@ -104,7 +104,7 @@ def _alone(record: RunRecord) -> tuple[str, list[Figure], str]:
         interval = _interval(round(accuracy * count), count)
         sentence = (
             f"The model gets {percent(accuracy)} of {count:,} {split} images right "
-            f"({interval}). No plain head was trained beside it."
+            f"(interval of {interval}). No plain head was trained beside it."
         )
         method = (
             f"Measured on the {split} split by its given labels. Interval: Wilson "
@@ -115,8 +115,11 @@ def _alone(record: RunRecord) -> tuple[str, list[Figure], str]:
 
 
 def _interval(right: int, count: int) -> str:
-    low, high = proportion_interval(right, count)
-    return f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    return _range(*proportion_interval(right, count))
+
+
+def _range(low: float, high: float, sign: str = "") -> str:
+    return f"95 %: {100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
 
 def _shares(results: dict[str, Any]) -> list[Figure]:

@@ -135,17 +135,20 @@ class Gallery {
   card(row, note = "") {
     const { id, given, predicted, probability, rejected, seen } = this.samples;
     const classes = this.data.classes;
-    const labels = made("span", { className: "labels" }, isolated(classes[given[row]]));
+    const labels = [made("span", { className: "label" }, isolated(classes[given[row]]))];
+    const sure = made("small", { textContent: percentText(probability[row]) });
     if (predicted[row] >= 0 && predicted[row] !== given[row]) {
-      labels.append(" → ", isolated(classes[predicted[row]], "predicted"));
+      const name = made("span", { className: "label" }, "→ ", isolated(classes[predicted[row]], "predicted"));
+      labels.push(made("span", { className: "with-share" }, name, sure));
+    } else {
+      labels[0] = made("span", { className: "with-share" }, labels[0], sure);
     }
-    labels.append(made("small", { textContent: ` ${percentText(probability[row])}` }));
     const facts = `rejected ${rejected[row]} of ${seen[row]}`;
     const card = made(
       "button",
       { type: "button", className: "card", title: id[row] },
       picture(this.data, row),
-      labels,
+      ...labels,
       made("span", { className: "facts", textContent: note || facts }),
       made("span", { className: "name" }, isolated(id[row])),
       isolated("", "decision"),

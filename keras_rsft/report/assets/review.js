@@ -58,6 +58,11 @@ class Review {
 
   findClasses() {
     const text = this.input.value.toLowerCase();
+    if (text === "") {
+      this.found = [];
+      this.showClasses([]);
+      return;
+    }
     const ranked = this.data.classes
       .map((name, label) => [name.toLowerCase().indexOf(text), label])
       .filter(([found]) => found >= 0)
@@ -65,7 +70,7 @@ class Review {
     this.found = ranked.slice(0, MOST_FOUND).map(([, label]) => label);
     this.showClasses(this.found);
     const more = ranked.length - this.found.length;
-    if (text !== "") this.say(`${ranked.length} classes match${more > 0 ? `, ${MOST_FOUND} shown` : ""}.`);
+    this.say(`${ranked.length} classes match${more > 0 ? `, ${MOST_FOUND} shown` : ""}.`);
   }
 
   onInputKey(event) {
