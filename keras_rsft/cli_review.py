@@ -80,10 +80,10 @@ def _serve(folder: Path, *, port: int, browser: bool) -> None:
             "`--serve` to see its report."
         )
     with ReviewServer(record, port=port) as server:
-        print(f"{server.url}  (Ctrl-C stops the server)", flush=True)
-        if browser:
-            webbrowser.open(server.url)
-        try:
+        try:  # From the first word on, or an early Ctrl-C looks like a failure.
+            print(f"{server.url}  (Ctrl-C stops the server)", flush=True)
+            if browser:
+                webbrowser.open(server.url)
             server.serve_forever()
         except KeyboardInterrupt:
             print("Stopped.")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+import threading
 
 import pytest
 from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
-from keras_rsft.report import write_report
+from keras_rsft.report import gallery, write_report
 from keras_rsft.report.run_record import read_run
+from keras_rsft.report.server import ReviewServer
 from keras_rsft.result_folder import plain_cell
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -42,21 +44,22 @@ def open_page(browser):
     """Opens a file; fails if the page logs anything or asks for anything else."""
     contexts, complaints = [], []
 
-    def go(path, context=None, **options):
+    def go(place, context=None, **options):
+        url = place if isinstance(place, str) else place.as_uri()
         if context is None:
             context = browser.new_context(accept_downloads=True, **options)
             contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: note(request, path))
-        page.goto(path.as_uri())
+        page.on("request", lambda request: note(request.url, url))
+        page.goto(url)
         page.wait_for_selector("#grid .card")
         return page
 
-    def note(request, path):
-        if not request.url.startswith(("data:", "blob:", path.as_uri())):
-            complaints.append(request.url)
+    def note(asked, url):
+        if not asked.startswith(("data:", "blob:", url)):
+            complaints.append(asked)
 
     yield go
     for context in contexts:
@@ -256,6 +259,31 @@ class TestGallery:
         page.keyboard.press("Escape")
         row = page.evaluate("document.activeElement.dataset.row")
         assert row == page.locator("#grid .card").nth(2).get_attribute("data-row")
+
+
+def test_the_server_shows_what_the_file_left_out(
+    open_page, report, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(gallery, "MAX_EMBEDDED", 20)
+    few = write_report(report.parent, tmp_path / "few.html")
+    page = open_page(few)
+    left_out = page.text_content("#gallery .lead")
+    shown = page.locator("#grid .card").count()
+    assert 20 <= shown <= 22  # And the near duplicates.
+    assert f"{130 - shown} are left out" in left_out
+    with ReviewServer(read_run(report.parent)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            page = open_page(server.url)
+            assert "of 130 images" in page.text_content("#shown")
+            page.click("#start-review")
+            page.keyboard.press("k")
+            size = "image => image.decode().then(() => image.naturalWidth)"
+            assert page.locator("#review-picture").evaluate(size) == 16
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class TestHostileNames:

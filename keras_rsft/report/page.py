@@ -75,9 +75,7 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
     style = "\n".join(_asset(name) for name in _STYLES)
     scripts = "\n".join(map(_asset, _SCRIPTS))
     script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
-    pictures = "'self'" if served else "data:"
-    if record.heat_map:
-        pictures = f"{pictures} data:"
+    pictures = "'self' data:" if served else "data:"
     policy = (
         f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; "
         f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
