@@ -286,6 +286,40 @@ def test_the_server_shows_what_the_file_left_out(
             thread.join()
 
 
+@pytest.mark.slow
+def test_from_wrong_labels_to_a_file_that_rights_them(
+    open_page, photo_folder, tiny_base_file, tmp_path
+):
+    from keras_rsft.data import add_label_noise, load_images
+    from keras_rsft.finetuning import TrainingSettings, finetune
+
+    noisy = add_label_noise(load_images(str(photo_folder)), "symmetric:0.25", seed=0)
+    run = finetune(
+        noisy,
+        backbone=str(tiny_base_file),
+        settings=TrainingSettings(epochs=12, batch_size=8, learning_rate=0.05),
+        output=tmp_path / "run",
+        cache_dir=tmp_path / "cache",
+        progress=False,
+    )
+    page = open_page(write_report(run))
+    page.select_option("[name=kind]", "differ")
+    page.click("#start-review")
+    for _ in range(int(text_of(page, "place").split()[2].rstrip(","))):
+        page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    names, train = noisy.class_names, noisy.train
+    right = dict(zip(train.ids.tolist(), train.clean_labels.tolist(), strict=True))
+    given = dict(zip(train.ids.tolist(), train.labels.tolist(), strict=True))
+    mended = harmed = 0
+    for row in downloaded(page):
+        assert row["given_label"] == names[given[row["id"]]]
+        assert row["decision"] == "relabel"
+        mended += row["new_label"] == names[right[row["id"]]]
+        harmed += row["given_label"] == names[right[row["id"]]]
+    assert mended > harmed
+
+
 class TestHostileNames:
     def test_they_are_text(self, open_page, hostile_report):
         page = open_page(hostile_report)
