@@ -246,6 +246,15 @@ class TestPage:
         folder = made_run(tmp_path / "run")
         assert keras_rsft.write_report(folder) == folder / "report.html"
 
+    def test_a_file_of_the_users_is_left_alone(self, run_folder, tmp_path):
+        mine = tmp_path / "mine.html"
+        mine.write_text("<!doctype html>mine")
+        with pytest.raises(InvalidArgument, match="not a report"):
+            write_report(run_folder, mine)
+        assert mine.read_text() == "<!doctype html>mine"
+        with pytest.raises(InvalidArgument, match="not a report"):
+            write_report(run_folder, tmp_path)
+
     def test_a_run_that_was_not_written(self):
         class Unwritten:
             folder = None

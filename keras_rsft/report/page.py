@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _STYLES = ("page.css", "review.css")
 _SCRIPTS = ("charts.js", "decisions.js", "gallery.js", "review.js", "start.js")
 _MOST_CLASSES = 40
+_MARK = b'<meta name="generator" content="keras_rsft">'
 
 
 def write_report(
@@ -48,7 +49,8 @@ def write_report(
         The file's path.
 
     Raises:
-        InvalidArgument: If it is no such folder, or the run was not written.
+        InvalidArgument: If it is no such folder, the run was not written, or `path`
+            is a file of another kind.
         DataError: If a file of the run cannot be understood.
     """
     folder = getattr(run, "folder", run)
@@ -59,10 +61,20 @@ def write_report(
         )
     record = read_run(Path(folder))
     path = record.folder / run_files.REPORT_FILE if path is None else Path(path)
+    _require_own(path)
     beside = path.with_name(f".partial-{path.name}")
     beside.write_text(render_page(record), encoding="utf-8")
     os.replace(beside, path)
     return path
+
+
+def _require_own(path: Path) -> None:
+    """Raises InvalidArgument if a file is there that is no report."""
+    if path.exists() and not (path.is_file() and _MARK in path.read_bytes()[:4096]):
+        raise InvalidArgument(
+            f"{path} exists and is not a report. Nothing of yours is overwritten: "
+            "choose another path, or move it away."
+        )
 
 
 def render_page(record: RunRecord, *, served: bool = False) -> str:
