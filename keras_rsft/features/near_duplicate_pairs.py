@@ -48,9 +48,9 @@ def near_duplicates(
 ) -> list[NearDuplicate]:
     """Returns pairs of near duplicates with different labels, most alike first.
 
-    Each of the most suspicious samples is compared with all samples of other labels:
-    first, to find its most alike, by a random projection to 128 numbers (Johnson and Lindenstrauss, 1984),
-    then by the features themselves. The work grows with `n`, not with its square;
+    Each of the most suspicious samples is compared with all samples of other labels.
+    A random projection to 128 numbers (Johnson and Lindenstrauss, 1984) finds its most
+    alike, the features themselves decide. The work grows with `n`, not with its square;
     memory is 512 bytes a sample and one block of 32 MB.
 
     Args:
