@@ -103,44 +103,27 @@ def line_chart(
     series = [one for one in series if any(map(math.isfinite, one[2]))]
     if not series:
         return None
-    finite = [value for one in series for value in one[2] if math.isfinite(value)]
-    low, high = min(finite), max(finite)
-    ticks = nice_ticks(low if as_percent else min(0.0, low), high)
-    if as_percent:
-        ticks = [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
-    bottom, top = min(ticks[0], low), max(ticks[-1], high)
+    values = [value for one in series for value in one[2] if math.isfinite(value)]
+    ticks = _value_ticks(min(values), max(values), as_percent=as_percent)
+    bottom, top = min(ticks[0], *values), max(ticks[-1], *values)
     count = max(len(one[2]) for one in series)
-    x_places = [_scaled(i, 0, max(count - 1, 1), LEFT, WIDTH - RIGHT)
-                for i in range(count)]  # fmt: skip
+    x_places = [
+        _scaled(i, 0, max(count - 1, 1), LEFT, WIDTH - RIGHT) for i in range(count)
+    ]
 
-    def height(value: float) -> float:
+    def height(value: float) -> float | None:
+        if not math.isfinite(value):
+            return None
         return _scaled(value, bottom, top, HEIGHT - BOTTOM, TOP)
 
-    def text(value: float) -> str:
-        if not math.isfinite(value):
-            return "-"
-        return f"{100 * value:.1f} %" if as_percent else f"{value:.3g}"
-
     lines = tuple(
-        Line(
-            name,
-            style,
-            _pieces(
-                x_places, [height(v) if math.isfinite(v) else None for v in values]
-            ),
-            tuple(height(v) if math.isfinite(v) else None for v in values),
-            tuple(map(text, values)),
-        )
-        for name, style, values in series
-    )
-    ends = "; ".join(
-        f"{one.name} from {_first(one.texts)} to {_first(one.texts[::-1])}"
-        for one in lines
+        _line(one, x_places, [height(v) for v in one[2]], as_percent=as_percent)
+        for one in series
     )
     return LineChart(
         key=key,
         title=title,
-        summary=f"{title} over {count} epochs: {ends}.",
+        summary=_summary(title, count, lines),
         lines=lines,
         x_ticks=tuple(
             Tick(x_places[i], str(i + 1)) for i in _even_places(count, at_most=7)
@@ -152,6 +135,38 @@ def line_chart(
         epochs=tuple(range(1, count + 1)),
         x_places=tuple(x_places),
     )
+
+
+def _value_ticks(low: float, high: float, *, as_percent: bool) -> list[float]:
+    ticks = nice_ticks(low if as_percent else min(0.0, low), high)
+    return [v for v in ticks if not as_percent or -1e-9 <= v <= 1 + 1e-9]
+
+
+def _line(
+    series: tuple[str, str, Sequence[float]],
+    x_places: Sequence[float],
+    heights: Sequence[float | None],
+    *,
+    as_percent: bool,
+) -> Line:
+    name, style, values = series
+    shown = "{:.1%}" if as_percent else "{:.3g}"
+    texts = (shown.format(v) if math.isfinite(v) else "-" for v in values)
+    return Line(
+        name,
+        style,
+        _pieces(x_places, heights),
+        tuple(heights),
+        tuple(text.replace("%", " %") for text in texts),
+    )
+
+
+def _summary(title: str, count: int, lines: Sequence[Line]) -> str:
+    ends = "; ".join(
+        f"{one.name} from {_first(one.texts)} to {_first(one.texts[::-1])}"
+        for one in lines
+    )
+    return f"{title} over {count} epochs: {ends}."
 
 
 def histograms(losses: Sequence[EpochLosses]) -> tuple[Histogram, ...]:
