@@ -61,6 +61,7 @@ _HOMES = {
     "predict_files": "predict",
     "search": "searching",
     "search_features": "searching",
+    "write_report": "report",
 }
 
 __all__ = ["__version__", *_HOMES]

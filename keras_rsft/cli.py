@@ -13,20 +13,20 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from keras_rsft import __version__
 from keras_rsft.cli_export import add_export, export_settings, run_export
 from keras_rsft.cli_options import (
     add_base_options,
     add_cache_dir,
+    add_data_argument,
     add_data_options,
-    add_loop_options,
     add_output_options,
     add_policy_numbers,
     add_policy_options,
     add_training_options,
     base_options,
+    data_name,
     fit_callbacks,
     load_corrected,
     policy_choice,
@@ -35,13 +35,12 @@ from keras_rsft.cli_options import (
     training_settings,
 )
 from keras_rsft.cli_predict import add_predict, run_predict
+from keras_rsft.cli_review import add_review, run_review
 from keras_rsft.cli_search import (
-    add_search_options,
-    add_space_options,
-    crew_of,
+    add_search,
+    run_search,
     search_options,
     search_role,
-    search_space,
 )
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
@@ -108,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fit(commands)
     _add_compare(commands)
-    _add_search(commands)
+    add_search(commands)
+    add_review(commands)
     add_export(commands)
     add_predict(commands)
     return parser
@@ -128,7 +128,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit = commands.add_parser("fit", help="fine-tune on your own images")
-    _add_data_argument(fit)
+    add_data_argument(fit)
     add_data_options(fit.add_argument_group("data"))
     add_base_options(fit.add_argument_group("base"))
     add_policy_options(fit.add_argument_group("rejection"))
@@ -141,6 +141,12 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         metavar="FOLDER",
         help="write for TensorBoard, into a folder of the run's name below this one",
     )
+    fit.add_argument(
+        "--no-plain",
+        dest="with_plain",
+        action="store_false",
+        help="train no plain head for the report to compare with",
+    )
     add_cache_dir(fit)
     add_output_options(fit)
 
@@ -149,7 +155,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser(
         "compare", help="several methods side by side on your own images"
     )
-    _add_data_argument(compare)
+    add_data_argument(compare)
     methods = compare.add_argument_group("comparison")
     methods.add_argument(
         "--methods",
@@ -175,40 +181,12 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add_output_options(compare)
 
 
-def _add_search(commands: argparse._SubParsersAction) -> None:
-    search = commands.add_parser(
-        "search", help="find the policy, its threshold and the learning rate"
-    )
-    _add_data_argument(search)
-    add_search_options(search.add_argument_group("search"))
-    add_space_options(search.add_argument_group("space"))
-    add_data_options(search.add_argument_group("data"))
-    add_base_options(search.add_argument_group("base"))
-    add_loop_options(search.add_argument_group("training"))
-    search.add_argument(
-        "--output",
-        metavar="FOLDER",
-        help="of a new search, or of a stopped one to go on with; default: "
-        "runs/search-NAME-N",
-    )
-    add_cache_dir(search)
-    add_output_options(search)
-
-
-def _add_data_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, "
-        "CSV file, tfds:NAME, or digits",
-    )
-
-
 def _run_demo(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     from keras_rsft.cli_documents import demo_document
     from keras_rsft.cli_output import output_of, print_demo
     from keras_rsft.demo import run_demo
+    from keras_rsft.report import write_report
 
     with output_of(arguments) as output:
         output.console.print(
@@ -223,6 +201,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
             progress=output.progress,
             command=arguments.command_line,
         )
+        write_report(demo.run)
         print_demo(demo, output.console)
         output.finish(demo_document(demo), demo.run.folder)
     return 0
@@ -235,11 +214,12 @@ def _run_fit(arguments: argparse.Namespace) -> int:
     from keras_rsft.cli_output import output_of, print_data, print_run
     from keras_rsft.finetuning import finetune
     from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
+    from keras_rsft.report import write_report
 
     settings = training_settings(arguments, choice)
     if arguments.output is not None:
         check_new_folder(arguments.output)  # Before the work, not after it.
-    folder = arguments.output or next_run_folder(_data_name(arguments))
+    folder = arguments.output or next_run_folder(data_name(arguments))
     with output_of(arguments) as output:
         callbacks_of = fit_callbacks(arguments, settings, folder)
         data = load_corrected(arguments, noisy_splits=("train",))
@@ -250,9 +230,11 @@ def _run_fit(arguments: argparse.Namespace) -> int:
             settings=settings,
             output=folder,
             callbacks=callbacks_of(data),
+            with_plain=arguments.with_plain,
             progress=output.progress,
             command=arguments.command_line,
         )
+        write_report(run)
         print_run(run, output.console)
         output.finish(run_document(run, data), run.folder)
     return 0
@@ -275,7 +257,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         parse_noise(arguments.noise)
     if arguments.output is not None:
         check_new_folder(arguments.output)
-    folder = arguments.output or next_run_folder(f"compare-{_data_name(arguments)}")
+    folder = arguments.output or next_run_folder(f"compare-{data_name(arguments)}")
     with output_of(arguments) as output:
         data = load_corrected(arguments)
         print_data(data, output.console)
@@ -305,55 +287,21 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 
 def _run_search(arguments: argparse.Namespace) -> int:
-    options = search_options(arguments)  # Refused before anything heavy is imported.
-    role = search_role(arguments)
+    # Refused before anything heavy is imported.
+    options, role = search_options(arguments), search_role(arguments)
     _silence_native_libraries()
-    from keras_rsft.cli_documents import search_document
-    from keras_rsft.cli_output import (
-        output_of,
-        print_data,
-        print_search,
-        repeat_command,
-    )
-    from keras_rsft.finetuning import TrainingSettings
-    from keras_rsft.searching import search
-    from keras_rsft.searching.search_folder import next_search_folder
-
-    space = search_space(arguments)
-    settings = TrainingSettings(
-        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed
-    )
-    with output_of(arguments) as output:
-        data = load_corrected(arguments, noisy_splits=("train", "validation"))
-        print_data(data, output.console, noise=arguments.noise)
-        folder = Path(arguments.output or next_search_folder(_data_name(arguments)))
-        found = search(
-            data,
-            output=folder,
-            options=options,
-            space=space,
-            clean_validation=arguments.clean_validation,
-            **base_options(arguments),
-            settings=settings,
-            progress=output.progress,
-            command=arguments.command_line,
-            crew=crew_of(arguments, options, folder),
-            patience=arguments.worker_timeout,
-        )
-        if found is None:
-            text = f"{role.tuner_id} is done; {role.address} has the results."
-            output.console.print(text, markup=False)
-            output.finish({"worker": role.tuner_id, "chief": role.address}, text)
-            return 0
-        print_search(found, output.console, data=arguments.data)
-        command = repeat_command(found, arguments.data)
-        output.finish(search_document(found, command), found.folder)
+    run_search(arguments, options, role)
     return 0
 
 
 def _run_predict(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     return 0 if run_predict(arguments) else FAILED
+
+
+def _run_review(arguments: argparse.Namespace) -> int:
+    run_review(arguments)
+    return 0
 
 
 _COMMANDS = {
@@ -363,11 +311,8 @@ _COMMANDS = {
     "export": _run_export,
     "search": _run_search,
     "predict": _run_predict,
+    "review": _run_review,
 }
-
-
-def _data_name(arguments: argparse.Namespace) -> str:
-    return Path(arguments.data.removeprefix("tfds:")).stem or "run"
 
 
 def _silence_native_libraries() -> None:

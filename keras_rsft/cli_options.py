@@ -27,6 +27,16 @@ if TYPE_CHECKING:
     from keras_rsft.finetuning.head_training import Callbacks
 
 
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the data set, which comes first."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, "
+        "CSV file, tfds:NAME, or digits",
+    )
+
+
 def add_data_options(group: argparse._ArgumentGroup) -> None:
     """Adds what `load_images` and `add_label_noise` need."""
     group.add_argument("--path-column", default="path", help="default: %(default)s")
@@ -343,3 +353,8 @@ def load_data(arguments: argparse.Namespace) -> ImageData:
         split_seed=arguments.split_seed,
         data_dir=arguments.data_dir,
     )
+
+
+def data_name(arguments: argparse.Namespace) -> str:
+    """Returns what a folder for the results is named after."""
+    return Path(arguments.data.removeprefix("tfds:")).stem or "run"

@@ -137,6 +137,7 @@ def print_run(run: Run, console: Console) -> None:
     console.print(table)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)
     folder = shlex.quote(str(run.folder))
+    console.print(f"Look at it: keras-rsft review {escape(folder)}", soft_wrap=True)
     console.print(
         f"Use it:     keras-rsft predict {escape(folder)} FILE...", soft_wrap=True
     )
@@ -212,6 +213,7 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
     folder = escape(shlex.quote(str(found.folder)))
     console.print(f"Folder:      {escape(str(found.folder))}", soft_wrap=True)
     command = repeat_command(found, data)
+    console.print(f"Look at it:  keras-rsft review {folder}", soft_wrap=True)
     console.print(f"Use it:      keras-rsft predict {folder} FILE...", soft_wrap=True)
     console.print("Train it again, with your options for data and base:")
     console.print(f"  {escape(command)}", soft_wrap=True)
@@ -277,6 +279,7 @@ def print_demo(demo: DemoResult, console: Console) -> None:
     paths = (demo.run.folder, demo.sample_image)
     folder, image = (escape(shlex.quote(str(path))) for path in paths)
     console.print("Try next:")
+    console.print(f"  keras-rsft review {folder}", soft_wrap=True)
     console.print(f"  keras-rsft predict {folder} {image}", soft_wrap=True)
     console.print(
         "  keras-rsft fit PHOTOS --backbone efficientnet_lite0", soft_wrap=True

@@ -13,7 +13,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keras_rsft.cli_options import parsed, positive_int
+from keras_rsft.cli_options import (
+    add_base_options,
+    add_cache_dir,
+    add_data_argument,
+    add_data_options,
+    add_loop_options,
+    add_output_options,
+    base_options,
+    data_name,
+    load_corrected,
+    parsed,
+    positive_int,
+)
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import POLICY_NAMES
 from keras_rsft.searching.names import (
@@ -223,3 +235,78 @@ def name_list(text: str) -> tuple[str, ...]:
         all,
         "names separated by commas",
     )
+
+
+def add_search(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    search = commands.add_parser(
+        "search", help="find the policy, its threshold and the learning rate"
+    )
+    add_data_argument(search)
+    add_search_options(search.add_argument_group("search"))
+    add_space_options(search.add_argument_group("space"))
+    add_data_options(search.add_argument_group("data"))
+    add_base_options(search.add_argument_group("base"))
+    add_loop_options(search.add_argument_group("training"))
+    search.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="of a new search, or of a stopped one to go on with; default: "
+        "runs/search-NAME-N",
+    )
+    add_cache_dir(search)
+    add_output_options(search)
+
+
+def run_search(
+    arguments: argparse.Namespace, options: SearchOptions, role: Role
+) -> None:
+    """Searches, alone or as one of several processes, and prints what was found.
+
+    Args:
+        arguments: The parsed command.
+        options: What `search_options` returned.
+        role: What `search_role` returned.
+    """
+    from keras_rsft.cli_documents import search_document
+    from keras_rsft.cli_output import (
+        output_of,
+        print_data,
+        print_search,
+        repeat_command,
+    )
+    from keras_rsft.finetuning import TrainingSettings
+    from keras_rsft.report import write_report
+    from keras_rsft.searching import search
+    from keras_rsft.searching.search_folder import next_search_folder
+
+    space = search_space(arguments)
+    settings = TrainingSettings(
+        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed
+    )
+    with output_of(arguments) as output:
+        data = load_corrected(arguments, noisy_splits=("train", "validation"))
+        print_data(data, output.console, noise=arguments.noise)
+        folder = Path(arguments.output or next_search_folder(data_name(arguments)))
+        found = search(
+            data,
+            output=folder,
+            options=options,
+            space=space,
+            clean_validation=arguments.clean_validation,
+            **base_options(arguments),
+            settings=settings,
+            progress=output.progress,
+            command=arguments.command_line,
+            crew=crew_of(arguments, options, folder),
+            patience=arguments.worker_timeout,
+        )
+        if found is None:
+            text = f"{role.tuner_id} is done; {role.address} has the results."
+            output.console.print(text, markup=False)
+            output.finish({"worker": role.tuner_id, "chief": role.address}, text)
+            return
+        write_report(found)
+        print_search(found, output.console, data=arguments.data)
+        command = repeat_command(found, arguments.data)
+        output.finish(search_document(found, command), found.folder)

@@ -7,6 +7,7 @@ accepted is decided in `policies`; where a ledger is written is the run's busine
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,11 @@ COLUMNS = (
     "suspicion",
 )
 _NOT_SEEN = -1.0
+
+# Ten bins a decade: right and wrong labels stand apart by their loss's logarithm.
+# What lies outside is counted in the first and the last bin.
+HISTOGRAM_EDGES = np.geomspace(1e-3, 1e2, 51)
+HISTOGRAM_COLUMNS = ("epoch", "threshold", "low", "high", "accepted", "rejected")
 
 
 class Ledger:
@@ -181,8 +187,9 @@ class Ledger:
             strict=True,
         )
         for sample_id, given, right, predicted, *numbers in columns:
-            yield [str(sample_id), named[given], named[right], named[predicted],
-                   *(_written(number) for number in numbers)]  # fmt: skip
+            names = (named[given], named[right], named[predicted])
+            written = (_written(number) for number in numbers)
+            yield [str(sample_id), *names, *written]
 
 
 def datalab_inputs(
@@ -221,6 +228,54 @@ def datalab_inputs(
     }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossHistogram:
+    """How the losses of one epoch were distributed, and what was made of them.
+
+    Attributes:
+        threshold: The policy's threshold at the end of the epoch, or None; see
+            `Policy.threshold_in_use`.
+        accepted: int64 array `(50,)`: accepted samples in each bin of
+            `HISTOGRAM_EDGES`. Losses that are not finite are not counted.
+        rejected: The same of rejected samples.
+    """
+
+    threshold: float | None
+    accepted: np.ndarray
+    rejected: np.ndarray
+
+    def rows(self, epoch: int) -> Iterator[list[Any]]:
+        """Yields a row for each bin that is not empty, as in `HISTOGRAM_COLUMNS`."""
+        shown = "" if self.threshold is None else f"{self.threshold:.6g}"
+        for place in np.flatnonzero(self.accepted + self.rejected):
+            low, high = (f"{HISTOGRAM_EDGES[place + step]:.6g}" for step in (0, 1))
+            counts = (int(self.accepted[place]), int(self.rejected[place]))
+            yield [epoch, shown, low, high, *counts]
+
+
+def loss_histogram(
+    losses: np.ndarray, accepted: np.ndarray, threshold: float | None = None
+) -> LossHistogram:
+    """Counts losses in bins that are the same for every epoch.
+
+    Args:
+        losses: Float array `(n,)`.
+        accepted: Float array `(n,)`: 1 accepted, 0 rejected, negative not seen.
+        threshold: The policy's threshold, or None.
+    """
+    counted = [
+        np.histogram(
+            np.clip(losses[chosen], HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]),
+            HISTOGRAM_EDGES,
+        )[0]
+        for chosen in (
+            np.isfinite(losses) & (accepted > 0),
+            np.isfinite(losses) & (accepted == 0),
+        )
+    ]
+    return LossHistogram(threshold, *counted)
+
+
 class RejectionLedger(keras.callbacks.Callback):
     """Keeps a `Ledger` of an `RSFTModel` while it is fitted.
 
@@ -242,6 +297,7 @@ class RejectionLedger(keras.callbacks.Callback):
         last_epoch: Of the last epoch two float arrays `(n,)`: the losses, and what
             became of the samples: 1 accepted, 0 rejected, negative not seen. None
             before the first.
+        loss_histograms: A `LossHistogram` an epoch.
     """
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
@@ -249,6 +305,7 @@ class RejectionLedger(keras.callbacks.Callback):
         self.ledger = Ledger(ids, labels, clean_labels)
         self.acceptance_by_class: list[np.ndarray] = []
         self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
+        self.loss_histograms: list[LossHistogram] = []
         shape = (len(self.ledger), 2)
         self._epoch = tf.Variable(tf.fill(shape, _NOT_SEEN), trainable=False)
 
@@ -268,6 +325,8 @@ class RejectionLedger(keras.callbacks.Callback):
         self._epoch.assign(tf.fill(self._epoch.shape, _NOT_SEEN))
         self.ledger.note_epoch(losses, accepted)
         self.last_epoch = (losses, accepted)
+        threshold = self.model.policy.threshold_in_use()
+        self.loss_histograms.append(loss_histogram(losses, accepted, threshold))
         if self.model.policy.needs_ledger:
             epochs = len(self.acceptance_by_class) + 1
             self.model.policy.note_losses(self.ledger.loss_mean, epochs)

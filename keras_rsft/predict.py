@@ -20,7 +20,8 @@ from keras_rsft.data.decode_many import decode_images
 from keras_rsft.data.folder import IMAGE_SUFFIXES
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.runtimes import load_exported
-from keras_rsft.finetuning.run_folder import CLASSES_FILE, MODEL_FILE, read_class_names
+from keras_rsft.finetuning.run_folder import read_class_names
+from keras_rsft.run_files import CLASSES_FILE, MODEL_FILE
 
 BATCH_SIZE = 32
 

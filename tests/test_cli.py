@@ -56,6 +56,7 @@ class TestFit:
         assert "Wrong labels rejected" in out
         runs = list((tmp_path / "runs").iterdir())
         assert [run.name for run in runs] == [f"{photo_folder.name}-1"]
+        assert (runs[0] / "report.html").is_file()
         image = photo_folder / "red" / "02.png"
         status, out, err = command("predict", runs[0], image, tmp_path / "none.png")
         path, label, score = out.strip().split("\t")

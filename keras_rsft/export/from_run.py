@@ -27,7 +27,8 @@ from keras_rsft.export.places import (
 )
 from keras_rsft.export.saved_model import export_saved_model
 from keras_rsft.export.settings import ExportSettings
-from keras_rsft.finetuning.run_folder import CONFIG_FILE, MODEL_FILE, read_class_names
+from keras_rsft.finetuning.run_folder import read_class_names
+from keras_rsft.run_files import CONFIG_FILE, MODEL_FILE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from keras_rsft.features import (
     extract_features,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.ledger import Ledger, RejectionLedger
+from keras_rsft.ledger import Ledger, LossHistogram, RejectionLedger
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
 from keras_rsft.progress import progress_bar
@@ -69,6 +69,7 @@ class TrainedHead:
         acceptance_by_class: Float32 array `(epochs, classes)`: accepted share of each
             class, NaN for a class without training samples.
         examination: What `auto` found out about the labels; None for other policies.
+        loss_histograms: The losses of each epoch.
     """
 
     model: RSFTModel
@@ -78,6 +79,7 @@ class TrainedHead:
     ledger: Ledger
     acceptance_by_class: np.ndarray
     examination: Examination | None = None
+    loss_histograms: tuple[LossHistogram, ...] = ()
 
 
 def extract_all(
@@ -184,6 +186,7 @@ def train_head(
         recorder.ledger,
         np.stack(recorder.acceptance_by_class),
         examination,
+        tuple(recorder.loss_histograms),
     )
 
 

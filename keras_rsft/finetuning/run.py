@@ -20,6 +20,7 @@ from keras_rsft.finetuning.head_training import (
     TrainedHead,
     train_head,
 )
+from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
 from keras_rsft.finetuning.run_folder import check_new_folder, write_run
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
@@ -45,6 +46,8 @@ class Run:
         features: The kept features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, examination.
         folder: Where the run was written, or None.
+        against_plain: Rejection against a plain head, image by image; None where
+            none was trained.
     """
 
     model: keras.Model
@@ -56,6 +59,7 @@ class Run:
     features: SplitFeatures
     trained: TrainedHead
     folder: Path | None = None
+    against_plain: AgainstPlain | None = None
 
     @property
     def finding(self) -> str | None:
@@ -83,6 +87,7 @@ def finetune(
     output: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     callbacks: Callbacks = (),
+    with_plain: bool = True,
     progress: bool = True,
     command: str | None = None,
 ) -> Run:
@@ -105,6 +110,8 @@ def finetune(
         cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head, or a function
             that makes them of the run's `RejectionLedger`.
+        with_plain: Train a plain head as well, to be compared in the report. Default
+            True; only where a folder is written and the policy can reject.
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
 
@@ -142,6 +149,11 @@ def finetune(
     model = build_classifier(base, data.num_classes, head=head.model)
     if settings.stage2_epochs:
         model = _stage_two(model, base, data, features, trained, settings, progress)
+    against_plain = None
+    if with_plain and folder is not None:
+        against_plain = train_against_plain(
+            features, trained, settings, progress=progress
+        )
     results["seconds"] = time.perf_counter() - started
     run = Run(
         model=model,
@@ -157,9 +169,10 @@ def finetune(
         features=features,
         trained=trained,
         folder=folder,
+        against_plain=against_plain,
     )
     if folder is not None:
-        write_run(run, data)
+        write_run(run, data, cache_dir=cache_dir, progress=progress)
     return run
 
 

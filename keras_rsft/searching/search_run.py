@@ -20,9 +20,9 @@ from keras_rsft.finetuning import (
     TrainingSettings,
 )
 from keras_rsft.finetuning.feature_source import open_features
-from keras_rsft.finetuning.run_folder import CLASSES_FILE, HEAD_FILE, MODEL_FILE
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import write_json
+from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, MODEL_FILE
 from keras_rsft.searching.chief import lead_trials
 from keras_rsft.searching.choice import (
     COMPLETED,
