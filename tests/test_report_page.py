@@ -7,6 +7,7 @@ import io
 import shutil
 import threading
 
+import numpy as np
 import pytest
 from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
@@ -86,11 +87,15 @@ def many_classes_report(tmp_path_factory):
     return write_report(made_run(folder, classes=names, count=80))
 
 
-def downloaded(page) -> list[dict[str, str]]:
-    with page.expect_download() as download:
+def download(page):
+    with page.expect_download() as found:
         page.click("#download")
-    assert download.value.suggested_filename == "corrections.csv"
-    with open(download.value.path(), newline="", encoding="utf-8") as file:
+    assert found.value.suggested_filename == "corrections.csv"
+    return found.value.path()
+
+
+def downloaded(page) -> list[dict[str, str]]:
+    with open(download(page), newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -287,21 +292,27 @@ def test_the_server_shows_what_the_file_left_out(
 
 
 @pytest.mark.slow
-def test_from_wrong_labels_to_a_file_that_rights_them(
+def test_from_wrong_labels_to_a_better_model(
     open_page, photo_folder, tiny_base_file, tmp_path
 ):
     from keras_rsft.data import add_label_noise, load_images
+    from keras_rsft.data.corrections import read_corrections
     from keras_rsft.finetuning import TrainingSettings, finetune
 
     noisy = add_label_noise(load_images(str(photo_folder)), "symmetric:0.25", seed=0)
-    run = finetune(
-        noisy,
-        backbone=str(tiny_base_file),
-        settings=TrainingSettings(epochs=12, batch_size=8, learning_rate=0.05),
-        output=tmp_path / "run",
-        cache_dir=tmp_path / "cache",
-        progress=False,
-    )
+
+    def fit(name, **options):
+        return finetune(
+            noisy,
+            backbone=str(tiny_base_file),
+            settings=TrainingSettings(epochs=12, batch_size=8, learning_rate=0.05),
+            output=tmp_path / name,
+            cache_dir=tmp_path / "cache",
+            progress=False,
+            **options,
+        )
+
+    run = fit("run")
     page = open_page(write_report(run))
     page.select_option("[name=kind]", "differ")
     page.click("#start-review")
@@ -311,13 +322,22 @@ def test_from_wrong_labels_to_a_file_that_rights_them(
     names, train = noisy.class_names, noisy.train
     right = dict(zip(train.ids.tolist(), train.clean_labels.tolist(), strict=True))
     given = dict(zip(train.ids.tolist(), train.labels.tolist(), strict=True))
+    file = download(page)
     mended = harmed = 0
-    for row in downloaded(page):
-        assert row["given_label"] == names[given[row["id"]]]
-        assert row["decision"] == "relabel"
-        mended += row["new_label"] == names[right[row["id"]]]
-        harmed += row["given_label"] == names[right[row["id"]]]
+    for row in read_corrections(file):
+        assert row.given_label == names[given[row.id]]
+        assert row.decision == "relabel"
+        mended += row.new_label == names[right[row.id]]
+        harmed += row.given_label == names[right[row.id]]
     assert mended > harmed
+
+    again = fit("again", corrections=file)
+    features = again.features.train
+    wrong_before = np.count_nonzero(train.labels != train.clean_labels)
+    wrong = np.count_nonzero(features.labels != features.clean_labels)
+    assert wrong == wrong_before - mended + harmed
+    accuracies = [one.results["test_accuracy"] for one in (run, again)]
+    assert accuracies[1] >= accuracies[0]
 
 
 class TestHostileNames:
