@@ -60,8 +60,9 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--backbone",
         default="resnet50",
-        help="any model of keras.applications, efficientnet_lite0, or a .keras file; "
-        "default: %(default)s",
+        help="any model of keras.applications, efficientnet_lite0, a .keras file, "
+        "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, where SCALE is such as "
+        "0:1 or imagenet; default: %(default)s",
     )
     group.add_argument(
         "--weights",

@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from keras_rsft.backbones.frozen_graph import freeze
 from keras_rsft.export.places import check_file, write_new_file
 from keras_rsft.export.saved_model import check_class_names
 from keras_rsft.export.serving_graph import ForwardPass
@@ -66,29 +67,9 @@ def export_onnx(
 
 def _frozen_graph(forward: ForwardPass) -> tuple[tf.compat.v1.GraphDef, str]:
     """Returns the forward pass without variables, and the name of its output."""
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
-    )
-
     function = tf.function(forward, input_signature=[forward.images_spec()])
-    traced = function.get_concrete_function()
-    frozen = convert_variables_to_constants_v2(traced, lower_control_flow=False)
-    graph = frozen.graph.as_graph_def()
-    # A layer's constants of 128 numbers and more (the means of the standardisation)
-    # are further inputs of a traced function, which freezing leaves as they are.
-    constants = {
-        inner.op.name: tf.make_tensor_proto(outer.numpy())
-        for outer, inner in traced.graph.captures
-        if inner.dtype != tf.resource
-    }
-    for node in graph.node:
-        if node.name in constants:
-            value = constants[node.name]
-            node.ClearField("attr")
-            node.op = "Const"
-            node.attr["dtype"].type = value.dtype
-            node.attr["value"].tensor.CopyFrom(value)
-    return graph, frozen.outputs[0].name
+    graph, (output,) = freeze(function.get_concrete_function())
+    return graph, output
 
 
 def _name_classes(converted, class_names: Sequence[str]) -> None:
