@@ -15,6 +15,7 @@ _HOMES = {
     "AcceptAll": "policies",
     "AcceptListed": "policies",
     "AutoPolicy": "policies",
+    "BackboneRanking": "ranking",
     "BatchedTuner": "searching",
     "Examination": "examination",
     "Comparison": "comparing",
@@ -56,6 +57,7 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_images": "data",
     "predict_files": "predict",
+    "rank_backbones": "ranking",
     "search": "searching",
     "search_features": "searching",
 }

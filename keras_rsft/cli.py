@@ -32,6 +32,7 @@ from keras_rsft.cli_options import (
     training_settings,
 )
 from keras_rsft.cli_predict import add_predict, run_predict
+from keras_rsft.cli_rank import add_rank, run_rank
 from keras_rsft.cli_search import (
     add_search_options,
     add_space_options,
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _add_compare(commands)
     _add_search(commands)
+    _add_data_argument(add_rank(commands))
     add_export(commands)
     add_predict(commands)
     return parser
@@ -326,6 +328,12 @@ def _run_predict(arguments: argparse.Namespace) -> int:
     return 0 if run_predict(arguments) else FAILED
 
 
+def _run_rank(arguments: argparse.Namespace) -> int:
+    _silence_native_libraries()
+    run_rank(arguments)
+    return 0
+
+
 _COMMANDS = {
     "demo": _run_demo,
     "fit": _run_fit,
@@ -333,6 +341,7 @@ _COMMANDS = {
     "export": _run_export,
     "search": _run_search,
     "predict": _run_predict,
+    "rank": _run_rank,
 }
 
 

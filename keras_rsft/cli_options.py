@@ -61,7 +61,7 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
         "--backbone",
         default="resnet50",
         help="any model of keras.applications, efficientnet_lite0, a .keras file, "
-        "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, where SCALE is such as "
+        "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, with a SCALE such as "
         "0:1 or imagenet; default: %(default)s",
     )
     group.add_argument(
