@@ -28,6 +28,7 @@ _HOMES = {
     "Ledger": "ledger",
     "LossMixture": "policies",
     "LossThreshold": "policies",
+    "Pilot": "finetuning",
     "Policy": "policies",
     "PolicyChoice": "policy_choice",
     "RSFTHyperModel": "searching",
@@ -58,6 +59,7 @@ _HOMES = {
     "load_images": "data",
     "predict_files": "predict",
     "rank_backbones": "ranking",
+    "run_pilot": "finetuning",
     "search": "searching",
     "search_features": "searching",
 }

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_rsft import __version__
+from keras_rsft.cli_explain import add_explain_options, explain_if_asked
 from keras_rsft.cli_export import add_export, export_settings, run_export
 from keras_rsft.cli_options import (
     add_base_options,
@@ -125,6 +126,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument(
         "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
     )
+    add_explain_options(fit)
     add_cache_dir(fit)
 
 
@@ -221,6 +223,8 @@ def _run_fit(arguments: argparse.Namespace) -> int:
     if arguments.noise is not None:
         data = add_label_noise(data, arguments.noise, seed=arguments.seed)
     print_data(data, noise=arguments.noise)
+    if not explain_if_asked(arguments, data, settings):
+        return 0
     print_run(
         finetune(
             data,

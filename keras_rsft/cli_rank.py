@@ -89,12 +89,13 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 def print_ranking(ranking: BackboneRanking, *, data: str) -> None:
     """Prints the table, what its numbers mean, and what to do next."""
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("Base", overflow="fold")
     for header in ("Accuracy", "Behind", "LogME", "H-score", "ms", "MB", "Features"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -104,16 +105,16 @@ def print_ranking(ranking: BackboneRanking, *, data: str) -> None:
     for line in _notes(ranking):
         console.print(line, soft_wrap=True)
     for name, reason in ranking.failed:
-        console.print(f"[yellow]{escape(f'{name}: {reason}')}[/]", soft_wrap=True)
+        short = reason.partition("\n")[0]
+        console.print(f"[yellow]{escape(f'{name}: {short}')}[/]", soft_wrap=True)
     _print_command(console, ranking, data)
 
 
 def _row(one: RankedBackbone, *, first: bool) -> list[str]:
-    behind = f"{100 * one.behind:.1f} ± {100 * one.behind_error:.1f}"
     return [
         one.name,
         f"{100 * one.accuracy:.1f} ± {100 * one.accuracy_error:.1f}",
-        "" if first else behind,
+        "" if first else f"{100 * one.behind:.1f}",
         f"{one.log_me:.3f}",
         f"{one.h_score:.2f}",
         f"{1000 * one.seconds_per_image:.1f}",

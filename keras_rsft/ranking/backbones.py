@@ -209,7 +209,7 @@ def _compared(
         weights = np.ones_like(weights)
     best = max((one.right for one in measured), key=lambda right: weights @ right)
     ranked = [_ranked(one, best, weights) for one in measured]
-    ranked.sort(key=lambda one: -one.accuracy)
+    ranked.sort(key=lambda one: (-one.accuracy, one.seconds_per_image))
     accuracies = [one.accuracy for one in ranked]
     agreement = {
         score: kendall_tau(accuracies, [getattr(one, score) for one in ranked])
