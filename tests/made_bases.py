@@ -66,6 +66,7 @@ def save_onnx(
     feature_map: bool = False,
     half: bool = False,
     beside: bool = False,
+    opset: int = 17,
 ) -> Path:
     """The network as an ONNX file, as Torchvision's exports are or channels last."""
     import onnx
@@ -104,8 +105,8 @@ def save_onnx(
         [helper.make_tensor_value_info(last, kind, None)],
         weights,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 8
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = 9
     options = {"save_as_external_data": True, "location": f"{path.name}.data"}
     if beside:
         options["size_threshold"] = 0

@@ -183,14 +183,39 @@ def run_session(session: Any, images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)[: len(values)]
 
 
+def features_output(session: Any, size: tuple[int, int]) -> tuple[str, int]:
+    """Returns the output that is the features, and its rank.
+
+    Args:
+        session: An ONNX Runtime session that leaves the number of images open.
+        size: Height and width.
+    """
+    taken = describe_input(session)
+    shape = (1, 3, *size) if taken.channels_first else (1, *size, 3)
+    outputs = _outputs(session, taken, np.zeros(shape, taken.dtype))
+    return _chosen_output(outputs), np.ndim(outputs[_chosen_output(outputs)])
+
+
 def _run_part(
     session: Any, taken: OnnxInput, values: np.ndarray, step: int
 ) -> np.ndarray:
     missing = step - len(values)
     if missing:
         values = np.pad(values, [(0, missing), (0, 0), (0, 0), (0, 0)])
+    outputs = _outputs(session, taken, values)
+    features = outputs[_chosen_output(outputs)]
+    features = pooled(features, channels_first=taken.channels_first)
+    return np.ascontiguousarray(features, np.float32)
+
+
+def _outputs(
+    session: Any, taken: OnnxInput, values: np.ndarray
+) -> dict[str, np.ndarray]:
     names = [output.name for output in session.get_outputs()]
-    outputs = dict(zip(names, session.run(names, {taken.name: values}), strict=True))
+    return dict(zip(names, session.run(names, {taken.name: values}), strict=True))
+
+
+def _chosen_output(outputs: dict[str, np.ndarray]) -> str:
     ranks = {name: np.ndim(value) for name, value in outputs.items()}
     chosen = choose_output(ranks)
     if chosen is None or not 2 <= ranks[chosen] <= 4:
@@ -199,8 +224,7 @@ def _run_part(
             "The features must be the network's only output, or its only one of "
             f"shape (batch, dim). Received: {shapes}."
         )
-    features = pooled(outputs[chosen], channels_first=taken.channels_first)
-    return np.ascontiguousarray(features, np.float32)
+    return chosen
 
 
 def _whole_file(path: Path) -> bytes:

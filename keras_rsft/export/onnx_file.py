@@ -8,14 +8,19 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
 from keras_rsft.backbones.frozen_graph import freeze
+from keras_rsft.export.onnx_join import join_head, onnx_base
 from keras_rsft.export.places import check_file, write_new_file
 from keras_rsft.export.saved_model import check_class_names
 from keras_rsft.export.serving_graph import ForwardPass
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSET = 17
 CLASS_NAMES_KEY = "class_names"
@@ -45,31 +50,34 @@ def export_onnx(
     path = check_file(path, "onnx")
     check_class_names(model, class_names)
     try:
-        import tf2onnx
+        import tf2onnx  # noqa: F401
     except ImportError as error:
         raise ImportError(
             'ONNX needs the package tf2onnx. Install it with: pip install "keras_rsft'
             '[onnx]".'
         ) from error
-    graph, output = _frozen_graph(ForwardPass(model))
     with _quiet("tf2onnx"):
-        converted, _ = tf2onnx.convert.from_graph_def(
-            graph,
-            input_names=["images:0"],
-            output_names=[output],
-            opset=OPSET,
-            tensors_to_rename={"images:0": "images", output: "probabilities"},
+        converted = (
+            join_head(model) if onnx_base(model) else _converted(ForwardPass(model))
         )
     _name_classes(converted, class_names)
     write_new_file(path, converted.SerializeToString())
     return path
 
 
-def _frozen_graph(forward: ForwardPass) -> tuple[tf.compat.v1.GraphDef, str]:
-    """Returns the forward pass without variables, and the name of its output."""
+def _converted(forward: ForwardPass) -> onnx.ModelProto:
+    import tf2onnx
+
     function = tf.function(forward, input_signature=[forward.images_spec()])
     graph, (output,) = freeze(function.get_concrete_function())
-    return graph, output
+    converted, _ = tf2onnx.convert.from_graph_def(
+        graph,
+        input_names=["images:0"],
+        output_names=[output],
+        opset=OPSET,
+        tensors_to_rename={"images:0": "images", output: "probabilities"},
+    )
+    return converted
 
 
 def _name_classes(converted, class_names: Sequence[str]) -> None:
