@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft.backbones.base_name import parse_base_name
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import (
     DEFAULT_KEEP_FRACTION,
     LEVELS,
@@ -59,6 +61,7 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
     """Adds what `load_backbone` and `extract_all` need."""
     group.add_argument(
         "--backbone",
+        type=backbone_name,
         default="resnet50",
         help="any model of keras.applications, efficientnet_lite0, a .keras file, "
         "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, with a SCALE such as "
@@ -167,6 +170,15 @@ def add_cache_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", metavar="FOLDER", help="where features are kept between runs"
     )
+
+
+def backbone_name(text: str) -> str:
+    """Checks what of a base's name can be checked without loading anything."""
+    try:
+        parse_base_name(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def positive_int(text: str) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from keras_rsft.cli_options import (
     add_cache_dir,
     add_data_options,
+    backbone_name,
     load_data,
     parsed,
     positive_int,
@@ -158,9 +159,10 @@ def _print_command(console: Console, ranking: BackboneRanking, data: str) -> Non
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return parsed(
+    names = parsed(
         text,
         lambda given: tuple(part.strip() for part in given.split(",")),
         all,
         "bases separated by commas",
     )
+    return tuple(map(backbone_name, names))

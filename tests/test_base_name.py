@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 
-from keras_rsft.backbones import base_name
 from keras_rsft.backbones.base_name import (
     PixelScale,
     is_fixed_network,
@@ -76,6 +79,18 @@ def test_which_bases_have_no_keras_layers():
     assert not is_fixed_network("resnet50")
 
 
-def test_names_need_nothing_heavy():
-    assert not hasattr(base_name, "keras")
-    assert not hasattr(base_name, "tf")
+def test_a_name_is_refused_before_anything_heavy_is_imported():
+    program = textwrap.dedent("""
+        import sys
+        from keras_rsft import cli
+        try:
+            cli.main(["fit", "photos", "--backbone", "onnx:a.onnx@torch"])
+        finally:
+            print(sorted({"keras", "tensorflow", "numpy"} & set(sys.modules)))
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "@imagenet" in done.stderr
+    assert done.stdout.strip() == "[]"

@@ -6,13 +6,14 @@ resizing is left to the reading of the images, as for every base.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_rsft.backbones.assembly import Base, scaled
 from keras_rsft.backbones.base_name import BaseName, PixelScale
-from keras_rsft.backbones.weights_file import DAMAGED, first_line
+from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 _EXPECTED = "A KerasHub backbone must map images (None, height, width, 3) to features."
@@ -81,7 +82,7 @@ def _load_body(
                 f"There is no KerasHub preset {preset!r}, nor a preset folder of that "
                 "path. A preset has a name such as resnet_50_imagenet."
             ) from error
-        kind = "is damaged" if isinstance(error, DAMAGED) else "cannot be had"
+        kind = "is damaged" if Path(preset).is_dir() else "cannot be had"
         raise WeightsUnavailable(
             f"The KerasHub preset {preset} {kind}: {first_line(error)}. Without a "
             "network, fetch its folder elsewhere and use hub:FOLDER."
