@@ -207,6 +207,34 @@ def test_a_saved_model_of_encoded_images_is_refused(tmp_path):
         load_backbone(f"savedmodel:{tmp_path / 'a'}@0:1")
 
 
+@pytest.mark.parametrize(
+    "make, found",
+    [
+        (lambda: tf.nn.relu(tf.ones(3)), []),
+        (lambda: tf.random.uniform([3]), ["RandomUniform"]),
+        (lambda: tf.io.write_file("a", "b"), ["WriteFile"]),
+        (lambda: tf.numpy_function(lambda: 1.0, [], tf.float32), ["PyFunc"]),
+        (
+            lambda: tf.numpy_function(lambda: 1.0, [], tf.float32, stateful=False),
+            ["PyFuncStateless"],
+        ),
+    ],
+)
+def test_which_operations_do_more_than_compute(make, found):
+    with tf.Graph().as_default() as graph:
+        make()
+    assert impure_operations(graph.as_graph_def()) == found
+
+
+def test_operations_inside_a_branch_are_looked_at():
+    @tf.function
+    def run(x):
+        return tf.cond(x > 0, lambda: tf.random.uniform([]), lambda: 0.0)
+
+    traced = run.get_concrete_function(tf.TensorSpec((), tf.float32))
+    assert "RandomUniform" in impure_operations(traced.graph.as_graph_def())
+
+
 def test_a_graph_in_a_keras_file_may_only_compute(tmp_path):
     with tf.Graph().as_default() as graph:
         images = tf.compat.v1.placeholder(tf.float32, name="images")
