@@ -96,7 +96,7 @@ def print_ranking(ranking: BackboneRanking, *, data: str) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("Base", overflow="fold")
     for header in ("Accuracy", "Behind", "LogME", "H-score", "ms", "MB", "Features"):
         table.add_column(header, justify="right", no_wrap=True)
