@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from keras_rsft import __version__
+from keras_rsft.cli_explain import add_explain_options, explain_if_asked
 from keras_rsft.cli_export import add_export, export_settings, run_export
 from keras_rsft.cli_options import (
     add_base_options,
@@ -35,6 +36,7 @@ from keras_rsft.cli_options import (
     training_settings,
 )
 from keras_rsft.cli_predict import add_predict, run_predict
+from keras_rsft.cli_rank import add_rank, run_rank
 from keras_rsft.cli_review import add_review, run_review
 from keras_rsft.cli_search import (
     add_search,
@@ -107,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fit(commands)
     _add_compare(commands)
+    add_rank(commands)
     add_search(commands)
     add_review(commands)
     add_export(commands)
@@ -147,6 +150,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         action="store_false",
         help="train no plain head for the report to compare with",
     )
+    add_explain_options(fit)
     add_cache_dir(fit)
     add_output_options(fit)
 
@@ -224,6 +228,8 @@ def _run_fit(arguments: argparse.Namespace) -> int:
         callbacks_of = fit_callbacks(arguments, settings, folder)
         data = load_corrected(arguments, noisy_splits=("train",))
         print_data(data, output.console, noise=arguments.noise)
+        if not explain_if_asked(arguments, data, settings, output):
+            return 0
         run = finetune(
             data,
             **base_options(arguments),
@@ -304,6 +310,12 @@ def _run_review(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_rank(arguments: argparse.Namespace) -> int:
+    _silence_native_libraries()
+    run_rank(arguments)
+    return 0
+
+
 _COMMANDS = {
     "demo": _run_demo,
     "fit": _run_fit,
@@ -312,6 +324,7 @@ _COMMANDS = {
     "search": _run_search,
     "predict": _run_predict,
     "review": _run_review,
+    "rank": _run_rank,
 }
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from keras_rsft.export.from_run import Export
     from keras_rsft.export.verification import Verification
     from keras_rsft.finetuning import Run
+    from keras_rsft.finetuning.pilot import Pilot
+    from keras_rsft.ranking import BackboneRanking
     from keras_rsft.searching import Search
 
 
@@ -77,6 +79,19 @@ def search_document(found: Search, fit_command: str) -> dict[str, Any]:
         "fit_command": fit_command,
         "results": found.results,
     }
+
+
+def ranking_document(ranking: BackboneRanking) -> dict[str, Any]:
+    """Returns what `rank --json` prints: `command`, and a `BackboneRanking`'s fields."""
+    return {"command": "rank", **json_value(ranking)}
+
+
+def pilot_document(pilot: Pilot) -> dict[str, Any]:
+    """Returns what `fit --dry-run --json` prints.
+
+    `command` and the fields of a `Pilot`.
+    """
+    return {"command": "fit --dry-run", **json_value(pilot)}
 
 
 def demo_document(demo: DemoResult) -> dict[str, Any]:

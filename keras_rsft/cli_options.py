@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft.backbones.base_name import parse_base_name
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import (
     DEFAULT_KEEP_FRACTION,
     LEVELS,
@@ -73,9 +75,11 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
     """Adds what `load_backbone` and `extract_all` need."""
     group.add_argument(
         "--backbone",
+        type=backbone_name,
         default="resnet50",
-        help="any model of keras.applications, efficientnet_lite0, or a .keras file; "
-        "default: %(default)s",
+        help="any model of keras.applications, efficientnet_lite0, a .keras file, "
+        "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, with a SCALE such as "
+        "0:1 or imagenet; default: %(default)s",
     )
     group.add_argument(
         "--weights",
@@ -207,6 +211,15 @@ def add_corrections(group: argparse._ArgumentGroup) -> None:
         help="what a review decided: columns id, given_label, decision (keep, relabel, "
         "drop), new_label; again for a later review",
     )
+
+
+def backbone_name(text: str) -> str:
+    """Checks what of a base's name can be checked without loading anything."""
+    try:
+        parse_base_name(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def positive_int(text: str) -> int:

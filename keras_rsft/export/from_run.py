@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
+from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
@@ -136,9 +135,7 @@ def export_run(
         name=target.name,
         settings=settings,
         num_bytes=size_on_disk(path),
-        weight_bytes=sum(
-            math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in run.model.variables
-        ),
+        weight_bytes=weights_bytes(run.model),
     )
 
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones.foreign import require_tensorflow
 from keras_rsft.data.decode_many import decode_images
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
@@ -39,12 +40,16 @@ class ForwardPass(tf.Module):
 
     Attributes:
         image_size: Height and width.
+
+    Raises:
+        InvalidArgument: If the model has an ONNX base.
     """
 
     def __init__(
         self, model: keras.Model, *, float16: bool = False, pack: bool = False
     ):
         super().__init__()
+        require_tensorflow(model)
         self.image_size = tuple(model.input_shape[1:3])
         stored = [(v, _as_stored(v.value, float16)) for v in model.variables]
         small = [one for one in stored if pack and _is_small(one[1])]

@@ -97,6 +97,20 @@ def extract_features(
     return _open(folder, split)
 
 
+def is_kept(
+    base: FrozenBase,
+    split: ImageSplit,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    views: int = 1,
+    seed: int = 0,
+) -> bool:
+    """Says whether `extract_features` would find the features and run no pass."""
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    folder = root / feature_key(base, split, views=views, seed=seed)
+    return read_meta(folder) is not None
+
+
 def default_cache_dir() -> Path:
     """Returns the folder for kept features, by the rules of the platform."""
     if os.name == "nt":

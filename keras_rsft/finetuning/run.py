@@ -23,7 +23,11 @@ from keras_rsft.finetuning.head_training import (
 from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
 from keras_rsft.finetuning.run_folder import check_new_folder, write_run
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
+from keras_rsft.finetuning.stage_two import (
+    accuracy_on_images,
+    check_base_can_learn,
+    fine_tune_last_block,
+)
 from keras_rsft.model import RSFTModel
 
 
@@ -128,6 +132,8 @@ def finetune(
     settings = settings or TrainingSettings()
     started = time.perf_counter()
     folder = check_new_folder(output) if output is not None else None
+    if settings.stage2_epochs:
+        check_base_can_learn(str(backbone))
     if corrections:
         data = data if isinstance(data, ImageData) else load_images(data)
         data = apply_corrections(data, corrections)
