@@ -82,7 +82,7 @@ def search_document(found: Search, fit_command: str) -> dict[str, Any]:
 
 
 def ranking_document(ranking: BackboneRanking) -> dict[str, Any]:
-    """Returns what `rank --json` prints: `command`, and a `BackboneRanking`'s fields."""
+    """Returns what `rank --json` prints: `command` and a `BackboneRanking`."""
     return {"command": "rank", **json_value(ranking)}
 
 
