@@ -45,8 +45,9 @@ from keras_rsft.errors import (
     TrainingStalled,
     WeightsUnavailable,
 )
+from keras_rsft.interruption import Terminated, termination_raises
 
-USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
@@ -58,15 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for a failed run, 2 for a usage error, 130 when
-        interrupted.
+        interrupted, 143 when terminated.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
-        return _COMMANDS[arguments.command](arguments)
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "Interrupted. Run the same command again to go on.")
+        with termination_raises():
+            return _COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt as stop:
+        status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        kept = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
+        return _fail(status, f"{kept} Run the same command again to go on.")
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
     except (DataError, TrainingStalled, WeightsUnavailable, ImportError) as error:
@@ -209,8 +213,8 @@ def _run_fit(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     from keras_rsft.cli_output import print_data, print_run
     from keras_rsft.data import add_label_noise
-    from keras_rsft.finetuning import finetune
-    from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
+    from keras_rsft.finetuning import NumberedFolder, finetune
+    from keras_rsft.finetuning.run_folder import check_new_folder
 
     settings = training_settings(arguments, choice)
     if arguments.output is not None:
@@ -228,9 +232,10 @@ def _run_fit(arguments: argparse.Namespace) -> int:
             precision=arguments.precision,
             views=arguments.views,
             settings=settings,
-            output=arguments.output or next_run_folder(_data_name(arguments)),
+            output=arguments.output or NumberedFolder(_data_name(arguments)),
             cache_dir=arguments.cache_dir,
             command=arguments.command_line,
+            announce=lambda line: print(line, flush=True),
         )
     )
     return 0

@@ -31,6 +31,7 @@ COLUMNS = (
     "suspicion",
 )
 _NOT_SEEN = -1.0
+_COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "_loss_last")
 
 
 class Ledger:
@@ -111,6 +112,15 @@ class Ledger:
         losses = np.nan_to_num(self.loss_mean, nan=np.inf)
         order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
         return (order / max(len(self) - 1, 1)).astype(np.float32)
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """Returns copies of all that `note_epoch` adds up, by name."""
+        return {name: getattr(self, name).copy() for name in _COUNTS}
+
+    def restore_counts(self, counts: dict[str, np.ndarray]) -> None:
+        """Takes over what `counts` gave, of a ledger of the same samples."""
+        for name in _COUNTS:
+            setattr(self, name, counts[name].copy())
 
     def note_epoch(self, losses: np.ndarray, accepted: np.ndarray) -> None:
         """Adds one epoch.
@@ -234,6 +244,17 @@ class RejectionLedger(keras.callbacks.Callback):
         self.acceptance_by_class: list[np.ndarray] = []
         shape = (len(self.ledger), 2)
         self._epoch = tf.Variable(tf.fill(shape, _NOT_SEEN), trainable=False)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns copies of what the epochs so far have left, by name."""
+        return self.ledger.counts() | {
+            "acceptance_by_class": np.array(self.acceptance_by_class, np.float32)
+        }
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Goes on from what `state` gave at the end of an epoch."""
+        self.ledger.restore_counts(state)
+        self.acceptance_by_class = list(state["acceptance_by_class"])
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)

@@ -128,14 +128,14 @@ def _run_pass(
     row_bytes = 4 * views * base.dim
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(exist_ok=True)
-    rows, next_index = _truncate_to_whole_rows(partial, row_bytes)
+    rows, next_index = _truncate_to_whole_batches(partial, row_bytes, batch_size)
     _require_disk_space(partial, row_bytes * (len(split) - next_index))
     images = split.images(base.image_size, start=next_index, views=views, seed=seed)
     images = images.batch(batch_size).prefetch(2)
     label = f"Features of {split.name}"
     with (
-        (partial / FEATURES_FILE).open("ab") as features_file,
-        (partial / INDEX_FILE).open("ab") as index_file,
+        (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
+        (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
         progress_bar(
             label, total=len(split), unit="images", done=next_index, visible=progress
         ) as advance,
@@ -160,13 +160,22 @@ def _run_pass(
 
 
 def _append(file: Any, values: np.ndarray) -> None:
-    file.write(np.ascontiguousarray(values).data)
-    file.flush()
-    os.fsync(file.fileno())
+    rest = np.ascontiguousarray(values).data.cast("B")
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:  # Which says nothing of the file.
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
-def _truncate_to_whole_rows(partial: Path, row_bytes: int) -> tuple[int, int]:
+def _truncate_to_whole_batches(
+    partial: Path, row_bytes: int, batch_size: int
+) -> tuple[int, int]:
     """Drops what a killed run left half-written.
+
+    Whole batches stay, so that all later ones hold the images that they would have
+    held: the last bits of a feature may depend on what it is computed together with.
 
     Returns:
         The number of whole rows, and the index of the first sample after them.
@@ -177,6 +186,7 @@ def _truncate_to_whole_rows(partial: Path, row_bytes: int) -> tuple[int, int]:
     rows = min(
         index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
     )
+    rows -= rows % batch_size
     os.truncate(index_path, 8 * rows)
     os.truncate(features_path, row_bytes * rows)
     if rows == 0:

@@ -14,8 +14,10 @@ from keras_rsft.finetuning.head_training import (
 )
 from keras_rsft.finetuning.run import Run, finetune
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.unfinished import NumberedFolder
 
 __all__ = [
+    "NumberedFolder",
     "Run",
     "SplitFeatures",
     "TrainedHead",

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,6 +26,7 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
 )
+from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.ledger import Ledger, RejectionLedger
 from keras_rsft.model import RSFTModel
@@ -117,6 +119,7 @@ def train_head(
     *,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     progress: bool = True,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
 
@@ -125,6 +128,9 @@ def train_head(
         settings: How to train.
         callbacks: Further Keras callbacks.
         progress: Show a progress bar.
+        checkpoint: Where the training's state is kept, and gone on from. With the
+            same features and settings the result is the same to the last bit.
+            Default: nowhere.
 
     Raises:
         TrainingStalled: If the last epoch accepted nothing.
@@ -140,16 +146,9 @@ def train_head(
         train, batch_size=settings.batch_size, seed=settings.seed, sample_index=True
     )
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
-    validation = batches_of(features.validation) if len(features.validation) else None
-    with _epoch_bar(settings.epochs, visible=progress) as bar:
-        history = model.fit(
-            batches.dataset,
-            validation_data=validation,
-            epochs=settings.epochs,
-            callbacks=[batches.callback, recorder, bar, *callbacks],
-            verbose=0,
-            shuffle=False,
-        ).history
+    history = _fit(
+        model, batches, features, settings, recorder, callbacks, progress, checkpoint
+    )
     if history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
@@ -176,6 +175,48 @@ def train_head(
         np.stack(recorder.acceptance_by_class),
         examination,
     )
+
+
+def _fit(
+    model: RSFTModel,
+    batches: TrainingBatches,
+    features: SplitFeatures,
+    settings: TrainingSettings,
+    recorder: RejectionLedger,
+    callbacks: Sequence[keras.callbacks.Callback],
+    progress: bool,
+    checkpoint: TrainingCheckpoint | None,
+) -> dict[str, list[float]]:
+    """Trains what is left to train; returns the history of all epochs."""
+    first, last = 0, settings.epochs
+    own = [batches.callback, recorder]
+    if checkpoint is not None:
+        checkpoint.open(_origin(features, settings), recorder, callbacks)
+        first = checkpoint.epochs_done
+        last = first if checkpoint.stopped else last
+    with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
+        history = model.fit(
+            batches.dataset,
+            validation_data=(
+                batches_of(features.validation) if len(features.validation) else None
+            ),
+            initial_epoch=first,
+            epochs=last,
+            # The checkpoint sees what all others have done.
+            callbacks=[*own, bar, *callbacks, *([checkpoint] if checkpoint else [])],
+            verbose=0,
+            shuffle=False,
+        ).history
+    return history if checkpoint is None else checkpoint.history
+
+
+def _origin(features: SplitFeatures, settings: TrainingSettings) -> dict[str, Any]:
+    """Returns what a checkpoint must be of to be gone on with."""
+    parts = (features.train, features.validation)
+    return {
+        "features": [part.path.parent.name for part in parts],
+        "settings": dataclasses.asdict(settings),
+    }
 
 
 def untrained_head(
@@ -288,9 +329,11 @@ def _rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float
 
 
 @contextlib.contextmanager
-def _epoch_bar(epochs: int, *, visible: bool) -> Iterator[keras.callbacks.Callback]:
+def _epoch_bar(
+    epochs: int, *, done: int, visible: bool
+) -> Iterator[keras.callbacks.Callback]:
     with progress_bar(
-        "Training the head", total=epochs, unit="epochs", visible=visible
+        "Training the head", total=epochs, unit="epochs", done=done, visible=visible
     ) as advance:
         yield keras.callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: advance(1)

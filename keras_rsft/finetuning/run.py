@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_rsft.backbones import build_classifier
-from keras_rsft.data import ImageData
+from keras_rsft.data import ImageData, load_images
+from keras_rsft.finetuning.callback_memory import options_of
+from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.head_training import (
     SplitFeatures,
     TrainedHead,
     train_head,
 )
-from keras_rsft.finetuning.run_folder import check_new_folder, write_run
+from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
+from keras_rsft.finetuning.unfinished import (
+    NumberedFolder,
+    RunPlace,
+    open_place,
+    run_identity,
+)
 from keras_rsft.model import RSFTModel
+from keras_rsft.result_folder import disk_full_said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +82,12 @@ def finetune(
     precision: str = "auto",
     views: int = 1,
     settings: TrainingSettings | None = None,
-    output: str | os.PathLike | None = None,
+    output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     progress: bool = True,
     command: str | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Run:
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
@@ -92,11 +103,15 @@ def finetune(
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
         views: Views kept of each training image, at least 1. Default 1.
         settings: How to train. Default: `TrainingSettings()`.
-        output: The run folder; it must not exist. Default: none is written.
+        output: The run folder, which must not exist, or `NumberedFolder("photos")`
+            for the next `runs/photos-N`. Until the run is finished it is called
+            `...unfinished`; killed there, the same call goes on with it and ends with
+            the same weights. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head.
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
+        announce: Called with one line of text where an unfinished run goes on.
 
     Returns:
         The trained model with its history and results.
@@ -107,47 +122,110 @@ def finetune(
         WeightsUnavailable: If the base's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for a stage two to learn from.
+        OSError: If the disk is full; the same call goes on once there is room.
     """
     settings = settings or TrainingSettings()
+    options = {
+        "backbone": backbone,
+        "weights": weights,
+        "image_size": image_size,
+        "precision": precision,
+        "views": views,
+    }
+    work = _Work(options, settings, cache_dir, callbacks, progress, command)
+    if output is None:
+        return _run(data, work)
+    if not isinstance(output, NumberedFolder):
+        check_new_folder(output)  # Before the work, not after it.
+    if not isinstance(data, ImageData):
+        data = load_images(data)
+    identity = run_identity(
+        data,
+        **options,
+        settings=dataclasses.asdict(settings),
+        callbacks=[options_of(callback) for callback in callbacks],
+    )
+    with open_place(output, identity) as place:
+        if place.went_on and announce is not None:
+            announce(f"Going on with {place.folder.name}, which was not finished.")
+        return _run_at(place, data, work)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What to do with the images, whatever place the result gets."""
+
+    options: dict[str, Any]
+    settings: TrainingSettings
+    cache_dir: str | os.PathLike | None
+    callbacks: Sequence[keras.callbacks.Callback]
+    progress: bool
+    command: str | None
+
+
+def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
+    """Makes a run and its folder; keeps the training's state where that fails."""
+    checkpoint = TrainingCheckpoint(place.checkpoint)
+    try:
+        run = dataclasses.replace(_run(data, work, checkpoint), folder=place.folder)
+        place.write(lambda folder: fill_run_folder(folder, run, data))
+    except (KeyboardInterrupt, OSError) as error:
+        with contextlib.suppress(OSError):  # The disk may be full.
+            checkpoint.flush()
+        if isinstance(error, KeyboardInterrupt) and checkpoint.epochs_done:
+            error.add_note(
+                f"{checkpoint.epochs_done} of {work.settings.epochs} epochs are kept "
+                f"in {place.unfinished}."
+            )
+        said = disk_full_said(error, place.unfinished)
+        if said is error:
+            raise
+        raise said from error
+    return run
+
+
+def _run(
+    data: ImageData | str | os.PathLike,
+    work: _Work,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> Run:
     started = time.perf_counter()
-    folder = check_new_folder(output) if output is not None else None
+    settings, progress = work.settings, work.progress
     source = open_features(
         data,
-        backbone=backbone,
-        weights=weights,
-        image_size=image_size,
-        precision=precision,
-        views=views,
+        **work.options,
         seed=settings.seed,
-        cache_dir=cache_dir,
+        cache_dir=work.cache_dir,
         progress=progress,
     )
     data, features = source.data, source.features
-    trained = train_head(features, settings, callbacks=callbacks, progress=progress)
+    trained = train_head(
+        features,
+        settings,
+        callbacks=work.callbacks,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
     head, results = trained.model, trained.results
     base = source.float32_base()
     model = build_classifier(base, data.num_classes, head=head.model)
     if settings.stage2_epochs:
         model = _stage_two(model, base, data, features, trained, settings, progress)
     results["seconds"] = time.perf_counter() - started
-    run = Run(
+    return Run(
         model=model,
         head=head,
         class_names=data.class_names,
         history=trained.history,
         results=results,
         config={
-            "command": command,
+            "command": work.command,
             **source.origin,
             **dataclasses.asdict(settings),
         },
         features=features,
         trained=trained,
-        folder=folder,
     )
-    if folder is not None:
-        write_run(run, data)
-    return run
 
 
 def _stage_two(

@@ -1,7 +1,7 @@
 """A run on disk: what `fit` leaves behind, and how `predict` finds it again.
 
-A folder is written beside its final place and renamed, so that a run folder is
-always whole. Nothing that exists is ever overwritten.
+`unfinished.py` has it written beside its final place and renamed, so that a run folder
+is always whole. Nothing that exists is ever overwritten.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from keras_rsft.data import ImageData
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.ledger import COLUMNS
-from keras_rsft.result_folder import write_csv, write_json, written_whole
+from keras_rsft.result_folder import write_csv, write_json
 
 if TYPE_CHECKING:
     from keras_rsft.finetuning.run import Run
@@ -57,18 +57,13 @@ def next_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
     return folder
 
 
-def write_run(run: Run, data: ImageData) -> None:
-    """Writes a run folder at `run.folder`, whole or not at all."""
-    with written_whole(run.folder) as partial:
-        _fill(partial, run, data)
-
-
 def read_class_names(folder: Path) -> tuple[str, ...]:
     """Returns the class names of a run folder."""
     return tuple(json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))
 
 
-def _fill(folder: Path, run: Run, data: ImageData) -> None:
+def fill_run_folder(folder: Path, run: Run, data: ImageData) -> None:
+    """Writes all files of a run into an empty folder."""
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
     described = {"finding": run.finding, "versions": _versions()}
