@@ -231,6 +231,7 @@ def _run_fit(arguments: argparse.Namespace) -> int:
             image_size=arguments.image_size,
             precision=arguments.precision,
             views=arguments.views,
+            feature_precision=arguments.feature_precision,
             settings=settings,
             output=arguments.output or NumberedFolder(_data_name(arguments)),
             cache_dir=arguments.cache_dir,
@@ -270,6 +271,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
             image_size=arguments.image_size,
             precision=arguments.precision,
             views=arguments.views,
+            feature_precision=arguments.feature_precision,
             settings=settings,
             output=arguments.output
             or next_run_folder(f"compare-{_data_name(arguments)}"),
@@ -317,6 +319,7 @@ def _run_search(arguments: argparse.Namespace) -> int:
             image_size=arguments.image_size,
             precision=arguments.precision,
             views=arguments.views,
+            feature_precision=arguments.feature_precision,
             settings=settings,
             cache_dir=arguments.cache_dir,
             command=arguments.command_line,

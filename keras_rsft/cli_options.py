@@ -78,6 +78,12 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
         help="of the base's pass; auto takes bfloat16 where the hardware has it",
     )
     group.add_argument(
+        "--feature-precision",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the features on disk; float16 halves them; default: %(default)s",
+    )
+    group.add_argument(
         "--views",
         type=positive_int,
         default=1,

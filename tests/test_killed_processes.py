@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from made_images import png, write
 
+import keras_rsft.model  # noqa: F401 (Keras then knows the class in head.keras.)
+
 pytestmark = pytest.mark.slow
 
 # Runs the command line, and kills itself at the n-th call of a function.
@@ -130,9 +132,7 @@ def test_killed_at_every_stage_and_started_again(start, finish, whole, tmp_path)
     assert names_in(tmp_path) == {"1"}
 
 
-@pytest.mark.parametrize(
-    "sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-)
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_asked_to_end(start, finish, tmp_path, sent, status):
     process = start(tmp_path, "--epochs", "20000")
     deadline = time.monotonic() + 60

@@ -22,6 +22,7 @@ from filelock import FileLock
 from keras_rsft.data import ImageSplit
 from keras_rsft.errors import DataError
 from keras_rsft.features.feature_set import (
+    FEATURE_PRECISIONS,
     FEATURES_FILE,
     INDEX_FILE,
     META_FILE,
@@ -29,6 +30,7 @@ from keras_rsft.features.feature_set import (
     read_meta,
 )
 from keras_rsft.features.frozen_base import FrozenBase
+from keras_rsft.policy_choice import require_known
 from keras_rsft.progress import progress_bar
 
 # Part of every key: raise it when decoding, resizing or the format changes.
@@ -43,6 +45,7 @@ def extract_features(
     batch_size: int = 32,
     views: int = 1,
     seed: int = 0,
+    feature_precision: str = "float32",
     progress: bool = True,
 ) -> FeatureSet:
     """Returns the features of a split: kept ones, or those of one pass.
@@ -63,13 +66,16 @@ def extract_features(
         views: Views kept of each image, at least 1; view 0 is the plain image,
             the others are flipped and cropped at random. Default 1.
         seed: Seed of the random views. Default 0.
+        feature_precision: How features are kept: `"float32"`, the default, or
+            `"float16"` for half the disk.
         progress: Show a progress bar. Default True.
 
     Returns:
         The features of all readable images, in the order of the split.
 
     Raises:
-        DataError: If no image can be read.
+        InvalidArgument: If `feature_precision` is neither.
+        DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features.
     """
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -77,10 +83,17 @@ def extract_features(
     base = backbone
     if not isinstance(base, FrozenBase):
         base = FrozenBase(backbone, num_images=views * len(split))
-    folder = root / feature_key(base, split, views=views, seed=seed)
+    require_known("feature precision", feature_precision, FEATURE_PRECISIONS)
+    key = feature_key(
+        base, split, views=views, seed=seed, feature_precision=feature_precision
+    )
+    folder = root / key
     with FileLock(f"{folder}.lock"):
         if read_meta(folder) is None:
-            _run_pass(base, split, folder, batch_size, views, seed, progress)
+            _run_pass(
+                base, split, folder, batch_size, views, seed, feature_precision,
+                progress,
+            )  # fmt: skip
     return _open(folder, split)
 
 
@@ -94,13 +107,18 @@ def default_cache_dir() -> Path:
 
 
 def feature_key(
-    base: FrozenBase, split: ImageSplit, *, views: int = 1, seed: int = 0
+    base: FrozenBase,
+    split: ImageSplit,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
 ) -> str:
     """Names the features of these images under this base, with its weights.
 
     Depends on the architecture (with its preprocessing, image size and
-    precision), on every weight, on the images and on the views; not on labels,
-    on layer names, nor on where the data lies.
+    precision), on every weight, on the images, on the views and on how features are
+    kept; not on labels, on layer names, nor on where the data lies.
 
     Returns:
         32 hexadecimal digits.
@@ -112,6 +130,8 @@ def feature_key(
         views,
         seed if views > 1 else None,
     ]
+    if feature_precision != "float32":
+        described.append(feature_precision)
     encoded = json.dumps(described).encode()
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
@@ -123,9 +143,10 @@ def _run_pass(
     batch_size: int,
     views: int,
     seed: int,
+    feature_precision: str,
     progress: bool,
 ) -> None:
-    row_bytes = 4 * views * base.dim
+    row_bytes = np.dtype(feature_precision).itemsize * views * base.dim
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(exist_ok=True)
     rows, next_index = _truncate_to_whole_batches(partial, row_bytes, batch_size)
@@ -142,7 +163,8 @@ def _run_pass(
     ):
         for index, batch in images:
             batch = tf.reshape(batch, (-1, *base.image_size, 3))
-            _append(features_file, base.forward(batch).numpy())
+            values = base.forward(batch).numpy()
+            _append(features_file, _kept_as(feature_precision, values))
             _append(index_file, index.numpy())  # Only after its features are safe.
             rows += len(index)
             reached = int(index[-1]) + 1
@@ -153,10 +175,24 @@ def _run_pass(
             f"None of the {len(split)} images of {split.name!r} can be read; "
             f"the first, {split.ids[0]!r}: {split.read_error(0)}."
         )
-    meta = json.dumps({"rows": rows, "views": views, "dim": base.dim})
-    (partial / META_FILE).write_text(meta, encoding="utf-8")
+    meta = {"rows": rows, "views": views, "dim": base.dim}
+    meta["precision"] = feature_precision
+    (partial / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # Only ever a damaged one.
     partial.rename(folder)
+
+
+def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
+    """Returns float32 features in the precision of the file."""
+    if precision == "float32":
+        return values
+    largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
+    if largest > np.finfo(precision).max:
+        raise DataError(
+            f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
+            "Keep its features in float32: leave out `--feature-precision`."
+        )
+    return values.astype(precision)
 
 
 def _append(file: Any, values: np.ndarray) -> None:
@@ -222,4 +258,5 @@ def _open(folder: Path, split: ImageSplit) -> FeatureSet:
         views=meta["views"],
         clean_labels=None if split.clean_labels is None else split.clean_labels[index],
         unreadable=unreadable,
+        precision=meta["precision"],
     )

@@ -83,6 +83,7 @@ def extract_all(
     *,
     views: int = 1,
     seed: int = 0,
+    feature_precision: str = "float32",
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> SplitFeatures:
@@ -93,6 +94,7 @@ def extract_all(
         data: The images.
         views: Views of each training image; the other splits have one.
         seed: Seed of the random views.
+        feature_precision: How features are kept, as in `extract_features`.
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars.
     """
@@ -106,6 +108,7 @@ def extract_all(
             cache_dir=cache_dir,
             views=views if split is data.train else 1,
             seed=seed,
+            feature_precision=feature_precision,
             progress=progress,
         )
         for split in splits

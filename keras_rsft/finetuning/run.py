@@ -81,6 +81,7 @@ def finetune(
     image_size: int | None = None,
     precision: str = "auto",
     views: int = 1,
+    feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
     output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -102,6 +103,8 @@ def finetune(
         image_size: Side of the square images in pixels. Default: the base's.
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
         views: Views kept of each training image, at least 1. Default 1.
+        feature_precision: How features are kept: `"float32"` or, in half the space,
+            `"float16"`. Default float32.
         settings: How to train. Default: `TrainingSettings()`.
         output: The run folder, which must not exist, or `NumberedFolder("photos")`
             for the next `runs/photos-N`. Until the run is finished it is called
@@ -131,6 +134,7 @@ def finetune(
         "image_size": image_size,
         "precision": precision,
         "views": views,
+        "feature_precision": feature_precision,
     }
     work = _Work(options, settings, cache_dir, callbacks, progress, command)
     if output is None:
