@@ -27,6 +27,7 @@ _HOMES = {
     "Ledger": "ledger",
     "LossMixture": "policies",
     "LossThreshold": "policies",
+    "NumberedFolder": "finetuning",
     "Policy": "policies",
     "PolicyChoice": "policy_choice",
     "RSFTHyperModel": "searching",

@@ -1,9 +1,10 @@
 """One run, from data to a trained model and its folder; what `keras-rsft fit` calls.
 
 `settings.py` is what the user chooses, `head_training.py` trains a head on kept
-features, `run.py` puts a run together, `run_folder.py` writes and reads it. The
-folder is not called `finetune`: the function of that name is public, and a module
-would hide it.
+features, `run.py` puts a run together, `run_folder.py` writes and reads it.
+`unfinished.py` is its place until then, `checkpoint.py` the state of the training
+there. The folder is not called `finetune`: the function of that name is public, and a
+module would hide it.
 """
 
 from keras_rsft.finetuning.head_training import (

@@ -5,8 +5,8 @@ from memory, in the same process. The classes lie one after the other in the fil
 in a folder of images. Memory is what the process itself has (anonymous), the highest
 of samples taken ten times a second; the system's page cache, which it can take back at
 any time, is not counted. Then the accuracy after one epoch with a full shuffle and
-with one by stretches, on the same rows and seeds. Before each pass from disk the system is asked
-to forget what it has of the file.
+with one by stretches, on the same rows and seeds. Before a pass from disk the system
+is asked to forget what it has of the file.
 
     python tests/benchmarks/more_than_memory.py --rows 200000
     python tests/benchmarks/more_than_memory.py --rows 2000000   # 8 GB of disk
