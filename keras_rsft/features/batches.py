@@ -224,21 +224,23 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     map would count its pages as ours, and bring in many more than were asked for.
     """
     file = features.path.open("rb", buffering=0)
-    if hasattr(os, "posix_fadvise"):  # Reading ahead would be for nothing.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    precision = np.dtype(features.precision)
+    _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")  # It need not read ahead.
+    precision, row_bytes = np.dtype(features.precision), features.row_bytes
 
     def read(rows: np.ndarray) -> np.ndarray:
+        descriptor = file.fileno()  # Of the file, which is open as long as we are.
         values = np.empty((len(rows), features.dim), precision)
         places = values.view(np.uint8)
         by_row = np.argsort(rows)
-        in_file = rows[by_row]
-        breaks = np.flatnonzero(np.diff(in_file) != 1) + 1
-        for run in np.split(by_row, breaks):
+        breaks = np.flatnonzero(np.diff(rows[by_row]) != 1) + 1
+        runs = np.split(by_row, breaks)
+        offsets = [int(rows[run[0]]) * row_bytes for run in runs]
+        for run, offset in zip(runs, offsets, strict=True):  # All asked for at once:
+            _advise(descriptor, offset, len(run) * row_bytes, "POSIX_FADV_WILLNEED")
+        for run, offset in zip(runs, offsets, strict=True):
             for start in range(0, len(run), _ROWS_PER_READ):
-                part = run[start : start + _ROWS_PER_READ]
-                offset = int(rows[part[0]]) * features.row_bytes
-                _read_into(file.fileno(), [places[at] for at in part], offset)
+                part = [places[at] for at in run[start : start + _ROWS_PER_READ]]
+                _read_into(descriptor, part, offset + start * row_bytes)
         return values
 
     def read_rows(rows: tf.Tensor) -> tf.Tensor:
@@ -246,6 +248,12 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
         return tf.ensure_shape(values, (None, features.dim))
 
     return read_rows
+
+
+def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
+    """Tells the system what will be read, where it listens: it may, or may not, act."""
+    if hasattr(os, advice):
+        os.posix_fadvise(descriptor, offset, length, getattr(os, advice))
 
 
 def _read_into(descriptor: int, places: list[np.ndarray], offset: int) -> None:
