@@ -106,3 +106,25 @@ def folder(tmp_path):
         for number in range(20):
             write(root / name / f"{number:02}.png", png(80 * label + number))
     return root
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    """Builds a feature set in which each value tells its row, view and column."""
+
+    from keras_rsft.features import FeatureSet
+
+    def build(rows=10, views=1, dim=4, dtype=np.float32):
+        values = np.arange(rows * views * dim, dtype=dtype)
+        path = tmp_path / f"{rows}-{views}-{dim}.bin"
+        values.tofile(path)
+        return FeatureSet(
+            path,
+            labels=np.arange(rows, dtype=np.int32) % 3,
+            ids=np.arange(rows).astype(str),
+            dim=dim,
+            views=views,
+            precision=np.dtype(dtype).name,
+        )
+
+    return build
