@@ -3,27 +3,33 @@
     python examples/serving_client.py photos photo.jpg another.png
     python examples/serving_client.py photos photo.jpg --grpc
 
-Prints one line a file: path, label and score, separated by tabs; a file that the
-server cannot decode goes to standard error. REST needs nothing but Python; gRPC needs
-`pip install tensorflow-serving-api`.
+Prints one line a file: path, label and score, separated by tabs. A file that cannot be
+opened, or that the server cannot decode, goes to standard error, and the exit status
+is then 1. REST needs nothing but Python; gRPC needs `pip install
+tensorflow-serving-api`.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import http.client
 import json
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SIGNATURE = "serving_default"
 TIMEOUT_SECONDS = 60
-# Requests are split, so that none comes near gRPC's limit of 4 MB a message.
+# Requests are split, so that none comes near gRPC's limit of 4 MB a message, or near
+# the number of images in `batching.config`.
 MAX_REQUEST_BYTES = 3_000_000
+MAX_REQUEST_IMAGES = 32
 
 Answer = tuple[str, float, bool]  # label, score, valid
+Image = tuple[Path, bytes]
 
 
 def ask_by_rest(address: str, model: str, images: list[bytes]) -> list[Answer]:
@@ -33,26 +39,38 @@ def ask_by_rest(address: str, model: str, images: list[bytes]) -> list[Answer]:
         "signature_name": SIGNATURE,
         "instances": [{"image_bytes": {"b64": text}} for text in encoded],
     }
-    request = urllib.request.Request(
-        f"http://{address}/v1/models/{model}:predict",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
     try:
+        request = urllib.request.Request(
+            f"http://{address}/v1/models/{model}:predict",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             predictions = json.load(response)["predictions"]
+        return [(one["label"], one["score"], one["valid"]) for one in predictions]
     except urllib.error.HTTPError as error:
-        raise SystemExit(f"The server answered: {error.read().decode()}") from error
-    except urllib.error.URLError as error:
-        raise SystemExit(f"No server at {address}: {error.reason}") from error
-    return [(one["label"], one["score"], one["valid"]) for one in predictions]
+        answer = error.read().decode(errors="replace")
+        raise SystemExit(f"The server answered: {answer}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise SystemExit(f"No server at {address}: {reason}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{address} answers, but not as TF Serving does with a model that was "
+            "exported by keras-rsft."
+        ) from error
 
 
 def ask_by_grpc(address: str, model: str, images: list[bytes]) -> list[Answer]:
     """Calls `PredictionService.Predict`."""
-    import grpc
-    import tensorflow as tf
-    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+    try:
+        import grpc
+        import tensorflow as tf
+        from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+    except ImportError as error:
+        raise SystemExit(
+            "--grpc needs a package: pip install tensorflow-serving-api"
+        ) from error
 
     request = predict_pb2.PredictRequest()
     request.model_spec.name = model
@@ -63,6 +81,10 @@ def ask_by_grpc(address: str, model: str, images: list[bytes]) -> list[Answer]:
         try:
             outputs = service.Predict(request, timeout=TIMEOUT_SECONDS).outputs
         except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise SystemExit(
+                    f"No server at {address}: {error.details()}"
+                ) from error
             raise SystemExit(f"The server answered: {error.details()}") from error
     labels, scores, valid = (
         tf.make_ndarray(outputs[name]).tolist() for name in ("label", "score", "valid")
@@ -70,43 +92,62 @@ def ask_by_grpc(address: str, model: str, images: list[bytes]) -> list[Answer]:
     return list(zip([label.decode() for label in labels], scores, valid, strict=True))
 
 
-def requests_of(files: list[Path]) -> list[list[tuple[Path, bytes]]]:
-    """Groups the files so that each group fits one request."""
-    groups: list[list[tuple[Path, bytes]]] = []
-    room = 0
-    for file in files:
-        image = file.read_bytes()
-        if len(image) > room:
-            groups.append([])
-            room = MAX_REQUEST_BYTES
-        groups[-1].append((file, image))
+def grouped(images: Iterable[Image]) -> Iterator[list[Image]]:
+    """Groups images so that each group fits one request."""
+    group: list[Image] = []
+    room = MAX_REQUEST_BYTES
+    for file, image in images:
+        if group and (len(image) > room or len(group) == MAX_REQUEST_IMAGES):
+            yield group
+            group, room = [], MAX_REQUEST_BYTES
+        group.append((file, image))
         room -= len(image)
-    return groups
+    if group:
+        yield group
+
+
+def readable(files: Iterable[Path], failed: list[Path]) -> Iterator[Image]:
+    """Yields files with their content; says which cannot be opened."""
+    for file in files:
+        try:
+            yield file, file.read_bytes()
+        except OSError as error:
+            failed.append(file)
+            print(f"{file}: {error.strerror}", file=sys.stderr)
 
 
 def main() -> None:
     """Parses, asks, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="the model's name at the server")
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--grpc", action="store_true", help="in place of REST")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Exit status: 0 if every file was answered, 1 if not.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="the model's name at the server")
     parser.add_argument(
-        "--address", help="default: 127.0.0.1:8501, with --grpc 127.0.0.1:8500"
+        "files", metavar="FILE", nargs="+", type=Path, help="an image file"
+    )
+    parser.add_argument(
+        "--grpc", action="store_true", help="ask by gRPC in place of REST"
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="default: 127.0.0.1:8501, with --grpc 127.0.0.1:8500",
     )
     arguments = parser.parse_args()
     ask = ask_by_grpc if arguments.grpc else ask_by_rest
     address = arguments.address or f"127.0.0.1:{8500 if arguments.grpc else 8501}"
-    try:
-        groups = requests_of(arguments.files)
-    except OSError as error:
-        raise SystemExit(f"{error.filename}: {error.strerror}") from error
-    for group in groups:
+    failed: list[Path] = []
+    for group in grouped(readable(arguments.files, failed)):
         answers = ask(address, arguments.model, [image for _, image in group])
         for (file, _), (label, score, valid) in zip(group, answers, strict=True):
             if valid:
                 print(f"{file}\t{label}\t{score:.4f}")
             else:
+                failed.append(file)
                 print(f"{file}: not an image that can be decoded", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "AcceptAll": "policies",
     "AcceptListed": "policies",
+    "AcceptReviewed": "policies",
     "AutoPolicy": "policies",
+    "BackboneRanking": "ranking",
     "BatchedTuner": "searching",
     "Examination": "examination",
     "Comparison": "comparing",
@@ -28,11 +30,13 @@ _HOMES = {
     "LossMixture": "policies",
     "LossThreshold": "policies",
     "NumberedFolder": "finetuning",
+    "Pilot": "finetuning",
     "Policy": "policies",
     "PolicyChoice": "policy_choice",
     "RSFTHyperModel": "searching",
     "RSFTModel": "model",
     "RejectionLedger": "ledger",
+    "RejectionTensorBoard": "rejection_tensorboard",
     "Run": "finetuning",
     "RunningThreshold": "policies",
     "Search": "searching",
@@ -42,6 +46,7 @@ _HOMES = {
     "TrainingBatches": "features",
     "TrainingSettings": "finetuning",
     "add_label_noise": "data",
+    "apply_corrections": "data",
     "available_backbones": "backbones",
     "build_classifier": "backbones",
     "build_head": "backbones",
@@ -57,8 +62,11 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_images": "data",
     "predict_files": "predict",
+    "rank_backbones": "ranking",
+    "run_pilot": "finetuning",
     "search": "searching",
     "search_features": "searching",
+    "write_report": "report",
 }
 
 __all__ = ["__version__", *_HOMES]

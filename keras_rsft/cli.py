@@ -13,41 +13,46 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from keras_rsft import __version__
 from keras_rsft.cli_export import add_export, export_settings, run_export
+from keras_rsft.cli_fit import add_fit, run_fit
 from keras_rsft.cli_options import (
     add_base_options,
     add_cache_dir,
+    add_data_argument,
     add_data_options,
-    add_loop_options,
+    add_output_options,
     add_policy_numbers,
-    add_policy_options,
     add_training_options,
-    load_data,
+    base_options,
+    data_name,
+    load_corrected,
     policy_choice,
     positive_int,
     seed_number,
     training_settings,
 )
 from keras_rsft.cli_predict import add_predict, run_predict
+from keras_rsft.cli_rank import add_rank, run_rank
+from keras_rsft.cli_review import add_review, run_review
 from keras_rsft.cli_search import (
-    add_search_options,
-    add_space_options,
+    add_search,
+    run_search,
     search_options,
-    search_space,
+    search_role,
 )
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
     DataError,
     InvalidArgument,
+    SearchFailed,
     TrainingStalled,
     WeightsUnavailable,
 )
 from keras_rsft.interruption import Terminated, termination_raises
 
-USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
@@ -59,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for a failed run, 2 for a usage error, 130 when
-        interrupted, 143 when terminated.
+        interrupted, 143 when terminated, 141 where nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
+    arguments.argv = argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
         with termination_raises():
@@ -71,9 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
         kept = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
         return _fail(status, f"{kept} Run the same command again to go on.")
+    except BrokenPipeError:  # `| head` has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
-    except (DataError, TrainingStalled, WeightsUnavailable, ImportError) as error:
+    except (DataError, SearchFailed, TrainingStalled, WeightsUnavailable) as error:
+        return _fail(FAILED, str(error))
+    except ImportError as error:
         return _fail(FAILED, str(error))
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
@@ -98,9 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
-    _add_fit(commands)
+    add_fit(commands)
     _add_compare(commands)
-    _add_search(commands)
+    add_rank(commands)
+    add_search(commands)
+    add_review(commands)
     add_export(commands)
     add_predict(commands)
     return parser
@@ -115,26 +128,14 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     demo.add_argument("--output", metavar="FOLDER", help="default: runs/demo-N")
     add_cache_dir(demo)
-
-
-def _add_fit(commands: argparse._SubParsersAction) -> None:
-    fit = commands.add_parser("fit", help="fine-tune on your own images")
-    _add_data_argument(fit)
-    add_data_options(fit.add_argument_group("data"))
-    add_base_options(fit.add_argument_group("base"))
-    add_policy_options(fit.add_argument_group("rejection"))
-    add_training_options(fit.add_argument_group("training"))
-    fit.add_argument(
-        "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
-    )
-    add_cache_dir(fit)
+    add_output_options(demo)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser(
         "compare", help="several methods side by side on your own images"
     )
-    _add_data_argument(compare)
+    add_data_argument(compare)
     methods = compare.add_argument_group("comparison")
     methods.add_argument(
         "--methods",
@@ -157,88 +158,39 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--output", metavar="FOLDER", help="default: runs/compare-NAME-N"
     )
     add_cache_dir(compare)
-
-
-def _add_search(commands: argparse._SubParsersAction) -> None:
-    search = commands.add_parser(
-        "search", help="find the policy, its threshold and the learning rate"
-    )
-    _add_data_argument(search)
-    add_search_options(search.add_argument_group("search"))
-    add_space_options(search.add_argument_group("space"))
-    add_data_options(search.add_argument_group("data"))
-    add_base_options(search.add_argument_group("base"))
-    add_loop_options(search.add_argument_group("training"))
-    search.add_argument(
-        "--output",
-        metavar="FOLDER",
-        help="of a new search, or of a stopped one to go on with; default: "
-        "runs/search-NAME-N",
-    )
-    add_cache_dir(search)
-
-
-def _add_data_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, "
-        "CSV file, tfds:NAME, or digits",
-    )
+    add_output_options(compare)
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_demo
+    from keras_rsft.cli_documents import demo_document
+    from keras_rsft.cli_output import output_of, print_demo
     from keras_rsft.demo import run_demo
+    from keras_rsft.report import write_report
 
-    print(
-        "Real handwritten digits from scikit-learn. 30 % of the training labels are "
-        f"now replaced by wrong ones (seed {arguments.seed}).",
-        flush=True,
-    )
-    print_demo(
-        run_demo(
+    with output_of(arguments) as output:
+        output.console.print(
+            "Real handwritten digits from scikit-learn. 30 % of the training labels "
+            f"are now replaced by wrong ones (seed {arguments.seed}).",
+            soft_wrap=True,
+        )
+        demo = run_demo(
             seed=arguments.seed,
             output=arguments.output,
             cache_dir=arguments.cache_dir,
+            progress=output.progress,
             command=arguments.command_line,
         )
-    )
+        write_report(demo.run)
+        print_demo(demo, output.console)
+        output.finish(demo_document(demo), demo.run.folder)
     return 0
 
 
 def _run_fit(arguments: argparse.Namespace) -> int:
     choice = policy_choice(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_data, print_run
-    from keras_rsft.data import add_label_noise
-    from keras_rsft.finetuning import NumberedFolder, finetune
-    from keras_rsft.finetuning.run_folder import check_new_folder
-
-    settings = training_settings(arguments, choice)
-    if arguments.output is not None:
-        check_new_folder(arguments.output)  # Before the work, not after it.
-    data = load_data(arguments)
-    if arguments.noise is not None:
-        data = add_label_noise(data, arguments.noise, seed=arguments.seed)
-    print_data(data, noise=arguments.noise)
-    print_run(
-        finetune(
-            data,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
-            feature_precision=arguments.feature_precision,
-            settings=settings,
-            output=arguments.output or NumberedFolder(_data_name(arguments)),
-            cache_dir=arguments.cache_dir,
-            command=arguments.command_line,
-            announce=lambda line: print(line, flush=True),
-        )
-    )
+    run_fit(arguments, choice)
     return 0
 
 
@@ -248,7 +200,8 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         methods = check_methods([name.strip() for name in methods.split(",")])
     numbers = policy_choice(arguments)
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_comparison, print_data
+    from keras_rsft.cli_documents import comparison_document
+    from keras_rsft.cli_output import output_of, print_comparison, print_data
     from keras_rsft.comparing import compare
     from keras_rsft.data.noise import parse_noise
     from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
@@ -258,80 +211,57 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         parse_noise(arguments.noise)
     if arguments.output is not None:
         check_new_folder(arguments.output)
-    data = load_data(arguments)
-    print_data(data)
-    print_comparison(
-        compare(
+    folder = arguments.output or next_run_folder(f"compare-{data_name(arguments)}")
+    with output_of(arguments) as output:
+        data = load_corrected(arguments)
+        print_data(data, output.console)
+        comparison = compare(
             data,
             methods=methods,
             seeds=arguments.seeds,
             noise=arguments.noise,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
-            feature_precision=arguments.feature_precision,
+            **base_options(arguments),
             settings=settings,
-            output=arguments.output
-            or next_run_folder(f"compare-{_data_name(arguments)}"),
-            cache_dir=arguments.cache_dir,
+            output=folder,
+            progress=output.progress,
             command=arguments.command_line,
         )
-    )
+        print_comparison(comparison, output.console)
+        output.finish(comparison_document(comparison), comparison.folder)
     return 0
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
     settings = export_settings(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
-    return 0 if run_export(arguments, settings, build_parser()) else FAILED
+    from keras_rsft.cli_output import output_of
+
+    with output_of(arguments) as output:
+        return 0 if run_export(arguments, settings, build_parser(), output) else FAILED
 
 
 def _run_search(arguments: argparse.Namespace) -> int:
-    options = search_options(arguments)  # Refused before anything heavy is imported.
+    # Refused before anything heavy is imported.
+    options, role = search_options(arguments), search_role(arguments)
     _silence_native_libraries()
-    from keras_rsft.cli_output import print_data, print_search
-    from keras_rsft.data import add_label_noise
-    from keras_rsft.finetuning import TrainingSettings
-    from keras_rsft.searching import search
-    from keras_rsft.searching.search_folder import next_search_folder
-
-    space = search_space(arguments)
-    settings = TrainingSettings(
-        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed
-    )
-    data = load_data(arguments)
-    if arguments.noise is not None:
-        data = add_label_noise(
-            data, arguments.noise, seed=arguments.seed, splits=("train", "validation")
-        )
-    print_data(data, noise=arguments.noise)
-    print_search(
-        search(
-            data,
-            output=arguments.output or next_search_folder(_data_name(arguments)),
-            options=options,
-            space=space,
-            clean_validation=arguments.clean_validation,
-            backbone=arguments.backbone,
-            weights=arguments.weights,
-            image_size=arguments.image_size,
-            precision=arguments.precision,
-            views=arguments.views,
-            feature_precision=arguments.feature_precision,
-            settings=settings,
-            cache_dir=arguments.cache_dir,
-            command=arguments.command_line,
-        ),
-        data=arguments.data,
-    )
+    run_search(arguments, options, role)
     return 0
 
 
 def _run_predict(arguments: argparse.Namespace) -> int:
     _silence_native_libraries()
     return 0 if run_predict(arguments) else FAILED
+
+
+def _run_review(arguments: argparse.Namespace) -> int:
+    run_review(arguments)
+    return 0
+
+
+def _run_rank(arguments: argparse.Namespace) -> int:
+    _silence_native_libraries()
+    run_rank(arguments)
+    return 0
 
 
 _COMMANDS = {
@@ -341,11 +271,9 @@ _COMMANDS = {
     "export": _run_export,
     "search": _run_search,
     "predict": _run_predict,
+    "review": _run_review,
+    "rank": _run_rank,
 }
-
-
-def _data_name(arguments: argparse.Namespace) -> str:
-    return Path(arguments.data.removeprefix("tfds:")).stem or "run"
 
 
 def _silence_native_libraries() -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft.backbones.base_name import parse_base_name
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import (
     DEFAULT_KEEP_FRACTION,
     LEVELS,
@@ -22,6 +25,16 @@ STAGE2_EPOCHS = 3
 if TYPE_CHECKING:
     from keras_rsft.data import ImageData
     from keras_rsft.finetuning import TrainingSettings
+
+
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the data set, which comes first."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, "
+        "CSV file, tfds:NAME, or digits",
+    )
 
 
 def add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -43,6 +56,7 @@ def add_data_options(group: argparse._ArgumentGroup) -> None:
         help="make labels wrong on purpose: symmetric:RATE, asymmetric:RATE or "
         "instance:RATE",
     )
+    add_corrections(group)
     for split in ("validation", "test"):
         group.add_argument(
             f"--{split}-fraction",
@@ -59,9 +73,11 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
     """Adds what `load_backbone` and `extract_all` need."""
     group.add_argument(
         "--backbone",
+        type=backbone_name,
         default="resnet50",
-        help="any model of keras.applications, efficientnet_lite0, or a .keras file; "
-        "default: %(default)s",
+        help="any model of keras.applications, efficientnet_lite0, a .keras file, "
+        "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, with a SCALE such as "
+        "0:1 or imagenet; default: %(default)s",
     )
     group.add_argument(
         "--weights",
@@ -174,6 +190,42 @@ def add_cache_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """Adds how a command answers."""
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print errors and the last line of the result only, no progress",
+    )
+    if json:
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            help="print the result as one JSON document, all else to standard error",
+        )
+
+
+def add_corrections(group: argparse._ArgumentGroup) -> None:
+    """Adds what `apply_corrections` needs."""
+    group.add_argument(
+        "--corrections",
+        metavar="CSV",
+        action="append",
+        default=[],
+        help="what a review decided: columns id, given_label, decision (keep, relabel, "
+        "drop), new_label; again for a later review",
+    )
+
+
+def backbone_name(text: str) -> str:
+    """Checks what of a base's name can be checked without loading anything."""
+    try:
+        parse_base_name(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def positive_int(text: str) -> int:
     """Parses a whole number, at least 1."""
     return parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
@@ -236,8 +288,44 @@ def training_settings(
     )
 
 
+def base_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `finetune`, `compare` and `search` are told about the base."""
+    names = (
+        "backbone",
+        "weights",
+        "image_size",
+        "precision",
+        "views",
+        "feature_precision",
+        "cache_dir",
+    )
+    return {name: getattr(arguments, name) for name in names}
+
+
+def load_corrected(
+    arguments: argparse.Namespace, *, noisy_splits: tuple[str, ...] = ()
+) -> ImageData:
+    """Returns the images that were asked for, labels made wrong and then corrected.
+
+    Args:
+        arguments: The parsed command.
+        noisy_splits: Where `--noise` makes labels wrong.
+    """
+    from keras_rsft.data import add_label_noise, apply_corrections
+    from keras_rsft.data.corrections import read_corrections
+
+    for file in arguments.corrections:
+        read_corrections(file)  # Refused before the images are listed.
+    data = load_data(arguments)
+    if noisy_splits and arguments.noise is not None:
+        data = add_label_noise(
+            data, arguments.noise, seed=arguments.seed, splits=noisy_splits
+        )
+    return apply_corrections(data, arguments.corrections)
+
+
 def load_data(arguments: argparse.Namespace) -> ImageData:
-    """Returns the images that were asked for, without noise."""
+    """Returns the images that were asked for, without noise or corrections."""
     from keras_rsft.data import load_images
 
     return load_images(
@@ -253,3 +341,8 @@ def load_data(arguments: argparse.Namespace) -> ImageData:
         split_seed=arguments.split_seed,
         data_dir=arguments.data_dir,
     )
+
+
+def data_name(arguments: argparse.Namespace) -> str:
+    """Returns what a folder for the results is named after."""
+    return Path(arguments.data.removeprefix("tfds:")).stem or "run"

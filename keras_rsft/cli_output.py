@@ -1,47 +1,107 @@
 """Prints results as tables: the half of the command line that needs a terminal.
 
-Apart from `cli.py` so that parsing imports nothing. Computes nothing.
+Apart from `cli.py` so that parsing imports nothing. Computes nothing. `Output` says
+where words go; the documents of `--json` are made in `cli_documents.py`.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
 import math
+import os
 import shlex
-from typing import TYPE_CHECKING
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from keras_rsft.cli_documents import json_value
 from keras_rsft.data import ImageData
+from keras_rsft.result_words import (
+    RESULT_NAMES,
+    interval_text,
+    setting_text,
+    share_text,
+)
 
 if TYPE_CHECKING:
     from keras_rsft.comparing import Comparison
-    from keras_rsft.comparing.intervals import Interval
     from keras_rsft.demo import DemoResult
-    from keras_rsft.finetuning import Run, TrainingSettings
+    from keras_rsft.finetuning import Run
     from keras_rsft.searching import Search
-
-RESULT_NAMES = {
-    "test_accuracy": "Accuracy on the test split",
-    "validation_accuracy": "Accuracy on the validation split",
-    "head_test_accuracy": "Head alone, test split",
-    "head_validation_accuracy": "Head alone, validation split",
-    "stage2_test_accuracy": "Last block fine-tuned, test split",
-    "stage2_validation_accuracy": "Last block fine-tuned, validation split",
-    "acceptance_rate": "Accepted in the last epoch",
-    "estimated_wrong_labels": "Labels that look wrong",
-    "wrong_labels": "Wrong training labels",
-    "wrong_labels_rejected": "Wrong labels rejected",
-    "right_labels_rejected": "Right labels rejected",
-}
 
 _SHOWN_TRIALS = 5
 
 
-def print_data(data: ImageData, *, noise: str | None = None) -> None:
-    """Prints what was found: classes and the size of each split."""
+class Output:
+    """Where a command's words go, for a person, a script or a program.
+
+    A context in which a command runs. Tables and sentences go to standard output:
+    coloured on a terminal, unless `NO_COLOR` is set, and plain elsewhere. With
+    `--quiet` there are none, no progress bar and no warning; the last line of the
+    result is all. With `--json` standard output has one JSON document and nothing
+    else; tables go to standard error. Errors always go there.
+
+    Args:
+        quiet: Whether `--quiet` was given.
+        as_json: Whether `--json` was given.
+
+    Attributes:
+        console: Where tables and sentences are printed.
+        progress: Whether to show progress bars.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False):
+        self.progress = not quiet
+        self.console = Console(
+            highlight=False, emoji=False, quiet=quiet, stderr=as_json
+        )
+        self._quiet, self._as_json = quiet, as_json
+        self._answer = sys.stdout
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Output:
+        if self._quiet:
+            self._stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        if self._as_json:  # Whatever a library prints must not get into the document.
+            self._stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        elif self._quiet:
+            nothing = self._stack.enter_context(open(os.devnull, "w"))
+            self._stack.enter_context(contextlib.redirect_stdout(nothing))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def finish(self, document: Mapping[str, Any], last_line: object) -> None:
+        """Gives the result to a program or a script that asked for it.
+
+        Args:
+            document: What `--json` prints; NaN and infinity become null.
+            last_line: What `--quiet` prints: a path, as a rule.
+        """
+        if self._as_json:
+            text = json.dumps(json_value(document), ensure_ascii=False, indent=2)
+            print(text, file=self._answer, flush=True)
+        elif self._quiet:
+            print(last_line, file=self._answer, flush=True)
+
+
+def output_of(arguments: argparse.Namespace) -> Output:
+    """Returns where the words of a command go."""
+    return Output(quiet=arguments.quiet, as_json=getattr(arguments, "json", False))
+
+
+def print_data(data: ImageData, console: Console, *, noise: str | None = None) -> None:
+    """Prints what was found: classes and the size of each split; and corrections."""
     sizes = ", ".join(
         f"{len(split)} {split.name}"
         for split in (data.train, data.validation, data.test)
@@ -49,13 +109,15 @@ def print_data(data: ImageData, *, noise: str | None = None) -> None:
     text = f"{data.num_classes} classes; images: {sizes}."
     if noise is not None:
         wrong = int(np.sum(data.train.labels != data.train.clean_labels))
-        text += f" {wrong} training labels made wrong ({noise})."
-    _console().print(escape(text))
+        state = "made wrong" if data.corrections is None else "are still wrong"
+        text += f" {wrong} training labels {state} ({noise})."
+    console.print(escape(text))
+    if data.corrections is not None:
+        console.print(escape(data.corrections.describe()), soft_wrap=True)
 
 
-def print_run(run: Run) -> None:
+def print_run(run: Run, console: Console) -> None:
     """Prints the results of a run and what to do next."""
-    console = _console()
     unreadable = len(run.features.unreadable)
     if unreadable:
         console.print(
@@ -75,20 +137,20 @@ def print_run(run: Run) -> None:
     console.print(table)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)
     folder = shlex.quote(str(run.folder))
+    console.print(f"Look at it: keras-rsft review {escape(folder)}", soft_wrap=True)
     console.print(
         f"Use it:     keras-rsft predict {escape(folder)} FILE...", soft_wrap=True
     )
 
 
-def print_comparison(comparison: Comparison) -> None:
+def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints a row for each method, what was left out, and the verdict."""
-    console = _console()
     table = Table()
     table.add_column("Method", no_wrap=True)
     for header in ("Test", "To plain", "Accepted", "Recovered", "Seconds"):
         table.add_column(header, justify="right", no_wrap=header != "Test")
     for name, summary in comparison.summaries.items():
-        accuracy = _percent(summary.test_accuracy)
+        accuracy = interval_text(summary.test_accuracy)
         if summary.stalled:
             accuracy = f"{accuracy}, {summary.stalled} stalled".removeprefix("-, ")
         difference = summary.difference_to_plain
@@ -96,7 +158,7 @@ def print_comparison(comparison: Comparison) -> None:
         table.add_row(
             name,
             accuracy,
-            _percent(difference, sign="+"),
+            interval_text(difference, sign="+"),
             *("-" if share is None else f"{100 * share:.0f} %" for share in shares),
             f"{summary.seconds:.1f}",
         )
@@ -121,9 +183,8 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(f"Folder: {escape(str(comparison.folder))}", soft_wrap=True)
 
 
-def print_search(found: Search, *, data: str) -> None:
+def print_search(found: Search, console: Console, *, data: str) -> None:
     """Prints the best trials, the choice beside plain fine-tuning, and what to do."""
-    console = _console()
     completed = [one for one in found.outcomes if one.metrics]
     better = sorted(completed, key=lambda one: -one.metrics["val_accuracy"])
     trials = Table(title=f"The best of {len(found.outcomes)} trials")
@@ -132,9 +193,9 @@ def print_search(found: Search, *, data: str) -> None:
     for header in ("Validation", "Accepted"):
         trials.add_column(header, justify="right")
     for one in better[:_SHOWN_TRIALS]:
-        values = ", ".join(f"{k} {_short(v)}" for k, v in one.values.items())
         shares = (one.metrics[name] for name in ("val_accuracy", "acceptance_rate"))
-        trials.add_row(one.trial_id, escape(values), *map(_share, shares))
+        values = escape(setting_text(one.values))
+        trials.add_row(one.trial_id, values, *map(share_text, shares))
     console.print(trials)
     table = Table()
     table.add_column("")
@@ -143,7 +204,7 @@ def print_search(found: Search, *, data: str) -> None:
     for key, title in {"chosen": "chosen", "plain": "plain fine-tuning"}.items():
         row = found.results[key]
         names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
-        table.add_row(title, *(_share(row.get(name)) for name in names))
+        table.add_row(title, *(share_text(row.get(name)) for name in names))
     console.print(table)
     failed = found.results["failed"]
     if failed:
@@ -151,15 +212,17 @@ def print_search(found: Search, *, data: str) -> None:
     console.print(escape(found.choice.reason), soft_wrap=True)
     folder = escape(shlex.quote(str(found.folder)))
     console.print(f"Folder:      {escape(str(found.folder))}", soft_wrap=True)
-    classes = found.head.model.output_shape[-1]
-    command = _fit_command(found.settings, data, classes)
+    command = repeat_command(found, data)
+    console.print(f"Look at it:  keras-rsft review {folder}", soft_wrap=True)
     console.print(f"Use it:      keras-rsft predict {folder} FILE...", soft_wrap=True)
     console.print("Train it again, with your options for data and base:")
     console.print(f"  {escape(command)}", soft_wrap=True)
 
 
-def _fit_command(settings: TrainingSettings, data: str, num_classes: int) -> str:
-    """Returns the command that trains with a setting; data and base options apart."""
+def repeat_command(found: Search, data: str) -> str:
+    """Returns the command that trains as chosen; options of data and base apart."""
+    settings = found.settings
+    num_classes = found.head.model.output_shape[-1]
     policy = settings.policy
     threshold = policy.threshold or policy.relative_threshold * math.log(num_classes)
     numbers = {
@@ -182,26 +245,8 @@ def _fit_command(settings: TrainingSettings, data: str, num_classes: int) -> str
     return shlex.join(["keras-rsft", "fit", data, *options])
 
 
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _percent(interval: Interval | None, sign: str = "") -> str:
-    if interval is None:
-        return "-"
-    mean = f"{100 * interval.mean:{sign}.1f}"
-    if math.isinf(interval.half_width):  # One seed.
-        return mean
-    return f"{mean} ± {100 * interval.half_width:.1f}"
-
-
-def print_demo(demo: DemoResult) -> None:
+def print_demo(demo: DemoResult, console: Console) -> None:
     """Prints plain fine-tuning and RSFT side by side, and two commands to try."""
-    console = _console()
     console.print(
         f"{demo.wrong_labels} of {demo.train_size} training labels were wrong; "
         f"the {demo.test_size} test labels are right."
@@ -228,16 +273,14 @@ def print_demo(demo: DemoResult) -> None:
             *("-" if value is None else f"{100 * value:.1f} %" for value in shown),
         )
     console.print(table)
-    console.print(f"What it found:  {demo.run.finding}", soft_wrap=True)
-    console.print(f"Run folder:     {demo.run.folder}", soft_wrap=True)
-    console.print(f"Exported model: {demo.exported}", soft_wrap=True)
-    folder, image = (shlex.quote(str(p)) for p in (demo.run.folder, demo.sample_image))
+    console.print(f"What it found:  {escape(demo.run.finding)}", soft_wrap=True)
+    console.print(f"Run folder:     {escape(str(demo.run.folder))}", soft_wrap=True)
+    console.print(f"Exported model: {escape(str(demo.exported))}", soft_wrap=True)
+    paths = (demo.run.folder, demo.sample_image)
+    folder, image = (escape(shlex.quote(str(path))) for path in paths)
     console.print("Try next:")
+    console.print(f"  keras-rsft review {folder}", soft_wrap=True)
     console.print(f"  keras-rsft predict {folder} {image}", soft_wrap=True)
     console.print(
         "  keras-rsft fit PHOTOS --backbone efficientnet_lite0", soft_wrap=True
     )
-
-
-def _console() -> Console:
-    return Console(highlight=False)

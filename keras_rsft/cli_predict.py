@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from keras_rsft.predict import Prediction
 
+from keras_rsft.cli_options import add_output_options
+
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 
 
 def add_predict(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its options."""
-    predict = commands.add_parser("predict", help="use a trained model on image files")
+    predict = commands.add_parser(
+        "predict",
+        help="use a trained model on image files",
+        epilog="Exit status: 0 if every file was answered, 1 if some could not be read "
+        "(they are listed on standard error, and the others are answered), 2 for a "
+        "command that cannot be run.",
+    )
     predict.add_argument(
         "model",
         metavar="MODEL",
@@ -39,13 +47,14 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         help="tab-separated lines, CSV with a header, or a JSON object a line; "
         "default: %(default)s",
     )
+    add_output_options(predict, json=False)
 
 
 def run_predict(arguments: argparse.Namespace) -> bool:
     """Prints an answer for each file that can be read, and lists the others.
 
     Returns:
-        Whether any file was answered.
+        Whether every file was answered.
     """
     from keras_rsft.predict import find_images, predict_files
     from keras_rsft.progress import progress_bar
@@ -54,7 +63,7 @@ def run_predict(arguments: argparse.Namespace) -> bool:
     write = answer_writer(arguments.output_format, sys.stdout)
     unreadable = []
     # Answers and a bar on the same terminal would write over each other.
-    visible = not sys.stdout.isatty()
+    visible = not (arguments.quiet or sys.stdout.isatty())
     with progress_bar(
         "Predicting", total=len(files), unit="images", visible=visible
     ) as advance:
@@ -66,7 +75,8 @@ def run_predict(arguments: argparse.Namespace) -> bool:
             advance(1)
     for prediction in unreadable:
         print(f"{prediction.path}: {prediction.error}", file=sys.stderr)
-    return len(unreadable) < len(files)
+    sys.stdout.flush()  # A pipe that nobody reads any more fails here, not at exit.
+    return not unreadable
 
 
 def answer_writer(output_format: str, file: TextIO) -> Callable[[Prediction], None]:

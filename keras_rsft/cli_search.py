@@ -7,15 +7,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keras_rsft.cli_options import parsed, positive_int
+from keras_rsft.cli_options import (
+    add_base_options,
+    add_cache_dir,
+    add_data_argument,
+    add_data_options,
+    add_loop_options,
+    add_output_options,
+    base_options,
+    data_name,
+    load_corrected,
+    parsed,
+    positive_int,
+)
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import POLICY_NAMES
 from keras_rsft.searching.names import (
     OBJECTIVES,
     ORACLE_NAMES,
     TUNER_NAMES,
     SearchOptions,
+)
+from keras_rsft.searching.roles import (
+    DEFAULT_PATIENCE,
+    PARENT_VARIABLE,
+    TUNER_ID,
+    Crew,
+    Role,
+    role_of,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +89,19 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="judge trials by the validation split's right labels",
     )
+    _add_worker_options(group)
+
+
+def _add_worker_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--workers", type=positive_int, metavar="N",
+        help="processes on this machine that share the trials; default: this one alone",
+    )  # fmt: skip
+    group.add_argument(
+        "--worker-timeout", type=positive_seconds, default=DEFAULT_PATIENCE,
+        metavar="SECONDS", help="how long a chief waits for workers, and a worker for "
+        "the chief; default: 600",
+    )  # fmt: skip
 
 
 def add_space_options(group: argparse._ArgumentGroup) -> None:
@@ -119,6 +157,56 @@ def search_space(arguments: argparse.Namespace) -> SearchSpace:
     return SearchSpace(**{k: v for k, v in given.items() if v is not None})
 
 
+def search_role(arguments: argparse.Namespace) -> Role:
+    """Returns the part that the environment gives this process.
+
+    Raises:
+        InvalidArgument: If the environment and the options do not fit together.
+    """
+    role = role_of()
+    if role.tuner_id is None or PARENT_VARIABLE in os.environ:
+        return role
+    if arguments.workers is not None:
+        raise InvalidArgument(
+            "`--workers` starts chief and workers by itself, but the environment says "
+            f"that this process is one of several ({TUNER_ID}={role.tuner_id}). Leave "
+            "out one of the two."
+        )
+    if arguments.output is None:
+        raise InvalidArgument(
+            "Chief and workers share one folder: name it with `--output`."
+        )
+    return role
+
+
+def crew_of(
+    arguments: argparse.Namespace, options: SearchOptions, output: Path
+) -> Crew | None:
+    """Returns the workers that `--workers` asks for: the same command once more."""
+    count = arguments.workers
+    if count is None or PARENT_VARIABLE in os.environ:
+        return None
+    # So that the first to ask does not take all trials of the batched tuner.
+    together = min(options.parallel_trials, -(-options.max_trials // count))
+    command = (
+        sys.executable,
+        "-P",  # Nothing is imported from the folder in which the user is.
+        "-m",
+        "keras_rsft.cli",
+        *arguments.argv,
+        f"--output={output}",
+        f"--parallel-trials={together}",
+    )
+    return Crew(count, command)
+
+
+def positive_seconds(text: str) -> float:
+    """Parses a time."""
+    return parsed(
+        text, float, lambda value: 0 < value < math.inf, "seconds, more than 0"
+    )
+
+
 def number_range(text: str) -> tuple[float, float]:
     """Parses a lowest and a highest number."""
     return parsed(
@@ -147,3 +235,78 @@ def name_list(text: str) -> tuple[str, ...]:
         all,
         "names separated by commas",
     )
+
+
+def add_search(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    search = commands.add_parser(
+        "search", help="find the policy, its threshold and the learning rate"
+    )
+    add_data_argument(search)
+    add_search_options(search.add_argument_group("search"))
+    add_space_options(search.add_argument_group("space"))
+    add_data_options(search.add_argument_group("data"))
+    add_base_options(search.add_argument_group("base"))
+    add_loop_options(search.add_argument_group("training"))
+    search.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="of a new search, or of a stopped one to go on with; default: "
+        "runs/search-NAME-N",
+    )
+    add_cache_dir(search)
+    add_output_options(search)
+
+
+def run_search(
+    arguments: argparse.Namespace, options: SearchOptions, role: Role
+) -> None:
+    """Searches, alone or as one of several processes, and prints what was found.
+
+    Args:
+        arguments: The parsed command.
+        options: What `search_options` returned.
+        role: What `search_role` returned.
+    """
+    from keras_rsft.cli_documents import search_document
+    from keras_rsft.cli_output import (
+        output_of,
+        print_data,
+        print_search,
+        repeat_command,
+    )
+    from keras_rsft.finetuning import TrainingSettings
+    from keras_rsft.report import write_report
+    from keras_rsft.searching import search
+    from keras_rsft.searching.search_folder import next_search_folder
+
+    space = search_space(arguments)
+    settings = TrainingSettings(
+        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed
+    )
+    with output_of(arguments) as output:
+        data = load_corrected(arguments, noisy_splits=("train", "validation"))
+        print_data(data, output.console, noise=arguments.noise)
+        folder = Path(arguments.output or next_search_folder(data_name(arguments)))
+        found = search(
+            data,
+            output=folder,
+            options=options,
+            space=space,
+            clean_validation=arguments.clean_validation,
+            **base_options(arguments),
+            settings=settings,
+            progress=output.progress,
+            command=arguments.command_line,
+            crew=crew_of(arguments, options, folder),
+            patience=arguments.worker_timeout,
+        )
+        if found is None:
+            text = f"{role.tuner_id} is done; {role.address} has the results."
+            output.console.print(text, markup=False)
+            output.finish({"worker": role.tuner_id, "chief": role.address}, text)
+            return
+        write_report(found)
+        print_search(found, output.console, data=arguments.data)
+        command = repeat_command(found, arguments.data)
+        output.finish(search_document(found, command), found.folder)

@@ -94,7 +94,7 @@ def run_demo(
     )
     plain_settings = dataclasses.replace(settings, policy=PolicyChoice("accept-all"))
     results = {
-        "plain": train_head(noisy, plain_settings, progress=progress).results,
+        "plain": run.against_plain.results,
         "rsft": run.results,
         "right labels only": train_head(
             right, plain_settings, progress=progress

@@ -19,3 +19,7 @@ class WeightsUnavailable(RuntimeError):
 
 class TrainingStalled(RuntimeError):
     """Training accepted nothing, so there is no model to speak of (exit status 1)."""
+
+
+class SearchFailed(RuntimeError):
+    """The processes of a search cannot go on together (exit status 1)."""

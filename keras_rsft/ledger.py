@@ -7,6 +7,7 @@ accepted is decided in `policies`; where a ledger is written is the run's busine
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,11 @@ COLUMNS = (
 )
 _NOT_SEEN = -1.0
 _COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "_loss_last")
+
+# Ten bins a decade: right and wrong labels stand apart by their loss's logarithm.
+# What lies outside is counted in the first and the last bin.
+HISTOGRAM_EDGES = np.geomspace(1e-3, 1e2, 51)
+HISTOGRAM_COLUMNS = ("epoch", "threshold", "low", "high", "accepted", "rejected")
 
 
 class Ledger:
@@ -73,6 +79,7 @@ class Ledger:
         self._loss_first = np.full(count, np.nan, np.float32)
         self._loss_last = np.full(count, np.nan, np.float32)
         self._suspicion: np.ndarray | None = None
+        self._reviewed = np.zeros(count, bool)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,10 +112,14 @@ class Ledger:
         """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label.
 
         One minus the probability of the given label, where probabilities were
-        noted; else the rank of the mean loss.
+        noted; else the rank of the mean loss. 0 for a label that was reviewed.
         """
-        if self._suspicion is not None:
-            return self._suspicion
+        suspicion = self._suspicion
+        if suspicion is None:
+            suspicion = self._loss_ranks()
+        return np.where(self._reviewed, np.float32(0), suspicion)
+
+    def _loss_ranks(self) -> np.ndarray:
         losses = np.nan_to_num(self.loss_mean, nan=np.inf)
         order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
         return (order / max(len(self) - 1, 1)).astype(np.float32)
@@ -152,6 +163,14 @@ class Ledger:
         given = probabilities[rows, self.labels]
         self._suspicion = (1.0 - given).astype(np.float32)
 
+    def note_reviewed(self, reviewed: np.ndarray) -> None:
+        """Notes whose label a person has found or made right: not to be asked again.
+
+        Args:
+            reviewed: Boolean array `(n,)`.
+        """
+        self._reviewed |= reviewed
+
     def rows(self, class_names: tuple[str, ...]) -> Iterator[list[Any]]:
         """Yields one row a sample, in the order of `COLUMNS`; unknown is empty.
 
@@ -178,8 +197,9 @@ class Ledger:
             strict=True,
         )
         for sample_id, given, right, predicted, *numbers in columns:
-            yield [str(sample_id), named[given], named[right], named[predicted],
-                   *(_written(number) for number in numbers)]  # fmt: skip
+            names = (named[given], named[right], named[predicted])
+            written = (_written(number) for number in numbers)
+            yield [str(sample_id), *names, *written]
 
 
 def datalab_inputs(
@@ -218,6 +238,54 @@ def datalab_inputs(
     }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossHistogram:
+    """How the losses of one epoch were distributed, and what was made of them.
+
+    Attributes:
+        threshold: The policy's threshold at the end of the epoch, or None; see
+            `Policy.threshold_in_use`.
+        accepted: int64 array `(50,)`: accepted samples in each bin of
+            `HISTOGRAM_EDGES`. Losses that are not finite are not counted.
+        rejected: The same of rejected samples.
+    """
+
+    threshold: float | None
+    accepted: np.ndarray
+    rejected: np.ndarray
+
+    def rows(self, epoch: int) -> Iterator[list[Any]]:
+        """Yields a row for each bin that is not empty, as in `HISTOGRAM_COLUMNS`."""
+        shown = "" if self.threshold is None else f"{self.threshold:.6g}"
+        for place in np.flatnonzero(self.accepted + self.rejected):
+            low, high = (f"{HISTOGRAM_EDGES[place + step]:.6g}" for step in (0, 1))
+            counts = (int(self.accepted[place]), int(self.rejected[place]))
+            yield [epoch, shown, low, high, *counts]
+
+
+def loss_histogram(
+    losses: np.ndarray, accepted: np.ndarray, threshold: float | None = None
+) -> LossHistogram:
+    """Counts losses in bins that are the same for every epoch.
+
+    Args:
+        losses: Float array `(n,)`.
+        accepted: Float array `(n,)`: 1 accepted, 0 rejected, negative not seen.
+        threshold: The policy's threshold, or None.
+    """
+    counted = [
+        np.histogram(
+            np.clip(losses[chosen], HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]),
+            HISTOGRAM_EDGES,
+        )[0]
+        for chosen in (
+            np.isfinite(losses) & (accepted > 0),
+            np.isfinite(losses) & (accepted == 0),
+        )
+    ]
+    return LossHistogram(threshold, *counted)
+
+
 class RejectionLedger(keras.callbacks.Callback):
     """Keeps a `Ledger` of an `RSFTModel` while it is fitted.
 
@@ -236,25 +304,51 @@ class RejectionLedger(keras.callbacks.Callback):
         ledger: The `Ledger`.
         acceptance_by_class: A float32 array `(classes,)` an epoch: accepted share of
             the samples seen of each class, NaN where none was seen.
+        last_epoch: Of the last epoch two float arrays `(n,)`: the losses, and what
+            became of the samples: 1 accepted, 0 rejected, negative not seen. None
+            before the first.
+        loss_histograms: A `LossHistogram` an epoch.
     """
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
         super().__init__()
         self.ledger = Ledger(ids, labels, clean_labels)
         self.acceptance_by_class: list[np.ndarray] = []
+        self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
+        self.loss_histograms: list[LossHistogram] = []
         shape = (len(self.ledger), 2)
         self._epoch = tf.Variable(tf.fill(shape, _NOT_SEEN), trainable=False)
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns copies of what the epochs so far have left, by name."""
-        return self.ledger.counts() | {
-            "acceptance_by_class": np.array(self.acceptance_by_class, np.float32)
+        histograms = self.loss_histograms
+        # None, which no array of numbers can hold, is written as NaN.
+        thresholds = [one.threshold for one in histograms]
+        state = self.ledger.counts() | {
+            "acceptance_by_class": np.array(self.acceptance_by_class, np.float32),
+            "thresholds": np.array(thresholds, np.float64),
+            "accepted_losses": np.array([one.accepted for one in histograms]),
+            "rejected_losses": np.array([one.rejected for one in histograms]),
         }
+        if self.last_epoch is not None:
+            state["last_epoch"] = np.stack(self.last_epoch)
+        return state
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Goes on from what `state` gave at the end of an epoch."""
         self.ledger.restore_counts(state)
         self.acceptance_by_class = list(state["acceptance_by_class"])
+        if "last_epoch" in state:
+            self.last_epoch = tuple(state["last_epoch"])
+        self.loss_histograms = [
+            LossHistogram(None if np.isnan(threshold) else float(threshold), *counts)
+            for threshold, *counts in zip(
+                state["thresholds"],
+                state["accepted_losses"],
+                state["rejected_losses"],
+                strict=True,
+            )
+        ]
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
@@ -271,6 +365,9 @@ class RejectionLedger(keras.callbacks.Callback):
         losses, accepted = self._epoch.numpy().T
         self._epoch.assign(tf.fill(self._epoch.shape, _NOT_SEEN))
         self.ledger.note_epoch(losses, accepted)
+        self.last_epoch = (losses, accepted)
+        threshold = self.model.policy.threshold_in_use()
+        self.loss_histograms.append(loss_histogram(losses, accepted, threshold))
         if self.model.policy.needs_ledger:
             epochs = len(self.acceptance_by_class) + 1
             self.model.policy.note_losses(self.ledger.loss_mean, epochs)

@@ -20,7 +20,8 @@ from keras_rsft.data.decode_many import decode_images
 from keras_rsft.data.folder import IMAGE_SUFFIXES
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.runtimes import load_exported
-from keras_rsft.finetuning.run_folder import CLASSES_FILE, MODEL_FILE, read_class_names
+from keras_rsft.finetuning.run_folder import read_class_names
+from keras_rsft.run_files import CLASSES_FILE, MODEL_FILE
 
 BATCH_SIZE = 32
 
@@ -125,7 +126,16 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
 
 
 def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifier:
-    model = keras.saving.load_model(path, compile=False)
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"{path} cannot be read: {reason}") from error
+    if len(getattr(model, "input_shape", ())) != 4:
+        raise InvalidArgument(
+            f"The model must take images. Received: {path}, which does not: a head "
+            "takes features. Give the run folder instead."
+        )
     names = class_names or [str(i) for i in range(model.output_shape[-1])]
     size = tuple(model.input_shape[1:3])
     return _images_classifier(size, names, model.predict_on_batch)

@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# What starts a formula in a spreadsheet; the quote itself, to tell it from a guard.
+_GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")
+
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
@@ -64,11 +67,44 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Writes a CSV file with a header."""
+    """Writes a CSV file with a header, safe to open in a spreadsheet.
+
+    Texts that a spreadsheet would run are guarded; `read_csv` gives them back.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerow([guarded_cell(name) for name in header])
+        writer.writerows([guarded_cell(value) for value in row] for row in rows)
+
+
+def read_csv(path: Path) -> Iterator[dict[str, str]]:
+    """Yields the rows of what `write_csv` wrote, by column, the guards taken off."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            yield {plain_cell(name): plain_cell(cell) for name, cell in row.items()}
+
+
+def guarded_cell(value: Any) -> Any:
+    """Puts a quote before a text that a spreadsheet would run as a formula.
+
+    A file or a class may be named `=HYPERLINK(...)`. Numbers stay as they are, also
+    negative ones.
+
+    Args:
+        value: A cell; all but strings are returned unchanged.
+    """
+    if not isinstance(value, str) or not value.startswith(_GUARDED):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def plain_cell(cell: str) -> str:
+    """Takes the quote off again that `guarded_cell` puts before a text."""
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_GUARDED) else cell
 
 
 def disk_full_said(error: BaseException, folder: Path) -> BaseException:

@@ -103,6 +103,22 @@ def test_each_policy_equals_the_ordinary_path(features, optimizer, policies):
     assert_equal_to_alone(features, settings, together)
 
 
+def test_what_was_reviewed_is_accepted_as_on_the_ordinary_path(features):
+    before = features.train
+    labels, reviewed = before.labels.copy(), np.arange(len(before)) % 3 == 0
+    labels[reviewed] = before.clean_labels[reviewed]
+    train = dataclasses.replace(
+        before, labels=labels, reviewed=reviewed, before_review=before
+    )
+    features = dataclasses.replace(features, train=train)
+    settings = [
+        dataclasses.replace(SETTINGS, policy=POLICIES[name])
+        for name in ("accept-all", "below", "article", "keep-fraction", "auto")
+    ]
+    together = trained_together(features, settings)
+    assert_equal_to_alone(features, settings, together)
+
+
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
 def test_each_optimizer_equals_the_ordinary_path(features, rule):
     settings = [
@@ -197,7 +213,7 @@ def test_halving_drops_the_worse_half(features):
     seen = []
     halved = trained_together(
         features, settings, halvings=1, objective="val_loss", direction="min",
-        on_epoch=seen.append,
+        on_epoch=lambda heads, best: seen.append(heads),
     )  # fmt: skip
     assert seen == [4, 4, 2, 2, 2]
     losses = halved.history["val_loss"]

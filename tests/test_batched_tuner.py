@@ -14,6 +14,7 @@ from made_features import split_features
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.finetuning import TrainingSettings, train_head
 from keras_rsft.searching import BatchedTuner, RSFTHyperModel, SearchSpace, durable
+from keras_rsft.searching.hypermodel import DIVERGED
 from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracles import GridOracle, make_tuner
 
@@ -63,7 +64,7 @@ def searched(features, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
     tuner = make(features, folder, parallel_trials=4)
     epochs = []
-    tuner.search(on_epoch=epochs.append)
+    tuner.search(on_epoch=lambda heads, best: epochs.append(heads))
     return tuner, epochs
 
 
@@ -108,7 +109,7 @@ def test_a_reload_has_the_trials_and_goes_on(searched, features):
     again = make(features, tuner.directory, oracle=random_oracle(max_trials=8))
     assert again.oracle.trials.keys() == tuner.oracle.trials.keys()
     epochs = []
-    again.search(on_epoch=epochs.append)
+    again.search(on_epoch=lambda heads, best: epochs.append(heads))
     assert sum(epochs) == 2 * SETTINGS.epochs
     one, other = (t.get_best_models()[0].get_weights() for t in (tuner, again))
     assert len(one) == len(other)
@@ -117,7 +118,7 @@ def test_a_reload_has_the_trials_and_goes_on(searched, features):
 def test_what_was_interrupted_is_trained_again(features, tmp_path):
     tuner = make(features, tmp_path)
 
-    def stop(heads):
+    def stop(heads, best):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +218,20 @@ def test_keras_tuners_own_tuners(features, tmp_path, monkeypatch, name):
     assert model.predict(np.zeros((1, 6)), verbose=0).shape == (1, 3)
 
 
-def test_a_single_trial_that_diverges_says_so(features, tmp_path):
+def test_a_trial_whose_values_cannot_be_trained_fails_alone(features, tmp_path):
+    def space(hp):
+        fraction = hp.Choice("fraction", [0.5, 7.0])
+        return {"policy": "keep-fraction", "keep_fraction": fraction}
+
+    oracle = GridOracle(keras_tuner.Objective("val_loss", "min"), max_trials=9)
+    tuner = make(features, tmp_path, oracle=oracle, space=space)
+    tuner.search()
+    completed, failed = tuner.oracle.trials.values()
+    assert (completed.status, failed.status) == ("COMPLETED", "FAILED")
+    assert failed.message.startswith("InvalidArgument: `keep_fraction`")
+
+
+def test_a_single_trial_that_diverges_says_so(features, tmp_path, capfd):
     def space(hp):
         rates = [1e38, 0.01]
         return {
@@ -231,7 +245,20 @@ def test_a_single_trial_that_diverges_says_so(features, tmp_path):
     tuner.search(verbose=0)
     failed, completed = tuner.oracle.trials.values()
     assert (failed.status, completed.status) == ("FAILED", "COMPLETED")
-    assert "learning rate is too high" in failed.message
+    assert failed.message == DIVERGED
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_an_exception_in_a_single_trial_is_kept(features, tmp_path):
+    hypermodel = hypermodel_of(features)
+    hypermodel.build = lambda hp: {}["gone"]
+    options = SearchOptions(tuner="random", max_trials=1)
+    tuner = make_tuner(hypermodel_of(features), options, tmp_path)
+    tuner.hypermodel = hypermodel
+    tuner.search(verbose=0)
+    (failed,) = tuner.oracle.trials.values()
+    assert failed.status == "FAILED"
+    assert failed.message.strip().endswith("KeyError: 'gone'")
 
 
 class TestGrid:
@@ -273,6 +300,14 @@ class TestRefusals:
     def test_hyperband(self, features, tmp_path):
         oracle = keras_tuner.oracles.HyperbandOracle("val_accuracy")
         with pytest.raises(InvalidArgument, match="use the tuner hyperband"):
+            make(features, tmp_path, oracle=oracle)
+
+    @pytest.mark.parametrize("objective", ["val_f1", ["val_loss", "loss"]])
+    def test_an_objective_that_is_not_measured(self, features, tmp_path, objective):
+        if isinstance(objective, str):
+            objective = keras_tuner.Objective(objective, "max")
+        oracle = keras_tuner.oracles.RandomSearchOracle(objective, max_trials=2)
+        with pytest.raises(InvalidArgument, match="must be one of loss"):
             make(features, tmp_path, oracle=oracle)
 
     def test_other_hypermodels(self, tmp_path):

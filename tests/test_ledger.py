@@ -12,6 +12,7 @@ from keras_rsft.ledger import (
     Ledger,
     RejectionLedger,
     datalab_inputs,
+    loss_histogram,
     rejection_quality,
 )
 from keras_rsft.model import RSFTModel
@@ -19,6 +20,7 @@ from keras_rsft.policies import (
     AcceptAll,
     AcceptListed,
     AutoPolicy,
+    KeepFraction,
     LossMixture,
     LossThreshold,
     RunningThreshold,
@@ -285,3 +287,36 @@ class TestPoliciesThatKnowTheSamples:
             trained.fit(indexed(x, y), verbose=0, callbacks=[ledger_of(y)])
         for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+class TestLossHistogram:
+    def test_counts_by_hand(self):
+        losses = np.array([0.0, 1e-3, 1.0, 1.0, 500.0, NAN, np.inf, 2.0])
+        accepted = np.array([1, 1, 1, 0, 0, 0, 0, -1.0])
+        histogram = loss_histogram(losses, accepted, 1.5)
+        assert histogram.accepted.sum() == 3
+        assert histogram.accepted[0] == 2  # What lies below counts as the lowest.
+        assert histogram.rejected.sum() == 2
+        assert histogram.rejected[-1] == 1
+        rows = list(histogram.rows(7))
+        assert len(rows) == 3
+        assert rows[0] == [7, "1.5", "0.001", "0.00125893", 2, 0]
+        assert sum(row[4] + row[5] for row in rows) == 5
+
+    @pytest.mark.parametrize(
+        "policy, during, after",
+        [
+            (LossThreshold(1.5, warmup_steps=1), None, 1.5),
+            (SelfPaced(1.0, growth=2.0, growth_steps=1, warmup_steps=1), None, 1.0),
+            (AutoPolicy(4, loss_limit=0.7, warmup_steps=1), None, 0.7),
+            (KeepFraction(0.5), None, None),
+            (AcceptAll(), None, None),
+            (LossMixture(), None, None),
+        ],
+    )
+    def test_the_threshold_in_use(self, policy, during, after):
+        losses = np.ones(4, np.float32)
+        index = np.arange(4, dtype=np.int32)
+        for expected in (during, after):
+            policy(losses, None, index)
+            assert policy.threshold_in_use() == pytest.approx(expected)

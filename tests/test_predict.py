@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import keras
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from keras_rsft import cli
 from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.cli_predict import answer_writer
-from keras_rsft.errors import DataError
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import export_litert, export_onnx, export_saved_model
 from keras_rsft.predict import Prediction, find_images, predict_files
 
@@ -81,6 +83,22 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path):
     assert find_images([tmp_path / "photo[1].png"]) == [str(tmp_path / "photo[1].png")]
 
 
+@pytest.mark.parametrize("name", ["a.keras", "a.onnx", "a.tflite"])
+def test_a_damaged_model_is_told(tmp_path, name):
+    for package in ("onnxruntime", "ai_edge_litert"):
+        pytest.importorskip(package)
+    (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=name):
+        list(predict_files(tmp_path / name, ["a.png"]))
+
+
+def test_a_head_takes_no_images(tmp_path):
+    head = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    head.save(tmp_path / "head.keras")
+    with pytest.raises(InvalidArgument, match="takes features"):
+        list(predict_files(tmp_path / "head.keras", ["a.png"]))
+
+
 def test_answers_can_be_read_back():
     answer = Prediction('a "b",\tc.png', "réd, light", 0.25)
     text = {name: io.StringIO() for name in ("csv", "jsonl", "tsv")}
@@ -98,9 +116,25 @@ def test_answers_can_be_read_back():
 def test_the_command_lists_what_it_cannot_read(models, photo_folder, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no image")
     arguments = ["predict", str(models[0]), str(tmp_path), str(photo_folder / "red")]
-    assert cli.main([*arguments, "--output-format", "csv"]) == 0
+    # The rest is answered, and a script is told that something was not.
+    assert cli.main([*arguments, "--output-format", "csv"]) == 1
     captured = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(captured.out)))
     assert len(rows) == 12
     assert "broken.png: not an image" in captured.err
     assert cli.main(arguments[:3]) == 1
+    assert cli.main([*arguments[:2], arguments[3]]) == 0
+
+
+@pytest.mark.slow
+def test_a_pipe_that_is_closed_ends_it_without_a_word(models, photo_folder):
+    paths = [str(models[0]), *30 * [str(photo_folder / "red" / "01.png")]]
+    paths = [*paths, str(photo_folder)]
+    command = [sys.executable, "-m", "keras_rsft.cli", "predict", *paths]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors == ""

@@ -36,13 +36,13 @@ def noisy(photo_folder):
 def fit_to(noisy, tiny_base_file, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
-    def fit(output, *, data=noisy, callbacks=(), announce=None, **changes):
+    def fit(output, *, data=noisy, callbacks=(), on_begin=None, **changes):
         options = {"policy": PolicyChoice(threshold=0.8), "epochs": EPOCHS}
         options |= {"batch_size": 8, "learning_rate": 0.05} | changes
         return finetune(
             data, backbone=str(tiny_base_file), settings=TrainingSettings(**options),
             output=output, cache_dir=cache, progress=False, callbacks=callbacks,
-            announce=announce,
+            on_begin=on_begin,
         )  # fmt: skip
 
     return fit
@@ -96,9 +96,10 @@ class TestGoesOn:
             fit_to(tmp_path / "stopped")
         assert f"{stopped_after} of {EPOCHS} epochs are kept" in stop.value.__notes__[0]
         assert not (tmp_path / "stopped").exists()
-        lines = []
-        assert_same_run(fit_to(tmp_path / "stopped", announce=lines.append), whole)
-        assert lines == ["Going on with stopped, which was not finished."]
+        begun = []
+        again = fit_to(tmp_path / "stopped", on_begin=lambda *how: begun.append(how))
+        assert_same_run(again, whole)
+        assert begun == [(tmp_path / "stopped", True)]
         assert {path.name for path in tmp_path.iterdir()} == {"whole", "stopped"}
 
     @pytest.mark.parametrize(

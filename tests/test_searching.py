@@ -9,6 +9,7 @@ import json
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from made_features import split_features
 
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
@@ -194,8 +195,48 @@ def test_a_search_of_which_nothing_is_left(run, tmp_path):
         SPACE, policies=("loss-threshold",), relative_threshold=(1e-6, 1e-5),
         warmup_epochs=(0, 0),
     )  # fmt: skip
-    with pytest.raises(TrainingStalled, match="Raise the thresholds"):
-        run(tmp_path / "run", space=space, max_trials=2)
+    folder = tmp_path / "search-x-1"
+    with pytest.raises(TrainingStalled, match=r"Raise the thresholds.*trials\.csv"):
+        run(folder, space=space, max_trials=2)
+    assert len((folder / "trials.csv").read_text().splitlines()) == 3
+    assert json.loads((folder / "results.json").read_text())["chosen"] is None
+    # It has ended, so that the next search is another one, unless it is asked for.
+    assert next_search_folder("x", tmp_path).name == "search-x-2"
+    found = run(folder, space=space, max_trials=2, min_acceptance=0.0)
+    assert found.results["chosen_trial"] in {"0", "1"}
+
+
+def test_a_refused_search_leaves_nothing(run, tmp_path):
+    space = dataclasses.replace(SPACE, optimizers=("sgd", "rmsprop"))
+    with pytest.raises(InvalidArgument, match="rmsprop"):
+        run(tmp_path / "run", space=space)
+    assert not (tmp_path / "run").exists()
+
+
+def test_trials_on_the_hparams_page(found):
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert len(list((found.folder / "tensorboard").iterdir())) == 8
+    one = found.outcomes[-1]
+    events = EventAccumulator(
+        str(found.folder / "tensorboard" / f"trial_{one.trial_id}"),
+        size_guidance={"tensors": 0},
+    ).Reload()
+    data = plugin.HParamsPluginData()
+    contents = events.PluginTagToContent("hparams")
+    data.ParseFromString(contents["_hparams_/session_start_info"])
+    start = data.session_start_info
+    assert start.group_name == one.trial_id
+    rate = start.hparams["learning_rate"].number_value
+    assert rate == one.values["learning_rate"]
+    assert start.hparams["policy"].string_value == one.values["policy"]
+    data.ParseFromString(contents["_hparams_/session_end_info"])
+    assert data.session_end_info.status == 1  # Success.
+    (accuracy,) = events.Tensors("val_accuracy")
+    assert accuracy.step == one.epochs
+    value = float(tf.make_ndarray(accuracy.tensor_proto))
+    assert value == pytest.approx(one.metrics["val_accuracy"])
 
 
 def test_from_images(photo_folder, tiny_base_file, tmp_path):

@@ -7,6 +7,7 @@ signatures, and stand-ins for the server's two ports are asked by the example cl
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -94,15 +95,27 @@ def test_warmup_can_be_left_out(tiny_base_file, tmp_path, monkeypatch):
         export_saved_model(classifier, tmp_path / "x", warmup=True, **options)
 
 
-@NEEDS_SERVING
-def test_the_models_config_parses(version):
-    from google.protobuf import text_format
-    from tensorflow_serving.config import model_server_config_pb2
+def test_signatures_are_what_rest_and_batching_need(version):
+    """Names in `_bytes` are base64 in REST; a row needs one value of each output."""
+    from tensorflow.core.protobuf import saved_model_pb2
 
-    text = (version.parent / "models.config").read_text()
-    config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
-    (model,) = config.model_config_list.config
-    assert (model.name, model.base_path) == ("photos", "/models/photos")
+    content = (version / "saved_model.pb").read_bytes()
+    (meta_graph,) = saved_model_pb2.SavedModel.FromString(content).meta_graphs
+    assert list(meta_graph.meta_info_def.tags) == ["serve"]
+    signature = meta_graph.signature_def["serving_default"]
+    assert signature.method_name == "tensorflow/serving/predict"
+    (name,) = signature.inputs
+    assert name.endswith("_bytes")
+    assert signature.inputs[name].dtype == tf.string.as_datatype_enum
+    for tensor in (*signature.inputs.values(), *signature.outputs.values()):
+        assert tensor.tensor_shape.dim[0].size == -1
+    types = {name: one.dtype for name, one in signature.outputs.items()}
+    assert types == {
+        "label": tf.string.as_datatype_enum,
+        "score": tf.float32.as_datatype_enum,
+        "probabilities": tf.float32.as_datatype_enum,
+        "valid": tf.bool.as_datatype_enum,
+    }
 
 
 def test_the_server_sees_versions_and_nothing_else(version):
@@ -190,9 +203,14 @@ def _load_client():
     return client
 
 
-def _ask(monkeypatch, capsys, *arguments) -> tuple[list[list[str]], str]:
+def _ask(monkeypatch, capsys, *arguments, status=None) -> tuple[list[list[str]], str]:
     monkeypatch.setattr(sys, "argv", ["serving_client.py", *map(str, arguments)])
-    _load_client().main()
+    if status is None:
+        _load_client().main()
+    else:
+        with pytest.raises(SystemExit) as stop:
+            _load_client().main()
+        assert stop.value.code == status
     captured = capsys.readouterr()
     return [line.split("\t") for line in captured.out.splitlines()], captured.err
 
@@ -241,8 +259,9 @@ def grpc_address(loaded):
 
 def test_the_example_client_by_grpc(grpc_address, files, expected, monkeypatch, capsys):
     lines, errors = _ask(
-        monkeypatch, capsys, "photos", *files, "--grpc", "--address", grpc_address
-    )
+        monkeypatch, capsys, "photos", *files, "--grpc", "--address", grpc_address,
+        status=1,
+    )  # fmt: skip
     _check_answers(lines, errors, files, expected)
     with pytest.raises(SystemExit, match="Servable not found"):
         _ask(monkeypatch, capsys, "x", files[0], "--grpc", "--address", grpc_address)
@@ -271,20 +290,69 @@ def rest_address(serve):
         def log_message(self, *arguments):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    with _serving(Handler) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _serving(handler):
+    server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_the_example_client_by_rest(rest_address, files, expected, monkeypatch, capsys):
     lines, errors = _ask(
-        monkeypatch, capsys, "photos", *files, "--address", rest_address
+        monkeypatch, capsys, "photos", *files, "--address", rest_address, status=1
     )
     _check_answers(lines, errors, files, expected)
+
+
+def test_the_client_answers_what_it_can(rest_address, files, monkeypatch, capsys):
+    missing = files[0].with_name("missing.png")
+    with pytest.raises(SystemExit) as stop:
+        _ask(monkeypatch, capsys, "photos", missing, *files, "--address", rest_address)
+    assert stop.value.code == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert "missing.png: No such file" in captured.err
+
+
+def test_one_request_stays_below_the_limit_of_grpc(tmp_path, monkeypatch):
+    client = _load_client()
+    monkeypatch.setattr(client, "MAX_REQUEST_BYTES", 100)
+    monkeypatch.setattr(client, "MAX_REQUEST_IMAGES", 3)
+    images = [(tmp_path / "x", bytes(size)) for size in (60, 40, 1, 120, 1, 1, 1, 1)]
+    sizes = [[len(image) for _, image in group] for group in client.grouped(images)]
+    assert sizes == [[60, 40], [1], [120], [1, 1, 1], [1]]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"predictions": [{"x": 1}]}'])
+def test_a_server_of_another_kind(body, files, monkeypatch, capsys):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with _serving(Handler) as address, pytest.raises(SystemExit, match="not as TF"):
+        _ask(monkeypatch, capsys, "photos", files[0], "--address", address)
+
+
+def test_the_client_names_the_package_that_it_lacks(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.raises(SystemExit, match="pip install tensorflow-serving-api"):
+        _ask(monkeypatch, capsys, "photos", files[0], "--grpc")
 
 
 def test_the_client_without_a_server(files, monkeypatch, capsys):

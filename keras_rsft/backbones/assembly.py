@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 import keras
 from keras import layers
 
+from keras_rsft.backbones.base_name import PixelScale
+
 PRECISIONS = ("float32", "bfloat16")
 
 _IMAGE_CHANNELS = 3
-_FEATURE_MAP_RANK = 4
+_POOLING = {3: layers.GlobalAveragePooling1D, 4: layers.GlobalAveragePooling2D}
 _PREPROCESSING = (layers.Rescaling, layers.Normalization)
 _DROPOUT = (layers.Dropout, layers.AlphaDropout, layers.GaussianDropout)
 
@@ -27,7 +29,8 @@ class Base:
     """A pretrained network and what it needs to become a backbone.
 
     Attributes:
-        body: From preprocessed images to `(batch, dim)` or `(batch, h, w, dim)`.
+        body: From preprocessed images to `(batch, dim)`, `(batch, tokens, dim)` or
+            `(batch, h, w, dim)`.
         preprocess: From images in [0, 255] to what `body` expects, as Keras
             operations; called once, on a symbolic tensor.
         image_size: Height and width in pixels.
@@ -36,6 +39,16 @@ class Base:
     body: keras.Model
     preprocess: Callable[[keras.KerasTensor], keras.KerasTensor]
     image_size: tuple[int, int]
+
+
+def scaled(images: keras.KerasTensor, scale: PixelScale) -> keras.KerasTensor:
+    """Returns images in [0, 255] as a network wants them, by one stock layer."""
+    if scale.changes_nothing:
+        return images
+    rescale = layers.Rescaling(
+        list(scale.factor), list(scale.offset), dtype="float32", name="scale"
+    )
+    return rescale(images)
 
 
 @contextlib.contextmanager
@@ -68,8 +81,8 @@ def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
     shape = (*base.image_size, _IMAGE_CHANNELS)
     images = keras.Input(shape, dtype="float32", name="images")
     x = base.body(base.preprocess(images), training=False)
-    if len(x.shape) == _FEATURE_MAP_RANK:
-        x = layers.GlobalAveragePooling2D(dtype="float32", name="pooling")(x)
+    if len(x.shape) in _POOLING:
+        x = _POOLING[len(x.shape)](dtype="float32", name="pooling")(x)
     features = layers.Activation("linear", dtype="float32", name="features")(x)
     backbone = keras.Model(images, features, name=name)
     backbone.trainable = False

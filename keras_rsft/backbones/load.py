@@ -13,12 +13,24 @@ from pathlib import Path
 
 import keras
 
-from keras_rsft.backbones import applications, efficientnet_lite0, own_model
+from keras_rsft.backbones import (
+    applications,
+    efficientnet_lite0,
+    hub,
+    onnx_file,
+    own_model,
+    saved_model,
+)
 from keras_rsft.backbones.assembly import (
     PRECISIONS,
     Base,
     assemble,
     built_in_float32,
+    scaled,
+)
+from keras_rsft.backbones.base_name import (
+    BaseName,
+    parse_base_name,
 )
 from keras_rsft.errors import InvalidArgument
 
@@ -46,13 +58,29 @@ def load_backbone(
 
     The result is made of stock Keras parts: it saves to a `.keras` file that loads
     without this package, and exports as a SavedModel. Called with `training=True`
-    it does the same as without.
+    it does the same as without. A SavedModel or ONNX file becomes one layer of this
+    package, which keeps all of it: a `.keras` file with it loads after
+    `import keras_rsft.backbones`.
 
     Args:
-        name: One of `available_backbones()`, in any capitalisation and with or
-            without underscores and hyphens; or the path of your own `.keras` file
-            that maps images in [0, 255] to `(batch, dim)` features or
-            `(batch, h, w, dim)` feature maps.
+        name: One of these.
+
+            - One of `available_backbones()`, in any capitalisation and with or
+              without underscores and hyphens.
+            - The path of your own `.keras` file that maps images in [0, 255] to
+              `(batch, dim)` features or `(batch, h, w, dim)` feature maps.
+            - `hub:PRESET`, a preset of KerasHub by name or folder, with the extra
+              `hub`. Its image converter says how pixels are scaled.
+            - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
+              other. Loading one runs its initialisers: take it from a source that
+              you trust. What is kept and run later does nothing but compute.
+            - `onnx:FILE@SCALE`, with the extra `onnx`; batch, channels first or
+              last and float16 as the file has them. It runs in ONNX Runtime.
+
+            SCALE is what the network makes of pixels: `0:1` or another range,
+            `imagenet` (mean and standard deviation as Torchvision and timm use
+            them), or `MEAN/STD` of three channels in [0, 1]. Feature maps and tokens
+            are averaged.
         weights: `"imagenet"`; `"none"` for random ones; or the path of a
             `.weights.h5`, `.h5` or `.keras` file for the base without its classes
             (for `efficientnet_lite0` also a `.pth` file of PyTorch before 1.6). With
@@ -60,7 +88,8 @@ def load_backbone(
         image_size: Side, or (height, width), in pixels. None: the size that the
             base was made for.
         precision: `"float32"`, or `"bfloat16"` to compute the base in bfloat16;
-            preprocessing and features are float32 in both.
+            preprocessing and features are float32 in both. A SavedModel and an ONNX
+            file compute as they were made: `"float32"`.
 
     Returns:
         A model from float32 images `(batch, height, width, 3)` in [0, 255] to
@@ -69,7 +98,8 @@ def load_backbone(
     Raises:
         InvalidArgument: An option has a value that cannot be used.
         WeightsUnavailable: The weights cannot be downloaded or read.
-        ImportError: `efficientnet_lite0` without the package of its weights.
+        ImportError: `efficientnet_lite0` without the package of its weights, or a
+            base of an extra that is not installed.
     """
     size = _parse_image_size(image_size)
     if precision not in PRECISIONS:
@@ -81,20 +111,70 @@ def load_backbone(
             'Backbones need Keras\'s image data format "channels_last". Received: '
             f"{keras.config.image_data_format()!r}. Change it in keras.json."
         )
+    name = os.fspath(name)
+    parsed = parse_base_name(name)
     with built_in_float32():
-        base = _build(os.fspath(name), weights, size)
+        if parsed is None:
+            base = _build(name, weights, size)
+        else:
+            base = _build_by_kind(parsed, name, weights, size, precision)
+            precision = "float32"  # Of what is not yet in the wanted one.
         return assemble(base, name=f"{base.body.name}_backbone", precision=precision)
+
+
+def check_backbone_name(name: str | os.PathLike[str]) -> None:
+    """Refuses a name that no base can have, without loading anything.
+
+    Raises:
+        InvalidArgument: If it is not known, or its path does not exist.
+    """
+    name = os.fspath(name)
+    parsed = parse_base_name(name)
+    if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
+        _resolve(name)
+        return
+    place = name if parsed is None else parsed.place
+    if (parsed is None or parsed.kind != "hub") and not os.path.exists(place):
+        raise InvalidArgument(f"There is no backbone file {place}.")
+
+
+def _build_by_kind(
+    parsed: BaseName,
+    name: str,
+    weights: str | os.PathLike[str] | None,
+    size: tuple[int, int] | None,
+    precision: str,
+) -> Base:
+    if parsed.kind == "hub":
+        own = weights if weights == "none" else _only_default(weights, name)
+        return hub.build(parsed, weights=own, image_size=size, precision=precision)
+    _only_default(weights, name)
+    if precision != "float32":
+        raise InvalidArgument(
+            f"{name} computes as it was made: `precision` must be float32 (or auto, "
+            f"where that can be said). Received: {precision!r}"
+        )
+    module = onnx_file if parsed.kind == "onnx" else saved_model
+    body = module.build(Path(parsed.place), image_size=size)
+    return Base(
+        body, lambda images: scaled(images, parsed.scale), body.input_shape[1:3]
+    )
+
+
+def _only_default(weights: str | os.PathLike[str] | None, name: str) -> str:
+    if weights not in ("imagenet", None):
+        raise InvalidArgument(
+            f"`weights` cannot be given with your own backbone file {name}, whose "
+            f"weights are in it. Received: weights={weights!r}"
+        )
+    return "imagenet"
 
 
 def _build(
     name: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
 ) -> Base:
     if name.endswith(_OWN_MODEL_SUFFIX):
-        if weights not in ("imagenet", None):
-            raise InvalidArgument(
-                f"`weights` cannot be given with your own backbone file {name}, whose "
-                f"weights are in it. Received: weights={weights!r}"
-            )
+        _only_default(weights, name)
         return own_model.build(name, image_size=size)
     known = _resolve(name)
     weights = _parse_weights(weights)
@@ -113,9 +193,9 @@ def _resolve(name: str) -> str:
     if plain not in known:
         nearest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
         raise InvalidArgument(
-            "The backbone must be one of keras_rsft.backbones.available_backbones() or "
-            f"your own `.keras` file. Received: {name!r}. Did you mean "
-            f"{known[nearest]!r}?"
+            "The backbone must be one of keras_rsft.backbones.available_backbones(), "
+            "your own `.keras` file, or hub:, savedmodel: or onnx: with a place. "
+            f"Received: {name!r}. Did you mean {known[nearest]!r}?"
         )
     return known[plain]
 

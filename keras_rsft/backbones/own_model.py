@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones.assembly import Base
+from keras_rsft.backbones.foreign import agreed_size
 from keras_rsft.backbones.weights_file import DAMAGED, first_line
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
@@ -73,18 +74,7 @@ def _input_size(
     shape = _only_shape(getattr(model, "inputs", None))
     if len(shape) != _IMAGE_RANK or (shape[0], shape[3]) != (None, _IMAGE_CHANNELS):
         raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
-    declared = shape[1:3]
-    if wanted is None and None in declared:
-        raise InvalidArgument(
-            f"{path} leaves the image size open: give `image_size` (--image-size)."
-        )
-    size = wanted or declared
-    if any(d not in (None, s) for d, s in zip(declared, size, strict=True)):
-        raise InvalidArgument(
-            f"`image_size` must be {declared[0]}x{declared[1]} for {path}. "
-            f"Received: {size[0]}x{size[1]}"
-        )
-    return size
+    return agreed_size(shape[1:3], wanted, path)
 
 
 def _check_output(model: keras.Model, path: str | Path) -> None:

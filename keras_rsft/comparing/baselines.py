@@ -234,7 +234,7 @@ def subset(part: FeatureSet, rows: np.ndarray, folder: Path) -> FeatureSet:
     path.unlink(missing_ok=True)  # What still reads the old file keeps it.
     with path.open("wb") as file:
         for start in range(0, len(rows), 4096):
-            file.write(part.all_views[rows[start : start + 4096]].tobytes())
+            file.write(part.views_of(rows[start : start + 4096]).tobytes())
     clean = part.clean_labels
     return FeatureSet(
         path=path,

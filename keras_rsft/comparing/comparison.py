@@ -63,6 +63,12 @@ class Comparison:
     )
     folder: Path | None = None
 
+    def _repr_html_(self) -> str:
+        """Returns a table and a figure for a notebook."""
+        from keras_rsft.notebook import comparison_html
+
+        return comparison_html(self)
+
 
 def compare(
     data: ImageData | str | os.PathLike,

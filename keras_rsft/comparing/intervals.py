@@ -15,6 +15,8 @@ _T_QUANTILES = (
     *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
 )
 
+_NORMAL_QUANTILE = 1.959964  # 97.5 %.
+
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
@@ -79,6 +81,49 @@ def paired_interval(ones: Sequence[float], others: Sequence[float]) -> Interval:
         ValueError: If there are not as many of one as of the other.
     """
     return mean_interval([a - b for a, b in zip(ones, others, strict=True)])
+
+
+def proportion_interval(successes: int, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share (Wilson, 1927).
+
+    Args:
+        successes: In [0, count].
+        count: At least 1.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+    """
+    share = successes / count
+    squared = _NORMAL_QUANTILE**2
+    centre = (share + squared / (2 * count)) / (1 + squared / count)
+    spread = math.sqrt(share * (1 - share) / count + squared / (4 * count**2))
+    half = _NORMAL_QUANTILE * spread / (1 + squared / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_share_interval(
+    only_one: int, only_other: int, count: int
+) -> tuple[float, float]:
+    """Returns the 95 % interval of a difference of two shares of the same items.
+
+    Agresti and Min (2005), "Simple improved confidence intervals for comparing
+    matched proportions": the interval of the normal distribution after half an item
+    was added to each of the four cells.
+
+    Args:
+        only_one: Items that only the first method gets right.
+        only_other: Items that only the other method gets right.
+        count: All items, at least 1.
+
+    Returns:
+        Lower and upper end of first less other, in [-1, 1].
+    """
+    total = count + 2
+    difference = (only_one - only_other) / total
+    disagreeing = (only_one + only_other + 1) / total
+    error = math.sqrt(max(disagreeing - difference**2, 0.0) / total)
+    half = _NORMAL_QUANTILE * error
+    return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def recovered_share(method: float, plain: float, clean: float) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,9 @@ from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.data.readers import Reader
 from keras_rsft.errors import InvalidArgument
 
+if TYPE_CHECKING:
+    from keras_rsft.data.corrections import Corrections
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSplit:
@@ -37,6 +41,11 @@ class ImageSplit:
         labels: Shape `(n,)`, int32: the given labels, right or wrong.
         clean_labels: Shape `(n,)`, int32: the right labels. None if unknown.
         reader: Fetches the images' bytes.
+        reviewed: Shape `(n,)`, bool: whose given label a person has found or made
+            right. None: nobody looked.
+        before_review: This split as it was loaded, before a person dropped images and
+            corrected labels; features kept of it are those of this one. None: nobody
+            looked.
     """
 
     name: str
@@ -44,6 +53,8 @@ class ImageSplit:
     labels: np.ndarray
     clean_labels: np.ndarray | None
     reader: Reader
+    reviewed: np.ndarray | None = None
+    before_review: ImageSplit | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -150,16 +161,19 @@ class ImageSplit:
                 those that are known.
 
         Returns:
-            A new split; its fingerprint is the same.
+            A new split, of labels that nobody has reviewed; its fingerprint is the
+            same.
 
         Raises:
             InvalidArgument: If a shape or a type is not as above.
         """
         labels = _checked_labels("labels", labels, len(self))
         if clean_labels is None:
-            return dataclasses.replace(self, labels=labels)
+            return dataclasses.replace(self, labels=labels, reviewed=None)
         clean = _checked_labels("clean_labels", clean_labels, len(self))
-        return dataclasses.replace(self, labels=labels, clean_labels=clean)
+        return dataclasses.replace(
+            self, labels=labels, clean_labels=clean, reviewed=None
+        )
 
     def take(self, indices: np.ndarray) -> ImageSplit:
         """Returns some of the images, in the same order.
@@ -181,13 +195,17 @@ class ImageSplit:
                 f"[0, {len(self)}), so that the order of the samples stays. "
                 f"Received: indices={indices}. Sort them first."
             )
-        clean = None if self.clean_labels is None else self.clean_labels[indices]
+        clean, reviewed = (
+            None if values is None else values[indices]
+            for values in (self.clean_labels, self.reviewed)
+        )
         return ImageSplit(
             self.name,
             self.ids[indices],
             self.labels[indices],
             clean,
             self.reader.take(indices),
+            reviewed,
         )
 
 
@@ -203,6 +221,7 @@ class ImageData:
         source: Where the data are from, as it was asked for.
         ignored_files: How many files of a folder were not taken, because they
             are hidden or have no image suffix.
+        corrections: What `apply_corrections` changed, or None.
     """
 
     train: ImageSplit
@@ -211,6 +230,7 @@ class ImageData:
     class_names: tuple[str, ...]
     source: str
     ignored_files: int = 0
+    corrections: Corrections | None = None
 
     @property
     def num_classes(self) -> int:

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from keras_rsft.examination.evidence import evidence_of
 from keras_rsft.examination.left_out import LeftOutRegression
 from keras_rsft.examination.noise_matrix import (
     fit_noise,
@@ -102,6 +103,9 @@ def examine_labels(
 ) -> Examination:
     """Estimates how many labels are wrong, and for each how likely it is right.
 
+    Reviewed labels count as right, and the others are judged by them too.
+    The noise is estimated from the labels as they were before a review.
+
     Takes some seconds for 10,000 samples; the time grows with the number of samples
     and with the square of the number of features.
 
@@ -127,8 +131,9 @@ def examine_labels(
             f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
             "labels by",
         )
-    regression = LeftOutRegression(features, num_classes, seed)
-    weights = np.ones(len(labels), np.float32)
+    evidence = evidence_of(features)
+    regression = LeftOutRegression(evidence.features, num_classes, seed)
+    weights = evidence.first_weights()
     sharpness = noise = None
     with progress_bar(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
@@ -136,15 +141,22 @@ def examine_labels(
         for _ in range(ROUNDS):
             scores = regression.left_out_scores(weights)
             sharpness, noise = fit_noise(
-                scores, labels, near=sharpness, chosen=regression.sampled
+                scores,
+                evidence.given,
+                known=evidence.known,
+                near=sharpness,
+                chosen=regression.sampled,
             )
             out_of_sample = softmax(sharpness * scores)
-            weights = right_probability(out_of_sample, noise, labels)
+            weights = evidence.with_what_is_known(
+                right_probability(out_of_sample, noise, evidence.given)
+            )
             advance(1)
+    probability = weights[evidence.places]
     examination = Examination(
-        out_of_sample.astype(np.float32),
-        weights,
-        float(1.0 - weights.mean()),
+        out_of_sample[evidence.places].astype(np.float32),
+        probability,
+        float(1.0 - probability.mean()),
         noise,
         labels,
     )

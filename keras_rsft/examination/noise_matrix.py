@@ -22,7 +22,10 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def true_label_posterior(
-    probabilities: np.ndarray, noise: np.ndarray, labels: np.ndarray
+    probabilities: np.ndarray,
+    noise: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns how likely each class is the right one, given the label too.
 
@@ -30,12 +33,28 @@ def true_label_posterior(
         probabilities: Shape `(n, k)`: of each class, from the features alone.
         noise: Shape `(k, k)`, as in `Examination`.
         labels: Shape `(n,)`, the given labels.
+        known: Shape `(n,)`, the right labels, -1 where they are not known. Default:
+            none is.
 
     Returns:
         Array `(n, k)` whose rows add up to 1, by Bayes' rule.
     """
-    joint = probabilities * noise[:, labels].T
+    joint = _joint(probabilities, noise, labels, known)
     return joint / np.maximum(joint.sum(axis=1, keepdims=True), 1e-30)
+
+
+def _joint(
+    probabilities: np.ndarray,
+    noise: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray | None,
+) -> np.ndarray:
+    """Returns how likely each right class and the given label are together."""
+    joint = probabilities * noise[:, labels].T
+    if known is not None:
+        possible = known[:, None] == np.arange(len(noise))
+        joint *= possible | (known < 0)[:, None]
+    return joint
 
 
 def right_probability(
@@ -57,6 +76,7 @@ def fit_noise(
     scores: np.ndarray,
     labels: np.ndarray,
     *,
+    known: np.ndarray | None = None,
     near: float | None = None,
     chosen: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray]:
@@ -66,6 +86,8 @@ def fit_noise(
         scores: Shape `(n, k)`, class scores that do not depend on the sample's own
             label.
         labels: Shape `(n,)`, the given labels.
+        known: Shape `(n,)`, the right labels, -1 where they are not known. Default:
+            none is.
         near: A sharpness whose neighbours alone are tried. Default: all are.
         chosen: Boolean array `(n,)`, the samples by which the sharpness is chosen.
             Default: all.
@@ -75,24 +97,25 @@ def fit_noise(
         `(k, k)`.
     """
     everything = chosen is None or chosen.all()
-    some_scores, some_labels = (
-        (scores, labels) if everything else (scores[chosen], labels[chosen])
+    some_scores, some_labels, some_known = (
+        values if everything or values is None else values[chosen]
+        for values in (scores, labels, known)
     )
     best = (-np.inf, 1.0, np.eye(scores.shape[1]))
     for sharpness in neighbours(SHARPNESSES, near):
         likelihood, noise = _expectation_maximisation(
-            softmax(sharpness * some_scores), some_labels
+            softmax(sharpness * some_scores), some_labels, some_known
         )
         if likelihood > best[0]:
             best = (likelihood, float(sharpness), noise)
     _, sharpness, noise = best
     if not everything:
-        _, noise = _expectation_maximisation(softmax(sharpness * scores), labels)
+        _, noise = _expectation_maximisation(softmax(sharpness * scores), labels, known)
     return sharpness, noise
 
 
 def _expectation_maximisation(
-    probabilities: np.ndarray, labels: np.ndarray
+    probabilities: np.ndarray, labels: np.ndarray, known: np.ndarray | None
 ) -> tuple[float, np.ndarray]:
     """Returns the log-likelihood and the noise matrix.
 
@@ -101,22 +124,23 @@ def _expectation_maximisation(
     """
     num_classes = probabilities.shape[1]
     rows = max(1, CHUNK_VALUES // num_classes)
+    parts = [slice(at, at + rows) for at in range(0, len(labels), rows)]
     chunks = [
-        (probabilities[start : start + rows], labels[start : start + rows])
-        for start in range(0, len(labels), rows)
+        (probabilities[part], labels[part], None if known is None else known[part])
+        for part in parts
     ]
     noise = _even_noise(FIRST_NOISE_RATE, num_classes)
     for _ in range(EXPECTATION_STEPS):
         counted = np.zeros((num_classes, num_classes))
-        for part, given in chunks:
-            posterior = true_label_posterior(part, noise, given)
+        for part, given, right in chunks:
+            posterior = true_label_posterior(part, noise, given, right)
             counted += posterior.T @ np.eye(num_classes, dtype=part.dtype)[given]
         rate = 1.0 - np.trace(counted) / len(labels)
         noise = counted + PRIOR_COUNT * _even_noise(float(rate), num_classes) + 1e-9
         noise /= noise.sum(axis=1, keepdims=True)
     likelihood = sum(
-        np.log(np.maximum((part * noise[:, given].T).sum(axis=1), 1e-30)).sum()
-        for part, given in chunks
+        np.log(np.maximum(_joint(part, noise, given, right).sum(axis=1), 1e-30)).sum()
+        for part, given, right in chunks
     )
     return float(likelihood), noise
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable
 
 import keras
 import numpy as np
 
-from keras_rsft.data import ImageSplit
+from keras_rsft.data import ImageData, ImageSplit
 from keras_rsft.errors import DataError
 from keras_rsft.export.from_run import Export, FinishedRun
 from keras_rsft.export.runtimes import load_exported
 from keras_rsft.progress import progress_bar
+from keras_rsft.result_folder import read_csv
 
 BATCH_SIZE = 32
 
@@ -35,6 +35,26 @@ class AccuracyCheck:
     largest_difference: float
 
 
+def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
+    """Returns the images that the run was validated on.
+
+    Args:
+        run: The run.
+        data: Its data, read again.
+
+    Raises:
+        DataError: If the run had none, or the data have others now.
+    """
+    known, found = set(_validation_labels(run)), data.validation.ids.tolist()
+    if not known or not known <= set(found):
+        raise DataError(
+            f"the run was validated on {len(known)} images, and the data now have "
+            f"{len(found)} with other ids."
+        )
+    # Corrections may have dropped some.
+    return data.validation.take(np.flatnonzero([one in known for one in found]))
+
+
 def check_accuracy(
     run: FinishedRun, export: Export, validation: ImageSplit, *, progress: bool = True
 ) -> AccuracyCheck:
@@ -43,19 +63,13 @@ def check_accuracy(
     Args:
         run: The run that was exported.
         export: What `export_run` returned.
-        validation: Images with the ids of the run's validation split.
+        validation: What `validation_split` returned.
         progress: Show a progress bar. Default True.
 
     Raises:
-        DataError: If there are no images, or they are not those of the run.
+        DataError: If none of the images can be read.
     """
     labels = _validation_labels(run)
-    found = {sample_id: at for at, sample_id in enumerate(validation.ids.tolist())}
-    if not labels or set(labels) != set(found):
-        raise DataError(
-            f"The run was validated on {len(labels)} images and the data now have "
-            f"{len(found)} with other ids: a comparison would say nothing."
-        )
     given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
     exported = load_exported(export.path)
     forward = _forward_of(run.model)
@@ -82,9 +96,11 @@ def _forward_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
 def _validation_labels(run: FinishedRun) -> dict[str, int]:
     numbers = {name: number for number, name in enumerate(run.class_names)}
-    with (run.folder / "samples.csv").open(encoding="utf-8", newline="") as file:
-        return {
-            row["id"]: numbers[row["given_label"]]
-            for row in csv.DictReader(file)
-            if row["split"] == "validation"
-        }
+    samples = run.folder / "samples.csv"
+    if not samples.is_file():
+        return {}
+    return {
+        row["id"]: numbers[row["given_label"]]
+        for row in read_csv(samples)
+        if row["split"] == "validation"
+    }

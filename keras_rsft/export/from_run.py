@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
+from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
-from keras_rsft.export.onnx_file import export_onnx
+from keras_rsft.export.onnx_file import export_onnx, require_tf2onnx
 from keras_rsft.export.places import (
-    check_model_folder,
-    check_name,
     free_file,
+    free_version,
+    model_folder,
     turn_in,
     write_new_file,
 )
 from keras_rsft.export.saved_model import export_saved_model
 from keras_rsft.export.settings import ExportSettings
-from keras_rsft.finetuning.run_folder import CONFIG_FILE, MODEL_FILE, read_class_names
+from keras_rsft.finetuning.run_folder import read_class_names
+from keras_rsft.run_files import CONFIG_FILE, MODEL_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +122,21 @@ def export_run(
         ImportError: If the format's extra is not installed.
     """
     settings = settings or ExportSettings()
-    folder = Path(run.folder if isinstance(run, FinishedRun) else run)
-    name = check_name(folder.absolute().name if name is None else name)
-    target = check_model_folder(Path(directory) / name)  # Before anything slow.
+    folder = run.folder if isinstance(run, FinishedRun) else run
+    target = model_folder(folder, name, directory)  # Before anything slow.
+    if settings.file_format == "saved-model":
+        free_version(target, settings.version)
+    if settings.file_format == "onnx":
+        require_tf2onnx()
     if not isinstance(run, FinishedRun):
         run = read_run(run)
     path = _write(run, target, settings)
     return Export(
         path=path,
-        name=name,
+        name=target.name,
         settings=settings,
         num_bytes=size_on_disk(path),
-        weight_bytes=sum(
-            keras.ops.size(v) * np.dtype(v.dtype).itemsize for v in run.model.variables
-        ),
+        weight_bytes=weights_bytes(run.model),
     )
 
 

@@ -6,13 +6,14 @@ YAML includes, so that no name can break out of them.
 
 from __future__ import annotations
 
-import csv
 import html
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from keras_rsft.result_folder import read_csv
 
 if TYPE_CHECKING:
     from keras_rsft.export.from_run import FinishedRun
@@ -171,8 +172,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(read_csv(path))
 
 
 def _text(text: str) -> str:

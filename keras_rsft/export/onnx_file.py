@@ -6,15 +6,22 @@ import contextlib
 import json
 import logging
 import os
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
+from keras_rsft.backbones.frozen_graph import freeze
+from keras_rsft.export.onnx_join import join_head, onnx_base
 from keras_rsft.export.places import check_file, write_new_file
 from keras_rsft.export.saved_model import check_class_names
 from keras_rsft.export.serving_graph import ForwardPass
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSET = 17
 CLASS_NAMES_KEY = "class_names"
@@ -43,6 +50,22 @@ def export_onnx(
     """
     path = check_file(path, "onnx")
     check_class_names(model, class_names)
+    require_tf2onnx()
+    with _quiet("tf2onnx"):
+        converted = (
+            join_head(model) if onnx_base(model) else _converted(ForwardPass(model))
+        )
+    _name_classes(converted, class_names)
+    write_new_file(path, converted.SerializeToString())
+    return path
+
+
+def require_tf2onnx() -> types.ModuleType:
+    """Returns the converter.
+
+    Raises:
+        ImportError: If the extra `onnx` is not installed.
+    """
     try:
         import tf2onnx
     except ImportError as error:
@@ -50,45 +73,22 @@ def export_onnx(
             'ONNX needs the package tf2onnx. Install it with: pip install "keras_rsft'
             '[onnx]".'
         ) from error
-    graph, output = _frozen_graph(ForwardPass(model))
-    with _quiet("tf2onnx"):
-        converted, _ = tf2onnx.convert.from_graph_def(
-            graph,
-            input_names=["images:0"],
-            output_names=[output],
-            opset=OPSET,
-            tensors_to_rename={"images:0": "images", output: "probabilities"},
-        )
-    _name_classes(converted, class_names)
-    write_new_file(path, converted.SerializeToString())
-    return path
+    return tf2onnx
 
 
-def _frozen_graph(forward: ForwardPass) -> tuple[tf.compat.v1.GraphDef, str]:
-    """Returns the forward pass without variables, and the name of its output."""
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
-    )
+def _converted(forward: ForwardPass) -> onnx.ModelProto:
+    import tf2onnx
 
     function = tf.function(forward, input_signature=[forward.images_spec()])
-    traced = function.get_concrete_function()
-    frozen = convert_variables_to_constants_v2(traced, lower_control_flow=False)
-    graph = frozen.graph.as_graph_def()
-    # A layer's constants of 128 numbers and more (the means of the standardisation)
-    # are further inputs of a traced function, which freezing leaves as they are.
-    constants = {
-        inner.op.name: tf.make_tensor_proto(outer.numpy())
-        for outer, inner in traced.graph.captures
-        if inner.dtype != tf.resource
-    }
-    for node in graph.node:
-        if node.name in constants:
-            value = constants[node.name]
-            node.ClearField("attr")
-            node.op = "Const"
-            node.attr["dtype"].type = value.dtype
-            node.attr["value"].tensor.CopyFrom(value)
-    return graph, frozen.outputs[0].name
+    graph, (output,) = freeze(function.get_concrete_function())
+    converted, _ = tf2onnx.convert.from_graph_def(
+        graph,
+        input_names=["images:0"],
+        output_names=[output],
+        opset=OPSET,
+        tensors_to_rename={"images:0": "images", output: "probabilities"},
+    )
+    return converted
 
 
 def _name_classes(converted, class_names: Sequence[str]) -> None:

@@ -33,9 +33,27 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
             "A model's name has letters, digits, `_`, `.` and `-` only, no path "
-            f"separator, and begins with a letter or digit. Received: {name!r}."
+            f"separator, and begins with a letter or digit. Received: {name!r}. "
+            "Give another `name`."
         )
     return name
+
+
+def model_folder(
+    run: str | os.PathLike, name: str | None, directory: str | os.PathLike
+) -> Path:
+    """Returns the folder for a run's exports; it need not exist.
+
+    Args:
+        run: The run folder, whose name is the model's where `name` is None.
+        name: The model's name, or None.
+        directory: Folder of exported models.
+
+    Raises:
+        InvalidArgument: If the name is not safe or the folder cannot be used.
+    """
+    name = Path(run).absolute().name if name is None else name
+    return check_model_folder(Path(directory) / check_name(name))
 
 
 def check_model_folder(directory: str | os.PathLike) -> Path:
@@ -125,13 +143,24 @@ def write_new_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         partial.write_bytes(content)
-        os.link(partial, path)  # Unlike a rename, fails where the target exists.
+        _rename_new(partial, path)
     except FileExistsError:
         raise InvalidArgument(
             f"{path} exists, and nothing is overwritten. Choose another name."
         ) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _rename_new(partial: Path, path: Path) -> None:
+    """Gives a file its name; raises FileExistsError where that is taken."""
+    try:
+        os.link(partial, path)  # Unlike a rename, fails where the target exists.
+    except FileExistsError:
+        raise
+    except OSError:  # No hard links on FAT and on some network file systems.
+        path.open("xb").close()  # Takes the name; what is replaced is our own.
+        partial.replace(path)
 
 
 def check_file(path: str | os.PathLike, suffix: str) -> Path:

@@ -109,7 +109,11 @@ def _load_onnx(path: Path) -> ExportedModel:
             "Running an ONNX model needs the package onnxruntime. Install it with: "
             'pip install "keras_rsft[onnx]".'
         ) from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    errors = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     metadata = session.get_modelmeta().custom_metadata_map
     if CLASS_NAMES_KEY not in metadata:
         raise DataError(f"{path} has no class names in its metadata.")

@@ -77,7 +77,7 @@ def export_saved_model(
     if warmup is None:
         warmup = tf_serving.warmup_available()
     requests = tf_serving.warmup_requests(directory.name) if warmup else None
-    forward = ForwardPass(model, float16=weight_dtype == "float16")
+    forward = ForwardPass(model, float16=weight_dtype == "float16", pack=True)
     with turn_in(directory):
         target = directory / str(free_version(directory, version))
         # TF Serving looks for folders that are numbers: the hidden one it never sees.

@@ -6,6 +6,8 @@ functions that training used, so that served images are seen as in training.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,9 +15,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones.foreign import require_tensorflow
 from keras_rsft.data.decode_many import decode_images
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
+# A variable costs about 3 kB of graph, to read, to save and to restore it. A network
+# has many small ones (BatchNorm has four a layer), which would make a small model a
+# tenth larger, so they share one. As constants they would be folded into their
+# neighbours, which changes the answers in the fifth digit.
+MAX_PACKED_BYTES = 16_384
 
 Outputs = dict[str, tf.Tensor]
 
@@ -27,27 +35,34 @@ class ForwardPass(tf.Module):
         model: Images `(batch, height, width, 3)`, float32 in [0, 255], to
             probabilities `(batch, classes)`.
         float16: Store kernels as float16; they are widened again when the graph runs.
+            Default False.
+        pack: Store small weights in one variable, for a smaller graph. Default False.
 
     Attributes:
         image_size: Height and width.
+
+    Raises:
+        InvalidArgument: If the model has an ONNX base.
     """
 
-    def __init__(self, model: keras.Model, *, float16: bool = False):
+    def __init__(
+        self, model: keras.Model, *, float16: bool = False, pack: bool = False
+    ):
         super().__init__()
+        require_tensorflow(model)
         self.image_size = tuple(model.input_shape[1:3])
-        narrow = [
-            (variable, tf.Variable(tf.cast(variable.value, tf.float16)))
-            for variable in model.variables
-            if float16 and _fits_float16(variable.value)
-        ]
-        replaced = {id(variable) for variable, _ in narrow}
-        kept = [v.value for v in model.variables if id(v) not in replaced]
-        self._weights = kept + [stored for _, stored in narrow]
+        stored = [(v, _as_stored(v.value, float16)) for v in model.variables]
+        small = [one for one in stored if pack and _is_small(one[1])]
+        packed = {id(v) for v, _ in small}
+        alone = [one for one in stored if id(one[0]) not in packed]
+        packs = _packs(small)
+        self._weights = [kept for _, kept in alone] + [one.values for one in packs]
 
         # A closure: what is an attribute of a module is saved with it, and tracking
         # the Keras model would store every weight twice.
         def predict(images: tf.Tensor) -> tf.Tensor:
-            widened = [(v, tf.cast(stored, v.dtype)) for v, stored in narrow]
+            state = alone + [pair for one in packs for pair in one.unpacked()]
+            widened = [(v, tf.cast(kept, v.dtype)) for v, kept in state]
             with keras.StatelessScope(state_mapping=widened):
                 return tf.cast(model(images, training=False), tf.float32)
 
@@ -60,6 +75,47 @@ class ForwardPass(tf.Module):
     def images_spec(self, batch: int | None = None) -> tf.TensorSpec:
         """Returns what the pass takes: float32 `(batch, height, width, 3)`."""
         return tf.TensorSpec((batch, *self.image_size, 3), tf.float32, name="images")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pack:
+    """Small weights of one type, end to end in one variable."""
+
+    variables: tuple[keras.Variable, ...]
+    values: tf.Variable
+
+    def unpacked(self) -> list[tuple[keras.Variable, tf.Tensor]]:
+        """Returns each weight with its part of the values."""
+        shapes = [tuple(variable.shape) for variable in self.variables]
+        parts = tf.split(self.values, [math.prod(shape) for shape in shapes])
+        shaped = (
+            part if len(shape) == 1 else tf.reshape(part, shape)
+            for part, shape in zip(parts, shapes, strict=True)
+        )
+        return list(zip(self.variables, shaped, strict=True))
+
+
+def _packs(small: Sequence[tuple[keras.Variable, tf.Variable]]) -> list[_Pack]:
+    by_type: dict[tf.DType, list[tuple[keras.Variable, tf.Variable]]] = {}
+    for pair in small:
+        by_type.setdefault(pair[1].dtype, []).append(pair)
+    return [
+        _Pack(
+            tuple(variable for variable, _ in pairs),
+            tf.Variable(tf.concat([tf.reshape(kept, [-1]) for _, kept in pairs], 0)),
+        )
+        for pairs in by_type.values()
+    ]
+
+
+def _is_small(stored: tf.Variable) -> bool:
+    return stored.shape.num_elements() * stored.dtype.size <= MAX_PACKED_BYTES
+
+
+def _as_stored(weight: tf.Variable, float16: bool) -> tf.Variable:
+    if float16 and _fits_float16(weight):
+        return tf.Variable(tf.cast(weight, tf.float16))
+    return weight
 
 
 def _fits_float16(weight: tf.Variable) -> bool:

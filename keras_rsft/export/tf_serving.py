@@ -114,4 +114,6 @@ def _generated_jpeg() -> bytes:
     right = tf.linspace(0.0, 3.0, width)[None, :, None]
     colour = tf.constant([1.0, 1.7, 2.3])
     waves = 127.5 + 60.0 * (tf.sin(down * colour) + tf.cos(right * colour * colour))
-    return tf.io.encode_jpeg(tf.cast(waves, tf.uint8), quality=60).numpy()
+    pixels = tf.cast(waves, tf.uint8)
+    # A few kilobytes: they are stored once for each image of each request.
+    return tf.io.encode_jpeg(pixels, quality=20, optimize_size=True).numpy()

@@ -1,7 +1,8 @@
 """Checks a finished export: loaded in a fresh process, compared with its run.
 
-The images are generated, of several sizes and kinds, with a broken one among them, so
-that a check needs no data. Run as a program, this module is that fresh process.
+The run's model sees the images decoded one by one, as in training; the fresh process
+gets the files themselves. A broken one is among them. Run as a program, this module is
+that fresh process.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data.decode_many import decode_images
+from keras_rsft.data import ImageSplit, decode_image
 from keras_rsft.errors import DataError
 from keras_rsft.export.from_run import Export, FinishedRun
 from keras_rsft.export.runtimes import load_exported
+from keras_rsft.progress import progress_bar
 
+MOST_IMAGES, BATCH_SIZE = 128, 32
 SIZES = ((20, 30), (64, 64), (97, 61), (300, 400), (480, 640), (1200, 900))
 ALLOWED = {"saved-model": 1e-5, "litert": 1e-3, "onnx": 1e-3}
 TIMEOUT_SECONDS = 600
@@ -36,6 +40,7 @@ class Verification:
 
     Attributes:
         images: Number of images that can be decoded.
+        generated: Whether they were made for this, rather than the run's own.
         same_labels: How many of them got the label that the run's model gives.
         largest_difference: Largest difference of any probability.
         allowed_difference: What the format may differ by; None where weights were
@@ -46,6 +51,7 @@ class Verification:
     """
 
     images: int
+    generated: bool
     same_labels: int
     largest_difference: float
     allowed_difference: float | None
@@ -63,38 +69,69 @@ class Verification:
         return close and self.same_labels == self.images
 
 
-def verify_export(run: FinishedRun, export: Export) -> Verification:
+def verify_export(
+    run: FinishedRun,
+    export: Export,
+    images: Sequence[bytes] | None = None,
+    *,
+    progress: bool = True,
+) -> Verification:
     """Loads an export in a fresh process and compares its answers with the run's.
 
+    Args:
+        run: The run that was exported.
+        export: What `export_run` returned.
+        images: Encoded images, at least one. Default: generated ones.
+        progress: Show a progress bar. Default True.
+
     Raises:
-        DataError: If the fresh process fails; the message has its last line.
+        DataError: If none of the images can be decoded, or the fresh process fails;
+            the message has its last line.
     """
-    encoded = generated_images()
-    files = tf.constant([*encoded, encoded[0][: len(encoded[0]) // 2]])
-    images, valid = decode_images(files, tuple(run.model.input_shape[1:3]))
-    expected = np.asarray(run.model.predict_on_batch(images.numpy()))
-    with tempfile.TemporaryDirectory() as folder:
+    encoded = list(generated_images() if images is None else images)
+    encoded.append(encoded[0][: len(encoded[0]) // 2])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress_bar(
+            "The run", total=2 * len(encoded), unit="images", visible=progress
+        ) as advance,
+    ):
         place = Path(folder)
-        for number, file in enumerate(files.numpy()):
-            (place / f"{number:02}.image").write_bytes(file)
-        np.save(place / _IMAGES, images.numpy())
+        expected, valid = _expect(run, encoded, place, advance)
+        advance(0, "A fresh process")
         _run_fresh_process(export.path, place)
+        advance(len(encoded))
         received = np.load(place / _PROBABILITIES)
         seconds = float(np.load(place / _SECONDS))
         refused = None
         if (place / _VALID).exists():
-            refused = np.array_equal(np.load(place / _VALID), valid.numpy())
-    good = valid.numpy()
+            refused = np.array_equal(np.load(place / _VALID), valid)
     exact = export.settings.weight_dtype == "float32"
-    same = expected[good].argmax(axis=-1) == received[good].argmax(axis=-1)
+    same = expected[valid].argmax(axis=-1) == received[valid].argmax(axis=-1)
     return Verification(
-        images=int(good.sum()),
+        images=int(valid.sum()),
+        generated=images is None,
         same_labels=int(same.sum()),
-        largest_difference=float(np.abs(expected - received)[good].max()),
+        largest_difference=float(np.abs(expected - received)[valid].max()),
         allowed_difference=ALLOWED[export.settings.file_format] if exact else None,
         broken_refused=refused,
         load_seconds=seconds,
     )
+
+
+def sample_of(split: ImageSplit) -> list[bytes]:
+    """Returns image files of a split, `MOST_IMAGES` at most, evenly spread.
+
+    Files that cannot be opened any more are left out.
+    """
+    count = min(len(split), MOST_IMAGES)
+    encoded = []
+    for at in np.linspace(0, len(split) - 1, count).round().astype(int):
+        try:
+            encoded.append(split.encoded(int(at)))
+        except OSError:
+            continue
+    return encoded
 
 
 def generated_images() -> list[bytes]:
@@ -107,6 +144,52 @@ def generated_images() -> list[bytes]:
         pixels = tf.cast(tf.clip_by_value(smooth, 0, 255), tf.uint8)
         files += [tf.io.encode_jpeg(pixels).numpy(), tf.io.encode_png(pixels).numpy()]
     return files
+
+
+def _expect(
+    run: FinishedRun, encoded: list[bytes], place: Path, advance: Callable[..., None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes files and pixels for the fresh process; returns what the run says.
+
+    Returns:
+        Probabilities, and which files can be decoded.
+    """
+    size = tuple(run.model.input_shape[1:3])
+    images, valid = _decoded(encoded, size)
+    if not valid.any():
+        raise DataError("None of the images to compare on can be decoded.")
+    for number, file in enumerate(encoded):
+        (place / f"{number:03}.image").write_bytes(file)
+    np.save(place / _IMAGES, images)
+    answers = []
+    for batch in _batches(images):
+        answers.append(np.asarray(run.model.predict_on_batch(batch), np.float32))
+        advance(len(batch))
+    return np.concatenate(answers), valid
+
+
+def _decoded(
+    encoded: list[bytes], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes as training does; an image that cannot be is black and not valid."""
+    decode = tf.function(
+        lambda one: decode_image(one, size),
+        input_signature=[tf.TensorSpec([], tf.string)],
+    )
+    images = np.zeros((len(encoded), *size, 3), np.float32)
+    valid = np.zeros(len(encoded), bool)
+    for number, one in enumerate(encoded):
+        try:
+            images[number] = decode(tf.constant(one))
+            valid[number] = True
+        except tf.errors.OpError:
+            continue
+    return images, valid
+
+
+def _batches(items: Sequence) -> Iterator[Sequence]:
+    for start in range(0, len(items), BATCH_SIZE):
+        yield items[start : start + BATCH_SIZE]
 
 
 def _run_fresh_process(export: Path, place: Path) -> None:
@@ -133,15 +216,16 @@ def _answer(export: Path, place: Path) -> None:
     if not export.is_dir():
         exported = load_exported(export)
         np.save(place / _SECONDS, time.perf_counter() - started)
-        images = np.load(place / _IMAGES)
-        np.save(place / _PROBABILITIES, exported.probabilities(images))
+        answers = map(exported.probabilities, _batches(np.load(place / _IMAGES)))
+        np.save(place / _PROBABILITIES, np.concatenate(list(answers)))
         return
     loaded = tf.saved_model.load(str(export))
     np.save(place / _SECONDS, time.perf_counter() - started)
+    serve = loaded.signatures["serving_default"]
     files = [file.read_bytes() for file in sorted(place.glob("*.image"))]
-    served = loaded.signatures["serving_default"](image_bytes=tf.constant(files))
-    np.save(place / _PROBABILITIES, served["probabilities"].numpy())
-    np.save(place / _VALID, served["valid"].numpy())
+    served = [serve(image_bytes=tf.constant(batch)) for batch in _batches(files)]
+    for name, file in (("probabilities", _PROBABILITIES), ("valid", _VALID)):
+        np.save(place / file, np.concatenate([batch[name] for batch in served]))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,23 @@
 
 `frozen_base.py` is the base, traced once, `extraction.py` runs it and keeps what
 comes out, `feature_set.py` is what is kept, `batches.py` feeds it to training.
+`thumbnails.py` keeps small pictures beside it, `near_duplicate_pairs.py` compares.
 """
 
 from keras_rsft.features.batches import TrainingBatches, batches_of
 from keras_rsft.features.extraction import extract_features
 from keras_rsft.features.feature_set import FeatureSet
 from keras_rsft.features.frozen_base import FrozenBase
+from keras_rsft.features.near_duplicate_pairs import NearDuplicate, near_duplicates
+from keras_rsft.features.thumbnails import write_thumbnails
 
 __all__ = [
     "FeatureSet",
     "FrozenBase",
+    "NearDuplicate",
     "TrainingBatches",
     "batches_of",
     "extract_features",
+    "near_duplicates",
+    "write_thumbnails",
 ]

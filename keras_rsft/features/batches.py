@@ -147,7 +147,7 @@ def _gathered(
     labels = tf.constant(features.labels)
     block_rows = batch_size * max(1, BLOCK_BYTES // (4 * features.dim * batch_size))
     rows = tf.data.Dataset.range(1).map(lambda _: order())
-    if _num_bytes(features) <= MAX_BYTES_IN_MEMORY:
+    if features.num_bytes <= MAX_BYTES_IN_MEMORY:
         read = _make_table_reader(features)
         blocks = rows.rebatch(block_rows).map(lambda s, row: (s, read(row)))
     else:
@@ -202,18 +202,17 @@ def _shuffled(count: int, seed: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _num_bytes(features: FeatureSet) -> int:
-    return len(features) * features.views * features.row_bytes
-
-
 def _in_one_window(features: FeatureSet) -> bool:
-    return _num_bytes(features) <= WINDOW_BYTES
+    return features.num_bytes <= WINDOW_BYTES
 
 
 def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from int64 rows `(k,)` to features `(k, dim)` in memory."""
-    values = np.fromfile(features.path, features.precision).reshape(-1, features.dim)
-    table = tf.constant(values)
+    if features.rows is None:
+        values = np.fromfile(features.path, features.precision)
+    else:
+        values = features.all_views
+    table = tf.constant(values.reshape(-1, features.dim))
     return lambda rows: tf.gather(table, rows)
 
 
@@ -229,6 +228,8 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
 
     def read(rows: np.ndarray) -> np.ndarray:
         descriptor = file.fileno()  # Of the file, which is open as long as we are.
+        samples, view = np.divmod(rows, features.views)
+        rows = features.file_rows(samples) * features.views + view
         values = np.empty((len(rows), features.dim), precision)
         places = values.view(np.uint8)
         by_row = np.argsort(rows)

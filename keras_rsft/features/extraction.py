@@ -6,6 +6,7 @@ a killed run go on where it was, and the pass itself.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -53,7 +54,8 @@ def extract_features(
     The pass appends chunk after chunk to a file beside its final place and is
     renamed when it is complete. Interrupted at any moment, the next call goes
     on after the last whole chunk. Two processes that want the same features
-    take turns.
+    take turns. A split that images were dropped from is served by the features of
+    the whole one.
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
@@ -78,6 +80,18 @@ def extract_features(
         DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features.
     """
+    if split.before_review is not None:
+        before_review = extract_features(
+            backbone,
+            split.before_review,
+            cache_dir=cache_dir,
+            batch_size=batch_size,
+            views=views,
+            seed=seed,
+            feature_precision=feature_precision,
+            progress=progress,
+        )
+        return _left_over(before_review, split)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     root.mkdir(parents=True, exist_ok=True)
     base = backbone
@@ -95,6 +109,23 @@ def extract_features(
                 progress,
             )  # fmt: skip
     return _open(folder, split)
+
+
+def is_kept(
+    base: FrozenBase,
+    split: ImageSplit,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
+) -> bool:
+    """Says whether `extract_features` would find the features and run no pass."""
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    key = feature_key(
+        base, split, views=views, seed=seed, feature_precision=feature_precision
+    )
+    return read_meta(root / key) is not None
 
 
 def default_cache_dir() -> Path:
@@ -259,4 +290,21 @@ def _open(folder: Path, split: ImageSplit) -> FeatureSet:
         clean_labels=None if split.clean_labels is None else split.clean_labels[index],
         unreadable=unreadable,
         precision=meta["precision"],
+        reviewed=None if split.reviewed is None else split.reviewed[index],
+    )
+
+
+def _left_over(before_review: FeatureSet, split: ImageSplit) -> FeatureSet:
+    """Returns what remains of a split's features, with the labels that it has now."""
+    at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
+    ids = before_review.ids.tolist()
+    remains = np.array([sample_id in at for sample_id in ids], bool)
+    index = np.array([at[sample_id] for sample_id in ids if sample_id in at], np.int64)
+    return dataclasses.replace(
+        before_review.take(np.flatnonzero(remains)),
+        labels=split.labels[index],
+        clean_labels=None if split.clean_labels is None else split.clean_labels[index],
+        reviewed=None if split.reviewed is None else split.reviewed[index],
+        before_review=before_review,
+        unreadable=tuple(pair for pair in before_review.unreadable if pair[0] in at),
     )

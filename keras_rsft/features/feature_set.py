@@ -27,7 +27,7 @@ class FeatureSet:
     """Features, labels and ids of the readable images of one split.
 
     Attributes:
-        path: Raw file of values, shape `(n, views, dim)`.
+        path: Raw file of values, shape `(rows, views, dim)`.
         labels: int32 array of shape `(n,)`, the given labels.
         ids: String array of shape `(n,)`.
         dim: Number of features of an image.
@@ -36,6 +36,12 @@ class FeatureSet:
         unreadable: `(id, reason)` of each image that could not be read.
         precision: Of the values in the file, `"float32"` or `"float16"`. What comes out
             of `chunks` and of training batches is float32 in either case.
+        reviewed: Boolean array of shape `(n,)`: whose given label a person has found
+            or made right. None: nobody looked.
+        before_review: These samples and those dropped since, with the labels that they
+            had before a person looked. None: nobody looked.
+        rows: int64 array of shape `(n,)`, increasing: the row of each sample in the
+            file. None: the file holds these samples and no others.
     """
 
     path: Path
@@ -46,6 +52,9 @@ class FeatureSet:
     clean_labels: np.ndarray | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
     precision: str = "float32"
+    reviewed: np.ndarray | None = None
+    before_review: FeatureSet | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,22 +64,73 @@ class FeatureSet:
         """Bytes of one view of one image in the file."""
         return np.dtype(self.precision).itemsize * self.dim
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all views of these samples in the file."""
+        return len(self) * self.views * self.row_bytes
+
     @functools.cached_property
     def all_views(self) -> np.ndarray:
-        """Memory-mapped, read-only array of shape `(n, views, dim)`, as in the file."""
-        shape = (len(self), self.views, self.dim)
-        return np.memmap(self.path, dtype=self.precision, mode="r", shape=shape)
+        """Read-only array of shape `(n, views, dim)`, in the file's precision.
+
+        Memory-mapped where the file holds no other samples, else a copy.
+        """
+        if self.rows is not None:
+            return self.views_of(np.arange(len(self)))
+        return self._file_views
 
     @property
     def features(self) -> np.ndarray:
-        """Memory-mapped array of shape `(n, dim)`, as in the file: the plain images."""
+        """Array of shape `(n, dim)`: `all_views` of the plain images."""
         return self.all_views[:, 0]
+
+    def views_of(self, samples: np.ndarray) -> np.ndarray:
+        """Returns a copy of all views of some samples, `(k, views, dim)`.
+
+        In the file's precision.
+
+        Args:
+            samples: Integers of shape `(k,)`, positions in [0, n).
+        """
+        return np.array(self._file_views[self.file_rows(samples)])
+
+    def file_rows(self, samples: np.ndarray) -> np.ndarray:
+        """Returns where samples are in the file, integers of shape `(k,)`."""
+        return samples if self.rows is None else self.rows[samples]
+
+    def take(self, samples: np.ndarray) -> FeatureSet:
+        """Returns some of the samples; their features stay in the same file.
+
+        Args:
+            samples: Integers of shape `(k,)`, increasing positions in [0, n).
+        """
+        clean, reviewed = (
+            None if values is None else values[samples]
+            for values in (self.clean_labels, self.reviewed)
+        )
+        return dataclasses.replace(
+            self,
+            labels=self.labels[samples],
+            ids=self.ids[samples],
+            clean_labels=clean,
+            reviewed=reviewed,
+            rows=self.file_rows(samples),
+        )
 
     def with_labels(
         self, labels: np.ndarray, clean_labels: np.ndarray | None = None
     ) -> FeatureSet:
-        """Returns the same features under other labels, both of shape `(n,)`."""
-        return dataclasses.replace(self, labels=labels, clean_labels=clean_labels)
+        """Returns the same features under other labels, both of shape `(n,)`.
+
+        Nobody has reviewed those.
+        """
+        return dataclasses.replace(
+            self,
+            labels=labels,
+            clean_labels=clean_labels,
+            reviewed=None,
+            before_review=None,
+        )
 
     def chunks(self, rows: int = 4096) -> Iterator[np.ndarray]:
         """Yields the plain images' features in order, read from the file.
@@ -83,10 +143,16 @@ class FeatureSet:
         """
         row_values = self.views * self.dim
         for start in range(0, len(self), rows):
-            count = min(rows, len(self) - start) * row_values
-            offset = start * self.views * self.row_bytes
-            values = np.fromfile(self.path, self.precision, count=count, offset=offset)
-            plain = values.reshape(-1, self.views, self.dim)[:, 0]
+            places = self.file_rows(np.arange(start, min(start + rows, len(self))))
+            first, last = int(places[0]), int(places[-1])
+            values = np.fromfile(
+                self.path,
+                self.precision,
+                count=(last - first + 1) * row_values,
+                offset=first * self.views * self.row_bytes,
+            )
+            values = values.reshape(-1, self.views, self.dim)[:, 0]
+            plain = values if self.rows is None else values[places - first]
             yield plain.astype(np.float32, copy=False)
 
     def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +177,12 @@ class FeatureSet:
         variance = np.maximum(total_of_squares / len(self) - np.square(mean), 0.0)
         floor = max(1e-6 * variance.mean(), 1e-12)
         return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
+
+    @functools.cached_property
+    def _file_views(self) -> np.ndarray:
+        count = len(self) if self.rows is None else int(self.rows[-1]) + 1
+        shape = (count, self.views, self.dim)
+        return np.memmap(self.path, dtype=self.precision, mode="r", shape=shape)
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:

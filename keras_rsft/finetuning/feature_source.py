@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones import load_backbone
+from keras_rsft.backbones.base_name import is_fixed_network
 from keras_rsft.data import ImageData, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features.precision import choose_precision
@@ -26,8 +27,8 @@ class FeatureSource:
         data: The images.
         base: The frozen base, in the precision of the pass.
         features: The kept features of the splits.
-        origin: Data, backbone, weights, image size, precision and views, for the
-            record.
+        origin: Data, corrections if there are any, backbone, weights, image size,
+            precision and views, for the record.
     """
 
     data: ImageData
@@ -80,7 +81,7 @@ def open_features(
     """
     if views < 1:
         raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
-    precision = choose_precision(precision)
+    precision = precision_for(backbone, precision)
     if not isinstance(data, ImageData):
         data = load_images(data)
     base = load_backbone(
@@ -104,4 +105,13 @@ def open_features(
         "views": views,
         "feature_precision": feature_precision,
     }
+    if data.corrections is not None:
+        origin["corrections"] = data.corrections.record()
     return FeatureSource(data, base, features, origin)
+
+
+def precision_for(backbone: str | os.PathLike, precision: str) -> str:
+    """Returns what a base computes in: `choose_precision`, where there is a choice."""
+    if precision == "auto" and is_fixed_network(os.fspath(backbone)):
+        return "float32"
+    return choose_precision(precision)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -26,14 +26,20 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
 )
+from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.ledger import Ledger, RejectionLedger
+from keras_rsft.ledger import Ledger, LossHistogram, RejectionLedger
 from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AutoPolicy, build_policy
+from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
 from keras_rsft.progress import progress_bar
 
 MAX_STEPS_PER_EXECUTION = 64
+
+Callbacks = (
+    Sequence[keras.callbacks.Callback]
+    | Callable[[RejectionLedger], Sequence[keras.callbacks.Callback]]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,7 @@ class TrainedHead:
         acceptance_by_class: Float32 array `(epochs, classes)`: accepted share of each
             class, NaN for a class without training samples.
         examination: What `auto` found out about the labels; None for other policies.
+        loss_histograms: The losses of each epoch.
     """
 
     model: RSFTModel
@@ -75,6 +82,7 @@ class TrainedHead:
     ledger: Ledger
     acceptance_by_class: np.ndarray
     examination: Examination | None = None
+    loss_histograms: tuple[LossHistogram, ...] = ()
 
 
 def extract_all(
@@ -120,7 +128,7 @@ def train_head(
     features: SplitFeatures,
     settings: TrainingSettings,
     *,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: Callbacks = (),
     progress: bool = True,
     checkpoint: TrainingCheckpoint | None = None,
 ) -> TrainedHead:
@@ -129,7 +137,8 @@ def train_head(
     Args:
         features: Features of the three splits.
         settings: How to train.
-        callbacks: Further Keras callbacks.
+        callbacks: Further Keras callbacks, or a function that makes them of the
+            `RejectionLedger` of this training.
         progress: Show a progress bar.
         checkpoint: Where the training's state is kept, and gone on from. With the
             same features and settings the result is the same to the last bit.
@@ -149,8 +158,9 @@ def train_head(
         train, batch_size=settings.batch_size, seed=settings.seed, sample_index=True
     )
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
+    further = callbacks(recorder) if callable(callbacks) else callbacks
     history = _fit(
-        model, batches, features, settings, recorder, callbacks, progress, checkpoint
+        model, batches, features, settings, recorder, further, progress, checkpoint
     )
     if history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
@@ -167,6 +177,8 @@ def train_head(
         if examination.noise_rate > 0:  # Else there was too little to judge by.
             results["estimated_wrong_labels"] = examination.noise_rate
     recorder.ledger.note_probabilities(probabilities)
+    if train.reviewed is not None:
+        recorder.ledger.note_reviewed(train.reviewed)
     if train.clean_labels is not None:
         results |= _rejected_shares(train, accepted)
     return TrainedHead(
@@ -177,6 +189,7 @@ def train_head(
         recorder.ledger,
         np.stack(recorder.acceptance_by_class),
         examination,
+        tuple(recorder.loss_histograms),
     )
 
 
@@ -194,7 +207,8 @@ def _fit(
     first, last = 0, settings.epochs
     own = [batches.callback, recorder]
     if checkpoint is not None:
-        checkpoint.open(_origin(features, settings), recorder, callbacks)
+        origin = _origin(features, settings, callbacks)
+        checkpoint.open(origin, recorder, callbacks)
         first = checkpoint.epochs_done
         last = first if checkpoint.stopped else last
     with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
@@ -213,12 +227,17 @@ def _fit(
     return history if checkpoint is None else checkpoint.history
 
 
-def _origin(features: SplitFeatures, settings: TrainingSettings) -> dict[str, Any]:
+def _origin(
+    features: SplitFeatures,
+    settings: TrainingSettings,
+    callbacks: Sequence[keras.callbacks.Callback],
+) -> dict[str, Any]:
     """Returns what a checkpoint must be of to be gone on with."""
     parts = (features.train, features.validation)
     return {
         "features": [part.path.parent.name for part in parts],
         "settings": dataclasses.asdict(settings),
+        "callbacks": [options_of(callback) for callback in callbacks],
     }
 
 
@@ -229,6 +248,9 @@ def untrained_head(
 ) -> RSFTModel:
     """Builds and compiles a new head over kept features, under its policy.
 
+    Samples that a person has reviewed are accepted whatever the policy says, unless
+    it judges whole batches.
+
     Args:
         features: Features of the three splits.
         settings: How it will be trained.
@@ -236,16 +258,9 @@ def untrained_head(
     """
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    if settings.policy.name == "auto":
-        policy = AutoPolicy(
-            examination,
-            loss_limit=examination.loss_limit,
-            warmup_steps=round(settings.policy.warmup_epochs * steps),
-        )
-    else:
-        policy = build_policy(
-            settings.policy, num_classes=num_classes, steps_per_epoch=steps
-        )
+    policy = _policy(settings, num_classes, steps, examination)
+    if train.reviewed is not None and policy.level == "sample":
+        policy = AcceptReviewed(policy, train.reviewed)
     head = build_head(
         train.dim, num_classes, moments=train.moments(), seed=settings.seed
     )
@@ -257,6 +272,21 @@ def untrained_head(
         steps_per_execution=choose_steps_per_execution(steps),
     )
     return model
+
+
+def _policy(
+    settings: TrainingSettings,
+    num_classes: int,
+    steps: int,
+    examination: Examination | None,
+) -> Policy:
+    if settings.policy.name == "auto":
+        return AutoPolicy(
+            examination,
+            loss_limit=examination.loss_limit,
+            warmup_steps=round(settings.policy.warmup_epochs * steps),
+        )
+    return build_policy(settings.policy, num_classes=num_classes, steps_per_epoch=steps)
 
 
 def choose_steps_per_execution(steps: int) -> int:

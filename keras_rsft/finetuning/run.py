@@ -13,18 +13,24 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones import build_classifier
-from keras_rsft.data import ImageData, load_images
+from keras_rsft.data import ImageData, apply_corrections, load_images
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.head_training import (
+    Callbacks,
     SplitFeatures,
     TrainedHead,
     train_head,
 )
+from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
 from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
+from keras_rsft.finetuning.stage_two import (
+    accuracy_on_images,
+    check_base_can_learn,
+    fine_tune_last_block,
+)
 from keras_rsft.finetuning.unfinished import (
     NumberedFolder,
     RunPlace,
@@ -54,6 +60,8 @@ class Run:
         features: The kept features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, examination.
         folder: Where the run was written, or None.
+        against_plain: Rejection against a plain head, image by image; None where
+            none was trained.
     """
 
     model: keras.Model
@@ -65,6 +73,7 @@ class Run:
     features: SplitFeatures
     trained: TrainedHead
     folder: Path | None = None
+    against_plain: AgainstPlain | None = None
 
     @property
     def finding(self) -> str | None:
@@ -72,10 +81,17 @@ class Run:
         examination = self.trained.examination
         return None if examination is None else examination.describe()
 
+    def _repr_html_(self) -> str:
+        """Returns a table and a figure for a notebook."""
+        from keras_rsft.notebook import run_html
+
+        return run_html(self)
+
 
 def finetune(
     data: ImageData | str | os.PathLike,
     *,
+    corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
     backbone: str = "resnet50",
     weights: str = "imagenet",
     image_size: int | None = None,
@@ -85,10 +101,11 @@ def finetune(
     settings: TrainingSettings | None = None,
     output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: Callbacks = (),
+    with_plain: bool = True,
     progress: bool = True,
     command: str | None = None,
-    announce: Callable[[str], None] | None = None,
+    on_begin: Callable[[Path, bool], None] | None = None,
 ) -> Run:
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
@@ -98,6 +115,7 @@ def finetune(
 
     Args:
         data: Loaded images, or what `load_images` takes.
+        corrections: Files for `apply_corrections`. Default: none.
         backbone: Name of a base or path of a `.keras` file. Default ResNet50.
         weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
         image_size: Side of the square images in pixels. Default: the base's.
@@ -111,23 +129,29 @@ def finetune(
             `...unfinished`; killed there, the same call goes on with it and ends with
             the same weights. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
-        callbacks: Further Keras callbacks for the training of the head.
+        callbacks: Further Keras callbacks for the training of the head, or a function
+            that makes them of the run's `RejectionLedger`.
+        with_plain: Train a plain head as well, to be compared in the report. Default
+            True; only where a folder is written and the policy can reject.
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
-        announce: Called with one line of text where an unfinished run goes on.
+        on_begin: Called before the work with the run folder to be, and with whether
+            an unfinished run goes on there. Not called without `output`.
 
     Returns:
         The trained model with its history and results.
 
     Raises:
         InvalidArgument: If an argument cannot be used.
-        DataError: If the data cannot be trained on.
+        DataError: If the data cannot be trained on, or not be corrected so.
         WeightsUnavailable: If the base's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for a stage two to learn from.
         OSError: If the disk is full; the same call goes on once there is room.
     """
     settings = settings or TrainingSettings()
+    if settings.stage2_epochs:
+        check_base_can_learn(str(backbone))
     options = {
         "backbone": backbone,
         "weights": weights,
@@ -136,22 +160,26 @@ def finetune(
         "views": views,
         "feature_precision": feature_precision,
     }
-    work = _Work(options, settings, cache_dir, callbacks, progress, command)
-    if output is None:
-        return _run(data, work)
-    if not isinstance(output, NumberedFolder):
+    with_plain = with_plain and output is not None
+    work = _Work(options, settings, cache_dir, callbacks, with_plain, progress, command)
+    if output is not None and not isinstance(output, NumberedFolder):
         check_new_folder(output)  # Before the work, not after it.
     if not isinstance(data, ImageData):
         data = load_images(data)
+    if corrections:
+        data = apply_corrections(data, corrections)
+    if output is None:
+        return _run(data, work)
     identity = run_identity(
         data,
         **options,
         settings=dataclasses.asdict(settings),
-        callbacks=[options_of(callback) for callback in callbacks],
+        callbacks=_identity_of(callbacks),
+        with_plain=with_plain,
     )
     with open_place(output, identity) as place:
-        if place.went_on and announce is not None:
-            announce(f"Going on with {place.folder.name}, which was not finished.")
+        if on_begin is not None:
+            on_begin(place.folder, place.went_on)
         return _run_at(place, data, work)
 
 
@@ -162,9 +190,21 @@ class _Work:
     options: dict[str, Any]
     settings: TrainingSettings
     cache_dir: str | os.PathLike | None
-    callbacks: Sequence[keras.callbacks.Callback]
+    callbacks: Callbacks
+    with_plain: bool
     progress: bool
     command: str | None
+
+
+def _identity_of(callbacks: Callbacks) -> Any:
+    """Returns what a run must share of them to be the same run.
+
+    Of a function its name: what it makes is compared when there is a ledger to make it
+    of, and a state of other callbacks is then not gone on with.
+    """
+    if callable(callbacks):
+        return f"{callbacks.__module__}.{callbacks.__qualname__}"
+    return [options_of(callback) for callback in callbacks]
 
 
 def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
@@ -172,7 +212,11 @@ def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
     checkpoint = TrainingCheckpoint(place.checkpoint)
     try:
         run = dataclasses.replace(_run(data, work, checkpoint), folder=place.folder)
-        place.write(lambda folder: fill_run_folder(folder, run, data))
+        place.write(
+            lambda folder: fill_run_folder(
+                folder, run, data, cache_dir=work.cache_dir, progress=work.progress
+            )
+        )
     except (KeyboardInterrupt, OSError) as error:
         with contextlib.suppress(OSError):  # The disk may be full.
             checkpoint.flush()
@@ -189,7 +233,7 @@ def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
 
 
 def _run(
-    data: ImageData | str | os.PathLike,
+    data: ImageData,
     work: _Work,
     checkpoint: TrainingCheckpoint | None = None,
 ) -> Run:
@@ -215,6 +259,11 @@ def _run(
     model = build_classifier(base, data.num_classes, head=head.model)
     if settings.stage2_epochs:
         model = _stage_two(model, base, data, features, trained, settings, progress)
+    against_plain = None
+    if work.with_plain:
+        against_plain = train_against_plain(
+            features, trained, settings, progress=progress
+        )
     results["seconds"] = time.perf_counter() - started
     return Run(
         model=model,
@@ -229,6 +278,7 @@ def _run(
         },
         features=features,
         trained=trained,
+        against_plain=against_plain,
     )
 
 

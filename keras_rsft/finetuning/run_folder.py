@@ -6,6 +6,7 @@ is always whole. Nothing that exists is ever overwritten.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -13,22 +14,32 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keras_rsft.data import ImageData
+from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
+from keras_rsft.data.corrections import correction_cells
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.ledger import COLUMNS
+from keras_rsft.features import near_duplicates, write_thumbnails
+from keras_rsft.ledger import COLUMNS, HISTOGRAM_COLUMNS
 from keras_rsft.result_folder import write_csv, write_json
+from keras_rsft.run_files import (
+    ACCEPTANCE_FILE,
+    CLASSES_FILE,
+    CONFIG_FILE,
+    CORRECTIONS_FILE,
+    HEAD_FILE,
+    HISTOGRAMS_FILE,
+    LEDGER_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    NEAR_DUPLICATES_FILE,
+    RESULTS_FILE,
+    SAMPLES_FILE,
+)
 
 if TYPE_CHECKING:
     from keras_rsft.finetuning.run import Run
-
-MODEL_FILE = "model.keras"
-HEAD_FILE = "head.keras"
-CONFIG_FILE = "config.json"
-RESULTS_FILE = "results.json"
-CLASSES_FILE = "classes.json"
-LEDGER_FILE = "ledger.csv"
 
 
 def check_new_folder(output: str | os.PathLike) -> Path:
@@ -62,44 +73,109 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     return tuple(json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))
 
 
-def fill_run_folder(folder: Path, run: Run, data: ImageData) -> None:
-    """Writes all files of a run into an empty folder."""
+def fill_run_folder(
+    folder: Path,
+    run: Run,
+    data: ImageData,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes all files of a run into an empty folder.
+
+    Args:
+        folder: The folder.
+        run: The run.
+        data: Its images.
+        cache_dir: Where thumbnails are kept. Default: the user's cache folder.
+        progress: Show progress bars. Default True.
+    """
+    _fill(folder, run, data)
+    _fill_for_the_eye(folder, run, data, cache_dir, progress)
+
+
+def _fill(folder: Path, run: Run, data: ImageData) -> None:
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
     described = {"finding": run.finding, "versions": _versions()}
     write_json(folder / CONFIG_FILE, run.config | described)
-    write_json(folder / RESULTS_FILE, run.results)
+    write_json(folder / RESULTS_FILE, _results(run))
     write_json(folder / CLASSES_FILE, list(run.class_names))
     names = list(run.history)
     rows = zip(*(run.history[name] for name in names), strict=True)
     write_csv(
-        folder / "metrics.csv",
+        folder / METRICS_FILE,
         ["epoch", *names],
         ([epoch, *row] for epoch, row in enumerate(rows, start=1)),
     )
     write_csv(
-        folder / "samples.csv",
-        ["id", "split", "given_label", "clean_label"],
+        folder / SAMPLES_FILE,
+        ["id", "split", "given_label", "clean_label", "decision", "label_before"],
         _sample_rows(data),
     )
+    if data.corrections is not None:
+        cells = correction_cells(data.corrections.rows)
+        write_csv(folder / CORRECTIONS_FILE, CORRECTION_COLUMNS, cells)
     trained = run.trained
     write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
     write_csv(
-        folder / "acceptance_by_class.csv",
+        folder / ACCEPTANCE_FILE,
         ["epoch", *run.class_names],
         ([epoch, *row] for epoch, row in enumerate(trained.acceptance_by_class, 1)),
+    )
+    write_csv(
+        folder / HISTOGRAMS_FILE,
+        HISTOGRAM_COLUMNS,
+        (
+            row
+            for epoch, histogram in enumerate(trained.loss_histograms, 1)
+            for row in histogram.rows(epoch)
+        ),
     )
     if run.features.unreadable:
         write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
 
 
+def _results(run: Run) -> dict[str, Any]:
+    if run.against_plain is None:
+        return run.results
+    return run.results | {"against_plain": dataclasses.asdict(run.against_plain)}
+
+
+def _fill_for_the_eye(
+    folder: Path,
+    run: Run,
+    data: ImageData,
+    cache_dir: str | os.PathLike | None,
+    progress: bool,
+) -> None:
+    """Writes what a person looks at: pairs of near duplicates, and thumbnails."""
+    train, suspicion = run.features.train, run.trained.ledger.suspicion
+    write_csv(
+        folder / NEAR_DUPLICATES_FILE,
+        ["id", "other_id", "similarity"],
+        (
+            [str(train.ids[pair.first]), str(train.ids[pair.second]),
+             f"{pair.similarity:.4f}"]
+            for pair in near_duplicates(train, suspicion, progress=progress)
+        ),
+    )  # fmt: skip
+    by_id = dict(zip(map(str, train.ids), suspicion.tolist(), strict=True))
+    write_thumbnails(data.train, by_id, folder, cache_dir=cache_dir, progress=progress)
+
+
 def _sample_rows(data: ImageData) -> Iterable[list[str]]:
+    """Yields the samples that remain, with what was decided and what it replaced."""
+    rows = () if data.corrections is None else data.corrections.rows
+    decided = {row.id: [row.decision, row.given_label] for row in rows}
     for split in (data.train, data.validation, data.test):
         clean = split.labels if split.clean_labels is None else split.clean_labels
         known = split.clean_labels is not None
         for sample_id, given, right in zip(split.ids, split.labels, clean, strict=True):
             right_name = data.class_names[right] if known else ""
-            yield [str(sample_id), split.name, data.class_names[given], right_name]
+            names = [data.class_names[given], right_name]
+            decision = decided.get(str(sample_id), ["", ""])
+            yield [str(sample_id), split.name, *names, *decision]
 
 
 def _versions() -> dict[str, str]:

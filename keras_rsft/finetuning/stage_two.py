@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backbones.assembly import built_in_float32
+from keras_rsft.backbones.base_name import is_fixed_network
 from keras_rsft.backbones.last_block import last_block, leaf_layers, learns
 from keras_rsft.data.splits import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
@@ -111,6 +112,19 @@ def fine_tune_last_block(
             )
     _set_trainable(own_base, [])
     return classifier
+
+
+def check_base_can_learn(backbone: str) -> None:
+    """Refuses a base in which there is no layer to fine-tune, by its name.
+
+    Raises:
+        InvalidArgument: If it is a SavedModel or an ONNX file.
+    """
+    if is_fixed_network(backbone):
+        raise InvalidArgument(
+            f"The last block of {backbone} cannot be fine-tuned: it has no Keras "
+            "layers. Leave out `--stage2`, or use a Keras base."
+        )
 
 
 def accuracy_on_images(

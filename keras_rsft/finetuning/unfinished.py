@@ -130,9 +130,11 @@ def run_identity(data: ImageData, **choices: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     for split in (data.train, data.validation, data.test):
         digest.update("\n".join(split.ids.tolist()).encode())
-        for labels in (split.labels, split.clean_labels):
-            if labels is not None:
-                digest.update(np.ascontiguousarray(labels).data)
+        # What was reviewed is accepted whatever the policy says.
+        for values in (split.labels, split.clean_labels, split.reviewed):
+            digest.update(b"-" if values is None else b"+")
+            if values is not None:
+                digest.update(np.ascontiguousarray(values).data)
     identity = {
         "data": [data.source, list(data.class_names), digest.hexdigest()],
         **choices,

@@ -21,12 +21,13 @@ from keras_rsft.policies.decisions import (
     threshold_from_percentile,
     with_class_floor,
 )
-from keras_rsft.policies.listed import AcceptListed, AutoPolicy
+from keras_rsft.policies.listed import AcceptListed, AcceptReviewed, AutoPolicy
 from keras_rsft.policies.policy import Policy
 
 __all__ = [
     "AcceptAll",
     "AcceptListed",
+    "AcceptReviewed",
     "AutoPolicy",
     "KeepFraction",
     "LossMixture",

@@ -78,16 +78,22 @@ class SelfPaced(Policy):
         sample_index: Any = None,
     ) -> Any:
         del labels, sample_index
+        accept_mask = accept_below(per_sample_loss, self._threshold_at(step))
+        return ops.logical_or(accept_mask, ops.less(step, self.warmup_steps))
+
+    def threshold_in_use(self) -> float | None:
+        return self.after_warmup(
+            self._threshold_at(self.steps_seen - 1), self.warmup_steps
+        )
+
+    def _threshold_at(self, step: Any) -> Any:
         grown = grown_threshold(
             ops.maximum(step - self.warmup_steps, 0),
             self.threshold,
             self.growth,
             self.growth_steps,
         )
-        accept_mask = accept_below(
-            per_sample_loss, ops.minimum(grown, self.max_threshold)
-        )
-        return ops.logical_or(accept_mask, ops.less(step, self.warmup_steps))
+        return ops.minimum(grown, self.max_threshold)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
@@ -258,6 +264,9 @@ class LossMixture(Policy):
     ) -> Any:
         del step, labels, sample_index
         return accept_below(per_sample_loss, self.threshold)
+
+    def threshold_in_use(self) -> float | None:
+        return self.after_warmup(self.threshold, 0)
 
     def note_losses(self, losses: np.ndarray, epochs: int) -> None:
         """Moves the threshold by the losses of the epochs so far.

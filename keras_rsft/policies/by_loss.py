@@ -95,6 +95,9 @@ class LossThreshold(Policy):
             return accept_mask
         return ops.logical_or(accept_mask, ops.less(step, self.warmup_steps))
 
+    def threshold_in_use(self) -> float | None:
+        return self.after_warmup(self.threshold, self.warmup_steps)
+
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "threshold": self._configured_threshold,

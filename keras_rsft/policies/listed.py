@@ -60,16 +60,79 @@ class AcceptListed(Policy):
         sample_index: Any = None,
     ) -> Any:
         del per_sample_loss, step, labels
-        if sample_index is None:
-            raise InvalidArgument(
-                f"{type(self).__name__} must be told which samples a batch holds. "
-                "Received: no sample_index. Let the data set yield "
-                "(x, y, sample_weight or None, sample_index)."
-            )
-        return ops.take(self.listed, sample_index, axis=0)
+        return _entries(self, self.listed, sample_index)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"accept": int(self.listed.shape[0])}
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class AcceptReviewed(Policy):
+    """Accepts what a person has reviewed, and of the rest what another policy does.
+
+    Somebody looked at these samples and found or made their label right: a high loss
+    says that they are hard, not that they are wrong. The data set must say which
+    samples a batch holds, as for `AcceptListed`.
+
+    Args:
+        policy: Judges the samples that nobody reviewed. It sees all of them, so that
+            its running statistics are those of the whole batch. At sample level.
+        reviewed: Boolean array of shape `(n,)`, one entry a training sample; or the
+            number `n`, before saved values are loaded.
+
+    Raises:
+        InvalidArgument: If `policy` judges whole batches, of which no single sample
+            can be accepted.
+    """
+
+    def __init__(self, policy: Policy, reviewed: Any, **kwargs: Any):
+        super().__init__(**kwargs)
+        if policy.level != "sample":
+            raise InvalidArgument(
+                "Reviewed samples can be accepted one by one only. Received: "
+                f"{type(policy).__name__} at level {policy.level!r}."
+            )
+        if isinstance(reviewed, Integral) and not isinstance(reviewed, bool):
+            reviewed = np.zeros(int(reviewed), bool)
+        reviewed = np.asarray(reviewed, bool)
+        self.policy = policy
+        self.needs_ledger = policy.needs_ledger
+        self.accepts_every_finite_sample = policy.accepts_every_finite_sample
+        self.reviewed = self.add_weight(
+            name="reviewed",
+            shape=reviewed.shape,
+            dtype="bool",
+            initializer=lambda shape, dtype: ops.convert_to_tensor(reviewed),
+        )
+
+    def decide(
+        self,
+        per_sample_loss: Any,
+        step: Any,
+        labels: Any = None,
+        sample_index: Any = None,
+    ) -> Any:
+        del step
+        accepted = self.policy(per_sample_loss, labels, sample_index)
+        return ops.logical_or(accepted, _entries(self, self.reviewed, sample_index))
+
+    def threshold_in_use(self) -> float | None:
+        return self.policy.threshold_in_use()
+
+    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
+        """Hands the losses of the epochs so far to a policy that learns from them."""
+        self.policy.note_losses(losses, epochs)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {
+            "policy": keras.saving.serialize_keras_object(self.policy),
+            "reviewed": int(self.reviewed.shape[0]),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AcceptReviewed:
+        policy = keras.saving.deserialize_keras_object(config["policy"])
+        return cls(**(config | {"policy": policy}))
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -138,6 +201,9 @@ class AutoPolicy(AcceptListed):
         losses = ops.where(listed, per_sample_loss, float("inf"))
         return with_class_floor(accept_mask, losses, labels, LEAST_OF_A_HARD_CLASS)
 
+    def threshold_in_use(self) -> float | None:
+        return self.after_warmup(self.loss_limit, self.warmup_steps)
+
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config["examination"] = config.pop("accept")
@@ -145,3 +211,14 @@ class AutoPolicy(AcceptListed):
             "loss_limit": self._configured_loss_limit,
             "warmup_steps": self.warmup_steps,
         }
+
+
+def _entries(policy: Policy, listed: Any, sample_index: Any) -> Any:
+    """Returns the entries of a list for the samples of a batch."""
+    if sample_index is None:
+        raise InvalidArgument(
+            f"{type(policy).__name__} must be told which samples a batch holds. "
+            "Received: no sample_index. Let the data set yield "
+            "(x, y, sample_weight or None, sample_index)."
+        )
+    return ops.take(listed, sample_index, axis=0)

@@ -98,6 +98,20 @@ class Policy(keras.layers.Layer):
             self.steps_seen.assign(step + 1)
         return accept_mask
 
+    def threshold_in_use(self) -> float | None:
+        """Returns the loss that the last batch's samples had to be below.
+
+        None where the policy has no such number for all samples, or did not use it
+        yet: during the warm-up everything is accepted.
+        """
+        return None
+
+    def after_warmup(self, number: Any, warmup_steps: int) -> float | None:
+        """Returns a finite number if the last batch came after the warm-up."""
+        value = float(ops.convert_to_numpy(number))
+        begun = int(ops.convert_to_numpy(self.steps_seen)) > warmup_steps
+        return value if begun and math.isfinite(value) else None
+
     def add_live_number(self, name: str, value: float) -> Any:
         """Returns a float32 scalar variable: saved, and changed without a retrace."""
         return self.add_weight(

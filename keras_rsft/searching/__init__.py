@@ -6,7 +6,10 @@
 `batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name,
 `durable.py` keeps their files whole. `trials.py` runs a tuner's trials and compares
 with plain training, `choice.py` chooses among them, `search_run.py` puts it together,
-`search_folder.py` writes it, `pictures.py` draws it. The folder is not called
+`search_folder.py` writes it, `pictures.py`, `parallel_coordinates.py` and `hparams.py`
+show it. With several processes, `roles.py` says which this one is, `chief.py` leads
+through `oracle_server.py` and `worker_processes.py`, `worker.py` trains through
+`oracle_client.py`. The folder is not called
 `search`: the function of that name is public, and a module would hide it.
 
 The names below are loaded when they are first used, so that the command line can

@@ -30,6 +30,7 @@ from keras_rsft.searching.head_trials import HeadTrials
 _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
 _SLOTS = {"sgd": 1, "adam": 2}
+OnEpoch = Callable[[int, float], None]
 _SUMS = 5  # What `step_heads` sums for each trial.
 
 
@@ -58,6 +59,9 @@ class BatchedHeads:
         self._batch_size = batch_size
         self._seed = seed
         self._listed = np.ones(len(train), bool)
+        self._reviewed = np.zeros(len(train), bool)
+        if train.reviewed is not None:
+            self._reviewed = train.reviewed
         mean, variance = train.moments()
         # As the layer Normalization has it.
         self._mean, self._scale = mean, np.maximum(np.sqrt(variance), 1e-7)
@@ -82,7 +86,7 @@ class BatchedHeads:
         objective: str = "val_accuracy",
         direction: str = "max",
         halvings: int = 0,
-        on_epoch: Callable[[int], None] = lambda heads: None,
+        on_epoch: OnEpoch | None = None,
     ) -> TrainedHeads:
         """Trains one head for each trial.
 
@@ -94,7 +98,8 @@ class BatchedHeads:
             halvings: How often, at even intervals, the worse half of the heads is
                 dropped (Jamieson and Talwalkar, 2016, "Non-stochastic best arm
                 identification"). Default 0: never.
-            on_epoch: Called after each epoch with the number of heads trained.
+            on_epoch: Called after each epoch with the number of heads trained, and the
+                best value of the objective so far.
         """
         count = len(trials)
         notes = HeadNotes(count, epochs, self._train.dim, self._num_classes)
@@ -112,7 +117,8 @@ class BatchedHeads:
             state, logs = self._epoch(batches, epoch, state, trials)
             logs |= self._validate(state)
             notes.add(epoch, alive, logs, sign * logs[objective], state)
-            on_epoch(len(alive))
+            if on_epoch is not None:
+                on_epoch(len(alive), sign * float(notes.best_values.max()))
             if epoch + 1 in cuts and len(alive) > 1:
                 kept = _better_half(notes.best_values[alive])
                 notes.finish(
@@ -157,8 +163,11 @@ class BatchedHeads:
         step = epoch * self.steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
-            listed = tf.constant(self._listed[index.numpy()])
-            block = _filled_up((features, labels, listed), self._block_rows)
+            listed, reviewed = (
+                tf.constant(mask[index.numpy()])
+                for mask in (self._listed, self._reviewed)
+            )
+            block = _filled_up((features, labels, listed, reviewed), self._block_rows)
             state, sums = run_block(
                 *block,
                 tf.constant(rows),
@@ -210,6 +219,7 @@ def run_block(
     features: tf.Tensor,
     labels: tf.Tensor,
     listed: tf.Tensor,
+    reviewed: tf.Tensor,
     rows: tf.Tensor,
     moments: tuple[tf.Tensor, tf.Tensor],
     state: HeadState,
@@ -228,6 +238,7 @@ def run_block(
             `batch_size`.
         labels: int32, shape `(n,)`.
         listed: bool, shape `(n,)`.
+        reviewed: bool, shape `(n,)`.
         rows: int32 scalar: how many of the rows there are; the others only fill up.
         moments: What to subtract from the features, and what to divide them by.
         state: Weights and slots of all heads.
@@ -247,6 +258,7 @@ def run_block(
             (values - moments[0]) / moments[1],
             tf.slice(labels, [start], [batch_size]),
             tf.slice(listed, [start], [batch_size]),
+            tf.slice(reviewed, [start], [batch_size]),
             start + tf.range(batch_size) < rows,
         )
         state, added = step_heads(

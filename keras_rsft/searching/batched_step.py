@@ -55,12 +55,14 @@ class Batch(NamedTuple):
         features: Float32, standardised, shape `(batch, dim)`.
         labels: int32, shape `(batch,)`.
         listed: bool, shape `(batch,)`, which samples the list of `auto` accepts.
+        reviewed: bool, shape `(batch,)`, whose label a person has found or made right.
         present: bool, shape `(batch,)`, False for rows that only fill up the batch.
     """
 
     features: tf.Tensor
     labels: tf.Tensor
     listed: tf.Tensor
+    reviewed: tf.Tensor
     present: tf.Tensor
 
 
@@ -181,6 +183,8 @@ def accepted_by_trials(
             continue
         column = {name: tf.gather(v, places)[:, None] for name, v in trials.items()}
         chosen = rules[acceptance](tf.gather(losses, places), batch, column, step)
+        if acceptance != BATCH_BELOW:  # As `AcceptReviewed` has it.
+            chosen = tf.logical_or(chosen, batch.reviewed)
         accepted = tf.tensor_scatter_nd_update(accepted, places[:, None], chosen)
     return tf.logical_and(accepted, tf.math.is_finite(losses))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 from keras_tuner.engine.trial import Trial, TrialStatus
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.model import RSFTModel
-from keras_rsft.searching.batched_heads import BatchedHeads, TrainedHeads
+from keras_rsft.searching.batched_heads import BatchedHeads, OnEpoch, TrainedHeads
 from keras_rsft.searching.durable import DurableTuner
+from keras_rsft.searching.head_notes import METRICS
 from keras_rsft.searching.head_trials import stack_trials, update_rule
 from keras_rsft.searching.hypermodel import DIVERGED, RSFTHyperModel
 from keras_rsft.searching.search_folder import replaced
@@ -77,18 +79,28 @@ class BatchedTuner(DurableTuner, keras_tuner.Tuner):
         self._parallel_trials = parallel_trials
         self._halvings = halvings
         self._heads: BatchedHeads | None = None
+        if oracle.objective.name not in METRICS:
+            raise InvalidArgument(
+                f"The objective must be one of {', '.join(METRICS)}. "
+                f"Received: {oracle.objective.name!r}."
+            )
         oracle.max_consecutive_failed_trials = None
         super().__init__(oracle, hypermodel, **kwargs)
-        self._check_space()
+        if not self._is_worker():  # A worker's space is the chief's.
+            self._check_space()
 
     def search(
-        self, *, verbose: int = 0, on_epoch: Callable[[int], None] = lambda heads: None
+        self,
+        *,
+        verbose: int = 0,
+        on_epoch: OnEpoch | None = None,
     ) -> None:
         """Trains trials until the oracle has no more.
 
         Args:
             verbose: 1 prints what Keras Tuner prints for each trial. Default 0.
-            on_epoch: Called with the number of heads that have trained one epoch.
+            on_epoch: Called with the number of heads that have trained one epoch, and
+                the best value of the objective among those trained with them.
         """
         self.oracle.verbose = verbose
         self.on_search_begin()
@@ -126,33 +138,43 @@ class BatchedTuner(DurableTuner, keras_tuner.Tuner):
                 time.sleep(_WAIT_SECONDS)
         return taken
 
-    def _train(self, trials: Sequence[Trial], on_epoch: Callable[[int], None]) -> None:
-        settings = [self.hypermodel.settings_of(t.hyperparameters) for t in trials]
-        groups: dict[str, list[int]] = {}
-        for place, one in enumerate(settings):
-            groups.setdefault(update_rule(one), []).append(place)
-        objective = self.oracle.objective
-        for places in groups.values():
-            chosen = [settings[place] for place in places]
-            lists = any(one.policy.name == "auto" for one in chosen)
-            heads = self._heads_for(lists)
-            trained = heads.train(
-                stack_trials(
-                    chosen,
-                    num_classes=len(self.hypermodel.features.class_names),
-                    steps_per_epoch=heads.steps_per_epoch,
-                    loss_limit=(
-                        self.hypermodel.examination.loss_limit if lists else math.inf
-                    ),
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+        groups: dict[str, list[tuple[Trial, TrainingSettings]]] = {}
+        for trial in trials:
+            try:
+                settings = self.hypermodel.settings_of(trial.hyperparameters)
+                group = groups.setdefault(update_rule(settings), [])
+            except Exception as error:  # Of a user's space: this trial's fault alone.
+                self._fail(trial, f"{type(error).__name__}: {error}")
+                continue
+            group.append((trial, settings))
+        for group in groups.values():
+            trained = self._trained([settings for _, settings in group], on_epoch)
+            for row, (trial, _) in enumerate(group):
+                self._report(trial, trained, row)
+
+    def _trained(
+        self,
+        settings: Sequence[TrainingSettings],
+        on_epoch: OnEpoch | None,
+    ) -> TrainedHeads:
+        lists = any(one.policy.name == "auto" for one in settings)
+        heads = self._heads_for(lists)
+        return heads.train(
+            stack_trials(
+                settings,
+                num_classes=len(self.hypermodel.features.class_names),
+                steps_per_epoch=heads.steps_per_epoch,
+                loss_limit=(
+                    self.hypermodel.examination.loss_limit if lists else math.inf
                 ),
-                epochs=self.hypermodel.settings.epochs,
-                objective=objective.name,
-                direction=objective.direction,
-                halvings=self._halvings,
-                on_epoch=on_epoch,
-            )
-            for row, place in enumerate(places):
-                self._report(trials[place], trained, row)
+            ),
+            epochs=self.hypermodel.settings.epochs,
+            objective=self.oracle.objective.name,
+            direction=self.oracle.objective.direction,
+            halvings=self._halvings,
+            on_epoch=on_epoch,
+        )
 
     def _heads_for(self, lists: bool) -> BatchedHeads:
         """Returns what trains heads; it knows the listed samples once they matter."""
@@ -172,15 +194,19 @@ class BatchedTuner(DurableTuner, keras_tuner.Tuner):
     def _report(self, trial: Trial, trained: TrainedHeads, row: int) -> None:
         best = int(trained.best_epochs[row])
         if trained.diverged[row]:
-            trial.status, trial.message = TrialStatus.FAILED, DIVERGED
-        else:
-            self._keep_head(trial, trained.best_kernels[row], trained.best_biases[row])
-            self.oracle.update_trial(
-                trial.trial_id,
-                {name: float(v[row, best]) for name, v in trained.history.items()},
-                step=best,
-            )
-            trial.status = TrialStatus.COMPLETED
+            self._fail(trial, DIVERGED)
+            return
+        self._keep_head(trial, trained.best_kernels[row], trained.best_biases[row])
+        self.oracle.update_trial(
+            trial.trial_id,
+            {name: float(v[row, best]) for name, v in trained.history.items()},
+            step=best,
+        )
+        trial.status = TrialStatus.COMPLETED
+        self.on_trial_end(trial)
+
+    def _fail(self, trial: Trial, message: str) -> None:
+        trial.status, trial.message = TrialStatus.FAILED, message
         self.on_trial_end(trial)
 
     def _keep_head(self, trial: Trial, kernel: np.ndarray, bias: np.ndarray) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import keras_tuner
+from keras_tuner.engine.trial import TrialStatus
+from keras_tuner.errors import FailedTrialError, FatalError
 from keras_tuner.oracles import (
     BayesianOptimizationOracle,
     GridSearchOracle,
@@ -16,6 +21,7 @@ from keras_tuner.oracles import (
     RandomSearchOracle,
 )
 
+from keras_rsft.errors import SearchFailed
 from keras_rsft.searching.batched_tuner import BatchedTuner
 from keras_rsft.searching.durable import DurableOracle, DurableTuner
 from keras_rsft.searching.hypermodel import RSFTHyperModel
@@ -64,21 +70,34 @@ class GridOracle(DurableOracle, GridSearchOracle):
         self._populate_next = list(ordered)
 
 
-class _WithoutTensorBoard:
-    """Needs the package `tensorboard` only where that callback is used."""
+class _OneByOne(DurableTuner):
+    """What Keras Tuner's own ways of running a trial lack."""
 
     def _configure_tensorboard_dir(
         self, callbacks: list, trial: Any, execution: int = 0
     ) -> None:
+        # Needs the package `tensorboard` only where that callback is used.
         if any(type(callback).__name__ == "TensorBoard" for callback in callbacks):
             super()._configure_tensorboard_dir(callbacks, trial, execution)
 
+    def _try_run_and_update_trial(self, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """Is Keras Tuner's, but prints no traceback and passes on a chief's end."""
+        try:
+            self._run_and_update_trial(trial, *args, **kwargs)
+            trial.status = TrialStatus.COMPLETED
+        except (SearchFailed, FatalError):
+            raise
+        except FailedTrialError as error:
+            trial.status, trial.message = TrialStatus.FAILED, str(error)
+        except Exception:
+            trial.status, trial.message = TrialStatus.INVALID, traceback.format_exc()
 
-class OneByOneTuner(_WithoutTensorBoard, DurableTuner, keras_tuner.Tuner):
+
+class OneByOneTuner(_OneByOne, keras_tuner.Tuner):
     """Keras Tuner's tuner for any oracle but Hyperband's."""
 
 
-class OneByOneHyperband(_WithoutTensorBoard, DurableTuner, keras_tuner.Hyperband):
+class OneByOneHyperband(_OneByOne, keras_tuner.Hyperband):
     """Keras Tuner's Hyperband, with an oracle that is given."""
 
     def __init__(
@@ -124,6 +143,14 @@ def make_tuner(
             **place,
         )
     return OneByOneTuner(oracle, hypermodel, **place)
+
+
+def make_quiet_tuner(
+    hypermodel: RSFTHyperModel, options: SearchOptions, folder: Path
+) -> keras_tuner.Tuner:
+    """Is `make_tuner`, without what Keras Tuner prints about going on."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return make_tuner(hypermodel, options, folder)
 
 
 def _make_oracle(name: str, **options: Any) -> keras_tuner.Oracle:

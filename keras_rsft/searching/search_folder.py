@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import filelock
 import keras_tuner
 import numpy as np
 
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import InvalidArgument, SearchFailed
 from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.run_folder import check_new_folder
 from keras_rsft.result_folder import replaced, write_csv, write_json, written_whole
@@ -31,6 +33,9 @@ IDENTITY_FILE = "search.json"
 RESULTS_FILE = "results.json"
 TRIALS_FILE = "trials.csv"
 _LOCK_FILE = ".lock"
+_MARK_FILE = ".chief"
+# What a network file system may take to show another machine's new file.
+_SECONDS_TO_APPEAR = 10.0
 # Options that may change from one call to the next without another meaning of trials.
 _FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance")
 
@@ -62,7 +67,8 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
     """Makes a search's folder, or opens it to go on, for this process alone.
 
     Args:
-        output: The folder.
+        output: The folder. If it is new, and the context fails before any trial has
+            begun, it is removed again.
         identity: What `identity_of` gives.
 
     Raises:
@@ -70,7 +76,8 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
             another process is searching in it.
     """
     folder = Path(output).absolute()
-    if not folder.exists():
+    is_new = not folder.exists()
+    if is_new:
         check_new_folder(folder)
         with written_whole(folder) as partial:
             write_json(partial / IDENTITY_FILE, identity)
@@ -86,8 +93,44 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
         ) from error
     try:
         yield folder
+    except BaseException:
+        if is_new and not any(folder.glob("*/trial_*")):
+            # It has not begun: what is left would refuse a command that was mended.
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         lock.release()
+
+
+def write_mark(folder: Path, mark: str) -> None:
+    """Leaves a mark by which workers tell that they have the chief's own folder."""
+    replaced(folder / _MARK_FILE, lambda path: path.write_text(mark))
+
+
+def join_search(output: str | os.PathLike, identity: dict[str, Any], mark: str) -> Path:
+    """Returns the folder of a search that a chief leads.
+
+    Args:
+        output: The folder, which chief and workers share.
+        identity: What `identity_of` gives in this process.
+        mark: The chief's.
+
+    Raises:
+        SearchFailed: If the chief's folder is not there.
+        InvalidArgument: If the chief has other data, space or options.
+    """
+    folder = Path(output).absolute()
+    until = time.monotonic() + _SECONDS_TO_APPEAR
+    while (found := _read_mark(folder)) != mark and time.monotonic() < until:
+        time.sleep(0.5)
+    if found != mark:
+        what = "is not the chief's" if folder.exists() else "does not exist here"
+        raise SearchFailed(
+            f"{folder} {what}. Chief and workers need one folder that all of them "
+            "see: mount it on this machine, and give all of them the same `--output`."
+        )
+    _check_same(folder, identity)
+    return folder
 
 
 def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
@@ -100,10 +143,8 @@ def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
     return folder
 
 
-def write_results(
-    folder: Path, outcomes: Sequence[TrialOutcome], results: dict[str, Any]
-) -> None:
-    """Writes the table of trials, then the results, which say that it is finished."""
+def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:
+    """Writes the table of trials."""
     values = sorted({name for one in outcomes for name in one.values})
     metrics = sorted({name for one in outcomes for name in one.metrics})
     replaced(
@@ -124,6 +165,10 @@ def write_results(
             ),
         ),
     )
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Writes the results, which say that the search has ended."""
     replaced(folder / RESULTS_FILE, lambda path: write_json(path, results))
 
 
@@ -132,6 +177,13 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
+        return None
+
+
+def _read_mark(folder: Path) -> str | None:
+    try:
+        return (folder / _MARK_FILE).read_text()
+    except OSError:
         return None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import os
 import time
 from collections.abc import Mapping
@@ -15,31 +13,37 @@ import keras_tuner
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.data import ImageData
-from keras_rsft.errors import DataError
+from keras_rsft.errors import DataError, TrainingStalled
 from keras_rsft.features import FeatureSet
 from keras_rsft.finetuning import (
     SplitFeatures,
     TrainingSettings,
 )
 from keras_rsft.finetuning.feature_source import open_features
-from keras_rsft.finetuning.run_folder import CLASSES_FILE, HEAD_FILE, MODEL_FILE
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import write_json
+from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, MODEL_FILE
+from keras_rsft.searching.chief import lead_trials
 from keras_rsft.searching.choice import (
     COMPLETED,
     Choice,
     TrialOutcome,
     choose_trial,
 )
+from keras_rsft.searching.hparams import write_hparams
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
-from keras_rsft.searching.oracles import make_tuner
+from keras_rsft.searching.oracles import make_quiet_tuner
+from keras_rsft.searching.parallel_coordinates import draw_parallel_coordinates
 from keras_rsft.searching.pictures import draw_heat_maps
+from keras_rsft.searching.roles import DEFAULT_PATIENCE, Crew, role_of
 from keras_rsft.searching.search_folder import (
+    TRIALS_FILE,
     identity_of,
     open_search,
     replaced,
     write_results,
+    write_trials,
 )
 from keras_rsft.searching.space import Space
 from keras_rsft.searching.trials import (
@@ -48,6 +52,7 @@ from keras_rsft.searching.trials import (
     settings_of_outcome,
     side_by_side,
 )
+from keras_rsft.searching.worker import train_for_chief
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +79,12 @@ class Search:
     tuner: keras_tuner.Tuner
     folder: Path
 
+    def _repr_html_(self) -> str:
+        """Returns a table and a figure for a notebook."""
+        from keras_rsft.notebook import search_html
+
+        return search_html(self)
+
 
 def search(
     data: ImageData | str | os.PathLike,
@@ -92,13 +103,18 @@ def search(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
+    crew: Crew | None = None,
+    patience: float = DEFAULT_PATIENCE,
     **changes: Any,
-) -> Search:
+) -> Search | None:
     """Searches for the policy, its threshold and the learning rate of a new head.
 
     The base runs once, for all trials. The same call goes on with a search that was
     stopped; trials that ended are kept. The test split is looked at once, when the
     choice has been made.
+
+    Under Keras Tuner's environment variables for several processes this one is the
+    chief, which hands out the trials and does the rest, or a worker, which trains.
 
     Args:
         data: Loaded images, or what `load_images` takes.
@@ -119,11 +135,19 @@ def search(
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
+        crew: Workers to start on this machine, which train instead of this process.
+            Default None.
+        patience: Seconds after which a chief without workers, or a worker without
+            its chief, gives up. Default 600.
         **changes: Single options, as in `search(data, tuner="grid", ...)`.
+
+    Returns:
+        What was found; None in a worker, for the chief has it.
 
     Raises:
         InvalidArgument: If an argument cannot be used, or the folder holds another
             search.
+        SearchFailed: If chief and workers cannot go on together.
         DataError: If there is no validation split, or its right labels are wanted
             and not known.
         TrainingStalled: If every trial failed or accepted too little.
@@ -153,7 +177,11 @@ def search(
         progress=progress,
         source=opened.origin,
         command=command,
+        crew=crew,
+        patience=patience,
     )
+    if found is None:
+        return None
     model = build_classifier(
         opened.float32_base(), opened.data.num_classes, head=found.head.model
     )
@@ -172,7 +200,9 @@ def search_features(
     progress: bool = True,
     source: Mapping[str, Any] | None = None,
     command: str | None = None,
-) -> Search:
+    crew: Crew | None = None,
+    patience: float = DEFAULT_PATIENCE,
+) -> Search | None:
     """Searches on features that are kept already.
 
     Args:
@@ -185,48 +215,96 @@ def search_features(
         progress: Show a progress bar over the trials. Default True.
         source: Where the features come from; part of what makes a search the same.
         command: As in `search`.
+        crew: As in `search`.
+        patience: As in `search`.
+
+    Returns:
+        As in `search`.
 
     Raises:
         InvalidArgument: As in `search`.
+        SearchFailed: As in `search`.
         DataError: As in `search`.
         TrainingStalled: As in `search`.
     """
     started = time.perf_counter()
     options = options or SearchOptions()
+    role = role_of()
     features = _judged(features, clean_validation=clean_validation)
     hypermodel = RSFTHyperModel(
         features, settings=settings, space=space, progress=progress
     )
     identity = identity_of(hypermodel, options, source or {})
+    if role.is_worker:
+        train_for_chief(hypermodel, options, role, output, identity, patience=patience)
+        return None
     with open_search(output, identity) as folder:
-        with contextlib.redirect_stdout(io.StringIO()):  # "Reloading Tuner from ..."
-            tuner = make_tuner(hypermodel, options, folder)
-        outcomes = run_trials(tuner, options, progress=progress)
+        tuner = make_quiet_tuner(hypermodel, options, folder)
+        if role.is_chief or crew is not None:
+            outcomes = lead_trials(
+                tuner,
+                options,
+                role,
+                folder,
+                crew=crew,
+                patience=patience,
+                progress=progress,
+            )
+        else:
+            outcomes = run_trials(tuner, options, progress=progress)
+        found = _concluded(tuner, options, outcomes, folder)
+        results = found.results | {
+            "command": command,
+            "seconds": time.perf_counter() - started,
+        }
+        write_results(folder, results)
+    return dataclasses.replace(found, results=results)
+
+
+def _concluded(
+    tuner: keras_tuner.Tuner,
+    options: SearchOptions,
+    outcomes: tuple[TrialOutcome, ...],
+    folder: Path,
+) -> Search:
+    """Chooses among the trials and writes all but the results, which come last.
+
+    Raises:
+        TrainingStalled: If there is nothing to choose from.
+    """
+    features = tuner.hypermodel.features
+    write_trials(folder, outcomes)
+    write_hparams(outcomes, options, folder)
+    draw_heat_maps(outcomes, folder)
+    draw_parallel_coordinates(outcomes, options, folder)
+    try:
         choice = choose_trial(
             outcomes,
             objective=options.objective,
             validation_size=len(features.validation),
             min_acceptance=options.min_acceptance,
         )
-        chosen = settings_of_outcome(tuner, choice.chosen)
-        head = head_of_outcome(tuner, choice.chosen)
-        results = side_by_side(tuner, options, outcomes, choice.chosen, head, folder)
-        results |= {
-            "reason": choice.reason,
-            "settings": dataclasses.asdict(chosen),
-            "trials": len(outcomes),
-            "failed": sum(one.status != COMPLETED for one in outcomes),
-            "command": command,
-            "seconds": time.perf_counter() - started,
-        }
-        replaced(folder / HEAD_FILE, head.save)
-        replaced(
-            folder / CLASSES_FILE,
-            lambda path: write_json(path, list(features.class_names)),
-        )
-        draw_heat_maps(outcomes, folder)
-        write_results(folder, outcomes, results)
-    return Search(outcomes, choice, chosen, head, results, tuner, folder)
+    except TrainingStalled as error:
+        # It has ended: with the default folder the next search begins a new one.
+        write_results(folder, {"chosen": None, "reason": str(error)})
+        raise TrainingStalled(
+            f"{error} What became of each trial is in {folder / TRIALS_FILE}."
+        ) from error
+    settings = settings_of_outcome(tuner, choice.chosen)
+    head = head_of_outcome(tuner, choice.chosen)
+    results = side_by_side(tuner, options, outcomes, choice.chosen, head, folder)
+    results |= {
+        "reason": choice.reason,
+        "settings": dataclasses.asdict(settings),
+        "trials": len(outcomes),
+        "failed": sum(one.status != COMPLETED for one in outcomes),
+    }
+    replaced(folder / HEAD_FILE, head.save)
+    replaced(
+        folder / CLASSES_FILE,
+        lambda path: write_json(path, list(features.class_names)),
+    )
+    return Search(outcomes, choice, settings, head, results, tuner, folder)
 
 
 def _judged(features: SplitFeatures, *, clean_validation: bool) -> SplitFeatures:

@@ -6,6 +6,7 @@ The one place that looks at the test split, and only once for a choice.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,18 +56,27 @@ def run_trials(
         # Told by a trial's acceptance rate, instead of by a warning in each epoch.
         warnings.filterwarnings("ignore", message=".*accepted no sample")
 
-        def report(heads: int) -> None:
-            advance(heads, _state_of(oracle, options))
+        best_now: list[float] = []
+
+        def report(heads: int, value: float | None = None) -> None:
+            if value is not None:
+                best_now.append(value)
+            advance(heads, state_of(oracle, options, best_now))
 
         if isinstance(tuner, BatchedTuner):
             tuner.search(on_epoch=report)
         else:
             bar = keras.callbacks.LambdaCallback(
-                on_epoch_end=lambda epoch, logs: report(1)
+                on_epoch_end=lambda epoch, logs: report(1, logs.get(options.objective))
             )
             tuner.search(verbose=0, callbacks=[bar])
-    trials = (oracle.trials[trial_id] for trial_id in oracle.start_order)
-    return tuple(map(outcome_of, trials))
+    return outcomes_of(tuner)
+
+
+def outcomes_of(tuner: keras_tuner.Tuner) -> tuple[TrialOutcome, ...]:
+    """Returns what became of all trials, in the order in which they began."""
+    oracle = tuner.oracle
+    return tuple(outcome_of(oracle.trials[name]) for name in oracle.start_order)
 
 
 def outcome_of(trial: Any) -> TrialOutcome:
@@ -184,10 +194,20 @@ def _trained_plainly(
     return {name: trained.results[name] for name in names if name in trained.results}
 
 
-def _state_of(oracle: keras_tuner.Oracle, options: SearchOptions) -> str:
-    """Says how far a search is, for its progress bar."""
+def state_of(
+    oracle: keras_tuner.Oracle, options: SearchOptions, values: Sequence[float] = ()
+) -> str:
+    """Says how far a search is, for its progress bar.
+
+    Args:
+        oracle: With the trials that have ended.
+        options: How the search goes on.
+        values: Values of the objective in trials that have not ended yet.
+    """
     state = f"Searching: {len(oracle.end_order)} of {options.max_trials} trials"
-    best = [t for t in oracle.get_best_trials(1) if t.status == COMPLETED]
-    if best:
-        state += f", best {options.objective} {best[0].score:.4f}"
+    ended = [t.score for t in oracle.get_best_trials(1) if t.status == COMPLETED]
+    seen = [value for value in (*ended, *values) if math.isfinite(value)]
+    if seen:
+        best = max(seen) if options.direction == "max" else min(seen)
+        state += f", best {options.objective} {best:.4f}"
     return state

@@ -1,0 +1,134 @@
+"""The name of a base: where its network comes from, and what pixel values it wants.
+
+Pure text and numbers, so that the command line can refuse a name before anything
+heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from keras_rsft.errors import InvalidArgument
+
+# Prefixes of names, and whether the name must end with the scale of the pixels.
+SCALE_IS_NEEDED = {"hub": False, "savedmodel": True, "onnx": True}
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_SCALE_FORMS = (
+    "@0:1 (image models of TensorFlow Hub), @-1:1, @0:255 (preprocessing is in the "
+    "model), @imagenet (Torchvision, most of timm) or "
+    "@MEAN/STD of three channels in [0, 1], such as @0.5:0.5:0.5/0.5:0.5:0.5"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelScale:
+    """How a base wants its pixels: `value * factor + offset`, of values in [0, 255].
+
+    Attributes:
+        factor: Of red, green and blue.
+        offset: Of red, green and blue.
+    """
+
+    factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether pixels stay as they are."""
+        return self == PixelScale()
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseName:
+    """A name such as `onnx:models/resnet18.onnx@imagenet`, taken apart.
+
+    Attributes:
+        kind: `"hub"`, `"savedmodel"` or `"onnx"`.
+        place: A KerasHub preset, or a path.
+        scale: What the name says about the pixels, or None.
+    """
+
+    kind: str
+    place: str
+    scale: PixelScale | None
+
+
+def parse_base_name(name: str) -> BaseName | None:
+    """Takes apart a name that begins with `hub:`, `savedmodel:` or `onnx:`.
+
+    Args:
+        name: Any base's name. What follows the last `@` is the scale of the pixels,
+            unless it is part of a path that exists.
+
+    Returns:
+        Its parts, or None for a name without such a beginning.
+
+    Raises:
+        InvalidArgument: If the place is missing, or the scale is missing where it
+            cannot be known, or is none.
+    """
+    kind, colon, rest = name.partition(":")
+    if not colon or kind not in SCALE_IS_NEEDED:
+        return None
+    place, at, scale = rest.rpartition("@")
+    if not at or os.path.exists(rest):
+        place, scale = rest, ""
+    if not place:
+        raise InvalidArgument(f"Expected a place behind {kind}:. Received: {name!r}.")
+    if not scale and SCALE_IS_NEEDED[kind]:
+        raise InvalidArgument(
+            f"The file does not say what pixel values it wants. Received: {name!r}. "
+            f"Add {_SCALE_FORMS}."
+        )
+    return BaseName(kind, place, parse_pixel_scale(scale) if scale else None)
+
+
+def parse_pixel_scale(text: str) -> PixelScale:
+    """Reads `LOW:HIGH`, `imagenet`, or `MEAN/STD` of three channels each.
+
+    `imagenet` is the mean and standard deviation of ImageNet's pixels in [0, 1], as
+    Torchvision's and most of timm's models want them.
+
+    Raises:
+        InvalidArgument: If it is none of these.
+    """
+    if text == "imagenet":
+        return _standardised(_IMAGENET_MEAN, _IMAGENET_STD)
+    parts = [_numbers(part) for part in text.split("/")]
+    lengths = [len(part) for part in parts]
+    if lengths == [2] and parts[0][0] < parts[0][1]:
+        low, high = parts[0]
+        return PixelScale(((high - low) / 255.0,) * 3, (low,) * 3)
+    if lengths == [3, 3] and min(parts[1]) > 0:
+        return _standardised(*parts)
+    raise InvalidArgument(
+        f"The scale of the pixels must be {_SCALE_FORMS}. Received: @{text}"
+    )
+
+
+def is_fixed_network(name: str) -> bool:
+    """Whether a name is that of a base without Keras layers.
+
+    Such a base computes as it was made, in no other precision, and none of its layers
+    can learn.
+    """
+    parsed = parse_base_name(name)
+    return parsed is not None and parsed.kind in ("savedmodel", "onnx")
+
+
+def _standardised(mean: tuple[float, ...], std: tuple[float, ...]) -> PixelScale:
+    factor = tuple(1.0 / (255.0 * one) for one in std)
+    offset = tuple(-m / s for m, s in zip(mean, std, strict=True))
+    return PixelScale(factor, offset)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(":"))
+    except ValueError:
+        return ()
+    finite = all(abs(value) < float("inf") for value in values)
+    return values if finite else ()

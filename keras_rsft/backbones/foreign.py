@@ -1,0 +1,184 @@
+"""A network that is not made of Keras layers, as one Keras layer.
+
+The network is kept inside the layer: a `.keras` file holds it, and its digest is part
+of the layer's config and with that of the key under which features are kept. What
+runs it is left to the subclasses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.errors import DataError, InvalidArgument
+
+
+class ForeignNetwork(keras.Layer):
+    """A frozen network from images to features, kept as bytes.
+
+    Args:
+        dim: Number of features of an image, at least 1.
+        digest: Of the files that the network was made from, as `digest_of` gives it.
+        content: The network, or None where `load_assets` will bring it.
+        **options: Those of `keras.Layer`.
+    """
+
+    file_name = "network"
+    # Whether it can be part of a SavedModel.
+    is_tensorflow = True
+
+    def __init__(
+        self, *, dim: int, digest: str, content: bytes | None = None, **options
+    ):
+        super().__init__(trainable=False, dtype="float32", **options)
+        self.supports_jit = False
+        self.dim = dim
+        self.digest = digest
+        self._content = content
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the network."""
+        return len(self.content)
+
+    @property
+    def content(self) -> bytes:
+        """The network.
+
+        Raises:
+            DataError: If it has not been loaded, as in a copy made of the config.
+        """
+        if self._content is None:
+            raise DataError(
+                f"The layer {self.name!r} was made without its network, which only "
+                "a `.keras` file brings. Load the whole model."
+            )
+        return self._content
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return (input_shape[0], self.dim)
+
+    def compute_output_spec(self, inputs, training=None) -> keras.KerasTensor:
+        return keras.KerasTensor((inputs.shape[0], self.dim), dtype="float32")
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        for fixed in ("trainable", "dtype"):
+            config.pop(fixed, None)
+        return config | {"dim": self.dim, "digest": self.digest}
+
+    def save_assets(self, directory: str) -> None:
+        """Writes the network into a `.keras` file; called by Keras."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.file_name).write_bytes(self.content)
+
+    def load_assets(self, directory: str) -> None:
+        """Reads the network from a `.keras` file; called by Keras."""
+        self._content = (Path(directory) / self.file_name).read_bytes()
+
+
+def digest_of(*parts: bytes) -> str:
+    """Returns 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def choose_output(shapes: dict[str, int | None]) -> str | None:
+    """Chooses the features among a network's outputs.
+
+    Args:
+        shapes: Ranks of the outputs by name; None where it is not known.
+
+    Returns:
+        The only output; of several the only one of rank 2, `(batch, dim)`; else None.
+    """
+    if len(shapes) == 1:
+        return next(iter(shapes))
+    vectors = [name for name, rank in shapes.items() if rank == 2]
+    return vectors[0] if len(vectors) == 1 else None
+
+
+def pooled(values: tf.Tensor | np.ndarray, *, channels_first: bool = False):
+    """Averages feature maps and tokens to one vector an image.
+
+    Args:
+        values: Shape `(batch, dim)`, `(batch, tokens, dim)`, `(batch, h, w, dim)`, or
+            `(batch, dim, h, w)`.
+        channels_first: Whether the last of these is meant. Default False.
+
+    Returns:
+        Shape `(batch, dim)`.
+    """
+    rank = len(values.shape)
+    if rank == 4:
+        axes = (2, 3) if channels_first else (1, 2)
+    else:
+        axes = tuple(range(1, rank - 1))
+    if not axes:
+        return values
+    if isinstance(values, np.ndarray):
+        return values.mean(axis=axes)
+    return tf.reduce_mean(values, axis=axes)
+
+
+def agreed_size(
+    declared: tuple[int | None, int | None],
+    wanted: tuple[int, int] | None,
+    source: str | Path,
+) -> tuple[int, int]:
+    """Returns the image size that a file fixes, or else the one that was asked for.
+
+    Raises:
+        InvalidArgument: If neither says it, or they differ.
+    """
+    if wanted is None and None in declared:
+        raise InvalidArgument(
+            f"{source} leaves the image size open: give `image_size` (--image-size)."
+        )
+    size = wanted or declared
+    if any(d not in (None, s) for d, s in zip(declared, size, strict=True)):
+        raise InvalidArgument(
+            f"`image_size` must be {declared[0]}x{declared[1]} for {source}. "
+            f"Received: {size[0]}x{size[1]}"
+        )
+    return size
+
+
+def require_tensorflow(model: keras.Model) -> None:
+    """Refuses a model that cannot be part of a SavedModel.
+
+    Raises:
+        InvalidArgument: If a network in it runs in another library.
+    """
+    if not all(layer.is_tensorflow for layer in foreign_layers(model)):
+        raise InvalidArgument(
+            "A model on an ONNX base runs in ONNX Runtime, so that it cannot become a "
+            "SavedModel or a LiteRT file. Export it with `--format onnx`; "
+            "`keras-rsft predict` takes the run as it is."
+        )
+
+
+def foreign_layers(model: keras.Model) -> list[ForeignNetwork]:
+    """Returns the layers of a model, at any depth, that hold such a network."""
+    found: list[ForeignNetwork] = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            found += foreign_layers(layer)
+        elif isinstance(layer, ForeignNetwork):
+            found.append(layer)
+    return found
+
+
+def weights_bytes(model: keras.Model) -> int:
+    """Returns the size of a model's weights, those of foreign networks with them."""
+    own = sum(
+        int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in model.variables
+    )
+    return own + sum(layer.num_bytes for layer in foreign_layers(model))

@@ -1,0 +1,112 @@
+"""Small pictures of a split's images, made once and kept beside the features.
+
+A pack is two files: `thumbnails.bin`, JPEG files one after the other, and
+`thumbnails.csv`, which says where each begins. Reading it needs no TensorFlow, and
+is the business of whoever shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from filelock import FileLock
+
+from keras_rsft.data import ImageSplit
+from keras_rsft.data.pipeline import without_autotuning
+from keras_rsft.features.extraction import default_cache_dir
+from keras_rsft.progress import progress_bar
+from keras_rsft.result_folder import write_csv, written_whole
+from keras_rsft.run_files import THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE
+
+SIZE = 96
+QUALITY = 75
+MAX_THUMBNAILS = 100_000
+_FORMAT_VERSION = 1
+_BATCH = 64
+
+
+def write_thumbnails(
+    split: ImageSplit,
+    suspicion: dict[str, float],
+    folder: Path,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> None:
+    """Puts a pack of thumbnails into a folder; kept ones if there are any.
+
+    Each shows what the base sees: the centre of the image, 96 pixels square. Of
+    more than 100,000 images the most suspicious get one.
+
+    Args:
+        split: The images.
+        suspicion: By id; images without count as not suspicious.
+        folder: An existing folder.
+        cache_dir: Where packs are kept. Default: beside the features in the user's
+            cache folder.
+        progress: Show a progress bar. Default True.
+    """
+    if len(split) > MAX_THUMBNAILS:
+        values = np.array([suspicion.get(str(one), -1.0) for one in split.ids])
+        chosen = np.argsort(-values, kind="stable")[:MAX_THUMBNAILS]
+        _render(split.take(np.sort(chosen)), folder, progress)
+        return
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    if split.before_review is not None:
+        split = split.before_review  # Those that were kept before serve still.
+    kept = root / f"thumbnails-{_key(split)}"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            for left in root.glob(f".{kept.name}-*"):  # By one that was killed.
+                shutil.rmtree(left, ignore_errors=True)
+            with written_whole(kept) as partial:
+                _render(split, partial, progress)
+    for name in (THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE):
+        _link_or_copy(kept / name, folder / name)
+
+
+def _key(split: ImageSplit) -> str:
+    described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
+    encoded = json.dumps(described).encode()
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
+    images = split.images(SIZE).map(_encode, num_parallel_calls=tf.data.AUTOTUNE)
+    batches = without_autotuning(images.batch(_BATCH).prefetch(2))
+    rows = []
+    offset = reached = 0
+    with (
+        (folder / THUMBNAILS_FILE).open("wb") as file,
+        progress_bar(
+            "Thumbnails", total=len(split), unit="images", visible=progress
+        ) as advance,
+    ):
+        for indices, encoded in batches.as_numpy_iterator():
+            for index, one in zip(indices, encoded, strict=True):
+                file.write(one)
+                rows.append((str(split.ids[index]), offset, len(one)))
+                offset += len(one)
+            advance(int(indices[-1]) + 1 - reached)
+            reached = int(indices[-1]) + 1
+    write_csv(folder / THUMBNAILS_INDEX_FILE, ("id", "offset", "bytes"), rows)
+
+
+@tf.autograph.experimental.do_not_convert
+def _encode(index: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    pixels = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+    return index, tf.io.encode_jpeg(pixels, quality=QUALITY, optimize_size=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)  # No second copy on the same disk.
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,57 @@
+"""How long a base takes for an image, measured on a few."""
+
+from __future__ import annotations
+
+import time
+
+import tensorflow as tf
+
+from keras_rsft.data import ImageSplit
+from keras_rsft.errors import DataError
+from keras_rsft.features.frozen_base import FrozenBase
+
+_LEAST_SECONDS = 1.0
+_MOST_BATCHES = 20
+
+
+def seconds_per_image(
+    base: FrozenBase, split: ImageSplit, *, batch_size: int = 32
+) -> float:
+    """Measures the pass: reading and decoding images, and the base on them.
+
+    The first batch is not counted. As many follow as a second needs, over and over
+    the same images if there are few, at least one and at most 20.
+
+    Args:
+        base: The base.
+        split: Images, of which the first are read.
+        batch_size: Images per step. Default 32.
+
+    Returns:
+        Seconds, positive.
+
+    Raises:
+        DataError: If no image can be read.
+    """
+    images = split.images(base.image_size).repeat().batch(batch_size).prefetch(2)
+    _require_an_image(base, split)
+    batches = iter(images)
+    started, counted = 0.0, 0
+    for number in range(_MOST_BATCHES + 1):
+        _, batch = next(batches)
+        base.forward(tf.reshape(batch, (-1, *base.image_size, 3))).numpy()
+        now = time.perf_counter()
+        if number == 0:
+            started = now
+            continue
+        counted += len(batch)
+        if now - started >= _LEAST_SECONDS:
+            break
+    return (now - started) / counted
+
+
+def _require_an_image(base: FrozenBase, split: ImageSplit) -> None:
+    if next(iter(split.images(base.image_size).take(1)), None) is None:
+        raise DataError(
+            f"None of the {len(split)} images of {split.name!r} can be read."
+        )

@@ -1,0 +1,276 @@
+"""Ranks bases by what can be learnt from their features of a sample of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.backbones.foreign import weights_bytes
+from keras_rsft.backbones.load import check_backbone_name, load_backbone
+from keras_rsft.data import ImageData, ImageSplit, load_images
+from keras_rsft.data.sampling import stratified_sample
+from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
+from keras_rsft.examination import Examination, examine_labels
+from keras_rsft.examination.labels import MIN_NOISE_RATE
+from keras_rsft.features import FrozenBase, extract_features
+from keras_rsft.features.timing import seconds_per_image
+from keras_rsft.finetuning.feature_source import precision_for
+from keras_rsft.ranking.scores import h_score, kendall_tau, log_me
+
+DEFAULT_SAMPLE = 1000
+_Z95 = 1.959964
+# What is one base's own trouble; the others go on.
+_OWN_TROUBLE = (
+    InvalidArgument, WeightsUnavailable, DataError, ImportError, tf.errors.OpError
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedBackbone:
+    """A base and its scores.
+
+    Attributes:
+        name: As it was asked for.
+        accuracy: Share in [0, 1] of labels that a head gets right which has not seen
+            them; where labels look wrong, each counts by how likely it is right.
+        accuracy_error: Half of the 95 % interval of `accuracy`.
+        given_label_accuracy: The same with every given label counted fully.
+        behind: How much `accuracy` is below that of the first, at least 0.
+        behind_error: Half of the 95 % interval of `behind`, which is smaller than
+            those of two accuracies, as both are of the same images.
+        log_me: See `log_me`.
+        h_score: See `h_score`.
+        seconds_per_image: Of the pass, with reading and decoding.
+        weights_bytes: Size of the weights.
+        dim: Number of features.
+        image_size: Height and width in pixels.
+    """
+
+    name: str
+    accuracy: float
+    accuracy_error: float
+    given_label_accuracy: float
+    behind: float
+    behind_error: float
+    log_me: float
+    h_score: float
+    seconds_per_image: float
+    weights_bytes: int
+    dim: int
+    image_size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneRanking:
+    """Bases by expected accuracy.
+
+    Attributes:
+        ranked: The bases, the best first.
+        failed: Name and reason of each base that could not be used.
+        agreement: Kendall's tau of `"log_me"` and of `"h_score"` with `accuracy`, in
+            [-1, 1]; NaN for fewer than two bases.
+        num_images: Images that were looked at.
+        num_classes: Classes.
+        noise_rate: Share of the labels that look wrong, a mean over the bases.
+        counts_right_labels: Whether each label counts by how likely it is right, as
+            `noise_rate` is not negligible; else all count the same.
+    """
+
+    ranked: tuple[RankedBackbone, ...]
+    failed: tuple[tuple[str, str], ...]
+    agreement: Mapping[str, float]
+    num_images: int
+    num_classes: int
+    noise_rate: float
+    counts_right_labels: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Measured:
+    """What was found about one base, before it is compared with the others."""
+
+    name: str
+    examination: Examination
+    scores: dict[str, float]
+    sizes: dict[str, object]
+
+    @property
+    def right(self) -> np.ndarray:
+        predicted = self.examination.out_of_sample.argmax(axis=1)
+        return predicted == self.examination.labels
+
+
+def rank_backbones(
+    data: ImageData | str | os.PathLike,
+    backbones: Sequence[str | os.PathLike],
+    *,
+    sample: int = DEFAULT_SAMPLE,
+    image_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> BackboneRanking:
+    """Scores bases on a stratified sample of the training images.
+
+    The expected accuracy is that of the ridge regression of `examine_labels`, each
+    sample predicted from the others. Where labels look wrong, agreement with them
+    would count for mistakes too: then each label counts by the probability that it is
+    right, a mean over the bases, so that none is judged by its own opinion alone.
+    Where only the given labels counted, wrong ones spread evenly over the classes
+    would lower all accuracies without changing their order.
+
+    LogME and H-score need no head; they are shown beside it, with how far they agree.
+
+    Args:
+        data: Loaded images, or what `load_images` takes.
+        backbones: Names, as in `load_backbone`.
+        sample: Most images to look at, at least 2. Default 1000.
+        image_size: Side of the images for all bases. Default: each base's own.
+        precision: As in `finetune`.
+        seed: Chooses the sample. Default 0.
+        cache_dir: Where features are kept. Default: the user's cache folder.
+        progress: Show progress bars. Default True.
+
+    Returns:
+        The bases, the best first, and those that could not be used, with the reason.
+
+    Raises:
+        InvalidArgument: A name is not known, before anything is loaded.
+        WeightsUnavailable: No base could be used.
+    """
+    names = list(dict.fromkeys(os.fspath(name) for name in backbones))
+    if not names or sample < 2:
+        raise InvalidArgument(
+            "Expected at least one base, and a sample of at least 2 images. "
+            f"Received: {names}, sample={sample}."
+        )
+    for name in names:
+        check_backbone_name(name)
+    if not isinstance(data, ImageData):
+        data = load_images(data)
+    chosen = stratified_sample(data.train.labels, sample, seed=seed)
+    images = data.train.take(chosen)
+    measured, failed = [], []
+    for name in names:
+        try:
+            base = load_backbone(
+                name, image_size=image_size, precision=precision_for(name, precision)
+            )
+            measured.append(
+                _measure(name, base, images, data.num_classes, cache_dir, progress)
+            )
+        except _OWN_TROUBLE as error:
+            failed.append((name, str(error)))
+    if not measured:
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in failed)
+        raise WeightsUnavailable(f"None of the bases can be used.\n{reasons}")
+    return _compared(measured, failed, data.num_classes)
+
+
+def _measure(
+    name: str,
+    base,
+    images: ImageSplit,
+    num_classes: int,
+    cache_dir: str | os.PathLike | None,
+    progress: bool,
+) -> _Measured:
+    frozen = FrozenBase(base, num_images=len(images))
+    kept = extract_features(frozen, images, cache_dir=cache_dir, progress=progress)
+    examination = examine_labels(kept, num_classes, progress=progress)
+    values = np.array(kept.features)
+    scores = {
+        "log_me": log_me(values, kept.labels),
+        "h_score": h_score(values, kept.labels),
+    }
+    sizes = {
+        "seconds_per_image": seconds_per_image(frozen, images),
+        "weights_bytes": weights_bytes(base),
+        "dim": frozen.dim,
+        "image_size": frozen.image_size,
+    }
+    return _Measured(name, examination, scores, sizes)
+
+
+def _compared(
+    measured: Sequence[_Measured],
+    failed: Sequence[tuple[str, str]],
+    num_classes: int,
+) -> BackboneRanking:
+    weights = label_weights([one.examination for one in measured])
+    noise_rate = float(1.0 - weights.mean())
+    counted = noise_rate >= MIN_NOISE_RATE
+    if not counted:
+        weights = np.ones_like(weights)
+    best = max((one.right for one in measured), key=lambda right: weights @ right)
+    ranked = [_ranked(one, best, weights) for one in measured]
+    ranked.sort(key=lambda one: (-one.accuracy, one.seconds_per_image))
+    accuracies = [one.accuracy for one in ranked]
+    agreement = {
+        score: kendall_tau(accuracies, [getattr(one, score) for one in ranked])
+        for score in ("log_me", "h_score")
+    }
+    return BackboneRanking(
+        ranked=tuple(ranked),
+        failed=tuple(failed),
+        agreement=agreement,
+        num_images=len(weights),
+        num_classes=num_classes,
+        noise_rate=noise_rate,
+        counts_right_labels=counted,
+    )
+
+
+def _ranked(one: _Measured, best: np.ndarray, weights: np.ndarray) -> RankedBackbone:
+    accuracy, accuracy_error = weighted_mean(one.right, weights)
+    behind, behind_error = weighted_mean(best.astype(float) - one.right, weights)
+    return RankedBackbone(
+        name=one.name,
+        accuracy=accuracy,
+        accuracy_error=accuracy_error,
+        given_label_accuracy=float(one.right.mean()),
+        behind=behind,
+        behind_error=behind_error,
+        **one.scores,
+        **one.sizes,
+    )
+
+
+def label_weights(examinations: Sequence[Examination]) -> np.ndarray:
+    """Returns how likely each label is right, a mean over those who can judge it.
+
+    A base to which the labels look wrong no less than by chance has no say, unless
+    all are like that: then every label counts as right.
+
+    Args:
+        examinations: Of the same samples, under several bases.
+
+    Returns:
+        Float64 array `(n,)` in [0, 1].
+    """
+    judges = [
+        one.right_probability
+        for one in examinations
+        if one.reason is None or one.noise_rate < MIN_NOISE_RATE
+    ]
+    if not judges:
+        return np.ones(len(examinations[0].labels))
+    return np.mean(judges, axis=0, dtype=np.float64)
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Returns a weighted mean, and half of its 95 % interval.
+
+    Args:
+        values: Shape `(n,)`, of independent samples.
+        weights: Shape `(n,)`, at least 0, not all 0.
+    """
+    total = float(weights.sum())
+    mean = float(weights @ values) / total
+    error = float(np.sqrt(np.sum(np.square(weights * (values - mean))))) / total
+    return mean, _Z95 * error

@@ -1,0 +1,187 @@
+// The grid of samples: filtered, sorted, in pages. Text from the data is only ever
+// set as text.
+
+const PAGE_SIZE = 60;
+
+function made(name, properties = {}, ...children) {
+  const element = document.createElement(name);
+  Object.assign(element, properties);
+  element.append(...children);
+  return element;
+}
+
+function isolated(text, className = "") {
+  return made("bdi", { textContent: text, className });
+}
+
+function percentText(value) {
+  return value === null ? "" : `${Math.round(100 * value)} %`;
+}
+
+class Gallery {
+  constructor(data, decisions, openReview) {
+    this.data = data;
+    this.samples = data.samples;
+    this.decisions = decisions;
+    this.openReview = openReview;
+    this.page = 0;
+    this.form = document.getElementById("filters");
+    this.grid = document.getElementById("grid");
+    this.fillSelects();
+    this.form.addEventListener("input", () => this.refilter());
+    this.form.addEventListener("submit", (event) => event.preventDefault());
+    this.form.addEventListener("reset", () => setTimeout(() => this.refilter()));
+    document.getElementById("previous-page").addEventListener("click", () => this.turn(-1));
+    document.getElementById("next-page").addEventListener("click", () => this.turn(1));
+    document.addEventListener("click", (event) => this.followPair(event));
+    this.showDuplicates();
+    this.refilter();
+  }
+
+  fillSelects() {
+    for (const name of ["given", "predicted"]) {
+      const present = new Set(this.samples[name]);
+      this.data.classes.forEach((label, number) => {
+        if (!present.has(number)) return;
+        this.form.elements[name].append(made("option", { value: number, textContent: label }));
+      });
+    }
+  }
+
+  followPair(event) {
+    const button = event.target.closest("[data-given]");
+    if (button === null) return;
+    this.form.reset();
+    for (const name of ["given", "predicted"]) {
+      const select = this.form.elements[name];
+      const wanted = button.dataset[name];
+      // Samples of that class may be among those left out.
+      if (![...select.options].some((option) => option.value === wanted)) {
+        select.append(made("option", { value: wanted, textContent: this.data.classes[wanted] }));
+      }
+      select.value = wanted;
+    }
+    setTimeout(() => {
+      this.refilter();
+      document.getElementById("gallery").scrollIntoView();
+      (this.grid.querySelector("button") ?? this.form.elements.given).focus({ preventScroll: true });
+    });
+  }
+
+  refilter() {
+    const chosen = Object.fromEntries(new FormData(this.form));
+    const find = chosen.find.toLowerCase();
+    const tests = {
+      all: () => true,
+      differ: (row) => this.samples.given[row] !== this.samples.predicted[row],
+      rejected: (row) => this.samples.rejected[row] > 0,
+      undecided: (row) => this.decisions.get(row) === undefined,
+      decided: (row) => this.decisions.get(row) !== undefined,
+    };
+    this.rows = [];
+    for (let row = 0; row < this.samples.id.length; row += 1) {
+      const matches = ["given", "predicted"].every(
+        (name) => chosen[name] === "" || this.samples[name][row] === Number(chosen[name]),
+      );
+      const found = find === "" || this.samples.id[row].toLowerCase().includes(find);
+      if (matches && found && tests[chosen.kind](row)) this.rows.push(row);
+    }
+    this.sort(chosen.order);
+    this.page = 0;
+    this.show();
+  }
+
+  sort(order) {
+    if (order === "suspicion") return; // The order in which they came.
+    const values = this.samples[order];
+    if (order === "id") this.rows.sort((a, b) => (values[a] < values[b] ? -1 : 1));
+    else this.rows.sort((a, b) => (values[b] ?? Infinity) - (values[a] ?? Infinity) || a - b);
+  }
+
+  turn(step) {
+    this.page += step;
+    this.show();
+    document.getElementById("gallery").scrollIntoView();
+  }
+
+  show() {
+    const pages = Math.max(Math.ceil(this.rows.length / PAGE_SIZE), 1);
+    this.page = Math.min(Math.max(this.page, 0), pages - 1);
+    const first = this.page * PAGE_SIZE;
+    const shown = this.rows.slice(first, first + PAGE_SIZE);
+    this.grid.replaceChildren(...shown.map((row) => made("li", {}, this.card(row))));
+    const text = this.rows.length === 0 ? "No image matches. Clear the filters to see more."
+      : `${(first + 1).toLocaleString("en")} to ${(first + shown.length).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")} images`;
+    document.getElementById("shown").textContent = text;
+    document.getElementById("page-text").textContent = `Page ${this.page + 1} of ${pages}`;
+    document.getElementById("previous-page").disabled = this.page === 0;
+    document.getElementById("next-page").disabled = this.page >= pages - 1;
+    document.getElementById("pager").hidden = pages === 1;
+  }
+
+  // Marks what has been decided, leaving the cards where they are.
+  refreshMarks() {
+    for (const card of document.querySelectorAll("[data-row]")) {
+      this.mark(card, Number(card.dataset.row));
+    }
+  }
+
+  mark(card, row) {
+    const one = this.decisions.get(row);
+    card.dataset.decision = one?.decision ?? "";
+    card.querySelector(".decision").textContent = one === undefined ? "" : this.decisions.named(one);
+  }
+
+  card(row, note = "") {
+    const { id, given, predicted, probability, rejected, seen } = this.samples;
+    const classes = this.data.classes;
+    const labels = [made("span", { className: "label" }, isolated(classes[given[row]]))];
+    const sure = made("small", { textContent: percentText(probability[row]) });
+    if (predicted[row] >= 0 && predicted[row] !== given[row]) {
+      const name = made("span", { className: "label" }, "→ ", isolated(classes[predicted[row]], "predicted"));
+      labels.push(made("span", { className: "with-share" }, name, sure));
+    } else {
+      labels[0] = made("span", { className: "with-share" }, labels[0], sure);
+    }
+    const facts = `rejected ${rejected[row]} of ${seen[row]}`;
+    const card = made(
+      "button",
+      { type: "button", className: "card", title: id[row] },
+      picture(this.data, row),
+      ...labels,
+      made("span", { className: "facts", textContent: note || facts }),
+      made("span", { className: "name" }, isolated(id[row])),
+      isolated("", "decision"),
+    );
+    card.dataset.row = row;
+    card.addEventListener("click", () => this.openReview(row));
+    this.mark(card, row);
+    return card;
+  }
+
+  showDuplicates() {
+    if (this.data.pairs.length === 0) return;
+    document.getElementById("duplicates").hidden = false;
+    document.getElementById("duplicate-list").append(
+      ...this.data.pairs.map(([one, other, similarity]) => {
+        const note = `similarity ${similarity.toFixed(2)}`;
+        return made("li", {}, this.card(one, note), this.card(other, note));
+      }),
+    );
+  }
+}
+
+function picture(data, row, size = 96) {
+  const image = made("img", { alt: "", width: size, height: size });
+  if (data.served) image.loading = "lazy"; // Set before the source, or it is too late.
+  const source = pictureSource(data, row);
+  if (source === "") image.classList.add("missing");
+  else image.src = source;
+  return image;
+}
+
+function pictureSource(data, row) {
+  const kept = data.samples.picture[row];
+  if (kept === "") return "";
+  return data.served ? `thumbnails/${kept}` : `data:image/jpeg;base64,${kept}`;
+}

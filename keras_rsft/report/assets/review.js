@@ -1,0 +1,223 @@
+// One image after the other: keep, relabel or drop, by mouse or by keys alone.
+
+const MOST_KEYS = 30;
+// Digits first, then letters that mean nothing else.
+const CLASS_KEYS = [..."1234567890abcefghijlmnopqrstvwxyz"];
+
+// A class that is called by a key has that key; the others have what is left.
+function keysOfClasses(classes) {
+  const own = new Set(classes.map((name) => name.toLowerCase()).filter((name) => CLASS_KEYS.includes(name)));
+  const left = CLASS_KEYS.filter((key) => !own.has(key));
+  return classes.map((name) => {
+    const key = name.toLowerCase();
+    return own.delete(key) ? key : left.shift();
+  });
+}
+const MOST_FOUND = 12;
+
+class Review {
+  constructor(data, decisions) {
+    this.data = data;
+    this.decisions = decisions;
+    this.dialog = document.getElementById("review");
+    this.rows = [];
+    this.place = 0;
+    this.byKeys = data.classes.length <= MOST_KEYS;
+    this.keys = this.byKeys ? keysOfClasses(data.classes) : [];
+    this.buttons = document.getElementById("class-buttons");
+    this.input = document.getElementById("class-input");
+    this.makeClassButtons();
+    this.listen();
+  }
+
+  get row() {
+    return this.rows[this.place];
+  }
+
+  makeClassButtons() {
+    document.getElementById("find-class").hidden = this.byKeys;
+    if (this.byKeys) {
+      this.showClasses(this.data.classes.map((_, label) => label));
+      return;
+    }
+    this.input.addEventListener("input", () => this.findClasses());
+    this.input.addEventListener("keydown", (event) => this.onInputKey(event));
+    this.findClasses();
+  }
+
+  showClasses(labels) {
+    this.buttons.replaceChildren(...labels.map((label) => {
+      const button = made("button", { type: "button" }, isolated(this.data.classes[label]));
+      if (this.byKeys) button.prepend(made("kbd", { textContent: this.keys[label] }));
+      button.dataset.label = label;
+      button.addEventListener("click", () => this.decide(RELABEL, label));
+      return made("li", {}, button);
+    }));
+    this.markClasses();
+  }
+
+  findClasses() {
+    const text = this.input.value.toLowerCase();
+    if (text === "") {
+      this.found = [];
+      this.showClasses([]);
+      return;
+    }
+    const ranked = this.data.classes
+      .map((name, label) => [name.toLowerCase().indexOf(text), label])
+      .filter(([found]) => found >= 0)
+      .sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+    this.found = ranked.slice(0, MOST_FOUND).map(([, label]) => label);
+    this.showClasses(this.found);
+    const more = ranked.length - this.found.length;
+    this.say(`${ranked.length} classes match${more > 0 ? `, ${MOST_FOUND} shown` : ""}.`);
+  }
+
+  onInputKey(event) {
+    if (event.key === "Enter") {
+      event.preventDefault();
+      if (this.input.value !== "" && this.found.length > 0) this.decide(RELABEL, this.found[0]);
+    } else if (event.key === "Escape") {
+      event.preventDefault(); // Leaves the field, not the review.
+      this.input.value = "";
+      this.findClasses();
+      document.getElementById("keep").focus();
+    }
+    event.stopPropagation();
+  }
+
+  listen() {
+    const actions = {
+      keep: () => this.decide(KEEP),
+      drop: () => this.decide(DROP),
+      "accept-prediction": () => this.acceptPrediction(),
+      undo: () => this.undo(),
+      back: () => this.move(-1),
+      forward: () => this.move(1),
+      "review-close": () => this.dialog.close(),
+    };
+    for (const [id, action] of Object.entries(actions)) {
+      document.getElementById(id).addEventListener("click", action);
+    }
+    this.dialog.addEventListener("keydown", (event) => this.onKey(event));
+  }
+
+  onKey(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+    const keys = {
+      k: () => this.decide(KEEP),
+      d: () => this.decide(DROP),
+      u: () => this.undo(),
+      ArrowLeft: () => this.move(-1),
+      ArrowRight: () => this.move(1),
+      "/": () => !this.byKeys && this.input.focus(),
+    };
+    if (this.byKeys) {
+      this.keys.forEach((key, label) => {
+        keys[key] = () => this.decide(RELABEL, label);
+      });
+    }
+    // On a button, Enter presses the button.
+    if (!(event.target instanceof HTMLButtonElement)) keys.Enter = () => this.acceptPrediction();
+    const action = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (action === undefined) return;
+    event.preventDefault();
+    if (!event.repeat || event.key.startsWith("Arrow")) action();
+  }
+
+  open(rows, row) {
+    this.rows = rows;
+    this.place = Math.max(rows.indexOf(row), 0);
+    this.opener = document.activeElement;
+    this.dialog.showModal();
+    this.dialog.focus();
+    this.say("");
+    this.show();
+  }
+
+  acceptPrediction() {
+    const predicted = this.data.samples.predicted[this.row];
+    if (predicted >= 0) this.decide(RELABEL, predicted);
+  }
+
+  decide(decision, label) {
+    const one = this.decisions.decide(this.row, decision, label);
+    const id = this.data.samples.id[this.row];
+    if (!this.byKeys && this.input.value !== "") {
+      this.input.value = "";
+      this.findClasses();
+      this.dialog.focus();
+    }
+    const isLast = this.place === this.rows.length - 1;
+    if (!isLast) this.place += 1;
+    this.show();
+    this.say(`${id}: ${this.decisions.named(one)}.${isLast ? " That was the last image." : ""}`);
+  }
+
+  undo() {
+    const row = this.decisions.undo();
+    if (row === undefined) {
+      this.say("Nothing to undo.");
+      return;
+    }
+    if (this.rows.includes(row)) this.place = this.rows.indexOf(row);
+    this.show();
+    this.say(`Undone: ${this.data.samples.id[row]}.`);
+  }
+
+  move(step) {
+    const place = this.place + step;
+    if (place < 0 || place >= this.rows.length) {
+      this.say(step > 0 ? "This is the last image." : "This is the first image.");
+      return;
+    }
+    this.place = place;
+    this.show();
+    this.say(`Image ${place + 1}: given ${this.text("given")}, predicted ${this.text("predicted")}.`);
+  }
+
+  text(name) {
+    const label = this.data.samples[name][this.row];
+    return label >= 0 ? this.data.classes[label] : "not known";
+  }
+
+  show() {
+    const { id, probability, rejected, seen, clean } = this.data.samples;
+    const row = this.row;
+    const set = (name, text) => { document.getElementById(`review-${name}`).textContent = text; };
+    const image = document.getElementById("review-picture");
+    const source = pictureSource(this.data, row);
+    image.classList.toggle("missing", source === "");
+    if (source === "") image.removeAttribute("src");
+    else image.src = source;
+    image.alt = `Image ${id[row]}`;
+    set("id", id[row]);
+    set("given", this.text("given"));
+    set("predicted", this.text("predicted"));
+    const sure = percentText(probability[row]);
+    document.getElementById("review-predicted").title = sure;
+    set("predicted", sure ? `${this.text("predicted")}, ${sure}` : this.text("predicted"));
+    set("rejected", `${rejected[row]} of ${seen[row]} times`);
+    document.getElementById("review-clean-row").hidden = clean[row] < 0;
+    set("clean", this.text("clean"));
+    set("decision", this.decisions.named(this.decisions.get(row)));
+    set("place", `${(this.place + 1).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")}, ${this.decisions.count.toLocaleString("en")} decided`);
+    document.getElementById("accept-prediction").disabled = this.data.samples.predicted[row] < 0;
+    this.markClasses();
+  }
+
+  markClasses() {
+    if (this.row === undefined) return;
+    const one = this.decisions.get(this.row);
+    for (const button of this.buttons.querySelectorAll("button")) {
+      const label = Number(button.dataset.label);
+      button.classList.toggle("given", label === this.data.samples.given[this.row]);
+      button.classList.toggle("predicted", label === this.data.samples.predicted[this.row]);
+      button.setAttribute("aria-pressed", String(one?.decision === RELABEL && one.label === label));
+    }
+  }
+
+  say(text) {
+    document.getElementById("said").textContent = text;
+  }
+}

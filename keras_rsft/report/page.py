@@ -1,0 +1,245 @@
+"""Fills the templates: a run, as one HTML file that needs nothing else.
+
+The page may load and send nothing: its content security policy names its own style
+and script by their hashes. Text from the data is escaped by the template engine, or
+is JSON that the script shows as text alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keras_rsft import run_files
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.report import charts
+from keras_rsft.report.gallery import confusion_of, gallery_data
+from keras_rsft.report.outcome import outcome_of, percent
+from keras_rsft.report.run_record import RunRecord, read_run
+
+if TYPE_CHECKING:
+    from keras_rsft.finetuning import Run
+
+_STYLES = ("page.css", "review.css")
+_SCRIPTS = ("charts.js", "decisions.js", "gallery.js", "review.js", "start.js")
+_MOST_CLASSES = 40
+_MARK = b'<meta name="generator" content="keras_rsft">'
+
+
+def write_report(
+    run: Run | str | os.PathLike, path: str | os.PathLike | None = None
+) -> Path:
+    """Writes the page of a run: what came out, and which labels to look at.
+
+    One HTML file that needs no network: the most suspicious 2,000 samples with their
+    pictures, at most some 12 MB.
+
+    Args:
+        run: A run, or the folder of a run or of a search.
+        path: The file. Default: `report.html` in the run's folder. A report that is
+            there already is replaced.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        InvalidArgument: If it is no such folder, the run was not written, or `path`
+            is a file of another kind.
+        DataError: If a file of the run cannot be understood.
+    """
+    folder = getattr(run, "folder", run)
+    if folder is None:
+        raise InvalidArgument(
+            "The report is made from a run's folder, and this run was not written. "
+            "Give `finetune` an `output`."
+        )
+    record = read_run(Path(folder))
+    path = record.folder / run_files.REPORT_FILE if path is None else Path(path)
+    _require_own(path)
+    beside = path.with_name(f".partial-{path.name}")
+    beside.write_text(render_page(record), encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def _require_own(path: Path) -> None:
+    """Raises InvalidArgument if a file is there that is no report."""
+    if path.exists() and not (path.is_file() and _MARK in path.read_bytes()[:4096]):
+        raise InvalidArgument(
+            f"{path} exists and is not a report. Nothing of yours is overwritten: "
+            "choose another path, or move it away."
+        )
+
+
+def render_page(record: RunRecord, *, served: bool = False) -> str:
+    """Returns the page as HTML.
+
+    Args:
+        record: The run.
+        served: True for `server.py`, which has all samples' pictures. Default False.
+    """
+    style = "\n".join(_asset(name) for name in _STYLES)
+    scripts = "\n".join(map(_asset, _SCRIPTS))
+    script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
+    pictures = "'self' data:" if served else "data:"
+    policy = (
+        f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; "
+        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    )
+    page = _templates().get_template("report.html")
+    return page.render(
+        policy=policy,
+        style=style,
+        script=script,
+        record=record,
+        **_content(record, served=served),
+    )
+
+
+def _content(record: RunRecord, *, served: bool) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "outcome": outcome_of(record),
+        "curves": _curves(record),
+        "histograms": charts.histograms(record.losses),
+        "sizes": charts,
+        "heat_map": _heat_map(record),
+        "settings": _settings(record),
+        "command": record.config.get("command") or record.results.get("command"),
+        "versions": record.config.get("versions", {}),
+        "served": served,
+        "acceptance": None,
+        "gallery": None,
+    }
+    if record.is_search:
+        return content
+    samples = record.samples
+    data = gallery_data(record, served=served)
+    confusion = confusion_of(samples, len(record.class_names))
+    return content | {
+        "acceptance": _acceptance(record),
+        "confusion": confusion,
+        "gallery": data,
+        "gallery_json": script_json(data),
+        "left_out": len(samples) - len(data["samples"]["id"]),
+    }
+
+
+def script_json(value: Any) -> str:
+    """Returns JSON that cannot end the script element that it stands in."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _curves(record: RunRecord) -> list[charts.LineChart]:
+    metrics = record.metrics
+    plain = record.results.get("against_plain", {}).get("history", {})
+    plain_validation = [float(value) for value in plain.get("val_accuracy", [])]
+    thresholds = {one.epoch: one.threshold for one in record.losses}
+    threshold = [
+        float("nan") if thresholds.get(epoch) is None else thresholds[epoch]
+        for epoch in range(1, len(metrics.get("loss", ())) + 1)
+    ]
+    drawn = [
+        charts.line_chart(
+            "accuracy",
+            "Accuracy",
+            [
+                ("training, given labels", "quiet", metrics.get("accuracy", [])),
+                ("validation", "first", metrics.get("val_accuracy", [])),
+                ("validation, plain head", "second", plain_validation),
+            ],
+            as_percent=True,
+        ),
+        charts.line_chart(
+            "loss",
+            "Loss",
+            [
+                ("all samples", "quiet", metrics.get("loss", [])),
+                ("accepted samples", "first", metrics.get("accepted_loss", [])),
+                ("validation", "second", metrics.get("val_loss", [])),
+                ("threshold", "threshold", threshold),
+            ],
+            as_percent=False,
+        ),
+        charts.line_chart(
+            "selection",
+            "Acceptance",
+            [
+                ("accepted samples", "first", metrics.get("acceptance_rate", [])),
+                ("wrong labels rejected", "second",
+                 metrics.get("rejection_recall", [])),
+                ("rejected labels that are wrong", "quiet",
+                 metrics.get("rejection_precision", [])),
+            ],
+            as_percent=True,
+        ),
+    ]  # fmt: skip
+    return [one for one in drawn if one is not None]
+
+
+def _acceptance(record: RunRecord) -> dict[str, Any] | None:
+    """Returns classes with their accepted shares, the least accepted first."""
+    if record.acceptance is None:
+        return None
+    pairs = zip(record.class_names, record.acceptance.tolist(), strict=False)
+    known = sorted((one for one in pairs if one[1] == one[1]), key=lambda one: one[1])
+    rows = [(name, share, percent(share)) for name, share in known]
+    return {"shown": rows[:_MOST_CLASSES], "rest": rows[_MOST_CLASSES:]}
+
+
+def _heat_map(record: RunRecord) -> str | None:
+    if record.heat_map is None:
+        return None
+    encoded = base64.b64encode(record.heat_map).decode("ascii")
+    return f"data:image/svg+xml;base64,{encoded}"
+
+
+def _settings(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns the configuration as rows, one level deep."""
+    rows = []
+    for name, value in record.config.items():
+        if name in ("command", "versions", "finding"):
+            continue
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", _shown(one)) for key, one in value.items()]
+        else:
+            rows.append((name, _shown(value)))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False, default=str)[:300]
+    return "-" if value is None else str(value)
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    place = resources.files("keras_rsft.report") / "assets" / name
+    return place.read_text(encoding="utf-8")
+
+
+def _templates():
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("keras_rsft.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters["safe_json"] = script_json
+    templates.filters["percent"] = percent
+    return templates

@@ -1,0 +1,240 @@
+"""Reads what a run left in its folder. Computes nothing."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_rsft import run_files
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.result_folder import read_csv
+
+SEARCH_FILE, TRIALS_FILE, HEAT_MAP_FILE = "search.json", "trials.csv", "heatmap.svg"
+_NUMBERS = ("predicted_probability", "loss_mean", "loss_last", "suspicion")
+_COUNTS = ("seen", "accepted", "rejected")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """The ledger, one entry a training sample.
+
+    Attributes:
+        ids: The samples' ids.
+        given: int32 array `(n,)`, given labels.
+        predicted: int32 array `(n,)`, predicted labels; -1 where not known.
+        clean: int32 array `(n,)`, right labels; -1 where not known.
+        numbers: Float arrays `(n,)` by the name of the ledger's column: probability,
+            losses and suspicion; NaN where not known.
+        counts: int64 arrays `(n,)`: `seen`, `accepted`, `rejected`.
+    """
+
+    ids: list[str]
+    given: np.ndarray
+    predicted: np.ndarray
+    clean: np.ndarray
+    numbers: dict[str, np.ndarray]
+    counts: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochLosses:
+    """The histogram of one epoch: `(low, high, accepted, rejected)` for each bin."""
+
+    epoch: int
+    threshold: float | None
+    bins: tuple[tuple[float, float, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunRecord:
+    """A run folder or the folder of a search, as far as it has been written.
+
+    Attributes:
+        folder: The folder.
+        class_names: The classes.
+        config: Settings, command and versions.
+        results: Final numbers.
+        metrics: Each logged value, one number an epoch; NaN where there is none.
+        samples: The ledger; None for a search.
+        losses: Histograms of the losses, one an epoch; may be empty.
+        acceptance: Float array `(classes,)`: accepted share in the last epoch, NaN
+            where not known; None where it was not written.
+        pairs: Near duplicates: two ids and their similarity.
+        split_sizes: Number of samples by split.
+        trials: Rows of a search's table of trials.
+    """
+
+    folder: Path
+    class_names: tuple[str, ...]
+    config: dict[str, Any]
+    results: dict[str, Any]
+    metrics: dict[str, list[float]]
+    samples: Samples | None
+    losses: tuple[EpochLosses, ...]
+    acceptance: np.ndarray | None
+    pairs: tuple[tuple[str, str, float], ...]
+    split_sizes: dict[str, int]
+    trials: tuple[dict[str, str], ...]
+
+    @property
+    def is_search(self) -> bool:
+        """Whether this is the folder of a search."""
+        return self.samples is None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """16 hexadecimal digits that tell this run from others."""
+        digest = hashlib.sha256(json.dumps(self.config, default=str).encode())
+        for name in (run_files.LEDGER_FILE, run_files.RESULTS_FILE):
+            path = self.folder / name
+            digest.update(path.read_bytes() if path.exists() else b"")
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def thumbnail_places(self) -> dict[str, tuple[int, int]]:
+        """Offset and length in bytes of each sample's thumbnail, by id."""
+        rows = _rows(self.folder / run_files.THUMBNAILS_INDEX_FILE)
+        return {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
+
+    def thumbnail(self, sample_id: str) -> bytes | None:
+        """Returns a JPEG file, or None where the image has none."""
+        place = self.thumbnail_places.get(sample_id)
+        if place is None:
+            return None
+        with (self.folder / run_files.THUMBNAILS_FILE).open("rb") as file:
+            file.seek(place[0])
+            return file.read(place[1])
+
+    @property
+    def heat_map(self) -> bytes | None:
+        """The search's heat map, an SVG file, if there is one."""
+        path = self.folder / HEAT_MAP_FILE
+        return path.read_bytes() if path.exists() else None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run folder, or the folder of a finished search.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InvalidArgument: If it is neither.
+        DataError: If one of its files cannot be understood.
+    """
+    has_ledger = (folder / run_files.LEDGER_FILE).is_file()
+    is_search = (folder / SEARCH_FILE).is_file()
+    if not (folder / run_files.RESULTS_FILE).is_file() or not (has_ledger or is_search):
+        raise InvalidArgument(
+            "Expected a run folder, as `keras-rsft fit` leaves it, with "
+            f"{run_files.RESULTS_FILE} and {run_files.LEDGER_FILE}. Received: {folder}."
+        )
+    try:
+        return _read(folder, is_search=not has_ledger)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"A file in {folder} is not as `keras-rsft` wrote it "
+            f"({type(error).__name__}: {error}). Make the run again."
+        ) from error
+
+
+def _read(folder: Path, *, is_search: bool) -> RunRecord:
+    class_names = tuple(_json(folder / run_files.CLASSES_FILE))
+    config = folder / (SEARCH_FILE if is_search else run_files.CONFIG_FILE)
+    metrics = list(_rows(folder / run_files.METRICS_FILE))
+    return RunRecord(
+        folder=folder,
+        class_names=class_names,
+        config=_json(config),
+        results=_json(folder / run_files.RESULTS_FILE),
+        metrics={
+            name: [_number(row[name]) for row in metrics]
+            for name in (metrics[0] if metrics else {})
+        },
+        samples=None if is_search else _samples(folder, class_names),
+        losses=_losses(folder),
+        acceptance=_acceptance(folder),
+        pairs=tuple(
+            (row["id"], row["other_id"], float(row["similarity"]))
+            for row in _rows(folder / run_files.NEAR_DUPLICATES_FILE)
+        ),
+        split_sizes=_split_sizes(folder),
+        trials=tuple(_rows(folder / TRIALS_FILE)),
+    )
+
+
+def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
+    place = {name: index for index, name in enumerate(class_names)} | {"": -1}
+    rows = list(_rows(folder / run_files.LEDGER_FILE))
+
+    def labels(column: str) -> np.ndarray:
+        return np.array([place[row[column]] for row in rows], np.int32)
+
+    return Samples(
+        ids=[row["id"] for row in rows],
+        given=labels("given_label"),
+        predicted=labels("predicted_label"),
+        clean=labels("clean_label"),
+        numbers={
+            name: np.array([_number(row[name]) for row in rows]) for name in _NUMBERS
+        },
+        counts={
+            name: np.array([int(row[name]) for row in rows], np.int64)
+            for name in _COUNTS
+        },
+    )
+
+
+def _losses(folder: Path) -> tuple[EpochLosses, ...]:
+    bins: dict[int, list[tuple[float, float, int, int]]] = {}
+    thresholds: dict[int, float | None] = {}
+    for row in _rows(folder / run_files.HISTOGRAMS_FILE):
+        epoch = int(row["epoch"])
+        counts = (int(row["accepted"]), int(row["rejected"]))
+        one = (float(row["low"]), float(row["high"]), *counts)
+        bins.setdefault(epoch, []).append(one)
+        thresholds[epoch] = float(row["threshold"]) if row["threshold"] else None
+    return tuple(
+        EpochLosses(epoch, thresholds[epoch], tuple(bins[epoch]))
+        for epoch in sorted(bins)
+    )
+
+
+def _acceptance(folder: Path) -> np.ndarray | None:
+    path = folder / run_files.ACCEPTANCE_FILE
+    if not path.exists():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))  # By place: a class may be called "epoch".
+    return np.array([_number(cell) for cell in lines[-1][1:]])
+
+
+def _split_sizes(folder: Path) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for row in _rows(folder / run_files.SAMPLES_FILE):
+        sizes[row["split"]] = sizes.get(row["split"], 0) + 1
+    return sizes
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    return read_csv(path) if path.exists() else iter(())
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _number(cell: str) -> float:
+    return float(cell) if cell else math.nan

@@ -1,0 +1,112 @@
+"""Shows a run's page with the pictures of all samples, on this machine alone.
+
+Bound to 127.0.0.1. What is served is a fixed list: the page, and thumbnails by the
+number of their row; no path of a request is ever looked up on the disk. A request
+whose Host header names another place is refused, or a web site could read the
+pictures by letting its own name point here (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import http.server
+import re
+import sys
+from http import HTTPStatus
+from typing import Any
+
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.report.page import render_page
+from keras_rsft.report.run_record import RunRecord
+
+ADDRESS = "127.0.0.1"
+_THUMBNAIL = re.compile(r"/thumbnails/(\d{1,9})", re.ASCII)
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class ReviewServer(http.server.ThreadingHTTPServer):
+    """Serves one run; the page is rendered once, when the server is made.
+
+    Args:
+        record: The run.
+        port: The port, in [0, 65535]; 0 takes a free one. Default 0.
+
+    Attributes:
+        url: Where the page is.
+
+    Raises:
+        InvalidArgument: If the port cannot be had.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, record: RunRecord, *, port: int = 0):
+        self.record = record
+        self.page = render_page(record, served=True).encode("utf-8")
+        record.thumbnail_places  # noqa: B018 -- Read before threads ask for it.
+        try:
+            super().__init__((ADDRESS, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise InvalidArgument(
+                f"The port {port} cannot be used: {error}. Choose another `--port`, "
+                "or leave it out to take a free one."
+            ) from error
+
+    @property
+    def url(self) -> str:
+        return f"http://{ADDRESS}:{self.server_port}/"
+
+    def is_own_host(self, host: str | None) -> bool:
+        """Says whether a request's Host header names this server."""
+        names = (ADDRESS, "localhost")
+        return host in [f"{name}:{self.server_port}" for name in names]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A browser that turns a page before all pictures have come is no error.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: ReviewServer
+    server_version, sys_version = "keras_rsft", ""
+    protocol_version = "HTTP/1.1"
+    timeout = 30
+
+    def do_GET(self) -> None:
+        if not self.server.is_own_host(self.headers.get("Host")):
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"Another host's name.\n")
+        elif self.path == "/":
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
+        elif (picture := self._picture()) is not None:
+            self._answer(HTTPStatus.OK, "image/jpeg", picture)
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"Nothing is here.\n")
+
+    do_HEAD = do_GET  # noqa: N815 -- The names that the library asks for.
+
+    def _picture(self) -> bytes | None:
+        match = _THUMBNAIL.fullmatch(self.path)
+        ids = self.server.record.samples.ids
+        if match is None or int(match[1]) >= len(ids):
+            return None
+        return self.server.record.thumbnail(ids[int(match[1])])
+
+    def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        caching = "max-age=3600" if kind == "image/jpeg" else "no-store"
+        self.send_header("Cache-Control", caching)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        del format, arguments  # A terminal full of requests helps nobody.

@@ -1,0 +1,54 @@
+"""How results are worded where a person reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keras_rsft.comparing.intervals import Interval
+
+# Of the results of a run those that are shares, in the order in which they are shown.
+RESULT_NAMES = {
+    "test_accuracy": "Accuracy on the test split",
+    "validation_accuracy": "Accuracy on the validation split",
+    "head_test_accuracy": "Head alone, test split",
+    "head_validation_accuracy": "Head alone, validation split",
+    "stage2_test_accuracy": "Last block fine-tuned, test split",
+    "stage2_validation_accuracy": "Last block fine-tuned, validation split",
+    "acceptance_rate": "Accepted in the last epoch",
+    "estimated_wrong_labels": "Labels that look wrong",
+    "wrong_labels": "Wrong training labels",
+    "wrong_labels_rejected": "Wrong labels rejected",
+    "right_labels_rejected": "Right labels rejected",
+}
+
+
+def share_text(share: float | None) -> str:
+    """Returns a share in percent, a dash for None."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def interval_text(interval: Interval | None, sign: str = "") -> str:
+    """Returns a mean and half of its interval in percent, a dash for None.
+
+    Args:
+        interval: A mean; an infinite width, of one seed, is not shown.
+        sign: `"+"` to show the sign of the mean.
+    """
+    if interval is None:
+        return "-"
+    mean = f"{100 * interval.mean:{sign}.1f}"
+    if math.isinf(interval.half_width):
+        return mean
+    return f"{mean} ± {100 * interval.half_width:.1f}"
+
+
+def setting_text(values: Mapping[str, Any]) -> str:
+    """Returns names and values of a trial in one line, numbers to three digits."""
+    short = (
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
+    return ", ".join(short)

@@ -1,0 +1,189 @@
+"""How commands answer: for a person, quietly, as JSON, on a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keras_rsft import cli
+from keras_rsft.cli_documents import json_value
+from keras_rsft.cli_output import Output
+from keras_rsft.comparing.intervals import Interval
+
+PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
+
+
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch):
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own errors.
+            status = stop.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def base(tiny_base_file, tmp_path):
+    return ["--backbone", tiny_base_file, "--cache-dir", tmp_path / "kept"]
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def parsed(text):
+    return json.loads(text, parse_constant=refuse_constant)
+
+
+class TestJson:
+    def test_fit_with_corrections_and_export(self, call, base, photo_folder, tmp_path):
+        lines = "id,given_label,decision,new_label\nred/00.png,red,keep,\n"
+        (tmp_path / "c.csv").write_text(lines)
+        status, out, err = call(
+            "fit", photo_folder, *base, "--epochs", 2, "--json",
+            "--corrections", "c.csv",
+        )  # fmt: skip
+        assert status == 0, err
+        answer = parsed(out)
+        assert answer["command"] == "fit"
+        assert answer["classes"] == ["blue", "green", "red"]
+        assert sum(answer["images"].values()) == 36
+        assert answer["corrections"]["keep"] == 1
+        assert "Corrections: 1 labels kept" in err
+        results = json.loads((Path(answer["folder"]) / "results.json").read_text())
+        assert answer["results"] == results
+        status, out, err = call("export", answer["folder"], "--json")
+        assert status == 0, err
+        answer = parsed(out)
+        assert (Path(answer["path"]) / "saved_model.pb").is_file()
+        assert answer["serve_command"].startswith("docker run")
+        assert answer["verification"] is None
+        status, out, err = call("export", answer["path"] + "/none", "--json")
+        assert (status, out) == (2, "")
+        assert "Expected a run folder" in err
+
+    def test_compare(self, call, base, photo_folder):
+        status, out, err = call(
+            "compare", photo_folder, *base, "--epochs", 1, "--seeds", 1,
+            "--methods", "plain,gce", "--json",
+        )  # fmt: skip
+        assert status == 0, err
+        answer = parsed(out)
+        assert list(answer["methods"]) == ["plain", "gce"]
+        # One seed has no interval: its width is infinite, which JSON cannot say.
+        assert answer["methods"]["gce"]["test_accuracy"]["half_width"] is None
+        assert answer["verdict"]["sentence"] in " ".join(err.split())
+
+    def test_search(self, call, base, photo_folder):
+        status, out, err = call(
+            "search", photo_folder, *base, "--epochs", 1, "--max-trials", 2,
+            "--policies", "accept-all", "--optimizers", "sgd", "--json",
+        )  # fmt: skip
+        assert status == 0, err
+        answer = parsed(out)
+        assert answer["results"]["trials"] == 2
+        assert answer["fit_command"].startswith("keras-rsft fit ")
+
+    def test_what_json_cannot_hold(self):
+        value = {
+            "a": float("nan"), 1: Interval(0.5, float("inf")), "p": Path("/x"),
+            "n": np.float32(0.5), "r": np.array([1, 2]), "t": (True, None, "s"),
+        }  # fmt: skip
+        assert json_value(value) == {
+            "a": None, "1": {"mean": 0.5, "half_width": None}, "p": "/x", "n": 0.5,
+            "r": [1, 2], "t": [True, None, "s"],
+        }  # fmt: skip
+
+    def test_what_a_library_prints_stays_out(self, capsys):
+        with Output(as_json=True) as output:
+            print("chatter")
+            output.console.print("a table")
+            output.finish({"a": 1}, "last")
+        captured = capsys.readouterr()
+        assert parsed(captured.out) == {"a": 1}
+        assert captured.err == "chatter\na table\n"
+
+
+class TestQuiet:
+    @pytest.mark.parametrize("command", ["fit", "compare", "search"])
+    def test_the_folder_alone(self, call, base, photo_folder, command):
+        numbers = {
+            "fit": [],
+            "compare": ["--methods", "plain", "--seeds", 1],
+            "search": ["--max-trials", 1, "--policies", "accept-all"],
+        }
+        status, out, err = call(
+            command, photo_folder, *base, "--epochs", 1, "--quiet", *numbers[command]
+        )
+        assert (status, err) == (0, "")
+        assert len(out.splitlines()) == 1
+        assert (Path(out.strip()) / "results.json").exists() or command == "compare"
+
+    def test_warnings_are_held_back_and_errors_are_not(self, call, base, photo_folder):
+        with warnings.catch_warnings(record=True) as caught:
+            status, out, err = call(
+                "fit", photo_folder, *base, "--quiet", "--epochs", 1,
+                "--threshold", "0.000001", "--warmup-epochs", 0,
+            )  # fmt: skip
+        assert (status, out) == (1, "")
+        assert caught == []
+        assert "accepted no sample" in err
+
+    def test_chatter(self, capsys):
+        with Output(quiet=True) as output:
+            print("chatter")
+            output.console.print("a table")
+            output.finish({"a": 1}, "last")
+        assert capsys.readouterr() == ("last\n", "")
+
+
+def on_a_terminal(command, *, cwd, **environment):
+    """Runs a command whose output and errors are a terminal; returns what it shows."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "KERAS_"))}
+    kept |= {"TERM": "xterm-256color", "COLUMNS": "100"} | environment
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [str(part) for part in command], stdin=follower, stdout=follower,
+        stderr=follower, cwd=cwd, env=kept,
+    )  # fmt: skip
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # The other end is closed.
+            break
+        if not part:
+            break
+        shown += part
+    os.close(leader)
+    assert process.wait(timeout=60) == 0
+    return shown.decode()
+
+
+@pytest.mark.slow
+def test_on_a_terminal(base, photo_folder, tmp_path):
+    fit = [*PROGRAM, "fit", photo_folder, *base, "--epochs", "2"]
+    plain = on_a_terminal(fit, cwd=tmp_path, NO_COLOR="1")
+    assert "Training the head" in plain
+    assert "Accuracy on the test split" in plain
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)
+    quiet = on_a_terminal([*fit, "--quiet"], cwd=tmp_path)
+    assert quiet == f"{tmp_path / 'runs' / photo_folder.name}-2\r\n"

@@ -1,0 +1,114 @@
+"""Results in a notebook: a table, a figure, and nothing that runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from xml.etree import ElementTree
+
+import pytest
+from made_features import split_features
+
+from keras_rsft import notebook
+from keras_rsft.comparing.comparison import compare_features
+from keras_rsft.finetuning import TrainingSettings, finetune
+from keras_rsft.searching import SearchOptions, search_features
+
+HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=a>', "$\\frac{<b>")
+SETTINGS = TrainingSettings(epochs=2, batch_size=16, learning_rate=0.05)
+
+
+def well_formed(text):
+    """Parses the HTML, which is XML too; returns its root."""
+    return ElementTree.fromstring(f"<div>{text}</div>")
+
+
+def cells_of(root):
+    return [[cell.text or "" for cell in row] for row in root.iter("tr")]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return split_features(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "matplotlib" else found(name, *rest),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(photo_folder, tiny_base_file, tmp_path_factory):
+    root = tmp_path_factory.mktemp("hostile")
+    names = ["<script>alert(1)<", '"><img src=x onerror=a>', "$\\frac{<b>"]
+    for source, name in zip(("blue", "green", "red"), names, strict=True):
+        shutil.copytree(photo_folder / source, root / "photos" / name)
+    return finetune(
+        root / "photos",
+        backbone=str(tiny_base_file),
+        settings=SETTINGS,
+        output=root / "<i>run</i>",
+        cache_dir=root / "kept",
+        progress=False,
+    )
+
+
+def test_a_run_with_hostile_names(run):
+    text = run._repr_html_()
+    root = well_formed(text)
+    rows = dict(cells_of(root))
+    assert set(rows["Classes"].split(", ")) == set(run.class_names)
+    assert rows["Run folder"] == str(run.folder)
+    accuracy = f"{100 * run.results['test_accuracy']:.1f} %"
+    assert rows["Accuracy on the test split"] == accuracy
+    for tag in ("script", "img", "b", "i"):
+        assert not list(root.iter(tag))
+
+
+def test_a_figure_where_it_can_be_drawn(run):
+    pytest.importorskip("matplotlib")
+    assert run._repr_html_().count("<svg") == 1
+
+
+def test_without_matplotlib_there_is_the_table(run, no_matplotlib):
+    text = run._repr_html_()
+    assert "<svg" not in text
+    assert "<table>" in text
+
+
+def test_a_comparison(features):
+    found = compare_features(
+        features, methods=["gce"], seeds=2, settings=SETTINGS, progress=False
+    )
+    root = well_formed(found._repr_html_())
+    header, plain, gce = cells_of(root)
+    assert header[0] == "Method"
+    assert plain[0] == "plain"
+    assert plain[2:] == ["-", "100.0 %", "-"]
+    assert " ± " in gce[2]
+    assert found.verdict.sentence in [p.text for p in root.iter("p")]
+
+
+def test_a_search(features, tmp_path):
+    found = search_features(
+        features,
+        output=tmp_path / "search",
+        options=SearchOptions(max_trials=3),
+        settings=SETTINGS,
+        progress=False,
+    )
+    root = well_formed(found._repr_html_())
+    rows = cells_of(root)
+    assert [row[0] for row in rows[1:3]] == ["chosen", "plain fine-tuning"]
+    assert len(rows) == 3 + 1 + 3
+    assert found.choice.reason in [p.text for p in root.iter("p")]
+
+
+def test_cells_are_escaped_and_the_header_too():
+    root = well_formed(notebook.table_html(HOSTILE, [HOSTILE]))
+    assert cells_of(root) == [list(HOSTILE), list(HOSTILE)]

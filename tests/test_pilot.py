@@ -1,0 +1,150 @@
+"""The look ahead of `fit --explain`: its numbers, its verdict, and what it leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from made_features import feature_set
+
+from keras_rsft import cli
+from keras_rsft.cli_explain import about
+from keras_rsft.data import add_label_noise, load_images
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.finetuning import TrainingSettings, run_pilot
+from keras_rsft.finetuning.pilot import (
+    _cross_tried,
+    paired_gain,
+    share_interval,
+    verdict,
+)
+from keras_rsft.policy_choice import PolicyChoice
+
+
+def test_the_gain_is_paired():
+    plain = np.array([True, True, False, False])
+    rejecting = np.array([True, True, True, False])
+    mean, low, high = paired_gain(plain, rejecting)
+    half = 1.959964 * np.sqrt(3 / 16) / 2
+    assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
+    assert paired_gain(plain, plain) == (0, 0, 0)
+
+
+def test_the_interval_of_a_share_stays_inside():
+    assert share_interval(np.zeros(10)) == (0, 0, 0)
+    mean, low, high = share_interval(np.full(100, 0.5, np.float32))
+    assert (mean, low, high) == pytest.approx((0.5, 0.402, 0.598), abs=1e-3)
+    assert share_interval(np.array([0.0, 0.9]))[1:] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "policy, reason, gain, expected",
+    [
+        ("auto", "No sign of wrong labels", None, "changes nothing"),
+        ("auto", None, (0.05, 0.01, 0.09), "likely to help: +5.0 points"),
+        ("auto", None, (0.05, -0.01, 0.11), "cannot tell"),
+        ("keep-fraction", "No sign", (-0.05, -0.09, -0.01), "do harm"),
+        ("loss-threshold", None, None, "accepted no sample"),
+    ],
+)
+def test_the_verdict_follows_its_rule(policy, reason, gain, expected):
+    assert expected in verdict(policy, reason, gain)
+
+
+def test_durations_look_no_more_exact_than_they_are():
+    texts = [about(seconds) for seconds in (0.2, 12.3, 600, 7200)]
+    assert texts == ["less than a second", "about 12 s", "about 10 min", "about 2.0 h"]
+
+
+def test_each_half_is_judged_by_a_head_of_the_other(tmp_path):
+    """On clusters that a head can tell apart, most are right, and none by chance."""
+    kept = feature_set(tmp_path, "train", 80, seed=0)
+    settings = TrainingSettings(
+        policy=PolicyChoice("accept-all"), epochs=10, learning_rate=0.1
+    )
+    finished = []
+    tried = _cross_tried(kept, ("a", "b", "c"), settings, finished.append)
+    assert tried.right.shape == (80,)
+    assert np.count_nonzero(tried.right) > 40
+    assert tried.step_seconds > 0
+    assert finished == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def pilot_of(photo_folder, tiny_base_file, tmp_path_factory):
+    data = load_images(photo_folder)
+    kept = tmp_path_factory.mktemp("kept")
+
+    def run(policy, **options):
+        settings = TrainingSettings(policy=policy, epochs=3, learning_rate=0.05)
+        chosen = options.pop("data", data)
+        return run_pilot(
+            chosen,
+            backbone=str(tiny_base_file),
+            settings=settings,
+            cache_dir=kept,
+            **options,
+        )
+
+    return run
+
+
+def test_a_pilot_on_few_images(pilot_of, photo_folder):
+    data = load_images(photo_folder)
+    pilot = pilot_of(PolicyChoice("keep-fraction", warmup_epochs=1), sample=12)
+    assert pilot.num_images == 12
+    assert pilot.largest_class[1] >= pilot.smallest_class[1] > 0
+    assert pilot.policy == "keep-fraction"
+    assert 0 <= pilot.plain_accuracy <= 1
+    assert pilot.gain[0] == pytest.approx(pilot.policy_accuracy - pilot.plain_accuracy)
+    assert pilot.images_left == sum(map(len, (data.train, data.validation, data.test)))
+    assert pilot.pass_seconds > 0
+    assert pilot.training_seconds > 0
+
+
+def test_a_sample_of_all_images_is_kept_for_the_run(pilot_of, photo_folder):
+    data = load_images(photo_folder)
+    pilot_of(PolicyChoice("accept-all"), sample=500)
+    pilot = pilot_of(PolicyChoice("accept-all"), sample=500)
+    assert pilot.num_images == len(data.train)
+    assert pilot.images_left == len(data.validation) + len(data.test)
+    assert pilot.policy == "auto"  # Tried although the run would be plain.
+
+
+def test_a_policy_that_accepts_nothing_is_told(pilot_of):
+    pilot = pilot_of(PolicyChoice(threshold=1e-9, warmup_epochs=1))
+    assert pilot.policy_accuracy is None
+    assert "accepted no sample" in pilot.verdict
+
+
+def test_wrong_labels_are_counted(pilot_of, photo_folder):
+    data = add_label_noise(load_images(photo_folder), "symmetric:0.3", seed=0)
+    pilot = pilot_of(PolicyChoice(), data=data)
+    share, low, high = pilot.noise_rate
+    assert 0 <= low <= share <= high <= 1
+
+
+def test_too_few_images_are_refused(pilot_of):
+    with pytest.raises(InvalidArgument, match="needs 4"):
+        pilot_of(PolicyChoice(), sample=3)
+
+
+@pytest.mark.parametrize(
+    "option, trains",
+    [
+        pytest.param("--explain", True, marks=pytest.mark.slow),
+        ("--dry-run", False),
+    ],
+)
+def test_the_options_of_fit(
+    option, trains, photo_folder, tiny_base_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    status = cli.main(
+        ["fit", str(photo_folder), "--backbone", str(tiny_base_file), "--epochs", "2",
+         "--cache-dir", "kept", option]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "Labels that look wrong" in out
+    assert ("Accuracy on the test split" in out) is trains
+    assert (tmp_path / "runs").exists() is trains

@@ -1,0 +1,308 @@
+"""The report: what it says, draws and shows, made from a run's folder alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
+
+import keras_rsft
+from keras_rsft.comparing.intervals import paired_share_interval, proportion_interval
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.report import charts, write_report
+from keras_rsft.report.gallery import confusion_of, gallery_data
+from keras_rsft.report.outcome import outcome_of
+from keras_rsft.report.page import render_page, script_json
+from keras_rsft.report.run_record import EpochLosses, read_run
+from keras_rsft.result_folder import guarded_cell, plain_cell
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return made_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def record(run_folder):
+    return read_run(run_folder)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "<b>run</b>"
+    return read_run(made_run(folder, classes=HOSTILE_CLASSES, ids=HOSTILE_IDS))
+
+
+class TestIntervals:
+    def test_a_share_by_hand(self):
+        # Wilson for 8 of 10: (0.8 + 0.19207 +- 1.96 sqrt(0.016 + 0.0096)) / 1.38415.
+        assert proportion_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+    @pytest.mark.parametrize("right", [0, 5])
+    def test_a_share_stays_within_its_range(self, right):
+        low, high = proportion_interval(right, 5)
+        assert 0 <= low <= right / 5 <= high <= 1
+
+    def test_a_difference_by_hand(self):
+        # (30.5 - 10.5) / 202 +- 1.96 sqrt((41 / 202 - (20 / 202)**2) / 202).
+        low, high = paired_share_interval(30, 10, 200)
+        error = 1.959964 * math.sqrt((41 / 202 - (20 / 202) ** 2) / 202)
+        assert (low, high) == pytest.approx((20 / 202 - error, 20 / 202 + error))
+
+    def test_a_difference_is_the_opposite_the_other_way_round(self):
+        low, high = paired_share_interval(3, 8, 50)
+        assert paired_share_interval(8, 3, 50) == pytest.approx((-high, -low))
+
+    def test_equal_methods_leave_room_for_chance(self):
+        low, high = paired_share_interval(0, 0, 100)
+        assert low < 0 < high
+
+
+class TestOutcome:
+    def test_one_sentence_says_it(self, record):
+        sentence = outcome_of(record).sentence
+        assert "90.0 % of 200 test images right, without it 80.0 %" in sentence
+        assert "10.0 points better" in sentence
+
+    @pytest.mark.parametrize(
+        "rejection, plain, said",
+        [(10, 30, "10.0 points worse"), (11, 10, "may be chance")],
+    )
+    def test_the_verdict_follows_the_interval(self, record, rejection, plain, said):
+        paired = record.results["against_plain"] | {
+            "only_rejection_right": rejection,
+            "only_plain_right": plain,
+        }
+        changed = dataclasses.replace(record, results={"against_plain": paired})
+        assert said in outcome_of(changed).sentence
+
+    @pytest.mark.parametrize(
+        "wrong, said",
+        [(None, "right or wrong"), (0, "known to be right"), (7, "7 are")],
+    )
+    def test_says_by_which_labels(self, record, wrong, said):
+        paired = record.results["against_plain"] | {"wrong_labels": wrong}
+        changed = dataclasses.replace(record, results={"against_plain": paired})
+        assert said in outcome_of(changed).method
+
+    def test_without_a_plain_head(self, record):
+        changed = dataclasses.replace(record, results={"test_accuracy": 0.9})
+        assert "90.0 % of 200 test images" in outcome_of(changed).sentence
+
+    def test_without_anything_to_judge_by(self, record):
+        changed = dataclasses.replace(record, results={})
+        assert "no test or validation split" in outcome_of(changed).sentence
+
+
+class TestCharts:
+    def test_places_by_hand(self):
+        chart = charts.line_chart(
+            "a", "Accuracy", [("one", "first", [0.0, 0.5, 1.0])], as_percent=True
+        )
+        middle = (charts.LEFT + charts.WIDTH - charts.RIGHT) / 2
+        assert chart.x_places == (charts.LEFT, middle, charts.WIDTH - charts.RIGHT)
+        bottom = charts.HEIGHT - charts.BOTTOM
+        places = (bottom, (bottom + charts.TOP) / 2, charts.TOP)
+        assert chart.lines[0].places == places
+        assert chart.lines[0].texts == ("0.0 %", "50.0 %", "100.0 %")
+        assert "one from 0.0 % to 100.0 %" in chart.summary
+
+    def test_a_gap_breaks_the_line(self):
+        values = [1.0, math.nan, 2.0, math.inf, 3.0, 4.0]
+        chart = charts.line_chart("a", "A", [("one", "", values)], as_percent=False)
+        assert len(chart.lines[0].pieces) == 3
+        assert chart.lines[0].texts[1] == "-"
+
+    def test_nothing_to_draw(self):
+        series = [("one", "", [math.nan]), ("other", "", [])]
+        assert charts.line_chart("a", "A", series, as_percent=False) is None
+
+    @pytest.mark.parametrize(
+        "values", [[0.5], [0.0] * 3, [1e-9, 2e-9], [-1.0, 1e6], [1.0] * 500]
+    )
+    def test_everything_is_inside_the_picture(self, values):
+        chart = charts.line_chart("a", "A", [("one", "", values)], as_percent=False)
+        for place in chart.lines[0].places:
+            assert charts.TOP <= place <= charts.HEIGHT - charts.BOTTOM
+        assert 2 <= len(chart.y_ticks) <= 9
+        assert len(chart.x_ticks) <= 9
+
+    @pytest.mark.parametrize(
+        "low, high, ticks",
+        [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (3, 3, [3, 3.1, 3.2, 3.3])],
+    )
+    def test_round_ticks(self, low, high, ticks):
+        assert charts.nice_ticks(low, high)[: len(ticks)] == pytest.approx(ticks)
+
+    def test_a_histogram_by_hand(self):
+        bins = ((0.1, 1.0, 30, 10), (1.0, 10.0, 0, 20))
+        (one,) = charts.histograms([EpochLosses(4, 1.0, bins)])
+        first, second = one.bars
+        height = one.base - 14
+        assert first.accepted_height == pytest.approx(height * 0.75, abs=0.1)
+        assert first.rejected_height == pytest.approx(height * 0.25, abs=0.1)
+        assert second.rejected_height == pytest.approx(height * 0.5, abs=0.1)
+        assert one.threshold.place == pytest.approx(charts.SMALL_WIDTH / 2)
+        assert [tick.text for tick in one.x_ticks] == ["0.1", "1", "10"]
+        assert "30 accepted, 30 rejected; threshold 1" in one.summary
+
+    def test_few_epochs_are_shown_with_the_first_and_the_last(self):
+        losses = [EpochLosses(e, None, ((0.1, 1.0, 1, 0),)) for e in range(1, 41)]
+        shown = [one.epoch for one in charts.histograms(losses)]
+        assert (len(shown), shown[0], shown[-1]) == (6, 1, 40)
+        assert charts.histograms([]) == ()
+
+
+class TestRecord:
+    def test_names_come_back_as_they_were(self, hostile):
+        assert hostile.samples.ids[: len(HOSTILE_IDS)] == list(HOSTILE_IDS)
+        assert all(hostile.thumbnail(name) for name in HOSTILE_IDS)
+        assert hostile.class_names == HOSTILE_CLASSES
+
+    def test_no_cell_of_the_ledger_begins_like_a_formula(self, hostile):
+        text = (hostile.folder / "ledger.csv").read_text(encoding="utf-8")
+        assert "'=HYPERLINK" in text
+        assert not re.search(r'(^|[,\n"])[=+@]', text)
+
+    @pytest.mark.parametrize("text", ["=1", "+a", "-a", "@a", "\ta", "\ra", "'a", "''"])
+    def test_a_guard_is_taken_away_again(self, text):
+        assert guarded_cell(text) == f"'{text}"
+        assert plain_cell(guarded_cell(text)) == text
+
+    @pytest.mark.parametrize("text", ["", "a", "a=b", "'", "1"])
+    def test_what_needs_no_guard_has_none(self, text):
+        assert plain_cell(guarded_cell(text)) == text
+
+    def test_a_folder_of_something_else(self, tmp_path):
+        with pytest.raises(InvalidArgument, match="Expected a run folder"):
+            read_run(tmp_path)
+
+    def test_a_damaged_file(self, tmp_path):
+        folder = made_run(tmp_path / "run")
+        (folder / "classes.json").write_text('["other"]')
+        with pytest.raises(DataError, match="Make the run again"):
+            read_run(folder)
+
+    def test_a_folder_of_before_has_fewer_sections(self, tmp_path):
+        folder = made_run(tmp_path / "run")
+        for name in ("loss_histograms.csv", "near_duplicates.csv", "thumbnails.csv"):
+            (folder / name).unlink()
+        page = render_page(read_run(folder))
+        assert 'id="losses"' not in page
+        assert 'id="gallery"' in page
+
+
+class TestGallery:
+    def test_most_suspicious_first(self, record):
+        suspicion = gallery_data(record, served=False)["samples"]["suspicion"]
+        assert suspicion == sorted(suspicion, reverse=True)
+        assert len(suspicion) == 40
+
+    def test_the_room_for_pictures_is_kept(self, record):
+        one = len(gallery_data(record, served=False)["samples"]["picture"][0])
+        data = gallery_data(record, served=False, max_bytes=6 * one)
+        pictures = data["samples"]["picture"]
+        assert 0 < len(pictures) < 40
+        assert sum(map(len, pictures)) <= 6 * one
+        assert data["total"] == 40
+        assert all(row < len(pictures) for pair in data["pairs"] for row in pair[:2])
+
+    def test_served_lists_all_and_embeds_nothing(self, record):
+        data = gallery_data(record, served=True)
+        assert len(data["samples"]["id"]) == 40
+        for name, row in zip(
+            data["samples"]["id"], data["samples"]["picture"], strict=True
+        ):
+            assert record.samples.ids[int(row)] == name
+
+    def test_confusion_by_hand(self, record):
+        samples = dataclasses.replace(
+            record.samples,
+            given=np.array([0, 0, 0, 1, 2]),
+            predicted=np.array([0, 1, 1, 1, -1]),
+        )
+        confusion = confusion_of(samples, 3)
+        assert confusion.counts == ((1, 2, 0), (0, 1, 0), (0, 0, 0))
+        assert confusion.pairs == ((0, 1, 2),)
+        assert confusion.strengths[1] == (0, 9, 0)
+        assert confusion_of(samples, 3, max_classes=2).classes == ()
+
+
+class TestPage:
+    def test_it_is_written_beside_and_replaced(self, run_folder, tmp_path):
+        path = write_report(run_folder, tmp_path / "page.html")
+        first = path.read_bytes()
+        assert write_report(str(run_folder), path).read_bytes() == first
+        assert [one.name for one in tmp_path.iterdir()] == ["page.html"]
+
+    def test_the_default_place_is_the_runs_folder(self, tmp_path):
+        folder = made_run(tmp_path / "run")
+        assert keras_rsft.write_report(folder) == folder / "report.html"
+
+    def test_a_file_of_the_users_is_left_alone(self, run_folder, tmp_path):
+        mine = tmp_path / "mine.html"
+        mine.write_text("<!doctype html>mine")
+        with pytest.raises(InvalidArgument, match="not a report"):
+            write_report(run_folder, mine)
+        assert mine.read_text() == "<!doctype html>mine"
+        with pytest.raises(InvalidArgument, match="not a report"):
+            write_report(run_folder, tmp_path)
+
+    def test_a_run_that_was_not_written(self):
+        class Unwritten:
+            folder = None
+
+        with pytest.raises(InvalidArgument, match="not written"):
+            write_report(Unwritten())
+
+    def test_hostile_text_is_escaped(self, hostile):
+        page = render_page(hostile)
+        for text in ("<script>document", "<img src=x", "<b>photos", "<b>run"):
+            assert text not in page
+        assert page.count("</script>") == page.count("<script")
+        assert "{{ 7 * 7 }}" in page
+
+    def test_json_cannot_end_its_script(self):
+        text = "</script><!--&"
+        written = script_json([text])
+        assert not set("<>&") & set(written)
+        assert json.loads(written) == [text]
+
+    def test_the_page_may_load_nothing(self, record):
+        policy = re.search(r'Policy" content="([^"]*)"', render_page(record))[1]
+        assert "default-src &#39;none&#39;" in policy
+        assert "unsafe" not in policy
+        assert "connect-src" not in policy
+
+    def test_the_page_of_a_search(self, tmp_path):
+        (tmp_path / "search.json").write_text('{"settings": {"epochs": 2}}')
+        (tmp_path / "classes.json").write_text('["a", "b"]')
+        (tmp_path / "heatmap.svg").write_text("<svg></svg>")
+        (tmp_path / "trials.csv").write_text("trial,status\n<b>0</b>,COMPLETED\n")
+        results = {
+            "reason": "Trial 0 is best.",
+            "chosen": {"test_accuracy": 0.9},
+            "plain": {"test_accuracy": 0.8},
+            "trials": 1,
+        }
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        page = write_report(tmp_path).read_text(encoding="utf-8")
+        assert "Trial 0 is best." in page
+        assert "data:image/svg+xml;base64," in page
+        assert "<b>0</b>" not in page
+        assert 'id="gallery"' not in page
+
+    def test_tensorflow_is_not_needed(self, run_folder, tmp_path):
+        program = (
+            "import sys; from keras_rsft.report import write_report; "
+            f"write_report({str(run_folder)!r}, {str(tmp_path / 'r.html')!r}); "
+            "assert not {'tensorflow', 'keras'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,400 @@
+"""The page in a real browser: review, keys, undo, storage, the file that comes out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
+
+from keras_rsft.report import gallery, write_report
+from keras_rsft.report.run_record import read_run
+from keras_rsft.report.server import ReviewServer
+from keras_rsft.result_folder import plain_cell
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser is installed; looked for {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=found, args=list(OPTIONS))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file; fails if the page logs anything or asks for anything else."""
+    contexts, complaints = [], []
+
+    def go(place, context=None, **options):
+        url = place if isinstance(place, str) else place.as_uri()
+        if context is None:
+            context = browser.new_context(accept_downloads=True, **options)
+            contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: note(request.url, url))
+        page.goto(url)
+        page.wait_for_selector("#grid .card")
+        return page
+
+    def note(asked, url):
+        if not asked.startswith(("data:", "blob:", url)):
+            complaints.append(asked)
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return write_report(made_run(tmp_path_factory.mktemp("page") / "run", count=130))
+
+
+@pytest.fixture(scope="module")
+def hostile_report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "run"
+    made_run(folder, classes=HOSTILE_CLASSES, ids=HOSTILE_IDS, count=10)
+    return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def many_classes_report(tmp_path_factory):
+    names = tuple(f"breed {number:03}" for number in range(40))
+    folder = tmp_path_factory.mktemp("page") / "run"
+    return write_report(made_run(folder, classes=names, count=80))
+
+
+def download(page):
+    with page.expect_download() as found:
+        page.click("#download")
+    assert found.value.suggested_filename == "corrections.csv"
+    return found.value.path()
+
+
+def downloaded(page) -> list[dict[str, str]]:
+    with open(download(page), newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def text_of(page, name: str) -> str:
+    return page.text_content(f"#review-{name}")
+
+
+class TestReview:
+    def test_by_keys_alone_as_far_as_the_file(self, open_page, report):
+        page = open_page(report)
+        page.focus("#start-review")
+        page.keyboard.press("Enter")
+        ids, given, decisions = [], [], ["k", "d", "1", "Enter"]
+        for key in decisions:
+            ids.append(text_of(page, "id"))
+            given.append(text_of(page, "given"))
+            page.keyboard.press(key)
+        page.keyboard.press("Escape")
+        assert page.locator("dialog[open]").count() == 0
+        rows = downloaded(page)
+        assert list(rows[0]) == ["id", "given_label", "decision", "new_label"]
+        assert [row["id"] for row in rows] == ids
+        assert [row["given_label"] for row in rows] == given
+        assert [row["decision"] for row in rows[:2]] == ["keep", "drop"]
+        for row, wanted in zip(rows[2:], ("cat", None), strict=True):
+            if row["decision"] == "relabel":
+                assert row["new_label"] not in ("", row["given_label"])
+                assert wanted in (None, row["new_label"])
+            else:  # The label that it has is no other label.
+                assert (row["decision"], row["new_label"]) == ("keep", "")
+
+    def test_enter_takes_the_prediction(self, open_page, report):
+        page = open_page(report)
+        page.select_option("[name=kind]", "differ")
+        page.click("#start-review")
+        predicted = text_of(page, "predicted").split(",")[0]
+        page.keyboard.press("Enter")
+        page.keyboard.press("Escape")
+        (row,) = downloaded(page)
+        assert (row["decision"], row["new_label"]) == ("relabel", predicted)
+
+    def test_undo_takes_back_one_after_the_other(self, open_page, report):
+        page = open_page(report)
+        page.click("#start-review")
+        first = text_of(page, "id")
+        page.keyboard.press("k")
+        page.keyboard.press("d")
+        assert "2 decided" in text_of(page, "place")
+        page.keyboard.press("u")
+        page.keyboard.press("u")
+        assert text_of(page, "id") == first
+        assert text_of(page, "decision") == "none yet"
+        page.keyboard.press("u")
+        assert "Nothing to undo" in page.text_content("#said")
+        page.keyboard.press("d")  # And a changed mind goes back to what was before.
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("k")
+        page.keyboard.press("u")
+        assert text_of(page, "decision") == "drop"
+
+    def test_what_was_decided_is_still_there_later(self, open_page, report):
+        page = open_page(report)
+        page.click("#grid li:nth-child(2) .card")
+        page.keyboard.press("d")
+        page.reload()
+        page.wait_for_selector("#grid .card")
+        card = page.locator("#grid li:nth-child(2) .card")
+        assert card.get_attribute("data-decision") == "drop"
+        assert "1 of 130 decided" in page.text_content("#progress-text")
+        page.click("#start-review")  # Begins with what is undecided.
+        assert text_of(page, "place").startswith("1 of 130")
+
+    def test_another_run_has_its_own_progress(self, open_page, report, hostile_report):
+        page = open_page(report)
+        page.click("#start-review")
+        page.keyboard.press("k")
+        other = open_page(hostile_report, page.context)
+        assert "0 of 10 decided" in other.text_content("#progress-text")
+        assert other.is_disabled("#download")
+
+    def test_damaged_storage_is_left_aside(self, open_page, report):
+        page = open_page(report)
+        key = f"keras-rsft-review:{read_run(report.parent).identity}"
+        for damaged in ("{", "null", '{"000001.png": {"decision": "relabel"}}', "[3]"):
+            page.evaluate("pair => localStorage.setItem(...pair)", [key, damaged])
+            page.reload()
+            page.wait_for_selector("#grid .card")
+            assert "0 of 130 decided" in page.text_content("#progress-text")
+
+    def test_the_last_image_says_so(self, open_page, report):
+        page = open_page(report)
+        page.fill("[name=find]", "000007")
+        page.click("#grid .card")
+        page.keyboard.press("k")
+        assert "last image" in page.text_content("#said")
+        page.keyboard.press("ArrowRight")
+        assert text_of(page, "place").startswith("1 of 1")
+
+    def test_many_classes_are_found_by_typing(self, open_page, many_classes_report):
+        page = open_page(many_classes_report)
+        page.click("#start-review")
+        page.keyboard.press("/")
+        page.keyboard.type("ed 03")
+        assert page.locator("#class-buttons button").count() == 10
+        page.keyboard.type("7")
+        page.keyboard.press("Enter")
+        assert "breed 037" in page.text_content("#said")
+        page.keyboard.press("k")  # Out of the field again: keys are keys.
+        assert "2 decided" in text_of(page, "place")
+        page.keyboard.press("Escape")
+        assert downloaded(page)[0]["new_label"] == "breed 037"
+
+    def test_every_decision_is_announced(self, open_page, report):
+        page = open_page(report)
+        page.click("#start-review")
+        said = page.locator("#said")
+        assert said.get_attribute("aria-live") == "polite"
+        name = text_of(page, "id")
+        page.click("#drop")
+        assert said.text_content() == f"{name}: drop."
+
+
+class TestGallery:
+    def test_filters_and_pages(self, open_page, report):
+        page = open_page(report)
+        assert page.locator("#grid .card").count() == 60
+        page.click("#next-page")
+        page.click("#next-page")
+        assert page.locator("#grid .card").count() == 10
+        assert page.is_disabled("#next-page")
+        page.select_option("[name=given]", label="dog")
+        labels = page.locator("#grid .label bdi:not(.predicted)").all_text_contents()
+        assert set(labels) == {"dog"}
+        assert page.text_content("#page-text").startswith("Page 1")
+        page.fill("[name=find]", "nothing like it")
+        assert "No image matches" in page.text_content("#shown")
+        page.click("[type=reset]")
+        playwright.expect(page.locator("#grid .card")).to_have_count(60)
+
+    def test_order_by_id(self, open_page, report):
+        page = open_page(report)
+        page.select_option("[name=order]", "id")
+        names = page.locator("#grid .name").all_text_contents()
+        assert names == [f"{number:06}.png" for number in range(60)]
+
+    def test_a_cell_of_the_table_shows_its_images(self, open_page, report):
+        page = open_page(report)
+        cell = page.locator(".confusion button[data-given='0'][data-predicted='2']")
+        count = int(cell.text_content())
+        cell.click()
+        playwright.expect(page.locator("#grid .card")).to_have_count(count)
+        predicted = page.locator("#grid .label .predicted").all_text_contents()
+        assert predicted == ["owl"] * count
+
+    def test_near_duplicates_stand_side_by_side(self, open_page, report):
+        page = open_page(report)
+        pair = page.locator("#duplicate-list li").first
+        assert pair.locator(".card").count() == 2
+        one, other = pair.locator(".label bdi:not(.predicted)").all_text_contents()
+        assert one != other
+
+    def test_closing_the_review_goes_back_to_the_image(self, open_page, report):
+        page = open_page(report)
+        page.focus("#grid li:nth-child(3) .card")
+        page.keyboard.press("Enter")
+        page.keyboard.press("Escape")
+        row = page.evaluate("document.activeElement.dataset.row")
+        assert row == page.locator("#grid .card").nth(2).get_attribute("data-row")
+
+
+def test_the_server_shows_what_the_file_left_out(
+    open_page, report, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(gallery, "MAX_EMBEDDED", 20)
+    few = write_report(report.parent, tmp_path / "few.html")
+    page = open_page(few)
+    left_out = page.text_content("#gallery .lead")
+    shown = page.locator("#grid .card").count()
+    assert 20 <= shown <= 22  # And the near duplicates.
+    assert f"{130 - shown} are left out" in left_out
+    with ReviewServer(read_run(report.parent)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            page = open_page(server.url)
+            assert "of 130 images" in page.text_content("#shown")
+            page.click("#start-review")
+            page.keyboard.press("k")
+            size = "image => image.decode().then(() => image.naturalWidth)"
+            assert page.locator("#review-picture").evaluate(size) == 16
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.slow
+def test_from_wrong_labels_to_a_better_model(
+    open_page, photo_folder, tiny_base_file, tmp_path
+):
+    from keras_rsft.data import add_label_noise, load_images
+    from keras_rsft.data.corrections import read_corrections
+    from keras_rsft.finetuning import TrainingSettings, finetune
+
+    noisy = add_label_noise(load_images(str(photo_folder)), "symmetric:0.4", seed=2)
+
+    def fit(name, **options):
+        return finetune(
+            noisy,
+            backbone=str(tiny_base_file),
+            settings=TrainingSettings(epochs=12, batch_size=8, learning_rate=0.02),
+            output=tmp_path / name,
+            cache_dir=tmp_path / "cache",
+            progress=False,
+            **options,
+        )
+
+    run = fit("run")
+    page = open_page(write_report(run))
+    names, train = noisy.class_names, noisy.train
+    right = dict(zip(train.ids.tolist(), train.clean_labels.tolist(), strict=True))
+    page.click("#start-review")
+    for _ in train.ids:  # A person who sees what is on each image.
+        page.keyboard.press(str(1 + right[text_of(page, "id")]))
+    page.keyboard.press("Escape")
+    file = download(page)
+    decided = {row.id: row for row in read_corrections(file)}
+    for sample_id, label in zip(train.ids, train.labels, strict=True):
+        row = decided[sample_id]
+        assert row.given_label == names[label]
+        assert (row.new_label or row.given_label) == names[right[sample_id]]
+
+    again = fit("again", corrections=file)
+    mended = again.features.train
+    assert np.array_equal(mended.labels, mended.clean_labels)
+    assert again.results["test_accuracy"] > run.results["test_accuracy"]
+
+
+class TestHostileNames:
+    def test_they_are_text(self, open_page, hostile_report):
+        page = open_page(hostile_report)
+        title = page.title()
+        names = set(page.locator("#grid .name").all_text_contents())
+        assert names == set(HOSTILE_IDS)
+        page.click("#start-review")
+        for _ in HOSTILE_IDS:
+            page.keyboard.press("ArrowRight")
+        assert page.title() == title
+        assert page.locator("main script, dialog script, main iframe").count() == 3
+        width = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert width <= 0  # Long names do not push the page aside.
+
+    def test_the_file_gives_them_back_and_no_cell_is_a_formula(
+        self, open_page, hostile_report
+    ):
+        page = open_page(hostile_report)
+        page.click("#start-review")
+        for place in range(len(HOSTILE_IDS)):
+            page.keyboard.press(str(1 + place % len(HOSTILE_CLASSES)))
+        page.keyboard.press("Escape")
+        rows = downloaded(page)
+        assert {plain_cell(row["id"]) for row in rows} == set(HOSTILE_IDS)
+        for row in rows:
+            assert all(not cell.startswith(("=", "-")) for cell in row.values())
+            assert plain_cell(row["given_label"]) in HOSTILE_CLASSES
+            if row["decision"] == "relabel":
+                assert plain_cell(row["new_label"]) in HOSTILE_CLASSES
+
+
+class TestCharts:
+    def test_values_are_read_by_keys_and_spoken(self, open_page, report):
+        page = open_page(report)
+        chart = page.locator("[data-chart]").first
+        chart.locator("svg[role=img]").focus()
+        page.keyboard.press("End")
+        assert chart.locator("[data-epoch]").text_content() == "at epoch 3"
+        assert "80.0 %" in chart.locator("[data-spoken]").text_content()
+        page.keyboard.press("ArrowLeft")
+        assert "Epoch 2" in chart.locator("[data-spoken]").text_content()
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_follows_light_and_dark(self, open_page, report, scheme):
+        page = open_page(report, color_scheme=scheme)
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+
+    def test_without_scripts_the_numbers_are_there(self, browser, report):
+        context = browser.new_context(java_script_enabled=False)
+        page = context.new_page()
+        page.goto(report.as_uri())
+        assert "10.0 points better" in page.text_content("h1")
+        assert page.locator("polyline").count() > 0
+        context.close()
+
+    def test_it_prints(self, browser, report):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(report.as_uri())
+        page.emulate_media(media="print")
+        assert not page.is_visible("#filters")
+        assert page.is_visible("h1")
+        assert io.BytesIO(page.pdf()).read(4) == b"%PDF"
+        context.close()

@@ -1,0 +1,181 @@
+"""The local server: all samples, and nothing else, to nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from made_run import made_run
+
+from keras_rsft.cli import main
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.report.run_record import read_run
+from keras_rsft.report.server import ReviewServer
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return made_run(tmp_path_factory.mktemp("served") / "run")
+
+
+@pytest.fixture(scope="module")
+def server(run_folder):
+    with ReviewServer(read_run(run_folder)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def ask(server, path, *, host=None, method="GET"):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+    with contextlib.closing(connection):
+        connection.putrequest(method, path, skip_host=True)
+        if host != "":
+            connection.putheader("Host", host or f"127.0.0.1:{server.server_port}")
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+
+def test_the_page_and_every_picture(server, run_folder):
+    status, headers, body = ask(server, "/")
+    assert status == 200
+    assert headers["X-Frame-Options"] == "DENY"
+    assert b"All 40 training samples" in body
+    record = read_run(run_folder)
+    for row, name in enumerate(record.samples.ids):
+        status, headers, body = ask(server, f"/thumbnails/{row}")
+        assert (status, headers["Content-Type"]) == (200, "image/jpeg")
+        assert body == record.thumbnail(name)
+
+
+def test_head_has_no_body(server):
+    status, headers, body = ask(server, "/", method="HEAD")
+    assert (status, body) == (200, b"")
+    assert int(headers["Content-Length"]) > 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/thumbnails/40",
+        "/thumbnails/-1",
+        "/thumbnails/0x1",
+        "/thumbnails/%30",
+        "/thumbnails/../ledger.csv",
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/ledger.csv",
+        "/model.keras",
+        "/?x",
+        "http://example.com/",
+    ],
+)
+def test_nothing_else_is_there(server, path):
+    assert ask(server, path)[0] in (400, 404)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", "[::1]"],
+)
+def test_a_foreign_host_is_refused(server, host):
+    for path in ("/", "/thumbnails/0"):
+        status, _, body = ask(server, path, host=host.format(port=server.server_port))
+        assert status == 403
+        assert b"training" not in body
+
+
+def test_localhost_is_this_machine(server):
+    assert ask(server, "/", host=f"localhost:{server.server_port}")[0] == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+def test_nothing_can_be_changed(server, method):
+    assert ask(server, "/", method=method)[0] == 501
+
+
+def test_a_visitor_who_leaves_early_is_no_error(server, capfd):
+    for _ in range(5):
+        visitor = socket.create_connection(("127.0.0.1", server.server_port), timeout=5)
+        visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        host = f"Host: 127.0.0.1:{server.server_port}"
+        visitor.sendall(f"GET / HTTP/1.1\r\n{host}\r\n\r\n".encode())
+        visitor.close()  # With a reset, while the page is being written.
+    assert ask(server, "/")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_only_this_machine_can_reach_it(server):
+    assert server.server_address[0] == "127.0.0.1"
+
+
+def test_a_port_in_use(server, run_folder):
+    with pytest.raises(InvalidArgument, match="--port"):
+        ReviewServer(read_run(run_folder), port=server.server_port)
+
+
+def test_ctrl_c_stops_it_cleanly(run_folder):
+    command = [sys.executable, "-m", "keras_rsft.cli", "review", str(run_folder)]
+    process = subprocess.Popen(
+        [*command, "--serve", "--no-browser"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    assert "Stopped." in out
+
+
+class TestCommand:
+    def test_it_prints_where_the_page_is(self, tmp_path, capsys):
+        folder = made_run(tmp_path / "run")
+        assert main(["review", str(folder), "--no-browser"]) == 0
+        page = folder / "report.html"
+        assert capsys.readouterr().out.strip() == str(page)
+        whole = page.read_text(encoding="utf-8")
+        page.write_text(whole[:500], encoding="utf-8")
+        assert main(["review", str(folder), "--no-browser"]) == 0
+        assert page.read_text(encoding="utf-8") == whole[:500]
+        assert main(["review", str(folder), "--no-browser", "--rebuild"]) == 0
+        assert page.read_text(encoding="utf-8") == whole
+
+    def test_the_browser_is_opened(self, tmp_path, monkeypatch):
+        opened = []
+        monkeypatch.setattr("webbrowser.open", opened.append)
+        folder = made_run(tmp_path / "run")
+        assert main(["review", str(folder)]) == 0
+        assert opened == [(folder / "report.html").as_uri()]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ([], "Expected a run folder"),
+            (["--port", "8000"], "`--port` goes with `--serve`"),
+        ],
+    )
+    def test_refused(self, tmp_path, capsys, arguments, message):
+        assert main(["review", str(tmp_path), "--no-browser", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("port", ["70000", "x", "-1"])
+    def test_no_port(self, tmp_path, port):
+        with pytest.raises(SystemExit) as stopped:
+            main(["review", str(tmp_path), "--serve", "--port", port])
+        assert stopped.value.code == 2
