@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_rsft.data import load_images
+from keras_rsft.data import apply_corrections, load_images
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import TrainingBatches, batches, extract_features
 
@@ -42,6 +42,42 @@ class TestFloat16:
         rows = values[:, 0] / 4
         assert sorted((rows // 3).astype(int)) == list(range(11))
         np.testing.assert_array_equal(values, rows[:, None] * 4 + np.arange(4))
+
+    @pytest.mark.parametrize("limit", [2**28, 0], ids=["memory", "disk"])
+    def test_what_a_review_left_of_them(self, synthetic, monkeypatch, limit):
+        monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", limit)
+        monkeypatch.setattr(batches, "WINDOW_BYTES", max(limit, 40 * 8))
+        monkeypatch.setattr(batches, "STRETCH_BYTES", 5 * 8)
+        left = np.setdiff1d(np.arange(203), [0, 50, 51, 202])
+        kept = synthetic(rows=203, views=2, dtype=np.float16).take(left)
+        assert kept.num_bytes == 199 * 2 * 4 * 2
+        assert kept.features.dtype == np.float16
+        plain = np.concatenate(list(kept.chunks(7)))
+        np.testing.assert_array_equal(plain[:, 0], left * 8)
+        fed = TrainingBatches(kept, batch_size=8, seed=0, sample_index=True)
+        seen = []
+        for values, labels, _, index in fed.dataset:
+            rows = values.numpy()[:, 0] / 4
+            np.testing.assert_array_equal(rows // 2, left[index.numpy()])
+            np.testing.assert_array_equal(labels, kept.labels[index.numpy()])
+            seen += index.numpy().tolist()
+        assert sorted(seen) == list(range(199))
+
+    def test_a_review_needs_no_pass(self, tiny_base, data, tmp_path, monkeypatch):
+        options = {"cache_dir": tmp_path, "feature_precision": "float16"}
+        kept = extract_features(tiny_base, data.train, **options)
+        path = tmp_path / "review.csv"
+        name = data.class_names[data.train.labels[2]]
+        path.write_text(
+            f"id,given_label,decision,new_label\n{data.train.ids[2]},{name},drop,\n"
+        )
+        after = extract_features(
+            tiny_base, apply_corrections(data, path).train, **options
+        )
+        assert (after.path, after.precision) == (kept.path, "float16")
+        np.testing.assert_array_equal(
+            after.features, np.delete(kept.features, 2, axis=0)
+        )
 
     def test_a_feature_that_is_too_large_is_refused(self, data, tmp_path):
         images = keras.Input((4, 4, 3))

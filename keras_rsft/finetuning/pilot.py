@@ -121,7 +121,7 @@ def run_pilot(
         image_size: See there.
         precision: See there.
         views: See there.
-        feature_precision: See there. The sample's own features are kept in float32.
+        feature_precision: See there.
         settings: See there.
         sample: Most images to look at, at least 4. Default 1000.
         cache_dir: Where features are kept. Default: the user's cache folder.
@@ -149,7 +149,13 @@ def run_pilot(
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
     options = {"seed": settings.seed, "feature_precision": feature_precision}
     left = _images_left(frozen, data, views, cache_dir, options)
-    kept = extract_features(frozen, images, cache_dir=cache_dir, progress=progress)
+    kept = extract_features(
+        frozen,
+        images,
+        cache_dir=cache_dir,
+        feature_precision=feature_precision,
+        progress=progress,
+    )
     started = time.perf_counter()
     examination = examine_labels(
         kept, data.num_classes, seed=settings.seed, progress=progress
@@ -307,7 +313,7 @@ def _cross_tried(
 
 
 def _rows(kept: FeatureSet, chosen: np.ndarray, path: Path) -> FeatureSet:
-    np.ascontiguousarray(kept.features[chosen]).tofile(path)
+    np.ascontiguousarray(kept.features[chosen], np.float32).tofile(path)
     return FeatureSet(path, kept.labels[chosen], kept.ids[chosen], kept.dim)
 
 
