@@ -35,6 +35,8 @@ def run_document(run: Run, data: ImageData) -> dict[str, Any]:
     `unreadable`: numbers), `corrections` (`files`, `keep`, `relabel`, `drop`; or
     null), `finding` (what `auto` found, or null) and `results` (as in `results.json`).
     """
+    from keras_rsft.finetuning.run_folder import results_of
+
     splits = (data.train, data.validation, data.test)
     return {
         "command": "fit",
@@ -44,7 +46,7 @@ def run_document(run: Run, data: ImageData) -> dict[str, Any]:
         | {"unreadable": len(run.features.unreadable)},
         "corrections": run.config.get("corrections"),
         "finding": run.finding,
-        "results": run.results,
+        "results": results_of(run),
     }
 
 

@@ -209,8 +209,8 @@ def test_verify_tells_a_damaged_export(run_folder, tmp_path):
 
 def test_only_exact_weights_are_judged_by_their_difference():
     found = Verification(
-        images=2, same_labels=2, largest_difference=1e-4, allowed_difference=1e-5,
-        broken_refused=True, load_seconds=0.0,
+        images=2, generated=True, same_labels=2, largest_difference=1e-4,
+        allowed_difference=1e-5, broken_refused=True, load_seconds=0.0,
     )  # fmt: skip
     assert not found.passed
     assert dataclasses.replace(found, allowed_difference=1e-3).passed

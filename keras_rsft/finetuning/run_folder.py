@@ -99,7 +99,7 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
     run.head.save(folder / HEAD_FILE)
     described = {"finding": run.finding, "versions": _versions()}
     write_json(folder / CONFIG_FILE, run.config | described)
-    write_json(folder / RESULTS_FILE, _results(run))
+    write_json(folder / RESULTS_FILE, results_of(run))
     write_json(folder / CLASSES_FILE, list(run.class_names))
     names = list(run.history)
     rows = zip(*(run.history[name] for name in names), strict=True)
@@ -136,7 +136,8 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
         write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
 
 
-def _results(run: Run) -> dict[str, Any]:
+def results_of(run: Run) -> dict[str, Any]:
+    """Returns what `results.json` holds."""
     if run.against_plain is None:
         return run.results
     return run.results | {"against_plain": dataclasses.asdict(run.against_plain)}
