@@ -43,8 +43,7 @@ DRIVER = textwrap.dedent("""
     sys.exit(cli.main(sys.argv[3:]))
 """)
 MOMENTS = {
-    "the first pass": ("keras_rsft.features.extraction:_append", 4),
-    "between features and their index": ("keras_rsft.features.extraction:_append", 2),
+    "between features and their index": ("keras_rsft.features.extraction:_append", 4),
     "the second epoch": ("keras_rsft.finetuning.checkpoint:write_state", 2),
     "a state on its way to the disk": ("os:replace", 2),
     "writing the run": ("keras_rsft.finetuning.run_folder:write_csv", 2),
@@ -68,7 +67,7 @@ def start(many_photos, tiny_base_file):
             sys.executable, "-c", DRIVER, *driver, "fit", many_photos, "--backbone",
             tiny_base_file, "--cache-dir", folder / "kept", "--epochs", "6",
             "--policy", "running-threshold", "--noise", "symmetric:0.2",
-            "--learning-rate", "0.01", *options,
+            "--learning-rate", "0.01", "--no-plain", *options,
         ]  # fmt: skip
         return subprocess.Popen(
             [str(part) for part in command],
