@@ -29,6 +29,7 @@ _HOMES = {
     "Ledger": "ledger",
     "LossMixture": "policies",
     "LossThreshold": "policies",
+    "NumberedFolder": "finetuning",
     "Pilot": "finetuning",
     "Policy": "policies",
     "PolicyChoice": "policy_choice",

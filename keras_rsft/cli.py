@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from keras_rsft import __version__
-from keras_rsft.cli_explain import add_explain_options, explain_if_asked
 from keras_rsft.cli_export import add_export, export_settings, run_export
+from keras_rsft.cli_fit import add_fit, run_fit
 from keras_rsft.cli_options import (
     add_base_options,
     add_cache_dir,
@@ -24,11 +24,9 @@ from keras_rsft.cli_options import (
     add_data_options,
     add_output_options,
     add_policy_numbers,
-    add_policy_options,
     add_training_options,
     base_options,
     data_name,
-    fit_callbacks,
     load_corrected,
     policy_choice,
     positive_int,
@@ -52,8 +50,9 @@ from keras_rsft.errors import (
     TrainingStalled,
     WeightsUnavailable,
 )
+from keras_rsft.interruption import Terminated, termination_raises
 
-USAGE_ERROR, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
+USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
@@ -65,16 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for a failed run, 2 for a usage error, 130 when
-        interrupted, 141 where nobody reads the output any more.
+        interrupted, 143 when terminated, 141 where nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(argv)
     arguments.argv = argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
-        return _COMMANDS[arguments.command](arguments)
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "Interrupted. Run the same command again to go on.")
+        with termination_raises():
+            return _COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt as stop:
+        status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        kept = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
+        return _fail(status, f"{kept} Run the same command again to go on.")
     except BrokenPipeError:  # `| head` has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
@@ -107,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
-    _add_fit(commands)
+    add_fit(commands)
     _add_compare(commands)
     add_rank(commands)
     add_search(commands)
@@ -127,32 +129,6 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--output", metavar="FOLDER", help="default: runs/demo-N")
     add_cache_dir(demo)
     add_output_options(demo)
-
-
-def _add_fit(commands: argparse._SubParsersAction) -> None:
-    fit = commands.add_parser("fit", help="fine-tune on your own images")
-    add_data_argument(fit)
-    add_data_options(fit.add_argument_group("data"))
-    add_base_options(fit.add_argument_group("base"))
-    add_policy_options(fit.add_argument_group("rejection"))
-    add_training_options(fit.add_argument_group("training"))
-    fit.add_argument(
-        "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
-    )
-    fit.add_argument(
-        "--tensorboard",
-        metavar="FOLDER",
-        help="write for TensorBoard, into a folder of the run's name below this one",
-    )
-    fit.add_argument(
-        "--no-plain",
-        dest="with_plain",
-        action="store_false",
-        help="train no plain head for the report to compare with",
-    )
-    add_explain_options(fit)
-    add_cache_dir(fit)
-    add_output_options(fit)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -214,35 +190,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 def _run_fit(arguments: argparse.Namespace) -> int:
     choice = policy_choice(arguments)  # Refused before anything heavy is imported.
     _silence_native_libraries()
-    from keras_rsft.cli_documents import run_document
-    from keras_rsft.cli_output import output_of, print_data, print_run
-    from keras_rsft.finetuning import finetune
-    from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
-    from keras_rsft.report import write_report
-
-    settings = training_settings(arguments, choice)
-    if arguments.output is not None:
-        check_new_folder(arguments.output)  # Before the work, not after it.
-    folder = arguments.output or next_run_folder(data_name(arguments))
-    with output_of(arguments) as output:
-        callbacks_of = fit_callbacks(arguments, settings, folder)
-        data = load_corrected(arguments, noisy_splits=("train",))
-        print_data(data, output.console, noise=arguments.noise)
-        if not explain_if_asked(arguments, data, settings, output):
-            return 0
-        run = finetune(
-            data,
-            **base_options(arguments),
-            settings=settings,
-            output=folder,
-            callbacks=callbacks_of(data),
-            with_plain=arguments.with_plain,
-            progress=output.progress,
-            command=arguments.command_line,
-        )
-        write_report(run)
-        print_run(run, output.console)
-        output.finish(run_document(run, data), run.folder)
+    run_fit(arguments, choice)
     return 0
 
 

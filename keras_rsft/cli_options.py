@@ -7,7 +7,6 @@ build settings, import where they are called.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ STAGE2_EPOCHS = 3
 if TYPE_CHECKING:
     from keras_rsft.data import ImageData
     from keras_rsft.finetuning import TrainingSettings
-    from keras_rsft.finetuning.head_training import Callbacks
 
 
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +92,12 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of the base's pass; auto takes bfloat16 where the hardware has it",
+    )
+    group.add_argument(
+        "--feature-precision",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the features on disk; float16 halves them; default: %(default)s",
     )
     group.add_argument(
         "--views",
@@ -286,45 +290,16 @@ def training_settings(
 
 def base_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what `finetune`, `compare` and `search` are told about the base."""
-    names = ("backbone", "weights", "image_size", "precision", "views", "cache_dir")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def fit_callbacks(
-    arguments: argparse.Namespace, settings: TrainingSettings, folder: str | Path
-) -> Callable[[ImageData], Callbacks]:
-    """Returns what makes the callbacks of a run once its images are known.
-
-    Raises:
-        ImportError: If TensorBoard is asked for and not installed.
-    """
-    if arguments.tensorboard is None:
-        return lambda data: ()
-    from keras_rsft.rejection_tensorboard import (
-        RejectionTensorBoard,
-        free_log_folder,
-        hparams_of,
-        require_tensorboard,
+    names = (
+        "backbone",
+        "weights",
+        "image_size",
+        "precision",
+        "views",
+        "feature_precision",
+        "cache_dir",
     )
-
-    require_tensorboard()  # Before the work, not after it.
-    log_dir = free_log_folder(arguments.tensorboard, Path(folder).name)
-    names = ("data", "backbone", "weights", "precision", "views", "noise")
-    chosen = {name: getattr(arguments, name) for name in names}
-    hparams = hparams_of(chosen | dataclasses.asdict(settings))
-
-    def callbacks_of(data: ImageData) -> Callbacks:
-        return lambda ledger: [
-            RejectionTensorBoard(
-                log_dir,
-                ledger,
-                images=data.train,
-                class_names=data.class_names,
-                hparams=hparams,
-            )
-        ]
-
-    return callbacks_of
+    return {name: getattr(arguments, name) for name in names}
 
 
 def load_corrected(

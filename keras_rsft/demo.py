@@ -14,12 +14,12 @@ from pathlib import Path
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.export import export_saved_model
 from keras_rsft.finetuning import (
+    NumberedFolder,
     Run,
     TrainingSettings,
     finetune,
     train_head,
 )
-from keras_rsft.finetuning.run_folder import next_run_folder
 from keras_rsft.policy_choice import PolicyChoice
 
 BACKBONE = "efficientnet_lite0"
@@ -74,7 +74,7 @@ def run_demo(
     Returns:
         The results side by side; validation and test labels stay right.
     """
-    output = next_run_folder("demo") if output is None else Path(output)
+    output = NumberedFolder("demo") if output is None else Path(output)
     data = add_label_noise(load_images("digits"), NOISE, seed=seed)
     settings = TrainingSettings(epochs=EPOCHS, seed=seed)
     run = finetune(

@@ -32,6 +32,7 @@ COLUMNS = (
     "suspicion",
 )
 _NOT_SEEN = -1.0
+_COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "_loss_last")
 
 # Ten bins a decade: right and wrong labels stand apart by their loss's logarithm.
 # What lies outside is counted in the first and the last bin.
@@ -122,6 +123,15 @@ class Ledger:
         losses = np.nan_to_num(self.loss_mean, nan=np.inf)
         order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
         return (order / max(len(self) - 1, 1)).astype(np.float32)
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """Returns copies of all that `note_epoch` adds up, by name."""
+        return {name: getattr(self, name).copy() for name in _COUNTS}
+
+    def restore_counts(self, counts: dict[str, np.ndarray]) -> None:
+        """Takes over what `counts` gave, of a ledger of the same samples."""
+        for name in _COUNTS:
+            setattr(self, name, counts[name].copy())
 
     def note_epoch(self, losses: np.ndarray, accepted: np.ndarray) -> None:
         """Adds one epoch.
@@ -308,6 +318,37 @@ class RejectionLedger(keras.callbacks.Callback):
         self.loss_histograms: list[LossHistogram] = []
         shape = (len(self.ledger), 2)
         self._epoch = tf.Variable(tf.fill(shape, _NOT_SEEN), trainable=False)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns copies of what the epochs so far have left, by name."""
+        histograms = self.loss_histograms
+        # None, which no array of numbers can hold, is written as NaN.
+        thresholds = [one.threshold for one in histograms]
+        state = self.ledger.counts() | {
+            "acceptance_by_class": np.array(self.acceptance_by_class, np.float32),
+            "thresholds": np.array(thresholds, np.float64),
+            "accepted_losses": np.array([one.accepted for one in histograms]),
+            "rejected_losses": np.array([one.rejected for one in histograms]),
+        }
+        if self.last_epoch is not None:
+            state["last_epoch"] = np.stack(self.last_epoch)
+        return state
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Goes on from what `state` gave at the end of an epoch."""
+        self.ledger.restore_counts(state)
+        self.acceptance_by_class = list(state["acceptance_by_class"])
+        if "last_epoch" in state:
+            self.last_epoch = tuple(state["last_epoch"])
+        self.loss_histograms = [
+            LossHistogram(None if np.isnan(threshold) else float(threshold), *counts)
+            for threshold, *counts in zip(
+                state["thresholds"],
+                state["accepted_losses"],
+                state["rejected_losses"],
+                strict=True,
+            )
+        ]
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)

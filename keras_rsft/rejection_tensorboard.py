@@ -83,6 +83,11 @@ class RejectionTensorBoard(keras.callbacks.Callback):
         self._writer: Any = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        # Opened at the first epoch's end: a training that goes on where another process
+        # was killed has by then been given back the folder that it wrote to.
+        self._writer = None
+
+    def _open(self) -> None:
         self._writer = tf.summary.create_file_writer(self._log_dir)
         if self._hparams:
             from tensorboard.plugins.hparams import api
@@ -93,6 +98,8 @@ class RejectionTensorBoard(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         step = epoch + 1
+        if self._writer is None:
+            self._open()
         with self._writer.as_default():
             for name, value in (logs or {}).items():
                 tf.summary.scalar(name, value, step)
@@ -102,7 +109,8 @@ class RejectionTensorBoard(keras.callbacks.Callback):
         self._writer.flush()
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _write_threshold(self, step: int) -> None:
         threshold = self.model.policy.threshold_in_use()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,24 @@ def written_whole(target: Path) -> Iterator[Path]:
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def replaced(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file beside its place, and renames it once it is on the disk.
+
+    Args:
+        path: The file to be; one that is there is replaced.
+        write: Writes to the path that it is given.
+    """
+    beside = path.with_name(f".partial-{path.name}")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -85,3 +105,22 @@ def guarded_cell(value: Any) -> Any:
 def plain_cell(cell: str) -> str:
     """Takes the quote off again that `guarded_cell` puts before a text."""
     return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_GUARDED) else cell
+
+
+def disk_full_said(error: BaseException, folder: Path) -> BaseException:
+    """Returns an error that says what to do about a full disk, or the error itself.
+
+    Args:
+        error: What went wrong.
+        folder: Where was written to.
+    """
+    full = os.strerror(errno.ENOSPC)
+    if not isinstance(error, OSError) or not (
+        error.strerror == full or f"errno = {errno.ENOSPC}" in str(error)
+    ):
+        return error
+    return OSError(
+        errno.ENOSPC,
+        f"{full}. Make room, and run the same command again to go on",
+        str(error.filename or folder),
+    )

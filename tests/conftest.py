@@ -106,3 +106,86 @@ def folder(tmp_path):
         for number in range(20):
             write(root / name / f"{number:02}.png", png(80 * label + number))
     return root
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    """Builds a feature set in which each value tells its row, view and column."""
+
+    from keras_rsft.features import FeatureSet
+
+    def build(rows=10, views=1, dim=4, dtype=np.float32):
+        values = np.arange(rows * views * dim, dtype=dtype)
+        path = tmp_path / f"{rows}-{views}-{dim}.bin"
+        values.tofile(path)
+        return FeatureSet(
+            path,
+            labels=np.arange(rows, dtype=np.int32) % 3,
+            ids=np.arange(rows).astype(str),
+            dim=dim,
+            views=views,
+            precision=np.dtype(dtype).name,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def noisy_photos(photo_folder):
+    """The photos, a quarter of the training labels made wrong."""
+    from keras_rsft.data import add_label_noise, load_images
+
+    return add_label_noise(load_images(str(photo_folder)), "symmetric:0.25", seed=0)
+
+
+@pytest.fixture(scope="session")
+def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
+    """Fine-tunes on 36 photos for five epochs, into the run folder that it is given."""
+    from keras_rsft.finetuning import TrainingSettings, finetune
+    from keras_rsft.policy_choice import PolicyChoice
+
+    cache = tmp_path_factory.mktemp("cache")
+
+    def fit(
+        output,
+        *,
+        data=noisy_photos,
+        callbacks=(),
+        on_begin=None,
+        with_plain=False,
+        **changes,
+    ):
+        options = {"policy": PolicyChoice(threshold=0.8), "epochs": 5}
+        options |= {"batch_size": 8, "learning_rate": 0.05} | changes
+        return finetune(
+            data, backbone=str(tiny_base_file), settings=TrainingSettings(**options),
+            output=output, cache_dir=cache, progress=False, callbacks=callbacks,
+            on_begin=on_begin, with_plain=with_plain,
+        )  # fmt: skip
+
+    return fit
+
+
+@pytest.fixture(scope="session")
+def whole_run(fit_photos, tmp_path_factory):
+    """The run that `fit_photos` makes by default, never stopped."""
+    return fit_photos(tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Has training stop after an epoch, once: politely, or killed."""
+    from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+
+    def stop_at(epoch, error=KeyboardInterrupt):
+        end_epoch = TrainingCheckpoint.on_epoch_end
+
+        def stopping(self, number, logs=None):
+            end_epoch(self, number, logs)
+            if number + 1 == epoch:
+                monkeypatch.setattr(TrainingCheckpoint, "on_epoch_end", end_epoch)
+                raise error
+
+        monkeypatch.setattr(TrainingCheckpoint, "on_epoch_end", stopping)
+
+    return stop_at

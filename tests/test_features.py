@@ -37,20 +37,6 @@ def data(photo_folder):
     return load_images(str(photo_folder))
 
 
-@pytest.fixture
-def synthetic(tmp_path):
-    """Builds a feature set in which each value tells its row, view and column."""
-
-    def build(rows=10, views=1, dim=4):
-        values = np.arange(rows * views * dim, dtype=np.float32)
-        path = tmp_path / f"{rows}-{views}-{dim}.bin"
-        values.tofile(path)
-        labels = np.arange(rows, dtype=np.int32) % 3
-        return FeatureSet(path, labels, np.arange(rows).astype(str), dim, views=views)
-
-    return build
-
-
 def directly(base, split):
     images = np.stack([image for _, image in split.images((16, 16))])
     return base.predict(images, verbose=0)
@@ -241,11 +227,12 @@ class TestKey:
             key(tiny_base, data.test),
             key(tiny_base, data.train, views=2),
             key(tiny_base, data.train, views=2, seed=1),
+            key(tiny_base, data.train, feature_precision="float16"),
         }
         kernel = next(w for w in tiny_base.weights if w.name == "kernel")
         kernel.assign(kernel + 1e-3)
         keys.add(key(tiny_base, data.train))
-        assert len(keys) == 5
+        assert len(keys) == 6
 
     def test_depends_on_preprocessing(self, data):
         def base(scale):

@@ -12,7 +12,7 @@ import pytest
 
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import TrainingSettings, finetune, run_folder
+from keras_rsft.finetuning import TrainingSettings, finetune
 from keras_rsft.finetuning.head_training import choose_steps_per_execution
 from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
 from keras_rsft.policy_choice import POLICY_NAMES, PolicyChoice
@@ -183,15 +183,6 @@ class TestRun:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(InvalidArgument, match="is a file"):
             fit_to(tmp_path / "file" / "run")
-
-    def test_a_failure_leaves_no_half_folder(self, fit_to, tmp_path, monkeypatch):
-        def fail(*_):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(run_folder, "_versions", fail)
-        with pytest.raises(KeyboardInterrupt):
-            fit_to(tmp_path / "run")
-        assert list(tmp_path.iterdir()) == []
 
     def test_a_run_that_accepts_nothing_is_an_error(self, fit_to):
         hopeless = TrainingSettings(

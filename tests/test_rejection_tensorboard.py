@@ -102,6 +102,28 @@ def test_a_run_read_back(fit, tmp_path, photo_folder):
     assert config["learning_rate"] == 0.05
 
 
+def test_a_run_that_was_stopped_goes_on_in_its_log_folder(fit, tmp_path, monkeypatch):
+    from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+
+    end_epoch = TrainingCheckpoint.on_epoch_end
+
+    def stopping(self, epoch, logs=None):
+        end_epoch(self, epoch, logs)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingCheckpoint, "on_epoch_end", stopping)
+        assert fit("--tensorboard", "logs")[0] == cli.INTERRUPTED
+    status, err = fit("--tensorboard", "logs")
+    assert status == 0, err
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == [run.name]
+    events = events_of(tmp_path / "logs" / run.name)
+    assert list(tensors(events, "loss")) == [1, 2, 3]
+    assert tensors(events, "thresholds")[3][:, 2].sum() == 2  # Of epochs 2 and 3.
+
+
 def test_without_the_package(fit, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -93,6 +93,20 @@ def test_a_worker_killed_in_the_middle_of_a_trial_loses_none(start, tmp_path):
     assert statuses(tmp_path / "run") == COMPLETED
 
 
+def test_asked_to_end_it_ends_all(start, tmp_path):
+    search = start("--workers", 1)
+    wait_for(lambda: held_by(tmp_path / "run", "worker-0"))
+    children = psutil.Process(search.pid).children(recursive=True)
+    search.send_signal(signal.SIGTERM)
+    out, _ = search.communicate(timeout=SECONDS)
+    assert search.returncode == 143
+    assert "Run the same command again to go on." in out
+    assert not any(child.is_running() for child in children)
+    log = (tmp_path / "run" / "workers" / "worker-0.log").read_text()
+    assert "Interrupted." in log
+    assert "Traceback" not in out + log
+
+
 def test_ctrl_c_ends_all_and_workers_by_hand_go_on(start, tmp_path):
     search = start("--workers", 1)
     wait_for(lambda: held_by(tmp_path / "run", "worker-0"))

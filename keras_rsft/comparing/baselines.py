@@ -243,6 +243,7 @@ def subset(part: FeatureSet, rows: np.ndarray, folder: Path) -> FeatureSet:
         dim=part.dim,
         views=part.views,
         clean_labels=None if clean is None else clean[rows],
+        precision=part.precision,
     )
 
 

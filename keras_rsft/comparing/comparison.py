@@ -81,6 +81,7 @@ def compare(
     image_size: int | None = None,
     precision: str = "auto",
     views: int = 1,
+    feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
     output: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -105,6 +106,8 @@ def compare(
         image_size: Side of the square images in pixels. Default: the base's.
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
         views: Views kept of each training image, at least 1. Default 1.
+        feature_precision: How features are kept: `"float32"` or, in half the space,
+            `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
             those of the methods that are policies. Default: `TrainingSettings()`.
         output: Folder of the comparison; it must not exist. Default: none is
@@ -136,6 +139,7 @@ def compare(
         image_size=image_size,
         precision=precision,
         views=views,
+        feature_precision=feature_precision,
         seed=settings.seed,
         cache_dir=cache_dir,
         progress=progress,

@@ -22,6 +22,7 @@ from keras_rsft.export.places import (
     free_file,
     free_version,
     model_folder,
+    turn_in,
     write_new_file,
 )
 from keras_rsft.export.saved_model import export_saved_model
@@ -151,16 +152,17 @@ def _write(run: FinishedRun, target: Path, settings: ExportSettings) -> Path:
             weight_dtype=settings.weight_dtype,
             model_card=card,
         )
-    if settings.file_format == "litert":
-        path = export_litert(
-            run.model,
-            free_file(target, "tflite"),
-            class_names=names,
-            weight_dtype=settings.weight_dtype,
-        )
-    else:
-        path = export_onnx(run.model, free_file(target, "onnx"), class_names=names)
-    write_new_file(Path(f"{path}.md"), card.encode())
+    with turn_in(target):
+        if settings.file_format == "litert":
+            path = export_litert(
+                run.model,
+                free_file(target, "tflite"),
+                class_names=names,
+                weight_dtype=settings.weight_dtype,
+            )
+        else:
+            path = export_onnx(run.model, free_file(target, "onnx"), class_names=names)
+        write_new_file(Path(f"{path}.md"), card.encode())
     return path
 
 

@@ -7,8 +7,12 @@ which the server passes over.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from keras_rsft.errors import InvalidArgument
@@ -96,6 +100,30 @@ def free_file(directory: Path, suffix: str) -> Path:
     """Returns the first free `model-N.SUFFIX` after the highest."""
     number = _highest(directory, rf"model-(\d+)\.{suffix}") + 1
     return directory / f"model-{number}.{suffix}"
+
+
+@contextlib.contextmanager
+def turn_in(directory: Path) -> Iterator[None]:
+    """Waits until no other export writes into a model's folder, then holds it.
+
+    So two exports of one name get two versions, and what a killed one left half
+    written can be told from what is being written, and is removed.
+
+    Args:
+        directory: The model's folder; made if it does not exist.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # On the folder itself: it is the server's too, and needs no file of ours.
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # Not every network's disk has locks.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            for left in directory.glob(".[0-9]*-*"):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _highest(directory: Path, pattern: str) -> int:

@@ -12,7 +12,12 @@ import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export import tf_serving
-from keras_rsft.export.places import check_model_folder, check_name, free_version
+from keras_rsft.export.places import (
+    check_model_folder,
+    check_name,
+    free_version,
+    turn_in,
+)
 from keras_rsft.export.serving_graph import ForwardPass, ServingGraph
 from keras_rsft.result_folder import written_whole
 
@@ -68,22 +73,24 @@ def export_saved_model(
     directory = check_model_folder(directory)
     check_name(directory.name)
     _check_fit(model, class_names, top_k, weight_dtype)
-    target = directory / str(free_version(directory, version))
+    free_version(directory, version)  # Refused before the work.
     if warmup is None:
         warmup = tf_serving.warmup_available()
     requests = tf_serving.warmup_requests(directory.name) if warmup else None
     forward = ForwardPass(model, float16=weight_dtype == "float16", pack=True)
-    # TF Serving looks for folders that are numbers: the hidden one it never sees.
-    with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
-        labels = Path(assets) / "labels.txt"
-        labels.write_text("\n".join(class_names) + "\n", encoding="utf-8")
-        graph = ServingGraph(forward, class_names, labels, top_k=top_k)
-        tf.saved_model.save(graph, str(partial), signatures=graph.signatures())
-        if requests is not None:
-            tf_serving.write_warmup(partial, requests)
-        if model_card is not None:
-            (partial / "README.md").write_text(model_card, encoding="utf-8")
-    tf_serving.write_configs(directory)
+    with turn_in(directory):
+        target = directory / str(free_version(directory, version))
+        # TF Serving looks for folders that are numbers: the hidden one it never sees.
+        with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
+            labels = Path(assets) / "labels.txt"
+            labels.write_text("\n".join(class_names) + "\n", encoding="utf-8")
+            graph = ServingGraph(forward, class_names, labels, top_k=top_k)
+            tf.saved_model.save(graph, str(partial), signatures=graph.signatures())
+            if requests is not None:
+                tf_serving.write_warmup(partial, requests)
+            if model_card is not None:
+                (partial / "README.md").write_text(model_card, encoding="utf-8")
+        tf_serving.write_configs(directory)
     return target
 
 

@@ -2,11 +2,16 @@
 
 Owns the order of the samples: it depends on the seed and the epoch's number
 alone, so that a run that was interrupted goes on with the same batches.
+
+What does not fit into memory is shuffled by short stretches of the file: the
+stretches are put in a random order and read window by window, and the rows of a
+window, from thousands of stretches, are shuffled once more.
 """
 
 from __future__ import annotations
 
-import threading
+import errno
+import os
 from collections.abc import Callable
 
 import keras
@@ -18,7 +23,14 @@ from keras_rsft.features.feature_set import FeatureSet
 
 # Above this, rows are read from disk.
 MAX_BYTES_IN_MEMORY = 2**28
+# Features that are shuffled at once. Three times as much is in memory: one window is
+# read, one waits, one is trained on.
+WINDOW_BYTES = 2**28
+# Long enough for a disk, short enough that a window holds samples of all classes
+# also where the file holds one class after the other.
+STRETCH_BYTES = 2**16
 BLOCK_BYTES = 2**23
+_ROWS_PER_READ = 1024  # The most that Linux and macOS take.
 
 Order = Callable[[], tuple[tf.Tensor, tf.Tensor]]
 Columns = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple]
@@ -66,9 +78,16 @@ class TrainingBatches:
         """Returns the samples and their rows in an epoch, int64 `(n,)` each."""
         count, views = len(self._features), self._features.views
         seed = tf.stack([tf.cast(self._seed, tf.int32), tf.cast(epoch, tf.int32)])
-        samples = tf.random.experimental.stateless_shuffle(
-            tf.range(count, dtype=tf.int64), seed=seed
-        )
+        if _in_one_window(self._features):
+            samples = _shuffled(count, seed)
+        else:
+            row_bytes = self._features.row_bytes
+            samples = shuffled_by_stretches(
+                count,
+                seed,
+                stretch_rows=max(1, STRETCH_BYTES // (views * row_bytes)),
+                window_rows=max(1, WINDOW_BYTES // row_bytes),
+            )
         if views == 1:
             return samples, samples
         view = tf.random.stateless_uniform(
@@ -126,26 +145,71 @@ def _gathered(
     microseconds a call, some 5 milliseconds each time that an epoch begins.
     """
     labels = tf.constant(features.labels)
-    in_memory = features.num_bytes <= MAX_BYTES_IN_MEMORY
-    read = _make_table_reader(features) if in_memory else _make_row_reader(features)
-    batch_bytes = 4 * features.dim * batch_size
-    block_rows = batch_size * max(1, BLOCK_BYTES // batch_bytes)
+    block_rows = batch_size * max(1, BLOCK_BYTES // (4 * features.dim * batch_size))
+    rows = tf.data.Dataset.range(1).map(lambda _: order())
+    if features.num_bytes <= MAX_BYTES_IN_MEMORY:
+        read = _make_table_reader(features)
+        blocks = rows.rebatch(block_rows).map(lambda s, row: (s, read(row)))
+    else:
+        read = _make_row_reader(features)
+        one_window = _in_one_window(features)
+        chunk_rows = block_rows if one_window else WINDOW_BYTES // features.row_bytes
+        chunks = rows.rebatch(max(1, chunk_rows)).map(lambda s, row: (s, read(row)))
+        blocks = chunks.prefetch(1).rebatch(block_rows)
 
-    def gather(sample: tf.Tensor, row: tf.Tensor) -> tuple:
-        return columns(read(row), tf.gather(labels, sample), sample)
+    def complete(sample: tf.Tensor, values: tf.Tensor) -> tuple:
+        wide = tf.cast(values, tf.float32)
+        return columns(wide, tf.gather(labels, sample), sample)
 
-    blocks = tf.data.Dataset.range(1).map(lambda _: order()).rebatch(block_rows)
-    batches = blocks.map(gather).prefetch(1).rebatch(batch_size)
+    batches = blocks.map(complete).prefetch(1).rebatch(batch_size)
     steps = -(-len(features) // batch_size)
     return without_autotuning(
         batches.apply(tf.data.experimental.assert_cardinality(steps))
     )
 
 
+def shuffled_by_stretches(
+    count: int, seed: tf.Tensor, *, stretch_rows: int, window_rows: int
+) -> tf.Tensor:
+    """Returns a random order of samples that can be read in few pieces.
+
+    Stretches of neighbours are shuffled, then the samples in each window of the result.
+
+    Args:
+        count: Number of samples.
+        seed: int32 tensor `(2,)`.
+        stretch_rows: Neighbours that stay in the same window, at least 1.
+        window_rows: Samples that are shuffled at once, at least 1.
+
+    Returns:
+        int64 tensor `(count,)`, a permutation.
+    """
+    stretches = _shuffled(-(-count // stretch_rows), seed)
+    within = tf.range(stretch_rows, dtype=tf.int64)
+    samples = tf.reshape(stretches[:, None] * stretch_rows + within, (-1,))
+    samples = samples[samples < count]  # The last stretch of the file is shorter.
+    window = tf.range(count, dtype=tf.int64) // window_rows
+    place = tf.random.stateless_uniform(
+        (count,), tf.add(seed, [2, 0]), dtype=tf.float64
+    )
+    by_window = tf.argsort(tf.cast(window, tf.float64) + place, stable=True)
+    return tf.gather(samples, by_window)
+
+
+def _shuffled(count: int, seed: tf.Tensor) -> tf.Tensor:
+    return tf.random.experimental.stateless_shuffle(
+        tf.range(count, dtype=tf.int64), seed=seed
+    )
+
+
+def _in_one_window(features: FeatureSet) -> bool:
+    return features.num_bytes <= WINDOW_BYTES
+
+
 def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from int64 rows `(k,)` to features `(k, dim)` in memory."""
     if features.rows is None:
-        values = np.fromfile(features.path, np.float32)
+        values = np.fromfile(features.path, features.precision)
     else:
         values = features.all_views
     table = tf.constant(values.reshape(-1, features.dim))
@@ -155,25 +219,54 @@ def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]
 def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk.
 
-    Rows are read one by one, in the order of the file. A memory map would count
-    its pages as ours, and bring in many more of them than were asked for.
+    Neighbours in the file are read together, each row right to its place. A memory
+    map would count its pages as ours, and bring in many more than were asked for.
     """
     file = features.path.open("rb", buffering=0)
-    row_bytes = 4 * features.dim
-    lock = threading.Lock()
+    _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")  # It need not read ahead.
+    precision, row_bytes = np.dtype(features.precision), features.row_bytes
 
     def read(rows: np.ndarray) -> np.ndarray:
+        descriptor = file.fileno()  # Of the file, which is open as long as we are.
         samples, view = np.divmod(rows, features.views)
         rows = features.file_rows(samples) * features.views + view
-        values = np.empty((len(rows), features.dim), np.float32)
-        with lock:
-            for position in np.argsort(rows):
-                file.seek(int(rows[position]) * row_bytes)
-                file.readinto(values[position])
+        values = np.empty((len(rows), features.dim), precision)
+        places = values.view(np.uint8)
+        by_row = np.argsort(rows)
+        breaks = np.flatnonzero(np.diff(rows[by_row]) != 1) + 1
+        runs = np.split(by_row, breaks)
+        offsets = [int(rows[run[0]]) * row_bytes for run in runs]
+        for run, offset in zip(runs, offsets, strict=True):  # All asked for at once:
+            _advise(descriptor, offset, len(run) * row_bytes, "POSIX_FADV_WILLNEED")
+        for run, offset in zip(runs, offsets, strict=True):
+            for start in range(0, len(run), _ROWS_PER_READ):
+                part = [places[at] for at in run[start : start + _ROWS_PER_READ]]
+                _read_into(descriptor, part, offset + start * row_bytes)
         return values
 
     def read_rows(rows: tf.Tensor) -> tf.Tensor:
-        values = tf.numpy_function(read, [rows], tf.float32)
+        values = tf.numpy_function(read, [rows], tf.as_dtype(precision))
         return tf.ensure_shape(values, (None, features.dim))
 
     return read_rows
+
+
+def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
+    """Tells the system what will be read, where it listens: it may, or may not, act."""
+    if hasattr(os, advice):
+        os.posix_fadvise(descriptor, offset, length, getattr(os, advice))
+
+
+def _read_into(descriptor: int, places: list[np.ndarray], offset: int) -> None:
+    """Fills byte arrays, one after the other, with what the file has from `offset`."""
+    while places:
+        count = os.preadv(descriptor, places, offset)
+        if count == 0:
+            raise OSError(
+                errno.EIO, "The kept features are shorter than they should be"
+            )
+        offset += count
+        while places and count >= len(places[0]):
+            count -= len(places.pop(0))
+        if count:  # A network's disk may give less than it was asked for.
+            places[0] = places[0][count:]

@@ -23,6 +23,7 @@ from filelock import FileLock
 from keras_rsft.data import ImageSplit
 from keras_rsft.errors import DataError
 from keras_rsft.features.feature_set import (
+    FEATURE_PRECISIONS,
     FEATURES_FILE,
     INDEX_FILE,
     META_FILE,
@@ -30,6 +31,7 @@ from keras_rsft.features.feature_set import (
     read_meta,
 )
 from keras_rsft.features.frozen_base import FrozenBase
+from keras_rsft.policy_choice import require_known
 from keras_rsft.progress import progress_bar
 
 # Part of every key: raise it when decoding, resizing or the format changes.
@@ -44,6 +46,7 @@ def extract_features(
     batch_size: int = 32,
     views: int = 1,
     seed: int = 0,
+    feature_precision: str = "float32",
     progress: bool = True,
 ) -> FeatureSet:
     """Returns the features of a split: kept ones, or those of one pass.
@@ -65,13 +68,16 @@ def extract_features(
         views: Views kept of each image, at least 1; view 0 is the plain image,
             the others are flipped and cropped at random. Default 1.
         seed: Seed of the random views. Default 0.
+        feature_precision: How features are kept: `"float32"`, the default, or
+            `"float16"` for half the disk.
         progress: Show a progress bar. Default True.
 
     Returns:
         The features of all readable images, in the order of the split.
 
     Raises:
-        DataError: If no image can be read.
+        InvalidArgument: If `feature_precision` is neither.
+        DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features.
     """
     if split.before_review is not None:
@@ -82,6 +88,7 @@ def extract_features(
             batch_size=batch_size,
             views=views,
             seed=seed,
+            feature_precision=feature_precision,
             progress=progress,
         )
         return _left_over(before_review, split)
@@ -90,10 +97,17 @@ def extract_features(
     base = backbone
     if not isinstance(base, FrozenBase):
         base = FrozenBase(backbone, num_images=views * len(split))
-    folder = root / feature_key(base, split, views=views, seed=seed)
+    require_known("feature precision", feature_precision, FEATURE_PRECISIONS)
+    key = feature_key(
+        base, split, views=views, seed=seed, feature_precision=feature_precision
+    )
+    folder = root / key
     with FileLock(f"{folder}.lock"):
         if read_meta(folder) is None:
-            _run_pass(base, split, folder, batch_size, views, seed, progress)
+            _run_pass(
+                base, split, folder, batch_size, views, seed, feature_precision,
+                progress,
+            )  # fmt: skip
     return _open(folder, split)
 
 
@@ -104,11 +118,14 @@ def is_kept(
     cache_dir: str | os.PathLike | None = None,
     views: int = 1,
     seed: int = 0,
+    feature_precision: str = "float32",
 ) -> bool:
     """Says whether `extract_features` would find the features and run no pass."""
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    folder = root / feature_key(base, split, views=views, seed=seed)
-    return read_meta(folder) is not None
+    key = feature_key(
+        base, split, views=views, seed=seed, feature_precision=feature_precision
+    )
+    return read_meta(root / key) is not None
 
 
 def default_cache_dir() -> Path:
@@ -121,13 +138,18 @@ def default_cache_dir() -> Path:
 
 
 def feature_key(
-    base: FrozenBase, split: ImageSplit, *, views: int = 1, seed: int = 0
+    base: FrozenBase,
+    split: ImageSplit,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
 ) -> str:
     """Names the features of these images under this base, with its weights.
 
     Depends on the architecture (with its preprocessing, image size and
-    precision), on every weight, on the images and on the views; not on labels,
-    on layer names, nor on where the data lies.
+    precision), on every weight, on the images, on the views and on how features are
+    kept; not on labels, on layer names, nor on where the data lies.
 
     Returns:
         32 hexadecimal digits.
@@ -139,6 +161,8 @@ def feature_key(
         views,
         seed if views > 1 else None,
     ]
+    if feature_precision != "float32":
+        described.append(feature_precision)
     encoded = json.dumps(described).encode()
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
@@ -150,26 +174,28 @@ def _run_pass(
     batch_size: int,
     views: int,
     seed: int,
+    feature_precision: str,
     progress: bool,
 ) -> None:
-    row_bytes = 4 * views * base.dim
+    row_bytes = np.dtype(feature_precision).itemsize * views * base.dim
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(exist_ok=True)
-    rows, next_index = _truncate_to_whole_rows(partial, row_bytes)
+    rows, next_index = _truncate_to_whole_batches(partial, row_bytes, batch_size)
     _require_disk_space(partial, row_bytes * (len(split) - next_index))
     images = split.images(base.image_size, start=next_index, views=views, seed=seed)
     images = images.batch(batch_size).prefetch(2)
     label = f"Features of {split.name}"
     with (
-        (partial / FEATURES_FILE).open("ab") as features_file,
-        (partial / INDEX_FILE).open("ab") as index_file,
+        (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
+        (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
         progress_bar(
             label, total=len(split), unit="images", done=next_index, visible=progress
         ) as advance,
     ):
         for index, batch in images:
             batch = tf.reshape(batch, (-1, *base.image_size, 3))
-            _append(features_file, base.forward(batch).numpy())
+            values = base.forward(batch).numpy()
+            _append(features_file, _kept_as(feature_precision, values))
             _append(index_file, index.numpy())  # Only after its features are safe.
             rows += len(index)
             reached = int(index[-1]) + 1
@@ -180,20 +206,43 @@ def _run_pass(
             f"None of the {len(split)} images of {split.name!r} can be read; "
             f"the first, {split.ids[0]!r}: {split.read_error(0)}."
         )
-    meta = json.dumps({"rows": rows, "views": views, "dim": base.dim})
-    (partial / META_FILE).write_text(meta, encoding="utf-8")
+    meta = {"rows": rows, "views": views, "dim": base.dim}
+    meta["precision"] = feature_precision
+    (partial / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # Only ever a damaged one.
     partial.rename(folder)
 
 
+def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
+    """Returns float32 features in the precision of the file."""
+    if precision == "float32":
+        return values
+    largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
+    if largest > np.finfo(precision).max:
+        raise DataError(
+            f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
+            "Keep its features in float32: leave out `--feature-precision`."
+        )
+    return values.astype(precision)
+
+
 def _append(file: Any, values: np.ndarray) -> None:
-    file.write(np.ascontiguousarray(values).data)
-    file.flush()
-    os.fsync(file.fileno())
+    rest = np.ascontiguousarray(values).data.cast("B")
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:  # Which says nothing of the file.
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
-def _truncate_to_whole_rows(partial: Path, row_bytes: int) -> tuple[int, int]:
+def _truncate_to_whole_batches(
+    partial: Path, row_bytes: int, batch_size: int
+) -> tuple[int, int]:
     """Drops what a killed run left half-written.
+
+    Whole batches stay, so that all later ones hold the images that they would have
+    held: the last bits of a feature may depend on what it is computed together with.
 
     Returns:
         The number of whole rows, and the index of the first sample after them.
@@ -204,6 +253,7 @@ def _truncate_to_whole_rows(partial: Path, row_bytes: int) -> tuple[int, int]:
     rows = min(
         index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
     )
+    rows -= rows % batch_size
     os.truncate(index_path, 8 * rows)
     os.truncate(features_path, row_bytes * rows)
     if rows == 0:
@@ -239,6 +289,7 @@ def _open(folder: Path, split: ImageSplit) -> FeatureSet:
         views=meta["views"],
         clean_labels=None if split.clean_labels is None else split.clean_labels[index],
         unreadable=unreadable,
+        precision=meta["precision"],
         reviewed=None if split.reviewed is None else split.reviewed[index],
     )
 

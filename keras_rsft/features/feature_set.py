@@ -1,6 +1,6 @@
 """Kept features: what is in their folder and how it is opened.
 
-Owns the file format: `features.bin` (float32, row after row), `index.bin`
+Owns the file format: `features.bin` (float32 or float16, row after row), `index.bin`
 (int64, which sample of the split each row belongs to) and `meta.json` (sizes).
 Writing them is `extraction.py`'s business.
 """
@@ -12,12 +12,14 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 FEATURES_FILE = "features.bin"
 INDEX_FILE = "index.bin"
 META_FILE = "meta.json"
+FEATURE_PRECISIONS = ("float32", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,15 @@ class FeatureSet:
     """Features, labels and ids of the readable images of one split.
 
     Attributes:
-        path: Raw file of float32 values, shape `(rows, views, dim)`.
+        path: Raw file of values, shape `(rows, views, dim)`.
         labels: int32 array of shape `(n,)`, the given labels.
         ids: String array of shape `(n,)`.
         dim: Number of features of an image.
         views: Views kept of each image; view 0 is the plain image.
         clean_labels: int32 array of shape `(n,)`, or None if not known.
         unreadable: `(id, reason)` of each image that could not be read.
+        precision: Of the values in the file, `"float32"` or `"float16"`. What comes out
+            of `chunks` and of training batches is float32 in either case.
         reviewed: Boolean array of shape `(n,)`: whose given label a person has found
             or made right. None: nobody looked.
         before_review: These samples and those dropped since, with the labels that they
@@ -47,6 +51,7 @@ class FeatureSet:
     views: int = 1
     clean_labels: np.ndarray | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
+    precision: str = "float32"
     reviewed: np.ndarray | None = None
     before_review: FeatureSet | None = None
     rows: np.ndarray | None = None
@@ -55,13 +60,18 @@ class FeatureSet:
         return len(self.labels)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one view of one image in the file."""
+        return np.dtype(self.precision).itemsize * self.dim
+
+    @property
     def num_bytes(self) -> int:
-        """Size of all views of these samples."""
-        return 4 * len(self) * self.views * self.dim
+        """Bytes of all views of these samples in the file."""
+        return len(self) * self.views * self.row_bytes
 
     @functools.cached_property
     def all_views(self) -> np.ndarray:
-        """Read-only float32 array of shape `(n, views, dim)`.
+        """Read-only array of shape `(n, views, dim)`, in the file's precision.
 
         Memory-mapped where the file holds no other samples, else a copy.
         """
@@ -71,11 +81,13 @@ class FeatureSet:
 
     @property
     def features(self) -> np.ndarray:
-        """Float32 array of shape `(n, dim)`: `all_views` of the plain images."""
+        """Array of shape `(n, dim)`: `all_views` of the plain images."""
         return self.all_views[:, 0]
 
     def views_of(self, samples: np.ndarray) -> np.ndarray:
-        """Returns a copy of all views of some samples, `(k, views, dim)` float32.
+        """Returns a copy of all views of some samples, `(k, views, dim)`.
+
+        In the file's precision.
 
         Args:
             samples: Integers of shape `(k,)`, positions in [0, n).
@@ -135,12 +147,13 @@ class FeatureSet:
             first, last = int(places[0]), int(places[-1])
             values = np.fromfile(
                 self.path,
-                np.float32,
+                self.precision,
                 count=(last - first + 1) * row_values,
-                offset=4 * first * row_values,
+                offset=first * self.views * self.row_bytes,
             )
             values = values.reshape(-1, self.views, self.dim)[:, 0]
-            yield values if self.rows is None else values[places - first]
+            plain = values if self.rows is None else values[places - first]
+            yield plain.astype(np.float32, copy=False)
 
     def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """Returns mean and variance of each feature over the plain images.
@@ -169,11 +182,11 @@ class FeatureSet:
     def _file_views(self) -> np.ndarray:
         count = len(self) if self.rows is None else int(self.rows[-1]) + 1
         shape = (count, self.views, self.dim)
-        return np.memmap(self.path, dtype=np.float32, mode="r", shape=shape)
+        return np.memmap(self.path, dtype=self.precision, mode="r", shape=shape)
 
 
-def read_meta(folder: Path) -> dict[str, int] | None:
-    """Returns the sizes of a finished folder, or None if there is none.
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """Returns sizes and precision of a finished folder, or None if there is none.
 
     A folder whose files do not have the size that `meta.json` says is treated
     as absent.
@@ -181,11 +194,15 @@ def read_meta(folder: Path) -> dict[str, int] | None:
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         rows, views, dim = (int(meta[key]) for key in ("rows", "views", "dim"))
+        precision = meta.get("precision", "float32")
+        row_bytes = np.dtype(precision).itemsize * views * dim
         complete = (
-            folder / FEATURES_FILE
-        ).stat().st_size == 4 * rows * views * dim and (
-            folder / INDEX_FILE
-        ).stat().st_size == 8 * rows
+            (folder / FEATURES_FILE).stat().st_size == row_bytes * rows
+            and (folder / INDEX_FILE).stat().st_size == 8 * rows
+            and precision in FEATURE_PRECISIONS
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return {"rows": rows, "views": views, "dim": dim} if complete else None
+    if not complete:
+        return None
+    return {"rows": rows, "views": views, "dim": dim, "precision": precision}

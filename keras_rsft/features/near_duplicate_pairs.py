@@ -117,7 +117,9 @@ def _verified(
     step = max(1, _BLOCK_VALUES // (2 * features.dim))
     for start in range(0, len(firsts), step):
         pairs = np.stack([firsts[start : start + step], seconds[start : start + step]])
-        one, other = (_unit((features.features[rows] - mean) * scale) for rows in pairs)
+        one, other = (
+            _unit((features.views_of(rows)[:, 0] - mean) * scale) for rows in pairs
+        )
         cosines = np.einsum("ij,ij->i", one, other)
         found += [
             NearDuplicate(int(first), int(second), float(cosine))

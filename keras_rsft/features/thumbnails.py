@@ -64,6 +64,8 @@ def write_thumbnails(
     kept = root / f"thumbnails-{_key(split)}"
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
+            for left in root.glob(f".{kept.name}-*"):  # By one that was killed.
+                shutil.rmtree(left, ignore_errors=True)
             with written_whole(kept) as partial:
                 _render(split, partial, progress)
     for name in (THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE):

@@ -2,8 +2,9 @@
 
 `settings.py` is what the user chooses, `head_training.py` trains a head on kept
 features, `pilot.py` looks ahead on a sample, `run.py` puts a run together,
-`run_folder.py` writes and reads it. The folder is not called `finetune`: the function
-of that name is public, and a module would hide it.
+`run_folder.py` writes and reads it. `unfinished.py` is its place until then,
+`checkpoint.py` the state of the training there. The folder is not called `finetune`:
+the function of that name is public, and a module would hide it.
 """
 
 from keras_rsft.finetuning.head_training import (
@@ -15,8 +16,10 @@ from keras_rsft.finetuning.head_training import (
 from keras_rsft.finetuning.pilot import Pilot, run_pilot
 from keras_rsft.finetuning.run import Run, finetune
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.unfinished import NumberedFolder
 
 __all__ = [
+    "NumberedFolder",
     "Pilot",
     "Run",
     "SplitFeatures",

@@ -58,6 +58,7 @@ def open_features(
     seed: int,
     cache_dir: str | os.PathLike | None,
     progress: bool,
+    feature_precision: str = "float32",
 ) -> FeatureSource:
     """Lists the images, loads the base, and computes or reads the features.
 
@@ -71,6 +72,7 @@ def open_features(
         seed: Seed of the random views.
         cache_dir: Where features are kept; None: the user's cache folder.
         progress: Show progress bars.
+        feature_precision: How features are kept, `"float32"` or `"float16"`.
 
     Raises:
         InvalidArgument: If an argument cannot be used.
@@ -86,7 +88,13 @@ def open_features(
         backbone, weights=weights, image_size=image_size, precision=precision
     )
     features = extract_all(
-        base, data, views=views, seed=seed, cache_dir=cache_dir, progress=progress
+        base,
+        data,
+        views=views,
+        seed=seed,
+        feature_precision=feature_precision,
+        cache_dir=cache_dir,
+        progress=progress,
     )
     origin = {
         "data": data.source,
@@ -95,6 +103,7 @@ def open_features(
         "image_size": list(base.input_shape[1:3]),
         "precision": precision,
         "views": views,
+        "feature_precision": feature_precision,
     }
     if data.corrections is not None:
         origin["corrections"] = data.corrections.record()

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,6 +26,8 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
 )
+from keras_rsft.finetuning.callback_memory import options_of
+from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.ledger import Ledger, LossHistogram, RejectionLedger
 from keras_rsft.model import RSFTModel
@@ -88,6 +91,7 @@ def extract_all(
     *,
     views: int = 1,
     seed: int = 0,
+    feature_precision: str = "float32",
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> SplitFeatures:
@@ -98,6 +102,7 @@ def extract_all(
         data: The images.
         views: Views of each training image; the other splits have one.
         seed: Seed of the random views.
+        feature_precision: How features are kept, as in `extract_features`.
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars.
     """
@@ -111,6 +116,7 @@ def extract_all(
             cache_dir=cache_dir,
             views=views if split is data.train else 1,
             seed=seed,
+            feature_precision=feature_precision,
             progress=progress,
         )
         for split in splits
@@ -124,6 +130,7 @@ def train_head(
     *,
     callbacks: Callbacks = (),
     progress: bool = True,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
 
@@ -133,6 +140,9 @@ def train_head(
         callbacks: Further Keras callbacks, or a function that makes them of the
             `RejectionLedger` of this training.
         progress: Show a progress bar.
+        checkpoint: Where the training's state is kept, and gone on from. With the
+            same features and settings the result is the same to the last bit.
+            Default: nowhere.
 
     Raises:
         TrainingStalled: If the last epoch accepted nothing.
@@ -149,16 +159,9 @@ def train_head(
     )
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     further = callbacks(recorder) if callable(callbacks) else callbacks
-    validation = batches_of(features.validation) if len(features.validation) else None
-    with _epoch_bar(settings.epochs, visible=progress) as bar:
-        history = model.fit(
-            batches.dataset,
-            validation_data=validation,
-            epochs=settings.epochs,
-            callbacks=[batches.callback, recorder, bar, *further],
-            verbose=0,
-            shuffle=False,
-        ).history
+    history = _fit(
+        model, batches, features, settings, recorder, further, progress, checkpoint
+    )
     if history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
@@ -188,6 +191,54 @@ def train_head(
         examination,
         tuple(recorder.loss_histograms),
     )
+
+
+def _fit(
+    model: RSFTModel,
+    batches: TrainingBatches,
+    features: SplitFeatures,
+    settings: TrainingSettings,
+    recorder: RejectionLedger,
+    callbacks: Sequence[keras.callbacks.Callback],
+    progress: bool,
+    checkpoint: TrainingCheckpoint | None,
+) -> dict[str, list[float]]:
+    """Trains what is left to train; returns the history of all epochs."""
+    first, last = 0, settings.epochs
+    own = [batches.callback, recorder]
+    if checkpoint is not None:
+        origin = _origin(features, settings, callbacks)
+        checkpoint.open(origin, recorder, callbacks)
+        first = checkpoint.epochs_done
+        last = first if checkpoint.stopped else last
+    with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
+        history = model.fit(
+            batches.dataset,
+            validation_data=(
+                batches_of(features.validation) if len(features.validation) else None
+            ),
+            initial_epoch=first,
+            epochs=last,
+            # The checkpoint sees what all others have done.
+            callbacks=[*own, bar, *callbacks, *([checkpoint] if checkpoint else [])],
+            verbose=0,
+            shuffle=False,
+        ).history
+    return history if checkpoint is None else checkpoint.history
+
+
+def _origin(
+    features: SplitFeatures,
+    settings: TrainingSettings,
+    callbacks: Sequence[keras.callbacks.Callback],
+) -> dict[str, Any]:
+    """Returns what a checkpoint must be of to be gone on with."""
+    parts = (features.train, features.validation)
+    return {
+        "features": [part.path.parent.name for part in parts],
+        "settings": dataclasses.asdict(settings),
+        "callbacks": [options_of(callback) for callback in callbacks],
+    }
 
 
 def untrained_head(
@@ -311,9 +362,11 @@ def _rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float
 
 
 @contextlib.contextmanager
-def _epoch_bar(epochs: int, *, visible: bool) -> Iterator[keras.callbacks.Callback]:
+def _epoch_bar(
+    epochs: int, *, done: int, visible: bool
+) -> Iterator[keras.callbacks.Callback]:
     with progress_bar(
-        "Training the head", total=epochs, unit="epochs", visible=visible
+        "Training the head", total=epochs, unit="epochs", done=done, visible=visible
     ) as advance:
         yield keras.callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: advance(1)

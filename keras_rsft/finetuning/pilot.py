@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -96,6 +97,7 @@ def run_pilot(
     image_size: int | None = None,
     precision: str = "auto",
     views: int = 1,
+    feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
     sample: int = DEFAULT_SAMPLE,
     cache_dir: str | os.PathLike | None = None,
@@ -119,6 +121,7 @@ def run_pilot(
         image_size: See there.
         precision: See there.
         views: See there.
+        feature_precision: See there.
         settings: See there.
         sample: Most images to look at, at least 4. Default 1000.
         cache_dir: Where features are kept. Default: the user's cache folder.
@@ -144,8 +147,15 @@ def run_pilot(
     )
     frozen = FrozenBase(base)
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
-    left = _images_left(frozen, data, views, settings.seed, cache_dir)
-    kept = extract_features(frozen, images, cache_dir=cache_dir, progress=progress)
+    options = {"seed": settings.seed, "feature_precision": feature_precision}
+    left = _images_left(frozen, data, views, cache_dir, options)
+    kept = extract_features(
+        frozen,
+        images,
+        cache_dir=cache_dir,
+        feature_precision=feature_precision,
+        progress=progress,
+    )
     started = time.perf_counter()
     examination = examine_labels(
         kept, data.num_classes, seed=settings.seed, progress=progress
@@ -235,13 +245,13 @@ def _images_left(
     frozen: FrozenBase,
     data: ImageData,
     views: int,
-    seed: int,
     cache_dir: str | os.PathLike | None,
+    options: dict[str, Any],
 ) -> int:
     left = 0
     for split in (data.train, data.validation, data.test):
         own = views if split is data.train else 1
-        if not is_kept(frozen, split, cache_dir=cache_dir, views=own, seed=seed):
+        if not is_kept(frozen, split, cache_dir=cache_dir, views=own, **options):
             left += own * len(split)
     return left
 
@@ -303,7 +313,7 @@ def _cross_tried(
 
 
 def _rows(kept: FeatureSet, chosen: np.ndarray, path: Path) -> FeatureSet:
-    np.ascontiguousarray(kept.features[chosen]).tofile(path)
+    np.ascontiguousarray(kept.features[chosen], np.float32).tofile(path)
     return FeatureSet(path, kept.labels[chosen], kept.ids[chosen], kept.dim)
 
 

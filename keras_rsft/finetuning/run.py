@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import keras
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.data import ImageData, apply_corrections, load_images
+from keras_rsft.finetuning.callback_memory import options_of
+from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.head_training import (
     Callbacks,
@@ -21,14 +24,21 @@ from keras_rsft.finetuning.head_training import (
     train_head,
 )
 from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
-from keras_rsft.finetuning.run_folder import check_new_folder, write_run
+from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.stage_two import (
     accuracy_on_images,
     check_base_can_learn,
     fine_tune_last_block,
 )
+from keras_rsft.finetuning.unfinished import (
+    NumberedFolder,
+    RunPlace,
+    open_place,
+    run_identity,
+)
 from keras_rsft.model import RSFTModel
+from keras_rsft.result_folder import disk_full_said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +97,15 @@ def finetune(
     image_size: int | None = None,
     precision: str = "auto",
     views: int = 1,
+    feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
-    output: str | os.PathLike | None = None,
+    output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
     callbacks: Callbacks = (),
     with_plain: bool = True,
     progress: bool = True,
     command: str | None = None,
+    on_begin: Callable[[Path, bool], None] | None = None,
 ) -> Run:
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
@@ -109,8 +121,13 @@ def finetune(
         image_size: Side of the square images in pixels. Default: the base's.
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
         views: Views kept of each training image, at least 1. Default 1.
+        feature_precision: How features are kept: `"float32"` or, in half the space,
+            `"float16"`. Default float32.
         settings: How to train. Default: `TrainingSettings()`.
-        output: The run folder; it must not exist. Default: none is written.
+        output: The run folder, which must not exist, or `NumberedFolder("photos")`
+            for the next `runs/photos-N`. Until the run is finished it is called
+            `...unfinished`; killed there, the same call goes on with it and ends with
+            the same weights. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head, or a function
             that makes them of the run's `RejectionLedger`.
@@ -118,6 +135,8 @@ def finetune(
             True; only where a folder is written and the policy can reject.
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
+        on_begin: Called before the work with the run folder to be, and with whether
+            an unfinished run goes on there. Not called without `output`.
 
     Returns:
         The trained model with its history and results.
@@ -128,58 +147,139 @@ def finetune(
         WeightsUnavailable: If the base's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for a stage two to learn from.
+        OSError: If the disk is full; the same call goes on once there is room.
     """
     settings = settings or TrainingSettings()
-    started = time.perf_counter()
-    folder = check_new_folder(output) if output is not None else None
     if settings.stage2_epochs:
         check_base_can_learn(str(backbone))
+    options = {
+        "backbone": backbone,
+        "weights": weights,
+        "image_size": image_size,
+        "precision": precision,
+        "views": views,
+        "feature_precision": feature_precision,
+    }
+    with_plain = with_plain and output is not None
+    work = _Work(options, settings, cache_dir, callbacks, with_plain, progress, command)
+    if output is not None and not isinstance(output, NumberedFolder):
+        check_new_folder(output)  # Before the work, not after it.
+    if not isinstance(data, ImageData):
+        data = load_images(data)
     if corrections:
-        data = data if isinstance(data, ImageData) else load_images(data)
         data = apply_corrections(data, corrections)
+    if output is None:
+        return _run(data, work)
+    identity = run_identity(
+        data,
+        **options,
+        settings=dataclasses.asdict(settings),
+        callbacks=_identity_of(callbacks),
+        with_plain=with_plain,
+    )
+    with open_place(output, identity) as place:
+        if on_begin is not None:
+            on_begin(place.folder, place.went_on)
+        return _run_at(place, data, work)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What to do with the images, whatever place the result gets."""
+
+    options: dict[str, Any]
+    settings: TrainingSettings
+    cache_dir: str | os.PathLike | None
+    callbacks: Callbacks
+    with_plain: bool
+    progress: bool
+    command: str | None
+
+
+def _identity_of(callbacks: Callbacks) -> Any:
+    """Returns what a run must share of them to be the same run.
+
+    Of a function its name: what it makes is compared when there is a ledger to make it
+    of, and a state of other callbacks is then not gone on with.
+    """
+    if callable(callbacks):
+        return f"{callbacks.__module__}.{callbacks.__qualname__}"
+    return [options_of(callback) for callback in callbacks]
+
+
+def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
+    """Makes a run and its folder; keeps the training's state where that fails."""
+    checkpoint = TrainingCheckpoint(place.checkpoint)
+    try:
+        run = dataclasses.replace(_run(data, work, checkpoint), folder=place.folder)
+        place.write(
+            lambda folder: fill_run_folder(
+                folder, run, data, cache_dir=work.cache_dir, progress=work.progress
+            )
+        )
+    except (KeyboardInterrupt, OSError) as error:
+        with contextlib.suppress(OSError):  # The disk may be full.
+            checkpoint.flush()
+        if isinstance(error, KeyboardInterrupt) and checkpoint.epochs_done:
+            error.add_note(
+                f"{checkpoint.epochs_done} of {work.settings.epochs} epochs are kept "
+                f"in {place.unfinished}."
+            )
+        said = disk_full_said(error, place.unfinished)
+        if said is error:
+            raise
+        raise said from error
+    return run
+
+
+def _run(
+    data: ImageData,
+    work: _Work,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> Run:
+    started = time.perf_counter()
+    settings, progress = work.settings, work.progress
     source = open_features(
         data,
-        backbone=backbone,
-        weights=weights,
-        image_size=image_size,
-        precision=precision,
-        views=views,
+        **work.options,
         seed=settings.seed,
-        cache_dir=cache_dir,
+        cache_dir=work.cache_dir,
         progress=progress,
     )
     data, features = source.data, source.features
-    trained = train_head(features, settings, callbacks=callbacks, progress=progress)
+    trained = train_head(
+        features,
+        settings,
+        callbacks=work.callbacks,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
     head, results = trained.model, trained.results
     base = source.float32_base()
     model = build_classifier(base, data.num_classes, head=head.model)
     if settings.stage2_epochs:
         model = _stage_two(model, base, data, features, trained, settings, progress)
     against_plain = None
-    if with_plain and folder is not None:
+    if work.with_plain:
         against_plain = train_against_plain(
             features, trained, settings, progress=progress
         )
     results["seconds"] = time.perf_counter() - started
-    run = Run(
+    return Run(
         model=model,
         head=head,
         class_names=data.class_names,
         history=trained.history,
         results=results,
         config={
-            "command": command,
+            "command": work.command,
             **source.origin,
             **dataclasses.asdict(settings),
         },
         features=features,
         trained=trained,
-        folder=folder,
         against_plain=against_plain,
     )
-    if folder is not None:
-        write_run(run, data, cache_dir=cache_dir, progress=progress)
-    return run
 
 
 def _stage_two(

@@ -1,7 +1,7 @@
 """A run on disk: what `fit` leaves behind, and how `predict` finds it again.
 
-A folder is written beside its final place and renamed, so that a run folder is
-always whole. Nothing that exists is ever overwritten.
+`unfinished.py` has it written beside its final place and renamed, so that a run folder
+is always whole. Nothing that exists is ever overwritten.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from keras_rsft.data.corrections import correction_cells
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features import near_duplicates, write_thumbnails
 from keras_rsft.ledger import COLUMNS, HISTOGRAM_COLUMNS
-from keras_rsft.result_folder import write_csv, write_json, written_whole
+from keras_rsft.result_folder import write_csv, write_json
 from keras_rsft.run_files import (
     ACCEPTANCE_FILE,
     CLASSES_FILE,
@@ -68,29 +68,30 @@ def next_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
     return folder
 
 
-def write_run(
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Returns the class names of a run folder."""
+    return tuple(json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))
+
+
+def fill_run_folder(
+    folder: Path,
     run: Run,
     data: ImageData,
     *,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes a run folder at `run.folder`, whole or not at all.
+    """Writes all files of a run into an empty folder.
 
     Args:
+        folder: The folder.
         run: The run.
         data: Its images.
         cache_dir: Where thumbnails are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
     """
-    with written_whole(run.folder) as partial:
-        _fill(partial, run, data)
-        _fill_for_the_eye(partial, run, data, cache_dir, progress)
-
-
-def read_class_names(folder: Path) -> tuple[str, ...]:
-    """Returns the class names of a run folder."""
-    return tuple(json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))
+    _fill(folder, run, data)
+    _fill_for_the_eye(folder, run, data, cache_dir, progress)
 
 
 def _fill(folder: Path, run: Run, data: ImageData) -> None:

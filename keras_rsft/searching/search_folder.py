@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from keras_rsft.errors import InvalidArgument, SearchFailed
 from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.run_folder import check_new_folder
-from keras_rsft.result_folder import write_csv, write_json, written_whole
+from keras_rsft.result_folder import replaced, write_csv, write_json, written_whole
 from keras_rsft.searching.choice import TrialOutcome
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
@@ -178,18 +178,6 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def replaced(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file beside its place and renames it.
-
-    Args:
-        path: The file to be.
-        write: Writes to the path that it is given.
-    """
-    beside = path.with_name(f".partial-{path.name}")
-    write(beside)
-    os.replace(beside, path)
 
 
 def _read_mark(folder: Path) -> str | None:

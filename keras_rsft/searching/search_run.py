@@ -98,6 +98,7 @@ def search(
     image_size: int | None = None,
     precision: str = "auto",
     views: int = 1,
+    feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
@@ -127,6 +128,8 @@ def search(
         image_size: Side of the square images in pixels. Default: the base's.
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
         views: Views kept of each training image, at least 1. Default 1.
+        feature_precision: How features are kept: `"float32"` or, in half the space,
+            `"float16"`. Default float32.
         settings: Epochs, batch size and seed, and every number that the space leaves
             open. Default: `TrainingSettings()`.
         cache_dir: Where features are kept. Default: the user's cache folder.
@@ -159,6 +162,7 @@ def search(
         image_size=image_size,
         precision=precision,
         views=views,
+        feature_precision=feature_precision,
         seed=settings.seed,
         cache_dir=cache_dir,
         progress=progress,

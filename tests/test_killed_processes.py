@@ -1,0 +1,191 @@
+"""Real processes: killed at chosen moments, asked to end, and two at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import keras
+import numpy as np
+import pytest
+from made_images import png, write
+
+import keras_rsft.model  # noqa: F401 (Keras then knows the class in head.keras.)
+
+pytestmark = pytest.mark.slow
+
+# Runs the command line, and kills itself at the n-th call of a function.
+DRIVER = textwrap.dedent("""
+    import importlib, os, signal, sys
+    from keras_rsft import cli
+    from keras_rsft.finetuning import checkpoint
+
+    checkpoint.TIMES_ITS_COST = 0.0
+    checkpoint.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
+    place, count = sys.argv[1], int(sys.argv[2])
+    if place != "-":
+        module, name = place.split(":")
+        module = importlib.import_module(module)
+        original = getattr(module, name)
+
+        def killing(*args, **kwargs):
+            global count
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(module, name, killing)
+    sys.exit(cli.main(sys.argv[3:]))
+""")
+MOMENTS = {
+    "between features and their index": ("keras_rsft.features.extraction:_append", 4),
+    "the second epoch": ("keras_rsft.finetuning.checkpoint:write_state", 2),
+    "a state on its way to the disk": ("os:replace", 2),
+    "writing the run": ("keras_rsft.finetuning.run_folder:write_csv", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def many_photos(tmp_path_factory):
+    """150 images of three grey values with noise: three batches of training images."""
+    root = tmp_path_factory.mktemp("many")
+    for label, name in enumerate(("cat", "dog", "owl")):
+        for number in range(50):
+            write(root / name / f"{number:02}.png", png(70 * label + number % 60))
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(many_photos, tiny_base_file):
+    def start(folder, *options, driver=("-", "1")):
+        command = [
+            sys.executable, "-c", DRIVER, *driver, "fit", many_photos, "--backbone",
+            tiny_base_file, "--cache-dir", folder / "kept", "--epochs", "6",
+            "--policy", "running-threshold", "--noise", "symmetric:0.2",
+            "--learning-rate", "0.01", "--no-plain", *options,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            [str(part) for part in command],
+            cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={k: v for k, v in os.environ.items() if not k.startswith("TF_")},
+            # A shell lets its background jobs ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finish():
+    def finish(process):
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def whole(start, finish, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    status, _, err = finish(start(folder))
+    assert status == 0, err
+    return folder
+
+
+def run_in(folder, number=1):
+    return next((folder / "runs").glob(f"*-{number}"))
+
+
+def assert_same(folder, other, number=1):
+    runs = run_in(folder, number), run_in(other)
+    for name in ("model.keras", "head.keras"):
+        models = [keras.saving.load_model(run / name) for run in runs]
+        weights = zip(models[0].variables, models[1].variables, strict=True)
+        for mine, theirs in weights:
+            np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+    for name in ("metrics.csv", "ledger.csv", "acceptance_by_class.csv"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+
+
+def names_in(folder):
+    return {path.name.rpartition("-")[2] for path in (folder / "runs").iterdir()}
+
+
+def test_killed_at_every_stage_and_started_again(start, finish, whole, tmp_path):
+    for moment, driver in MOMENTS.items():
+        driver = tuple(map(str, driver))
+        status, _, _ = finish(start(tmp_path, driver=driver))
+        assert status == -signal.SIGKILL, moment
+    status, out, err = finish(start(tmp_path))
+    assert status == 0, err
+    assert "which was not finished" in out
+    assert_same(tmp_path, whole)
+    assert names_in(tmp_path) == {"1"}
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_end(start, finish, tmp_path, sent, status):
+    process = start(tmp_path, "--epochs", "20000")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*.unfinished/training.npz")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(sent)
+    actual, _, err = finish(process)
+    assert actual == status
+    (*_, said) = err.strip().splitlines()
+    assert said.startswith("keras-rsft: Interrupted.")
+    assert "of 20000 epochs are kept" in said
+    assert said.endswith("Run the same command again to go on.")
+    assert "Traceback" not in err
+    (left,) = tmp_path.glob("runs/*")
+    assert {path.name for path in left.iterdir()} == {
+        "identity.json", "training.npz", ".lock"
+    }  # fmt: skip
+
+
+def test_two_at_once_over_one_cache_and_one_folder_of_runs(
+    start, finish, whole, tmp_path
+):
+    processes = [start(tmp_path) for _ in range(2)]
+    for status, _, err in map(finish, processes):
+        assert status == 0, err
+    assert names_in(tmp_path) == {"1", "2"}
+    for number in (1, 2):
+        assert_same(tmp_path, whole, number)
+    kept = [path.name for path in (tmp_path / "kept").iterdir() if path.is_dir()]
+    # A folder a split and one of thumbnails, none of them partial.
+    assert len(kept) == 4
+    assert not [name for name in kept if "partial" in name or name.startswith(".")]
+
+
+def test_two_exports_of_one_name_at_once(whole, finish, tmp_path):
+    command = [
+        sys.executable, "-m", "keras_rsft.cli", "export", run_in(whole),
+        "--name", "photos", "--directory", tmp_path,
+    ]  # fmt: skip
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / ".1-killed").mkdir()
+    processes = [
+        subprocess.Popen(
+            [str(part) for part in command],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for status, _, err in map(finish, processes):
+        assert status == 0, err
+    folder = tmp_path / "photos"
+    versions = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert versions == {"1", "2"}
+    for version in versions:
+        assert (folder / version / "saved_model.pb").is_file()
