@@ -12,9 +12,9 @@ from keras_rsft.ledger import (
     Ledger,
     RejectionLedger,
     datalab_inputs,
-    loss_histogram,
     rejection_quality,
 )
+from keras_rsft.loss_histogram import loss_histogram
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import (
     AcceptAll,

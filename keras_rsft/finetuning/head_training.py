@@ -29,7 +29,8 @@ from keras_rsft.features import (
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.ledger import Ledger, LossHistogram, RejectionLedger
+from keras_rsft.ledger import Ledger, RejectionLedger
+from keras_rsft.loss_histogram import LossHistogram
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
 from keras_rsft.progress import progress_bar
