@@ -14,11 +14,12 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones.foreign import weights_bytes
-from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.errors import DataError
 from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
 from keras_rsft.export.onnx_file import export_onnx, require_tf2onnx
 from keras_rsft.export.places import (
+    check_run_folder,
     free_file,
     free_version,
     model_folder,
@@ -74,12 +75,7 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
         DataError: If its model, with the base in it, cannot be read.
     """
     folder = Path(folder)
-    if not (folder / MODEL_FILE).is_file():
-        state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
-        raise InvalidArgument(
-            "Expected a run folder, as `keras-rsft fit` leaves it. "
-            f"Received: {folder} ({state})."
-        )
+    check_run_folder(folder)
     try:
         model = keras.saving.load_model(folder / MODEL_FILE, compile=False)
         class_names = read_class_names(folder)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft.backbones.weights_licence import licence_of_weights
 from keras_rsft.result_folder import read_csv
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def model_card(run: FinishedRun, name: str) -> str:
         *_training(run),
         *_metrics(results, sizes),
         *_suspicious(_read_rows(run.folder / "ledger.csv")),
-        *_limits(run, results),
+        *_limits(results),
+        *_licence(run),
         *_versions(run),
     ]
     return "\n".join(parts)
@@ -140,20 +142,20 @@ def _suspicious(ledger: Sequence[dict[str, str]]) -> Iterator[str]:
     yield ""
 
 
-def _limits(run: FinishedRun, results: dict[str, Any]) -> Iterator[str]:
+def _limits(results: dict[str, Any]) -> Iterator[str]:
     yield "## Limits\n"
     yield (
         "Every image gets one of the classes above, also one that shows none of them. "
         "The accuracy holds for images like those it was measured on.\n"
     )
-    yield (
-        "The weights of the base "
-        f"`{_code(Path(str(run.config.get('backbone', 'unknown'))).name)}` "
-        f"(`{_code(Path(str(run.config.get('weights', 'unknown'))).name)}`) stay under "
-        "the licence of those who published them.\n"
-    )
     if results.get("stage2_kept"):
         yield "The last block of the base was fine-tuned too.\n"
+
+
+def _licence(run: FinishedRun) -> Iterator[str]:
+    backbone = str(run.config.get("backbone", "unknown"))
+    weights = str(run.config.get("weights", "unknown"))
+    yield f"## Licence of the weights\n\n{licence_of_weights(backbone, weights)}\n"
 
 
 def _versions(run: FinishedRun) -> Iterator[str]:

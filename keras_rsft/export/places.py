@@ -1,5 +1,7 @@
 """Where exports go: names, free numbers, and folders that may be written to.
 
+Loads nothing heavy, so that the command line can refuse a place at once.
+
 Owns the layout `DIRECTORY/NAME/`: a folder of digits for each version of the
 SavedModel, as TF Serving wants it, and files `model-N.tflite` and `model-N.onnx`,
 which the server passes over.
@@ -12,6 +14,7 @@ import re
 from pathlib import Path
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.run_files import MODEL_FILE
 
 MODELS_CONFIG = "models.config"
 BATCHING_CONFIG = "batching.config"
@@ -33,6 +36,16 @@ def check_name(name: str) -> str:
             "Give another `name`."
         )
     return name
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises InvalidArgument if a folder is not that of a run."""
+    if not (folder / MODEL_FILE).is_file():
+        state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
+        raise InvalidArgument(
+            "Expected a run folder, as `keras-rsft fit` leaves it. "
+            f"Received: {folder} ({state})."
+        )
 
 
 def model_folder(
