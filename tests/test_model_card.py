@@ -65,6 +65,21 @@ def test_a_run_with_nothing_but_a_model(tmp_path):
     assert "suspicious" not in card
 
 
+def test_a_search_says_what_its_choice_reached(tmp_path):
+    results = {
+        "chosen_trial": "07",
+        "trials": 64,
+        "chosen": {"validation_accuracy": 0.75, "test_accuracy": 0.5},
+        "images": {"train": 300, "validation": 40, "test": 100},
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    card = model_card(make_run(tmp_path), "x")
+    assert "| test | 50.0 % | 40.4 to 59.6 % | 100 |" in card
+    assert "| validation | 75.0 % |" in card
+    assert "300 train" in card
+    assert "chose among 64 settings" in card
+
+
 def test_names_cannot_break_out(tmp_path):
     (tmp_path / "ledger.csv").write_text(
         "id,given_label,suspicion\n`|<b>`,<script>alert(1)</script>|x,0.9\n"

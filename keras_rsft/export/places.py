@@ -38,6 +38,21 @@ def check_name(name: str) -> str:
     return name
 
 
+def unusable_model(model: str | os.PathLike) -> InvalidArgument:
+    """Returns the error for what can be neither a run nor an export."""
+    state = "" if os.path.exists(model) else ", which does not exist"
+    return InvalidArgument(
+        "The model must be a run folder, a .keras file, an exported SavedModel, or a "
+        f".tflite or .onnx file. Received: {model}{state}."
+    )
+
+
+def check_exists(model: str | os.PathLike) -> None:
+    """Raises InvalidArgument if a run or an export is not there."""
+    if not os.path.exists(model):
+        raise unusable_model(model)
+
+
 def check_run_folder(folder: Path) -> None:
     """Raises InvalidArgument if a folder is not that of a run."""
     if not (folder / MODEL_FILE).is_file():

@@ -25,12 +25,11 @@ from keras_rsft.errors import InvalidArgument, SearchFailed
 from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.run_folder import check_new_folder
 from keras_rsft.result_folder import write_csv, write_json, written_whole
+from keras_rsft.run_files import RESULTS_FILE, SEARCH_FILE
 from keras_rsft.searching.choice import TrialOutcome
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
 
-IDENTITY_FILE = "search.json"
-RESULTS_FILE = "results.json"
 TRIALS_FILE = "trials.csv"
 _LOCK_FILE = ".lock"
 _MARK_FILE = ".chief"
@@ -80,7 +79,7 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
     if is_new:
         check_new_folder(folder)
         with written_whole(folder) as partial:
-            write_json(partial / IDENTITY_FILE, identity)
+            write_json(partial / SEARCH_FILE, identity)
     else:
         _check_same(folder, identity)
     lock = filelock.FileLock(folder / _LOCK_FILE, timeout=0)
@@ -137,7 +136,7 @@ def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
     """Returns the first `ROOT/search-NAME-N` that does not exist or is not finished."""
     number = 1
     while (folder := Path(root) / f"search-{name}-{number}").exists() and (
-        (folder / RESULTS_FILE).exists() or not (folder / IDENTITY_FILE).exists()
+        (folder / RESULTS_FILE).exists() or not (folder / SEARCH_FILE).exists()
     ):
         number += 1
     return folder
@@ -209,7 +208,7 @@ def _labels_digest(features: SplitFeatures) -> dict[str, Any]:
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     try:
-        kept = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+        kept = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidArgument(
             f"{folder} exists and is not the folder of a search. Nothing is "

@@ -20,6 +20,7 @@ from keras_rsft.finetuning import (
     TrainingSettings,
 )
 from keras_rsft.finetuning.feature_source import open_features
+from keras_rsft.finetuning.run_folder import versions
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import write_json
 from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, MODEL_FILE
@@ -294,6 +295,12 @@ def _concluded(
         "settings": dataclasses.asdict(settings),
         "trials": len(outcomes),
         "failed": sum(one.status != COMPLETED for one in outcomes),
+        "images": {
+            "train": len(features.train),
+            "validation": len(features.validation),
+            "test": len(features.test),
+        },
+        "versions": versions(),
     }
     replaced(folder / HEAD_FILE, head.save)
     replaced(
