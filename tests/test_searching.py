@@ -96,6 +96,23 @@ def test_the_same_command_does_nothing_twice(found, run, monkeypatch):
     assert again.results["chosen"] == found.results["chosen"]
 
 
+def test_a_search_has_not_ended_before_its_model_is_kept(features, tmp_path):
+    def killed(head):
+        raise KeyboardInterrupt
+
+    folder = next_search_folder("x", tmp_path)
+    arguments = {
+        "output": folder, "space": SPACE, "settings": SETTINGS, "progress": False,
+        "options": SearchOptions(max_trials=2),
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        search_features(features, whole_model=killed, **arguments)
+    assert next_search_folder("x", tmp_path) == folder
+    search_features(features, whole_model=lambda head: head, **arguments)
+    assert (folder / "model.keras").exists()
+    assert next_search_folder("x", tmp_path) != folder
+
+
 def test_more_trials_go_on(run, tmp_path):
     first = run(tmp_path / "run", max_trials=3)
     more = run(tmp_path / "run", max_trials=5)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import keras_tuner
 
 from keras_rsft.backbones import build_classifier
@@ -164,7 +165,13 @@ def search(
         cache_dir=cache_dir,
         progress=progress,
     )
-    found = search_features(
+
+    def whole_model(head: keras.Model) -> keras.Model:
+        return build_classifier(
+            opened.float32_base(), opened.data.num_classes, head=head
+        )
+
+    return search_features(
         opened.features,
         output=output,
         options=options,
@@ -176,14 +183,8 @@ def search(
         command=command,
         crew=crew,
         patience=patience,
+        whole_model=whole_model,
     )
-    if found is None:
-        return None
-    model = build_classifier(
-        opened.float32_base(), opened.data.num_classes, head=found.head.model
-    )
-    replaced(found.folder / MODEL_FILE, model.save)
-    return found
 
 
 def search_features(
@@ -199,6 +200,7 @@ def search_features(
     command: str | None = None,
     crew: Crew | None = None,
     patience: float = DEFAULT_PATIENCE,
+    whole_model: Callable[[keras.Model], keras.Model] | None = None,
 ) -> Search | None:
     """Searches on features that are kept already.
 
@@ -214,6 +216,8 @@ def search_features(
         command: As in `search`.
         crew: As in `search`.
         patience: As in `search`.
+        whole_model: Makes of the chosen head the model from images that is kept in
+            the folder. Default None: the head alone is kept.
 
     Returns:
         As in `search`.
@@ -250,11 +254,13 @@ def search_features(
         else:
             outcomes = run_trials(tuner, options, progress=progress)
         found = _concluded(tuner, options, outcomes, folder)
+        if whole_model is not None:
+            replaced(folder / MODEL_FILE, whole_model(found.head.model).save)
         results = found.results | {
             "command": command,
             "seconds": time.perf_counter() - started,
         }
-        write_results(folder, results)
+        write_results(folder, results)  # The last: they say that it has ended.
     return dataclasses.replace(found, results=results)
 
 
