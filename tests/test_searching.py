@@ -137,14 +137,20 @@ def test_a_search_never_sees_the_test_split(found, run, features, tmp_path):
     [
         (
             {"space": dataclasses.replace(SPACE, learning_rate=(1e-3, 1.0))},
-            "search space",
+            "another search space",
         ),
-        ({"settings": dataclasses.replace(SETTINGS, epochs=4)}, "settings"),
-        ({"objective": "val_loss"}, "options"),
+        (
+            {"settings": dataclasses.replace(SETTINGS, epochs=4)},
+            r"other settings \(epochs 3, now 4\)",
+        ),
+        (
+            {"objective": "val_loss"},
+            r"other options \(objective val_accuracy, now val_loss\)",
+        ),
     ],
 )
 def test_another_search_is_not_mixed_in(found, run, changes, what):
-    with pytest.raises(InvalidArgument, match=f"another {what}.*cannot be mixed"):
+    with pytest.raises(InvalidArgument, match=f"{what}.*cannot be mixed"):
         run(found.folder, **changes)
 
 

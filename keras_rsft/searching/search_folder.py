@@ -216,10 +216,23 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
         ) from error
     changed = [name for name in identity if kept.get(name) != identity[name]]
     if changed:
-        names = {"data": "data set or base", "space": "search space"}
-        named = " and ".join(names.get(name, name) for name in changed)
+        named = " and ".join(_difference(name, kept, identity) for name in changed)
         raise InvalidArgument(
-            f"{folder} holds a search with another {named}, whose trials cannot be "
-            "mixed with new ones. Choose another `--output`, or repeat the first "
-            "command to go on."
+            f"{folder} holds a search with {named}, whose trials cannot be mixed with "
+            "new ones. Choose another `--output`, or repeat the first command to go on."
         )
+
+
+def _difference(part: str, kept: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Says how two searches differ in one part, setting by setting where it can."""
+    if part == "data":
+        return "another data set or base"
+    if part == "space":
+        return "another search space"
+    was, now = kept.get(part) or {}, identity[part]
+    differing = (
+        f"{name} {was.get(name)}, now {now[name]}"
+        for name in now
+        if was.get(name) != now[name]
+    )
+    return f"other {part} ({'; '.join(differing)})"
