@@ -70,8 +70,10 @@ def test_a_search_says_what_its_choice_reached(tmp_path):
         "chosen_trial": "07",
         "trials": 64,
         "chosen": {"validation_accuracy": 0.75, "test_accuracy": 0.5},
-        "images": {"train": 300, "validation": 40, "test": 100},
     }
+    counts = {"train": 300, "validation": 40, "test": 100}
+    rows = [f"{n},{split},cat" for split in counts for n in range(counts[split])]
+    (tmp_path / "samples.csv").write_text("\n".join(["id,split,given_label", *rows]))
     (tmp_path / "results.json").write_text(json.dumps(results))
     card = model_card(make_run(tmp_path), "x")
     assert "| test | 50.0 % | 40.4 to 59.6 % | 100 |" in card

@@ -54,7 +54,7 @@ def test_the_folder_has_all_that_is_needed(found):
     names = {path.name for path in found.folder.iterdir()} - {".lock"}
     assert names >= {
         "search.json", "results.json", "trials.csv", "head.keras", "classes.json",
-        "trials",
+        "trials", "samples.csv",
     }  # fmt: skip
     with (found.folder / "trials.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -35,9 +35,7 @@ def model_card(run: FinishedRun, name: str) -> str:
     """
     results = _read_results(run.folder)
     samples = _read_rows(run.folder / SAMPLES_FILE)
-    sizes = results.get("images") or {
-        split: sum(row.get("split") == split for row in samples) for split in _SPLITS
-    }
+    sizes = {s: sum(row.get("split") == s for row in samples) for s in _SPLITS}
     parts = [
         _head(run, name, results),
         f"# {_text(name)}\n",

@@ -25,7 +25,7 @@ from keras_rsft.errors import InvalidArgument, SearchFailed
 from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.run_folder import check_new_folder
 from keras_rsft.result_folder import write_csv, write_json, written_whole
-from keras_rsft.run_files import RESULTS_FILE, SEARCH_FILE
+from keras_rsft.run_files import RESULTS_FILE, SAMPLES_FILE, SEARCH_FILE
 from keras_rsft.searching.choice import TrialOutcome
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
@@ -161,6 +161,28 @@ def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:
                     one.message or "",
                 ]
                 for one in outcomes
+            ),
+        ),
+    )
+
+
+def write_samples(folder: Path, features: SplitFeatures) -> None:
+    """Writes which samples there were, with the labels that trials were judged by."""
+    parts = {
+        "train": features.train,
+        "validation": features.validation,
+        "test": features.test,
+    }
+    names = features.class_names
+    replaced(
+        folder / SAMPLES_FILE,
+        lambda path: write_csv(
+            path,
+            ["id", "split", "given_label"],
+            (
+                [str(sample_id), split, names[label]]
+                for split, part in parts.items()
+                for sample_id, label in zip(part.ids, part.labels, strict=True)
             ),
         ),
     )

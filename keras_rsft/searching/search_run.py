@@ -45,6 +45,7 @@ from keras_rsft.searching.search_folder import (
     open_search,
     replaced,
     write_results,
+    write_samples,
     write_trials,
 )
 from keras_rsft.searching.space import Space
@@ -276,6 +277,7 @@ def _concluded(
         TrainingStalled: If there is nothing to choose from.
     """
     features = tuner.hypermodel.features
+    write_samples(folder, features)
     write_trials(folder, outcomes)
     write_hparams(outcomes, options, folder)
     draw_heat_maps(outcomes, folder)
@@ -301,11 +303,6 @@ def _concluded(
         "settings": dataclasses.asdict(settings),
         "trials": len(outcomes),
         "failed": sum(one.status != COMPLETED for one in outcomes),
-        "images": {
-            "train": len(features.train),
-            "validation": len(features.validation),
-            "test": len(features.test),
-        },
         "versions": versions(),
     }
     replaced(folder / HEAD_FILE, head.save)
