@@ -128,7 +128,7 @@ def _judges(results: dict[str, Any]) -> str:
         return (
             "the labels as given, and on the test split against the right ones where "
             "these are known. The validation split chose among "
-            f"{results.get('trials')} settings, so that its accuracy is too high"
+            f"{results.get('trials')} settings, so that its accuracy is likely too high"
         )
     return "the labels as given, right or wrong"
 
