@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keras_rsft.cli_options import add_output_options, load_data, positive_int
 from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.export.places import check_run_folder, free_version, model_folder
 from keras_rsft.export.settings import FORMATS, WEIGHT_DTYPES, ExportSettings
 
 if TYPE_CHECKING:
@@ -73,17 +75,23 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def export_settings(arguments: argparse.Namespace) -> ExportSettings:
-    """Returns what was asked for.
+    """Returns what was asked for, if the run and the place are there for it.
 
     Raises:
-        InvalidArgument: If the options do not fit each other.
+        InvalidArgument: If the options do not fit each other, there is no such run,
+            or the place cannot be used.
     """
-    return ExportSettings(
+    settings = ExportSettings(
         file_format=arguments.format,
         weight_dtype=arguments.weight_dtype,
         version=arguments.model_version,
         top_k=arguments.top_k,
     )
+    check_run_folder(Path(arguments.run))
+    target = model_folder(arguments.run, arguments.name, arguments.directory)
+    if settings.file_format == "saved-model":
+        free_version(target, settings.version)
+    return settings
 
 
 def run_export(
@@ -103,10 +111,6 @@ def run_export(
     Returns:
         False if the export was to be verified and is not as it must be.
     """
-    from keras_rsft.export.places import model_folder
-
-    # Refused before anything heavy is imported.
-    model_folder(arguments.run, arguments.name, arguments.directory)
     from keras_rsft.cli_documents import export_document
     from keras_rsft.export.from_run import export_run, read_run
 

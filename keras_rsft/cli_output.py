@@ -208,7 +208,8 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
     console.print(table)
     failed = found.results["failed"]
     if failed:
-        console.print(f"[yellow]{failed} trials failed; see trials.csv.[/]")
+        noun = "trial" if failed == 1 else "trials"
+        console.print(f"[yellow]{failed} {noun} failed; see trials.csv.[/]")
     console.print(escape(found.choice.reason), soft_wrap=True)
     folder = escape(shlex.quote(str(found.folder)))
     console.print(f"Folder:      {escape(str(found.folder))}", soft_wrap=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keras_rsft.predict import Prediction
 
 from keras_rsft.cli_options import add_output_options
+from keras_rsft.export.places import check_exists
 
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 
@@ -55,7 +56,11 @@ def run_predict(arguments: argparse.Namespace) -> bool:
 
     Returns:
         Whether every file was answered.
+
+    Raises:
+        InvalidArgument: If there is no such model.
     """
+    check_exists(arguments.model)  # Before anything heavy is imported.
     from keras_rsft.predict import find_images, predict_files
     from keras_rsft.progress import progress_bar
 

@@ -27,10 +27,11 @@ from keras_rsft.cli_options import (
     positive_int,
 )
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.policy_choice import POLICY_NAMES
+from keras_rsft.policy_choice import require_known
 from keras_rsft.searching.names import (
     OBJECTIVES,
     ORACLE_NAMES,
+    SEARCHED_POLICIES,
     TUNER_NAMES,
     SearchOptions,
 )
@@ -126,7 +127,7 @@ def add_space_options(group: argparse._ArgumentGroup) -> None:
         "--policies",
         type=name_list,
         metavar="A,B,C",
-        help=f"out of {', '.join(POLICY_NAMES)}, article; default: accept-all, auto, "
+        help=f"out of {', '.join(SEARCHED_POLICIES)}; default: accept-all, auto, "
         "loss-threshold, keep-fraction",
     )
     group.add_argument(
@@ -140,6 +141,8 @@ def search_options(arguments: argparse.Namespace) -> SearchOptions:
     Raises:
         InvalidArgument: If a name or number cannot be used.
     """
+    for policy in arguments.policies or ():
+        require_known("policy", policy, SEARCHED_POLICIES)
     names = [field.name for field in dataclasses.fields(SearchOptions)]
     return SearchOptions(**{name: getattr(arguments, name) for name in names})
 

@@ -255,6 +255,9 @@ class RejectionLedger(keras.callbacks.Callback):
             became of the samples: 1 accepted, 0 rejected, negative not seen. None
             before the first.
         loss_histograms: A `LossHistogram` an epoch.
+
+    Raises:
+        InvalidArgument: If the arrays differ in length.
     """
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):

@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras_rsft.data.decode_many import decode_images
 from keras_rsft.data.folder import IMAGE_SUFFIXES
 from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.export.places import unusable_model
 from keras_rsft.export.runtimes import load_exported
 from keras_rsft.finetuning.run_folder import read_class_names
 from keras_rsft.run_files import CLASSES_FILE, MODEL_FILE
@@ -118,11 +119,7 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
     saved = _saved_model_folder(path)
     if saved is not None:
         return _saved_model_classifier(saved)
-    raise InvalidArgument(
-        "The model must be a run folder, a .keras file, an exported SavedModel, or a "
-        ".tflite or .onnx file. "
-        f"Received: {model}{'' if path.exists() else ', which does not exist'}."
-    )
+    raise unusable_model(model)
 
 
 def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifier:

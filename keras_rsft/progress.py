@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_BAR_WIDTH = 40
+# Long enough to tell the time left where one unit takes minutes.
+_SECONDS_OF_RATE = 600.0
+
 
 @contextmanager
 def progress_bar(
     description: str, *, total: int, unit: str, done: int = 0, visible: bool = True
 ) -> Iterator[Callable[..., None]]:
     """Shows a bar on standard error while the context is open.
+
+    A description of up to 40 characters leaves room for all of it in 80 columns.
 
     Args:
         description: What is being done, in a few words.
@@ -37,25 +43,40 @@ def progress_bar(
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
     from rich.text import Text
 
     class RateColumn(ProgressColumn):
         def render(self, task) -> Text:
-            return Text(f"{task.speed or 0:,.0f} {unit}/s")
+            return Text(f"{rate_words(task.speed or 0.0)} {unit}/s")
 
     console = Console(stderr=True)
     if not (visible and console.is_terminal):
         yield lambda finished, description=None: None
         return
+    # On a narrow terminal the bar gives way, and no line breaks.
+    numbers = {"table_column": Column(no_wrap=True)}
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(compact=True),
+        BarColumn(bar_width=None, table_column=Column(max_width=_BAR_WIDTH)),
+        MofNCompleteColumn(**numbers),
+        RateColumn(**numbers),
+        TimeRemainingColumn(compact=True, **numbers),
         console=console,
+        speed_estimate_period=_SECONDS_OF_RATE,
     ) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda finished, description=None: progress.update(
             task, advance=finished, description=description
         )
+
+
+def rate_words(rate: float) -> str:
+    """Writes a rate, with decimals where it is small.
+
+    Args:
+        rate: Units a second, at least 0.
+    """
+    if rate >= 10:
+        return f"{rate:,.0f}"
+    return f"{rate:.1f}" if rate >= 0.1 or rate == 0 else f"{rate:.1g}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import keras
 import pytest
@@ -93,6 +95,28 @@ def test_what_is_no_run(export, tmp_path):
         status, _, err = export(folder)
         assert status == 2
         assert "Expected a run folder" in err
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["export", "nowhere"], "Expected a run folder"),
+        (["predict", "nowhere", "x.png"], "which does not exist"),
+        (["search", "digits", "--policies", "no"], "The policy must be one of"),
+    ],
+)
+def test_is_refused_before_tensorflow_is_loaded(tmp_path, command, message):
+    program = (
+        "import sys; from keras_rsft.cli import main; status = main(sys.argv[1:]); "
+        "print('tensorflow' in sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert message in done.stderr
+    assert done.stdout.strip() == "False"
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("damaged", ["model.keras", "classes.json", "config.json"])

@@ -198,6 +198,10 @@ def key(backbone, split, **options):
 
 
 class TestSampleIndex:
+    def test_refuses_empty_batches(self, synthetic):
+        with pytest.raises(InvalidArgument, match="`batch_size` must be at least 1"):
+            TrainingBatches(synthetic, batch_size=0, seed=0)
+
     def test_names_each_row_of_the_batches(self, synthetic):
         features = synthetic(rows=10, dim=4)
         batches_with = TrainingBatches(

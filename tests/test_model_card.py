@@ -49,6 +49,7 @@ def test_says_what_the_run_says(full_run):
     assert "About 20 % look wrong." in card
     assert "policy `auto`" in card
     assert "keras 3.15" in card
+    assert "## Licence of the weights\n\nLicence of the base's weights: MIT" in card
     assert "/home/me" not in card  # Where the data lay is nobody's business.
     head = head_of(card)
     assert head["pipeline_tag"] == "image-classification"
@@ -62,6 +63,23 @@ def test_a_run_with_nothing_but_a_model(tmp_path):
     assert "2 classes: cat, dog." in card
     assert "Accuracy" not in card
     assert "suspicious" not in card
+
+
+def test_a_search_says_what_its_choice_reached(tmp_path):
+    results = {
+        "chosen_trial": "07",
+        "trials": 64,
+        "chosen": {"validation_accuracy": 0.75, "test_accuracy": 0.5},
+    }
+    counts = {"train": 300, "validation": 40, "test": 100}
+    rows = [f"{n},{split},cat" for split in counts for n in range(counts[split])]
+    (tmp_path / "samples.csv").write_text("\n".join(["id,split,given_label", *rows]))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    card = model_card(make_run(tmp_path), "x")
+    assert "| test | 50.0 % | 40.4 to 59.6 % | 100 |" in card
+    assert "| validation | 75.0 % |" in card
+    assert "300 train" in card
+    assert "chose among 64 settings" in card
 
 
 def test_names_cannot_break_out(tmp_path):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
+
+import pytest
+
+from keras_rsft.progress import rate_words
 
 PROGRAM = """
 import time
@@ -24,21 +29,52 @@ def test_nothing_is_written_where_there_is_no_terminal():
     assert done.stdout == done.stderr == b""
 
 
-def test_a_terminal_shows_what_is_done_and_how_fast():
-    master, slave = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stderr=slave, env=environment
-    )
-    os.close(slave)
-    shown = b""
-    while process.poll() is None or not shown.endswith(b"\n"):
-        try:
-            shown += os.read(master, 4096)
-        except OSError:  # The other end is closed: all has been read.
-            break
-    os.close(master)
-    assert process.wait() == 0
-    assert b"Counting" in shown
-    assert b"4/4" in shown
-    assert b"images/s" in shown
+@pytest.fixture
+def shown_in():
+    """Returns what a program shows on a terminal of so many columns."""
+
+    def show(program: str, *, columns: int) -> str:
+        master, slave = pty.openpty()
+        environment = os.environ | {"TERM": "xterm", "COLUMNS": str(columns)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stderr=slave, env=environment
+        )
+        os.close(slave)
+        shown = b""
+        while process.poll() is None or not shown.endswith(b"\n"):
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # The other end is closed: all has been read.
+                break
+        os.close(master)
+        assert process.wait() == 0
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+    return show
+
+
+def test_a_terminal_shows_what_is_done_and_how_fast(shown_in):
+    shown = shown_in(PROGRAM, columns=120)
+    assert "Counting" in shown
+    assert "4/4" in shown
+    assert "images/s" in shown
+
+
+def test_a_narrow_terminal_shows_the_time_left_on_one_line(shown_in):
+    state = "12 of 64 trials, best val_accuracy 0.9123"
+    program = PROGRAM.replace("Counting", state).replace("total=4", "total=1280")
+    lines = [
+        line for line in re.split(r"[\r\n]+", shown_in(program, columns=80)) if line
+    ]
+    for line in lines:
+        assert line.startswith(state)
+        assert re.search(r"/1280 +[0-9.]+ images/s +([0-9]|-)[0-9:-]+ *$", line), line
+        assert len(line) <= 80
+
+
+@pytest.mark.parametrize(
+    "rate, words",
+    [(0, "0.0"), (0.043, "0.04"), (0.25, "0.2"), (9.94, "9.9"), (1234.5, "1,234")],
+)
+def test_rates_keep_what_counts(rate, words):
+    assert rate_words(rate) == words

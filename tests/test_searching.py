@@ -54,7 +54,7 @@ def test_the_folder_has_all_that_is_needed(found):
     names = {path.name for path in found.folder.iterdir()} - {".lock"}
     assert names >= {
         "search.json", "results.json", "trials.csv", "head.keras", "classes.json",
-        "trials",
+        "trials", "samples.csv",
     }  # fmt: skip
     with (found.folder / "trials.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -96,6 +96,23 @@ def test_the_same_command_does_nothing_twice(found, run, monkeypatch):
     assert again.results["chosen"] == found.results["chosen"]
 
 
+def test_a_search_has_not_ended_before_its_model_is_kept(features, tmp_path):
+    def killed(head):
+        raise KeyboardInterrupt
+
+    folder = next_search_folder("x", tmp_path)
+    arguments = {
+        "output": folder, "space": SPACE, "settings": SETTINGS, "progress": False,
+        "options": SearchOptions(max_trials=2),
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        search_features(features, whole_model=killed, **arguments)
+    assert next_search_folder("x", tmp_path) == folder
+    search_features(features, whole_model=lambda head: head, **arguments)
+    assert (folder / "model.keras").exists()
+    assert next_search_folder("x", tmp_path) != folder
+
+
 def test_more_trials_go_on(run, tmp_path):
     first = run(tmp_path / "run", max_trials=3)
     more = run(tmp_path / "run", max_trials=5)
@@ -120,14 +137,20 @@ def test_a_search_never_sees_the_test_split(found, run, features, tmp_path):
     [
         (
             {"space": dataclasses.replace(SPACE, learning_rate=(1e-3, 1.0))},
-            "search space",
+            "another search space",
         ),
-        ({"settings": dataclasses.replace(SETTINGS, epochs=4)}, "settings"),
-        ({"objective": "val_loss"}, "options"),
+        (
+            {"settings": dataclasses.replace(SETTINGS, epochs=4)},
+            r"other settings \(epochs 3, now 4\)",
+        ),
+        (
+            {"objective": "val_loss"},
+            r"other options \(objective val_accuracy, now val_loss\)",
+        ),
     ],
 )
 def test_another_search_is_not_mixed_in(found, run, changes, what):
-    with pytest.raises(InvalidArgument, match=f"another {what}.*cannot be mixed"):
+    with pytest.raises(InvalidArgument, match=f"{what}.*cannot be mixed"):
         run(found.folder, **changes)
 
 

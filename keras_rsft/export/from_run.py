@@ -14,11 +14,12 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones.foreign import weights_bytes
-from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.errors import DataError
 from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
 from keras_rsft.export.onnx_file import export_onnx, require_tf2onnx
 from keras_rsft.export.places import (
+    check_run_folder,
     free_file,
     free_version,
     model_folder,
@@ -28,7 +29,7 @@ from keras_rsft.export.places import (
 from keras_rsft.export.saved_model import export_saved_model
 from keras_rsft.export.settings import ExportSettings
 from keras_rsft.finetuning.run_folder import read_class_names
-from keras_rsft.run_files import CONFIG_FILE, MODEL_FILE
+from keras_rsft.run_files import CONFIG_FILE, MODEL_FILE, RESULTS_FILE, SEARCH_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class FinishedRun:
         folder: Where it lies.
         model: Images in [0, 255] to probabilities.
         class_names: Names in the order of the probabilities.
-        config: What `config.json` says; empty where there is none.
+        config: What `config.json` says, or what a search has chosen, under the same
+            names; empty where neither is recorded.
     """
 
     folder: Path
@@ -75,17 +77,11 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
         DataError: If its model, with the base in it, cannot be read.
     """
     folder = Path(folder)
-    if not (folder / MODEL_FILE).is_file():
-        state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
-        raise InvalidArgument(
-            "Expected a run folder, as `keras-rsft fit` leaves it. "
-            f"Received: {folder} ({state})."
-        )
+    check_run_folder(folder)
     try:
         model = keras.saving.load_model(folder / MODEL_FILE, compile=False)
         class_names = read_class_names(folder)
-        config_file = folder / CONFIG_FILE
-        config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        config = _read_config(folder)
     except (ValueError, TypeError, KeyError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
@@ -94,6 +90,20 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
             "registered with Keras first."
         ) from error
     return FinishedRun(folder, model, class_names, config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a run, or those that a search has chosen."""
+    if not (folder / SEARCH_FILE).is_file():
+        return _read_json(folder / CONFIG_FILE)
+    results = _read_json(folder / RESULTS_FILE)
+    source = _read_json(folder / SEARCH_FILE)["data"]["source"]
+    recorded = {name: results.get(name) for name in ("command", "versions")}
+    return source | (results.get("settings") or {}) | recorded
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def export_run(

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft.backbones.weights_licence import licence_of_weights
 from keras_rsft.result_folder import read_csv
+from keras_rsft.run_files import LEDGER_FILE, RESULTS_FILE, SAMPLES_FILE
 
 if TYPE_CHECKING:
     from keras_rsft.export.from_run import FinishedRun
@@ -31,8 +33,8 @@ def model_card(run: FinishedRun, name: str) -> str:
         run: The run; what its folder does not hold is left out of the card.
         name: The model's name.
     """
-    results = _read_json(run.folder / "results.json")
-    samples = _read_rows(run.folder / "samples.csv")
+    results = _read_results(run.folder)
+    samples = _read_rows(run.folder / SAMPLES_FILE)
     sizes = {s: sum(row.get("split") == s for row in samples) for s in _SPLITS}
     parts = [
         _head(run, name, results),
@@ -40,8 +42,9 @@ def model_card(run: FinishedRun, name: str) -> str:
         *_data(run, sizes),
         *_training(run),
         *_metrics(results, sizes),
-        *_suspicious(_read_rows(run.folder / "ledger.csv")),
-        *_limits(run, results),
+        *_suspicious(_read_rows(run.folder / LEDGER_FILE)),
+        *_limits(results),
+        *_licence(run),
         *_versions(run),
     ]
     return "\n".join(parts)
@@ -117,7 +120,17 @@ def _metrics(results: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
         yield "| split | accuracy | 95 % interval | images |"
         yield "| --- | --- | --- | --- |"
         yield "\n".join(rows) + "\n"
-        yield "Measured against the labels as given, right or wrong.\n"
+        yield f"Measured against {_judges(results)}.\n"
+
+
+def _judges(results: dict[str, Any]) -> str:
+    if "chosen_trial" in results:
+        return (
+            "the labels as given, and on the test split against the right ones where "
+            "these are known. The validation split chose among "
+            f"{results.get('trials')} settings, so that its accuracy is likely too high"
+        )
+    return "the labels as given, right or wrong"
 
 
 def _suspicious(ledger: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -140,20 +153,20 @@ def _suspicious(ledger: Sequence[dict[str, str]]) -> Iterator[str]:
     yield ""
 
 
-def _limits(run: FinishedRun, results: dict[str, Any]) -> Iterator[str]:
+def _limits(results: dict[str, Any]) -> Iterator[str]:
     yield "## Limits\n"
     yield (
         "Every image gets one of the classes above, also one that shows none of them. "
         "The accuracy holds for images like those it was measured on.\n"
     )
-    yield (
-        "The weights of the base "
-        f"`{_code(Path(str(run.config.get('backbone', 'unknown'))).name)}` "
-        f"(`{_code(Path(str(run.config.get('weights', 'unknown'))).name)}`) stay under "
-        "the licence of those who published them.\n"
-    )
     if results.get("stage2_kept"):
         yield "The last block of the base was fine-tuned too.\n"
+
+
+def _licence(run: FinishedRun) -> Iterator[str]:
+    backbone = str(run.config.get("backbone", "unknown"))
+    weights = str(run.config.get("weights", "unknown"))
+    yield f"## Licence of the weights\n\n{licence_of_weights(backbone, weights)}\n"
 
 
 def _versions(run: FinishedRun) -> Iterator[str]:
@@ -163,10 +176,13 @@ def _versions(run: FinishedRun) -> Iterator[str]:
         yield f"## Versions\n\n{', '.join(named)}\n"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_results(folder: Path) -> dict[str, Any]:
+    """Returns the results of a run; of a search, those of its choice as well."""
+    path = folder / RESULTS_FILE
     if not path.is_file():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return results | (results.get("chosen") or {})
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -1,5 +1,7 @@
 """Where exports go: names, free numbers, and folders that may be written to.
 
+Loads nothing heavy, so that the command line can refuse a place at once.
+
 Owns the layout `DIRECTORY/NAME/`: a folder of digits for each version of the
 SavedModel, as TF Serving wants it, and files `model-N.tflite` and `model-N.onnx`,
 which the server passes over.
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.run_files import MODEL_FILE
 
 MODELS_CONFIG = "models.config"
 BATCHING_CONFIG = "batching.config"
@@ -37,6 +40,31 @@ def check_name(name: str) -> str:
             "Give another `name`."
         )
     return name
+
+
+def unusable_model(model: str | os.PathLike) -> InvalidArgument:
+    """Returns the error for what can be neither a run nor an export."""
+    state = "" if os.path.exists(model) else ", which does not exist"
+    return InvalidArgument(
+        "The model must be a run folder, a .keras file, an exported SavedModel, or a "
+        f".tflite or .onnx file. Received: {model}{state}."
+    )
+
+
+def check_exists(model: str | os.PathLike) -> None:
+    """Raises InvalidArgument if a run or an export is not there."""
+    if not os.path.exists(model):
+        raise unusable_model(model)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises InvalidArgument if a folder is not that of a run."""
+    if not (folder / MODEL_FILE).is_file():
+        state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
+        raise InvalidArgument(
+            "Expected a run folder, as `keras-rsft fit` leaves it. "
+            f"Received: {folder} ({state})."
+        )
 
 
 def model_folder(

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.data.pipeline import without_autotuning
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.features.feature_set import FeatureSet
 
 # Above this, rows are read from disk.
@@ -51,6 +52,9 @@ class TrainingBatches:
         seed: Seed of the order and of the choice among views.
         sample_index: Say which sample each row is. Default False.
 
+    Raises:
+        InvalidArgument: If the batch size is below 1.
+
     Attributes:
         dataset: `tf.data.Dataset` of `(features (batch, dim) float32, labels
             (batch,) int32)`, one epoch long; with `sample_index` of `(features,
@@ -66,6 +70,10 @@ class TrainingBatches:
         seed: int,
         sample_index: bool = False,
     ):
+        if batch_size < 1:
+            raise InvalidArgument(
+                f"`batch_size` must be at least 1. Received: batch_size={batch_size}."
+            )
         self._features = features
         self._sample_index = sample_index
         self._batch_size = batch_size

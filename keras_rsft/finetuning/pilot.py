@@ -127,6 +127,9 @@ def run_pilot(
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
 
+    Returns:
+        What the sample tells. No run folder is written.
+
     Raises:
         InvalidArgument: If an argument cannot be used.
         DataError: If the images cannot be used.

@@ -98,7 +98,7 @@ def fill_run_folder(
 def _fill(folder: Path, run: Run, data: ImageData) -> None:
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
-    described = {"finding": run.finding, "versions": _versions()}
+    described = {"finding": run.finding, "versions": versions()}
     write_json(folder / CONFIG_FILE, run.config | described)
     write_json(folder / RESULTS_FILE, results_of(run))
     write_json(folder / CLASSES_FILE, list(run.class_names))
@@ -180,7 +180,8 @@ def _sample_rows(data: ImageData) -> Iterable[list[str]]:
             yield [str(sample_id), split.name, *names, *decision]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on, by name."""
     packages = ("keras_rsft", "keras", "tensorflow", "numpy")
     return {name: version(name) for name in packages} | {
         "python": sys.version.split()[0],

@@ -20,7 +20,11 @@ from keras_rsft.policy_choice import LEVELS
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class AcceptAll(Policy):
-    """Plain fine-tuning: every sample with a finite loss is accepted."""
+    """Plain fine-tuning: every sample with a finite loss is accepted.
+
+    Args:
+        **kwargs: As for every `Policy`; a `class_floor` changes nothing here.
+    """
 
     accepts_every_finite_sample = True
 

@@ -18,7 +18,7 @@ from keras_rsft import run_files
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.result_folder import read_csv
 
-SEARCH_FILE, TRIALS_FILE, HEAT_MAP_FILE = "search.json", "trials.csv", "heatmap.svg"
+TRIALS_FILE, HEAT_MAP_FILE = "trials.csv", "heatmap.svg"
 _NUMBERS = ("predicted_probability", "loss_mean", "loss_last", "suspicion")
 _COUNTS = ("seen", "accepted", "rejected")
 
@@ -135,7 +135,7 @@ def read_run(folder: Path) -> RunRecord:
         DataError: If one of its files cannot be understood.
     """
     has_ledger = (folder / run_files.LEDGER_FILE).is_file()
-    is_search = (folder / SEARCH_FILE).is_file()
+    is_search = (folder / run_files.SEARCH_FILE).is_file()
     if not (folder / run_files.RESULTS_FILE).is_file() or not (has_ledger or is_search):
         raise InvalidArgument(
             "Expected a run folder, as `keras-rsft fit` leaves it, with "
@@ -152,7 +152,7 @@ def read_run(folder: Path) -> RunRecord:
 
 def _read(folder: Path, *, is_search: bool) -> RunRecord:
     class_names = tuple(_json(folder / run_files.CLASSES_FILE))
-    config = folder / (SEARCH_FILE if is_search else run_files.CONFIG_FILE)
+    config = folder / (run_files.SEARCH_FILE if is_search else run_files.CONFIG_FILE)
     metrics = list(_rows(folder / run_files.METRICS_FILE))
     return RunRecord(
         folder=folder,

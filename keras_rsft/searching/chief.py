@@ -20,7 +20,7 @@ from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracle_server import OracleServer
 from keras_rsft.searching.roles import Crew, Role
 from keras_rsft.searching.search_folder import write_mark
-from keras_rsft.searching.trials import outcomes_of, state_of
+from keras_rsft.searching.trials import best_so_far, outcomes_of
 from keras_rsft.searching.worker_processes import WorkerProcesses
 
 LOGS_FOLDER = "workers"
@@ -138,5 +138,6 @@ def _say_goodbye(server: OracleServer, workers: WorkerProcesses | None) -> None:
 def _state(
     tuner: keras_tuner.Tuner, options: SearchOptions, workers: WorkerProcesses | None
 ) -> str:
-    count = "" if workers is None else f", {workers.alive} workers"
-    return state_of(tuner.oracle, options) + count
+    """Says who works, and the best so far; the bar itself counts the trials."""
+    who = "Searching" if workers is None else f"{workers.alive} workers"
+    return who + best_so_far(tuner.oracle, options)

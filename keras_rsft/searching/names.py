@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.policy_choice import require_known
+from keras_rsft.policy_choice import POLICY_NAMES, require_known
 
 BATCHED = "batched"
 HYPERBAND = "hyperband"
 TUNER_NAMES = (BATCHED, "random", "bayesian", HYPERBAND, "grid")
 ORACLE_NAMES = ("random", "bayesian", "grid")
+# The rule of the RSFT article: whole batches, an absolute threshold, no warm-up.
+ARTICLE = "article"
+SEARCHED_POLICIES = (*POLICY_NAMES, ARTICLE)
 # Each with the direction in which it is better.
 OBJECTIVES = {"val_accuracy": "max", "val_loss": "min"}
 

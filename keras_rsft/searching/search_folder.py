@@ -25,12 +25,11 @@ from keras_rsft.errors import InvalidArgument, SearchFailed
 from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.run_folder import check_new_folder
 from keras_rsft.result_folder import replaced, write_csv, write_json, written_whole
+from keras_rsft.run_files import RESULTS_FILE, SAMPLES_FILE, SEARCH_FILE
 from keras_rsft.searching.choice import TrialOutcome
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
 
-IDENTITY_FILE = "search.json"
-RESULTS_FILE = "results.json"
 TRIALS_FILE = "trials.csv"
 _LOCK_FILE = ".lock"
 _MARK_FILE = ".chief"
@@ -80,7 +79,7 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
     if is_new:
         check_new_folder(folder)
         with written_whole(folder) as partial:
-            write_json(partial / IDENTITY_FILE, identity)
+            write_json(partial / SEARCH_FILE, identity)
     else:
         _check_same(folder, identity)
     lock = filelock.FileLock(folder / _LOCK_FILE, timeout=0)
@@ -137,7 +136,7 @@ def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
     """Returns the first `ROOT/search-NAME-N` that does not exist or is not finished."""
     number = 1
     while (folder := Path(root) / f"search-{name}-{number}").exists() and (
-        (folder / RESULTS_FILE).exists() or not (folder / IDENTITY_FILE).exists()
+        (folder / RESULTS_FILE).exists() or not (folder / SEARCH_FILE).exists()
     ):
         number += 1
     return folder
@@ -162,6 +161,28 @@ def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:
                     one.message or "",
                 ]
                 for one in outcomes
+            ),
+        ),
+    )
+
+
+def write_samples(folder: Path, features: SplitFeatures) -> None:
+    """Writes which samples there were, with the labels that trials were judged by."""
+    parts = {
+        "train": features.train,
+        "validation": features.validation,
+        "test": features.test,
+    }
+    names = features.class_names
+    replaced(
+        folder / SAMPLES_FILE,
+        lambda path: write_csv(
+            path,
+            ["id", "split", "given_label"],
+            (
+                [str(sample_id), split, names[label]]
+                for split, part in parts.items()
+                for sample_id, label in zip(part.ids, part.labels, strict=True)
             ),
         ),
     )
@@ -197,7 +218,7 @@ def _labels_digest(features: SplitFeatures) -> dict[str, Any]:
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     try:
-        kept = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+        kept = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidArgument(
             f"{folder} exists and is not the folder of a search. Nothing is "
@@ -205,10 +226,23 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
         ) from error
     changed = [name for name in identity if kept.get(name) != identity[name]]
     if changed:
-        names = {"data": "data set or base", "space": "search space"}
-        named = " and ".join(names.get(name, name) for name in changed)
+        named = " and ".join(_difference(name, kept, identity) for name in changed)
         raise InvalidArgument(
-            f"{folder} holds a search with another {named}, whose trials cannot be "
-            "mixed with new ones. Choose another `--output`, or repeat the first "
-            "command to go on."
+            f"{folder} holds a search with {named}, whose trials cannot be mixed with "
+            "new ones. Choose another `--output`, or repeat the first command to go on."
         )
+
+
+def _difference(part: str, kept: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Says how two searches differ in one part, setting by setting where it can."""
+    if part == "data":
+        return "another data set or base"
+    if part == "space":
+        return "another search space"
+    was, now = kept.get(part) or {}, identity[part]
+    differing = (
+        f"{name} {was.get(name)}, now {now[name]}"
+        for name in now
+        if was.get(name) != now[name]
+    )
+    return f"other {part} ({'; '.join(differing)})"

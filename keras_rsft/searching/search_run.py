@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import keras_tuner
 
 from keras_rsft.backbones import build_classifier
@@ -20,6 +21,7 @@ from keras_rsft.finetuning import (
     TrainingSettings,
 )
 from keras_rsft.finetuning.feature_source import open_features
+from keras_rsft.finetuning.run_folder import versions
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import write_json
 from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, MODEL_FILE
@@ -43,6 +45,7 @@ from keras_rsft.searching.search_folder import (
     open_search,
     replaced,
     write_results,
+    write_samples,
     write_trials,
 )
 from keras_rsft.searching.space import Space
@@ -167,7 +170,13 @@ def search(
         cache_dir=cache_dir,
         progress=progress,
     )
-    found = search_features(
+
+    def whole_model(head: keras.Model) -> keras.Model:
+        return build_classifier(
+            opened.float32_base(), opened.data.num_classes, head=head
+        )
+
+    return search_features(
         opened.features,
         output=output,
         options=options,
@@ -179,14 +188,8 @@ def search(
         command=command,
         crew=crew,
         patience=patience,
+        whole_model=whole_model,
     )
-    if found is None:
-        return None
-    model = build_classifier(
-        opened.float32_base(), opened.data.num_classes, head=found.head.model
-    )
-    replaced(found.folder / MODEL_FILE, model.save)
-    return found
 
 
 def search_features(
@@ -202,6 +205,7 @@ def search_features(
     command: str | None = None,
     crew: Crew | None = None,
     patience: float = DEFAULT_PATIENCE,
+    whole_model: Callable[[keras.Model], keras.Model] | None = None,
 ) -> Search | None:
     """Searches on features that are kept already.
 
@@ -217,6 +221,8 @@ def search_features(
         command: As in `search`.
         crew: As in `search`.
         patience: As in `search`.
+        whole_model: Makes of the chosen head the model from images that is kept in
+            the folder. Default None: the head alone is kept.
 
     Returns:
         As in `search`.
@@ -253,11 +259,13 @@ def search_features(
         else:
             outcomes = run_trials(tuner, options, progress=progress)
         found = _concluded(tuner, options, outcomes, folder)
+        if whole_model is not None:
+            replaced(folder / MODEL_FILE, whole_model(found.head.model).save)
         results = found.results | {
             "command": command,
             "seconds": time.perf_counter() - started,
         }
-        write_results(folder, results)
+        write_results(folder, results)  # The last: they say that it has ended.
     return dataclasses.replace(found, results=results)
 
 
@@ -273,6 +281,7 @@ def _concluded(
         TrainingStalled: If there is nothing to choose from.
     """
     features = tuner.hypermodel.features
+    write_samples(folder, features)
     write_trials(folder, outcomes)
     write_hparams(outcomes, options, folder)
     draw_heat_maps(outcomes, folder)
@@ -298,6 +307,7 @@ def _concluded(
         "settings": dataclasses.asdict(settings),
         "trials": len(outcomes),
         "failed": sum(one.status != COMPLETED for one in outcomes),
+        "versions": versions(),
     }
     replaced(folder / HEAD_FILE, head.save)
     replaced(

@@ -11,11 +11,9 @@ from keras_tuner.engine.hyperparameters import Fixed as _Fixed
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings
-from keras_rsft.policy_choice import POLICY_NAMES, require_known
+from keras_rsft.policy_choice import require_known
+from keras_rsft.searching.names import ARTICLE, SEARCHED_POLICIES
 
-# The rule of the RSFT article: whole batches, an absolute threshold, no warm-up.
-ARTICLE = "article"
-SEARCHED_POLICIES = (*POLICY_NAMES, ARTICLE)
 BY_RELATIVE_THRESHOLD = ("loss-threshold", "self-paced")
 WITHOUT_WARMUP = ("accept-all", "auto", ARTICLE)
 

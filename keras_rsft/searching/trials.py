@@ -204,10 +204,23 @@ def state_of(
         options: How the search goes on.
         values: Values of the objective in trials that have not ended yet.
     """
-    state = f"Searching: {len(oracle.end_order)} of {options.max_trials} trials"
+    count = f"{len(oracle.end_order)} of {options.max_trials} trials"
+    return count + best_so_far(oracle, options, values)
+
+
+def best_so_far(
+    oracle: keras_tuner.Oracle, options: SearchOptions, values: Sequence[float] = ()
+) -> str:
+    """Names the best value of the objective, behind a comma, or nothing if none is.
+
+    Args:
+        oracle: As in `state_of`.
+        options: As in `state_of`.
+        values: As in `state_of`.
+    """
     ended = [t.score for t in oracle.get_best_trials(1) if t.status == COMPLETED]
     seen = [value for value in (*ended, *values) if math.isfinite(value)]
-    if seen:
-        best = max(seen) if options.direction == "max" else min(seen)
-        state += f", best {options.objective} {best:.4f}"
-    return state
+    if not seen:
+        return ""
+    best = max(seen) if options.direction == "max" else min(seen)
+    return f", best {options.objective} {best:.4f}"
