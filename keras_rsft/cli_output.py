@@ -111,7 +111,7 @@ def print_data(data: ImageData, console: Console, *, noise: str | None = None) -
         wrong = int(np.sum(data.train.labels != data.train.clean_labels))
         state = "made wrong" if data.corrections is None else "are still wrong"
         text += f" {wrong} training labels {state} ({noise})."
-    console.print(escape(text))
+    console.print(escape(text), soft_wrap=True)
     if data.corrections is not None:
         console.print(escape(data.corrections.describe()), soft_wrap=True)
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +88,12 @@ def guarded_cell(value: Any) -> Any:
 def plain_cell(cell: str) -> str:
     """Takes the quote off again that `guarded_cell` puts before a text."""
     return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_GUARDED) else cell
+
+
+def installed_versions() -> dict[str, str]:
+    """Returns the versions that results depend on, by name, for the record."""
+    packages = ("keras_rsft", "keras", "tensorflow", "numpy")
+    return {name: version(name) for name in packages} | {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import shutil
 import threading
 
@@ -389,12 +388,13 @@ class TestCharts:
         assert page.locator("polyline").count() > 0
         context.close()
 
-    def test_it_prints(self, browser, report):
-        context = browser.new_context()
-        page = context.new_page()
+    def test_it_prints_in_the_colours_of_paper(self, browser, report):
+        page = browser.new_page(color_scheme="dark")
         page.goto(report.as_uri())
-        page.emulate_media(media="print")
-        assert not page.is_visible("#filters")
+        page.emulate_media(media="print", color_scheme="dark")
+        colour = "getComputedStyle(document.querySelector('.bin rect.accepted')).fill"
+        assert page.evaluate(colour) == "rgb(63, 111, 216)"
         assert page.is_visible("h1")
-        assert io.BytesIO(page.pdf()).read(4) == b"%PDF"
-        context.close()
+        assert not page.is_visible("#filters")
+        assert page.pdf().startswith(b"%PDF")
+        page.close()
