@@ -325,6 +325,16 @@ class TestPage:
         assert "<b>0</b>" not in page
         assert 'id="gallery"' not in page
 
+    def test_the_page_of_a_search_that_failed(self, tmp_path):
+        """It has no model, and the table says what became of each trial."""
+        (tmp_path / "search.json").write_text('{"data": {"classes": ["a", "b"]}}')
+        (tmp_path / "trials.csv").write_text("trial,status,message\n0,FAILED,NaN\n")
+        results = {"chosen": None, "reason": "All 1 trials failed."}
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        page = write_report(tmp_path).read_text(encoding="utf-8")
+        assert page.count("All 1 trials failed.") == 1
+        assert "<td>FAILED</td>" in page
+
     def test_tensorflow_is_not_needed(self, run_folder, tmp_path):
         program = (
             "import sys; from keras_rsft.report import write_report; "
