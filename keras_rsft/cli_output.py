@@ -125,7 +125,7 @@ def print_run(run: Run, console: Console) -> None:
             "see unreadable.csv in the run folder.[/]"
         )
     if run.finding is not None:
-        console.print(escape(run.finding))
+        console.print(escape(run.finding), soft_wrap=True)
     table = Table(show_header=False)
     for key, name in RESULT_NAMES.items():
         if key in run.results:

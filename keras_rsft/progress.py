@@ -41,7 +41,10 @@ def progress_bar(
 
     class RateColumn(ProgressColumn):
         def render(self, task) -> Text:
-            return Text(f"{task.speed or 0:,.0f} {unit}/s")
+            speed = task.speed
+            if speed is None and task.finished and task.elapsed:
+                speed = (task.completed - done) / task.elapsed  # All in one go.
+            return Text("" if speed is None else f"{rate_text(speed)} {unit}/s")
 
     console = Console(stderr=True)
     if not (visible and console.is_terminal):
@@ -59,3 +62,12 @@ def progress_bar(
         yield lambda finished, description=None: progress.update(
             task, advance=finished, description=description
         )
+
+
+def rate_text(speed: float) -> str:
+    """Returns a rate, two digits where it is below ten.
+
+    Args:
+        speed: Units a second, at least 0.
+    """
+    return f"{speed:,.0f}" if speed >= 9.95 else f"{speed:.2g}"

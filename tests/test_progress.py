@@ -7,6 +7,10 @@ import pty
 import subprocess
 import sys
 
+import pytest
+
+from keras_rsft.progress import rate_text
+
 PROGRAM = """
 import time
 from keras_rsft.progress import progress_bar
@@ -24,11 +28,23 @@ def test_nothing_is_written_where_there_is_no_terminal():
     assert done.stdout == done.stderr == b""
 
 
-def test_a_terminal_shows_what_is_done_and_how_fast():
+@pytest.mark.parametrize(
+    "speed, text",
+    [(0.0, "0"), (0.034, "0.034"), (9.94, "9.9"), (9.96, "10"), (1234.5, "1,234")],
+)
+def test_a_slow_rate_is_not_called_zero(speed, text):
+    assert rate_text(speed) == text
+
+
+@pytest.mark.parametrize("in_one_go", [False, True])
+def test_a_terminal_shows_what_is_done_and_how_fast(in_one_go):
+    program = PROGRAM.replace("range(4)", "[0]").replace("(1)", "(4)")
     master, slave = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stderr=slave, env=environment
+        [sys.executable, "-c", program if in_one_go else PROGRAM],
+        stderr=slave,
+        env=environment,
     )
     os.close(slave)
     shown = b""
@@ -42,3 +58,4 @@ def test_a_terminal_shows_what_is_done_and_how_fast():
     assert b"Counting" in shown
     assert b"4/4" in shown
     assert b"images/s" in shown
+    assert b" 0 images/s" not in shown
