@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import shutil
+import json
 import threading
 
 import numpy as np
@@ -16,27 +16,6 @@ from keras_rsft.report.server import ReviewServer
 from keras_rsft.result_folder import plain_cell
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser is installed; looked for {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=found, args=list(OPTIONS))
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -373,6 +352,19 @@ class TestCharts:
         assert "80.0 %" in chart.locator("[data-spoken]").text_content()
         page.keyboard.press("ArrowLeft")
         assert "Epoch 2" in chart.locator("[data-spoken]").text_content()
+
+    def test_the_command_is_copied_as_it_is(self, browser, tmp_path):
+        folder = made_run(tmp_path / "run")
+        command = "keras-rsft fit 'my  photos' --epochs 3 --output <b>"
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"command": command}))
+        allowed = ["clipboard-read", "clipboard-write"]
+        page = browser.new_page(permissions=allowed)
+        page.goto(write_report(folder).as_uri())
+        page.click("[data-copy=command]")
+        page.wait_for_selector("[data-copy]:text('Copied')")
+        assert page.evaluate("navigator.clipboard.readText()") == command
+        page.close()
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_it_follows_light_and_dark(self, open_page, report, scheme):
