@@ -321,6 +321,8 @@ class TestHostileNames:
         for _ in HOSTILE_IDS:
             page.keyboard.press("ArrowRight")
         assert page.title() == title
+        assert page.locator("#grid .name bdi[dir=ltr]").count() == len(HOSTILE_IDS)
+        assert page.get_attribute("#review-id", "dir") == "ltr"
         assert page.locator("main script, dialog script, main iframe").count() == 3
         width = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert width <= 0  # Long names do not push the page aside.
