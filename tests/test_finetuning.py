@@ -188,7 +188,7 @@ class TestRun:
         def fail(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(run_folder, "_versions", fail)
+        monkeypatch.setattr(run_folder, "installed_versions", fail)
         with pytest.raises(KeyboardInterrupt):
             fit_to(tmp_path / "run")
         assert list(tmp_path.iterdir()) == []
