@@ -146,6 +146,14 @@ def export_document(
     }
 
 
+def review_document(folder: Path, *, page: Path | None, url: str) -> dict[str, Any]:
+    """Returns what `review --json` prints, with `--serve` once the server answers.
+
+    `command`, `folder`, `page` (the file; null with `--serve`) and `url`.
+    """
+    return {"command": "review", "folder": folder, "page": page, "url": url}
+
+
 def json_value(value: Any) -> Any:
     """Returns what JSON can hold, without NaN and infinity.
 

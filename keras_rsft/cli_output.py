@@ -111,7 +111,7 @@ def print_data(data: ImageData, console: Console, *, noise: str | None = None) -
         wrong = int(np.sum(data.train.labels != data.train.clean_labels))
         state = "made wrong" if data.corrections is None else "are still wrong"
         text += f" {wrong} training labels {state} ({noise})."
-    console.print(escape(text))
+    console.print(escape(text), soft_wrap=True)
     if data.corrections is not None:
         console.print(escape(data.corrections.describe()), soft_wrap=True)
 
@@ -125,7 +125,7 @@ def print_run(run: Run, console: Console) -> None:
             "see unreadable.csv in the run folder.[/]"
         )
     if run.finding is not None:
-        console.print(escape(run.finding))
+        console.print(escape(run.finding), soft_wrap=True)
     table = Table(show_header=False)
     for key, name in RESULT_NAMES.items():
         if key in run.results:

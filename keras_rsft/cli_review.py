@@ -6,10 +6,11 @@ Like `cli.py`, imports nothing heavy until the command runs; TensorFlow not even
 from __future__ import annotations
 
 import argparse
+import json
 import webbrowser
 from pathlib import Path
 
-from keras_rsft.cli_options import parsed
+from keras_rsft.cli_options import add_output_options, parsed
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.run_files import REPORT_FILE
 
@@ -37,6 +38,7 @@ def add_review(commands: argparse._SubParsersAction) -> None:
         action="store_false",
         help="open nothing; print where the page is",
     )
+    add_output_options(review)
 
 
 def port_number(text: str) -> int:
@@ -57,19 +59,30 @@ def run_review(arguments: argparse.Namespace) -> None:
         raise InvalidArgument("`--port` goes with `--serve`. Add it, or leave it out.")
     folder = Path(arguments.run)
     if arguments.serve:
-        _serve(folder, port=arguments.port or 0, browser=arguments.browser)
+        _serve(folder, arguments)
         return
     page = folder / REPORT_FILE
     if arguments.rebuild or not page.is_file():
         from keras_rsft.report import write_report
 
         page = write_report(folder)
-    print(page.absolute())
+    page = page.absolute()
+    if arguments.json:
+        _print_document(folder, page=page, url=page.as_uri())
+    else:
+        print(page)
     if arguments.browser:
-        webbrowser.open(page.absolute().as_uri())
+        webbrowser.open(page.as_uri())
 
 
-def _serve(folder: Path, *, port: int, browser: bool) -> None:
+def _print_document(folder: Path, *, page: Path | None, url: str) -> None:
+    from keras_rsft.cli_documents import json_value, review_document
+
+    document = json_value(review_document(folder.absolute(), page=page, url=url))
+    print(json.dumps(document, ensure_ascii=False, indent=2), flush=True)
+
+
+def _serve(folder: Path, arguments: argparse.Namespace) -> None:
     from keras_rsft.report.run_record import read_run
     from keras_rsft.report.server import ReviewServer
 
@@ -79,11 +92,17 @@ def _serve(folder: Path, *, port: int, browser: bool) -> None:
             f"{folder} is a search, which has no samples to review. Leave out "
             "`--serve` to see its report."
         )
-    with ReviewServer(record, port=port) as server:
+    for_person = not (arguments.quiet or arguments.json)
+    with ReviewServer(record, port=arguments.port or 0) as server:
         try:  # From the first word on, or an early Ctrl-C looks like a failure.
-            print(f"{server.url}  (Ctrl-C stops the server)", flush=True)
-            if browser:
+            if arguments.json:
+                _print_document(folder, page=None, url=server.url)
+            else:
+                note = "  (Ctrl-C stops the server)" if for_person else ""
+                print(f"{server.url}{note}", flush=True)
+            if arguments.browser:
                 webbrowser.open(server.url)
             server.serve_forever()
         except KeyboardInterrupt:
-            print("Stopped.")
+            if for_person:
+                print("Stopped.")

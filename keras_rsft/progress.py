@@ -48,7 +48,10 @@ def progress_bar(
 
     class RateColumn(ProgressColumn):
         def render(self, task) -> Text:
-            return Text(f"{rate_words(task.speed or 0.0)} {unit}/s")
+            speed = task.speed
+            if speed is None and task.finished and task.elapsed:
+                speed = (task.completed - done) / task.elapsed  # All in one go.
+            return Text("" if speed is None else f"{rate_text(speed)} {unit}/s")
 
     console = Console(stderr=True)
     if not (visible and console.is_terminal):
@@ -71,12 +74,10 @@ def progress_bar(
         )
 
 
-def rate_words(rate: float) -> str:
-    """Writes a rate, with decimals where it is small.
+def rate_text(speed: float) -> str:
+    """Returns a rate, two digits where it is below ten.
 
     Args:
-        rate: Units a second, at least 0.
+        speed: Units a second, at least 0.
     """
-    if rate >= 10:
-        return f"{rate:,.0f}"
-    return f"{rate:.1f}" if rate >= 0.1 or rate == 0 else f"{rate:.1g}"
+    return f"{speed:,.0f}" if speed >= 9.95 else f"{speed:.2g}"

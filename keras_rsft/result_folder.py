@@ -11,9 +11,12 @@ import csv
 import errno
 import json
 import os
+import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +127,12 @@ def disk_full_said(error: BaseException, folder: Path) -> BaseException:
         f"{full}. Make room, and run the same command again to go on",
         str(error.filename or folder),
     )
+
+
+def installed_versions() -> dict[str, str]:
+    """Returns the versions that results depend on, by name, for the record."""
+    packages = ("keras_rsft", "keras", "tensorflow", "numpy")
+    return {name: version(name) for name in packages} | {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -10,6 +11,16 @@ import keras
 import numpy as np
 import pytest
 from made_images import png, write
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 @pytest.fixture(scope="session")
@@ -189,3 +200,16 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(TrainingCheckpoint, "on_epoch_end", stopping)
 
     return stop_at
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser, for the page of a run."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser is installed; looked for {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=found, args=BROWSER_OPTIONS)
+        yield started
+        started.close()

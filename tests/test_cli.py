@@ -283,6 +283,8 @@ def test_the_demo_of_the_readme(command, tmp_path):
     assert f"{answer['wrong_labels']} of 1259" in err
     assert "plain fine-tuning" in err
     assert "rejection (RSFT)" in err
+    page = (tmp_path / "runs" / "demo-1" / "report.html").read_text(encoding="utf-8")
+    assert "on the test split by labels that are known to be right" in page
     predict = next(line for line in err.splitlines() if "keras-rsft predict" in line)
     status, out, err = command(*predict.split()[1:])
     assert status == 0, err

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from keras_rsft.progress import rate_words
+from keras_rsft.progress import rate_text
 
 PROGRAM = """
 import time
@@ -53,11 +53,14 @@ def shown_in():
     return show
 
 
-def test_a_terminal_shows_what_is_done_and_how_fast(shown_in):
-    shown = shown_in(PROGRAM, columns=120)
+@pytest.mark.parametrize("in_one_go", [False, True])
+def test_a_terminal_shows_what_is_done_and_how_fast(shown_in, in_one_go):
+    at_once = PROGRAM.replace("range(4)", "[0]").replace("(1)", "(4)")
+    shown = shown_in(at_once if in_one_go else PROGRAM, columns=120)
     assert "Counting" in shown
     assert "4/4" in shown
     assert "images/s" in shown
+    assert " 0 images/s" not in shown
 
 
 def test_a_narrow_terminal_shows_the_time_left_on_one_line(shown_in):
@@ -68,13 +71,15 @@ def test_a_narrow_terminal_shows_the_time_left_on_one_line(shown_in):
     ]
     for line in lines:
         assert line.startswith(state)
-        assert re.search(r"/1280 +[0-9.]+ images/s +([0-9]|-)[0-9:-]+ *$", line), line
+        assert re.search(r"/1280 +[0-9.,]* *(images/s)? +([0-9]|-)[0-9:-]+ *$", line), (
+            line
+        )
         assert len(line) <= 80
 
 
 @pytest.mark.parametrize(
-    "rate, words",
-    [(0, "0.0"), (0.043, "0.04"), (0.25, "0.2"), (9.94, "9.9"), (1234.5, "1,234")],
+    "speed, text",
+    [(0.0, "0"), (0.034, "0.034"), (9.94, "9.9"), (9.96, "10"), (1234.5, "1,234")],
 )
-def test_rates_keep_what_counts(rate, words):
-    assert rate_words(rate) == words
+def test_a_slow_rate_is_not_called_zero(speed, text):
+    assert rate_text(speed) == text

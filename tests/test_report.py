@@ -96,6 +96,29 @@ class TestOutcome:
         changed = dataclasses.replace(record, results={"test_accuracy": 0.9})
         assert "90.0 % of 200 test images" in outcome_of(changed).sentence
 
+    def test_of_a_search_by_hand(self, record):
+        results = {
+            "chosen": {"test_accuracy": 0.9, "validation_accuracy": 0.7},
+            "plain": {"test_accuracy": 0.8, "trial": "3"},
+            "test_images": 200,
+        }
+        found = outcome_of(dataclasses.replace(record, samples=None, results=results))
+        assert "90.0 % of 200 test images right, plain fine-tuning 80.0 %" in (
+            found.sentence
+        )
+        notes = {figure.name: figure.note for figure in found.figures}
+        assert notes == {
+            "Test, chosen": "95 %: 85.1 to 93.4",
+            "Validation, chosen": "",
+            "Test, plain": "95 %: 73.9 to 85.0",
+        }
+        assert "the best trial that accepts everything" in found.method
+
+    def test_of_a_search_that_chose_nothing(self, record):
+        results = {"chosen": None, "reason": "All 2 trials failed."}
+        found = outcome_of(dataclasses.replace(record, samples=None, results=results))
+        assert (found.sentence, found.figures) == ("All 2 trials failed.", ())
+
     def test_without_anything_to_judge_by(self, record):
         changed = dataclasses.replace(record, results={})
         assert "no test or validation split" in outcome_of(changed).sentence
@@ -291,13 +314,26 @@ class TestPage:
             "chosen": {"test_accuracy": 0.9},
             "plain": {"test_accuracy": 0.8},
             "trials": 1,
+            "versions": {"keras": "3.x"},
+            "settings": {"policy": {"name": "keep-fraction"}, "learning_rate": 0.01},
         }
         (tmp_path / "results.json").write_text(json.dumps(results))
         page = write_report(tmp_path).read_text(encoding="utf-8")
-        assert "Trial 0 is best." in page
+        assert "Trial 0 is best. Its policy is keep-fraction" in page
+        assert "3.x" in page
         assert "data:image/svg+xml;base64," in page
         assert "<b>0</b>" not in page
         assert 'id="gallery"' not in page
+
+    def test_the_page_of_a_search_that_failed(self, tmp_path):
+        """It has no model, and the table says what became of each trial."""
+        (tmp_path / "search.json").write_text('{"data": {"classes": ["a", "b"]}}')
+        (tmp_path / "trials.csv").write_text("trial,status,message\n0,FAILED,NaN\n")
+        results = {"chosen": None, "reason": "All 1 trials failed."}
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        page = write_report(tmp_path).read_text(encoding="utf-8")
+        assert page.count("All 1 trials failed.") == 1
+        assert "<td>FAILED</td>" in page
 
     def test_tensorflow_is_not_needed(self, run_folder, tmp_path):
         program = (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
-import shutil
+import json
 import threading
 
 import numpy as np
@@ -17,27 +16,6 @@ from keras_rsft.report.server import ReviewServer
 from keras_rsft.result_folder import plain_cell
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser is installed; looked for {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=found, args=list(OPTIONS))
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -343,6 +321,8 @@ class TestHostileNames:
         for _ in HOSTILE_IDS:
             page.keyboard.press("ArrowRight")
         assert page.title() == title
+        assert page.locator("#grid .name bdi[dir=ltr]").count() == len(HOSTILE_IDS)
+        assert page.get_attribute("#review-id", "dir") == "ltr"
         assert page.locator("main script, dialog script, main iframe").count() == 3
         width = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert width <= 0  # Long names do not push the page aside.
@@ -375,6 +355,19 @@ class TestCharts:
         page.keyboard.press("ArrowLeft")
         assert "Epoch 2" in chart.locator("[data-spoken]").text_content()
 
+    def test_the_command_is_copied_as_it_is(self, browser, tmp_path):
+        folder = made_run(tmp_path / "run")
+        command = "keras-rsft fit 'my  photos' --epochs 3 --output <b>"
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"command": command}))
+        allowed = ["clipboard-read", "clipboard-write"]
+        page = browser.new_page(permissions=allowed)
+        page.goto(write_report(folder).as_uri())
+        page.click("[data-copy=command]")
+        page.wait_for_selector("[data-copy]:text('Copied')")
+        assert page.evaluate("navigator.clipboard.readText()") == command
+        page.close()
+
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_it_follows_light_and_dark(self, open_page, report, scheme):
         page = open_page(report, color_scheme=scheme)
@@ -389,12 +382,13 @@ class TestCharts:
         assert page.locator("polyline").count() > 0
         context.close()
 
-    def test_it_prints(self, browser, report):
-        context = browser.new_context()
-        page = context.new_page()
+    def test_it_prints_in_the_colours_of_paper(self, browser, report):
+        page = browser.new_page(color_scheme="dark")
         page.goto(report.as_uri())
-        page.emulate_media(media="print")
-        assert not page.is_visible("#filters")
+        page.emulate_media(media="print", color_scheme="dark")
+        colour = "getComputedStyle(document.querySelector('.bin rect.accepted')).fill"
+        assert page.evaluate(colour) == "rgb(63, 111, 216)"
         assert page.is_visible("h1")
-        assert io.BytesIO(page.pdf()).read(4) == b"%PDF"
-        context.close()
+        assert not page.is_visible("#filters")
+        assert page.pdf().startswith(b"%PDF")
+        page.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import signal
@@ -155,6 +156,35 @@ class TestCommand:
         assert page.read_text(encoding="utf-8") == whole[:500]
         assert main(["review", str(folder), "--no-browser", "--rebuild"]) == 0
         assert page.read_text(encoding="utf-8") == whole
+
+    def test_for_programs(self, tmp_path, capsys):
+        folder = made_run(tmp_path / "a run")
+        page = folder / "report.html"
+        assert main(["review", str(folder), "--no-browser", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {
+            "command": "review",
+            "folder": str(folder),
+            "page": str(page),
+            "url": page.as_uri(),
+        }
+        assert main(["review", str(folder), "--no-browser", "--quiet"]) == 0
+        assert capsys.readouterr().out == f"{page}\n"
+
+    def test_the_server_for_programs(self, run_folder):
+        command = [sys.executable, "-m", "keras_rsft.cli", "review", str(run_folder)]
+        process = subprocess.Popen(
+            [*command, "--serve", "--no-browser", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        lines = [process.stdout.readline() for _ in range(6)]
+        answer = json.loads("".join(lines))
+        port = int(answer["url"].removesuffix("/").rpartition(":")[2])
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out, err, answer["page"]) == (0, "", "", None)
 
     def test_the_browser_is_opened(self, tmp_path, monkeypatch):
         opened = []

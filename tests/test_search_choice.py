@@ -9,7 +9,7 @@ import pytest
 
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.searching.choice import TrialOutcome, binomial_error, choose_trial
-from keras_rsft.searching.pictures import draw_heat_maps, heat_map
+from keras_rsft.searching.pictures import draw_heat_maps, heat_map, rate_ticks
 
 
 def outcome(name, accuracy, acceptance, *, loss=1.0, **values):
@@ -117,8 +117,28 @@ class TestHeatMap:
     def test_the_picture_is_written(self, tmp_path):
         pytest.importorskip("matplotlib")
         path = draw_heat_maps(self.TRIALS, tmp_path)
-        assert path.read_text().startswith("<?xml")
+        picture = path.read_text()
+        assert picture.startswith("<?xml")
+        # Ink and paper are there to be changed, and nothing is black or white for good.
+        assert picture.count("prefers-color-scheme: dark") == 1
+        assert "fill: #1c1d20" in picture
+        assert "stroke: #1c1d20" in picture
+        assert '"fill: #ffffff' in picture
+        assert "#000000" not in picture
         assert [p.name for p in tmp_path.iterdir()] == ["heatmap.svg"]
+
+    @pytest.mark.parametrize(
+        "low, high, ticks",
+        [
+            (1e-4, 1.0, [0.0001, 0.001, 0.01, 0.1, 1.0]),
+            (1.3e-4, 2.6e-3, [0.0002, 0.0005, 0.001, 0.002]),
+            (0.004, 0.2, [0.01, 0.03, 0.1]),
+            (0.0011, 0.0019, [0.0014]),
+            (1e-9, 1e-1, [1e-9, 1e-7, 1e-5, 1e-3, 1e-1]),
+        ],
+    )
+    def test_ticks_do_not_crowd(self, low, high, ticks):
+        assert rate_ticks(low, high) == ticks
 
     def test_nothing_to_draw(self, tmp_path):
         assert draw_heat_maps([FAILED], tmp_path) is None

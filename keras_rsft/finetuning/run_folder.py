@@ -9,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
-import sys
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +20,7 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.features import near_duplicates, write_thumbnails
 from keras_rsft.ledger import COLUMNS
 from keras_rsft.loss_histogram import HISTOGRAM_COLUMNS
-from keras_rsft.result_folder import write_csv, write_json
+from keras_rsft.result_folder import installed_versions, write_csv, write_json
 from keras_rsft.run_files import (
     ACCEPTANCE_FILE,
     CLASSES_FILE,
@@ -98,7 +95,7 @@ def fill_run_folder(
 def _fill(folder: Path, run: Run, data: ImageData) -> None:
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
-    described = {"finding": run.finding, "versions": versions()}
+    described = {"finding": run.finding, "versions": installed_versions()}
     write_json(folder / CONFIG_FILE, run.config | described)
     write_json(folder / RESULTS_FILE, results_of(run))
     write_json(folder / CLASSES_FILE, list(run.class_names))
@@ -178,12 +175,3 @@ def _sample_rows(data: ImageData) -> Iterable[list[str]]:
             names = [data.class_names[given], right_name]
             decision = decided.get(str(sample_id), ["", ""])
             yield [str(sample_id), split.name, *names, *decision]
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on, by name."""
-    packages = ("keras_rsft", "keras", "tensorflow", "numpy")
-    return {name: version(name) for name in packages} | {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-    }

@@ -145,17 +145,43 @@ def _shares(results: dict[str, Any]) -> list[Figure]:
 
 
 def _of_search(record: RunRecord) -> Outcome:
-    names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
-    titles = ("Validation", "Test", "Accepted")
-    figures = [
-        Figure(f"{title}, {row}", percent(record.results.get(row, {}).get(name)))
-        for row in ("chosen", "plain")
-        for name, title in zip(names, titles, strict=True)
-        if record.results.get(row, {}).get(name) is not None
-    ]
+    results = record.results
+    rows = {row: results.get(row) or {} for row in ("chosen", "plain")}
+    images = results.get("test_images") or 0
+    figures = []
+    for row, numbers in rows.items():
+        for split in ("test", "validation"):
+            accuracy = numbers.get(f"{split}_accuracy")
+            if accuracy is None:
+                continue
+            judged = split == "test" and images
+            note = _interval(round(accuracy * images), images) if judged else ""
+            name = f"{split.capitalize()}, {row}"
+            figures.append(Figure(name, percent(accuracy), note))
+        if numbers.get("acceptance_rate") is not None:
+            accepted = percent(numbers["acceptance_rate"])
+            figures.append(Figure(f"Accepted, {row}", accepted))
+    method = (
+        f"{results.get('trials', 0)} trials. The test split was looked at once, "
+        "for the chosen setting and for plain fine-tuning."
+    )
+    if rows["plain"].get("trial"):
+        method += " Plain fine-tuning is the best trial that accepts everything."
+    if images:
+        method += " Intervals: Wilson (1927), each for itself."
     return Outcome(
-        str(record.results.get("reason", "")),
+        _search_sentence(rows, images) or str(results.get("reason", "")),
         tuple(figures),
-        f"{record.results.get('trials', 0)} trials. The test split was looked at once, "
-        "for the chosen setting and for plain fine-tuning.",
+        method,
+    )
+
+
+def _search_sentence(rows: dict[str, dict[str, Any]], images: int) -> str | None:
+    ours, plain = (rows[row].get("test_accuracy") for row in ("chosen", "plain"))
+    if ours is None or plain is None:
+        return None
+    counted = f"{images:,} test images" if images else "the test images"
+    return (
+        f"The chosen setting gets {percent(ours)} of {counted} right, plain "
+        f"fine-tuning {percent(plain)}."
     )

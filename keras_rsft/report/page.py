@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _STYLES = ("page.css", "review.css")
 _SCRIPTS = ("charts.js", "decisions.js", "gallery.js", "review.js", "start.js")
 _MOST_CLASSES = 40
+_LONGEST_VALUE = 300
 _MARK = b'<meta name="generator" content="keras_rsft">'
 
 
@@ -111,7 +112,8 @@ def _content(record: RunRecord, *, served: bool) -> dict[str, Any]:
         "heat_map": _heat_map(record),
         "settings": _settings(record),
         "command": record.config.get("command") or record.results.get("command"),
-        "versions": record.config.get("versions", {}),
+        "versions": record.config.get("versions") or record.results.get("versions", {}),
+        "finding": _finding(record),
         "served": served,
         "acceptance": None,
         "gallery": None,
@@ -193,6 +195,19 @@ def _acceptance(record: RunRecord) -> dict[str, Any] | None:
     return {"shown": rows[:_MOST_CLASSES], "rest": rows[_MOST_CLASSES:]}
 
 
+def _finding(record: RunRecord) -> str | None:
+    """Returns what a run found in its labels, or how a search chose."""
+    if not record.is_search:
+        return record.config.get("finding")
+    values = record.results.get("settings") or {}
+    policy = values.get("policy") or {}
+    reason = record.results.get("reason")
+    if not policy.get("name"):
+        return reason
+    rate = f"learning rate {values['learning_rate']:.3g}"
+    return f"{reason} Its policy is {policy['name']}, {rate}."
+
+
 def _heat_map(record: RunRecord) -> str | None:
     if record.heat_map is None:
         return None
@@ -204,7 +219,7 @@ def _settings(record: RunRecord) -> list[tuple[str, str]]:
     """Returns the configuration as rows, one level deep."""
     rows = []
     for name, value in record.config.items():
-        if name in ("command", "versions", "finding"):
+        if name in ("command", "versions", "finding", "space"):
             continue
         if isinstance(value, dict):
             rows += [(f"{name}.{key}", _shown(one)) for key, one in value.items()]
@@ -215,7 +230,8 @@ def _settings(record: RunRecord) -> list[tuple[str, str]]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False, default=str)[:300]
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
     return "-" if value is None else str(value)
 
 

@@ -151,13 +151,19 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _read(folder: Path, *, is_search: bool) -> RunRecord:
-    class_names = tuple(_json(folder / run_files.CLASSES_FILE))
-    config = folder / (run_files.SEARCH_FILE if is_search else run_files.CONFIG_FILE)
+    config = _json(
+        folder / (run_files.SEARCH_FILE if is_search else run_files.CONFIG_FILE)
+    )
+    classes = folder / run_files.CLASSES_FILE
+    if is_search and not classes.exists():  # Every trial failed: there is no model.
+        class_names = tuple(config["data"]["classes"])
+    else:
+        class_names = tuple(_json(classes))
     metrics = list(_rows(folder / run_files.METRICS_FILE))
     return RunRecord(
         folder=folder,
         class_names=class_names,
-        config=_json(config),
+        config=config,
         results=_json(folder / run_files.RESULTS_FILE),
         metrics={
             name: [_number(row[name]) for row in metrics]

@@ -9,13 +9,16 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
 from keras_rsft.searching.names import SearchOptions
-from keras_rsft.searching.search_folder import replaced
+from keras_rsft.searching.pictures import INK, PAPER, dark_and_light, save_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
 # Where a line passes an axis whose hyperparameter the trial does not have.
@@ -77,15 +80,23 @@ def draw_parallel_coordinates(
     shown = [one for one in outcomes if one.status == COMPLETED]
     if not shown or importlib.util.find_spec("matplotlib") is None:
         return None
+    path = folder / PARALLEL_COORDINATES_FILE
+    with dark_and_light():
+        axes = axes_of(shown, options.objective)
+        save_picture(_drawn(axes, options.direction), path)
+    return path
+
+
+def _drawn(axes: list[Axis], direction: str) -> Figure:
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # Without pyplot: no window, no state.
 
-    axes = axes_of(shown, options.objective)
     figure = Figure(figsize=(1.7 * len(axes), 4.5), layout="constrained")
     place = figure.subplots()
     lines = np.stack([axis.positions for axis in axes], axis=1)
-    goodness = lines[:, -1] if options.direction == "max" else 1 - lines[:, -1]
-    colours = colormaps["plasma"](0.85 * goodness)
+    goodness = lines[:, -1] if direction == "max" else 1 - lines[:, -1]
+    # Neither end of the scale, which is lost on dark or on light.
+    colours = colormaps["plasma"](0.25 + 0.6 * goodness)
     for row in np.argsort(goodness, kind="stable"):
         place.plot(lines[row], color=colours[row], alpha=0.8, linewidth=1.2)
     for column, axis in enumerate(axes):
@@ -97,9 +108,7 @@ def draw_parallel_coordinates(
     place.tick_params(axis="x", length=0)
     for side in place.spines.values():
         side.set_visible(False)
-    path = folder / PARALLEL_COORDINATES_FILE
-    replaced(path, figure.savefig)
-    return path
+    return figure
 
 
 def _draw_axis(place: Any, column: int, axis: Axis) -> None:
@@ -111,7 +120,8 @@ def _draw_axis(place: Any, column: int, axis: Axis) -> None:
             label,
             fontsize=8,
             verticalalignment="center",
-            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
+            color=INK,
+            bbox={"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.8},
         )
 
 

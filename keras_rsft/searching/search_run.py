@@ -21,9 +21,8 @@ from keras_rsft.finetuning import (
     TrainingSettings,
 )
 from keras_rsft.finetuning.feature_source import open_features
-from keras_rsft.finetuning.run_folder import versions
 from keras_rsft.model import RSFTModel
-from keras_rsft.result_folder import write_json
+from keras_rsft.result_folder import installed_versions, write_json
 from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, MODEL_FILE
 from keras_rsft.searching.chief import lead_trials
 from keras_rsft.searching.choice import (
@@ -306,8 +305,9 @@ def _concluded(
         "reason": choice.reason,
         "settings": dataclasses.asdict(settings),
         "trials": len(outcomes),
+        "test_images": len(features.test),
+        "versions": installed_versions(),
         "failed": sum(one.status != COMPLETED for one in outcomes),
-        "versions": versions(),
     }
     replaced(folder / HEAD_FILE, head.save)
     replaced(

@@ -14,6 +14,11 @@ function isolated(text, className = "") {
   return made("bdi", { textContent: text, className });
 }
 
+// A path goes from left to right whatever its folders are called.
+function pathOf(id) {
+  return made("bdi", { textContent: id, dir: "ltr" });
+}
+
 function percentText(value) {
   return value === null ? "" : `${Math.round(100 * value)} %`;
 }
@@ -150,7 +155,7 @@ class Gallery {
       picture(this.data, row),
       ...labels,
       made("span", { className: "facts", textContent: note || facts }),
-      made("span", { className: "name" }, isolated(id[row])),
+      made("span", { className: "name" }, pathOf(id[row])),
       isolated("", "decision"),
     );
     card.dataset.row = row;
