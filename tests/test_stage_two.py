@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -199,7 +200,7 @@ class TestWhatItLearnsFrom:
 def _features_of(split):
     from keras_rsft.features import FeatureSet
 
-    return FeatureSet("unused", split.labels, split.ids, dim=6)
+    return FeatureSet(Path("unused"), split.labels, split.ids, dim=6)
 
 
 class TestRefused:
