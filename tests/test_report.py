@@ -307,7 +307,8 @@ class TestPage:
     def test_the_page_of_a_search(self, tmp_path):
         (tmp_path / "search.json").write_text('{"settings": {"epochs": 2}}')
         (tmp_path / "classes.json").write_text('["a", "b"]')
-        (tmp_path / "heatmap.svg").write_text("<svg></svg>")
+        for name in ("heatmap.svg", "parallel_coordinates.svg"):
+            (tmp_path / name).write_text("<svg></svg>")
         (tmp_path / "trials.csv").write_text("trial,status\n<b>0</b>,COMPLETED\n")
         results = {
             "reason": "Trial 0 is best.",
@@ -321,7 +322,7 @@ class TestPage:
         page = write_report(tmp_path).read_text(encoding="utf-8")
         assert "Trial 0 is best. Its policy is keep-fraction" in page
         assert "3.x" in page
-        assert "data:image/svg+xml;base64," in page
+        assert page.count("data:image/svg+xml;base64,") == 2
         assert "<b>0</b>" not in page
         assert 'id="gallery"' not in page
 

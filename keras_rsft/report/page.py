@@ -109,7 +109,7 @@ def _content(record: RunRecord, *, served: bool) -> dict[str, Any]:
         "curves": _curves(record),
         "histograms": charts.histograms(record.losses),
         "sizes": charts,
-        "heat_map": _heat_map(record),
+        "pictures": _pictures(record),
         "settings": _settings(record),
         "command": record.config.get("command") or record.results.get("command"),
         "versions": record.config.get("versions") or record.results.get("versions", {}),
@@ -208,11 +208,12 @@ def _finding(record: RunRecord) -> str | None:
     return f"{reason} Its policy is {policy['name']}, {rate}."
 
 
-def _heat_map(record: RunRecord) -> str | None:
-    if record.heat_map is None:
-        return None
-    encoded = base64.b64encode(record.heat_map).decode("ascii")
-    return f"data:image/svg+xml;base64,{encoded}"
+def _pictures(record: RunRecord) -> dict[str, str]:
+    """Returns the search's pictures as addresses that hold them."""
+    return {
+        name: f"data:image/svg+xml;base64,{base64.b64encode(picture).decode('ascii')}"
+        for name, picture in record.pictures.items()
+    }
 
 
 def _settings(record: RunRecord) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.result_folder import read_csv
 
 TRIALS_FILE, HEAT_MAP_FILE = "trials.csv", "heatmap.svg"
+PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
 _NUMBERS = ("predicted_probability", "loss_mean", "loss_last", "suspicion")
 _COUNTS = ("seen", "accepted", "rejected")
 
@@ -118,10 +119,14 @@ class RunRecord:
             return file.read(place[1])
 
     @property
-    def heat_map(self) -> bytes | None:
-        """The search's heat map, an SVG file, if there is one."""
-        path = self.folder / HEAT_MAP_FILE
-        return path.read_bytes() if path.exists() else None
+    def pictures(self) -> dict[str, bytes]:
+        """The search's SVG files that are there: `heat_map`, `parallel_coordinates`."""
+        files = {
+            "heat_map": self.folder / HEAT_MAP_FILE,
+            "parallel_coordinates": self.folder / PARALLEL_COORDINATES_FILE,
+        }
+        there = {name: path for name, path in files.items() if path.exists()}
+        return {name: path.read_bytes() for name, path in there.items()}
 
 
 def read_run(folder: Path) -> RunRecord:
