@@ -135,6 +135,8 @@ def test_ctrl_c_stops_it_cleanly(run_folder):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A shell's background jobs ignore it, and hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
@@ -177,6 +179,7 @@ class TestCommand:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         lines = [process.stdout.readline() for _ in range(6)]
         answer = json.loads("".join(lines))

@@ -39,6 +39,8 @@ def start(tmp_path, photo_folder, tiny_base_file):
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | environment,
+            # A shell's background jobs ignore it, and hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(psutil.Process(process.pid))
         return process

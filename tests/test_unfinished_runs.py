@@ -119,7 +119,7 @@ class TestFullDisk:
             raise error
 
         with monkeypatch.context() as patched:
-            patched.setattr(run_folder, "_versions", full)
+            patched.setattr(run_folder, "installed_versions", full)
             with pytest.raises(OSError, match="Make room, and run the same"):
                 fit_photos(tmp_path / "run")
         unfinished = tmp_path / "run.unfinished"
