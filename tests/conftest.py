@@ -213,3 +213,22 @@ def browser():
         started = running.chromium.launch(executable_path=found, args=BROWSER_OPTIONS)
         yield started
         started.close()
+
+
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch):
+    """Runs a command in this process, in an empty folder."""
+    from keras_rsft import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own errors.
+            status = stop.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return status, captured.out, captured.err
+
+    return run

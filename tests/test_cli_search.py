@@ -8,25 +8,6 @@ import shlex
 
 import pytest
 
-from keras_rsft import cli
-
-
-@pytest.fixture
-def call(capsys, tmp_path, monkeypatch, tiny_base_file):
-    """Runs a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse's own errors.
-            status = stop.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return status, captured.out, captured.err
-
-    return run
-
 
 @pytest.fixture
 def search(call, tmp_path, photo_folder, tiny_base_file):
