@@ -31,10 +31,13 @@ CROP_STRETCH = (3 / 4, 4 / 3)
 # where what is left is still this many times the target, then the antialiased
 # resize decides the result: less than 1 of 255 levels away on the mean.
 _SCALED_DECODE_MARGIN = 3
+_COARSE_DECODE_MARGIN = 1
 JPEG_RATIOS = (1, 2, 4)
 
 
-def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Tensor:
+def decode_image(
+    encoded: tf.Tensor, image_size: int | tuple[int, int], *, coarse: bool = False
+) -> tf.Tensor:
     """Decodes one image, crops its centre and resizes it.
 
     Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF (the first
@@ -46,6 +49,8 @@ def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Te
     Args:
         encoded: The image file's bytes, a string scalar tensor.
         image_size: Height and width of the result, or one number for a square.
+        coarse: For a picture to look at: a JPEG is decoded at the smallest size that
+            is not below the result's, which is faster. Default False.
 
     Returns:
         Float32 tensor of shape `(height, width, 3)`, RGB, in [0, 255].
@@ -56,7 +61,9 @@ def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Te
             image, are truncated, or hold more than `MAX_PIXELS` pixels.
     """
     size = checked_size(image_size)
-    return centre_resize(decode_pixels(encoded, smallest=size), size)
+    margin = _COARSE_DECODE_MARGIN if coarse else _SCALED_DECODE_MARGIN
+    pixels = decode_pixels(encoded, smallest=size, margin=margin)
+    return centre_resize(pixels, size)
 
 
 def decode_views(
@@ -94,7 +101,10 @@ def decode_views(
 
 
 def decode_pixels(
-    encoded: tf.Tensor, *, smallest: tuple[int, int] | None = None
+    encoded: tf.Tensor,
+    *,
+    smallest: tuple[int, int] | None = None,
+    margin: int = _SCALED_DECODE_MARGIN,
 ) -> tf.Tensor:
     """Decodes one image at its own size, or not far above `smallest`.
 
@@ -102,6 +112,8 @@ def decode_pixels(
         encoded: The image file's bytes, a string scalar tensor.
         smallest: Height and width that the pixels will be resized to. A JPEG
             that is many times larger is decoded at 1/2 or 1/4 of its size.
+        margin: How many times `smallest` what is decoded must still be then, at
+            least 1. Default 3.
 
     Returns:
         Uint8 tensor of shape `(height, width, 3)`, RGB.
@@ -112,7 +124,7 @@ def decode_pixels(
     head = headers.head_bytes(encoded)
     branches = (
         lambda: _refuse_unknown(encoded),
-        lambda: _decode_jpeg(encoded, smallest),
+        lambda: _decode_jpeg(encoded, smallest, margin),
         lambda: _decode_png(encoded, head),
         lambda: _decode_gif(encoded),
         lambda: _decode_bmp(encoded, head),
@@ -165,7 +177,9 @@ def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
         return tf.zeros([1, 1, 3], tf.uint8)
 
 
-def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Tensor:
+def _decode_jpeg(
+    encoded: tf.Tensor, smallest: tuple[int, int] | None, margin: int
+) -> tf.Tensor:
     width, height = headers.jpeg_size(encoded)
     encoded = _require_within_limit(encoded, width, height)
     if smallest is None:
@@ -174,11 +188,14 @@ def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Ten
         lambda ratio=ratio: tf.io.decode_jpeg(encoded, channels=3, ratio=ratio)
         for ratio in JPEG_RATIOS
     ]
-    return tf.switch_case(jpeg_ratio_index(width, height, smallest), branches)
+    return tf.switch_case(jpeg_ratio_index(width, height, smallest, margin), branches)
 
 
 def jpeg_ratio_index(
-    width: tf.Tensor, height: tf.Tensor, smallest: tuple[int, int]
+    width: tf.Tensor,
+    height: tf.Tensor,
+    smallest: tuple[int, int],
+    margin: int = _SCALED_DECODE_MARGIN,
 ) -> tf.Tensor:
     """Returns by which of `JPEG_RATIOS` a JPEG of that size is decoded smaller.
 
@@ -186,14 +203,13 @@ def jpeg_ratio_index(
         width: Int64 tensor of any shape.
         height: The same.
         smallest: Height and width that the pixels will be resized to.
+        margin: As in `decode_pixels`.
 
     Returns:
         Int32 tensor of that shape.
     """
     scale = tf.minimum(height // smallest[0], width // smallest[1])
-    return tf.add_n(
-        [tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32) for r in JPEG_RATIOS[1:]]
-    )
+    return tf.add_n([tf.cast(scale >= margin * r, tf.int32) for r in JPEG_RATIOS[1:]])
 
 
 def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
@@ -304,9 +320,15 @@ def _largest_crop(
 
 
 def _resize(crop: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    image = tf.image.resize(crop, size, method="bilinear", antialias=True)
-    # Interpolation can leave the range by a rounding error.
-    return tf.clip_by_value(tf.ensure_shape(image, (*size, 3)), 0.0, 255.0)
+    def resized() -> tf.Tensor:
+        image = tf.image.resize(crop, size, method="bilinear", antialias=True)
+        # Interpolation can leave the range by a rounding error.
+        return tf.clip_by_value(image, 0.0, 255.0)
+
+    # Of the right size already, the same numbers would come out, far later.
+    fits = tf.reduce_all(tf.shape(crop)[:2] == size)
+    image = tf.cond(fits, lambda: tf.cast(crop, tf.float32), resized)
+    return tf.ensure_shape(image, (*size, 3))
 
 
 def _scaled(length: tf.Tensor, factor: Any, *, least: int = 1) -> tf.Tensor:
