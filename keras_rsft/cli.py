@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from keras_rsft import __version__
 from keras_rsft.cli_export import add_export, export_settings, run_export
+from keras_rsft.cli_features import add_features, features_cluster, run_features
 from keras_rsft.cli_fit import add_fit, run_fit
 from keras_rsft.cli_options import (
     add_base_options,
@@ -49,6 +50,7 @@ from keras_rsft.errors import (
     SearchFailed,
     TrainingStalled,
     WeightsUnavailable,
+    WorkerLost,
 )
 from keras_rsft.interruption import Terminated, termination_raises
 
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(USAGE_ERROR, str(error))
     except (DataError, SearchFailed, TrainingStalled, WeightsUnavailable) as error:
         return _fail(FAILED, str(error))
-    except ImportError as error:
+    except (ImportError, WorkerLost) as error:
         return _fail(FAILED, str(error))
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
@@ -112,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_fit(commands)
     _add_compare(commands)
     add_rank(commands)
+    add_features(commands)
     add_search(commands)
     add_review(commands)
     add_export(commands)
@@ -264,6 +267,13 @@ def _run_rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_features(arguments: argparse.Namespace) -> int:
+    cluster = features_cluster(arguments)  # Refused before anything heavy is imported.
+    _silence_native_libraries()
+    run_features(arguments, cluster)
+    return 0
+
+
 _COMMANDS = {
     "demo": _run_demo,
     "fit": _run_fit,
@@ -273,6 +283,7 @@ _COMMANDS = {
     "predict": _run_predict,
     "review": _run_review,
     "rank": _run_rank,
+    "features": _run_features,
 }
 
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from keras_rsft.cluster import Cluster
     from keras_rsft.comparing import Comparison
     from keras_rsft.data import ImageData
     from keras_rsft.demo import DemoResult
     from keras_rsft.export.accuracy import AccuracyCheck
     from keras_rsft.export.from_run import Export
     from keras_rsft.export.verification import Verification
-    from keras_rsft.finetuning import Run
+    from keras_rsft.finetuning import Run, SplitFeatures
     from keras_rsft.finetuning.pilot import Pilot
     from keras_rsft.ranking import BackboneRanking
     from keras_rsft.searching import Search
@@ -65,6 +66,39 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "methods": comparison.summaries,
         "verdict": comparison.verdict,
         "notes": comparison.notes,
+    }
+
+
+def features_document(
+    features: SplitFeatures | None, cluster: Cluster, folder: object
+) -> dict[str, Any]:
+    """Returns what `features --json` prints.
+
+    `command`, `folder` (where features are kept), `share` (`index`, `count`) and
+    `splits` (for each name `images`, `unreadable`, `dim`, `views`, `precision`,
+    `bytes`, `path`; null with `--share`, which computes a part of them).
+    """
+    splits = None
+    if features is not None:
+        names = ("train", "validation", "test")
+        parts = {name: getattr(features, name) for name in names}
+        splits = {
+            name: {
+                "images": len(part),
+                "unreadable": len(part.unreadable),
+                "dim": part.dim,
+                "views": part.views,
+                "precision": part.precision,
+                "bytes": part.num_bytes,
+                "path": part.path,
+            }
+            for name, part in parts.items()
+        }
+    return {
+        "command": "features",
+        "folder": folder,
+        "share": {"index": cluster.index, "count": len(cluster)},
+        "splits": splits,
     }
 
 

@@ -7,6 +7,7 @@ build settings, import where they are called.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,6 +242,13 @@ def seed_number(text: str) -> int:
 def fraction(text: str) -> float:
     """Parses a number between 0 and 1."""
     return parsed(text, float, lambda value: 0 < value < 1, "a number in (0, 1)")
+
+
+def positive_seconds(text: str) -> float:
+    """Parses a time."""
+    return parsed(
+        text, float, lambda value: 0 < value < math.inf, "seconds, more than 0"
+    )
 
 
 def parsed(text: str, kind: Callable, holds: Callable, expected: str) -> Any:

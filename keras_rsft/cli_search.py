@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 from pathlib import Path
@@ -25,7 +24,9 @@ from keras_rsft.cli_options import (
     load_corrected,
     parsed,
     positive_int,
+    positive_seconds,
 )
+from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import require_known
 from keras_rsft.searching.names import (
@@ -36,7 +37,6 @@ from keras_rsft.searching.names import (
     SearchOptions,
 )
 from keras_rsft.searching.roles import (
-    DEFAULT_PATIENCE,
     PARENT_VARIABLE,
     TUNER_ID,
     Crew,
@@ -201,13 +201,6 @@ def crew_of(
         f"--parallel-trials={together}",
     )
     return Crew(count, command)
-
-
-def positive_seconds(text: str) -> float:
-    """Parses a time."""
-    return parsed(
-        text, float, lambda value: 0 < value < math.inf, "seconds, more than 0"
-    )
 
 
 def number_range(text: str) -> tuple[float, float]:

@@ -23,3 +23,7 @@ class TrainingStalled(RuntimeError):
 
 class SearchFailed(RuntimeError):
     """The processes of a search cannot go on together (exit status 1)."""
+
+
+class WorkerLost(RuntimeError):
+    """A worker does not do its part, so the others cannot go on (exit status 1)."""

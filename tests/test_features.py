@@ -24,6 +24,7 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
     extraction,
+    feature_pass,
     frozen_base,
     precision,
 )
@@ -88,7 +89,7 @@ class TestExtraction:
     ):
         whole = extract_features(tiny_base, data.train, cache_dir=tmp_path / "whole")
         written = []
-        append = extraction._append
+        append = feature_pass._append
 
         def fail_after_six(file, values):
             if len(written) == 6:  # Three batches of features and of indices.
@@ -98,11 +99,11 @@ class TestExtraction:
             written.append(len(values))
             append(file, values)
 
-        monkeypatch.setattr(extraction, "_append", fail_after_six)
+        monkeypatch.setattr(feature_pass, "_append", fail_after_six)
         cut = tmp_path / "cut"
         with pytest.raises(KeyboardInterrupt):
             extract_features(tiny_base, data.train, cache_dir=cut, batch_size=4)
-        monkeypatch.setattr(extraction, "_append", append)
+        monkeypatch.setattr(feature_pass, "_append", append)
         seen = []
         images = type(data.train).images
 
@@ -122,16 +123,16 @@ class TestExtraction:
     ):
         program = textwrap.dedent(f"""
             import os, sys
-            from keras_rsft.features import extraction
+            from keras_rsft.features import feature_pass
             from keras_rsft import extract_features, load_backbone, load_images
-            append, calls = extraction._append, []
+            append, calls = feature_pass._append, []
             def kill_half_way(file, values):
                 calls.append(1)
                 if len(calls) == 4:
                     file.write(values.tobytes()[:5]); file.flush()
                     os.kill(os.getpid(), 9)
                 append(file, values)
-            extraction._append = kill_half_way
+            feature_pass._append = kill_half_way
             extract_features(load_backbone({str(tiny_base_file)!r}),
                 load_images({str(photo_folder)!r}).train,
                 cache_dir={str(tmp_path)!r}, batch_size=4)

@@ -74,6 +74,7 @@ class ImageSplit:
         image_size: int | tuple[int, int],
         *,
         start: int = 0,
+        stop: int | None = None,
         views: int = 1,
         seed: int = 0,
         coarse: bool = False,
@@ -86,6 +87,7 @@ class ImageSplit:
         Args:
             image_size: Height and width, or one number for a square.
             start: Index of the first image, in [0, n].
+            stop: Index after the last image, in [start, n]. Default: n.
             views: How many versions of each image. The first is the plain one,
                 each further one a random flip and crop.
             seed: Chooses the random versions, together with the image's index
@@ -103,6 +105,8 @@ class ImageSplit:
         """
         size = checked_size(image_size)
         _require_in_range("start", start, 0, len(self))
+        stop = len(self) if stop is None else stop
+        _require_in_range("stop", stop, start, len(self))
         _require_in_range("views", views, 1, 2**16 - 1)
         _require_in_range("seed", seed, -(2**63), 2**63 - 1)
 
@@ -115,8 +119,10 @@ class ImageSplit:
                 encoded, size, views=views, seed=seed, index=index
             )
 
-        images = self.reader.entries(start).map(
-            render, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        images = (
+            self.reader.entries(start)
+            .take(stop - start)
+            .map(render, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         )
         return without_autotuning(images.ignore_errors(log_warning=False))
 

@@ -1,7 +1,9 @@
 """One pass of a frozen base over the images, kept on disk, fed to a head.
 
-`frozen_base.py` is the base, traced once, `extraction.py` runs it and keeps what
-comes out, `feature_set.py` is what is kept, `batches.py` feeds it to training.
+`frozen_base.py` is the base, traced once, `feature_pass.py` runs it, `extraction.py`
+keeps what comes out, `feature_set.py` is what is kept, `batches.py` feeds it to
+training. For several processes there are `shared_pass.py`, `shares.py` and
+`share_joining.py`.
 `thumbnails.py` keeps small pictures beside it, `near_duplicate_pairs.py` compares.
 """
 

@@ -1,7 +1,7 @@
 """Runs the frozen base once over a split and keeps what comes out.
 
-Owns the key under which features are kept, the append-only writing that makes
-a killed run go on where it was, and the pass itself.
+Owns the key under which features are kept, and that they are computed once. The pass
+itself is `feature_pass.py`, one that several processes share `shared_pass.py`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import errno
 import hashlib
 import json
 import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from filelock import FileLock
 
+from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.data import ImageSplit
-from keras_rsft.errors import DataError
+from keras_rsft.features.feature_pass import FeaturePass, append_rows, require_rows
 from keras_rsft.features.feature_set import (
     FEATURE_PRECISIONS,
     FEATURES_FILE,
@@ -31,8 +30,10 @@ from keras_rsft.features.feature_set import (
     read_meta,
 )
 from keras_rsft.features.frozen_base import FrozenBase
+from keras_rsft.features.share_joining import join_parts, publish
+from keras_rsft.features.shares import Part, finished_parts
 from keras_rsft.policy_choice import require_known
-from keras_rsft.progress import progress_bar
+from keras_rsft.result_folder import write_json
 
 # Part of every key: raise it when decoding, resizing or the format changes.
 FORMAT_VERSION = 1
@@ -54,8 +55,8 @@ def extract_features(
     The pass appends chunk after chunk to a file beside its final place and is
     renamed when it is complete. Interrupted at any moment, the next call goes
     on after the last whole chunk. Two processes that want the same features
-    take turns. A split that images were dropped from is served by the features of
-    the whole one.
+    take turns, and shares that several processes have computed are put together. A
+    split that images were dropped from is served by the features of the whole one.
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
@@ -80,18 +81,37 @@ def extract_features(
         DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features.
     """
-    if split.before_review is not None:
-        before_review = extract_features(
-            backbone,
-            split.before_review,
-            cache_dir=cache_dir,
-            batch_size=batch_size,
-            views=views,
-            seed=seed,
-            feature_precision=feature_precision,
-            progress=progress,
-        )
-        return _left_over(before_review, split)
+    work = make_pass(
+        backbone,
+        split,
+        cache_dir=cache_dir,
+        batch_size=batch_size,
+        views=views,
+        seed=seed,
+        feature_precision=feature_precision,
+        progress=progress,
+    )
+    run_alone(work)
+    return open_kept(work.folder, split)
+
+
+def make_pass(
+    backbone: keras.Model | FrozenBase,
+    split: ImageSplit,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
+    progress: bool = True,
+) -> FeaturePass:
+    """Says which pass `extract_features` with these arguments would make, if any.
+
+    The folder for kept features is made.
+    """
+    while split.before_review is not None:
+        split = split.before_review
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     root.mkdir(parents=True, exist_ok=True)
     base = backbone
@@ -101,14 +121,9 @@ def extract_features(
     key = feature_key(
         base, split, views=views, seed=seed, feature_precision=feature_precision
     )
-    folder = root / key
-    with FileLock(f"{folder}.lock"):
-        if read_meta(folder) is None:
-            _run_pass(
-                base, split, folder, batch_size, views, seed, feature_precision,
-                progress,
-            )  # fmt: skip
-    return _open(folder, split)
+    return FeaturePass(
+        base, split, root / key, batch_size, views, seed, feature_precision, progress
+    )
 
 
 def is_kept(
@@ -167,112 +182,51 @@ def feature_key(
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
-def _run_pass(
-    base: FrozenBase,
-    split: ImageSplit,
-    folder: Path,
-    batch_size: int,
-    views: int,
-    seed: int,
-    feature_precision: str,
-    progress: bool,
-) -> None:
-    row_bytes = np.dtype(feature_precision).itemsize * views * base.dim
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(exist_ok=True)
-    rows, next_index = _truncate_to_whole_batches(partial, row_bytes, batch_size)
-    _require_disk_space(partial, row_bytes * (len(split) - next_index))
-    images = split.images(base.image_size, start=next_index, views=views, seed=seed)
-    images = images.batch(batch_size).prefetch(2)
-    label = f"Features of {split.name}"
-    with (
-        (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
-        (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
-        progress_bar(
-            label, total=len(split), unit="images", done=next_index, visible=progress
-        ) as advance,
-    ):
-        for index, batch in images:
-            batch = tf.reshape(batch, (-1, *base.image_size, 3))
-            values = base.forward(batch).numpy()
-            _append(features_file, _kept_as(feature_precision, values))
-            _append(index_file, index.numpy())  # Only after its features are safe.
-            rows += len(index)
-            reached = int(index[-1]) + 1
-            advance(reached - next_index)
-            next_index = reached
-    if rows == 0 and len(split) > 0:
-        raise DataError(
-            f"None of the {len(split)} images of {split.name!r} can be read; "
-            f"the first, {split.ids[0]!r}: {split.read_error(0)}."
-        )
-    meta = {"rows": rows, "views": views, "dim": base.dim}
-    meta["precision"] = feature_precision
-    (partial / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)  # Only ever a damaged one.
-    partial.rename(folder)
+def run_alone(work: FeaturePass) -> None:
+    """Makes a pass, or what is left of it; where another process does, waits for it."""
+    with FileLock(f"{work.folder}.lock"):
+        if read_meta(work.folder) is None:
+            _run_pass(work)
 
 
-def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
-    """Returns float32 features in the precision of the file."""
-    if precision == "float32":
-        return values
-    largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
-    if largest > np.finfo(precision).max:
-        raise DataError(
-            f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
-            "Keep its features in float32: leave out `--feature-precision`."
-        )
-    return values.astype(precision)
+def _run_pass(work: FeaturePass) -> None:
+    parts = finished_parts(work.folder, len(work.split))
+    if parts is not None:  # Other processes have computed all of it.
+        join_pass(work, parts, patience=DEFAULT_PATIENCE)
+        return
+    partial = work.folder.with_name(f"{work.folder.name}.partial")
+    rows, _ = append_rows(work, partial, range(len(work.split)))
+    require_rows(rows, work.split)
+    write_json(partial / META_FILE, {"rows": rows, **work.meta})
+    publish(partial, work.folder)
 
 
-def _append(file: Any, values: np.ndarray) -> None:
-    rest = np.ascontiguousarray(values).data.cast("B")
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-    except OSError as error:  # Which says nothing of the file.
-        raise OSError(error.errno, error.strerror, file.name) from error
+def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> None:
+    """Makes one set of finished parts, as `join_parts` does.
 
-
-def _truncate_to_whole_batches(
-    partial: Path, row_bytes: int, batch_size: int
-) -> tuple[int, int]:
-    """Drops what a killed run left half-written.
-
-    Whole batches stay, so that all later ones hold the images that they would have
-    held: the last bits of a feature may depend on what it is computed together with.
-
-    Returns:
-        The number of whole rows, and the index of the first sample after them.
+    Raises:
+        DataError: If no image could be read, or a part is damaged.
     """
-    features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
-    for path in (features_path, index_path):
-        path.touch()
-    rows = min(
-        index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
+    require_rows(sum(part.rows for part in parts), work.split)
+    join_parts(
+        work.folder,
+        parts,
+        work.meta,
+        name=work.split.name,
+        patience=patience,
+        progress=work.progress,
     )
-    rows -= rows % batch_size
-    os.truncate(index_path, 8 * rows)
-    os.truncate(features_path, row_bytes * rows)
-    if rows == 0:
-        return 0, 0
-    return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
 
 
-def _require_disk_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"The features need {needed / 1e9:.2f} GB and the disk has "
-            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
-            str(folder),
-        )
+def open_kept(folder: Path, split: ImageSplit) -> FeatureSet:
+    """Returns the features in a finished folder, with the labels of the split.
 
-
-def _open(folder: Path, split: ImageSplit) -> FeatureSet:
+    Args:
+        folder: The folder.
+        split: The images, also some that a review has left of them.
+    """
+    if split.before_review is not None:
+        return _left_over(open_kept(folder, split.before_review), split)
     meta = read_meta(folder)
     if meta is None:
         raise OSError(errno.EIO, "The kept features are damaged", str(folder))

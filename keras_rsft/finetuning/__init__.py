@@ -7,15 +7,11 @@ features, `pilot.py` looks ahead on a sample, `run.py` puts a run together,
 the function of that name is public, and a module would hide it.
 """
 
-from keras_rsft.finetuning.head_training import (
-    SplitFeatures,
-    TrainedHead,
-    extract_all,
-    train_head,
-)
+from keras_rsft.finetuning.head_training import TrainedHead, train_head
 from keras_rsft.finetuning.pilot import Pilot, run_pilot
 from keras_rsft.finetuning.run import Run, finetune
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.split_features import SplitFeatures, extract_all
 from keras_rsft.finetuning.unfinished import NumberedFolder
 
 __all__ = [

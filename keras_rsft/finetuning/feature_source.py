@@ -13,10 +13,16 @@ import keras
 
 from keras_rsft.backbones import load_backbone
 from keras_rsft.backbones.base_name import is_fixed_network
+from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
 from keras_rsft.data import ImageData, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features.precision import choose_precision
-from keras_rsft.finetuning.head_training import SplitFeatures, extract_all
+from keras_rsft.features.shared_pass import keep_shares
+from keras_rsft.finetuning.split_features import (
+    SplitFeatures,
+    extract_all,
+    feature_passes,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +65,8 @@ def open_features(
     cache_dir: str | os.PathLike | None,
     progress: bool,
     feature_precision: str = "float32",
+    cluster: Cluster | None = None,
+    patience: float = DEFAULT_PATIENCE,
 ) -> FeatureSource:
     """Lists the images, loads the base, and computes or reads the features.
 
@@ -73,19 +81,17 @@ def open_features(
         cache_dir: Where features are kept; None: the user's cache folder.
         progress: Show progress bars.
         feature_precision: How features are kept, `"float32"` or `"float16"`.
+        cluster: Processes that compute them together, as in `extract_all`.
+        patience: How long to wait for a worker of it, as in `extract_all`.
 
     Raises:
         InvalidArgument: If an argument cannot be used.
         DataError: If the data cannot be trained on.
         WeightsUnavailable: If the base's weights cannot be had.
+        WorkerLost: If another worker does not do its part.
     """
-    if views < 1:
-        raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
-    precision = precision_for(backbone, precision)
-    if not isinstance(data, ImageData):
-        data = load_images(data)
-    base = load_backbone(
-        backbone, weights=weights, image_size=image_size, precision=precision
+    data, base, precision = _loaded(
+        data, backbone, weights, image_size, precision, views
     )
     features = extract_all(
         base,
@@ -95,6 +101,8 @@ def open_features(
         feature_precision=feature_precision,
         cache_dir=cache_dir,
         progress=progress,
+        cluster=cluster,
+        patience=patience,
     )
     origin = {
         "data": data.source,
@@ -108,6 +116,61 @@ def open_features(
     if data.corrections is not None:
         origin["corrections"] = data.corrections.record()
     return FeatureSource(data, base, features, origin)
+
+
+def keep_share(
+    data: ImageData | str | os.PathLike,
+    *,
+    backbone: str,
+    weights: str,
+    image_size: int | None,
+    precision: str,
+    cluster: Cluster,
+    patience: float = DEFAULT_PATIENCE,
+    **options: Any,
+) -> None:
+    """Computes one process's share of the features, and waits for nobody.
+
+    Once all shares are there, whoever asks for the features gets them.
+
+    Args:
+        data: As in `open_features`, like the others.
+        backbone: The base.
+        weights: Its weights.
+        image_size: Side of its images.
+        precision: Of its pass.
+        cluster: How many shares there are, and which is this process's.
+        patience: How long to wait for another process with the same share.
+        **options: `views`, `seed`, `feature_precision`, `cache_dir` and `progress`.
+
+    Raises:
+        InvalidArgument: If an argument cannot be used.
+        WeightsUnavailable: If the base's weights cannot be had.
+        WorkerLost: If another process computes the same share for that long.
+    """
+    views = options["views"]
+    data, base, _ = _loaded(data, backbone, weights, image_size, precision, views)
+    keep_shares(feature_passes(base, data, **options), cluster, patience=patience)
+
+
+def _loaded(
+    data: ImageData | str | os.PathLike,
+    backbone: str,
+    weights: str,
+    image_size: int | None,
+    precision: str,
+    views: int,
+) -> tuple[ImageData, keras.Model, str]:
+    """Returns images and base, and the precision that the base computes in."""
+    if views < 1:
+        raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
+    precision = precision_for(backbone, precision)
+    if not isinstance(data, ImageData):
+        data = load_images(data)
+    base = load_backbone(
+        backbone, weights=weights, image_size=image_size, precision=precision
+    )
+    return data, base, precision
 
 
 def precision_for(backbone: str | os.PathLike, precision: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,19 +15,13 @@ import keras
 import numpy as np
 
 from keras_rsft.backbones import build_head
-from keras_rsft.data import ImageData
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
-from keras_rsft.features import (
-    FeatureSet,
-    FrozenBase,
-    TrainingBatches,
-    batches_of,
-    extract_features,
-)
+from keras_rsft.features import FeatureSet, TrainingBatches, batches_of
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.ledger import Ledger, RejectionLedger
 from keras_rsft.loss_histogram import LossHistogram
 from keras_rsft.model import RSFTModel
@@ -41,22 +34,6 @@ Callbacks = (
     Sequence[keras.callbacks.Callback]
     | Callable[[RejectionLedger], Sequence[keras.callbacks.Callback]]
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitFeatures:
-    """The kept features of a data set."""
-
-    train: FeatureSet
-    validation: FeatureSet
-    test: FeatureSet
-    class_names: tuple[str, ...]
-
-    @property
-    def unreadable(self) -> tuple[tuple[str, str], ...]:
-        """`(id, reason)` of every image that could not be read."""
-        parts = (self.train, self.validation, self.test)
-        return tuple(pair for part in parts for pair in part.unreadable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,45 +61,6 @@ class TrainedHead:
     acceptance_by_class: np.ndarray
     examination: Examination | None = None
     loss_histograms: tuple[LossHistogram, ...] = ()
-
-
-def extract_all(
-    base: keras.Model,
-    data: ImageData,
-    *,
-    views: int = 1,
-    seed: int = 0,
-    feature_precision: str = "float32",
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> SplitFeatures:
-    """Runs the base over all splits, or reads what was kept of that.
-
-    Args:
-        base: Frozen base, images to features.
-        data: The images.
-        views: Views of each training image; the other splits have one.
-        seed: Seed of the random views.
-        feature_precision: How features are kept, as in `extract_features`.
-        cache_dir: Where features are kept. Default: the user's cache folder.
-        progress: Show progress bars.
-    """
-    splits = (data.train, data.validation, data.test)
-    num_images = sum(map(len, splits)) + (views - 1) * len(data.train)
-    frozen = FrozenBase(base, num_images=num_images)
-    kept = {
-        split.name: extract_features(
-            frozen,
-            split,
-            cache_dir=cache_dir,
-            views=views if split is data.train else 1,
-            seed=seed,
-            feature_precision=feature_precision,
-            progress=progress,
-        )
-        for split in splits
-    }
-    return SplitFeatures(**kept, class_names=data.class_names)
 
 
 def train_head(

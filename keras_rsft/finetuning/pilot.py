@@ -28,11 +28,11 @@ from keras_rsft.features.extraction import is_kept
 from keras_rsft.features.timing import seconds_per_image
 from keras_rsft.finetuning.feature_source import precision_for
 from keras_rsft.finetuning.head_training import (
-    SplitFeatures,
     head_probabilities,
     train_head,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
 

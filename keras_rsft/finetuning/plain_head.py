@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 
 from keras_rsft.finetuning.head_training import (
-    SplitFeatures,
     TrainedHead,
     head_probabilities,
     train_head,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.policy_choice import PolicyChoice
 
 

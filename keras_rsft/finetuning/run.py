@@ -19,13 +19,13 @@ from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.head_training import (
     Callbacks,
-    SplitFeatures,
     TrainedHead,
     train_head,
 )
 from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
 from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
 from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.finetuning.stage_two import (
     accuracy_on_images,
     check_base_can_learn,

@@ -17,8 +17,6 @@ ORACLE_HOST = "KERASTUNER_ORACLE_IP"
 ORACLE_PORT = "KERASTUNER_ORACLE_PORT"
 # Tells a worker which process started it, and that it must not outlive it.
 PARENT_VARIABLE = "KERAS_RSFT_PARENT"
-# A worker or a chief that says nothing for so long is given up.
-DEFAULT_PATIENCE = 600.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import keras
 import keras_tuner
 
 from keras_rsft.backbones import build_classifier
+from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.data import ImageData
 from keras_rsft.errors import DataError, TrainingStalled
 from keras_rsft.features import FeatureSet
@@ -37,7 +38,7 @@ from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracles import make_quiet_tuner
 from keras_rsft.searching.parallel_coordinates import draw_parallel_coordinates
 from keras_rsft.searching.pictures import draw_heat_maps
-from keras_rsft.searching.roles import DEFAULT_PATIENCE, Crew, role_of
+from keras_rsft.searching.roles import Crew, role_of
 from keras_rsft.searching.search_folder import (
     TRIALS_FILE,
     identity_of,

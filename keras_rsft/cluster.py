@@ -1,0 +1,144 @@
+"""Which of several processes this one is, by `TF_CONFIG`.
+
+TensorFlow's own variable, which Kubeflow's operator sets and a Slurm script can make:
+`{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}`.
+Imports nothing heavy, so that a mistake in it is told before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from keras_rsft.errors import InvalidArgument
+
+CLUSTER_VARIABLE = "TF_CONFIG"
+# Who says nothing for so many seconds is given up.
+DEFAULT_PATIENCE = 600.0
+_TASK_TYPES = ("chief", "worker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Several processes that do one thing together, and which of them this one is.
+
+    Attributes:
+        workers: `host:port` of each, in an order that all of them share. Who only
+            computes features makes no connection, and needs no address.
+        index: The place of this process among them, from 0.
+    """
+
+    workers: tuple[str, ...] = ("",)
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises InvalidArgument if there is no such worker."""
+        if not 0 <= self.index < len(self.workers):
+            raise InvalidArgument(
+                f"The index of a worker must be in [0, {len(self.workers)}), as there "
+                f"are {len(self.workers)} of them. Received: {self.index}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other worker."""
+        return len(self) == 1
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the worker that does what only one of them may do."""
+        return self.index == 0
+
+    def named(self, index: int) -> str:
+        """Returns how a worker is called in messages, with its address if it has one.
+
+        Args:
+            index: In [0, number of workers).
+        """
+        address = self.workers[index]
+        return f"worker {index} ({address})" if address else f"worker {index}"
+
+
+def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
+    """Returns the cluster that `TF_CONFIG` describes; without it, one of one worker.
+
+    A `chief` counts as the first worker, as TensorFlow has it.
+
+    Raises:
+        InvalidArgument: If it is not as TensorFlow wants it, or has tasks of another
+            type than these two.
+    """
+    text = environment.get(CLUSTER_VARIABLE, "").strip()
+    if not text:
+        return Cluster()
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise _invalid(f"it is no JSON: {error}", text) from error
+    addresses = _addresses(config, text)
+    chiefs, workers = (addresses.get(name, []) for name in _TASK_TYPES)
+    if not chiefs + workers:
+        return Cluster()
+    kind, index = _task(config, addresses, text)
+    if kind == "worker":
+        index += len(chiefs)
+    return Cluster((*chiefs, *workers), index)
+
+
+def _addresses(config: Any, text: str) -> dict[str, list[str]]:
+    """Returns the addresses of each type of task."""
+    cluster = config.get("cluster", {}) if isinstance(config, dict) else None
+    if not isinstance(cluster, dict):
+        raise _invalid('"cluster" must be an object of lists of addresses', text)
+    for name, addresses in cluster.items():
+        if name not in _TASK_TYPES:
+            raise _invalid(
+                f'"cluster" has tasks of type {name!r}, and only "worker" and "chief" '
+                "are used here, as there are no parameter servers",
+                text,
+            )
+        is_list = isinstance(addresses, list) and addresses
+        if not is_list or not all(isinstance(one, str) and one for one in addresses):
+            raise _invalid(f'"cluster"."{name}" must be a list of "host:port"', text)
+    if len(cluster.get("chief", [])) > 1:
+        raise _invalid("there may be one chief", text)
+    every = [address for addresses in cluster.values() for address in addresses]
+    if len(set(every)) < len(every):
+        raise _invalid("two tasks have the same address", text)
+    return cluster
+
+
+def _task(
+    config: dict[str, Any], addresses: dict[str, list[str]], text: str
+) -> tuple[str, int]:
+    """Returns type and index of this process."""
+    task = config.get("task")
+    if not isinstance(task, dict) or "type" not in task or "index" not in task:
+        raise _invalid('"task" must have "type" and "index"', text)
+    kind, index = task["type"], task["index"]
+    if isinstance(index, str) and index.isascii() and index.isdigit():
+        index = int(index)  # As shell scripts often have it.
+    if kind not in addresses:
+        raise _invalid(f'"task"."type" is {kind!r}, which "cluster" has not', text)
+    count = len(addresses[kind])
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        raise _invalid(
+            f'"task"."index" must be in [0, {count}), as there are {count} of type '
+            f"{kind!r}; it is {index!r}",
+            text,
+        )
+    return kind, index
+
+
+def _invalid(reason: str, text: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{CLUSTER_VARIABLE} cannot be used: {reason}. Expected, for example, "
+        '{"cluster": {"worker": ["host-a:2222", "host-b:2222"]}, "task": {"type": '
+        f'"worker", "index": 0}}}}. Received: {text}'
+    )

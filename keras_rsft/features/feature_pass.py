@@ -1,0 +1,193 @@
+"""A pass of a frozen base over images, in order, appended to files.
+
+Owns the append-only writing that makes a killed pass go on where it was. Where the
+features are kept, and under which key, is `extraction.py`'s business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.data import ImageSplit
+from keras_rsft.errors import DataError
+from keras_rsft.features.feature_set import FEATURES_FILE, INDEX_FILE
+from keras_rsft.features.frozen_base import FrozenBase
+from keras_rsft.features.share_joining import CHECKSUM
+from keras_rsft.progress import progress_bar
+
+_ROW_FILES = (FEATURES_FILE, INDEX_FILE)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeaturePass:
+    """One pass of a base over a split, as `extract_features` was asked for it.
+
+    Attributes:
+        base: The base.
+        split: The images, as they were loaded.
+        folder: Where the features will be.
+        batch_size: Images per step.
+        views: Views of each image.
+        seed: Of the random views.
+        feature_precision: How features are kept.
+        progress: Show progress bars.
+    """
+
+    base: FrozenBase
+    split: ImageSplit
+    folder: Path
+    batch_size: int
+    views: int
+    seed: int
+    feature_precision: str
+    progress: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all views of one image."""
+        return np.dtype(self.feature_precision).itemsize * self.views * self.base.dim
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What `meta.json` says beside the number of rows."""
+        return {
+            "views": self.views,
+            "dim": self.base.dim,
+            "precision": self.feature_precision,
+        }
+
+
+def append_rows(
+    work: FeaturePass, partial: Path, stretch: range
+) -> tuple[int, dict[str, str]]:
+    """Computes the features of a stretch of the split, after those that are there.
+
+    Args:
+        work: The pass.
+        partial: Folder of what is computed; made if it does not exist.
+        stretch: Positions in the split, beginning with a whole batch.
+
+    Returns:
+        The number of rows, and each file's checksum.
+    """
+    split, base = work.split, work.base
+    partial.mkdir(parents=True, exist_ok=True)
+    rows, next_index = _truncate_to_whole_batches(
+        partial, work.row_bytes, work.batch_size, stretch.start
+    )
+    _require_disk_space(partial, work.row_bytes * (stretch.stop - next_index))
+    images = split.images(
+        base.image_size, start=next_index, stop=stretch.stop, views=work.views,
+        seed=work.seed,
+    )  # fmt: skip
+    images = images.batch(work.batch_size).prefetch(2)
+    done = next_index - stretch.start
+    with (
+        (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
+        (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
+        progress_bar(
+            f"Features of {split.name}", total=len(stretch), unit="images", done=done,
+            visible=work.progress,
+        ) as advance,
+    ):  # fmt: skip
+        digests = {name: _digest_of(partial / name) for name in _ROW_FILES}
+        for index, batch in images:
+            batch = tf.reshape(batch, (-1, *base.image_size, 3))
+            values = _kept_as(work.feature_precision, base.forward(batch).numpy())
+            index = index.numpy()
+            _append(features_file, values)
+            _append(index_file, index)  # Only after its features are safe.
+            digests[FEATURES_FILE].update(_bytes_of(values))
+            digests[INDEX_FILE].update(_bytes_of(index))
+            rows += len(index)
+            reached = int(index[-1]) + 1
+            advance(reached - next_index)
+            next_index = reached
+    return rows, {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def require_rows(rows: int, split: ImageSplit) -> None:
+    """Raises DataError if none of a split's images could be read."""
+    if rows == 0 and len(split) > 0:
+        raise DataError(
+            f"None of the {len(split)} images of {split.name!r} can be read; "
+            f"the first, {split.ids[0]!r}: {split.read_error(0)}."
+        )
+
+
+def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
+    """Returns float32 features in the precision of the file."""
+    if precision == "float32":
+        return values
+    largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
+    if largest > np.finfo(precision).max:
+        raise DataError(
+            f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
+            "Keep its features in float32: leave out `--feature-precision`."
+        )
+    return values.astype(precision)
+
+
+def _append(file: Any, values: np.ndarray) -> None:
+    rest = _bytes_of(values)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:  # Which says nothing of the file.
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def _bytes_of(values: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(values).data.cast("B")
+
+
+def _digest_of(path: Path) -> Any:
+    """Returns the digest of what a file has, to be gone on with."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, CHECKSUM)
+
+
+def _truncate_to_whole_batches(
+    partial: Path, row_bytes: int, batch_size: int, first: int
+) -> tuple[int, int]:
+    """Drops what a killed run left half-written.
+
+    Whole batches stay, so that all later ones hold the images that they would have
+    held: the last bits of a feature may depend on what it is computed together with.
+
+    Returns:
+        The number of whole rows, and the index of the first sample after them.
+    """
+    features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
+    for path in (features_path, index_path):
+        path.touch()
+    rows = min(
+        index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
+    )
+    rows -= rows % batch_size
+    os.truncate(index_path, 8 * rows)
+    os.truncate(features_path, row_bytes * rows)
+    if rows == 0:
+        return 0, first
+    return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
+
+
+def _require_disk_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"The features need {needed / 1e9:.2f} GB and the disk has "
+            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
+            str(folder),
+        )

@@ -1,0 +1,98 @@
+"""One pass that several processes make together, on one machine or on many.
+
+Each runs the base on its share of the images and keeps that in a folder which all of
+them see. The chief then makes one set of the parts, the one that a single process would
+have made, and all of them read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
+from keras_rsft.features.extraction import join_pass
+from keras_rsft.features.feature_pass import FeaturePass, append_rows, require_rows
+from keras_rsft.features.feature_set import read_meta
+from keras_rsft.features.shares import (
+    Part,
+    parts_of,
+    wait_for_parts,
+    wait_for_set,
+)
+
+
+def run_together(
+    passes: Sequence[FeaturePass],
+    cluster: Cluster,
+    *,
+    patience: float = DEFAULT_PATIENCE,
+) -> None:
+    """Makes passes together with other processes that are called in the same way.
+
+    Each may be killed at any moment and goes on with its share when it is started
+    again. Nobody waits for ever: who waits for a worker that does nothing ends with an
+    error that names it, and nothing that was computed is lost.
+
+    Args:
+        passes: The same ones, in the same order, in all processes.
+        cluster: The processes, and which of them this one is.
+        patience: Seconds without progress after which another worker is given up.
+
+    Raises:
+        WorkerLost: If another worker does not do its part.
+        DataError: If no image of a split can be read, or a part is damaged.
+    """
+    keep_shares(passes, cluster, patience=patience)
+    # All of them before the first is put together: the chief may be the last.
+    for work in passes:
+        wait_for_parts(
+            work.folder,
+            _parts(work, cluster),
+            cluster,
+            name=work.split.name,
+            patience=patience,
+            progress=work.progress,
+        )
+    for work in passes:
+        parts = _parts(work, cluster)
+        rows = sum(part.rows for part in parts)  # First: they go when the set is there.
+        if read_meta(work.folder) is not None:
+            continue
+        require_rows(rows, work.split)
+        if cluster.is_chief:
+            join_pass(work, parts, patience=patience)
+        else:
+            name = work.split.name
+            wait_for_set(work.folder, cluster, name=name, patience=patience)
+
+
+def keep_shares(
+    passes: Sequence[FeaturePass],
+    cluster: Cluster,
+    *,
+    patience: float = DEFAULT_PATIENCE,
+) -> None:
+    """Computes this process's share of each pass, and waits for nobody.
+
+    When all shares are finished, `extract_features` makes one set of them.
+
+    Args:
+        passes: The passes.
+        cluster: The processes, and which of them this one is.
+        patience: Seconds to wait for another process that computes the same share.
+
+    Raises:
+        WorkerLost: If another one computes the same share for that long.
+    """
+    for work in passes:
+        parts = _parts(work, cluster)
+        if read_meta(work.folder) is not None or cluster.index >= len(parts):
+            continue
+        part = parts[cluster.index]
+        with part.held(patience):
+            if part.finished() is None and read_meta(work.folder) is None:
+                part.finish(*append_rows(work, part.path, part.stretch))
+
+
+def _parts(work: FeaturePass, cluster: Cluster) -> list[Part]:
+    return parts_of(work.folder, len(work.split), work.batch_size, len(cluster))
