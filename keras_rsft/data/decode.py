@@ -31,13 +31,10 @@ CROP_STRETCH = (3 / 4, 4 / 3)
 # where what is left is still this many times the target, then the antialiased
 # resize decides the result: less than 1 of 255 levels away on the mean.
 _SCALED_DECODE_MARGIN = 3
-_COARSE_DECODE_MARGIN = 1
 JPEG_RATIOS = (1, 2, 4)
 
 
-def decode_image(
-    encoded: tf.Tensor, image_size: int | tuple[int, int], *, coarse: bool = False
-) -> tf.Tensor:
+def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Tensor:
     """Decodes one image, crops its centre and resizes it.
 
     Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF (the first
@@ -49,8 +46,6 @@ def decode_image(
     Args:
         encoded: The image file's bytes, a string scalar tensor.
         image_size: Height and width of the result, or one number for a square.
-        coarse: For a picture to look at: a JPEG is decoded at the smallest size that
-            is not below the result's, which is faster. Default False.
 
     Returns:
         Float32 tensor of shape `(height, width, 3)`, RGB, in [0, 255].
@@ -61,9 +56,7 @@ def decode_image(
             image, are truncated, or hold more than `MAX_PIXELS` pixels.
     """
     size = checked_size(image_size)
-    margin = _COARSE_DECODE_MARGIN if coarse else _SCALED_DECODE_MARGIN
-    pixels = decode_pixels(encoded, smallest=size, margin=margin)
-    return centre_resize(pixels, size)
+    return centre_resize(decode_pixels(encoded, smallest=size), size)
 
 
 def decode_views(
@@ -101,10 +94,7 @@ def decode_views(
 
 
 def decode_pixels(
-    encoded: tf.Tensor,
-    *,
-    smallest: tuple[int, int] | None = None,
-    margin: int = _SCALED_DECODE_MARGIN,
+    encoded: tf.Tensor, *, smallest: tuple[int, int] | None = None
 ) -> tf.Tensor:
     """Decodes one image at its own size, or not far above `smallest`.
 
@@ -112,8 +102,6 @@ def decode_pixels(
         encoded: The image file's bytes, a string scalar tensor.
         smallest: Height and width that the pixels will be resized to. A JPEG
             that is many times larger is decoded at 1/2 or 1/4 of its size.
-        margin: How many times `smallest` what is decoded must still be then, at
-            least 1. Default 3.
 
     Returns:
         Uint8 tensor of shape `(height, width, 3)`, RGB.
@@ -124,7 +112,7 @@ def decode_pixels(
     head = headers.head_bytes(encoded)
     branches = (
         lambda: _refuse_unknown(encoded),
-        lambda: _decode_jpeg(encoded, smallest, margin),
+        lambda: _decode_jpeg(encoded, smallest),
         lambda: _decode_png(encoded, head),
         lambda: _decode_gif(encoded),
         lambda: _decode_bmp(encoded, head),
@@ -177,9 +165,7 @@ def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
         return tf.zeros([1, 1, 3], tf.uint8)
 
 
-def _decode_jpeg(
-    encoded: tf.Tensor, smallest: tuple[int, int] | None, margin: int
-) -> tf.Tensor:
+def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Tensor:
     width, height = headers.jpeg_size(encoded)
     encoded = _require_within_limit(encoded, width, height)
     if smallest is None:
@@ -188,14 +174,11 @@ def _decode_jpeg(
         lambda ratio=ratio: tf.io.decode_jpeg(encoded, channels=3, ratio=ratio)
         for ratio in JPEG_RATIOS
     ]
-    return tf.switch_case(jpeg_ratio_index(width, height, smallest, margin), branches)
+    return tf.switch_case(jpeg_ratio_index(width, height, smallest), branches)
 
 
 def jpeg_ratio_index(
-    width: tf.Tensor,
-    height: tf.Tensor,
-    smallest: tuple[int, int],
-    margin: int = _SCALED_DECODE_MARGIN,
+    width: tf.Tensor, height: tf.Tensor, smallest: tuple[int, int]
 ) -> tf.Tensor:
     """Returns by which of `JPEG_RATIOS` a JPEG of that size is decoded smaller.
 
@@ -203,13 +186,14 @@ def jpeg_ratio_index(
         width: Int64 tensor of any shape.
         height: The same.
         smallest: Height and width that the pixels will be resized to.
-        margin: As in `decode_pixels`.
 
     Returns:
         Int32 tensor of that shape.
     """
     scale = tf.minimum(height // smallest[0], width // smallest[1])
-    return tf.add_n([tf.cast(scale >= margin * r, tf.int32) for r in JPEG_RATIOS[1:]])
+    return tf.add_n(
+        [tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32) for r in JPEG_RATIOS[1:]]
+    )
 
 
 def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:

@@ -77,7 +77,6 @@ class ImageSplit:
         stop: int | None = None,
         views: int = 1,
         seed: int = 0,
-        coarse: bool = False,
     ) -> tf.data.Dataset:
         """Decodes the images one after the other.
 
@@ -92,8 +91,6 @@ class ImageSplit:
                 each further one a random flip and crop.
             seed: Chooses the random versions, together with the image's index
                 and the version's number; their order plays no part.
-            coarse: Faster, for pictures to look at, as in `decode_image`. Default
-                False; random versions are not affected.
 
         Returns:
             A dataset, not batched, of `(index, image)` in index order: an int64
@@ -114,7 +111,7 @@ class ImageSplit:
         def render(index: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             encoded = self.reader.load(key)
             if views == 1:
-                return index, decode_image(encoded, size, coarse=coarse)
+                return index, decode_image(encoded, size)
             return index, decode_views(
                 encoded, size, views=views, seed=seed, index=index
             )

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,6 @@ from keras_rsft.features.feature_set import FEATURES_FILE, INDEX_FILE
 from keras_rsft.features.frozen_base import FrozenBase
 from keras_rsft.features.share_joining import CHECKSUM
 from keras_rsft.progress import progress_bar
-
-_ROW_FILES = (FEATURES_FILE, INDEX_FILE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,21 +97,42 @@ def append_rows(
             f"Features of {split.name}", total=len(stretch), unit="images", done=done,
             visible=work.progress,
         ) as advance,
+        ThreadPoolExecutor(1) as writer,
     ):  # fmt: skip
-        digests = {name: _digest_of(partial / name) for name in _ROW_FILES}
+        rows_file = _RowFiles(features_file, index_file, partial)
+        writing: Future | None = None
         for index, batch in images:
             batch = tf.reshape(batch, (-1, *base.image_size, 3))
             values = _kept_as(work.feature_precision, base.forward(batch).numpy())
-            index = index.numpy()
-            _append(features_file, values)
-            _append(index_file, index)  # Only after its features are safe.
-            digests[FEATURES_FILE].update(_bytes_of(values))
-            digests[INDEX_FILE].update(_bytes_of(index))
+            if writing is not None:
+                writing.result()
+            # The disk is waited for while the base is busy with the next batch.
+            writing = writer.submit(rows_file.append, values, index.numpy())
             rows += len(index)
             reached = int(index[-1]) + 1
             advance(reached - next_index)
             next_index = reached
-    return rows, {name: digest.hexdigest() for name, digest in digests.items()}
+        if writing is not None:
+            writing.result()
+    return rows, rows_file.checksums()
+
+
+class _RowFiles:
+    """Appends batches to the two files of a pass, and takes their checksums."""
+
+    def __init__(self, features_file: Any, index_file: Any, folder: Path):
+        self._files = {FEATURES_FILE: features_file, INDEX_FILE: index_file}
+        self._digests = {name: _digest_of(folder / name) for name in self._files}
+
+    def append(self, values: np.ndarray, index: np.ndarray) -> None:
+        # The index only after its features are safe.
+        for name, array in ((FEATURES_FILE, values), (INDEX_FILE, index)):
+            _append(self._files[name], array)
+            self._digests[name].update(_bytes_of(array))
+
+    def checksums(self) -> dict[str, str]:
+        """Returns the checksum of each file."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
 
 def require_rows(rows: int, split: ImageSplit) -> None:

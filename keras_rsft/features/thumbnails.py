@@ -27,7 +27,7 @@ from keras_rsft.run_files import THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE
 SIZE = 96
 QUALITY = 75
 MAX_THUMBNAILS = 100_000
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 1
 _BATCH = 64
 
 
@@ -79,7 +79,7 @@ def _key(split: ImageSplit) -> str:
 
 
 def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
-    images = split.images(SIZE, coarse=True).map(_encode, num_parallel_calls=tf.data.AUTOTUNE)
+    images = split.images(SIZE).map(_encode, num_parallel_calls=tf.data.AUTOTUNE)
     batches = without_autotuning(images.batch(_BATCH).prefetch(2))
     rows = []
     offset = reached = 0
