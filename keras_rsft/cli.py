@@ -207,14 +207,16 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from keras_rsft.cli_output import output_of, print_comparison, print_data
     from keras_rsft.comparing import compare
     from keras_rsft.data.noise import parse_noise
-    from keras_rsft.finetuning.run_folder import check_new_folder, next_run_folder
+    from keras_rsft.finetuning import NumberedFolder
+    from keras_rsft.finetuning.run_folder import check_new_folder
 
     settings = training_settings(arguments, numbers)
     if arguments.noise is not None:
         parse_noise(arguments.noise)
     if arguments.output is not None:
         check_new_folder(arguments.output)
-    folder = arguments.output or next_run_folder(f"compare-{data_name(arguments)}")
+    name = f"compare-{data_name(arguments)}"
+    folder = arguments.output or NumberedFolder(name)
     with output_of(arguments) as output:
         data = load_corrected(arguments)
         print_data(data, output.console)

@@ -16,7 +16,8 @@ from keras_rsft.comparing import (
 from keras_rsft.comparing import comparison as comparison_module
 from keras_rsft.data import load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import TrainingSettings
+from keras_rsft.finetuning import NumberedFolder, TrainingSettings
+from keras_rsft.finetuning.unfinished import open_place
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,15 @@ class TestCompare:
         with pytest.raises(KeyboardInterrupt):
             written(tmp_path / "table")
         assert list(tmp_path.iterdir()) == []
+
+    def test_two_at_once_get_a_number_each(self, written, tmp_path, monkeypatch):
+        monkeypatch.setattr(comparison_module, "run_method", fake_run)
+        numbered = NumberedFolder("table", tmp_path)
+        with open_place(numbered, {"kind": "comparison"}) as first:
+            assert first.folder.name == "table-1"
+            assert written(numbered).folder.name == "table-2"
+            first.write(lambda folder: (folder / "comparison.csv").touch())
+        assert {path.name for path in tmp_path.iterdir()} == {"table-1", "table-2"}
 
 
 def fake_run(name, trial):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -60,22 +61,28 @@ def many_photos(tmp_path_factory):
     return root
 
 
+def start_command(folder, arguments, *, driver=("-", "1"), **variables):
+    """Starts the command line in a folder, to be killed where the driver says."""
+    kept = {name: v for name, v in os.environ.items() if not name.startswith("TF_")}
+    return subprocess.Popen(
+        [str(part) for part in (sys.executable, "-c", DRIVER, *driver, *arguments)],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=kept | variables,
+        # A shell lets its background jobs ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def start(many_photos, tiny_base_file):
-    def start(folder, *options, driver=("-", "1")):
-        command = [
-            sys.executable, "-c", DRIVER, *driver, "fit", many_photos, "--backbone",
-            tiny_base_file, "--cache-dir", folder / "kept", "--epochs", "6",
+    def start(folder, *options, **how):
+        arguments = [
+            "fit", many_photos, "--backbone", tiny_base_file,
+            "--cache-dir", folder / "kept", "--epochs", "6",
             "--policy", "running-threshold", "--noise", "symmetric:0.2",
             "--learning-rate", "0.01", "--no-plain", *options,
         ]  # fmt: skip
-        return subprocess.Popen(
-            [str(part) for part in command],
-            cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={k: v for k, v in os.environ.items() if not k.startswith("TF_")},
-            # A shell lets its background jobs ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        return start_command(folder, arguments, **how)
 
     return start
 
@@ -168,24 +175,28 @@ def test_two_at_once_over_one_cache_and_one_folder_of_runs(
     assert not [name for name in kept if "partial" in name or name.startswith(".")]
 
 
-def test_two_exports_of_one_name_at_once(whole, finish, tmp_path):
-    command = [
-        sys.executable, "-m", "keras_rsft.cli", "export", run_in(whole),
-        "--name", "photos", "--directory", tmp_path,
-    ]  # fmt: skip
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / ".1-killed").mkdir()
-    processes = [
-        subprocess.Popen(
-            [str(part) for part in command],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+def test_an_export_killed_and_then_two_of_one_name_at_once(whole, finish, tmp_path):
+    folder = tmp_path / "photos"
+    command = ["export", run_in(whole), "--name", "photos", "--directory", tmp_path]
+    # Complete, and about to get its name.
+    process = start_command(tmp_path, command, driver=("os:rename", "1"))
+    status, _, err = finish(process)
+    assert status == -signal.SIGKILL, err
+    (left,) = folder.iterdir()
+    assert left.name.startswith(".1-")
+    assert (left / "saved_model.pb").is_file()
+    processes = [start_command(tmp_path, command) for _ in range(2)]
     for status, _, err in map(finish, processes):
         assert status == 0, err
-    folder = tmp_path / "photos"
-    versions = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert versions == {"1", "2"}
-    for version in versions:
-        assert (folder / version / "saved_model.pb").is_file()
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"1", "2"}
+    contents = [_files_in(folder / version) for version in ("1", "2")]
+    assert contents[0] == contents[1]
+    assert Path("saved_model.pb") in contents[0]
+
+
+def _files_in(folder):
+    """Returns the content of all files but the one with a random number in it."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    contents = {path.relative_to(folder): path.read_bytes() for path in files}
+    del contents[Path("fingerprint.pb")]
+    return contents

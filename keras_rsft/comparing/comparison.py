@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_rsft.comparing.comparison_folder import write_comparison
+from keras_rsft.comparing.comparison_folder import fill_comparison
 from keras_rsft.comparing.method_names import (
     CLEAN_SUBSET,
     CLEANLAB,
@@ -30,9 +31,9 @@ from keras_rsft.data import ImageData, add_label_noise
 from keras_rsft.data.noise import parse_noise
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings
-from keras_rsft.finetuning.feature_source import open_features
-from keras_rsft.finetuning.run_folder import check_new_folder
+from keras_rsft.finetuning import NumberedFolder, SplitFeatures, TrainingSettings
+from keras_rsft.finetuning.feature_source import FeatureSource, open_features
+from keras_rsft.finetuning.unfinished import open_place
 from keras_rsft.progress import progress_bar
 
 NOISY_SPLITS = ("train", "validation")
@@ -83,7 +84,7 @@ def compare(
     views: int = 1,
     feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
-    output: str | os.PathLike | None = None,
+    output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
@@ -110,8 +111,9 @@ def compare(
             `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
             those of the methods that are policies. Default: `TrainingSettings()`.
-        output: Folder of the comparison; it must not exist. Default: none is
-            written.
+        output: Folder of the comparison, which must not exist, or
+            `NumberedFolder("compare-photos")` for the next number. It is taken at once
+            and appears whole at the end. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
@@ -131,19 +133,49 @@ def compare(
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
-    folder = check_new_folder(output) if output is not None else None
-    source = open_features(
-        data,
-        backbone=backbone,
-        weights=weights,
-        image_size=image_size,
-        precision=precision,
-        views=views,
-        feature_precision=feature_precision,
-        seed=settings.seed,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
+
+    with contextlib.ExitStack() as stack:
+        place = None  # Taken before the work, not after it.
+        if output is not None:
+            place = stack.enter_context(open_place(output, {"kind": "comparison"}))
+        source = open_features(
+            data,
+            backbone=backbone,
+            weights=weights,
+            image_size=image_size,
+            precision=precision,
+            views=views,
+            feature_precision=feature_precision,
+            seed=settings.seed,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+        comparison = _compare_source(
+            source,
+            methods=methods,
+            seeds=seeds,
+            noise=noise,
+            settings=settings,
+            progress=progress,
+            command=command,
+        )
+        if place is not None:
+            comparison = dataclasses.replace(comparison, folder=place.folder)
+            place.write(lambda folder: fill_comparison(folder, comparison))
+    return comparison
+
+
+def _compare_source(
+    source: FeatureSource,
+    *,
+    methods: Sequence[str] | None,
+    seeds: int,
+    noise: str | None,
+    settings: TrainingSettings,
+    progress: bool,
+    command: str | None,
+) -> Comparison:
+    """Compares methods on features, where that is asked for under wrong labels."""
     data, kept = source.data, source.features
     noisy_data = {}
     if noise is not None:
@@ -158,7 +190,7 @@ def compare(
     comparison = compare_features(
         features_of, methods=methods, seeds=seeds, settings=settings, progress=progress
     )
-    comparison = dataclasses.replace(
+    return dataclasses.replace(
         comparison,
         config={
             "command": command,
@@ -169,11 +201,7 @@ def compare(
             **dataclasses.asdict(settings),
         },
         noisy_data=noisy_data,
-        folder=folder,
     )
-    if folder is not None:
-        write_comparison(comparison)
-    return comparison
 
 
 def compare_features(

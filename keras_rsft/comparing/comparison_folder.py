@@ -1,4 +1,4 @@
-"""A comparison on disk: written beside its final place and renamed, never over."""
+"""A comparison on disk: the files of its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_rsft.comparing.intervals import Interval
 from keras_rsft.comparing.summary import Outcome
-from keras_rsft.result_folder import write_csv, write_json, written_whole
+from keras_rsft.result_folder import write_csv, write_json
 
 if TYPE_CHECKING:
     from keras_rsft.comparing.comparison import Comparison
@@ -22,13 +22,8 @@ LABELS_FILE = "labels.csv"
 CONFIG_FILE = "config.json"
 
 
-def write_comparison(comparison: Comparison) -> None:
-    """Writes a folder at `comparison.folder`, whole or not at all."""
-    with written_whole(comparison.folder) as partial:
-        _fill(partial, comparison)
-
-
-def _fill(folder: Path, comparison: Comparison) -> None:
+def fill_comparison(folder: Path, comparison: Comparison) -> None:
+    """Writes all files of a comparison into an empty folder."""
     fields = [field.name for field in dataclasses.fields(Outcome)]
     write_csv(
         folder / TABLE_FILE,

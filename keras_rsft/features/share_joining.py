@@ -128,7 +128,7 @@ def _join(joining: Path, parts: Sequence[Part], name: str, progress: bool) -> in
             index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
             fault = index_fault(index, part.stretch, said["rows"])
             for file, target in targets.items():
-                checksum = _append_file(part.path / file, target, advance)
+                checksum = append_file(part.path / file, target, advance)
                 if fault is None and checksum != said["checksums"].get(file):
                     fault = f"{file} is not what was written"
             if fault is not None:
@@ -141,7 +141,7 @@ def _join(joining: Path, parts: Sequence[Part], name: str, progress: bool) -> in
     return rows
 
 
-def _append_file(
+def append_file(
     source: Path, target: BinaryIO, advance: Callable[[float], None]
 ) -> str:
     """Copies a file to the end of another, and returns its checksum."""

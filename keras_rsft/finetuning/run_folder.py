@@ -58,14 +58,6 @@ def check_new_folder(output: str | os.PathLike) -> Path:
     return folder
 
 
-def next_run_folder(name: str, root: str | os.PathLike = "runs") -> Path:
-    """Returns the first of `ROOT/NAME-1`, `ROOT/NAME-2`, ... that does not exist."""
-    number = 1
-    while (folder := Path(root) / f"{name}-{number}").exists():
-        number += 1
-    return folder
-
-
 def read_class_names(folder: Path) -> tuple[str, ...]:
     """Returns the class names of a run folder."""
     return tuple(json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))

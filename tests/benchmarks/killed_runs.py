@@ -1,9 +1,10 @@
-"""`keras-rsft fit` killed at random moments and started again with the same command.
+"""`fit` and `export` killed at random moments and started again with the same commands.
 
-One run is left alone. Then, for each moment, a run begins in a folder and with a cache
-of its own, is killed (`kill -9`) after a random share of the other's time, and started
-again. Prints where each was when it was killed, what the next start did, and whether
-the weights are those of the run that was left alone, to the last bit.
+One run and its export are left alone. Then, for each moment, a run begins in a folder
+and with a cache of its own, and is exported when it is finished. What runs is killed
+(`kill -9`) after a random share of the others' time, and started again. Prints where
+each was when it was killed, what the next start did, and whether the weights are those
+of the run that was left alone, to the last bit, and the exported files the same bytes.
 
     python tests/benchmarks/killed_runs.py --moments 20
 
@@ -27,6 +28,7 @@ import numpy as np
 
 import keras_rsft.model  # noqa: F401 (Keras then knows the class in head.keras.)
 
+EXPORT = ["export", "runs/digits-1", "--name", "photos"]
 PROGRAM = """
 import sys
 from keras_rsft import cli
@@ -48,44 +50,84 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as root:
         left_alone = Path(root) / "left-alone"
-        started = time.perf_counter()
-        status, _ = finish(start(left_alone, arguments.epochs))
-        seconds = time.perf_counter() - started
-        print(f"left alone: {seconds:.1f} s, exit status {status}\n")
-        print(f"{'killed after':>12}  {'when':34}  {'then':18}  weights")
+        seconds = [
+            seconds_of(command, left_alone)
+            for command in (fit_command(arguments.epochs), EXPORT)
+        ]
+        print(f"left alone: {seconds[0]:.1f} s, export {seconds[1]:.1f} s\n")
+        print(f"{'killed after':>12}  {'when':34}  {'then':18}  weights   export")
         same = 0
         for number in range(arguments.moments):
             folder = Path(root) / str(number)
-            after = seconds * rng.uniform(low, high)
-            process = start(folder, arguments.epochs)
-            time.sleep(after)
-            process.kill()
-            process.wait()
-            when = stage(folder)
-            then = "was finished"
-            if not list(folder.glob("runs/*-1")):
-                status, out = finish(start(folder, arguments.epochs))
-                then = "went on" if "Going on with" in out else "began anew"
-            equal = same_weights(folder, left_alone)
-            same += equal
-            verdict = "the same" if equal else "OTHER"
-            print(f"{after:10.1f} s  {when:34}  {then:18}  {verdict}", flush=True)
-    print(f"\n{same} of {arguments.moments} have the same weights to the last bit.")
+            after = sum(seconds) * rng.uniform(low, high)
+            when, then = killed(folder, arguments.epochs, after, seconds[0])
+            if not list(folder.glob("saved_models/photos/1")):
+                finish(start(folder, EXPORT))
+            equal = same_weights(folder, left_alone), same_export(folder, left_alone)
+            same += all(equal)
+            verdicts = "  ".join("the same" if one else "OTHER   " for one in equal)
+            print(f"{after:10.1f} s  {when:34}  {then:18}  {verdicts}", flush=True)
+    print(f"\n{same} of {arguments.moments} have the same weights to the last bit,")
+    print("and the same exported files.")
     sys.exit(same != arguments.moments)
 
 
-def start(folder: Path, epochs: int) -> subprocess.Popen:
-    """Starts a fit of digits with wrong labels in a folder."""
-    folder.mkdir(exist_ok=True)
-    command = [
-        sys.executable, "-c", PROGRAM, "fit", "digits", "--noise", "symmetric:0.3",
+def killed(
+    folder: Path, epochs: int, after: float, fit_seconds: float
+) -> tuple[str, str]:
+    """Kills a fit, or its export where it would be finished, and starts it again.
+
+    Args:
+        folder: Where; it must not exist.
+        epochs: Of the training.
+        after: Seconds from the beginning of the fit.
+        fit_seconds: How long a fit takes.
+
+    Returns:
+        Where it was when it was killed, and what the next start did.
+    """
+    command = fit_command(epochs)
+    in_export = after > fit_seconds
+    if in_export:
+        finish(start(folder, command))
+        command, after = EXPORT, after - fit_seconds
+    process = start(folder, command)
+    time.sleep(after)
+    process.kill()
+    process.wait()
+    when = export_stage(folder) if in_export else stage(folder)
+    if when == "finished":
+        return when, "was finished"
+    _, out = finish(start(folder, command))
+    return when, "went on" if "Going on with" in out else "began anew"
+
+
+def seconds_of(command: list[str], folder: Path) -> float:
+    """Runs a command that is left alone, and returns how long it takes."""
+    started = time.perf_counter()
+    status, _ = finish(start(folder, command))
+    if status != 0:
+        sys.exit(f"The command that was left alone ended with exit status {status}.")
+    return time.perf_counter() - started
+
+
+def fit_command(epochs: int) -> list[str]:
+    """Returns a fit of digits with wrong labels."""
+    return [
+        "fit", "digits", "--noise", "symmetric:0.3",
         "--backbone", "efficientnet_lite0", "--image-size", "64",
         "--precision", "float32", "--policy", "running-threshold",
         "--epochs", str(epochs), "--cache-dir", "kept",
     ]  # fmt: skip
+
+
+def start(folder: Path, command: list[str]) -> subprocess.Popen:
+    """Starts a command in a folder, which is made."""
+    folder.mkdir(exist_ok=True)
     return subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        [sys.executable, "-c", PROGRAM, *command],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -115,6 +157,29 @@ def stage(folder: Path) -> str:
     if len(whole) < 3:
         return f"extraction, {len(whole)} of 3 splits whole"
     return "training, nothing on disk"
+
+
+def export_stage(folder: Path) -> str:
+    """Says how far a killed export had come, by what it left."""
+    exports = folder / "saved_models" / "photos"
+    if (exports / "1").exists():
+        return "finished"
+    partial = next(exports.glob(".1-*"), None)
+    if partial is None:
+        return "export, nothing on disk"
+    number = sum(path.is_file() for path in partial.rglob("*"))
+    return f"export, {number} files written"
+
+
+def same_export(folder: Path, other: Path) -> bool:
+    """Says whether two exports have the same files, but for a random number."""
+    contents = []
+    for place in (folder, other):
+        version = place / "saved_models" / "photos" / "1"
+        files = [path for path in version.rglob("*") if path.is_file()]
+        contents.append({p.relative_to(version): p.read_bytes() for p in files})
+        contents[-1].pop(Path("fingerprint.pb"))
+    return contents[0] == contents[1]
 
 
 def same_weights(folder: Path, other: Path) -> bool:
