@@ -47,6 +47,7 @@ def extract_features(
     views: int = 1,
     seed: int = 0,
     feature_precision: str = "float32",
+    called: str = "Features",
     progress: bool = True,
 ) -> FeatureSet:
     """Returns the features of a split: kept ones, or those of one pass.
@@ -70,6 +71,7 @@ def extract_features(
         seed: Seed of the random views. Default 0.
         feature_precision: How features are kept: `"float32"`, the default, or
             `"float16"` for half the disk.
+        called: What the progress bar calls them. Default "Features".
         progress: Show a progress bar. Default True.
 
     Returns:
@@ -89,6 +91,7 @@ def extract_features(
             views=views,
             seed=seed,
             feature_precision=feature_precision,
+            called=called,
             progress=progress,
         )
         return _left_over(before_review, split)
@@ -106,7 +109,7 @@ def extract_features(
         if read_meta(folder) is None:
             _run_pass(
                 base, split, folder, batch_size, views, seed, feature_precision,
-                progress,
+                called, progress,
             )  # fmt: skip
     return _open(folder, split)
 
@@ -175,6 +178,7 @@ def _run_pass(
     views: int,
     seed: int,
     feature_precision: str,
+    called: str,
     progress: bool,
 ) -> None:
     row_bytes = np.dtype(feature_precision).itemsize * views * base.dim
@@ -184,7 +188,7 @@ def _run_pass(
     _require_disk_space(partial, row_bytes * (len(split) - next_index))
     images = split.images(base.image_size, start=next_index, views=views, seed=seed)
     images = images.batch(batch_size).prefetch(2)
-    label = f"Features of {split.name}"
+    label = f"{called} of {split.name}"
     with (
         (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
         (partial / INDEX_FILE).open("ab", buffering=0) as index_file,

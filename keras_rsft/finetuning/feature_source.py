@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -59,6 +60,7 @@ def open_features(
     cache_dir: str | os.PathLike | None,
     progress: bool,
     feature_precision: str = "float32",
+    on_base: Callable[[keras.Model], None] = lambda base: None,
 ) -> FeatureSource:
     """Lists the images, loads the base, and computes or reads the features.
 
@@ -73,6 +75,7 @@ def open_features(
         cache_dir: Where features are kept; None: the user's cache folder.
         progress: Show progress bars.
         feature_precision: How features are kept, `"float32"` or `"float16"`.
+        on_base: Called with the base before it is run, to refuse it.
 
     Raises:
         InvalidArgument: If an argument cannot be used.
@@ -87,6 +90,7 @@ def open_features(
     base = load_backbone(
         backbone, weights=weights, image_size=image_size, precision=precision
     )
+    on_base(base)
     features = extract_all(
         base,
         data,
