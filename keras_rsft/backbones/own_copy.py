@@ -39,6 +39,8 @@ def set_trainable(base: keras.Model, chosen: Sequence[keras.Layer]) -> None:
 def _copy_weights(source: keras.Model, target: keras.Model) -> None:
     """Copies layer by layer: a clone may list parallel layers in another order."""
     for layer in source.layers:
+        if not layer.weights:  # A clone may call its input otherwise.
+            continue
         own = target.get_layer(layer.name)
         if isinstance(layer, keras.Model):
             _copy_weights(layer, own)

@@ -122,12 +122,13 @@ class ImageBatches:
 
 
 def labelled_images(
-    split: ImageSplit, image_size: tuple[int, int], *, batch_size: int
+    split: ImageSplit, kept: FeatureSet, image_size: tuple[int, int], *, batch_size: int
 ) -> tf.data.Dataset:
     """Returns a split's readable images in order, for evaluation.
 
     Args:
         split: The images.
+        kept: Features of those that can be read.
         image_size: Height and width in pixels.
         batch_size: Samples per batch, at least 1.
 
@@ -135,9 +136,11 @@ def labelled_images(
         `tf.data.Dataset` of `(images (batch, height, width, 3), labels (batch,))`.
     """
     labels = tf.constant(split.labels)
-    batches = split.images(image_size).batch(batch_size).prefetch(2)
+    batches = split.images(image_size).batch(batch_size)
+    batches = batches.map(lambda index, images: (images, tf.gather(labels, index)))
+    steps = -(-len(kept) // batch_size)
     return without_autotuning(
-        batches.map(lambda index, images: (images, tf.gather(labels, index)))
+        batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
     )
 
 

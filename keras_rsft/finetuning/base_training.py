@@ -227,7 +227,9 @@ def _image_batches(
     size, batch_size = part.base.input_shape[1:3], settings.batch_size
     validation = None
     if len(features.validation):
-        validation = labelled_images(data.validation, size, batch_size=batch_size)
+        validation = labelled_images(
+            data.validation, features.validation, size, batch_size=batch_size
+        )
     train = ImageBatches(
         data.train, features.train, size, batch_size=batch_size, seed=settings.seed
     )
