@@ -1,4 +1,4 @@
-"""What rejection saves where a part of a base learns, and what keeping activations does.
+"""What rejection saves where a part of a base learns, and what kept activations do.
 
 Three tables, each as ratios within one run. First, at batch level, the time of a step
 when no, every second or each batch is rejected, for the last block and for the whole
@@ -18,6 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 
 import keras
@@ -37,11 +38,14 @@ CLASSES = 10
 
 
 class Scripted(rsft.Policy):
-    """Accepts the first part of each batch, or every so many batches."""
+    """Accepts the first part of each batch, or every so many batches.
+
+    `share` can be changed without a retrace.
+    """
 
     def __init__(self, share: float, level: str):
         super().__init__()
-        self.share = share
+        self.share = self.add_live_number("share", share)
         self.level = level
 
     def decide(self, per_sample_loss, step, labels=None, sample_index=None):
@@ -63,16 +67,31 @@ def body(part: TrainablePart) -> keras.Model:
     return keras.Model(inputs, head(part.rest(inputs)))
 
 
-def fitted(kind: type, model: keras.Model, policy: rsft.Policy, data, steps: int):
-    """Compiles and traces; returns a function that trains for some steps."""
-    wrapped = kind(model, policy)
-    wrapped.compile(
-        keras.optimizers.SGD(1e-4, momentum=0.9),
-        "sparse_categorical_crossentropy",
-        jit_compile=False,
-    )
-    wrapped.fit(data.take(2), verbose=0)
-    return lambda: wrapped.fit(data.take(steps), verbose=0)
+class Fitted:
+    """A model that is compiled and traced, and trains for some steps when called."""
+
+    def __init__(self, kind: type, model: keras.Model, level: str, data, steps: int):
+        self.policy = Scripted(0.5, level)
+        self._data, self._steps = data, steps
+        self._model = kind(model, self.policy)
+        self._model.compile(
+            keras.optimizers.SGD(1e-4, momentum=0.9),
+            "sparse_categorical_crossentropy",
+            jit_compile=False,
+        )
+        started = time.perf_counter()
+        self._model.fit(data.take(2), verbose=0)
+        self.tracing_seconds = time.perf_counter() - started
+
+    def at(self, share: float) -> Callable:
+        """Returns a training at this share of accepted samples or batches."""
+
+        def run() -> None:
+            self.policy.share.assign(share)
+            self._model.fit(self._data.take(self._steps), verbose=0)
+
+        run()  # Once for nothing: what is new in it is prepared.
+        return run
 
 
 def medians(runs: dict[str, Callable], rounds: int) -> dict[str, float]:
@@ -104,11 +123,9 @@ def batch_level(bases: dict, options: argparse.Namespace, console: Console) -> N
         data = repeated_batch(part, options.batch_size)
         model = body(part)
         steps = options.steps[name]
+        model = Fitted(rsft.RSFTModel, model, "batch", data, steps)
         runs = {
-            f"{100 * (1 - share):.0f} %": fitted(
-                rsft.RSFTModel, model, Scripted(share, "batch"), data, steps
-            )
-            for share in (1.0, 0.5, 0.0)
+            f"{100 * (1 - share):.0f} %": model.at(share) for share in (1.0, 0.5, 0.0)
         }
         seconds = medians(runs, options.rounds)
         plain = next(iter(seconds.values()))
@@ -127,13 +144,16 @@ def sample_level(bases: dict, options: argparse.Namespace, console: Console) -> 
         data = repeated_batch(part, options.batch_size)
         model = body(part)
         steps = options.steps[name]
-        one = fitted(rsft.RSFTModel, model, Scripted(0.5, "sample"), data, steps)
-        runs = {"one": one}
+        one = Fitted(rsft.RSFTModel, model, "sample", data, steps)
         second_pass.BREAK_EVEN = 2.0  # Two passes always.
-        shares = {f"{share:.0%}": share for share in (1.0, 0.75, 0.5, 0.25)}
-        for label, share in shares.items():
-            policy = Scripted(share, "sample")
-            runs[label] = fitted(rsft.TwoPassRSFTModel, model, policy, data, steps)
+        two = Fitted(rsft.TwoPassRSFTModel, model, "sample", data, steps)
+        console.print(
+            f"{name}: the first two steps, with tracing, take "
+            f"{one.tracing_seconds:.1f} s and {two.tracing_seconds:.1f} s."
+        )
+        runs = {"one": one.at(0.5)}
+        for share in (1.0, 0.75, 0.5, 0.25):
+            runs[f"{share:.0%}"] = two.at(share)
         seconds = medians(runs, options.rounds)
         single = 1000 * seconds.pop("one") / steps
         for label, value in seconds.items():
@@ -160,13 +180,13 @@ def kept_or_anew(part: TrainablePart, options, console: Console) -> None:
         images = keras.Input((*size, 3))
         rest = body(part)
         whole = keras.Model(images, rest(FrozenFront(part.front)(images)))
-        policy = Scripted(0.5, "sample")
         steps = len(kept)
         from_images = anew.dataset.map(lambda x, y, _, index: (x, y))
         runs = {
-            "kept": fitted(rsft.TwoPassRSFTModel, rest, policy, batches.dataset, steps),
-            "anew": fitted(rsft.TwoPassRSFTModel, whole, policy, from_images, steps),
+            "kept": Fitted(rsft.RSFTModel, rest, "sample", batches.dataset, steps),
+            "anew": Fitted(rsft.RSFTModel, whole, "sample", from_images, steps),
         }
+        runs = {name: one.at(0.5) for name, one in runs.items()}
         seconds = medians(runs, options.rounds)
     table = Table(title="An epoch on kept activations", title_justify="left")
     for column in ("images", "kB an image", "the pass", "kept", "anew", "kept / anew"):
@@ -192,15 +212,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tables", default="batch,sample,kept")
     options = parser.parse_args()
+    warnings.simplefilter("ignore")  # That nothing is accepted is what is measured.
     console = Console(width=88)
     base = rsft.load_backbone(
         options.base, weights="none", image_size=options.image_size
     )
     bases = {"last block": trainable_part(base, 1), "all": trainable_part(base, "all")}
     options.steps = {"last block": 10, "all": 4}
+    cut, batch_size = bases["last block"].cut, options.batch_size
     console.print(
-        f"{options.base}, {options.image_size} pixels, batches of {options.batch_size}; "
-        f"cut before {bases['last block'].cut}"
+        f"{options.base}, {options.image_size} pixels, batches of {batch_size}; "
+        f"cut before {cut}"
     )
     wanted = options.tables.split(",")
     if "batch" in wanted:
