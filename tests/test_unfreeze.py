@@ -15,9 +15,15 @@ from same_run import assert_same_run
 from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.backbones.trainable_part import trainable_part
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.export import export_run
 from keras_rsft.features.image_batches import ImageBatches
-from keras_rsft.finetuning import TrainingSettings, finetune, train_head, tuned_run
+from keras_rsft.finetuning import (
+    TrainingSettings,
+    better_model,
+    checkpoint,
+    finetune,
+    train_head,
+    tuned_run,
+)
 from keras_rsft.finetuning.activations import (
     ActivationChoice,
     ActivationCosts,
@@ -25,11 +31,12 @@ from keras_rsft.finetuning.activations import (
     settled_choice,
 )
 from keras_rsft.finetuning.base_training import train_base
+from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.predict import predict_files
 
-HEAD_EPOCHS, BASE_EPOCHS = 3, 3
+HEAD_EPOCHS, BASE_EPOCHS = 2, 2
 KEPT = ActivationChoice(True, "kept for the test")
 ANEW = ActivationChoice(False, "computed for the test")
 
@@ -79,6 +86,7 @@ def source(noisy_photos, base_file, tmp_path_factory):
 def train(source, settings):
     """Trains a head and then the part, from kept activations or from images."""
 
+    @functools.cache
     def run(*, keep=True, **changes):
         how = dataclasses.replace(settings, **changes)
         trained = train_head(source.features, how, progress=False)
@@ -134,12 +142,18 @@ class TestWhatLearns:
             (1, {"block3_conv"}),
             (2, {"block2_conv", "block3_conv"}),
             (("block2_conv",), {"block2_conv"}),
-            ("all", {"block1_conv", "block2_conv", "block3_conv"}),
+            pytest.param(
+                "all",
+                {"block1_conv", "block2_conv", "block3_conv"},
+                marks=pytest.mark.slow,
+            ),
         ],
     )
     def test_the_chosen_layers_alone(self, train, source, trainable_from, expected):
-        keep = trainable_from != "all"
-        part, trained, tuned = train(trainable_from=trainable_from, keep=keep)
+        changes = {"trainable_from": trainable_from, "keep": trainable_from != "all"}
+        if trainable_from == 2:
+            changes |= {"optimizer": "adam", "learning_rate": 0.01}
+        part, trained, tuned = train(**changes)
         assert changed_layers(source.base, part.base) == expected
         own_base, own_head = tuned.classifier.layers[1:]
         assert own_base is part.base
@@ -147,11 +161,12 @@ class TestWhatLearns:
         assert not any(v.trainable for v in own_base.variables)
 
     def test_batch_norm_where_it_is_asked_for(self, train, source):
-        part, _, _ = train(train_batch_norm=True)
+        part, _, _ = train(train_batch_norm=True, base_epochs=1)
         assert changed_layers(source.base, part.base) == {"block3_conv", "block3_bn"}
         norm = part.base.get_layer(part.base.layers[1].name).get_layer("block3_bn")
         assert not np.allclose(norm.moving_mean.numpy(), 0.1)
 
+    @pytest.mark.slow
     def test_a_slow_base_moves_less_and_the_head_as_before(self, train, source):
         def movement(rate):
             part, trained, tuned = train(base_learning_rate=rate, base_epochs=1)
@@ -167,12 +182,10 @@ class TestWhatLearns:
         assert fast / slow == pytest.approx(100, rel=0.2)
         assert head == pytest.approx(other_head, rel=0.2)
 
-    @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-    def test_from_images_as_from_kept_activations(self, train, optimizer):
-        _, _, kept = train(optimizer=optimizer, trainable_from=2, learning_rate=0.01)
-        _, _, anew = train(
-            optimizer=optimizer, trainable_from=2, learning_rate=0.01, keep=False
-        )
+    def test_from_images_as_from_kept_activations(self, train):
+        changes = {"trainable_from": 2, "optimizer": "adam", "learning_rate": 0.01}
+        _, _, kept = train(**changes, keep=True)
+        _, _, anew = train(**changes, keep=False)
         for own, other in zip(
             kept.classifier.get_weights(), anew.classifier.get_weights(), strict=True
         ):
@@ -181,7 +194,7 @@ class TestWhatLearns:
             np.testing.assert_allclose(anew.trained.history[name], values, atol=1e-4)
 
     def test_the_ledger_goes_on(self, train, source):
-        _, trained, tuned = train()
+        _, trained, tuned = train(trainable_from=1, keep=True)
         epochs = HEAD_EPOCHS + BASE_EPOCHS
         assert tuned.trained.ledger is trained.ledger
         assert (trained.ledger.seen == epochs).all()
@@ -219,17 +232,6 @@ class TestRun:
         ):
             np.testing.assert_array_equal(own, other)
 
-    def test_worse_on_validation_is_not_kept(self, fit, monkeypatch, source, choose):
-        choose(ANEW)
-        monkeypatch.setattr(
-            "keras_rsft.finetuning.better_model.accuracy_on_images",
-            lambda model, split: 0.5 if same_base(model, source.base) else 0.4,
-        )
-        done = fit(None)
-        assert done.results["unfrozen_kept"] == 0.0
-        assert same_base(done.model, source.base)
-        assert "head_test_accuracy" not in done.results
-
     def test_what_cannot_be_done_is_refused_before_the_pass(
         self, fit, noisy_photos, settings, monkeypatch, tmp_path
     ):
@@ -265,13 +267,43 @@ class TestRun:
         assert "at least 1" in error
 
 
-def same_base(model, base):
-    return all(
-        np.array_equal(own, other)
-        for own, other in zip(
-            model.layers[1].get_weights(), base.get_weights(), strict=True
-        )
-    )
+class TestWhichIsKept:
+    @pytest.fixture
+    def judged(self, source, monkeypatch):
+        head_only, tuned = object(), object()
+
+        def judge(accuracy, features=source.features):
+            monkeypatch.setattr(
+                better_model,
+                "accuracy_on_images",
+                lambda model, split: 0.5 if model is head_only else accuracy,
+            )
+            results = {"validation_accuracy": 0.6, "test_accuracy": 0.7}
+            kept = better_model.better_model(
+                head_only, tuned, source.data, features, results,
+                name="unfrozen", unjudged=True,
+            )  # fmt: skip
+            return kept is tuned, results
+
+        return judge
+
+    def test_what_is_not_worse_on_validation(self, judged):
+        kept, results = judged(0.5)
+        assert kept
+        assert results["unfrozen_kept"] == 1.0
+        assert results["test_accuracy"] == results["unfrozen_test_accuracy"] == 0.5
+        assert results["head_validation_accuracy"] == 0.6
+        kept, results = judged(0.4)
+        assert not kept
+        assert results["unfrozen_kept"] == 0.0
+        assert results["unfrozen_validation_accuracy"] == 0.4
+        assert results["test_accuracy"] == 0.7
+        assert "head_test_accuracy" not in results
+
+    def test_what_was_asked_for_where_nothing_can_judge(self, judged, source):
+        nothing = source.features.validation.take(np.zeros(0, np.int64))
+        features = dataclasses.replace(source.features, validation=nothing)
+        assert judged(0.1, features)[0]
 
 
 class Killed(BaseException):
@@ -279,36 +311,36 @@ class Killed(BaseException):
 
 
 class TestGoesOn:
-    @pytest.mark.parametrize("choice", [KEPT, ANEW], ids=["kept", "anew"])
-    @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-    def test_to_the_last_bit(self, fit, tmp_path, stop_at, choose, choice, optimizer):
-        choose(choice)
-        fit = functools.partial(fit, changes={"optimizer": optimizer})
+    @pytest.mark.slow
+    def test_stopped_politely(self, fit, tmp_path, stop_at, choose):
+        choose(ANEW)
         whole = fit(tmp_path / "whole")
-        stop_at(HEAD_EPOCHS + 2)
+        stop_at(HEAD_EPOCHS + 1)
         with pytest.raises(KeyboardInterrupt) as stop:
             fit(tmp_path / "stopped")
-        assert "5 of 6 epochs are kept" in stop.value.__notes__[0]
-        seen = []
-        note = keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda epoch, logs: seen.append(epoch)
-        )
-        with pytest.raises(InvalidArgument, match="with other callbacks"):
-            fit(tmp_path / "stopped", callbacks=[note])
-        # Another choice would be made now, and is not.
-        choose(ANEW if choice is KEPT else KEPT)
-        again = fit(tmp_path / "stopped")
-        assert_same_run(again, whole)
+        assert "3 of 4 epochs are kept" in stop.value.__notes__[0]
+        choose(KEPT)  # Would be chosen now, and is not.
+        assert_same_run(fit(tmp_path / "stopped"), whole)
 
-    def test_killed_while_the_base_trains(self, fit, tmp_path, stop_at, choose):
+    @pytest.mark.parametrize(
+        "on_disk", [False, pytest.param(True, marks=pytest.mark.slow)]
+    )
+    def test_killed(self, fit, tmp_path, stop_at, choose, monkeypatch, on_disk):
+        changes = {"optimizer": "adam"}
+        if on_disk:  # The state of each epoch, not only every ten seconds.
+            monkeypatch.setattr(checkpoint, "TIMES_ITS_COST", 0.0)
+            monkeypatch.setattr(TrainingCheckpoint.__init__, "__kwdefaults__",
+                                {"seconds_between": 0.0})  # fmt: skip
         choose(KEPT)
-        whole = fit(tmp_path / "whole")
+        whole = fit(tmp_path / "whole", changes=changes)
         stop_at(HEAD_EPOCHS + 1, Killed)
         with pytest.raises(Killed):
-            fit(tmp_path / "killed")
+            fit(tmp_path / "killed", changes=changes)
         unfinished = tmp_path / "killed.unfinished"
         assert (unfinished / "training.npz").exists()  # The head need not learn again.
-        assert_same_run(fit(tmp_path / "killed"), whole)
+        assert (unfinished / "base_training.npz").exists() == on_disk
+        choose(ANEW)  # Would be chosen now, and is not.
+        assert_same_run(fit(tmp_path / "killed", changes=changes), whole)
 
 
 class TestChoice:
@@ -387,8 +419,12 @@ def test_the_front_alone_does_not_learn(base_file):
 
 
 @pytest.mark.slow
-def test_export_with_verification(fit, tmp_path, choose, monkeypatch):
+def test_export_with_verification(fit, call, tmp_path, choose):
     choose(KEPT)
     done = fit(tmp_path / "run", changes={"base_learning_rate": 1e-6})
-    export = export_run(done.folder, tmp_path / "models" / "photos", verify=True)
-    assert export.folder.exists()
+    assert done.results["unfrozen_kept"] == 1.0
+    status, output, error = call("export", done.folder, "--verify")
+    assert (status, error) == (0, "")
+    assert "verified" in output.lower()
+    (card,) = tmp_path.glob("saved_models/*/1/README.md")
+    assert "A part of the base was trained too." in card.read_text()

@@ -29,6 +29,7 @@ from rich.table import Table
 
 import keras_rsft as rsft
 from keras_rsft.backbones.trainable_part import TrainablePart, trainable_part
+from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.features import FrozenBase
 from keras_rsft.features.image_batches import ImageBatches
 from keras_rsft.finetuning.base_training import FrozenFront
@@ -80,7 +81,7 @@ class Fitted:
             jit_compile=False,
         )
         started = time.perf_counter()
-        self._model.fit(data.take(2), verbose=0)
+        self._train(2)
         self.tracing_seconds = time.perf_counter() - started
 
     def at(self, share: float) -> Callable:
@@ -88,10 +89,14 @@ class Fitted:
 
         def run() -> None:
             self.policy.share.assign(share)
-            self._model.fit(self._data.take(self._steps), verbose=0)
+            self._train(self._steps)
 
         run()  # Once for nothing: what is new in it is prepared.
         return run
+
+    def _train(self, steps: int) -> None:
+        # The tuner of `tf.data` would be waited for at the end, for seconds.
+        self._model.fit(without_autotuning(self._data.take(steps)), verbose=0)
 
 
 def medians(runs: dict[str, Callable], rounds: int) -> dict[str, float]:
