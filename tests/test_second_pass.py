@@ -131,10 +131,10 @@ def test_the_share_accepted_lately_decides(network, small_data):
     model._in_two_passes = noted
     model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     with pytest.warns(UserWarning, match="accepted no sample"):
-        model.fit(x, y, batch_size=8, verbose=0)
-    # 1, 0.9, 0.81, 0.729, 0.656, and then below 0.6.
-    assert passes == pytest.approx([0.9**5])
-    assert float(model.recent_acceptance) == pytest.approx(0.9**6)
+        model.fit(x, y, batch_size=6, verbose=0)
+    # 1, 0.9, 0.81, 0.73, 0.66, 0.59, 0.53, and then below a half.
+    assert passes == pytest.approx([0.9**7])
+    assert float(model.recent_acceptance) == pytest.approx(0.9**8)
 
 
 def test_saved_and_loaded(network, small_data, tmp_path):
