@@ -45,6 +45,7 @@ _HOMES = {
     "SearchSpace": "searching",
     "SelfPaced": "policies",
     "TrainingBatches": "features",
+    "TwoPassRSFTModel": "model",
     "TrainingSettings": "finetuning",
     "add_label_noise": "data",
     "apply_corrections": "data",

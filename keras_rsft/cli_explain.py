@@ -103,6 +103,8 @@ def _rows(pilot: Pilot, settings: TrainingSettings) -> list[tuple[str, str]]:
     training = f"{settings.epochs} epochs, {about(pilot.training_seconds)}"
     if settings.stage2_epochs:
         training += ", without the last block"
+    if settings.trainable_from is not None:
+        training += ", without the base"
     rows.append(("Training", training))
     return rows
 

@@ -25,6 +25,7 @@ from keras_rsft.cli_options import (
     load_corrected,
     training_settings,
 )
+from keras_rsft.cli_unfreeze import add_unfreeze_options, unfreeze_settings
 from keras_rsft.policy_choice import PolicyChoice
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def add_fit(commands: argparse._SubParsersAction) -> None:
     add_base_options(fit.add_argument_group("base"))
     add_policy_options(fit.add_argument_group("rejection"))
     add_training_options(fit.add_argument_group("training"))
+    add_unfreeze_options(fit)
     fit.add_argument(
         "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
     )
@@ -75,7 +77,9 @@ def run_fit(arguments: argparse.Namespace, choice: PolicyChoice) -> None:
     from keras_rsft.finetuning.run_folder import check_new_folder
     from keras_rsft.report import write_report
 
-    settings = training_settings(arguments, choice)
+    settings = dataclasses.replace(
+        training_settings(arguments, choice), **unfreeze_settings(arguments)
+    )
     if arguments.output is not None:
         check_new_folder(arguments.output)  # Before the work, not after it.
     with output_of(arguments) as output:
@@ -95,6 +99,9 @@ def run_fit(arguments: argparse.Namespace, choice: PolicyChoice) -> None:
             progress=output.progress,
             command=arguments.command_line,
             on_begin=beginning,
+            on_note=lambda text: output.console.print(
+                text, markup=False, soft_wrap=True
+            ),
         )
         write_report(run)
         print_run(run, output.console)

@@ -26,6 +26,7 @@ from keras_rsft.cli_documents import json_value
 from keras_rsft.data import ImageData
 from keras_rsft.result_words import (
     RESULT_NAMES,
+    TUNINGS,
     interval_text,
     setting_text,
     share_text,
@@ -130,9 +131,10 @@ def print_run(run: Run, console: Console) -> None:
     for key, name in RESULT_NAMES.items():
         if key in run.results:
             table.add_row(name, f"{100 * run.results[key]:.1f} %")
-    if "stage2_kept" in run.results:
-        kept = "kept" if run.results["stage2_kept"] else "not kept: worse on validation"
-        table.add_row("Last block fine-tuned", kept)
+    for tuning, name in TUNINGS.items():
+        if f"{tuning}_kept" in run.results:
+            kept = run.results[f"{tuning}_kept"]
+            table.add_row(name, "kept" if kept else "not kept: worse on validation")
     table.add_row("Time", f"{run.results['seconds']:.1f} s")
     console.print(table)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)

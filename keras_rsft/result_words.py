@@ -17,12 +17,18 @@ RESULT_NAMES = {
     "head_validation_accuracy": "Head alone, validation split",
     "stage2_test_accuracy": "Last block fine-tuned, test split",
     "stage2_validation_accuracy": "Last block fine-tuned, validation split",
+    "unfrozen_test_accuracy": "Base trained too, test split",
+    "unfrozen_validation_accuracy": "Base trained too, validation split",
     "acceptance_rate": "Accepted in the last epoch",
     "estimated_wrong_labels": "Labels that look wrong",
     "wrong_labels": "Wrong training labels",
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
 }
+
+
+# What was done to the base after the head: its name in the results, and in words.
+TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Base trained too"}
 
 
 def share_text(share: float | None) -> str:

@@ -19,9 +19,9 @@ from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features import FrozenBase, extract_features
 from keras_rsft.finetuning import (
     TrainingSettings,
+    better_model,
     feature_source,
     finetune,
-    run,
     stage_two,
 )
 from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
@@ -294,7 +294,7 @@ class TestRun:
             same = np.array_equal(model.get_weights()[0], tiny_base.get_weights()[0])
             return 0.5 if same else tuned_is
 
-        monkeypatch.setattr(run, "accuracy_on_images", accuracy)
+        monkeypatch.setattr(better_model, "accuracy_on_images", accuracy)
         done = fit()
         results = done.results
         assert results["stage2_kept"] == kept
@@ -310,7 +310,7 @@ class TestRun:
     def test_without_validation_the_head_stays(self, fit, monkeypatch, tiny_base):
         measured = []
         monkeypatch.setattr(
-            run,
+            better_model,
             "accuracy_on_images",
             lambda model, split: measured.append(split.name) or 1.0,
         )

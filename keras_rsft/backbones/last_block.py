@@ -1,13 +1,12 @@
-"""Finds the last block of a base: the part that a cautious fine-tuning may change.
+"""Finds the last blocks of a base: the part that a cautious fine-tuning may change.
 
-Owns where the block begins. Which of its layers learn, and how, is left to
-`finetuning/stage_two.py`.
+Owns where a block begins. Which of its layers learn, and how, is left to
+`trainable_part.py` and the room `finetuning/`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import keras
 from keras import layers
@@ -26,15 +25,28 @@ _UPSAMPLING = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTran
 def last_block(body: keras.Model) -> list[keras.Layer]:
     """Returns the layers of the last block of a base, and all that come after it.
 
-    The block begins, by the first of these rules that gives a layer to train:
+    Args:
+        body: As in `block_starts`.
+
+    Returns:
+        The model's own layers, without nested models, in the model's order. Empty
+        where the model has no layer to train.
+    """
+    starts = block_starts(body)
+    return leaf_layers(body)[starts[-1] :] if starts else []
+
+
+def block_starts(body: keras.Model) -> list[int]:
+    """Returns where the blocks of a base begin, as positions in `leaf_layers`.
+
+    A block begins, by the first of these rules that gives a block with a layer to
+    train in it:
 
     1. Where layers are named as in `keras.applications` (`conv5_block3_1_conv`,
        `block7a_expand_conv`, `stage3_block2_conv`, `block_16_expand`,
-       `expanded_conv_10_project`, `conv_dw_13`): at the first layer of the block
-       that is named last.
-    2. Behind the last layer that halves height and width (`strides` above 1) and
-       is followed by a layer to train.
-    3. At the last layer to train.
+       `expanded_conv_10_project`, `conv_dw_13`): at the first layer of each name.
+    2. Behind each layer that halves height and width (`strides` above 1).
+    3. At each layer to train.
 
     A layer to train is one with weights that is neither BatchNorm nor
     normalisation of the input: those keep still in a fine-tuning of few steps.
@@ -44,14 +56,20 @@ def last_block(body: keras.Model) -> list[keras.Layer]:
             so that a backbone of `load_backbone` can be given as it is.
 
     Returns:
-        The model's own layers, without nested models, in the model's order. Empty
-        where the model has no layer to train.
+        Increasing positions. The last block ends with the model. Empty where the
+        model has no layer to train.
     """
     found = leaf_layers(body)
-    for start in _possible_starts(found):
-        if any(learns(layer) for layer in found[start:]):
-            return found[start:]
-    return []
+    for starts in (_named_starts(found), _halved_starts(found)):
+        ends = [*starts, len(found)][1:]
+        blocks = [
+            start
+            for start, end in zip(starts, ends, strict=True)
+            if any(learns(layer) for layer in found[start:end])
+        ]
+        if blocks:
+            return blocks
+    return [at for at, layer in enumerate(found) if learns(layer)]
 
 
 def leaf_layers(model: keras.Model) -> list[keras.Layer]:
@@ -67,17 +85,19 @@ def learns(layer: keras.Layer) -> bool:
     return bool(layer.weights) and not isinstance(layer, _NOT_LEARNT)
 
 
-def _possible_starts(found: list[keras.Layer]) -> Iterator[int]:
+def is_batch_norm(layer: keras.Layer) -> bool:
+    """Says whether a layer is a BatchNorm."""
+    return isinstance(layer, layers.BatchNormalization)
+
+
+def _named_starts(found: list[keras.Layer]) -> list[int]:
     blocks = [_block_of(layer.name) for layer in found]
-    named = [block for block in blocks if block is not None]
-    if named:
-        yield blocks.index(named[-1])
-    for position in reversed(range(len(found))):
-        if _halves(found[position]):
-            yield position + 1
-    for position in reversed(range(len(found))):
-        if learns(found[position]):
-            yield position
+    names = dict.fromkeys(block for block in blocks if block is not None)
+    return sorted(blocks.index(name) for name in names)
+
+
+def _halved_starts(found: list[keras.Layer]) -> list[int]:
+    return [at + 1 for at, layer in enumerate(found) if _halves(layer)]
 
 
 def _block_of(layer_name: str) -> str | None:

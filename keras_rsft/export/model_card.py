@@ -161,6 +161,8 @@ def _limits(results: dict[str, Any]) -> Iterator[str]:
     )
     if results.get("stage2_kept"):
         yield "The last block of the base was fine-tuned too.\n"
+    if results.get("unfrozen_kept"):
+        yield "A part of the base was trained too.\n"
 
 
 def _licence(run: FinishedRun) -> Iterator[str]:

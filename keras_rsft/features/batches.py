@@ -103,11 +103,13 @@ class TrainingBatches:
         )
         return samples, samples * views + view
 
+    def epoch_order(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns `order` of the epoch that began last."""
+        return self.order(self._epoch)
+
     def _make_dataset(self) -> tf.data.Dataset:
         columns = _with_index if self._sample_index else _without_index
-        return _gathered(
-            self._features, lambda: self.order(self._epoch), self._batch_size, columns
-        )
+        return _gathered(self._features, self.epoch_order, self._batch_size, columns)
 
 
 def batches_of(features: FeatureSet, *, batch_size: int = 256) -> tf.data.Dataset:

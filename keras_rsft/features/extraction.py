@@ -48,6 +48,7 @@ def extract_features(
     views: int = 1,
     seed: int = 0,
     feature_precision: str = "float32",
+    called: str = "Features",
     progress: bool = True,
 ) -> FeatureSet:
     """Returns the features of a split: kept ones, or those of one pass.
@@ -71,6 +72,7 @@ def extract_features(
         seed: Seed of the random views. Default 0.
         feature_precision: How features are kept: `"float32"`, the default, or
             `"float16"` for half the disk.
+        called: What the progress bar calls them. Default "Features".
         progress: Show a progress bar. Default True.
 
     Returns:
@@ -89,6 +91,7 @@ def extract_features(
         views=views,
         seed=seed,
         feature_precision=feature_precision,
+        called=called,
         progress=progress,
     )
     run_alone(work)
@@ -104,6 +107,7 @@ def make_pass(
     views: int = 1,
     seed: int = 0,
     feature_precision: str = "float32",
+    called: str = "Features",
     progress: bool = True,
 ) -> FeaturePass:
     """Says which pass `extract_features` with these arguments would make, if any.
@@ -122,8 +126,9 @@ def make_pass(
         base, split, views=views, seed=seed, feature_precision=feature_precision
     )
     return FeaturePass(
-        base, split, root / key, batch_size, views, seed, feature_precision, progress
-    )
+        base, split, root / key, batch_size, views, seed, feature_precision, called,
+        progress,
+    )  # fmt: skip
 
 
 def is_kept(

@@ -38,6 +38,7 @@ class FeaturePass:
         views: Views of each image.
         seed: Of the random views.
         feature_precision: How features are kept.
+        called: What the progress bar calls them.
         progress: Show progress bars.
     """
 
@@ -48,6 +49,7 @@ class FeaturePass:
     views: int
     seed: int
     feature_precision: str
+    called: str
     progress: bool
 
     @property
@@ -94,7 +96,7 @@ def append_rows(
         (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
         (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
         progress_bar(
-            f"Features of {split.name}", total=len(stretch), unit="images", done=done,
+            f"{work.called} of {split.name}", total=len(stretch), unit="images", done=done,
             visible=work.progress,
         ) as advance,
         ThreadPoolExecutor(1) as writer,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -67,6 +68,7 @@ def open_features(
     feature_precision: str = "float32",
     cluster: Cluster | None = None,
     patience: float = DEFAULT_PATIENCE,
+    on_base: Callable[[keras.Model], None] = lambda base: None,
 ) -> FeatureSource:
     """Lists the images, loads the base, and computes or reads the features.
 
@@ -83,6 +85,7 @@ def open_features(
         feature_precision: How features are kept, `"float32"` or `"float16"`.
         cluster: Processes that compute them together, as in `extract_all`.
         patience: How long to wait for a worker of it, as in `extract_all`.
+        on_base: Called with the base before it is run, to refuse it.
 
     Raises:
         InvalidArgument: If an argument cannot be used.
@@ -93,6 +96,7 @@ def open_features(
     data, base, precision = _loaded(
         data, backbone, weights, image_size, precision, views
     )
+    on_base(base)
     features = extract_all(
         base,
         data,

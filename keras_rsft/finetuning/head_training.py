@@ -51,6 +51,8 @@ class TrainedHead:
             class, NaN for a class without training samples.
         examination: What `auto` found out about the labels; None for other policies.
         loss_histograms: The losses of each epoch.
+        recorder: The callback that keeps the ledger, for a training that goes on.
+        callbacks: The user's callbacks, for the same.
     """
 
     model: RSFTModel
@@ -61,6 +63,8 @@ class TrainedHead:
     acceptance_by_class: np.ndarray
     examination: Examination | None = None
     loss_histograms: tuple[LossHistogram, ...] = ()
+    recorder: RejectionLedger | None = None
+    callbacks: Sequence[keras.callbacks.Callback] = ()
 
 
 def train_head(
@@ -119,7 +123,7 @@ def train_head(
     if train.reviewed is not None:
         recorder.ledger.note_reviewed(train.reviewed)
     if train.clean_labels is not None:
-        results |= _rejected_shares(train, accepted)
+        results |= rejected_shares(train, accepted)
     return TrainedHead(
         model,
         history,
@@ -129,6 +133,8 @@ def train_head(
         np.stack(recorder.acceptance_by_class),
         examination,
         tuple(recorder.loss_histograms),
+        recorder,
+        further,
     )
 
 
@@ -289,8 +295,13 @@ def _final_decisions(
     return accepted
 
 
-def _rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
-    """Returns how many wrong labels there are, and which shares were rejected."""
+def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
+    """Returns how many wrong labels there are, and which shares were rejected.
+
+    Args:
+        train: Training features whose right labels are known.
+        accepted: Boolean array of shape `(n,)`.
+    """
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
     if wrong.any():

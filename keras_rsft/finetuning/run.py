@@ -14,9 +14,10 @@ import keras
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.data import ImageData, apply_corrections, load_images
+from keras_rsft.finetuning.better_model import better_model
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
-from keras_rsft.finetuning.feature_source import open_features
+from keras_rsft.finetuning.feature_source import FeatureSource, open_features
 from keras_rsft.finetuning.head_training import (
     Callbacks,
     TrainedHead,
@@ -27,9 +28,15 @@ from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.finetuning.stage_two import (
-    accuracy_on_images,
     check_base_can_learn,
     fine_tune_last_block,
+)
+from keras_rsft.finetuning.tuned_run import (
+    BaseTrainingPlace,
+    Unfreezing,
+    check_part_can_learn,
+    part_to_train,
+    unfreeze,
 )
 from keras_rsft.finetuning.unfinished import (
     NumberedFolder,
@@ -39,6 +46,7 @@ from keras_rsft.finetuning.unfinished import (
 )
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import disk_full_said
+from keras_rsft.trainable_choice import TrainableFrom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,8 @@ class Run:
             labels that the finished model's policy rejects. After a stage two also
             `stage2_validation_accuracy`, `stage2_test_accuracy`, and `stage2_kept`:
             1.0 where `model` is its model. The plain accuracies are then its own,
-            and the head's `head_validation_accuracy` and `head_test_accuracy`.
+            and the head's `head_validation_accuracy` and `head_test_accuracy`. Where a
+            part of the base was trained, the same under names with `unfrozen`.
         config: Everything that is needed to repeat the run.
         features: The kept features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, examination.
@@ -106,12 +115,18 @@ def finetune(
     progress: bool = True,
     command: str | None = None,
     on_begin: Callable[[Path, bool], None] | None = None,
+    trainable_from: TrainableFrom | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
     With `stage2_epochs` in the settings, the base's last block is then fine-tuned
     with the head on the accepted images (Ahn et al., 2024, TURN). That is kept where
     it gets no fewer validation images right than the head alone.
+
+    With `trainable_from`, a part of the base, or all of it, then learns with the head
+    under the same policy, for `base_epochs`. The activations in front of that part are
+    kept like features where that pays. The result is kept by the same rule.
 
     Args:
         data: Loaded images, or what `load_images` takes.
@@ -137,6 +152,9 @@ def finetune(
         command: The command line that asked for this run, for the record.
         on_begin: Called before the work with the run folder to be, and with whether
             an unfinished run goes on there. Not called without `output`.
+        trainable_from: In the place of the settings': how many of the base's last
+            blocks learn, `"all"`, or names of layers.
+        on_note: Called with what is decided on the way, in one line.
 
     Returns:
         The trained model with its history and results.
@@ -150,8 +168,12 @@ def finetune(
         OSError: If the disk is full; the same call goes on once there is room.
     """
     settings = settings or TrainingSettings()
+    if trainable_from is not None:
+        settings = dataclasses.replace(settings, trainable_from=trainable_from)
     if settings.stage2_epochs:
         check_base_can_learn(str(backbone))
+    if settings.trainable_from is not None:
+        check_part_can_learn(str(backbone))
     options = {
         "backbone": backbone,
         "weights": weights,
@@ -161,7 +183,9 @@ def finetune(
         "feature_precision": feature_precision,
     }
     with_plain = with_plain and output is not None
-    work = _Work(options, settings, cache_dir, callbacks, with_plain, progress, command)
+    work = _Work(
+        options, settings, cache_dir, callbacks, with_plain, progress, command, on_note
+    )
     if output is not None and not isinstance(output, NumberedFolder):
         check_new_folder(output)  # Before the work, not after it.
     if not isinstance(data, ImageData):
@@ -194,6 +218,12 @@ class _Work:
     with_plain: bool
     progress: bool
     command: str | None
+    on_note: Callable[[str], None]
+
+    def check(self, base: keras.Model) -> None:
+        """Raises where the part of the base that shall learn is not in it."""
+        if self.settings.trainable_from is not None:
+            part_to_train(base, self.settings)
 
 
 def _identity_of(callbacks: Callbacks) -> Any:
@@ -210,19 +240,23 @@ def _identity_of(callbacks: Callbacks) -> Any:
 def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
     """Makes a run and its folder; keeps the training's state where that fails."""
     checkpoint = TrainingCheckpoint(place.checkpoint)
+    of_base = BaseTrainingPlace.at(place)
     try:
-        run = dataclasses.replace(_run(data, work, checkpoint), folder=place.folder)
+        run = _run(data, work, checkpoint, of_base)
+        run = dataclasses.replace(run, folder=place.folder)
         place.write(
             lambda folder: fill_run_folder(
                 folder, run, data, cache_dir=work.cache_dir, progress=work.progress
             )
         )
     except (KeyboardInterrupt, OSError) as error:
-        with contextlib.suppress(OSError):  # The disk may be full.
-            checkpoint.flush()
+        for state in (checkpoint, of_base.checkpoint):
+            with contextlib.suppress(OSError):  # The disk may be full.
+                state.flush()
         if isinstance(error, KeyboardInterrupt) and checkpoint.epochs_done:
+            done = max(checkpoint.epochs_done, of_base.checkpoint.epochs_done)
             error.add_note(
-                f"{checkpoint.epochs_done} of {work.settings.epochs} epochs are kept "
+                f"{done} of {work.settings.all_epochs} epochs are kept "
                 f"in {place.unfinished}."
             )
         said = disk_full_said(error, place.unfinished)
@@ -236,6 +270,7 @@ def _run(
     data: ImageData,
     work: _Work,
     checkpoint: TrainingCheckpoint | None = None,
+    of_base: BaseTrainingPlace | None = None,
 ) -> Run:
     started = time.perf_counter()
     settings, progress = work.settings, work.progress
@@ -245,6 +280,7 @@ def _run(
         seed=settings.seed,
         cache_dir=work.cache_dir,
         progress=progress,
+        on_base=work.check,
     )
     data, features = source.data, source.features
     trained = train_head(
@@ -255,10 +291,9 @@ def _run(
         checkpoint=checkpoint,
     )
     head, results = trained.model, trained.results
-    base = source.float32_base()
-    model = build_classifier(base, data.num_classes, head=head.model)
-    if settings.stage2_epochs:
-        model = _stage_two(model, base, data, features, trained, settings, progress)
+    if checkpoint is not None and settings.trainable_from is not None:
+        checkpoint.flush()  # What comes now takes longer than all before.
+    model, trained = _with_base(source, trained, work, of_base)
     against_plain = None
     if work.with_plain:
         against_plain = train_against_plain(
@@ -282,17 +317,39 @@ def _run(
     )
 
 
+def _with_base(
+    source: FeatureSource,
+    trained: TrainedHead,
+    work: _Work,
+    of_base: BaseTrainingPlace | None,
+) -> tuple[keras.Model, TrainedHead]:
+    """Returns the whole model, and the training with what the base has learnt in it."""
+    settings, base, data = work.settings, source.float32_base(), source.data
+    model = build_classifier(base, data.num_classes, head=trained.model.model)
+    if settings.stage2_epochs:
+        model = _stage_two(model, base, data, source.features, trained, work)
+    if settings.trainable_from is None:
+        return model, trained
+    how = Unfreezing(
+        settings,
+        work.options["feature_precision"],
+        work.cache_dir,
+        work.progress,
+        work.on_note,
+    )
+    return unfreeze(model, base, data, source.features, trained, how, of_base)
+
+
 def _stage_two(
     head_only: keras.Model,
     base: keras.Model,
     data: ImageData,
     features: SplitFeatures,
     trained: TrainedHead,
-    settings: TrainingSettings,
-    progress: bool,
+    work: _Work,
 ) -> keras.Model:
     """Returns the better of two models by validation, and notes both in the results."""
-    results = trained.results
+    settings = work.settings
     tuned = fine_tune_last_block(
         base,
         trained.model.model,
@@ -302,21 +359,8 @@ def _stage_two(
         epochs=settings.stage2_epochs,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        progress=progress,
+        progress=work.progress,
     )
-    kept = False
-    if len(features.test):
-        results["stage2_test_accuracy"] = accuracy_on_images(tuned, data.test)
-    if len(features.validation):
-        accuracy = accuracy_on_images(tuned, data.validation)
-        results["stage2_validation_accuracy"] = accuracy
-        # Anew, as the features may have been computed in another precision.
-        kept = accuracy >= accuracy_on_images(head_only, data.validation)
-    results["stage2_kept"] = float(kept)
-    if not kept:
-        return head_only
-    for name in ("validation_accuracy", "test_accuracy"):
-        if name in results:
-            results[f"head_{name}"] = results[name]
-            results[name] = results[f"stage2_{name}"]
-    return tuned
+    return better_model(
+        head_only, tuned, data, features, trained.results, name="stage2"
+    )

@@ -8,6 +8,10 @@ import keras
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.trainable_choice import TrainableFrom, checked_trainable
+
+# Of the head's learning rate: what a pretrained base knows is soon unlearnt.
+BASE_SHARE_OF_LEARNING_RATE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,15 @@ class TrainingSettings:
         seed: Seed of the initial weights and of the order. Default 0.
         stage2_epochs: Passes over the accepted images in which the last block of
             the base is fine-tuned with the head, at least 0. Default 0: none.
+        trainable_from: Which part of the base learns with the head once that has been
+            trained for `epochs`: how many of the last blocks, `"all"`, or names of
+            layers. Default None: none.
+        base_epochs: Passes over the training images in which it does, at least 1.
+            Default 5.
+        base_learning_rate: The base's own, positive. Default None: a tenth of
+            `learning_rate`.
+        train_batch_norm: Have the BatchNorm layers of that part learn and normalise
+            by the batch. Default False: they are in inference mode.
 
     Raises:
         InvalidArgument: If a value is out of its range or unknown.
@@ -39,9 +52,13 @@ class TrainingSettings:
     weight_decay: float | None = None
     seed: int = 0
     stage2_epochs: int = 0
+    trainable_from: TrainableFrom | None = None
+    base_epochs: int = 5
+    base_learning_rate: float | None = None
+    train_batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "base_epochs"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(
                     f"`{name}` must be at least 1. Received: {getattr(self, name)}."
@@ -56,6 +73,7 @@ class TrainingSettings:
                 "`learning_rate` must be a positive number. "
                 f"Received: {self.learning_rate}."
             )
+        self._check_base()
         if not 0 <= self.momentum <= 1:
             raise InvalidArgument(
                 f"`momentum` must be in [0, 1]. Received: {self.momentum}."
@@ -66,9 +84,46 @@ class TrainingSettings:
             )
         self.make_optimizer()
 
-    def make_optimizer(self) -> keras.optimizers.Optimizer:
-        """Returns a new optimizer."""
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of the head, and of the base after it if that learns."""
+        return self.epochs + (0 if self.trainable_from is None else self.base_epochs)
+
+    @property
+    def base_rate(self) -> float:
+        """The base's learning rate."""
+        if self.base_learning_rate is None:
+            return BASE_SHARE_OF_LEARNING_RATE * self.learning_rate
+        return self.base_learning_rate
+
+    def _check_base(self) -> None:
+        if not 0 < self.base_rate < float("inf"):
+            raise InvalidArgument(
+                "`base_learning_rate` must be a positive number. "
+                f"Received: {self.base_learning_rate}."
+            )
+        if self.trainable_from is None:
+            return
+        checked = checked_trainable(self.trainable_from)
+        object.__setattr__(self, "trainable_from", checked)
+        if self.stage2_epochs:
+            raise InvalidArgument(
+                "`--stage2` and `--unfreeze` both train the base after the head. Give "
+                "one of them."
+            )
+
+    def make_optimizer(
+        self, *, largest_gradient: float | None = None
+    ) -> keras.optimizers.Optimizer:
+        """Returns a new optimizer.
+
+        Args:
+            largest_gradient: Norm that all gradients together are clipped to. Default
+                None: none.
+        """
         config = {"learning_rate": self.learning_rate}
+        if largest_gradient is not None:
+            config["global_clipnorm"] = largest_gradient
         if self.optimizer.lower() == "sgd":
             config["momentum"] = float(self.momentum)
         if self.weight_decay is not None:

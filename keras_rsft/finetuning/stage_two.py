@@ -15,7 +15,8 @@ import tensorflow as tf
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backbones.assembly import built_in_float32
 from keras_rsft.backbones.base_name import is_fixed_network
-from keras_rsft.backbones.last_block import last_block, leaf_layers, learns
+from keras_rsft.backbones.last_block import last_block, learns
+from keras_rsft.backbones.own_copy import copy_model, set_trainable
 from keras_rsft.data.splits import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features import FeatureSet
@@ -78,9 +79,12 @@ def fine_tune_last_block(
             raise InvalidArgument(f"`{name}` must be at least 1. Received: {value}.")
     positions, labels = _accepted_samples(split, kept, accepted)
     with built_in_float32():
-        own_base = _copy(base)
-        classifier = build_classifier(own_base, head.output_shape[-1], head=_copy(head))
-        _set_trainable(own_base, last_block(own_base))
+        own_base = copy_model(base)
+        classifier = build_classifier(
+            own_base, head.output_shape[-1], head=copy_model(head)
+        )
+        block = [layer for layer in last_block(own_base) if learns(layer)]
+        set_trainable(own_base, block)
         model = RSFTModel(classifier, AcceptAll())
     model.compile(
         keras.optimizers.SGD(
@@ -110,7 +114,7 @@ def fine_tune_last_block(
                 verbose=0,
                 shuffle=False,
             )
-    _set_trainable(own_base, [])
+    set_trainable(own_base, [])
     return classifier
 
 
@@ -180,36 +184,6 @@ def _accepted_samples(
     positions = np.array([position_of[sample_id] for sample_id in ids], np.int64)
     order = np.argsort(positions)
     return positions[order], kept.labels[accepted][order]
-
-
-def _copy(model: keras.Model) -> keras.Model:
-    copy = keras.models.clone_model(model)
-    _copy_weights(model, copy)
-    return copy
-
-
-def _copy_weights(source: keras.Model, target: keras.Model) -> None:
-    """Copies layer by layer: a clone may list parallel layers in another order."""
-    for layer in source.layers:
-        own = target.get_layer(layer.name)
-        if isinstance(layer, keras.Model):
-            _copy_weights(layer, own)
-            continue
-        own.set_weights(layer.get_weights())
-        if isinstance(own, keras.layers.Normalization):
-            own.finalize_state()  # It computes with what it derives from weights.
-
-
-def _set_trainable(base: keras.Model, block: list[keras.Layer]) -> None:
-    """Lets the layers of a block learn and freezes all others of the base.
-
-    Layer by layer, as a model that has the value already does not pass it on. The
-    base itself stays frozen, which has no say in what a model around it trains.
-    """
-    chosen = {id(layer) for layer in block}
-    for layer in leaf_layers(base):
-        # A BatchNorm layer that is not trainable runs in inference mode.
-        layer.trainable = id(layer) in chosen and learns(layer)
 
 
 def _shuffled(

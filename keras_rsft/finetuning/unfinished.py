@@ -31,9 +31,13 @@ from keras_rsft.result_folder import replaced, write_json
 SUFFIX = ".unfinished"
 _IDENTITY_FILE = "identity.json"
 _CHECKPOINT_FILE = "training.npz"
+_BASE_CHECKPOINT_FILE = "base_training.npz"
+_ACTIVATIONS_FILE = "activations.json"
 _LOCK_FILE = ".lock"
 _RUN_FOLDER = "run"
-_OWN_NAMES = {_IDENTITY_FILE, _CHECKPOINT_FILE, _LOCK_FILE, _RUN_FOLDER}
+# What an unfinished run knows beside its identity, and another one must not.
+_STATE_FILES = (_CHECKPOINT_FILE, _BASE_CHECKPOINT_FILE, _ACTIVATIONS_FILE)
+_OWN_NAMES = {_IDENTITY_FILE, _LOCK_FILE, _RUN_FOLDER, *_STATE_FILES}
 _PACKAGES = ("keras_rsft", "keras", "tensorflow", "numpy")
 
 
@@ -68,6 +72,16 @@ class RunPlace:
     def checkpoint(self) -> Path:
         """File of the training's state; it need not exist."""
         return self.unfinished / _CHECKPOINT_FILE
+
+    @property
+    def base_checkpoint(self) -> Path:
+        """The same of the training of a part of the base."""
+        return self.unfinished / _BASE_CHECKPOINT_FILE
+
+    @property
+    def activations(self) -> Path:
+        """File of how that training gets its activations; it need not exist."""
+        return self.unfinished / _ACTIVATIONS_FILE
 
     def write(self, fill: Callable[[Path], None]) -> None:
         """Has the run filled in, and renames it to its final place.
@@ -198,7 +212,8 @@ def _claim(
         if kept not in (None, identity) and checkpoint.exists():
             raise _Taken(_other_run(unfinished, kept, identity))
         if kept != identity:
-            checkpoint.unlink(missing_ok=True)  # Of nobody knows which run.
+            for name in _STATE_FILES:  # Of nobody knows which run.
+                (unfinished / name).unlink(missing_ok=True)
             replaced(
                 unfinished / _IDENTITY_FILE, lambda path: write_json(path, identity)
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -24,6 +24,7 @@ from keras_rsft.model.batch import (
 )
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
+from keras_rsft.model.recorded_pass import Pass
 from keras_rsft.model.selection import (
     SELECTION_METRICS,
     AcceptanceGuard,
@@ -31,19 +32,6 @@ from keras_rsft.model.selection import (
     selection_sums,
 )
 from keras_rsft.policies import Policy
-
-
-class _Pass(NamedTuple):
-    """A recorded forward pass, and the updates that it holds back.
-
-    `minimised` are the tensors to minimise. Of `per_sample`, if it is not None, the
-    mean over the accepted samples is minimised too.
-    """
-
-    tape: tf.GradientTape
-    minimised: list[tf.Tensor]
-    per_sample: tf.Tensor | None
-    pending: keras.StatelessScope
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -188,7 +176,7 @@ class RSFTModel(keras.Model):
             minimised = self._penalties() if selects else []
             if not selects:
                 minimised = [self.compute_loss(x, y, y_pred, sample_weight)]
-        recorded = _Pass(tape, minimised, weighted_loss if selects else None, pending)
+        recorded = Pass(tape, minimised, weighted_loss if selects else None, pending)
         accept_mask = self.policy(per_sample_loss, class_labels(y), sample_index)
         if self._recorder is not None:
             require_index(sample_index)
@@ -199,13 +187,24 @@ class RSFTModel(keras.Model):
             self._update_if_accepted(recorded, per_sample_loss, accept_mask, data)
         else:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
+        seen = x, y, y_pred, sample_weight
+        return self._log_step(recorded, per_sample_loss, accept_mask, seen)
+
+    def _log_step(
+        self,
+        recorded: Pass,
+        per_sample_loss: tf.Tensor,
+        accept_mask: tf.Tensor,
+        seen: tuple[Any, Any, Any, Any],
+    ) -> dict[str, Any]:
+        """Updates the metrics and returns them for the log."""
         sums = selection_sums(per_sample_loss, accept_mask)
-        shown = self._shown_loss(recorded, sums, (x, y, y_pred, sample_weight))
+        shown = self._shown_loss(recorded, sums, seen)
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
         self.selection.update_state(sums)
-        return self.compute_metrics(x, y, y_pred, sample_weight)
+        return self.compute_metrics(*seen)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         logs = super().test_step(unpack(data)[:3])
@@ -295,7 +294,7 @@ class RSFTModel(keras.Model):
 
     def _update_if_accepted(
         self,
-        recorded: _Pass,
+        recorded: Pass,
         per_sample_loss: tf.Tensor,
         accept_mask: tf.Tensor,
         data: tuple[Any, Any, Any],
@@ -329,7 +328,7 @@ class RSFTModel(keras.Model):
         all_finite = tf.reduce_all(tf.math.is_finite(per_sample_loss))
         tf.cond(tf.logical_and(accepts_any, all_finite), update, reject_or_repeat)
 
-    def _apply(self, recorded: _Pass, accept_mask: tf.Tensor) -> None:
+    def _apply(self, recorded: Pass, accept_mask: tf.Tensor) -> None:
         """Runs the backward pass and changes the weights, the slots and the state."""
         targets = list(recorded.minimised)
         seeds = [tf.ones_like(target) for target in targets]
@@ -352,7 +351,7 @@ class RSFTModel(keras.Model):
             [gradients[i] for i in reached], [variables[i] for i in reached]
         )
 
-    def _finite_pass(self, accept_mask: tf.Tensor, data: tuple[Any, Any, Any]) -> _Pass:
+    def _finite_pass(self, accept_mask: tf.Tensor, data: tuple[Any, Any, Any]) -> Pass:
         """Repeats the forward pass with every rejected row overwritten.
 
         A NaN in one row would reach the gradients of all, since 0 x NaN is NaN:
@@ -362,17 +361,23 @@ class RSFTModel(keras.Model):
         rows = tf.range(tf.size(accept_mask))
         first_accepted = tf.argmax(tf.cast(accept_mask, tf.int32), output_type=tf.int32)
         rows = tf.where(accept_mask, rows, first_accepted)
-        x, y, sample_weight = keras.tree.map_structure(
-            lambda part: None if part is None else tf.gather(part, rows), data
+        return self._recorded_pass(
+            keras.tree.map_structure(
+                lambda part: None if part is None else tf.gather(part, rows), data
+            )
         )
+
+    def _recorded_pass(self, data: tuple[Any, Any, Any]) -> Pass:
+        """Returns a pass of its own over these inputs, targets and weights."""
+        x, y, sample_weight = data
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
             weighted_loss = self._scorer(y, y_pred, sample_weight)
             penalties = self._penalties()
-        return _Pass(tape, penalties, weighted_loss, pending)
+        return Pass(tape, penalties, weighted_loss, pending)
 
     def _shown_loss(
-        self, recorded: _Pass, sums: tf.Tensor, data: tuple[Any, Any, Any, Any]
+        self, recorded: Pass, sums: tf.Tensor, data: tuple[Any, Any, Any, Any]
     ) -> tf.Tensor:
         """Returns the loss for the log, of the samples whose loss is finite."""
         _, _, _, finite_count, finite_loss = tf.unstack(sums)

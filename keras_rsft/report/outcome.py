@@ -7,6 +7,7 @@ from typing import Any
 
 from keras_rsft.comparing.intervals import paired_share_interval, proportion_interval
 from keras_rsft.report.run_record import RunRecord
+from keras_rsft.result_words import TUNINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,10 @@ def _range(low: float, high: float, sign: str = "") -> str:
 
 def _shares(results: dict[str, Any]) -> list[Figure]:
     figures = []
-    if results.get("stage2_kept"):
-        shown = results.get("stage2_test_accuracy")
-        note = "the model that was kept"
-        figures.append(Figure("Last block fine-tuned", percent(shown), note))
+    for tuning, name in TUNINGS.items():
+        if results.get(f"{tuning}_kept"):
+            shown = results.get(f"{tuning}_test_accuracy")
+            figures.append(Figure(name, percent(shown), "the model that was kept"))
     if "estimated_wrong_labels" in results:
         wrong = percent(results["estimated_wrong_labels"], 0)
         known = results.get("wrong_labels")

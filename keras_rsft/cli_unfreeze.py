@@ -1,0 +1,77 @@
+"""The options of `fit` that let a part of the base learn.
+
+Like `cli.py`, imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from keras_rsft.cli_options import positive_int
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.trainable_choice import TrainableFrom, parse_trainable
+
+BASE_EPOCHS = 5
+
+
+def add_unfreeze_options(parser: argparse.ArgumentParser) -> None:
+    """Adds which part of the base learns, and how."""
+    group = parser.add_argument_group("base that learns")
+    group.add_argument(
+        "--unfreeze",
+        metavar="N|all|LAYER[,LAYER...]",
+        type=trainable_part,
+        help="once the head is trained, for --epochs, train it together with the last "
+        "N blocks of the base, all of it, or these layers; kept where validation is "
+        "no worse",
+    )
+    group.add_argument(
+        "--base-epochs",
+        type=positive_int,
+        help=f"epochs in which the base learns too; default: {BASE_EPOCHS}",
+    )
+    group.add_argument(
+        "--base-learning-rate",
+        type=float,
+        help="default: a tenth of --learning-rate, which stays the head's",
+    )
+    group.add_argument(
+        "--train-batch-norm",
+        action="store_true",
+        help="have its BatchNorm layers learn and normalise by the batch; default: "
+        "they stay as they are",
+    )
+
+
+def trainable_part(text: str) -> TrainableFrom:
+    """Parses what `--unfreeze` is given."""
+    try:
+        return parse_trainable(text)
+    except InvalidArgument as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def unfreeze_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `TrainingSettings` is told about the base.
+
+    Raises:
+        InvalidArgument: If an option belongs to a base that shall not learn.
+    """
+    given = {
+        "--base-epochs": arguments.base_epochs is not None,
+        "--base-learning-rate": arguments.base_learning_rate is not None,
+        "--train-batch-norm": arguments.train_batch_norm,
+    }
+    for name, is_given in given.items():
+        if is_given and arguments.unfreeze is None:
+            raise InvalidArgument(
+                f"`{name}` says how the base learns. Say which part of it with "
+                "`--unfreeze`."
+            )
+    return {
+        "trainable_from": arguments.unfreeze,
+        "base_epochs": arguments.base_epochs or BASE_EPOCHS,
+        "base_learning_rate": arguments.base_learning_rate,
+        "train_batch_norm": arguments.train_batch_norm,
+    }

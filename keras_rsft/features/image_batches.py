@@ -1,0 +1,160 @@
+"""Feeds images to a training that runs the base in each step.
+
+For a base of which nothing is worth keeping. The order of the samples is that of
+`TrainingBatches`: it depends on the seed and the epoch's number alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.data import ImageSplit
+from keras_rsft.data.pipeline import without_autotuning
+from keras_rsft.errors import DataError
+from keras_rsft.features.batches import TrainingBatches
+from keras_rsft.features.feature_set import FeatureSet
+
+# Decoded images that are in memory at once. Three times as much is: one window is
+# decoded, one waits, one is trained on.
+WINDOW_BYTES = 2**26
+_BYTES_PER_PIXEL = 3 * 4
+
+
+class ImageBatches:
+    """Shuffled batches of a split's images; pass both parts to `fit`.
+
+    Args:
+        split: The images.
+        kept: Features of its readable images: the samples, their labels and views.
+        image_size: Height and width in pixels.
+        batch_size: Samples per step, at least 1; the last batch of an epoch may
+            be smaller.
+        seed: Seed of the order and of the views.
+
+    Raises:
+        InvalidArgument: If the batch size is below 1.
+
+    Attributes:
+        dataset: `tf.data.Dataset` of `(images (batch, height, width, 3) float32,
+            labels (batch,) int32, None, indices (batch,) int32)`, one epoch long.
+        callback: Tells the data set which epoch begins.
+        failure: Why an epoch ended early, of which TensorFlow says only that it did:
+            an image that can no longer be read. Else None.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        kept: FeatureSet,
+        image_size: tuple[int, int],
+        *,
+        batch_size: int,
+        seed: int,
+    ):
+        self._kept = kept
+        self._image_size = image_size
+        self._seed = seed
+        self._positions = positions_of(kept, split)
+        self._split = split
+        self._order_of = TrainingBatches(kept, batch_size=batch_size, seed=seed)
+        self.callback = self._order_of.callback
+        self.failure: DataError | None = None
+        self.dataset = self._make_dataset(batch_size)
+
+    def _make_dataset(self, batch_size: int) -> tf.data.Dataset:
+        windows = tf.data.Dataset.from_generator(
+            self._windows,
+            output_signature=(
+                tf.TensorSpec((None, *self._image_size, 3), tf.float32),
+                tf.TensorSpec((None,), tf.int64),
+            ),
+        )
+        labels = tf.constant(self._kept.labels)
+        batches = windows.prefetch(1).rebatch(batch_size)
+        batches = batches.map(
+            lambda images, sample: (
+                images,
+                tf.gather(labels, sample),
+                None,
+                tf.cast(sample, tf.int32),
+            )
+        )
+        steps = -(-len(self._kept) // batch_size)
+        return without_autotuning(
+            batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(1)
+        )
+
+    def _windows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields images and their samples, in the order of the epoch."""
+        samples, rows = (part.numpy() for part in self._order_of.epoch_order())
+        views = self._kept.views
+        image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
+        window = max(1, WINDOW_BYTES // image_bytes)
+        for start in range(0, len(samples), window):
+            chosen = samples[start : start + window]
+            images = self._decoded(np.sort(chosen))
+            at = np.searchsorted(np.sort(chosen), chosen)
+            if views > 1:
+                view = rows[start : start + window] - chosen * views
+                yield images[at, view], chosen
+            else:
+                yield images[at], chosen
+
+    def _decoded(self, samples: np.ndarray) -> np.ndarray:
+        """Returns the images of increasing samples, with all views if there are.
+
+        Further views depend on the place in the window, and so on seed and epoch.
+        """
+        part = self._split.take(self._positions[samples])
+        images = part.images(self._image_size, views=self._kept.views, seed=self._seed)
+        index, values = next(images.batch(len(samples)).as_numpy_iterator(), ([], []))
+        if len(index) < len(samples):
+            missing = int(np.setdiff1d(np.arange(len(samples)), index)[0])
+            self.failure = DataError(
+                f"{part.ids[missing]} could be read before and now cannot: "
+                f"{part.read_error(missing)}"
+            )
+            raise self.failure
+        return values
+
+
+def labelled_images(
+    split: ImageSplit, kept: FeatureSet, image_size: tuple[int, int], *, batch_size: int
+) -> tf.data.Dataset:
+    """Returns a split's readable images in order, for evaluation.
+
+    Args:
+        split: The images.
+        kept: Features of those that can be read.
+        image_size: Height and width in pixels.
+        batch_size: Samples per batch, at least 1.
+
+    Returns:
+        `tf.data.Dataset` of `(images (batch, height, width, 3), labels (batch,))`.
+    """
+    labels = tf.constant(split.labels)
+    batches = split.images(image_size).batch(batch_size)
+    batches = batches.map(lambda index, images: (images, tf.gather(labels, index)))
+    steps = -(-len(kept) // batch_size)
+    return without_autotuning(
+        batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
+    )
+
+
+def positions_of(kept: FeatureSet, split: ImageSplit) -> np.ndarray:
+    """Returns where the samples of a feature set are in their split, int64 `(n,)`.
+
+    Raises:
+        DataError: If one of them is not in it.
+    """
+    position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
+    positions = [position_of.get(sample_id, -1) for sample_id in kept.ids.tolist()]
+    if -1 in positions:
+        raise DataError(
+            "The features must be of the images of the split. Received: features of "
+            f"{kept.ids[positions.index(-1)]!r}, which is not in it."
+        )
+    return np.array(positions, np.int64)

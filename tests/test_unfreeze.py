@@ -1,0 +1,430 @@
+"""A run in which a part of the base learns: what changes and what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+from same_run import assert_same_run
+
+from keras_rsft.backbones import build_classifier, load_backbone
+from keras_rsft.backbones.trainable_part import trainable_part
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.features.image_batches import ImageBatches
+from keras_rsft.finetuning import (
+    TrainingSettings,
+    better_model,
+    checkpoint,
+    finetune,
+    train_head,
+    tuned_run,
+)
+from keras_rsft.finetuning.activations import (
+    ActivationChoice,
+    ActivationCosts,
+    choose_activations,
+    settled_choice,
+)
+from keras_rsft.finetuning.base_training import train_base
+from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+from keras_rsft.finetuning.feature_source import open_features
+from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.predict import predict_files
+
+HEAD_EPOCHS, BASE_EPOCHS = 2, 2
+KEPT = ActivationChoice(True, "kept for the test")
+ANEW = ActivationChoice(False, "computed for the test")
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory):
+    """Three convolutions, each followed by a BatchNorm with statistics of its own."""
+    keras.utils.set_random_seed(4)
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Rescaling(1 / 255)(images)
+    for number in (1, 2, 3):
+        x = keras.layers.Conv2D(
+            4 + number, 3, strides=2, padding="same", activation="relu",
+            name=f"block{number}_conv",
+        )(x)  # fmt: skip
+        norm = keras.layers.BatchNormalization(name=f"block{number}_bn")
+        x = norm(x)
+        norm.moving_mean.assign(np.full(4 + number, 0.1))
+        norm.moving_variance.assign(np.full(4 + number, 0.5))
+    path = tmp_path_factory.mktemp("base") / "three.keras"
+    keras.Model(images, keras.layers.GlobalAveragePooling2D()(x)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return TrainingSettings(
+        policy=PolicyChoice("keep-fraction", keep_fraction=0.6, warmup_epochs=1),
+        epochs=HEAD_EPOCHS,
+        batch_size=8,
+        learning_rate=0.05,
+        trainable_from=1,
+        base_epochs=BASE_EPOCHS,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(noisy_photos, base_file, tmp_path_factory):
+    return open_features(
+        noisy_photos, backbone=str(base_file), weights="imagenet", image_size=None,
+        precision="float32", views=1, seed=0, progress=False,
+        cache_dir=tmp_path_factory.mktemp("cache"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train(source, settings):
+    """Trains a head and then the part, from kept activations or from images."""
+
+    @functools.cache
+    def run(*, keep=True, **changes):
+        how = dataclasses.replace(settings, **changes)
+        trained = train_head(source.features, how, progress=False)
+        part = trainable_part(
+            source.base, how.trainable_from, train_batch_norm=how.train_batch_norm
+        )
+        tuned = train_base(
+            part, trained, source.data, source.features, how, keep_activations=keep,
+            cache_dir=source.features.train.path.parent.parent, progress=False,
+        )  # fmt: skip
+        return part, trained, tuned
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fit(noisy_photos, base_file, settings, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(output, **options):
+        changes = options.pop("changes", {})
+        return finetune(
+            noisy_photos, backbone=str(base_file), output=output, cache_dir=cache,
+            settings=dataclasses.replace(settings, **changes), with_plain=False,
+            progress=False, **options,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Has a run keep activations, or not."""
+
+    def chosen(choice):
+        monkeypatch.setattr(tuned_run, "measured_choice", lambda *a, **k: choice)
+
+    return chosen
+
+
+def changed_layers(before, after):
+    return {
+        own.path.split("/")[-2]
+        for own, other in zip(before.weights, after.weights, strict=True)
+        if not np.array_equal(own.numpy(), other.numpy())
+    }
+
+
+class TestWhatLearns:
+    @pytest.mark.parametrize(
+        ("trainable_from", "expected"),
+        [
+            (1, {"block3_conv"}),
+            (2, {"block2_conv", "block3_conv"}),
+            (("block2_conv",), {"block2_conv"}),
+            pytest.param(
+                "all",
+                {"block1_conv", "block2_conv", "block3_conv"},
+                marks=pytest.mark.slow,
+            ),
+        ],
+    )
+    def test_the_chosen_layers_alone(self, train, source, trainable_from, expected):
+        changes = {"trainable_from": trainable_from, "keep": trainable_from != "all"}
+        if trainable_from == 2:
+            changes |= {"optimizer": "adam", "learning_rate": 0.01}
+        part, trained, tuned = train(**changes)
+        assert changed_layers(source.base, part.base) == expected
+        own_base, own_head = tuned.classifier.layers[1:]
+        assert own_base is part.base
+        assert changed_layers(trained.model.model, own_head) == {"scores"}
+        assert not any(v.trainable for v in own_base.variables)
+
+    def test_batch_norm_where_it_is_asked_for(self, train, source):
+        part, _, _ = train(train_batch_norm=True, base_epochs=1)
+        assert changed_layers(source.base, part.base) == {"block3_conv", "block3_bn"}
+        norm = part.base.get_layer(part.base.layers[1].name).get_layer("block3_bn")
+        assert not np.allclose(norm.moving_mean.numpy(), 0.1)
+
+    @pytest.mark.slow
+    def test_a_slow_base_moves_less_and_the_head_as_before(self, train, source):
+        def movement(rate):
+            part, trained, tuned = train(base_learning_rate=rate, base_epochs=1)
+            own, given = part.base.get_weights(), source.base.get_weights()
+            base = sum(
+                np.abs(one - other).sum() for one, other in zip(own, given, strict=True)
+            )
+            head = tuned.classifier.layers[2].get_weights()
+            before = trained.model.model.get_weights()
+            return base, np.abs(head[-1] - before[-1]).sum()
+
+        (slow, head), (fast, other_head) = movement(1e-5), movement(1e-3)
+        assert fast / slow == pytest.approx(100, rel=0.2)
+        assert head == pytest.approx(other_head, rel=0.2)
+
+    def test_from_images_as_from_kept_activations(self, train):
+        changes = {"trainable_from": 2, "optimizer": "adam", "learning_rate": 0.01}
+        _, _, kept = train(**changes, keep=True)
+        _, _, anew = train(**changes, keep=False)
+        for own, other in zip(
+            kept.classifier.get_weights(), anew.classifier.get_weights(), strict=True
+        ):
+            np.testing.assert_allclose(own, other, atol=1e-4)
+        for name, values in kept.trained.history.items():
+            np.testing.assert_allclose(anew.trained.history[name], values, atol=1e-4)
+
+    def test_the_ledger_goes_on(self, train, source):
+        _, trained, tuned = train(trainable_from=1, keep=True)
+        epochs = HEAD_EPOCHS + BASE_EPOCHS
+        assert tuned.trained.ledger is trained.ledger
+        assert (trained.ledger.seen == epochs).all()
+        whole = tuned.trained
+        assert whole.acceptance_by_class.shape == (epochs, 3)
+        assert len(whole.loss_histograms) == epochs
+        assert {len(values) for values in whole.history.values()} == {epochs}
+        assert whole.accepted.sum() == pytest.approx(
+            whole.history["acceptance_rate"][-1] * len(source.features.train)
+        )
+
+
+class TestRun:
+    def test_the_whole_way(self, fit, noisy_photos, photo_folder, tmp_path, choose):
+        notes = []
+        choose(KEPT)
+        # A learning rate at which the base changes and validation is not worse.
+        done = fit(tmp_path / "run", on_note=notes.append,
+                   changes={"base_learning_rate": 1e-6})  # fmt: skip
+        assert notes == [KEPT.reason]
+        results = json.loads((done.folder / "results.json").read_text())
+        assert results["unfrozen_kept"] == 1.0
+        for name in ("validation_accuracy", "test_accuracy"):
+            assert results[name] == results[f"unfrozen_{name}"]
+            assert f"head_{name}" in results
+        config = json.loads((done.folder / "config.json").read_text())
+        assert config["trainable_from"] == 1
+        rows = (done.folder / "metrics.csv").read_text().splitlines()
+        assert len(rows) == 1 + HEAD_EPOCHS + BASE_EPOCHS
+        (prediction,) = predict_files(done.folder, [photo_folder / "green" / "05.png"])
+        assert prediction.label in ("blue", "green", "red")
+        kept = keras.models.load_model(done.folder / "model.keras")
+        for own, other in zip(
+            kept.get_weights(), done.model.get_weights(), strict=True
+        ):
+            np.testing.assert_array_equal(own, other)
+
+    def test_what_cannot_be_done_is_refused_before_the_pass(
+        self, fit, noisy_photos, settings, monkeypatch, tmp_path
+    ):
+        def no_pass(*_, **__):
+            raise AssertionError("The base was run.")
+
+        monkeypatch.setattr("keras_rsft.finetuning.feature_source.extract_all", no_pass)
+        with pytest.raises(InvalidArgument, match="Near it: block2_conv"):
+            fit(None, trainable_from=("block2_cnv",))
+        with pytest.raises(InvalidArgument, match="has 3 blocks"):
+            fit(None, trainable_from=7)
+        for base in ("onnx:some.onnx@imagenet", "savedmodel:some@0:1"):
+            with pytest.raises(InvalidArgument, match="no Keras layers"):
+                finetune(noisy_photos, backbone=base, settings=settings)
+
+    def test_settings_that_do_not_fit(self, settings):
+        for changes, message in (
+            ({"stage2_epochs": 1}, "Give one of them"),
+            ({"base_learning_rate": 0.0}, "positive"),
+            ({"base_epochs": 0}, "at least 1"),
+            ({"trainable_from": -1}, "at least 1"),
+        ):
+            with pytest.raises(InvalidArgument, match=message):
+                dataclasses.replace(settings, **changes)
+        assert settings.base_rate == pytest.approx(0.005)
+
+    def test_options_without_unfreeze(self, call, photo_folder):
+        status, _, error = call("fit", photo_folder, "--base-epochs", 2)
+        assert status == 2
+        assert "--unfreeze" in error
+        status, _, error = call("fit", photo_folder, "--unfreeze", "0")
+        assert status == 2
+        assert "at least 1" in error
+
+
+class TestWhichIsKept:
+    @pytest.fixture
+    def judged(self, source, monkeypatch):
+        head_only, tuned = object(), object()
+
+        def judge(accuracy, features=source.features):
+            monkeypatch.setattr(
+                better_model,
+                "accuracy_on_images",
+                lambda model, split: 0.5 if model is head_only else accuracy,
+            )
+            results = {"validation_accuracy": 0.6, "test_accuracy": 0.7}
+            kept = better_model.better_model(
+                head_only, tuned, source.data, features, results,
+                name="unfrozen", unjudged=True,
+            )  # fmt: skip
+            return kept is tuned, results
+
+        return judge
+
+    def test_what_is_not_worse_on_validation(self, judged):
+        kept, results = judged(0.5)
+        assert kept
+        assert results["unfrozen_kept"] == 1.0
+        assert results["test_accuracy"] == results["unfrozen_test_accuracy"] == 0.5
+        assert results["head_validation_accuracy"] == 0.6
+        kept, results = judged(0.4)
+        assert not kept
+        assert results["unfrozen_kept"] == 0.0
+        assert results["unfrozen_validation_accuracy"] == 0.4
+        assert results["test_accuracy"] == 0.7
+        assert "head_test_accuracy" not in results
+
+    def test_what_was_asked_for_where_nothing_can_judge(self, judged, source):
+        nothing = source.features.validation.take(np.zeros(0, np.int64))
+        features = dataclasses.replace(source.features, validation=nothing)
+        assert judged(0.1, features)[0]
+
+
+class Killed(BaseException):
+    """Nothing catches it: a stand-in for `kill -9`."""
+
+
+class TestGoesOn:
+    @pytest.mark.slow
+    def test_stopped_politely(self, fit, tmp_path, stop_at, choose):
+        choose(ANEW)
+        whole = fit(tmp_path / "whole")
+        stop_at(HEAD_EPOCHS + 1)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            fit(tmp_path / "stopped")
+        assert "3 of 4 epochs are kept" in stop.value.__notes__[0]
+        choose(KEPT)  # Would be chosen now, and is not.
+        assert_same_run(fit(tmp_path / "stopped"), whole)
+
+    @pytest.mark.parametrize(
+        "on_disk", [False, pytest.param(True, marks=pytest.mark.slow)]
+    )
+    def test_killed(self, fit, tmp_path, stop_at, choose, monkeypatch, on_disk):
+        changes = {"optimizer": "adam"}
+        if on_disk:  # The state of each epoch, not only every ten seconds.
+            monkeypatch.setattr(checkpoint, "TIMES_ITS_COST", 0.0)
+            monkeypatch.setattr(TrainingCheckpoint.__init__, "__kwdefaults__",
+                                {"seconds_between": 0.0})  # fmt: skip
+        choose(KEPT)
+        whole = fit(tmp_path / "whole", changes=changes)
+        stop_at(HEAD_EPOCHS + 1, Killed)
+        with pytest.raises(Killed):
+            fit(tmp_path / "killed", changes=changes)
+        unfinished = tmp_path / "killed.unfinished"
+        assert (unfinished / "training.npz").exists()  # The head need not learn again.
+        assert (unfinished / "base_training.npz").exists() == on_disk
+        choose(ANEW)  # Would be chosen now, and is not.
+        assert_same_run(fit(tmp_path / "killed", changes=changes), whole)
+
+
+class TestChoice:
+    costs = ActivationCosts(
+        images=1000, image_bytes=10**6, free_bytes=10**10, front_seconds=0.02, epochs=5
+    )
+
+    def test_by_hand(self):
+        # 1 GB: 20 s for the pass and six times 2 s, against five times 20 s.
+        assert self.costs.seconds_kept == pytest.approx(32)
+        assert self.costs.seconds_anew == pytest.approx(100)
+
+    @pytest.mark.parametrize(
+        ("changes", "keep", "reason"),
+        [
+            ({}, True, "1 GB .1e.03 kB an image., 10 GB are free; 5 epochs take about "
+             "32 s with them, 100 s without"),
+            ({"epochs": 1}, False, "computed anew in each epoch"),
+            ({"front_seconds": 0.002}, False, "14 s with them, 10 s without"),
+            ({"free_bytes": 2 * 10**9}, True, "kept"),
+            ({"free_bytes": 2 * 10**9 - 1}, False, "more than half"),
+            ({"front_is_preprocessing": True}, False, "images are decoded"),
+        ],
+    )  # fmt: skip
+    def test_what_is_faster_and_fits(self, changes, keep, reason):
+        choice = choose_activations(
+            dataclasses.replace(self.costs, **changes), cut="conv"
+        )
+        assert choice.keep == keep
+        assert "\n" not in choice.reason
+        assert "conv" in choice.reason
+        assert re.search(reason, choice.reason), choice.reason
+
+    def test_is_made_once(self, tmp_path):
+        path = tmp_path / "choice.json"
+        assert settled_choice(path, lambda: KEPT) == KEPT
+        assert settled_choice(path, lambda: ANEW) == KEPT
+        path.write_text("{")
+        assert settled_choice(path, lambda: ANEW) == ANEW
+        assert settled_choice(None, lambda: KEPT) == KEPT
+
+
+class TestImageBatches:
+    def test_order_of_kept_features(self, source, monkeypatch):
+        monkeypatch.setattr(
+            "keras_rsft.features.image_batches.WINDOW_BYTES", 5 * 16 * 16 * 3 * 4
+        )
+        kept, split = source.features.train, source.data.train
+        batches = ImageBatches(split, kept, (16, 16), batch_size=7, seed=3)
+        images = {
+            str(split.ids[int(at)]): image.numpy() for at, image in split.images(16)
+        }
+        seen = []
+        for epoch in (0, 1):
+            batches.callback.on_epoch_begin(epoch)
+            order = []
+            for x, y, _, index in batches.dataset:
+                for one, label, at in zip(x, y, index, strict=True):
+                    assert label == kept.labels[at]
+                    np.testing.assert_array_equal(one, images[str(kept.ids[at])])
+                order += index.numpy().tolist()
+            assert sorted(order) == list(range(len(kept)))
+            seen.append(order)
+        assert seen[0] != seen[1]
+        assert seen[0] == batches._order_of.order(0)[0].numpy().tolist()
+
+
+def test_the_front_alone_does_not_learn(base_file):
+    base = load_backbone(str(base_file))
+    part = trainable_part(base, 1)
+    whole = build_classifier(part.base, 3)
+    images = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype("float32")
+    features = part.rest(part.front(images))
+    np.testing.assert_allclose(features, base(images), atol=1e-6)
+    assert whole.count_params() > 0
+
+
+@pytest.mark.slow
+def test_export_with_verification(fit, call, tmp_path, choose):
+    choose(KEPT)
+    done = fit(tmp_path / "run", changes={"base_learning_rate": 1e-6})
+    assert done.results["unfrozen_kept"] == 1.0
+    status, output, error = call("export", done.folder, "--verify")
+    assert (status, error) == (0, "")
+    assert "verified" in output.lower()
+    (card,) = tmp_path.glob("saved_models/*/1/README.md")
+    assert "A part of the base was trained too." in card.read_text()
