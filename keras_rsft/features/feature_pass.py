@@ -96,8 +96,8 @@ def append_rows(
         (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
         (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
         progress_bar(
-            f"{work.called} of {split.name}", total=len(stretch), unit="images", done=done,
-            visible=work.progress,
+            f"{work.called} of {split.name}", total=len(stretch), unit="images",
+            done=done, visible=work.progress,
         ) as advance,
         ThreadPoolExecutor(1) as writer,
     ):  # fmt: skip
