@@ -24,6 +24,16 @@ from keras_rsft.model.batch import (
 )
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
+from keras_rsft.model.replica_rules import (
+    is_replicated,
+    require_trainable_on_replicas,
+    without_none,
+)
+from keras_rsft.model.replicas import (
+    build_on_symbols,
+    replica_test_step,
+    replica_train_step,
+)
 from keras_rsft.model.selection import (
     SELECTION_METRICS,
     AcceptanceGuard,
@@ -133,12 +143,9 @@ class RSFTModel(keras.Model):
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
-        if self.distribute_strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                "RSFTModel.fit trains on one device. Received: a strategy with "
-                f"{self.distribute_strategy.num_replicas_in_sync} replicas. "
-                "Build the model outside of the strategy's scope."
-            )
+        if is_replicated(self.distribute_strategy):
+            x = without_none(x)
+        require_trainable_on_replicas(self)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             guard = AcceptanceGuard()
             guard.set_model(self)
@@ -175,6 +182,8 @@ class RSFTModel(keras.Model):
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
+        if is_replicated(self.distribute_strategy):
+            return replica_train_step(self, data)
         x, y, sample_weight, sample_index = unpack(data)
         if not self.model.built:  # Nothing can be made inside a `tf.cond`.
             self.model(keras.tree.map_structure(symbolic_input, x))
@@ -208,7 +217,10 @@ class RSFTModel(keras.Model):
         return self.compute_metrics(x, y, y_pred, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        logs = super().test_step(unpack(data)[:3])
+        if is_replicated(self.distribute_strategy):
+            logs = replica_test_step(self, data)
+        else:
+            logs = super().test_step(unpack(data)[:3])
         return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}
 
     def selection_totals(self) -> dict[str, float]:
@@ -267,12 +279,26 @@ class RSFTModel(keras.Model):
     def _random_states(self) -> list[Any]:
         return [v for v in self.model.variables if v.name == "seed_generator_state"]
 
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        if iterator is None or not is_replicated(self.distribute_strategy):
+            super()._maybe_symbolic_build(iterator, data_batch)
+            return
+        build_on_symbols(self, iterator.data_adapter.get_tf_dataset().element_spec)
+
+    def _get_metrics_result_or_logs(self, logs: dict[str, Any]) -> dict[str, Any]:
+        if not is_replicated(self.distribute_strategy):
+            return super()._get_metrics_result_or_logs(logs)
+        whole = self.get_metrics_result()  # Those of a step are the replicas' mean.
+        return {name: whole[name] for name in logs}
+
     def _make_slots(self) -> None:
         """Makes the optimizer's variables before they are used in a branch."""
         variables = self.trainable_variables
         if self.optimizer is None or not variables:
             return
-        with tf.init_scope():
+        with tf.init_scope(), self.distribute_strategy.scope():
             if not self.optimizer.built:
                 self.optimizer.build(variables)
             seed_moving_averages(self.optimizer, variables)
@@ -360,7 +386,9 @@ class RSFTModel(keras.Model):
         accepted one, and stay masked.
         """
         rows = tf.range(tf.size(accept_mask))
-        first_accepted = tf.argmax(tf.cast(accept_mask, tf.int32), output_type=tf.int32)
+        # A replica may have no row: none is then accepted, and there is none to copy.
+        accepted = tf.concat([tf.cast(accept_mask, tf.int32), [0]], axis=0)
+        first_accepted = tf.argmax(accepted, output_type=tf.int32)
         rows = tf.where(accept_mask, rows, first_accepted)
         x, y, sample_weight = keras.tree.map_structure(
             lambda part: None if part is None else tf.gather(part, rows), data
