@@ -21,5 +21,9 @@ class TrainingStalled(RuntimeError):
     """Training accepted nothing, so there is no model to speak of (exit status 1)."""
 
 
+class WorkerLost(RuntimeError):
+    """Another worker of the same training is gone (exit status 1)."""
+
+
 class SearchFailed(RuntimeError):
     """The processes of a search cannot go on together (exit status 1)."""

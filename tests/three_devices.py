@@ -82,7 +82,7 @@ def made_data(nan):
 def made_model(policy, optimizer, dtype, plain):
     keras.utils.set_random_seed(0)
     regular = (
-        {} if dtype else {"kernel_regularizer": "l2", "activity_regularizer": "l2"}
+        {} if plain else {"kernel_regularizer": "l2", "activity_regularizer": "l2"}
     )
     head = keras.Sequential(
         [
@@ -103,6 +103,7 @@ def trained(strategy, policy, optimizer, *, nan=False, weights=False, dtype=None
         keras.config.set_dtype_policy(dtype)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = made_model(policy, optimizer, dtype, plain=weights or dtype)
+        model.optimizer.build(model.trainable_variables)
     keras.config.set_dtype_policy("float32")
     weight = np.linspace(0, 2, ROWS).astype("float32") if weights else None
     index = np.arange(ROWS, dtype="int32")

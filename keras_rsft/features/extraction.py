@@ -192,9 +192,11 @@ def _run_pass(
             label, total=len(split), unit="images", done=next_index, visible=progress
         ) as advance,
     ):
-        for index, batch in images:
-            batch = tf.reshape(batch, (-1, *base.image_size, 3))
-            values = base.forward(batch).numpy()
+        views_in_a_row = (
+            (index, tf.reshape(batch, (-1, *base.image_size, 3)))
+            for index, batch in images
+        )
+        for index, values in base.over(views_in_a_row):
             _append(features_file, _kept_as(feature_precision, values))
             _append(index_file, index.numpy())  # Only after its features are safe.
             rows += len(index)

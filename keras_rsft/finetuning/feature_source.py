@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -59,6 +60,7 @@ def open_features(
     cache_dir: str | os.PathLike | None,
     progress: bool,
     feature_precision: str = "float32",
+    device_names: Sequence[str] = (),
 ) -> FeatureSource:
     """Lists the images, loads the base, and computes or reads the features.
 
@@ -73,6 +75,7 @@ def open_features(
         cache_dir: Where features are kept; None: the user's cache folder.
         progress: Show progress bars.
         feature_precision: How features are kept, `"float32"` or `"float16"`.
+        device_names: As in `extract_all`.
 
     Raises:
         InvalidArgument: If an argument cannot be used.
@@ -95,6 +98,7 @@ def open_features(
         feature_precision=feature_precision,
         cache_dir=cache_dir,
         progress=progress,
+        device_names=device_names,
     )
     origin = {
         "data": data.source,

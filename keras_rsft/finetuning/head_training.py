@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_rsft.backbones import build_head
 from keras_rsft.data import ImageData
@@ -28,6 +29,7 @@ from keras_rsft.features import (
 )
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.ledger import Ledger, RejectionLedger
 from keras_rsft.loss_histogram import LossHistogram
@@ -95,6 +97,7 @@ def extract_all(
     feature_precision: str = "float32",
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
+    device_names: Sequence[str] = (),
 ) -> SplitFeatures:
     """Runs the base over all splits, or reads what was kept of that.
 
@@ -106,10 +109,11 @@ def extract_all(
         feature_precision: How features are kept, as in `extract_features`.
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars.
+        device_names: Devices that share the work. Default: TensorFlow's own choice.
     """
     splits = (data.train, data.validation, data.test)
     num_images = sum(map(len, splits)) + (views - 1) * len(data.train)
-    frozen = FrozenBase(base, num_images=num_images)
+    frozen = FrozenBase(base, num_images=num_images, device_names=device_names)
     kept = {
         split.name: extract_features(
             frozen,
@@ -132,6 +136,7 @@ def train_head(
     callbacks: Callbacks = (),
     progress: bool = True,
     checkpoint: TrainingCheckpoint | None = None,
+    devices: Devices = ONE_DEVICE,
 ) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
 
@@ -144,6 +149,7 @@ def train_head(
         checkpoint: Where the training's state is kept, and gone on from. With the
             same features and settings the result is the same to the last bit.
             Default: nowhere.
+        devices: What to train on. Default: one device.
 
     Raises:
         TrainingStalled: If the last epoch accepted nothing.
@@ -154,15 +160,21 @@ def train_head(
         examination = examine_labels(
             train, len(features.class_names), seed=settings.seed, progress=progress
         )
-    model = untrained_head(features, settings, examination)
+    with devices.scope():
+        model = untrained_head(features, settings, examination)
     batches = TrainingBatches(
-        train, batch_size=settings.batch_size, seed=settings.seed, sample_index=True
+        train,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        sample_index=True,
+        share=devices.share,
     )
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     further = callbacks(recorder) if callable(callbacks) else callbacks
     history = _fit(
-        model, batches, features, settings, recorder, further, progress, checkpoint
-    )
+        model, batches, features, settings, recorder, further, progress, checkpoint,
+        devices,
+    )  # fmt: skip
     if history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
@@ -203,6 +215,7 @@ def _fit(
     callbacks: Sequence[keras.callbacks.Callback],
     progress: bool,
     checkpoint: TrainingCheckpoint | None,
+    devices: Devices,
 ) -> dict[str, list[float]]:
     """Trains what is left to train; returns the history of all epochs."""
     first, last = 0, settings.epochs
@@ -212,12 +225,13 @@ def _fit(
         checkpoint.open(origin, recorder, callbacks)
         first = checkpoint.epochs_done
         last = first if checkpoint.stopped else last
+    validation = None
+    if len(features.validation):
+        validation = batches_of(features.validation, share=devices.share)
     with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
         history = model.fit(
-            batches.dataset,
-            validation_data=(
-                batches_of(features.validation) if len(features.validation) else None
-            ),
+            devices.distributed(batches.dataset),
+            validation_data=devices.distributed(validation),
             initial_epoch=first,
             epochs=last,
             # The checkpoint sees what all others have done.
@@ -270,7 +284,10 @@ def untrained_head(
         settings.make_optimizer(),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        steps_per_execution=choose_steps_per_execution(steps),
+        # Of several replicas Keras can run one step at a time.
+        steps_per_execution=(
+            1 if tf.distribute.has_strategy() else choose_steps_per_execution(steps)
+        ),
     )
     return model
 

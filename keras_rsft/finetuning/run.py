@@ -14,8 +14,10 @@ import keras
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.data import ImageData, apply_corrections, load_images
+from keras_rsft.errors import WorkerLost
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+from keras_rsft.finetuning.devices import Devices, open_devices
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.head_training import (
     Callbacks,
@@ -99,6 +101,7 @@ def finetune(
     views: int = 1,
     feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
+    strategy: str | Devices = "none",
     output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
     callbacks: Callbacks = (),
@@ -124,6 +127,10 @@ def finetune(
         feature_precision: How features are kept: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: How to train. Default: `TrainingSettings()`.
+        strategy: On what the head is trained and the base is run, see `open_devices`:
+            `"none"`, one device; `"mirrored"`; `"multiworker"`, where the chief alone
+            writes the run and the others return it without a folder. A stage two has
+            one device. Default `"none"`.
         output: The run folder, which must not exist, or `NumberedFolder("photos")`
             for the next `runs/photos-N`. Until the run is finished it is called
             `...unfinished`; killed there, the same call goes on with it and ends with
@@ -148,8 +155,10 @@ def finetune(
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for a stage two to learn from.
         OSError: If the disk is full; the same call goes on once there is room.
+        WorkerLost: If another worker is gone; the same call on all of them goes on.
     """
     settings = settings or TrainingSettings()
+    devices = open_devices(strategy) if isinstance(strategy, str) else strategy
     if settings.stage2_epochs:
         check_base_can_learn(str(backbone))
     options = {
@@ -161,26 +170,36 @@ def finetune(
         "feature_precision": feature_precision,
     }
     with_plain = with_plain and output is not None
-    work = _Work(options, settings, cache_dir, callbacks, with_plain, progress, command)
+    work = _Work(
+        options, settings, devices, cache_dir, callbacks, with_plain, progress, command
+    )
     if output is not None and not isinstance(output, NumberedFolder):
         check_new_folder(output)  # Before the work, not after it.
     if not isinstance(data, ImageData):
         data = load_images(data)
     if corrections:
         data = apply_corrections(data, corrections)
-    if output is None:
-        return _run(data, work)
     identity = run_identity(
         data,
         **options,
         settings=dataclasses.asdict(settings),
+        strategy=devices.name,
         callbacks=_identity_of(callbacks),
         with_plain=with_plain,
     )
+    devices.require_same(identity)
+    if output is None:
+        return _run(data, work)
+    if not devices.is_chief:
+        run = _run(data, work, TrainingCheckpoint(Path(), devices=devices))
+        devices.from_chief(b"")  # Which is there once the run is written.
+        return run
     with open_place(output, identity) as place:
         if on_begin is not None:
             on_begin(place.folder, place.went_on)
-        return _run_at(place, data, work)
+        run = _run_at(place, data, work)
+    devices.from_chief(b"")
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +208,7 @@ class _Work:
 
     options: dict[str, Any]
     settings: TrainingSettings
+    devices: Devices
     cache_dir: str | os.PathLike | None
     callbacks: Callbacks
     with_plain: bool
@@ -209,7 +229,7 @@ def _identity_of(callbacks: Callbacks) -> Any:
 
 def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
     """Makes a run and its folder; keeps the training's state where that fails."""
-    checkpoint = TrainingCheckpoint(place.checkpoint)
+    checkpoint = TrainingCheckpoint(place.checkpoint, devices=work.devices)
     try:
         run = dataclasses.replace(_run(data, work, checkpoint), folder=place.folder)
         place.write(
@@ -217,7 +237,7 @@ def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
                 folder, run, data, cache_dir=work.cache_dir, progress=work.progress
             )
         )
-    except (KeyboardInterrupt, OSError) as error:
+    except (KeyboardInterrupt, OSError, WorkerLost) as error:
         with contextlib.suppress(OSError):  # The disk may be full.
             checkpoint.flush()
         if isinstance(error, KeyboardInterrupt) and checkpoint.epochs_done:
@@ -238,13 +258,14 @@ def _run(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> Run:
     started = time.perf_counter()
-    settings, progress = work.settings, work.progress
+    settings, progress, devices = work.settings, work.progress, work.devices
     source = open_features(
         data,
         **work.options,
         seed=settings.seed,
         cache_dir=work.cache_dir,
         progress=progress,
+        device_names=devices.local_names,
     )
     data, features = source.data, source.features
     trained = train_head(
@@ -253,16 +274,17 @@ def _run(
         callbacks=work.callbacks,
         progress=progress,
         checkpoint=checkpoint,
+        devices=devices,
     )
     head, results = trained.model, trained.results
     base = source.float32_base()
     model = build_classifier(base, data.num_classes, head=head.model)
-    if settings.stage2_epochs:
+    if settings.stage2_epochs and devices.is_chief:
         model = _stage_two(model, base, data, features, trained, settings, progress)
     against_plain = None
     if work.with_plain:
         against_plain = train_against_plain(
-            features, trained, settings, progress=progress
+            features, trained, settings, progress=progress, devices=devices
         )
     results["seconds"] = time.perf_counter() - started
     return Run(
@@ -275,6 +297,7 @@ def _run(
             "command": work.command,
             **source.origin,
             **dataclasses.asdict(settings),
+            "strategy": devices.name,
         },
         features=features,
         trained=trained,

@@ -26,10 +26,18 @@ def is_replicated(strategy: Any) -> bool:
     return isinstance(strategy, _REPLICATED)
 
 
-def require_trainable_on_replicas(model: RSFTModel) -> None:
-    """Raises InvalidArgument where a compiled model's replicas cannot be trained.
+def ready_for_replicas(model: RSFTModel, data: Any) -> Any:
+    """Checks that a model can be trained where it was made, before it is.
 
-    Does nothing where there is one device and no strategy.
+    Args:
+        model: The compiled model.
+        data: What `fit` was given, of any kind.
+
+    Returns:
+        The data, in the form that several replicas need.
+
+    Raises:
+        InvalidArgument: If its replicas cannot be trained.
     """
     strategy = model.distribute_strategy
     if not is_replicated(strategy):
@@ -38,25 +46,22 @@ def require_trainable_on_replicas(model: RSFTModel) -> None:
                 "RSFTModel trains on several devices under MirroredStrategy and "
                 f"MultiWorkerMirroredStrategy. Received: {type(strategy).__name__}."
             )
-        return
+        return data
     reason = _what_keras_cannot_do(model)
     if reason is not None:
         raise InvalidArgument(
-            f"{reason} Received: {strategy.num_replicas_in_sync} "
-            f"replicas of {type(strategy).__name__}."
+            f"{reason} Received: {strategy.num_replicas_in_sync} replicas of "
+            f"{type(strategy).__name__}."
         )
     if model.built:
         _require_in_scope(model)
+    return _without_none(data)
 
 
-def without_none(data: Any) -> Any:
-    """Returns a data set that can be given to several replicas.
+def _without_none(data: Any) -> Any:
+    """Gives weights of one to batches that say they have none.
 
-    Batches may say that they have no sample weights, which TensorFlow cannot hand to
-    replicas: they get weights of one.
-
-    Args:
-        data: What `fit` was given, of any kind.
+    TensorFlow cannot hand a None to replicas.
     """
     if not isinstance(data, tf.data.Dataset):
         return data

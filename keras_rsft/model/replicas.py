@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from keras_rsft.model.batch import class_labels, require_index, unpack
+from keras_rsft.model.replica_trainer import per_worker
 from keras_rsft.model.selection import selection_sums
 
 if TYPE_CHECKING:
@@ -127,39 +128,6 @@ def replica_test_step(model: RSFTModel, data: Any) -> dict[str, Any]:
     penalty = sum(model._penalties(), tf.zeros(()))
     _note_loss(model, mean + tf.where(row_count > 0, penalty, 0.0), row_count)
     return per_worker(model, model.compute_metrics(x, y, y_pred, sample_weight))
-
-
-def per_worker(model: RSFTModel, logs: dict[str, Any]) -> dict[str, Any]:
-    """Returns logs in the shape that Keras can reduce over workers: `(1,)`."""
-    if not isinstance(
-        model.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy
-    ):
-        return logs
-    return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
-
-
-def build_on_symbols(model: RSFTModel, element_spec: Any) -> None:
-    """Builds metrics, losses and optimizer from the form of a batch alone.
-
-    Keras takes the mean of a batch over the replicas for that, which fails where they
-    have different numbers of rows, and on several workers.
-
-    Args:
-        model: The model, built in the scope of its strategy.
-        element_spec: What a data set says of its batches.
-    """
-
-    def symbol(spec: Any) -> keras.KerasTensor | None:
-        spec = getattr(spec, "_value_specs", [spec])[0]
-        if not isinstance(spec, tf.TensorSpec):
-            return None
-        shape = (None, *spec.shape[1:])
-        return keras.KerasTensor(shape, keras.backend.standardize_dtype(spec.dtype))
-
-    parts = element_spec if isinstance(element_spec, tuple) else (element_spec,)
-    batch = tuple(keras.tree.map_structure(symbol, part) for part in parts[:3])
-    with model.distribute_strategy.scope():
-        model._symbolic_build(data_batch=batch)
 
 
 def _brought_together(

@@ -24,16 +24,9 @@ from keras_rsft.model.batch import (
 )
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
-from keras_rsft.model.replica_rules import (
-    is_replicated,
-    require_trainable_on_replicas,
-    without_none,
-)
-from keras_rsft.model.replicas import (
-    build_on_symbols,
-    replica_test_step,
-    replica_train_step,
-)
+from keras_rsft.model.replica_rules import is_replicated, ready_for_replicas
+from keras_rsft.model.replica_trainer import ReplicaTrainer
+from keras_rsft.model.replicas import replica_test_step, replica_train_step
 from keras_rsft.model.selection import (
     SELECTION_METRICS,
     AcceptanceGuard,
@@ -57,7 +50,7 @@ class _Pass(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class RSFTModel(keras.Model):
+class RSFTModel(ReplicaTrainer, keras.Model):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
@@ -143,9 +136,7 @@ class RSFTModel(keras.Model):
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
-        if is_replicated(self.distribute_strategy):
-            x = without_none(x)
-        require_trainable_on_replicas(self)
+        x = ready_for_replicas(self, x)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             guard = AcceptanceGuard()
             guard.set_model(self)
@@ -278,20 +269,6 @@ class RSFTModel(keras.Model):
 
     def _random_states(self) -> list[Any]:
         return [v for v in self.model.variables if v.name == "seed_generator_state"]
-
-    def _maybe_symbolic_build(
-        self, iterator: Any = None, data_batch: Any = None
-    ) -> None:
-        if iterator is None or not is_replicated(self.distribute_strategy):
-            super()._maybe_symbolic_build(iterator, data_batch)
-            return
-        build_on_symbols(self, iterator.data_adapter.get_tf_dataset().element_spec)
-
-    def _get_metrics_result_or_logs(self, logs: dict[str, Any]) -> dict[str, Any]:
-        if not is_replicated(self.distribute_strategy):
-            return super()._get_metrics_result_or_logs(logs)
-        whole = self.get_metrics_result()  # Those of a step are the replicas' mean.
-        return {name: whole[name] for name in logs}
 
     def _make_slots(self) -> None:
         """Makes the optimizer's variables before they are used in a branch."""
