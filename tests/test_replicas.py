@@ -151,16 +151,17 @@ class TestShare:
             batches_of(features, batch_size=2, share=BatchShare(3, 0, 3))
 
 
-class TestTfConfig:
-    cluster = {"worker": ["a:1", "b:1"]}
+CLUSTER = {"worker": ["a:1", "b:1"]}
 
+
+class TestTfConfig:
     def text(self, cluster, kind="worker", index=1):
         task = {"type": kind, "index": index}
         return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}
 
     def test_numbers_the_chief_first(self):
-        assert worker_place(self.text(self.cluster)) == WorkerPlace(1, 2)
-        with_chief = self.cluster | {"chief": ["c:1"]}
+        assert worker_place(self.text(CLUSTER)) == WorkerPlace(1, 2)
+        with_chief = CLUSTER | {"chief": ["c:1"]}
         assert worker_place(self.text(with_chief)) == WorkerPlace(2, 3)
         assert worker_place(self.text(with_chief, "chief", 0)) == WorkerPlace(0, 3)
 
@@ -180,7 +181,7 @@ class TestTfConfig:
     @pytest.mark.parametrize("kind, index", [("worker", 2), ("ps", 0), ("chief", 0)])
     def test_the_task_must_be_in_the_cluster(self, kind, index):
         with pytest.raises(InvalidArgument, match="one of them"):
-            worker_place(self.text(self.cluster, kind, index))
+            worker_place(self.text(CLUSTER, kind, index))
 
 
 def test_the_command_line_needs_tf_config(call, monkeypatch, folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,8 +22,8 @@ from keras_rsft.policy_choice import PolicyChoice
 pytestmark = pytest.mark.slow
 
 SECONDS_UNTIL_LOST = 5
-# Runs the command line, keeps every state, and writes a file in the third epoch: then
-# it waits for its end, or goes on where the file is there already.
+# Runs the command line, keeps every state, and writes a file in the third epoch, where
+# it may wait; once, as long as the file is there.
 DRIVER = textwrap.dedent(f"""
     import pathlib, sys, time
     from keras_rsft import cli
@@ -38,8 +39,7 @@ DRIVER = textwrap.dedent(f"""
         end_epoch(self, epoch, logs)
         if epoch + 1 == 3 and not reached.exists():
             reached.touch()
-            if sys.argv[2] == "wait":
-                time.sleep(600)
+            time.sleep({{"wait": 600, "pause": 1, "go on": 0}}[sys.argv[2]])
 
     checkpoint.TrainingCheckpoint.on_epoch_end = ended
     sys.exit(cli.main(sys.argv[3:]))
@@ -126,16 +126,59 @@ def assert_finished(processes, weights, folder):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("victim", [1])
-def test_a_worker_is_killed_and_both_go_on(start, one_process, tmp_path, victim):
+@pytest.fixture
+def networks():
+    """Names of two network namespaces that see each other, and of an interface."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip")
+    number = os.getpid() % 100_000
+    names = [f"rsft-{number}-{side}" for side in "ab"]
+    links = [f"rsft{number}{side}" for side in "ab"]
+    steps = [("netns", "add", name) for name in names]
+    steps.append(("link", "add", links[0], "type", "veth", "peer", "name", links[1]))
+    for side, (name, link) in enumerate(zip(names, links, strict=True), start=1):
+        inside = ("-n", name)
+        steps += [
+            ("link", "set", link, "netns", name),
+            (*inside, "address", "add", f"10.213.7.{side}/24", "dev", link),
+            (*inside, "link", "set", link, "up"),
+            (*inside, "link", "set", "lo", "up"),
+        ]
+    try:
+        for step in steps:
+            done = subprocess.run(["ip", *step], capture_output=True, text=True)
+            if done.returncode != 0:
+                pytest.skip(f"no network namespaces: {done.stderr.strip()}")
+        yield names, links[0]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_a_worker_is_killed_and_both_go_on(start, one_process, tmp_path):
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    processes = [
-        start(worker, addresses, then="wait" if worker == victim else "go on")
-        for worker in range(2)
-    ]
-    wait_for(tmp_path / f"reached-{victim}", processes[victim])
+    processes = [start(0, addresses), start(1, addresses, then="wait")]
+    wait_for(tmp_path / "reached-1", processes[1])
     since = time.monotonic()
-    processes[victim].send_signal(signal.SIGKILL)
-    assert_stopped(processes[1 - victim], since)
+    processes[1].send_signal(signal.SIGKILL)
+    assert_stopped(processes[0], since)
     again = [start(worker, addresses) for worker in range(2)]
+    assert_finished(again, one_process, tmp_path)
+
+
+def test_a_network_is_cut_and_both_go_on(start, one_process, tmp_path, networks):
+    names, link = networks
+    addresses = [f"10.213.7.{side}:2222" for side in (1, 2)]
+    under = [("ip", "netns", "exec", name) for name in names]
+    processes = [
+        start(worker, addresses, *under[worker], then="pause") for worker in range(2)
+    ]
+    wait_for(tmp_path / "reached-0", processes[0])
+    cut = ["ip", "-n", names[0], "link", "set", link]
+    subprocess.run([*cut, "down"], check=True)
+    since = time.monotonic()
+    for process in processes:
+        assert_stopped(process, since)
+    subprocess.run([*cut, "up"], check=True)
+    again = [start(worker, addresses, *under[worker]) for worker in range(2)]
     assert_finished(again, one_process, tmp_path)

@@ -185,7 +185,7 @@ def compared_features():
 
 
 def compared_heads(strategy):
-    """Trains a head on kept features, by the policy `auto`, on one device and on all."""
+    """Trains a head on kept features by the policy `auto`, on one device and on all."""
     settings = TrainingSettings(epochs=3, batch_size=16, learning_rate=0.05)
     with tempfile.TemporaryDirectory() as folder:
         features = split_features(Path(folder))

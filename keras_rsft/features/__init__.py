@@ -1,7 +1,8 @@
 """One pass of a frozen base over the images, kept on disk, fed to a head.
 
 `frozen_base.py` is the base, traced once, `extraction.py` runs it and keeps what
-comes out, `feature_set.py` is what is kept, `batches.py` feeds it to training.
+comes out, `feature_set.py` is what is kept, `batches.py` feeds it to training,
+`batch_share.py` deals the rows of a batch out to replicas.
 `thumbnails.py` keeps small pictures beside it, `near_duplicate_pairs.py` compares.
 """
 

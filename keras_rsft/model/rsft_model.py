@@ -63,6 +63,10 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     accepted samples and never decide acceptance. A step that accepts nothing
     changes no variable of the model or the optimizer and runs no backward pass.
 
+    Made and compiled in the scope of a `tf.distribute.MirroredStrategy` or
+    `MultiWorkerMirroredStrategy`, with its policy, it trains as on one device: one
+    decision on the batch of all replicas, normalised by the number that all accept.
+
     A data set may say which training sample each row is, for policies and for a
     `RejectionLedger`: it then yields `(x, y, sample_weight or None, sample_index)`,
     with int32 indices `(batch,)` in [0, n).
