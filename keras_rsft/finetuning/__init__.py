@@ -1,10 +1,10 @@
 """One run, from data to a trained model and its folder; what `keras-rsft fit` calls.
 
-`settings.py` is what the user chooses, `head_training.py` trains a head on kept
-features, `pilot.py` looks ahead on a sample, `run.py` puts a run together,
-`run_folder.py` writes and reads it. `devices.py` is what a training runs on. `unfinished.py` is its place until then,
-`checkpoint.py` the state of the training there. The folder is not called `finetune`:
-the function of that name is public, and a module would hide it.
+`settings.py` is what the user chooses, `devices.py` what a training runs on,
+`head_training.py` trains a head on kept features, `pilot.py` looks ahead on a sample,
+`run.py` puts a run together, `run_folder.py` writes and reads it. `unfinished.py` is
+its place until then, `checkpoint.py` the state of the training there. The folder is not
+called `finetune`: the function of that name is public, and a module would hide it.
 """
 
 from keras_rsft.finetuning.head_training import (
