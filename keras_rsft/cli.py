@@ -53,6 +53,7 @@ from keras_rsft.errors import (
     WorkerLost,
 )
 from keras_rsft.interruption import Terminated, termination_raises
+from keras_rsft.strategy_choice import check_strategy
 
 USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
@@ -84,9 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
-    except (DataError, SearchFailed, TrainingStalled, WeightsUnavailable) as error:
-        return _fail(FAILED, str(error))
-    except (ImportError, WorkerLost) as error:
+    except (
+        DataError,
+        ImportError,
+        SearchFailed,
+        TrainingStalled,
+        WeightsUnavailable,
+        WorkerLost,
+    ) as error:
         return _fail(FAILED, str(error))
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
@@ -192,6 +198,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 def _run_fit(arguments: argparse.Namespace) -> int:
     choice = policy_choice(arguments)  # Refused before anything heavy is imported.
+    check_strategy(arguments.strategy)
     _silence_native_libraries()
     run_fit(arguments, choice)
     return 0

@@ -26,7 +26,9 @@ from keras_rsft.cli_options import (
     training_settings,
 )
 from keras_rsft.cli_unfreeze import add_unfreeze_options, unfreeze_settings
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.strategy_choice import STRATEGY_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +61,13 @@ def add_fit(commands: argparse._SubParsersAction) -> None:
         action="store_false",
         help="train no plain head for the report to compare with",
     )
+    fit.add_argument(
+        "--strategy",
+        choices=STRATEGY_NAMES,
+        default="none",
+        help="mirrored: all GPUs of this machine, or else its logical CPUs; "
+        "multiworker: the workers in TF_CONFIG; default: one device",
+    )
     add_explain_options(fit)
     add_cache_dir(fit)
     add_output_options(fit)
@@ -74,15 +83,20 @@ def run_fit(arguments: argparse.Namespace, choice: PolicyChoice) -> None:
     from keras_rsft.cli_documents import run_document
     from keras_rsft.cli_output import output_of, print_data, print_run
     from keras_rsft.finetuning import NumberedFolder, finetune
+    from keras_rsft.finetuning.devices import open_devices
     from keras_rsft.finetuning.run_folder import check_new_folder
     from keras_rsft.report import write_report
 
+    _require_fit_for_workers(arguments)
+    devices = open_devices(arguments.strategy)  # Before TensorFlow is used at all.
     settings = dataclasses.replace(
         training_settings(arguments, choice), **unfreeze_settings(arguments)
     )
     if arguments.output is not None:
         check_new_folder(arguments.output)  # Before the work, not after it.
     with output_of(arguments) as output:
+        if devices.strategy is not None:
+            output.console.print(devices.describe())
         beginning = Beginning(output.console)
         callbacks_of = fit_callbacks(arguments, settings, beginning)
         data = load_corrected(arguments, noisy_splits=("train",))
@@ -93,6 +107,7 @@ def run_fit(arguments: argparse.Namespace, choice: PolicyChoice) -> None:
             data,
             **base_options(arguments),
             settings=settings,
+            strategy=devices,
             output=arguments.output or NumberedFolder(data_name(arguments)),
             callbacks=callbacks_of(data),
             with_plain=arguments.with_plain,
@@ -103,9 +118,27 @@ def run_fit(arguments: argparse.Namespace, choice: PolicyChoice) -> None:
                 text, markup=False, soft_wrap=True
             ),
         )
+        if not devices.is_chief:
+            output.console.print("Done; the chief, worker 0, has written the run.")
+            return
         write_report(run)
         print_run(run, output.console)
         output.finish(run_document(run, data), run.folder)
+
+
+def _require_fit_for_workers(arguments: argparse.Namespace) -> None:
+    """Refuses what one process does for itself where several train together."""
+    given = [
+        name
+        for name in ("explain", "dry_run", "tensorboard")
+        if getattr(arguments, name)
+    ]
+    if arguments.strategy == "multiworker" and given:
+        option = "--" + given[0].replace("_", "-")
+        raise InvalidArgument(
+            f"{option} cannot be used with --strategy multiworker. Leave it out, or "
+            "use it with one process."
+        )
 
 
 class Beginning:

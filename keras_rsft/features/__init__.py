@@ -2,8 +2,8 @@
 
 `frozen_base.py` is the base, traced once, `feature_pass.py` runs it, `extraction.py`
 keeps what comes out, `feature_set.py` is what is kept, `batches.py` feeds it to
-training. For several processes there are `shared_pass.py`, `shares.py` and
-`share_joining.py`.
+training, `batch_share.py` deals the rows of a batch out to replicas. For several
+processes there are `shared_pass.py`, `shares.py` and `share_joining.py`.
 `thumbnails.py` keeps small pictures beside it, `near_duplicate_pairs.py` compares.
 """
 

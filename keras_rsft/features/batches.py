@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.features.batch_share import BatchShare
 from keras_rsft.features.feature_set import FeatureSet
 
 # Above this, rows are read from disk.
@@ -51,14 +52,17 @@ class TrainingBatches:
             be smaller.
         seed: Seed of the order and of the choice among views.
         sample_index: Say which sample each row is. Default False.
+        share: Which rows of each batch to yield, one element for each replica of this
+            process. Default: whole batches.
 
     Raises:
-        InvalidArgument: If the batch size is below 1.
+        InvalidArgument: If the batch size is below 1, or the number of replicas.
 
     Attributes:
         dataset: `tf.data.Dataset` of `(features (batch, dim) float32, labels
             (batch,) int32)`, one epoch long; with `sample_index` of `(features,
-            labels, None, indices (batch,) int32)`.
+            labels, None, indices (batch,) int32)`; with `share` weights of one in
+            place of None.
         callback: Tells the data set which epoch begins.
     """
 
@@ -69,6 +73,7 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         sample_index: bool = False,
+        share: BatchShare | None = None,
     ):
         if batch_size < 1:
             raise InvalidArgument(
@@ -76,6 +81,7 @@ class TrainingBatches:
             )
         self._features = features
         self._sample_index = sample_index
+        self._share = share
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = tf.Variable(0, dtype=tf.int32, trainable=False)
@@ -109,22 +115,33 @@ class TrainingBatches:
 
     def _make_dataset(self) -> tf.data.Dataset:
         columns = _with_index if self._sample_index else _without_index
-        return _gathered(self._features, self.epoch_order, self._batch_size, columns)
+        if self._sample_index and self._share is not None:
+            columns = _with_weights_and_index  # Replicas cannot be handed a None.
+        return _gathered(
+            self._features,
+            self.epoch_order,
+            self._batch_size,
+            columns,
+            self._share,
+        )
 
 
-def batches_of(features: FeatureSet, *, batch_size: int = 256) -> tf.data.Dataset:
+def batches_of(
+    features: FeatureSet, *, batch_size: int = 256, share: BatchShare | None = None
+) -> tf.data.Dataset:
     """Returns the plain images' features in order, for evaluation.
 
     Args:
         features: The features.
         batch_size: Samples per batch, at least 1. Default 256.
+        share: As in `TrainingBatches`. Default: whole batches.
 
     Returns:
         `tf.data.Dataset` of `(features (batch, dim), labels (batch,))`.
     """
     samples = tf.range(len(features), dtype=tf.int64)
     order = (samples, samples * features.views)
-    return _gathered(features, lambda: order, batch_size, _without_index)
+    return _gathered(features, lambda: order, batch_size, _without_index, share)
 
 
 class _EpochNumber(keras.callbacks.Callback):
@@ -140,12 +157,20 @@ def _with_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
     return x, y, None, tf.cast(sample, tf.int32)
 
 
+def _with_weights_and_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
+    return x, y, tf.ones(tf.shape(sample)), tf.cast(sample, tf.int32)
+
+
 def _without_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
     return x, y
 
 
 def _gathered(
-    features: FeatureSet, order: Order, batch_size: int, columns: Columns
+    features: FeatureSet,
+    order: Order,
+    batch_size: int,
+    columns: Columns,
+    share: BatchShare | None = None,
 ) -> tf.data.Dataset:
     """Returns batches of the samples and rows that `order` names.
 
@@ -156,7 +181,9 @@ def _gathered(
     """
     labels = tf.constant(features.labels)
     block_rows = batch_size * max(1, BLOCK_BYTES // (4 * features.dim * batch_size))
-    rows = tf.data.Dataset.range(1).map(lambda _: order())
+    rows = tf.data.Dataset.range(1).map(
+        lambda _: order() if share is None else share.of_order(order(), batch_size)
+    )
     if features.num_bytes <= MAX_BYTES_IN_MEMORY:
         read = _make_table_reader(features)
         blocks = rows.rebatch(block_rows).map(lambda s, row: (s, read(row)))
@@ -171,7 +198,10 @@ def _gathered(
         wide = tf.cast(values, tf.float32)
         return columns(wide, tf.gather(labels, sample), sample)
 
-    batches = blocks.map(complete).prefetch(1).rebatch(batch_size)
+    samples = blocks.map(complete).prefetch(1)
+    if share is not None:  # Their number differs where the last batch is small.
+        return without_autotuning(samples.rebatch(share.row_counts(batch_size)))
+    batches = samples.rebatch(batch_size)
     steps = -(-len(features) // batch_size)
     return without_autotuning(
         batches.apply(tf.data.experimental.assert_cardinality(steps))

@@ -103,13 +103,16 @@ def append_rows(
     ):  # fmt: skip
         rows_file = _RowFiles(features_file, index_file, partial)
         writing: Future | None = None
-        for index, batch in images:
-            batch = tf.reshape(batch, (-1, *base.image_size, 3))
-            values = _kept_as(work.feature_precision, base.forward(batch).numpy())
+        views_in_a_row = (
+            (index.numpy(), tf.reshape(batch, (-1, *base.image_size, 3)))
+            for index, batch in images
+        )
+        for index, features in base.over(views_in_a_row):
+            values = _kept_as(work.feature_precision, features)
             if writing is not None:
                 writing.result()
             # The disk is waited for while the base is busy with the next batch.
-            writing = writer.submit(rows_file.append, values, index.numpy())
+            writing = writer.submit(rows_file.append, values, index)
             rows += len(index)
             reached = int(index[-1]) + 1
             advance(reached - next_index)

@@ -6,9 +6,12 @@ features are `extraction.py`'s business.
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -30,14 +33,23 @@ class FrozenBase:
             [0, 255], to features `(batch, dim)`.
         num_images: How many images it will be run on, for the choice of the
             faster way. Default 0.
+        device_names: Devices that `over` shares the batches among. Default:
+            TensorFlow's own choice of one.
 
     Attributes:
         image_size: Height and width in pixels.
         dim: Number of features of an image.
     """
 
-    def __init__(self, backbone: keras.Model, *, num_images: int = 0):
+    def __init__(
+        self,
+        backbone: keras.Model,
+        *,
+        num_images: int = 0,
+        device_names: Sequence[str] = (),
+    ):
         self._backbone = backbone
+        self._device_names = tuple(device_names)
         self._num_images = num_images
         self.image_size = tuple(backbone.input_shape[1:3])
         self.dim = int(backbone.output_shape[-1])
@@ -59,6 +71,48 @@ class FrozenBase:
     @functools.cached_property
     def forward(self) -> tf.types.experimental.PolymorphicFunction:
         """Function from images to float32 features `(batch, dim)`, traced once."""
+        return self._traced({})
+
+    def over(
+        self, batches: Iterable[tuple[Any, tf.Tensor]]
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """Runs the base over batches, each on one device, all devices at once.
+
+        Args:
+            batches: Pairs of anything and images `(batch, height, width, 3)`.
+
+        Yields:
+            What came with the images, and their features `(batch, dim)`, in order.
+        """
+        if len(self._device_names) < 2:
+            for number, images in batches:
+                yield number, self.forward(images).numpy()
+            return
+        functions = [self._on_device(name) for name in self._device_names]
+        waiting: collections.deque = collections.deque()
+        with ThreadPoolExecutor(len(functions)) as threads:
+            for at, (number, images) in enumerate(batches):
+                run = functions[at % len(functions)]
+                waiting.append((number, threads.submit(run, images)))
+                if len(waiting) == len(functions):
+                    number, features = waiting.popleft()
+                    yield number, features.result()
+            for number, features in waiting:
+                yield number, features.result()
+
+    def _on_device(self, name: str) -> Any:
+        """Returns a function from images to an array, with the weights on a device."""
+        with tf.device(name):
+            copies = {v: tf.identity(v.value) for v in self._backbone.variables}
+            run = self._traced(copies).get_concrete_function()
+
+        def on_device(images: tf.Tensor) -> np.ndarray:
+            with tf.device(name):
+                return run(tf.identity(images)).numpy()
+
+        return on_device
+
+    def _traced(self, copies: dict[Any, tf.Tensor]) -> Any:
         backbone, weights = self._backbone, []
         if self._num_images >= MIN_IMAGES_FOR_CONSTANTS:
             weights = [(variable, variable.numpy()) for variable in backbone.variables]
@@ -70,6 +124,7 @@ class FrozenBase:
         )
         def forward(images: tf.Tensor) -> tf.Tensor:
             constants = [(variable, tf.constant(value)) for variable, value in weights]
+            constants = constants or list(copies.items())
             with keras.StatelessScope(state_mapping=constants):
                 return tf.cast(backbone(images, training=False), tf.float32)
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import keras
 import numpy as np
 
 from keras_rsft.finetuning.callback_memory import decoded, encoded, memory_of
+from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
 from keras_rsft.ledger import RejectionLedger
 from keras_rsft.result_folder import replaced
 
@@ -61,6 +63,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     Args:
         path: The file; its folder must exist.
         seconds_between: Least time between two states on disk. Default 10.
+        devices: What is trained on. The chief of several workers keeps the file, and
+            tells the others what is in it. Default: one device.
 
     Attributes:
         epochs_done: Finished epochs, those of an earlier process included.
@@ -68,8 +72,15 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         history: Each logged value, one number for each of these epochs.
     """
 
-    def __init__(self, path: Path, *, seconds_between: float = SECONDS_BETWEEN):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        seconds_between: float = SECONDS_BETWEEN,
+        devices: Devices = ONE_DEVICE,
+    ):
         super().__init__()
+        self._devices = devices
         self._path = path
         self._seconds_between = seconds_between
         self._recorder: RejectionLedger | None = None
@@ -106,7 +117,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         """
         self._belongs_to = json.loads(json.dumps(belongs_to))
         self._recorder, self._others = recorder, others
-        state = read_state(self._path)
+        state = self._kept_state()
         if state is not None and state.belongs_to == self._belongs_to:
             self._restored = self._latest = self._on_disk = state
             self.history = {name: list(row) for name, row in state.history.items()}
@@ -129,10 +140,20 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         """Writes the state of the last whole epoch, if it is not on disk yet."""
         if self._latest is None or self._latest is self._on_disk:
             return
+        if not self._devices.is_chief:
+            return
         state, started = self._latest, time.monotonic()
         replaced(self._path, lambda beside: write_state(beside, state))
         self._on_disk, self._written_at = state, time.monotonic()
         self._cost = self._written_at - started
+
+    def _kept_state(self) -> TrainingState | None:
+        if self._devices.cluster.is_alone:
+            return read_state(self._path)
+        kept = b""
+        if self._devices.is_chief and self._path.exists():
+            kept = self._path.read_bytes()
+        return read_state(io.BytesIO(self._devices.from_chief(kept)))
 
     def _state(self, epochs_done: int) -> TrainingState:
         arrays = {
@@ -188,12 +209,12 @@ def write_state(path: Path, state: TrainingState) -> None:
         np.savez(file, **arrays)
 
 
-def read_state(path: Path) -> TrainingState | None:
+def read_state(file: Path | BinaryIO) -> TrainingState | None:
     """Reads a state, or None where there is none or it is damaged."""
     damages = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
     with contextlib.suppress(*damages):
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with np.load(file, allow_pickle=False) as kept:
+            arrays = {name: kept[name] for name in kept.files}
         description = json.loads(arrays.pop(_DESCRIPTION).tobytes())
         callbacks = decoded(description.pop("callbacks"), arrays)
         return TrainingState(**description, callbacks=callbacks, arrays=arrays)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -69,6 +69,7 @@ def open_features(
     cluster: Cluster | None = None,
     patience: float = DEFAULT_PATIENCE,
     on_base: Callable[[keras.Model], None] = lambda base: None,
+    device_names: Sequence[str] = (),
 ) -> FeatureSource:
     """Lists the images, loads the base, and computes or reads the features.
 
@@ -86,6 +87,7 @@ def open_features(
         cluster: Processes that compute them together, as in `extract_all`.
         patience: How long to wait for a worker of it, as in `extract_all`.
         on_base: Called with the base before it is run, to refuse it.
+        device_names: As in `extract_all`.
 
     Raises:
         InvalidArgument: If an argument cannot be used.
@@ -107,6 +109,7 @@ def open_features(
         progress=progress,
         cluster=cluster,
         patience=patience,
+        device_names=device_names,
     )
     origin = {
         "data": data.source,

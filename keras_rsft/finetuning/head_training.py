@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_rsft.backbones import build_head
 from keras_rsft.errors import TrainingStalled
@@ -20,6 +21,7 @@ from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, TrainingBatches, batches_of
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.ledger import Ledger, RejectionLedger
@@ -74,6 +76,7 @@ def train_head(
     callbacks: Callbacks = (),
     progress: bool = True,
     checkpoint: TrainingCheckpoint | None = None,
+    devices: Devices = ONE_DEVICE,
 ) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
 
@@ -86,6 +89,7 @@ def train_head(
         checkpoint: Where the training's state is kept, and gone on from. With the
             same features and settings the result is the same to the last bit.
             Default: nowhere.
+        devices: What to train on. Default: one device.
 
     Raises:
         TrainingStalled: If the last epoch accepted nothing.
@@ -96,15 +100,21 @@ def train_head(
         examination = examine_labels(
             train, len(features.class_names), seed=settings.seed, progress=progress
         )
-    model = untrained_head(features, settings, examination)
+    with devices.scope():
+        model = untrained_head(features, settings, examination)
     batches = TrainingBatches(
-        train, batch_size=settings.batch_size, seed=settings.seed, sample_index=True
+        train,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        sample_index=True,
+        share=devices.share,
     )
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     further = callbacks(recorder) if callable(callbacks) else callbacks
     history = _fit(
-        model, batches, features, settings, recorder, further, progress, checkpoint
-    )
+        model, batches, features, settings, recorder, further, progress, checkpoint,
+        devices,
+    )  # fmt: skip
     if history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
@@ -147,6 +157,7 @@ def _fit(
     callbacks: Sequence[keras.callbacks.Callback],
     progress: bool,
     checkpoint: TrainingCheckpoint | None,
+    devices: Devices,
 ) -> dict[str, list[float]]:
     """Trains what is left to train; returns the history of all epochs."""
     first, last = 0, settings.epochs
@@ -156,12 +167,13 @@ def _fit(
         checkpoint.open(origin, recorder, callbacks)
         first = checkpoint.epochs_done
         last = first if checkpoint.stopped else last
+    validation = None
+    if len(features.validation):
+        validation = batches_of(features.validation, share=devices.share)
     with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
         history = model.fit(
-            batches.dataset,
-            validation_data=(
-                batches_of(features.validation) if len(features.validation) else None
-            ),
+            devices.distributed(batches.dataset),
+            validation_data=devices.distributed(validation),
             initial_epoch=first,
             epochs=last,
             # The checkpoint sees what all others have done.
@@ -214,7 +226,10 @@ def untrained_head(
         settings.make_optimizer(),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        steps_per_execution=choose_steps_per_execution(steps),
+        # Of several replicas Keras can run one step at a time.
+        steps_per_execution=(
+            1 if tf.distribute.has_strategy() else choose_steps_per_execution(steps)
+        ),
     )
     return model
 

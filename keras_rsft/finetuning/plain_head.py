@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
 from keras_rsft.finetuning.head_training import (
     TrainedHead,
     head_probabilities,
@@ -48,6 +49,7 @@ def train_against_plain(
     settings: TrainingSettings,
     *,
     progress: bool = True,
+    devices: Devices = ONE_DEVICE,
 ) -> AgainstPlain | None:
     """Trains a head that accepts everything, all else equal, and compares.
 
@@ -56,6 +58,7 @@ def train_against_plain(
         trained: The head with rejection.
         settings: How it was trained.
         progress: Show a progress bar. Default True.
+        devices: What to train on. Default: one device.
 
     Returns:
         The comparison; None where the head's policy accepts everything, or there is
@@ -69,6 +72,7 @@ def train_against_plain(
         features,
         dataclasses.replace(settings, policy=PolicyChoice("accept-all")),
         progress=progress,
+        devices=devices,
     )
     name, part = judged
     right, plain_right = (

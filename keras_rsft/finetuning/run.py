@@ -14,9 +14,11 @@ import keras
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.data import ImageData, apply_corrections, load_images
+from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.finetuning.better_model import better_model
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+from keras_rsft.finetuning.devices import Devices, open_devices
 from keras_rsft.finetuning.feature_source import FeatureSource, open_features
 from keras_rsft.finetuning.head_training import (
     Callbacks,
@@ -108,6 +110,7 @@ def finetune(
     views: int = 1,
     feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
+    strategy: str | Devices = "none",
     output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
     callbacks: Callbacks = (),
@@ -139,6 +142,10 @@ def finetune(
         feature_precision: How features are kept: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: How to train. Default: `TrainingSettings()`.
+        strategy: On what the head is trained and the base is run, see `open_devices`:
+            `"none"`, one device; `"mirrored"`; `"multiworker"`, where the chief alone
+            writes the run and the others return it without a folder. A stage two has
+            one device. Default `"none"`.
         output: The run folder, which must not exist, or `NumberedFolder("photos")`
             for the next `runs/photos-N`. Until the run is finished it is called
             `...unfinished`; killed there, the same call goes on with it and ends with
@@ -166,14 +173,21 @@ def finetune(
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for a stage two to learn from.
         OSError: If the disk is full; the same call goes on once there is room.
+        WorkerLost: If another worker is gone; the same call on all of them goes on.
     """
     settings = settings or TrainingSettings()
     if trainable_from is not None:
         settings = dataclasses.replace(settings, trainable_from=trainable_from)
+    devices = open_devices(strategy) if isinstance(strategy, str) else strategy
     if settings.stage2_epochs:
         check_base_can_learn(str(backbone))
     if settings.trainable_from is not None:
         check_part_can_learn(str(backbone))
+        if devices.strategy is not None:
+            raise InvalidArgument(
+                "A part of the base is trained on one device. Received: the strategy "
+                f"{devices.name}. Leave out `--strategy`, or `--unfreeze`."
+            )
     options = {
         "backbone": backbone,
         "weights": weights,
@@ -184,7 +198,15 @@ def finetune(
     }
     with_plain = with_plain and output is not None
     work = _Work(
-        options, settings, cache_dir, callbacks, with_plain, progress, command, on_note
+        options,
+        settings,
+        devices,
+        cache_dir,
+        callbacks,
+        with_plain,
+        progress,
+        command,
+        on_note,
     )
     if output is not None and not isinstance(output, NumberedFolder):
         check_new_folder(output)  # Before the work, not after it.
@@ -192,19 +214,27 @@ def finetune(
         data = load_images(data)
     if corrections:
         data = apply_corrections(data, corrections)
-    if output is None:
-        return _run(data, work)
     identity = run_identity(
         data,
         **options,
         settings=dataclasses.asdict(settings),
+        strategy=devices.name,
         callbacks=_identity_of(callbacks),
         with_plain=with_plain,
     )
+    devices.require_same(identity)
+    if output is None:
+        return _run(data, work)
+    if not devices.is_chief:
+        run = _run(data, work, TrainingCheckpoint(Path(), devices=devices))
+        devices.from_chief(b"")  # Which is there once the run is written.
+        return run
     with open_place(output, identity) as place:
         if on_begin is not None:
             on_begin(place.folder, place.went_on)
-        return _run_at(place, data, work)
+        run = _run_at(place, data, work)
+    devices.from_chief(b"")
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +243,7 @@ class _Work:
 
     options: dict[str, Any]
     settings: TrainingSettings
+    devices: Devices
     cache_dir: str | os.PathLike | None
     callbacks: Callbacks
     with_plain: bool
@@ -239,7 +270,7 @@ def _identity_of(callbacks: Callbacks) -> Any:
 
 def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
     """Makes a run and its folder; keeps the training's state where that fails."""
-    checkpoint = TrainingCheckpoint(place.checkpoint)
+    checkpoint = TrainingCheckpoint(place.checkpoint, devices=work.devices)
     of_base = BaseTrainingPlace.at(place)
     try:
         run = _run(data, work, checkpoint, of_base)
@@ -249,7 +280,7 @@ def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
                 folder, run, data, cache_dir=work.cache_dir, progress=work.progress
             )
         )
-    except (KeyboardInterrupt, OSError) as error:
+    except (KeyboardInterrupt, OSError, WorkerLost) as error:
         for state in (checkpoint, of_base.checkpoint):
             with contextlib.suppress(OSError):  # The disk may be full.
                 state.flush()
@@ -273,7 +304,7 @@ def _run(
     of_base: BaseTrainingPlace | None = None,
 ) -> Run:
     started = time.perf_counter()
-    settings, progress = work.settings, work.progress
+    settings, progress, devices = work.settings, work.progress, work.devices
     source = open_features(
         data,
         **work.options,
@@ -281,6 +312,8 @@ def _run(
         cache_dir=work.cache_dir,
         progress=progress,
         on_base=work.check,
+        device_names=devices.local_names,
+        cluster=devices.cluster,
     )
     data, features = source.data, source.features
     trained = train_head(
@@ -289,6 +322,7 @@ def _run(
         callbacks=work.callbacks,
         progress=progress,
         checkpoint=checkpoint,
+        devices=devices,
     )
     head, results = trained.model, trained.results
     if checkpoint is not None and settings.trainable_from is not None:
@@ -297,7 +331,7 @@ def _run(
     against_plain = None
     if work.with_plain:
         against_plain = train_against_plain(
-            features, trained, settings, progress=progress
+            features, trained, settings, progress=progress, devices=devices
         )
     results["seconds"] = time.perf_counter() - started
     return Run(
@@ -310,6 +344,7 @@ def _run(
             "command": work.command,
             **source.origin,
             **dataclasses.asdict(settings),
+            "strategy": devices.name,
         },
         features=features,
         trained=trained,
@@ -326,7 +361,7 @@ def _with_base(
     """Returns the whole model, and the training with what the base has learnt in it."""
     settings, base, data = work.settings, source.float32_base(), source.data
     model = build_classifier(base, data.num_classes, head=trained.model.model)
-    if settings.stage2_epochs:
+    if settings.stage2_epochs and work.devices.is_chief:
         model = _stage_two(model, base, data, source.features, trained, work)
     if settings.trainable_from is None:
         return model, trained

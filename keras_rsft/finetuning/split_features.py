@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -43,6 +44,7 @@ def extract_all(
     progress: bool = True,
     cluster: Cluster | None = None,
     patience: float = DEFAULT_PATIENCE,
+    device_names: Sequence[str] = (),
 ) -> SplitFeatures:
     """Runs the base over all splits, or reads what was kept of that.
 
@@ -59,6 +61,8 @@ def extract_all(
             this one alone.
         patience: Seconds without progress after which another worker is given up.
             Default 600.
+        device_names: Devices of this process that share the work. Default:
+            TensorFlow's own choice of one.
 
     Raises:
         WorkerLost: If another worker does not do its part.
@@ -72,6 +76,7 @@ def extract_all(
         feature_precision=feature_precision,
         cache_dir=cache_dir,
         progress=progress,
+        device_names=device_names,
     )
     if cluster is not None and not cluster.is_alone:
         run_together(passes, cluster, patience=patience)
@@ -87,7 +92,12 @@ def extract_all(
 
 
 def feature_passes(
-    base: keras.Model, data: ImageData, *, views: int, **options: Any
+    base: keras.Model,
+    data: ImageData,
+    *,
+    views: int,
+    device_names: Sequence[str] = (),
+    **options: Any,
 ) -> list[FeaturePass]:
     """Returns the passes that `extract_all` makes, for `run_together`.
 
@@ -95,11 +105,12 @@ def feature_passes(
         base: Frozen base, images to features.
         data: The images.
         views: Views of each training image.
+        device_names: As in `extract_all`.
         **options: As `extract_all` takes them.
     """
     splits = (data.train, data.validation, data.test)
     num_images = sum(map(len, splits)) + (views - 1) * len(data.train)
-    frozen = FrozenBase(base, num_images=num_images)
+    frozen = FrozenBase(base, num_images=num_images, device_names=device_names)
     return [
         make_pass(frozen, split, views=views if split is data.train else 1, **options)
         for split in splits

@@ -1,4 +1,7 @@
-"""`RSFTModel` and its parts: per-sample losses, selection metrics, training step."""
+"""`RSFTModel` and its parts: per-sample losses, selection metrics, training step.
+
+`replicas.py` is the step on several devices, `replica_rules.py` what is refused there.
+"""
 
 from keras_rsft.model.rsft_model import RSFTModel
 from keras_rsft.model.second_pass import TwoPassRSFTModel

@@ -16,7 +16,7 @@ def seed_moving_averages(optimizer: Any, variables: list[Any]) -> None:
         variables: The variables that it was built for.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if not optimizer.use_ema or int(optimizer.iterations) > 0:
+    if not optimizer.use_ema or optimizer.iterations.numpy() > 0:
         return
     averages = optimizer._model_variables_moving_average
     for variable, average in zip(variables, averages, strict=True):

@@ -25,6 +25,9 @@ from keras_rsft.model.batch import (
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
 from keras_rsft.model.recorded_pass import Pass
+from keras_rsft.model.replica_rules import is_replicated, ready_for_replicas
+from keras_rsft.model.replica_trainer import ReplicaTrainer
+from keras_rsft.model.replicas import replica_test_step, replica_train_step
 from keras_rsft.model.selection import (
     SELECTION_METRICS,
     AcceptanceGuard,
@@ -35,7 +38,7 @@ from keras_rsft.policies import Policy
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class RSFTModel(keras.Model):
+class RSFTModel(ReplicaTrainer, keras.Model):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
@@ -47,6 +50,10 @@ class RSFTModel(keras.Model):
     samples, whatever reduction the loss has; sample and class weights weigh the
     accepted samples and never decide acceptance. A step that accepts nothing
     changes no variable of the model or the optimizer and runs no backward pass.
+
+    Made and compiled in the scope of a `tf.distribute.MirroredStrategy` or
+    `MultiWorkerMirroredStrategy`, with its policy, it trains as on one device: one
+    decision on the batch of all replicas, normalised by the number that all accept.
 
     A data set may say which training sample each row is, for policies and for a
     `RejectionLedger`: it then yields `(x, y, sample_weight or None, sample_index)`,
@@ -121,12 +128,7 @@ class RSFTModel(keras.Model):
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
-        if self.distribute_strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                "RSFTModel.fit trains on one device. Received: a strategy with "
-                f"{self.distribute_strategy.num_replicas_in_sync} replicas. "
-                "Build the model outside of the strategy's scope."
-            )
+        x = ready_for_replicas(self, x)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             guard = AcceptanceGuard()
             guard.set_model(self)
@@ -163,6 +165,8 @@ class RSFTModel(keras.Model):
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
+        if is_replicated(self.distribute_strategy):
+            return replica_train_step(self, data)
         x, y, sample_weight, sample_index = unpack(data)
         if not self.model.built:  # Nothing can be made inside a `tf.cond`.
             self.model(keras.tree.map_structure(symbolic_input, x))
@@ -207,7 +211,10 @@ class RSFTModel(keras.Model):
         return self.compute_metrics(*seen)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        logs = super().test_step(unpack(data)[:3])
+        if is_replicated(self.distribute_strategy):
+            logs = replica_test_step(self, data)
+        else:
+            logs = super().test_step(unpack(data)[:3])
         return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}
 
     def selection_totals(self) -> dict[str, float]:
@@ -271,7 +278,7 @@ class RSFTModel(keras.Model):
         variables = self.trainable_variables
         if self.optimizer is None or not variables:
             return
-        with tf.init_scope():
+        with tf.init_scope(), self.distribute_strategy.scope():
             if not self.optimizer.built:
                 self.optimizer.build(variables)
             seed_moving_averages(self.optimizer, variables)
@@ -359,7 +366,9 @@ class RSFTModel(keras.Model):
         accepted one, and stay masked.
         """
         rows = tf.range(tf.size(accept_mask))
-        first_accepted = tf.argmax(tf.cast(accept_mask, tf.int32), output_type=tf.int32)
+        # A replica may have no row: none is then accepted, and there is none to copy.
+        accepted = tf.concat([tf.cast(accept_mask, tf.int32), [0]], axis=0)
+        first_accepted = tf.argmax(accepted, output_type=tf.int32)
         rows = tf.where(accept_mask, rows, first_accepted)
         return self._recorded_pass(
             keras.tree.map_structure(

@@ -55,6 +55,7 @@ class SelectionMetric(keras.metrics.Metric):
             (),
             keras.initializers.Constant(float("inf")),
             dtype="float32",
+            aggregation="only_first_replica",  # All replicas have seen the same.
             name="lowest",
         )
 
