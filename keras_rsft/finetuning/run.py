@@ -268,14 +268,15 @@ def _run(
         device_names=devices.local_names,
     )
     data, features = source.data, source.features
-    trained = train_head(
-        features,
-        settings,
-        callbacks=work.callbacks,
-        progress=progress,
-        checkpoint=checkpoint,
-        devices=devices,
-    )
+    with devices.heeding_loss():
+        trained = train_head(
+            features,
+            settings,
+            callbacks=work.callbacks,
+            progress=progress,
+            checkpoint=checkpoint,
+            devices=devices,
+        )
     head, results = trained.model, trained.results
     base = source.float32_base()
     model = build_classifier(base, data.num_classes, head=head.model)
@@ -283,9 +284,10 @@ def _run(
         model = _stage_two(model, base, data, features, trained, settings, progress)
     against_plain = None
     if work.with_plain:
-        against_plain = train_against_plain(
-            features, trained, settings, progress=progress, devices=devices
-        )
+        with devices.heeding_loss():
+            against_plain = train_against_plain(
+                features, trained, settings, progress=progress, devices=devices
+            )
     results["seconds"] = time.perf_counter() - started
     return Run(
         model=model,
