@@ -86,11 +86,20 @@ class Devices:
             contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
         )
 
-    def distributed(self, dataset: tf.data.Dataset | None) -> Any:
-        """Returns what `fit` takes of batches that `share` was heeded in."""
-        if self.strategy is None or dataset is None:
+    def distributed(self, dataset: tf.data.Dataset, samples: int, batch: int) -> Any:
+        """Returns what `fit` takes of batches that `share` was heeded in.
+
+        Args:
+            dataset: One element for each replica of this process and step.
+            samples: Number of samples of all processes.
+            batch: How many of them a step has.
+        """
+        if self.strategy is None:
             return dataset
-        return self.strategy.distribute_datasets_from_function(lambda context: dataset)
+        shared = self.strategy.distribute_datasets_from_function(lambda _: dataset)
+        # TensorFlow counts elements, and Keras takes them for steps.
+        shared._cardinality = -(-samples // batch)
+        return shared
 
     def from_chief(self, data: bytes) -> bytes:
         """Returns the chief's bytes to every process; all must call it."""

@@ -31,6 +31,7 @@ from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
 from keras_rsft.progress import progress_bar
 
 MAX_STEPS_PER_EXECUTION = 64
+VALIDATION_BATCH = 256
 
 Callbacks = (
     Sequence[keras.callbacks.Callback]
@@ -168,12 +169,17 @@ def _fit(
         first = checkpoint.epochs_done
         last = first if checkpoint.stopped else last
     validation = None
-    if len(features.validation):
-        validation = batches_of(features.validation, share=devices.share)
+    if count := len(features.validation):
+        validation = batches_of(
+            features.validation, batch_size=VALIDATION_BATCH, share=devices.share
+        )
+        validation = devices.distributed(validation, count, VALIDATION_BATCH)
     with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
         history = model.fit(
-            devices.distributed(batches.dataset),
-            validation_data=devices.distributed(validation),
+            devices.distributed(
+                batches.dataset, len(features.train), settings.batch_size
+            ),
+            validation_data=validation,
             initial_epoch=first,
             epochs=last,
             # The checkpoint sees what all others have done.

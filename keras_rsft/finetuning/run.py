@@ -316,23 +316,25 @@ def _run(
         cluster=devices.cluster,
     )
     data, features = source.data, source.features
-    trained = train_head(
-        features,
-        settings,
-        callbacks=work.callbacks,
-        progress=progress,
-        checkpoint=checkpoint,
-        devices=devices,
-    )
+    with devices.heeding_loss():
+        trained = train_head(
+            features,
+            settings,
+            callbacks=work.callbacks,
+            progress=progress,
+            checkpoint=checkpoint,
+            devices=devices,
+        )
     head, results = trained.model, trained.results
     if checkpoint is not None and settings.trainable_from is not None:
         checkpoint.flush()  # What comes now takes longer than all before.
     model, trained = _with_base(source, trained, work, of_base)
     against_plain = None
     if work.with_plain:
-        against_plain = train_against_plain(
-            features, trained, settings, progress=progress, devices=devices
-        )
+        with devices.heeding_loss():
+            against_plain = train_against_plain(
+                features, trained, settings, progress=progress, devices=devices
+            )
     results["seconds"] = time.perf_counter() - started
     return Run(
         model=model,
