@@ -13,12 +13,13 @@ import pytest
 import tensorflow as tf
 from made_features import split_features
 
+from keras_rsft.cluster import Cluster
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features import FrozenBase, TrainingBatches, batches_of
 from keras_rsft.features.batch_share import BatchShare
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll, KeepFraction
-from keras_rsft.strategy_choice import WorkerPlace, worker_place
+from keras_rsft.strategy_choice import check_strategy
 
 SCORES = "sparse_categorical_crossentropy"
 CASES = (
@@ -151,37 +152,16 @@ class TestShare:
             batches_of(features, batch_size=2, share=BatchShare(3, 0, 3))
 
 
-CLUSTER = {"worker": ["a:1", "b:1"]}
-
-
-class TestTfConfig:
-    def text(self, cluster, kind="worker", index=1):
-        task = {"type": kind, "index": index}
-        return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}
-
-    def test_numbers_the_chief_first(self):
-        assert worker_place(self.text(CLUSTER)) == WorkerPlace(1, 2)
-        with_chief = CLUSTER | {"chief": ["c:1"]}
-        assert worker_place(self.text(with_chief)) == WorkerPlace(2, 3)
-        assert worker_place(self.text(with_chief, "chief", 0)) == WorkerPlace(0, 3)
-
-    @pytest.mark.parametrize(
-        "environment",
-        [
-            {},
-            {"TF_CONFIG": "{"},
-            {"TF_CONFIG": "[]"},
-            {"TF_CONFIG": '{"cluster": {}, "task": {"type": "worker", "index": 0}}'},
-        ],
-    )
-    def test_says_what_it_must_be(self, environment):
-        with pytest.raises(InvalidArgument, match='"cluster"'):
-            worker_place(environment)
-
-    @pytest.mark.parametrize("kind, index", [("worker", 2), ("ps", 0), ("chief", 0)])
-    def test_the_task_must_be_in_the_cluster(self, kind, index):
-        with pytest.raises(InvalidArgument, match="one of them"):
-            worker_place(self.text(CLUSTER, kind, index))
+def test_several_workers_are_those_of_tf_config():
+    cluster = {"worker": ["a:1", "b:1"]}
+    config = {"cluster": cluster, "task": {"type": "worker", "index": 1}}
+    environment = {"TF_CONFIG": json.dumps(config)}
+    assert check_strategy("multiworker", environment) == Cluster(("a:1", "b:1"), 1)
+    assert check_strategy("mirrored", environment) == Cluster()  # Needs none.
+    with pytest.raises(InvalidArgument, match="TF_CONFIG"):
+        check_strategy("multiworker", {})
+    with pytest.raises(InvalidArgument, match="strategy"):
+        check_strategy("mirored")
 
 
 def test_the_command_line_needs_tf_config(call, monkeypatch, folder):

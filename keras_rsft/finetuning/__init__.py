@@ -2,10 +2,11 @@
 
 `settings.py` is what the user chooses, `devices.py` what it runs on,
 `head_training.py` trains a head on kept features, `pilot.py` looks ahead on a sample,
-`run.py` puts a run together, `run_folder.py` writes and reads it. `unfinished.py` is its place until then,
-`checkpoint.py` the state of the training there. `base_training.py` trains a part of
-the base after the head, `tuned_run.py` is that half of a run. The folder is not called
-`finetune`: the function of that name is public, and a module would hide it.
+`run.py` puts a run together, `run_folder.py` writes and reads it. `unfinished.py` is
+its place until then, `checkpoint.py` the state of the training there.
+`base_training.py` trains a part of the base after the head, `tuned_run.py` is that half
+of a run. The folder is not called `finetune`: the function of that name is public, and
+a module would hide it.
 """
 
 from keras_rsft.finetuning.head_training import TrainedHead, train_head
