@@ -16,11 +16,17 @@ import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model.batch import (
-    class_labels,
     require_index,
     symbolic_input,
     symbolic_inputs,
     unpack,
+)
+from keras_rsft.model.elements import (
+    all_judged_finite,
+    labels_of,
+    noted,
+    only_accepted,
+    samples_of,
 )
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
@@ -59,6 +65,8 @@ class RSFTModel(keras.Model):
     samples, whatever reduction the loss has; sample and class weights weigh the
     accepted samples and never decide acceptance. A step that accepts nothing
     changes no variable of the model or the optimizer and runs no backward pass.
+    At level `"element"` the same holds for what the loss has a value for within a
+    sample: pixels, boxes, time steps; of binary cross-entropy each label.
 
     A data set may say which training sample each row is, for policies and for a
     `RejectionLedger`: it then yields `(x, y, sample_weight or None, sample_index)`,
@@ -115,7 +123,9 @@ class RSFTModel(keras.Model):
     ) -> None:
         """Configures training; takes what `keras.Model.compile` takes."""
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-        self._scorer = LossScorer(loss, loss_weights, self.output_names)
+        self._scorer = LossScorer(
+            loss, loss_weights, self.output_names, level=self.policy.level
+        )
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -160,7 +170,8 @@ class RSFTModel(keras.Model):
         Args:
             recorder: Called while a step is traced, with `sample_index` int32,
                 `per_sample_loss` float32 and `accept_mask` bool, each `(batch,)`.
-                None stops it, as does the end of `fit`.
+                None stops it, as does the end of `fit`. At level `"element"` a
+                sample has its mean loss, and is accepted if half its elements are.
         """
         self._recorder = recorder
         self.train_function = None  # Traced anew, with or without it.
@@ -189,10 +200,11 @@ class RSFTModel(keras.Model):
             if not selects:
                 minimised = [self.compute_loss(x, y, y_pred, sample_weight)]
         recorded = _Pass(tape, minimised, weighted_loss if selects else None, pending)
-        accept_mask = self.policy(per_sample_loss, class_labels(y), sample_index)
+        labels = labels_of(y, per_sample_loss)
+        accept_mask = self.policy(per_sample_loss, labels, sample_index)
         if self._recorder is not None:
             require_index(sample_index)
-            self._recorder(sample_index, per_sample_loss, accept_mask)
+            self._recorder(sample_index, *noted(per_sample_loss, accept_mask))
 
         if self.trainable_variables:
             data = x, y, sample_weight
@@ -203,7 +215,7 @@ class RSFTModel(keras.Model):
         shown = self._shown_loss(recorded, sums, (x, y, y_pred, sample_weight))
         for metric in self.metrics:
             if metric.name == "loss":
-                metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
+                metric.update_state(shown, sample_weight=sums[0])
         self.selection.update_state(sums)
         return self.compute_metrics(x, y, y_pred, sample_weight)
 
@@ -215,7 +227,7 @@ class RSFTModel(keras.Model):
         """Returns the sums of the selection since the last reset of metrics.
 
         Returns:
-            `accepted`, `samples` and `nonfinite` (numbers of samples),
+            `accepted`, `samples` and `nonfinite` (numbers of samples, or elements),
             `accepted_loss_sum`, and `lowest_loss_rejected`: the lowest loss that
             was compared with the threshold in steps that accepted nothing,
             infinity if there was none.
@@ -262,7 +274,7 @@ class RSFTModel(keras.Model):
     @property
     def _selects_within_batch(self) -> bool:
         policy = self.policy
-        return policy.level == "sample" and not policy.accepts_every_finite_sample
+        return policy.level != "batch" and not policy.accepts_every_finite_sample
 
     def _random_states(self) -> list[Any]:
         return [v for v in self.model.variables if v.name == "seed_generator_state"]
@@ -326,7 +338,7 @@ class RSFTModel(keras.Model):
                 autograph=False,
                 experimental_attributes={"_noinline": True},
             )
-        all_finite = tf.reduce_all(tf.math.is_finite(per_sample_loss))
+        all_finite = all_judged_finite(per_sample_loss)
         tf.cond(tf.logical_and(accepts_any, all_finite), update, reject_or_repeat)
 
     def _apply(self, recorded: _Pass, accept_mask: tf.Tensor) -> None:
@@ -357,16 +369,18 @@ class RSFTModel(keras.Model):
 
         A NaN in one row would reach the gradients of all, since 0 x NaN is NaN:
         masking the loss is not enough. Rejected rows become copies of the first
-        accepted one, and stay masked.
+        accepted one, and stay masked; so do rejected elements of a row with others.
         """
-        rows = tf.range(tf.size(accept_mask))
-        first_accepted = tf.argmax(tf.cast(accept_mask, tf.int32), output_type=tf.int32)
-        rows = tf.where(accept_mask, rows, first_accepted)
+        samples = samples_of(accept_mask)
+        rows = tf.range(tf.size(samples))
+        first_accepted = tf.argmax(tf.cast(samples, tf.int32), output_type=tf.int32)
+        rows = tf.where(samples, rows, first_accepted)
         x, y, sample_weight = keras.tree.map_structure(
             lambda part: None if part is None else tf.gather(part, rows), data
         )
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
+            y_pred = only_accepted(y_pred, accept_mask)
             weighted_loss = self._scorer(y, y_pred, sample_weight)
             penalties = self._penalties()
         return _Pass(tape, penalties, weighted_loss, pending)
