@@ -4,8 +4,8 @@ One to three real handwritten digits from 0 to 4 lie on a coloured texture. On t
 feature map of a frozen base, 6 x 6 cells, one head names the class at each cell,
 another gives the box whose centre is there. 30 % of the training objects are wrong: of
 another class, or with a box half or twice as large, and moved. At `level="element"`
-cells are rejected by the sum of both losses, from ln(classes), that of a guess; at sample
-level a picture counts with the mean over its cells.
+cells are rejected by the sum of both losses, from ln(classes), that of a guess;
+at sample level a picture counts with the mean over its cells.
 
     pip install "keras_rsft[demo,search]"
     python examples/detection.py

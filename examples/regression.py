@@ -1,10 +1,10 @@
 """Regression with wrong targets: by what angle is the digit turned?
 
-Real handwritten digits are turned by a known angle of up to 60 degrees; a quarter of the
-training angles are then replaced by any other. A head on the feature map of a frozen
-base learns the angle from all pictures, or from the three quarters of each batch with
-the smallest losses: by the squared error, and by the absolute error, which minds wrong
-targets less by itself and is the baseline to beat.
+Real handwritten digits are turned by a known angle of up to 60 degrees; a quarter of
+the training angles are then replaced by any other. A head on the feature map of a
+frozen base learns the angle from all pictures, or from the three quarters of each batch
+with the smallest losses: by the squared error, and by the absolute error, which minds
+wrong targets less by itself and is the baseline to beat.
 
     pip install "keras_rsft[demo,search]"
     python examples/regression.py
@@ -53,6 +53,7 @@ def train(policy: rsft.Policy, loss: str, features, angles, seed: int, epochs: i
             keras.layers.BatchNormalization(center=False, scale=False),
             keras.layers.Conv2D(16, 1, activation="relu"),
             keras.layers.Flatten(),
+            keras.layers.Dropout(0.5),
             keras.layers.Dense(32, activation="relu"),
             keras.layers.Dense(1),
         ]
