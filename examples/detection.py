@@ -63,7 +63,7 @@ def make_pictures(digits, names, count: int, seed: int):
 
 def spoil(kinds: np.ndarray, boxes: np.ndarray, seed: int):
     """Makes 30 % of the objects wrong; returns kinds, boxes and which are wrong."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([1, seed])  # Apart from the seeds of the pictures.
     kinds, boxes = kinds.copy(), boxes.copy()
     wrong = (kinds > 0) & (rng.random(kinds.shape) < WRONG)
     swapped = wrong & (rng.random(kinds.shape) < 0.5)

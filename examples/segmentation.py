@@ -49,10 +49,10 @@ def make_pictures(digits, names, count: int, seed: int):
 
 def spoil(masks: np.ndarray, seed: int) -> np.ndarray:
     """Returns masks of which 40 % are shifted, eroded, cut, or of another class."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([1, seed])  # Apart from the seeds of the pictures.
     given = masks.copy()
-    for mask in given[rng.random(len(masks)) < WRONG]:
-        kind = rng.integers(4)
+    for one in np.flatnonzero(rng.random(len(masks)) < WRONG):
+        mask, kind = given[one], rng.integers(4)
         if kind == 0:
             mask[:] = np.roll(mask, rng.choice([-6, 6], 2), axis=(0, 1))
         elif kind == 1:
