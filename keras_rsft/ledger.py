@@ -242,6 +242,10 @@ class RejectionLedger(keras.callbacks.Callback):
     label is wrong) and `rejection_recall` (share of the wrong labels rejected), 0 where
     there is nothing to divide by.
 
+    Of a policy at level `"element"` it keeps samples all the same: the mean of the
+    finite losses of a sample's elements, and as accepted those of whose elements at
+    least half were.
+
     Args:
         ids: String array `(n,)`, named by the sample indices.
         labels: Integer array `(n,)`, the given labels.

@@ -1,7 +1,7 @@
 """Per-sample data losses for anything that `compile(loss=...)` takes.
 
-Owns the scorer: it gives one number a sample, without weights, without
-regularisation, before any loss scaling. It decides nothing.
+Owns the scorer: it gives one number a sample, or one an element of a sample, without
+weights, without regularisation, before any loss scaling. It decides nothing.
 """
 
 from __future__ import annotations
@@ -12,54 +12,162 @@ import keras
 
 from keras_rsft.errors import InvalidArgument
 
+# The loss of an element that the loss itself does not judge: padding, `ignore_class`.
+# Not finite, so that every policy rejects it, and not counted by anything.
+LEFT_OUT = float("-inf")
 
-class PerSampleLoss(keras.losses.Loss):
-    """A loss of one output, reduced to one number a sample.
+
+class UnreducedLoss(keras.losses.Loss):
+    """A loss of one output, without its mean over the batch.
 
     Calls the wrapped loss's own `call`, never a copy made from its config.
-    Several values a sample (of time steps, of pixels) are averaged, without
-    those that a Keras mask leaves out.
 
     Args:
         loss: A `keras.losses.Loss`, a function `(y_true, y_pred) -> values`,
             or the name of a Keras loss.
-
-    Raises:
-        InvalidArgument: When called, if the loss returns a single number.
     """
 
     def __init__(self, loss: Any):
-        super().__init__(name="per_sample_loss", reduction="none")
+        super().__init__(reduction="none")
         self._loss = loss
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         loss = self._loss
         if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
             loss = _crossentropy_for(y_true, y_pred)
-        loss = keras.losses.get(loss)
+        return self.values_of(keras.losses.get(loss), y_true, y_pred)
+
+    def values_of(self, loss: Any, y_true: Any, y_pred: Any) -> Any:
+        """Returns what a loss object or function gives, shape `(batch, ...)`."""
         if isinstance(loss, keras.losses.Loss):
             return loss.call(y_true, y_pred)
         return loss(*_same_rank(y_true, y_pred))
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        values = super().__call__(y_true, y_pred, sample_weight)
+        """Returns weighted values of the loss.
+
+        Args:
+            y_true: Targets.
+            y_pred: Predictions; their Keras mask, if any, says what is counted.
+            sample_weight: Weights whose shape begins as that of the values, or None.
+
+        Raises:
+            InvalidArgument: If the loss returns a single number.
+        """
+        mask = getattr(y_pred, "_keras_mask", None)
+        y_true, y_pred = keras.tree.map_structure(
+            lambda one: keras.ops.convert_to_tensor(one, dtype=self.dtype),
+            (y_true, y_pred),
+        )
+        values = keras.ops.convert_to_tensor(self.call(y_true, y_pred), self.dtype)
         if len(values.shape) == 0:
             raise InvalidArgument(
                 "`loss` must return at least one value a sample, to choose between "
                 "samples. Received: a loss that returns a single number. "
                 "Return it without the mean over the batch."
             )
-        means = _mean_of_each_row(values)
-        mask = getattr(y_pred, "_keras_mask", None)
-        if mask is None or len(values.shape) == 1:
-            return means
+        own_mask = getattr(values, "_keras_mask", None)  # Of `ignore_class`.
+        masks = [one for one in (mask, own_mask) if one is not None]
+        if sample_weight is not None:
+            values = values * _aligned(sample_weight, values)
+        counted = None
+        for one in masks:
+            one = keras.ops.cast(_aligned(one, values), "bool")
+            counted = one if counted is None else keras.ops.logical_and(counted, one)
+        return self.reduced(values, counted, y_pred)
+
+    def reduced(self, values: Any, counted: Any, y_pred: Any) -> Any:
+        """Returns the values as they will be judged.
+
+        Args:
+            values: Float tensor `(batch, ...)`.
+            counted: Boolean tensor that broadcasts with it, or None: all count.
+            y_pred: The predictions.
+        """
+        raise NotImplementedError
+
+
+class PerSampleLoss(UnreducedLoss):
+    """A loss of one output, reduced to one number a sample, shape `(batch,)`.
+
+    Several values a sample (of time steps, of pixels) are averaged, without
+    those that a Keras mask or `ignore_class` leaves out.
+    """
+
+    def reduced(self, values: Any, counted: Any, y_pred: Any) -> Any:
+        del y_pred
+        if counted is None or len(values.shape) == 1:
+            return _mean_of_each_row(values)
         # Padding has a loss of 0: counted, it would make short samples look easy.
-        share = _mean_of_each_row(keras.ops.cast(mask, means.dtype))
-        return keras.ops.divide_no_nan(means, share)
+        values = keras.ops.where(counted, values, 0.0)
+        counted = keras.ops.broadcast_to(counted, keras.ops.shape(values))
+        share = _mean_of_each_row(keras.ops.cast(counted, values.dtype))
+        return keras.ops.divide_no_nan(_mean_of_each_row(values), share)
+
+
+class PerElementLoss(UnreducedLoss):
+    """A loss of one output, one number an element, shape `(batch, ...)`.
+
+    An element is what the loss has a value for: a pixel, a box, a time step; of binary
+    cross-entropy each prediction, also where they are labels of one sample. What a
+    Keras mask or `ignore_class` leaves out is `LEFT_OUT`. The elements of a sample
+    whose predictions are not all finite are NaN: its gradients would be too.
+
+    Args:
+        loss: As for `UnreducedLoss`.
+        shapes: The shapes of a sample's elements by other outputs, with which this
+            must agree; its own is added.
+
+    Raises:
+        InvalidArgument: When called, if the loss has one value a sample, another
+            shape than those of other outputs, or none that the predictions begin with.
+    """
+
+    def __init__(self, loss: Any, shapes: list[tuple[int | None, ...]]):
+        super().__init__(loss)
+        self._shapes = shapes
+
+    def values_of(self, loss: Any, y_true: Any, y_pred: Any) -> Any:
+        if _judges_each_entry(loss):
+            y_true, y_pred = _same_rank(y_true, y_pred)
+            if y_pred.shape[-1] != 1:  # Else it would average over the last axis.
+                y_true, y_pred = y_true[..., None], y_pred[..., None]
+        return super().values_of(loss, y_true, y_pred)
+
+    def reduced(self, values: Any, counted: Any, y_pred: Any) -> Any:
+        self._check(tuple(values.shape[1:]), getattr(y_pred, "shape", None))
+        ops = keras.ops
+        spoiled = ops.logical_not(
+            ops.all(ops.isfinite(y_pred), axis=tuple(range(1, len(y_pred.shape))))
+        )
+        unusable = ops.logical_or(_aligned(spoiled, values), values == LEFT_OUT)
+        values = ops.where(unusable, float("nan"), values)
+        return values if counted is None else ops.where(counted, values, LEFT_OUT)
+
+    def _check(self, shape: tuple[int | None, ...], predicted: Any) -> None:
+        if not shape:
+            raise InvalidArgument(
+                "Level 'element' needs a loss with several values a sample. Received: "
+                "a loss with one. Use level 'sample', or give targets and predictions "
+                "a last axis of size 1 to judge each entry."
+            )
+        if predicted is None or not _agree(shape, tuple(predicted[1:])[: len(shape)]):
+            raise InvalidArgument(
+                "Level 'element' needs a loss for each place of the predictions. "
+                f"Received: losses of shape {('batch', *shape)} for predictions of "
+                f"shape {predicted}. Use level 'sample'."
+            )
+        if not all(_agree(shape, other) for other in self._shapes):
+            raise InvalidArgument(
+                "Level 'element' needs losses of the same shape from all outputs, to "
+                f"add them up element by element. Received: {('batch', *shape)} and "
+                f"{('batch', *self._shapes[0])}. Use level 'sample'."
+            )
+        self._shapes.append(shape)
 
 
 class LossScorer:
-    """Scores each sample by the data loss that a model was compiled with.
+    """Scores samples, or their elements, by the loss a model was compiled with.
 
     A model without layers is compiled with the same losses, unreduced, so that
     Keras itself pairs losses with outputs (names, dicts, lists, loss weights).
@@ -70,11 +178,26 @@ class LossScorer:
             dict of them.
         loss_weights: What `compile` takes.
         output_names: Names of the model's outputs, or None if it has none.
+        level: `"element"` for a number an element, else one a sample is given.
+            Default `"sample"`.
     """
 
-    def __init__(self, loss: Any, loss_weights: Any, output_names: Any):
-        def unreduced(one_loss: Any) -> PerSampleLoss | None:
-            return None if one_loss is None else PerSampleLoss(one_loss)
+    def __init__(
+        self,
+        loss: Any,
+        loss_weights: Any,
+        output_names: Any,
+        *,
+        level: str = "sample",
+    ):
+        self._element_shapes: list[tuple[int | None, ...]] = []
+
+        def unreduced(one_loss: Any) -> UnreducedLoss | None:
+            if one_loss is None:
+                return None
+            if level == "element":
+                return PerElementLoss(one_loss, self._element_shapes)
+            return PerSampleLoss(one_loss)
 
         self._model = keras.Model()
         self._model.output_names = output_names
@@ -85,7 +208,7 @@ class LossScorer:
         )
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Returns the loss of each sample.
+        """Returns the loss of each sample, or element.
 
         Args:
             y_true: Targets, in the structure that `fit` was given.
@@ -93,8 +216,10 @@ class LossScorer:
             sample_weight: Weights that multiply the losses, or None.
 
         Returns:
-            Float32 tensor of shape `(batch,)`, summed over the outputs.
+            Float32 tensor of shape `(batch,)`, or `(batch, ...)` at level
+            `"element"`, summed over the outputs.
         """
+        self._element_shapes.clear()
         values = self._model.compute_loss(
             y=y_true, y_pred=y_pred, sample_weight=sample_weight
         )
@@ -103,6 +228,33 @@ class LossScorer:
 
 def _mean_of_each_row(values: Any) -> Any:
     return keras.ops.mean(values, axis=tuple(range(1, len(values.shape))))
+
+
+def _aligned(values: Any, like: Any) -> Any:
+    """Returns values with the rank and type of others; the leading axes are shared."""
+    rank = len(like.shape)
+    values = keras.ops.cast(values, like.dtype)
+    if len(values.shape) == rank + 1 and values.shape[-1] == 1:
+        return keras.ops.squeeze(values, axis=-1)
+    missing = rank - len(values.shape)
+    return values[(..., *[None] * missing)] if missing > 0 else values
+
+
+def _agree(one: tuple[int | None, ...], other: tuple[int | None, ...]) -> bool:
+    """Says whether two shapes may be equal; None is an unknown size."""
+    return len(one) == len(other) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True)
+    )
+
+
+def _judges_each_entry(loss: Any) -> bool:
+    """Says whether a loss is a mean over decisions that have nothing in common."""
+    kinds = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+    functions = (
+        keras.losses.binary_crossentropy,
+        keras.losses.binary_focal_crossentropy,
+    )
+    return isinstance(loss, kinds) or loss in functions
 
 
 def _crossentropy_for(y_true: Any, y_pred: Any) -> str:

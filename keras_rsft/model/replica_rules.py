@@ -97,6 +97,11 @@ def _what_keras_cannot_do(model: RSFTModel) -> str | None:
             "Keras cannot overwrite weights with their averages under a strategy of "
             "several replicas. Leave out `ema_overwrite_frequency`."
         )
+    if model.policy.level == "element":
+        return (
+            "Elements within samples are judged on one device. "
+            "Use `level='sample'`, or no strategy."
+        )
     if model._selects_within_batch:
         return None
     reductions = {

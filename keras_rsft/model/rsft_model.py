@@ -16,11 +16,17 @@ import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model.batch import (
-    class_labels,
     require_index,
     symbolic_input,
     symbolic_inputs,
     unpack,
+)
+from keras_rsft.model.elements import (
+    all_judged_finite,
+    labels_of,
+    noted,
+    only_accepted,
+    rejected_overwritten,
 )
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
@@ -50,6 +56,8 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     samples, whatever reduction the loss has; sample and class weights weigh the
     accepted samples and never decide acceptance. A step that accepts nothing
     changes no variable of the model or the optimizer and runs no backward pass.
+    At level `"element"` the same holds for what the loss has a value for within a
+    sample: pixels, boxes, time steps; of binary cross-entropy each label.
 
     Made and compiled in the scope of a `tf.distribute.MirroredStrategy` or
     `MultiWorkerMirroredStrategy`, with its policy, it trains as on one device: one
@@ -110,7 +118,9 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     ) -> None:
         """Configures training; takes what `keras.Model.compile` takes."""
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-        self._scorer = LossScorer(loss, loss_weights, self.output_names)
+        self._scorer = LossScorer(
+            loss, loss_weights, self.output_names, level=self.policy.level
+        )
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -150,7 +160,8 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         Args:
             recorder: Called while a step is traced, with `sample_index` int32,
                 `per_sample_loss` float32 and `accept_mask` bool, each `(batch,)`.
-                None stops it, as does the end of `fit`.
+                None stops it, as does the end of `fit`. At level `"element"` a
+                sample has its mean loss, and is accepted if half its elements are.
         """
         self._recorder = recorder
         self.train_function = None  # Traced anew, with or without it.
@@ -181,10 +192,11 @@ class RSFTModel(ReplicaTrainer, keras.Model):
             if not selects:
                 minimised = [self.compute_loss(x, y, y_pred, sample_weight)]
         recorded = Pass(tape, minimised, weighted_loss if selects else None, pending)
-        accept_mask = self.policy(per_sample_loss, class_labels(y), sample_index)
+        labels = labels_of(y, per_sample_loss)
+        accept_mask = self.policy(per_sample_loss, labels, sample_index)
         if self._recorder is not None:
             require_index(sample_index)
-            self._recorder(sample_index, per_sample_loss, accept_mask)
+            self._recorder(sample_index, *noted(per_sample_loss, accept_mask))
 
         if self.trainable_variables:
             data = x, y, sample_weight
@@ -206,7 +218,7 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         shown = self._shown_loss(recorded, sums, seen)
         for metric in self.metrics:
             if metric.name == "loss":
-                metric.update_state(shown, sample_weight=tf.size(per_sample_loss))
+                metric.update_state(shown, sample_weight=sums[0])
         self.selection.update_state(sums)
         return self.compute_metrics(*seen)
 
@@ -221,7 +233,7 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         """Returns the sums of the selection since the last reset of metrics.
 
         Returns:
-            `accepted`, `samples` and `nonfinite` (numbers of samples),
+            `accepted`, `samples` and `nonfinite` (numbers of samples, or elements),
             `accepted_loss_sum`, and `lowest_loss_rejected`: the lowest loss that
             was compared with the threshold in steps that accepted nothing,
             infinity if there was none.
@@ -268,7 +280,7 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     @property
     def _selects_within_batch(self) -> bool:
         policy = self.policy
-        return policy.level == "sample" and not policy.accepts_every_finite_sample
+        return policy.level != "batch" and not policy.accepts_every_finite_sample
 
     def _random_states(self) -> list[Any]:
         return [v for v in self.model.variables if v.name == "seed_generator_state"]
@@ -332,7 +344,7 @@ class RSFTModel(ReplicaTrainer, keras.Model):
                 autograph=False,
                 experimental_attributes={"_noinline": True},
             )
-        all_finite = tf.reduce_all(tf.math.is_finite(per_sample_loss))
+        all_finite = all_judged_finite(per_sample_loss)
         tf.cond(tf.logical_and(accepts_any, all_finite), update, reject_or_repeat)
 
     def _apply(self, recorded: Pass, accept_mask: tf.Tensor) -> None:
@@ -359,28 +371,17 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         )
 
     def _finite_pass(self, accept_mask: tf.Tensor, data: tuple[Any, Any, Any]) -> Pass:
-        """Repeats the forward pass with every rejected row overwritten.
+        """Repeats the forward pass without what was rejected, masked or not."""
+        return self._recorded_pass(rejected_overwritten(data, accept_mask), accept_mask)
 
-        A NaN in one row would reach the gradients of all, since 0 x NaN is NaN:
-        masking the loss is not enough. Rejected rows become copies of the first
-        accepted one, and stay masked.
-        """
-        rows = tf.range(tf.size(accept_mask))
-        # A replica may have no row: none is then accepted, and there is none to copy.
-        accepted = tf.concat([tf.cast(accept_mask, tf.int32), [0]], axis=0)
-        first_accepted = tf.argmax(accepted, output_type=tf.int32)
-        rows = tf.where(accept_mask, rows, first_accepted)
-        return self._recorded_pass(
-            keras.tree.map_structure(
-                lambda part: None if part is None else tf.gather(part, rows), data
-            )
-        )
-
-    def _recorded_pass(self, data: tuple[Any, Any, Any]) -> Pass:
+    def _recorded_pass(
+        self, data: tuple[Any, Any, Any], accept_mask: tf.Tensor
+    ) -> Pass:
         """Returns a pass of its own over these inputs, targets and weights."""
         x, y, sample_weight = data
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
+            y_pred = only_accepted(y_pred, accept_mask)
             weighted_loss = self._scorer(y, y_pred, sample_weight)
             penalties = self._penalties()
         return Pass(tape, penalties, weighted_loss, pending)

@@ -32,8 +32,8 @@ class TwoPassRSFTModel(RSFTModel):
 
     The same weights as those of an `RSFTModel`, up to rounding, in less time where much
     is rejected and the model is large. Each step looks at the share that was accepted
-    lately: from 50 % on it is an `RSFTModel`'s step. At batch level, and where
-    everything is accepted, it always is.
+    lately: from 50 % on it is an `RSFTModel`'s step. At batch and element level, and
+    where everything is accepted, it always is.
 
     For models in which a sample's output depends on nothing but the sample: a BatchNorm
     that learns and a Dropout are refused, and layers of your own must keep to it.
@@ -77,7 +77,7 @@ class TwoPassRSFTModel(RSFTModel):
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        if not self._selects_within_batch:
+        if not self._selects_within_batch or self.policy.level == "element":
             return super().train_step(data)
         if not self.model.built:  # Nothing can be made inside a `tf.cond`.
             x = unpack(data)[0]
@@ -123,8 +123,9 @@ class TwoPassRSFTModel(RSFTModel):
                 ),
                 (x, y, sample_weight),
             )
-            recorded = self._recorded_pass(accepted)
-            self._apply(recorded, tf.ones_like(recorded.per_sample, tf.bool))
+            all_accepted = tf.boolean_mask(accept_mask, accept_mask)
+            recorded = self._recorded_pass(accepted, all_accepted)
+            self._apply(recorded, all_accepted)
 
         def reject() -> None:
             self.selection.note_rejected(per_sample_loss, self.policy.level)

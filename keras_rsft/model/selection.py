@@ -13,6 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_rsft.model.per_sample_loss import LEFT_OUT
+
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
@@ -20,19 +22,27 @@ def selection_sums(per_sample_loss: tf.Tensor, accept_mask: tf.Tensor) -> tf.Ten
     """Sums what a batch adds to the counters, in one reduction.
 
     Args:
-        per_sample_loss: Float32 tensor of shape `(batch,)`.
-        accept_mask: Boolean tensor of shape `(batch,)`, False where the loss is
-            not finite.
+        per_sample_loss: Float32 tensor of shape `(batch,)`, or `(batch, ...)` with
+            a value an element; elements that are `LEFT_OUT` are not counted.
+        accept_mask: Boolean tensor of the same shape, False where the loss is not
+            finite.
 
     Returns:
         Float32 tensor of shape `(5,)`: samples, accepted samples, summed loss of
-        the accepted, samples with a finite loss, and their summed loss.
+        the accepted, samples with a finite loss, and their summed loss; of
+        elements where these are judged.
     """
-    accepted = tf.cast(accept_mask, tf.float32)
+    judged = tf.ones_like(per_sample_loss)
+    if len(per_sample_loss.shape) > 1:
+        judged = tf.cast(tf.not_equal(per_sample_loss, LEFT_OUT), tf.float32)
+        judged, per_sample_loss = (
+            tf.reshape(one, [-1]) for one in (judged, per_sample_loss)
+        )
+    accepted = tf.cast(tf.reshape(accept_mask, [-1]), tf.float32)
     finite = tf.cast(tf.math.is_finite(per_sample_loss), tf.float32)
     finite_loss = tf.math.multiply_no_nan(per_sample_loss, finite)
     rows = [
-        tf.ones_like(per_sample_loss),
+        judged,
         accepted,
         accepted * finite_loss,
         finite,
@@ -67,8 +77,8 @@ class SelectionMetric(keras.metrics.Metric):
         """Remembers the lowest loss that was judged in a step that accepted nothing.
 
         Args:
-            per_sample_loss: Float32 tensor of shape `(batch,)`.
-            level: `"sample"` if these were judged, `"batch"` if their mean was.
+            per_sample_loss: Float32 tensor of shape `(batch,)` or `(batch, ...)`.
+            level: `"batch"` if their mean was judged, else each was.
         """
         judged = (
             tf.reduce_mean(per_sample_loss) if level == "batch" else per_sample_loss
@@ -107,24 +117,28 @@ class AcceptanceGuard(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         seen = self._seen or self.model.selection_totals()
+        judged = "element" if self.model.policy.level == "element" else "sample"
         if seen["nonfinite"] > 0:
             warnings.warn(
                 f"Epoch {epoch + 1}: {seen['nonfinite']:.0f} of {seen['samples']:.0f} "
-                "samples had a loss of NaN or infinity and were rejected. "
+                f"{judged}s had a loss of NaN or infinity and were rejected. "
                 "Look at their inputs and labels.",
                 stacklevel=2,
             )
         if seen["samples"] > 0 and seen["accepted"] == 0:
-            warnings.warn(_stall_message(epoch, seen, logs or {}), stacklevel=2)
+            message = _stall_message(epoch, seen, logs or {}, judged)
+            warnings.warn(message, stacklevel=2)
 
 
-def _stall_message(epoch: int, seen: dict[str, float], logs: dict[str, Any]) -> str:
+def _stall_message(
+    epoch: int, seen: dict[str, float], logs: dict[str, Any], judged: str
+) -> str:
     """Says that nothing was accepted, with the losses seen and what would help."""
     lowest = seen["lowest_loss_rejected"]
     if not math.isfinite(lowest):
-        return f"Epoch {epoch + 1} accepted no sample: no loss was finite."
+        return f"Epoch {epoch + 1} accepted no {judged}: no loss was finite."
     return (
-        f"Epoch {epoch + 1} accepted no sample, so nothing was learnt: the lowest "
+        f"Epoch {epoch + 1} accepted no {judged}, so nothing was learnt: the lowest "
         f"loss judged was {lowest:.4g}, the mean {logs.get('loss', lowest):.4g}. "
         f"A threshold above {lowest:.4g} accepts some; or set `warmup_steps`."
     )

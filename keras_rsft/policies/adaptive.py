@@ -37,10 +37,14 @@ class SelfPaced(Policy):
         warmup_steps: Steps at the start in which every finite sample is accepted,
             and the threshold does not grow yet. Default 0.
         class_floor: As for every `Policy`.
+        level: `"sample"`, or `"element"` for all elements of the batch together.
+            Default `"sample"`.
 
     Raises:
         InvalidArgument: If an argument is out of its range.
     """
+
+    levels = ("sample", "element")
 
     def __init__(
         self,
@@ -128,6 +132,8 @@ class RunningThreshold(Policy):
         warmup_steps: Steps at the start in which every finite sample is accepted;
             the statistics run meanwhile. Default 0.
         class_floor: As for every `Policy`.
+        level: `"sample"`, or `"element"` for all elements of the batch together.
+            Default `"sample"`.
 
     Attributes:
         statistics: Variable of a row for each group, see `running_moments` and
@@ -137,6 +143,8 @@ class RunningThreshold(Policy):
         InvalidArgument: If an argument is out of its range; when called with
             `num_classes`, if the targets are not classes.
     """
+
+    levels = ("sample", "element")
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from keras_rsft.policies.decisions import (
     ramped_keep_fraction,
 )
 from keras_rsft.policies.policy import Policy, is_positive, whole_number
-from keras_rsft.policy_choice import LEVELS
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -53,13 +52,16 @@ class LossThreshold(Policy):
             classes starts near `ln(k)`; a threshold below that rejects
             everything unless there is a warm-up.
         level: `"sample"` judges each sample by its own loss, `"batch"` all
-            samples of a batch by their mean loss. Default `"sample"`.
+            samples of a batch by their mean loss, `"element"` each element of a
+            sample (pixel, box, label) by its own. Default `"sample"`.
         warmup_steps: Steps at the start in which every finite sample is
             accepted, at least 0. Default 0.
 
     Raises:
         InvalidArgument: If an argument is out of its range.
     """
+
+    levels = ("sample", "batch", "element")
 
     def __init__(
         self,
@@ -69,18 +71,13 @@ class LossThreshold(Policy):
         warmup_steps: int = 0,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        super().__init__(level=level, **kwargs)
         if not is_positive(threshold):
             raise InvalidArgument(
                 "`threshold` must be a positive number. "
                 f"Received: threshold={threshold}. A new head on k classes "
                 "starts with a loss near ln(k)."
             )
-        if level not in LEVELS:
-            raise InvalidArgument(
-                f"`level` must be one of {LEVELS}. Received: level={level!r}."
-            )
-        self.level = level
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.threshold = self.add_live_number("threshold", threshold)
         self._configured_threshold = float(threshold)
@@ -105,7 +102,6 @@ class LossThreshold(Policy):
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "threshold": self._configured_threshold,
-            "level": self.level,
             "warmup_steps": self.warmup_steps,
         }
 
@@ -123,10 +119,14 @@ class KeepFraction(Policy):
             share of wrong labels is a good value.
         ramp_steps: Steps over which the kept share falls from 1 to
             `keep_fraction`, at least 0. Default 0: no ramp.
+        level: `"sample"`, or `"element"` for all elements of the batch together.
+            Default `"sample"`.
 
     Raises:
         InvalidArgument: If an argument is out of its range.
     """
+
+    levels = ("sample", "element")
 
     def __init__(self, keep_fraction: float, *, ramp_steps: int = 0, **kwargs: Any):
         super().__init__(**kwargs)

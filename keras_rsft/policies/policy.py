@@ -27,11 +27,15 @@ class Policy(keras.layers.Layer):
     Args:
         class_floor: Least share of each class's samples in a batch to accept, in
             [0, 1], so that no class is dropped in silence; needs labels that are
-            classes. Default 0: no floor.
+            classes. Default 0: no floor. Not at level `"element"`.
+        level: One of the class's `levels`. Default: `"sample"`.
 
     Attributes:
         level: `"sample"` if samples are accepted one by one, `"batch"` if the
-            mask is equal for all samples of a batch.
+            mask is equal for all samples of a batch, `"element"` if what the loss
+            has a value for within a sample is accepted one by one: pixels, boxes,
+            time steps, labels of a sample with several.
+        levels: What `level` may be for this class.
         needs_ledger: True where the policy learns from a `RejectionLedger`.
         accepts_every_finite_sample: True where the policy never rejects a
             sample whose loss is finite.
@@ -39,10 +43,13 @@ class Policy(keras.layers.Layer):
     """
 
     level = "sample"
+    levels: tuple[str, ...] = ("sample",)
     needs_ledger = False
     accepts_every_finite_sample = False
 
-    def __init__(self, *, class_floor: float = 0.0, **kwargs: Any):
+    def __init__(
+        self, *, class_floor: float = 0.0, level: str | None = None, **kwargs: Any
+    ):
         kwargs.setdefault("dtype", "float32")
         super().__init__(trainable=False, **kwargs)
         if not 0 <= class_floor <= 1:
@@ -51,6 +58,15 @@ class Policy(keras.layers.Layer):
                 f"Received: class_floor={class_floor}. Use 0 for no floor."
             )
         self.class_floor = float(class_floor)
+        if level is not None:
+            self.level = self._known(level)
+        if self.level == "element" and class_floor > 0:
+            raise InvalidArgument(
+                "`class_floor` ranks each sample of a batch among its class, which "
+                "takes too long for all elements. Received: "
+                f"class_floor={class_floor}, level='element'. Leave it out, or use "
+                "RunningThreshold with `num_classes`."
+            )
         self.steps_seen = self.add_weight(
             name="steps_seen", shape=(), dtype="int32", initializer="zeros"
         )
@@ -64,6 +80,9 @@ class Policy(keras.layers.Layer):
         sample_index: Any = None,
     ) -> Any:
         """Returns a boolean mask of the shape of `per_sample_loss`.
+
+        At level `"element"` these are the elements of the whole batch in one row, and
+        `sample_index` is None.
 
         Args:
             per_sample_loss: Float32 tensor of shape `(batch,)`.
@@ -82,7 +101,21 @@ class Policy(keras.layers.Layer):
 
         A loss that is not finite is rejected whatever `decide` says; at batch
         level it takes the whole batch with it.
+
+        Args:
+            per_sample_loss: Float32 tensor `(batch,)`; `(batch, ...)`, a value an
+                element, at level `"element"`.
+            labels: int32 tensor of the same shape, or None.
+            sample_index: int32 tensor `(batch,)`, or None.
         """
+        if self.level != "element":
+            return self._judge(per_sample_loss, labels, sample_index)
+        if labels is not None:
+            labels = ops.reshape(labels, (-1,))
+        accept_mask = self._judge(ops.reshape(per_sample_loss, (-1,)), labels, None)
+        return ops.reshape(accept_mask, ops.shape(per_sample_loss))
+
+    def _judge(self, per_sample_loss: Any, labels: Any, sample_index: Any) -> Any:
         step = ops.convert_to_tensor(self.steps_seen)
         accept_mask = self.decide(per_sample_loss, step, labels, sample_index)
         if self.class_floor > 0:
@@ -126,14 +159,26 @@ class Policy(keras.layers.Layer):
         if labels is None:
             raise InvalidArgument(
                 f"{type(self).__name__} judges class by class. Received: targets that "
-                "are not classes. Give one integer or one-hot row a sample."
+                f"are not classes. Give one integer or one-hot row for each "
+                f"{'element' if self.level == 'element' else 'sample'}."
             )
         return labels
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.pop("trainable", None)
+        if len(self.levels) > 1:
+            config["level"] = self.level
         return config | {"class_floor": self.class_floor}
+
+    def _known(self, level: str) -> str:
+        if level not in self.levels:
+            raise InvalidArgument(
+                f"`level` of {type(self).__name__} must be one of {self.levels}. "
+                f"Received: level={level!r}. Elements within a sample are judged by "
+                "LossThreshold, KeepFraction, SelfPaced and RunningThreshold."
+            )
+        return level
 
 
 def is_positive(value: Any) -> bool:

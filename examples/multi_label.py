@@ -1,0 +1,153 @@
+"""Several labels per image, some of them wrong: labels are rejected one by one.
+
+Two to four real handwritten digits stand on each picture, and its labels say which of
+the ten digits are there. Then each label is flipped with a probability of 15 %, so that
+four of five pictures have a wrong one: rejecting whole pictures has little to choose
+from. `level="element"` rejects single labels of a picture and learns from the others,
+here those above a running percentile of the losses, apart for "there" and "not there".
+
+    pip install "keras_rsft[demo,search]"
+    python examples/multi_label.py
+
+prints a table (mean and range over the seeds) and draws `multi_label.png`. The share of
+wrong labels is taken as known. No network is needed.
+"""
+
+import argparse
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.ndimage import zoom
+from sklearn.datasets import load_digits
+from sklearn.metrics import average_precision_score
+
+import keras_rsft as rsft
+
+SIDE, DIGITS, WRONG, BATCH = 128, 10, 0.15, 32
+
+
+def make_pictures(digits, names, count: int, seed: int):
+    """Pastes two to four digits, each in a quarter; returns pictures and labels."""
+    rng = np.random.default_rng(seed)
+    pictures = rng.uniform(0, 60, (count, SIDE, SIDE)).astype("float32")
+    labels = np.zeros((count, DIGITS), "int32")
+    for picture, label in zip(pictures, labels, strict=True):
+        for quarter in rng.permutation(4)[: rng.integers(2, 5)]:
+            one, scale = rng.integers(len(digits)), rng.integers(6, 8)
+            digit = np.clip(zoom(digits[one], scale, order=1), 0, 16) * 255 / 16
+            size = len(digit)
+            corner = 64 * np.array(divmod(quarter, 2)) + rng.integers(0, 65 - size, 2)
+            place = picture[tuple(slice(start, start + size) for start in corner)]
+            np.maximum(place, digit, out=place)
+            label[names[one]] = 1
+    return np.repeat(pictures[..., None], 3, axis=-1), labels
+
+
+def train(policy: rsft.Policy, features, labels, seed: int, epochs: int):
+    """Trains a new head of ten yes-or-no answers under a policy."""
+    keras.utils.set_random_seed(seed)
+    standardise = keras.layers.BatchNormalization(center=False, scale=False)
+    head = keras.Sequential(
+        [standardise, keras.layers.Dense(DIGITS, activation="sigmoid")]
+    )
+    model = rsft.RSFTModel(head, policy)
+    model.compile(keras.optimizers.Adam(1e-3), "binary_crossentropy")
+    log = model.fit(features, labels, batch_size=BATCH, epochs=epochs, verbose=0)
+    return model, log.history["acceptance_rate"][-1]
+
+
+def rejected_labels(model, features, labels) -> np.ndarray:
+    """Returns which labels of the training pictures the trained model rejects."""
+    predicted = model.predict(features, verbose=0)
+    losses = keras.losses.binary_crossentropy(labels[..., None], predicted[..., None])
+    if model.policy.level == "element":
+        return ~np.asarray(model.policy(losses, labels))
+    accepted = np.asarray(model.policy(keras.ops.mean(losses, axis=1)))
+    return np.repeat(~accepted[:, None], DIGITS, axis=1)
+
+
+def draw(path: str, pictures, given, right, rejected) -> None:
+    """Draws the first pictures with their given labels, rejected ones crossed out."""
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axes, picture, *labels in zip(
+        figure.subplots(2, 4).flat, pictures, given, right, rejected, strict=False
+    ):
+        axes.imshow(picture.astype("uint8"))
+        axes.set_axis_off()
+        for digit, (said, true, refused) in enumerate(zip(*labels, strict=True)):
+            axes.text(
+                4 + 12 * digit, 140, digit, color="black" if said else "lightgray",
+                bbox={"facecolor": "mistyrose" if said != true else "white",
+                      "edgecolor": "red" if refused else "none"},
+            )  # fmt: skip
+    figure.suptitle(
+        "Black: given as there. Pink: given wrongly. Red frame: the label is rejected."
+    )
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    """Trains all methods on all seeds and prints what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1500, help="training pictures")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--weights", default="imagenet", help="imagenet or none")
+    parser.add_argument("--figure", default="multi_label.png")
+    options = parser.parse_args()
+
+    digits, names = load_digits(return_X_y=True)
+    digits = digits.reshape(-1, 8, 8)
+    pictures, right = make_pictures(digits[:1200], names[:1200], options.samples, 0)
+    tests, answers = make_pictures(digits[1500:], names[1500:], options.samples // 3, 1)
+    base = rsft.load_backbone(
+        "efficientnet_lite0", weights=options.weights, image_size=SIDE
+    )
+    features, test_features = (base.predict(x, verbose=0) for x in (pictures, tests))
+
+    warmup = {"warmup_steps": 3 * -(-options.samples // BATCH)}
+    kept = 1 - WRONG
+    policies = {
+        "plain": rsft.AcceptAll,
+        "pictures rejected": lambda: rsft.KeepFraction(
+            kept, ramp_steps=warmup["warmup_steps"]
+        ),
+        "labels rejected": lambda: rsft.RunningThreshold(
+            percentile=kept, num_classes=2, level="element", **warmup
+        ),
+        "right labels only": rsft.AcceptAll,
+    }
+    print(f"{'':18} mean average precision  accepted  wrong labels rejected  of all")
+    for name, make_policy in policies.items():
+        rows = []
+        for seed in range(options.seeds):
+            rng = np.random.default_rng([1, seed])  # Apart from the pictures' seeds.
+            wrong = rng.random(right.shape) < WRONG
+            given = np.where(wrong, 1 - right, right)
+            given = right if name == "right labels only" else given
+            model, accepted = train(
+                make_policy(), features, given, seed, options.epochs
+            )
+            scores = model.predict(test_features, verbose=0)
+            rejected = rejected_labels(model, features, given)
+            rows.append(
+                (
+                    average_precision_score(answers, scores),
+                    accepted,
+                    rejected[wrong].mean(),
+                    rejected.mean(),
+                )
+            )
+            if name == "labels rejected" and seed == 0:
+                draw(options.figure, pictures, given, right, rejected)
+        precision, *shares = np.transpose(rows)
+        accepted, found, refused = (100 * np.mean(share) for share in shares)
+        print(
+            f"{name:18} {precision.mean():.3f} ({precision.min():.3f} to "
+            f"{precision.max():.3f})  {accepted:7.0f}%  {found:20.0f}%  {refused:5.0f}%"
+        )
+
+
+if __name__ == "__main__":
+    main()

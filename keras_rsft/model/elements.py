@@ -1,0 +1,124 @@
+"""Losses of the elements of samples: what a training step makes of them.
+
+Owns what differs where pixels, boxes or labels within a sample are judged rather than
+samples. With losses `(batch,)` each function does what sample level needs, so that the
+training step is one for all levels. The losses come from `per_sample_loss.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_rsft.model.batch import class_labels
+from keras_rsft.model.per_sample_loss import LEFT_OUT
+
+
+def labels_of(y: Any, losses: tf.Tensor) -> Any:
+    """Returns the classes that targets name, int32 of the shape of `losses`, or None.
+
+    Args:
+        y: Targets: integers or one-hot rows, one for each loss.
+        losses: Float tensor `(batch,)` or `(batch, ...)`.
+    """
+    rank = len(losses.shape)
+    if rank == 1:
+        return class_labels(y)
+    if isinstance(y, (dict, list, tuple)) or y is None:
+        return None
+    if len(y.shape) == rank + 1:
+        if y.shape[-1] != 1:
+            return tf.argmax(y, axis=-1, output_type=tf.int32)
+        y = tf.squeeze(y, axis=-1)
+    named = len(y.shape) == rank and keras.backend.is_int_dtype(y.dtype)
+    return tf.cast(y, tf.int32) if named else None
+
+
+def all_judged_finite(losses: tf.Tensor) -> tf.Tensor:
+    """Says whether all losses are finite, but for those of elements left out."""
+    finite = tf.math.is_finite(losses)
+    if len(losses.shape) > 1:
+        finite = tf.logical_or(finite, tf.equal(losses, LEFT_OUT))
+    return tf.reduce_all(finite)
+
+
+def rejected_overwritten(data: Any, accept_mask: tf.Tensor) -> Any:
+    """Returns a batch in which samples without anything accepted are overwritten.
+
+    A NaN in one row would reach the gradients of all, since 0 x NaN is NaN: masking
+    the loss is not enough. Such rows become copies of the first accepted one, and stay
+    masked; so do rejected elements of a row with others.
+
+    Args:
+        data: Tensors `(batch, ...)` or None, in any structure.
+        accept_mask: Boolean tensor `(batch,)` or `(batch, ...)`.
+    """
+    samples = tf.reduce_any(accept_mask, axis=_within(accept_mask))
+    rows = tf.range(tf.size(samples))
+    # A replica may have no row: none is then accepted, and there is none to copy.
+    accepted = tf.concat([tf.cast(samples, tf.int32), [0]], axis=0)
+    first_accepted = tf.argmax(accepted, output_type=tf.int32)
+    rows = tf.where(samples, rows, first_accepted)
+    return keras.tree.map_structure(
+        lambda part: None if part is None else tf.gather(part, rows), data
+    )
+
+
+def only_accepted(y_pred: Any, accept_mask: tf.Tensor) -> Any:
+    """Returns predictions through which rejected elements have no gradient at all.
+
+    A loss that is not finite may have a gradient that is not either, and 0 x NaN is
+    NaN: masking the loss is not enough.
+
+    Args:
+        y_pred: Predictions `(batch, ...)`, one tensor or a structure of them. Their
+            shapes begin with that of the mask, unless that is `(batch,)`.
+        accept_mask: Boolean tensor `(batch,)`, with which nothing is changed, or
+            `(batch, ...)`.
+    """
+    if len(accept_mask.shape) == 1:
+        return y_pred
+
+    def chosen(values: tf.Tensor) -> tf.Tensor:
+        mask = tf.reshape(
+            accept_mask,
+            tf.concat(
+                [tf.shape(accept_mask), [1] * (_rank(values) - _rank(accept_mask))], 0
+            ),
+        )
+        return tf.where(mask, values, tf.zeros_like(values))
+
+    return keras.tree.map_structure(chosen, y_pred)
+
+
+def noted(losses: tf.Tensor, accept_mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns what a ledger notes of each sample.
+
+    Args:
+        losses: Float32 tensor `(batch,)`, or `(batch, ...)` with a value an element.
+        accept_mask: Boolean tensor of the same shape.
+
+    Returns:
+        Losses, float32 `(batch,)`: the mean over the elements whose loss is finite,
+        NaN where none is. And which samples count as accepted, boolean `(batch,)`:
+        those of whose judged elements at least half, and at least one, were.
+    """
+    if len(losses.shape) == 1:
+        return losses, accept_mask
+    axes = _within(losses)
+    finite = tf.math.is_finite(losses)
+    sums = tf.reduce_sum(tf.where(finite, losses, 0.0), axis=axes)
+    means = sums / tf.reduce_sum(tf.cast(finite, tf.float32), axis=axes)
+    judged = tf.reduce_sum(tf.cast(tf.not_equal(losses, LEFT_OUT), tf.int32), axis=axes)
+    accepted = tf.reduce_sum(tf.cast(accept_mask, tf.int32), axis=axes)
+    return means, tf.logical_and(accepted > 0, 2 * accepted >= judged)
+
+
+def _within(values: tf.Tensor) -> list[int]:
+    return list(range(1, _rank(values)))
+
+
+def _rank(values: tf.Tensor) -> int:
+    return len(values.shape)
