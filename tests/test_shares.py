@@ -198,7 +198,7 @@ class TestTogether:
         def fail_at_the_fourth(file, values):
             calls.append(1)
             if len(calls) == 4:
-                file.write(b"torn")
+                file.write(values.tobytes()[:20])
                 raise KeyboardInterrupt
             append(file, values)
 
@@ -255,6 +255,10 @@ class TestLost:
         assert "worker 1" not in said
         assert "Start the same command there again" in said
         assert "computing other features" in said
+        parts_of(work.folder, len(work.split), 4, 3)[2].path.mkdir()  # It has begun.
+        with pytest.raises(WorkerLost) as caught:
+            run_together([work], cluster, patience=0.5)
+        assert "other features" not in str(caught.value)
         keep_shares([work], workers(3, 2))  # It is started again, and so are we.
         run_together([work], cluster, patience=0.5)
 

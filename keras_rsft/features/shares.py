@@ -316,10 +316,10 @@ def _parts_missing(
         f"{'; '.join(said)}. Start the same command there again, and here: all that "
         "was computed is kept."
     )
-    if any(reached[who] == 0 for who in lost):
+    if not all(parts[who].path.exists() for who in lost):
         text += (
-            " If it is running, it is computing other features: all workers must see "
-            "the same folder of features and the same images, with the same times of "
-            "change, and be told the same base and `--precision`."
+            " If it is running, it is computing other features: all workers need the "
+            "same folder of features, the same images, with the same times of change, "
+            "the same base and the same `--precision`."
         )
     return text
