@@ -32,8 +32,8 @@ class TwoPassRSFTModel(RSFTModel):
 
     The same weights as those of an `RSFTModel`, up to rounding, in less time where much
     is rejected and the model is large. Each step looks at the share that was accepted
-    lately: from 50 % on it is an `RSFTModel`'s step. At batch level, and where everything
-    is accepted, it always is.
+    lately: from 50 % on it is an `RSFTModel`'s step. At batch level, and where
+    everything is accepted, it always is.
 
     For models in which a sample's output depends on nothing but the sample: a BatchNorm
     that learns and a Dropout are refused, and layers of your own must keep to it.
