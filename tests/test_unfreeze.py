@@ -176,6 +176,7 @@ class TestWhatLearns:
         assert fast / slow == pytest.approx(100, rel=0.2)
         assert head == pytest.approx(other_head, rel=0.2)
 
+    @pytest.mark.slow
     def test_from_images_as_from_kept_activations(self, train):
         changes = {"trainable_from": 2, "optimizer": "adam", "learning_rate": 0.01}
         _, _, kept = train(**changes, keep=True)
@@ -202,6 +203,7 @@ class TestWhatLearns:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_the_whole_way(self, fit, noisy_photos, photo_folder, tmp_path, choose):
         notes = []
         choose(KEPT)
