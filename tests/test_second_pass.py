@@ -60,7 +60,7 @@ POLICIES = {
     "threshold": lambda: rsft.LossThreshold(1.0),
     "fraction": lambda: rsft.KeepFraction(0.5, ramp_steps=2),
     "everything": rsft.AcceptAll,
-    "batch": lambda: rsft.LossThreshold(1.1, level="batch"),
+    "batch": lambda: rsft.LossThreshold(1.35, level="batch"),
 }
 
 

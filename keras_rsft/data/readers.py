@@ -16,7 +16,13 @@ import tensorflow as tf
 
 
 class Reader(Protocol):
-    """What an `ImageSplit` asks of the place where its images are."""
+    """What an `ImageSplit` asks of the place where its images are.
+
+    Attributes:
+        any_order: True where `take` may be given positions in any order.
+    """
+
+    any_order: bool
 
     def entries(self, start: int) -> tf.data.Dataset:
         """Returns `(index, key)` pairs in index order from `start` on.
@@ -45,6 +51,8 @@ class FileReader:
         ids: The files' paths relative to it with `/` between the parts, shape
             `(n,)`, strings.
     """
+
+    any_order = True
 
     def __init__(self, root: str, ids: np.ndarray):
         self._root = root
@@ -86,6 +94,8 @@ class ArrayReader:
         pixels: Shape `(n, height, width, channels)`, uint8, with 1 (grey) or
             3 channels.
     """
+
+    any_order = True
 
     def __init__(self, ids: np.ndarray, pixels: np.ndarray):
         self._ids = ids

@@ -181,6 +181,34 @@ class ImageSplit:
             self, labels=labels, clean_labels=clean, reviewed=None
         )
 
+    def images_in_order(
+        self,
+        indices: np.ndarray,
+        image_size: int | tuple[int, int],
+        *,
+        views: int = 1,
+        seed: int = 0,
+    ) -> tf.data.Dataset:
+        """Decodes some of the images in any order, from a source that can do so.
+
+        Args:
+            indices: Shape `(k,)`, positions in [0, n).
+            image_size: As in `images`.
+            views: As in `images`.
+            seed: As in `images`.
+
+        Returns:
+            What `images` returns; the index is a position in `indices`.
+
+        Raises:
+            InvalidArgument: If the source gives its images in one order only.
+        """
+        if not self.reader.any_order:
+            raise InvalidArgument("This source gives its images in one order only.")
+        reader = self.reader.take(indices)
+        ordered = dataclasses.replace(self, ids=self.ids[indices], reader=reader)
+        return ordered.images(image_size, views=views, seed=seed)
+
     def take(self, indices: np.ndarray) -> ImageSplit:
         """Returns some of the images, in the same order.
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -45,6 +45,8 @@ class TfdsReader:
     ids: np.ndarray
     splits: np.ndarray
     positions: np.ndarray
+
+    any_order: ClassVar[bool] = False
 
     def entries(self, start: int) -> tf.data.Dataset:
         borders = np.flatnonzero(self.splits[1:] != self.splits[:-1]) + 1

@@ -71,7 +71,7 @@ class FrozenBase:
     @functools.cached_property
     def forward(self) -> tf.types.experimental.PolymorphicFunction:
         """Function from images to float32 features `(batch, dim)`, traced once."""
-        return self._traced({})
+        return self._traced(())
 
     def over(
         self, batches: Iterable[tuple[Any, tf.Tensor]]
@@ -103,7 +103,7 @@ class FrozenBase:
     def _on_device(self, name: str) -> Any:
         """Returns a function from images to an array, with the weights on a device."""
         with tf.device(name):
-            copies = {v: tf.identity(v.value) for v in self._backbone.variables}
+            copies = [(v, tf.identity(v.value)) for v in self._backbone.variables]
             run = self._traced(copies).get_concrete_function()
 
         def on_device(images: tf.Tensor) -> np.ndarray:
@@ -112,7 +112,7 @@ class FrozenBase:
 
         return on_device
 
-    def _traced(self, copies: dict[Any, tf.Tensor]) -> Any:
+    def _traced(self, copies: Sequence[tuple[Any, tf.Tensor]]) -> Any:
         backbone, weights = self._backbone, []
         if self._num_images >= MIN_IMAGES_FOR_CONSTANTS:
             weights = [(variable, variable.numpy()) for variable in backbone.variables]
@@ -124,7 +124,7 @@ class FrozenBase:
         )
         def forward(images: tf.Tensor) -> tf.Tensor:
             constants = [(variable, tf.constant(value)) for variable, value in weights]
-            constants = constants or list(copies.items())
+            constants = constants or copies
             with keras.StatelessScope(state_mapping=constants):
                 return tf.cast(backbone(images, training=False), tf.float32)
 

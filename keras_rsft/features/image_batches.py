@@ -17,9 +17,10 @@ from keras_rsft.errors import DataError
 from keras_rsft.features.batches import TrainingBatches
 from keras_rsft.features.feature_set import FeatureSet
 
-# Decoded images that are in memory at once. Three times as much is: one window is
-# decoded, one waits, one is trained on.
-WINDOW_BYTES = 2**26
+# Decoded images that are in memory at once, where the source gives them in one order
+# only. Three times as much is: one window is decoded, one waits, one is trained on.
+WINDOW_BYTES = 2**28
+_IMAGES_A_PART = 32
 _BYTES_PER_PIXEL = 3 * 4
 
 
@@ -66,7 +67,7 @@ class ImageBatches:
 
     def _make_dataset(self, batch_size: int) -> tf.data.Dataset:
         windows = tf.data.Dataset.from_generator(
-            self._windows,
+            self._parts,
             output_signature=(
                 tf.TensorSpec((None, *self._image_size, 3), tf.float32),
                 tf.TensorSpec((None,), tf.int64),
@@ -87,38 +88,69 @@ class ImageBatches:
             batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(1)
         )
 
-    def _windows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images and their samples, in the order of the epoch."""
         samples, rows = (part.numpy() for part in self._order_of.epoch_order())
         views = self._kept.views
         image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
-        window = max(1, WINDOW_BYTES // image_bytes)
-        for start in range(0, len(samples), window):
-            chosen = samples[start : start + window]
-            images = self._decoded(np.sort(chosen))
-            at = np.searchsorted(np.sort(chosen), chosen)
+        read = self._streamed if self._split.reader.any_order else self._by_windows
+        at = 0
+        for images in read(samples, max(1, WINDOW_BYTES // image_bytes)):
+            part = slice(at, at + len(images))
+            at += len(images)
             if views > 1:
-                view = rows[start : start + window] - chosen * views
-                yield images[at, view], chosen
-            else:
-                yield images[at], chosen
+                view = rows[part] - samples[part] * views
+                images = images[np.arange(len(images)), view]
+            yield images, samples[part]
 
-    def _decoded(self, samples: np.ndarray) -> np.ndarray:
-        """Returns the images of increasing samples, with all views if there are.
+    def _streamed(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
+        """Yields images as they are decoded, in any order that is asked for."""
+        positions = self._positions[samples]
+        images = self._split.images_in_order(
+            positions, self._image_size, views=self._kept.views, seed=self._seed
+        )
+        done = 0
+        parts = images.batch(min(window, _IMAGES_A_PART)).prefetch(2)
+        for index, values in parts.as_numpy_iterator():
+            self._require_all(index, positions, done)
+            done += len(index)
+            yield values
+        self._require_all(np.zeros(0, np.int64), positions, done, at_the_end=True)
+
+    def _by_windows(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
+        """Yields windows of images that their source gives in one order only.
 
         Further views depend on the place in the window, and so on seed and epoch.
         """
-        part = self._split.take(self._positions[samples])
-        images = part.images(self._image_size, views=self._kept.views, seed=self._seed)
-        index, values = next(images.batch(len(samples)).as_numpy_iterator(), ([], []))
-        if len(index) < len(samples):
-            missing = int(np.setdiff1d(np.arange(len(samples)), index)[0])
+        for start in range(0, len(samples), window):
+            positions = self._positions[samples[start : start + window]]
+            inside = np.sort(positions)
+            images = self._split.take(inside).images(
+                self._image_size, views=self._kept.views, seed=self._seed
+            )
+            decoded = images.batch(len(inside)).as_numpy_iterator()
+            index, values = next(decoded, (np.zeros(0, np.int64), None))
+            self._require_all(index, inside, 0, at_the_end=True)
+            yield values[np.searchsorted(inside, positions)]
+
+    def _require_all(
+        self,
+        index: np.ndarray,
+        positions: np.ndarray,
+        done: int,
+        *,
+        at_the_end: bool = False,
+    ) -> None:
+        """Raises where an image is left out: it could be read for its features."""
+        last = len(positions) if at_the_end else done + len(index)
+        missing = np.setdiff1d(np.arange(done, last), index)
+        if len(missing):
+            position = int(positions[missing[0]])
             self.failure = DataError(
-                f"{part.ids[missing]} could be read before and now cannot: "
-                f"{part.read_error(missing)}"
+                f"{self._split.ids[position]} could be read before and now cannot: "
+                f"{self._split.read_error(position)}"
             )
             raise self.failure
-        return values
 
 
 def labelled_images(

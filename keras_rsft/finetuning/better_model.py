@@ -45,7 +45,7 @@ def better_model(
     if not kept:
         return head_only
     for split in ("validation_accuracy", "test_accuracy"):
-        if split in results:
+        if f"{name}_{split}" in results:
             results[f"head_{split}"] = results[split]
             results[split] = results[f"{name}_{split}"]
     return tuned
