@@ -128,13 +128,10 @@ def draw(path: str, pictures, given, right, rejected) -> None:
         kinds = np.where(wrong, np.where(rejected[one], 3, 2), 1 * rejected[one])
         colors = np.array([[255] * 3, [80, 130, 220], [250, 170, 60], [200, 30, 40]])
         column[2].imshow(colors[kinds].astype("uint8"), interpolation="none")
-    for axes, title in zip(
-        figure.axes[::6],
-        ("picture", "given mask", "red: wrong, rejected. orange: wrong, learnt. "
-         "blue: right, rejected"),
-        strict=False,
-    ):  # fmt: skip
-        axes.set_title(title, loc="left")
+    figure.suptitle(
+        "Pictures, their given masks, and of these\n"
+        "red: wrong, rejected.  orange: wrong, learnt.  blue: right, rejected."
+    )
     for axes in figure.axes:
         axes.set_axis_off()
     figure.savefig(path, dpi=100)
