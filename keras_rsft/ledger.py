@@ -242,8 +242,8 @@ class RejectionLedger(keras.callbacks.Callback):
     label is wrong) and `rejection_recall` (share of the wrong labels rejected), 0 where
     there is nothing to divide by.
 
-    Of a policy at level `"element"` it keeps samples all the same: the mean of the finite
-    losses of a sample's elements, and as accepted those of whose elements at least half
+    Of a policy at level `"element"` it keeps samples all the same: with the mean of
+    the finite losses of their elements, and as accepted where at least half of these
     were.
 
     Args:
