@@ -105,6 +105,25 @@ def test_weights_weigh_the_accepted_and_never_decide(batch):
     assert logs["acceptance_rate"] == 1.0
 
 
+def test_the_loss_shown_is_weighted_and_has_what_layers_add(batch):
+    x, labels = batch
+    head = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(
+                3, "softmax", kernel_initializer="zeros", activity_regularizer="l2"
+            ),
+        ]
+    )
+    model = RSFTModel(head, LossThreshold(9.0))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    weights = np.array([0.0, 2.0, 0.0, 4.0, 0.0, 0.0], "float32")
+    history = model.fit(x, labels, batch_size=6, sample_weight=weights, verbose=0)
+    # Six losses of ln 3; a row of three thirds adds 0.01 x 3 x 1/9, over the batch.
+    added = 0.01 * 3 / 9
+    assert history.history["loss"][0] == pytest.approx(np.log(3) + added, rel=1e-5)
+
+
 def test_class_weights_arrive_as_sample_weights(batch):
     class_weight = {0: 1.0, 1: 5.0, 2: 0.25}
     weights = np.array([class_weight[label] for label in batch[1]])

@@ -37,6 +37,19 @@ def options_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
     }
 
 
+def identity_of(callbacks: Any) -> Any:
+    """Returns what a run must share of its callbacks to be the same run.
+
+    Args:
+        callbacks: Callbacks, or a function that makes them of a ledger. Of that it is
+            the name: what it makes is compared when there is a ledger to make it of,
+            and a state of other callbacks is then not gone on with.
+    """
+    if callable(callbacks):
+        return f"{callbacks.__module__}.{callbacks.__qualname__}"
+    return [options_of(callback) for callback in callbacks]
+
+
 def encoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     """Returns plain values as JSON can hold them, and adds their arrays to `arrays`."""
     if isinstance(value, dict):

@@ -16,7 +16,7 @@ from keras_rsft.backbones import build_classifier
 from keras_rsft.data import ImageData, apply_corrections, load_images
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.finetuning.better_model import better_model
-from keras_rsft.finetuning.callback_memory import options_of
+from keras_rsft.finetuning.callback_memory import identity_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.devices import Devices, open_devices
 from keras_rsft.finetuning.feature_source import FeatureSource, open_features
@@ -219,7 +219,7 @@ def finetune(
         **options,
         settings=dataclasses.asdict(settings),
         strategy=devices.name,
-        callbacks=_identity_of(callbacks),
+        callbacks=identity_of(callbacks),
         with_plain=with_plain,
     )
     devices.require_same(identity)
@@ -255,17 +255,6 @@ class _Work:
         """Raises where the part of the base that shall learn is not in it."""
         if self.settings.trainable_from is not None:
             part_to_train(base, self.settings)
-
-
-def _identity_of(callbacks: Callbacks) -> Any:
-    """Returns what a run must share of them to be the same run.
-
-    Of a function its name: what it makes is compared when there is a ledger to make it
-    of, and a state of other callbacks is then not gone on with.
-    """
-    if callable(callbacks):
-        return f"{callbacks.__module__}.{callbacks.__qualname__}"
-    return [options_of(callback) for callback in callbacks]
 
 
 def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:

@@ -30,7 +30,7 @@ from keras_rsft.model.elements import (
 )
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.per_sample_loss import LossScorer
-from keras_rsft.model.recorded_pass import Pass
+from keras_rsft.model.recorded_pass import Pass, shown_loss
 from keras_rsft.model.replica_rules import is_replicated, ready_for_replicas
 from keras_rsft.model.replica_trainer import ReplicaTrainer
 from keras_rsft.model.replicas import replica_test_step, replica_train_step
@@ -188,10 +188,12 @@ class RSFTModel(ReplicaTrainer, keras.Model):
             per_sample_loss = weighted_loss = self._scorer(y, y_pred)
             if selects and sample_weight is not None:
                 weighted_loss = self._scorer(y, y_pred, sample_weight)
-            minimised = self._penalties() if selects else []
-            if not selects:
-                minimised = [self.compute_loss(x, y, y_pred, sample_weight)]
-        recorded = Pass(tape, minimised, weighted_loss if selects else None, pending)
+            batch_loss = None
+            if not selects or sample_weight is not None:
+                batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
+            minimised = self._penalties() if selects else [batch_loss]
+        to_select = weighted_loss if selects else None
+        recorded = Pass(tape, minimised, to_select, pending, batch_loss)
         labels = labels_of(y, per_sample_loss)
         accept_mask = self.policy(per_sample_loss, labels, sample_index)
         if self._recorder is not None:
@@ -215,7 +217,7 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     ) -> dict[str, Any]:
         """Updates the metrics and returns them for the log."""
         sums = selection_sums(per_sample_loss, accept_mask)
-        shown = self._shown_loss(recorded, sums, seen)
+        shown = shown_loss(recorded, sums)
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=sums[0])
@@ -385,16 +387,3 @@ class RSFTModel(ReplicaTrainer, keras.Model):
             weighted_loss = self._scorer(y, y_pred, sample_weight)
             penalties = self._penalties()
         return Pass(tape, penalties, weighted_loss, pending)
-
-    def _shown_loss(
-        self, recorded: Pass, sums: tf.Tensor, data: tuple[Any, Any, Any, Any]
-    ) -> tf.Tensor:
-        """Returns the loss for the log, of the samples whose loss is finite."""
-        _, _, _, finite_count, finite_loss = tf.unstack(sums)
-        finite_mean = tf.math.divide_no_nan(finite_loss, finite_count)
-        selects, weighted = recorded.per_sample is not None, data[3] is not None
-        if selects and not weighted:
-            return sum(recorded.minimised, finite_mean)
-        batch_loss = self.compute_loss(*data) if selects else recorded.minimised[0]
-        # A rejected NaN must not reach the log: it would set off TerminateOnNaN.
-        return tf.where(tf.math.is_finite(batch_loss), batch_loss, finite_mean)

@@ -110,7 +110,10 @@ class TwoPassRSFTModel(RSFTModel):
         x, y, sample_weight, sample_index = unpack(data)
         y_pred, pending = self._forward(x)
         per_sample_loss = self._scorer(y, y_pred)
-        judged = Pass(None, self._penalties(), per_sample_loss, pending)
+        batch_loss = None
+        if sample_weight is not None:
+            batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
+        judged = Pass(None, self._penalties(), per_sample_loss, pending, batch_loss)
         accept_mask = self.policy(per_sample_loss, class_labels(y), sample_index)
         if self._recorder is not None:
             require_index(sample_index)
