@@ -95,6 +95,7 @@ def made_model(**options):
             {"loss": keras.losses.SparseCategoricalCrossentropy(reduction="sum")},
             "sum_over_batch_size",
         ),
+        ({"policy": lambda: KeepFraction(0.5, level="element")}, "level='sample'"),
     ],
 )
 def test_what_keras_cannot_do_is_refused(strategy, options, said):
@@ -169,6 +170,12 @@ def test_the_command_line_needs_tf_config(call, monkeypatch, folder):
     status, _, err = call("fit", folder, "--strategy", "multiworker")
     assert status == 2
     assert "TF_CONFIG" in err
+
+
+def test_a_part_of_the_base_is_trained_on_one_device(call, folder):
+    status, _, err = call("fit", folder, "--strategy", "mirrored", "--unfreeze", "1")
+    assert status == 2
+    assert "--strategy" in err
 
 
 def test_one_device_runs_the_base_as_before(tiny_base):
