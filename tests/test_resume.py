@@ -185,8 +185,9 @@ class TestGoesOn:
         self, fit_photos, whole_run, tmp_path, stop_at, monkeypatch
     ):
         monkeypatch.setattr(checkpoint, "TIMES_ITS_COST", 0.0)
-        monkeypatch.setattr(TrainingCheckpoint.__init__, "__kwdefaults__",
-                            {"seconds_between": 0.0})  # fmt: skip
+        monkeypatch.setitem(
+            TrainingCheckpoint.__init__.__kwdefaults__, "seconds_between", 0.0
+        )
         stop_at(3, Killed)
         with pytest.raises(Killed):
             fit_photos(tmp_path / "killed")
