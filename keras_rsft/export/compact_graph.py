@@ -33,7 +33,8 @@ def compact_saved_model(folder: Path) -> None:
     for graph in saved.meta_graphs:
         for function in graph.graph_def.library.function:
             shorten_names(function)
-    replaced(path, lambda beside: beside.write_bytes(saved.SerializeToString(deterministic=True)))
+    compacted = saved.SerializeToString(deterministic=True)
+    replaced(path, lambda beside: beside.write_bytes(compacted))
     # Which is of the graph as it was. Nothing in TensorFlow that is public makes one.
     fingerprinting_utils.write_fingerprint(str(folder))
 
