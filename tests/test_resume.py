@@ -230,7 +230,7 @@ class TestGoesOn:
             on_epoch_begin=lambda epoch, logs: losses.append(epoch)
         )
         monkeypatch.setattr(
-            "keras_rsft.finetuning.run.options_of", lambda callback: "none"
+            "keras_rsft.finetuning.callback_memory.options_of", lambda callback: "none"
         )
         with pytest.raises(InvalidArgument, match="with other callbacks"):
             fit_photos(tmp_path / "run", callbacks=[note])
