@@ -2,14 +2,15 @@
 
 One run and its export are left alone. Then, for each moment, a run begins in a folder
 and with a cache of its own, and is exported when it is finished. What runs is killed
-(`kill -9`) after a random share of the others' time, and started again. Prints where
+(`kill -9`) after a random share of the others' time, a moment in each equal part of it,
+and started again. Prints where
 each was when it was killed, what the next start did, and whether the weights are those
 of the run that was left alone, to the last bit, and the exported files the same bytes.
 
     python tests/benchmarks/killed_runs.py --moments 20
 
 `--share 0.5:1` kills in the second half of the time only: much of a short run is the
-loading of TensorFlow.
+loading of TensorFlow. A larger `--image-size` makes the extraction longer.
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="0.3:1", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--image-size", type=int, default=128)
     arguments = parser.parse_args()
     low, high = map(float, arguments.share.split(":"))
     rng = random.Random(arguments.seed)
+    fit = fit_command(arguments.epochs, arguments.image_size)
     with tempfile.TemporaryDirectory() as root:
         left_alone = Path(root) / "left-alone"
-        seconds = [
-            seconds_of(command, left_alone)
-            for command in (fit_command(arguments.epochs), EXPORT)
-        ]
+        seconds = [seconds_of(command, left_alone) for command in (fit, EXPORT)]
         print(f"left alone: {seconds[0]:.1f} s, export {seconds[1]:.1f} s\n")
         print(f"{'killed after':>12}  {'when':34}  {'then':18}  weights   export")
         same = 0
         for number in range(arguments.moments):
             folder = Path(root) / str(number)
-            after = sum(seconds) * rng.uniform(low, high)
-            when, then = killed(folder, arguments.epochs, after, seconds[0])
+            part = (number + rng.random()) / arguments.moments
+            after = sum(seconds) * (low + part * (high - low))
+            when, then = killed(folder, fit, after, seconds[0])
             if not list(folder.glob("saved_models/photos/1")):
                 finish(start(folder, EXPORT))
             equal = same_weights(folder, left_alone), same_export(folder, left_alone)
@@ -73,20 +74,19 @@ def main() -> None:
 
 
 def killed(
-    folder: Path, epochs: int, after: float, fit_seconds: float
+    folder: Path, command: list[str], after: float, fit_seconds: float
 ) -> tuple[str, str]:
     """Kills a fit, or its export where it would be finished, and starts it again.
 
     Args:
         folder: Where; it must not exist.
-        epochs: Of the training.
+        command: The fit.
         after: Seconds from the beginning of the fit.
         fit_seconds: How long a fit takes.
 
     Returns:
         Where it was when it was killed, and what the next start did.
     """
-    command = fit_command(epochs)
     in_export = after > fit_seconds
     if in_export:
         finish(start(folder, command))
@@ -111,11 +111,11 @@ def seconds_of(command: list[str], folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def fit_command(epochs: int) -> list[str]:
+def fit_command(epochs: int, image_size: int) -> list[str]:
     """Returns a fit of digits with wrong labels."""
     return [
         "fit", "digits", "--noise", "symmetric:0.3",
-        "--backbone", "efficientnet_lite0", "--image-size", "64",
+        "--backbone", "efficientnet_lite0", "--image-size", str(image_size),
         "--precision", "float32", "--policy", "running-threshold",
         "--epochs", str(epochs), "--cache-dir", "kept",
     ]  # fmt: skip
