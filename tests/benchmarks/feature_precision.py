@@ -20,7 +20,7 @@ from keras_rsft.comparing.intervals import paired_interval
 from keras_rsft.data import load_images
 from keras_rsft.finetuning import TrainingSettings
 
-METHODS = ("accept-all", "auto")
+METHODS = ("plain", "auto")
 CONDITIONS = (None, "symmetric:0.3")
 PRECISIONS = ("float32", "float16")
 
