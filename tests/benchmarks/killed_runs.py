@@ -2,9 +2,9 @@
 
 One run and its export are left alone. Then, for each moment, a run begins in a folder
 and with a cache of its own, and is exported when it is finished. What runs is killed
-(`kill -9`) after a share of the others' time, a random moment in each equal part of it,
-and started again. Prints where each was when it was killed, what the next start did, and
-whether the weights are those of the run that was left alone, to the last bit, and the
+(`kill -9`) at a random moment in each equal part of the others' time, and started
+again. Prints where each was when it was killed, what the next start did, and
+whether the weights are those of the run left alone, to the last bit, and the
 exported files the same bytes.
 
     python tests/benchmarks/killed_runs.py --moments 20
