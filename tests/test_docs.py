@@ -8,6 +8,7 @@ WHY in the page's words, leaves one out.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -18,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from keras_rsft.cli import build_parser
-from keras_rsft.cli_export import export_settings
 from keras_rsft.cli_features import features_cluster
 from keras_rsft.cli_options import policy_choice
 from keras_rsft.cli_search import search_options
@@ -38,6 +38,9 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # Options of other programs that the pages name.
 FOREIGN_OPTIONS = {"--grpc", "--logdir", "--torch-python"}
 FRONT_PAGE_LINES = 130
+TWO_WORKERS = json.dumps(
+    {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
+)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -143,10 +146,11 @@ def test_the_lines_that_are_run_as_written():
 )
 def test_a_command_is_understood(page, words, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
+    if "multiworker" in words:
+        monkeypatch.setenv("TF_CONFIG", TWO_WORKERS)
     arguments = build_parser().parse_args(words)  # Exits where it is not understood.
     checks = {
         "compare": [policy_choice, lambda a: check_methods(a.methods)],
-        "export": [export_settings],
         "features": [features_cluster],
         "fit": [policy_choice, lambda a: check_strategy(a.strategy)],
         "search": [search_options],

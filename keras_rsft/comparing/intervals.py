@@ -145,7 +145,7 @@ def paired_share_interval(
     Example:
         >>> low, high = paired_share_interval(30, 2, 269)
         >>> print(f"{low:.3f} to {high:.3f}")
-        0.063 to 0.144
+        0.064 to 0.143
     """
     total = count + 2
     difference = (only_one - only_other) / total

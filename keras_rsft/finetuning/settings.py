@@ -44,8 +44,9 @@ class TrainingSettings:
 
     Example:
         >>> import keras_rsft as rsft
-        >>> rsft.TrainingSettings(epochs=5, optimizer="adam").make_optimizer().name
-        'adam'
+        >>> settings = rsft.TrainingSettings(epochs=5, optimizer="adamw")
+        >>> type(settings.make_optimizer()).__name__
+        'AdamW'
     """
 
     policy: PolicyChoice = dataclasses.field(default_factory=PolicyChoice)

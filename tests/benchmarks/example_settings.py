@@ -2,9 +2,9 @@
 
 Each candidate trains on an example's training pictures and is scored after every second
 epoch on its validation pictures: other digits, labelled wrongly as often as those of
-training, since a user has no better. Printed are each candidate's best score, a mean
-over two seeds, and the number of epochs that gave it. The examples take what is best
-here; their test pictures play no part.
+training, since a user has no better. Printed are each candidate's best score and
+the number of epochs that gave it. The examples take what is best here; their test
+pictures play no part.
 
     python tests/benchmarks/example_settings.py
     python tests/benchmarks/example_settings.py segmentation detection
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import math
 import runpy
 from collections.abc import Callable
@@ -30,8 +29,13 @@ from sklearn.metrics import average_precision_score
 import keras_rsft as rsft
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-SEEDS = (100, 101)  # The examples' own begin at 0.
+SEED = 100  # Of wrong labels and first weights; the examples' own begin at 0.
 EVERY = 2
+# Name, policy, and whether the labels are right.
+WITHOUT_REJECTION = (
+    ("plain", rsft.AcceptAll, False),
+    ("right only", rsft.AcceptAll, True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +43,14 @@ class Task:
     """An example, ready to be trained and scored.
 
     Attributes:
-        fit: Trains under a policy: `(policy, kind, seed, epochs, callbacks)`.
-        score: Scores a model on validation pictures: `(model, seed)`; higher is better.
+        fit: Trains under a policy: `(policy, kind, epochs=, callbacks=)`.
+        score: Scores a model on validation pictures; higher is better.
         candidates: `(name, policy, kind)`; the kind is what `fit` needs to know.
         longest: Epochs to train.
     """
 
     fit: Callable[..., Any]
-    score: Callable[[keras.Model, int], float]
+    score: Callable[[keras.Model], float]
     candidates: list[tuple[str, Callable[[], rsft.Policy], Any]]
     longest: int
 
@@ -85,29 +89,29 @@ def segmentation() -> Task:
     maps, others = (base.predict(x, verbose=0) for x in (train, validation))
     steps = math.ceil(400 / example.BATCH)
 
-    def fit(policy, clean, seed, **options):
-        given = right if clean else example.spoil(right, seed)
-        example.train(policy, maps, given, seed, **options)
+    def fit(policy, clean, **options):
+        given = right if clean else example.spoil(right, SEED)
+        example.train(policy, maps, given, SEED, **options)
 
-    def score(model, seed):
+    def score(model):
         found = model.predict(others, verbose=0).argmax(-1)
-        return example.mean_iou(example.spoil(answers, seed), found)
+        return example.mean_iou(example.spoil(answers, SEED), found)
 
-    def pixels(deviations, warmup):
+    def pixels(deviations):
         return lambda: rsft.RunningThreshold(
             deviations, num_classes=example.CLASSES, level="element",
-            warmup_steps=warmup * steps,
+            warmup_steps=3 * steps,
         )  # fmt: skip
 
     candidates = [
-        *samples_rejected(example, steps, (3, 6), False),
+        *WITHOUT_REJECTION,
+        samples_rejected(example, 3 * steps),
         *(
-            (f"pixels, {deviations} deviations, warm-up {warmup}",
-             pixels(deviations, warmup), False)
-            for deviations in (1.0, 2.0) for warmup in (3, 6)
+            (f"pixels rejected, {deviations} deviations", pixels(deviations), False)
+            for deviations in (1.0, 2.0)
         ),
     ]  # fmt: skip
-    return Task(fit, score, [*plain(False, True), *candidates], 16)
+    return Task(fit, score, candidates, 20)
 
 
 def detection() -> Task:
@@ -117,28 +121,28 @@ def detection() -> Task:
     maps, others = (base.predict(x, verbose=0) for x in (train, validation))
     steps = math.ceil(1000 / example.BATCH)
 
-    def fit(policy, clean, seed, **options):
-        given = right if clean else example.spoil(*right, seed)[:2]
-        example.train(policy, maps, *given, seed, **options)
+    def fit(policy, clean, **options):
+        given = right if clean else example.spoil(*right, SEED)[:2]
+        example.train(policy, maps, *given, SEED, **options)
 
-    def score(model, seed):
-        return example.f1_score(model, others, *example.spoil(*answers, seed)[:2])
+    def score(model):
+        return example.f1_score(model, others, *example.spoil(*answers, SEED)[:2])
 
-    def boxes(guesses, warmup):
+    def boxes(guesses):
         return lambda: rsft.LossThreshold(
             guesses * math.log(example.CLASSES), level="element",
-            warmup_steps=warmup * steps,
+            warmup_steps=4 * steps,
         )  # fmt: skip
 
     candidates = [
-        *samples_rejected(example, steps, (4, 8), False),
+        *WITHOUT_REJECTION,
+        samples_rejected(example, 4 * steps),
         *(
-            (f"boxes, {guesses} ln(classes), warm-up {warmup}",
-             boxes(guesses, warmup), False)
-            for guesses in (1.0, 1.5) for warmup in (4, 8)
+            (f"boxes rejected, {guesses} ln(classes)", boxes(guesses), False)
+            for guesses in (1.0, 1.5)
         ),
     ]  # fmt: skip
-    return Task(fit, score, [*plain(False, True), *candidates], 24)
+    return Task(fit, score, candidates, 24)
 
 
 def multi_label() -> Task:
@@ -148,29 +152,29 @@ def multi_label() -> Task:
     features, others = (base.predict(x, verbose=0) for x in (train, validation))
     steps = math.ceil(1500 / example.BATCH)
 
-    def fit(policy, clean, seed, **options):
-        given = right if clean else example.spoil(right, seed)[0]
-        example.train(policy, features, given, seed, **options)
+    def fit(policy, clean, **options):
+        given = right if clean else example.spoil(right, SEED)[0]
+        example.train(policy, features, given, SEED, **options)
 
-    def score(model, seed):
+    def score(model):
         found = model.predict(others, verbose=0)
-        return average_precision_score(example.spoil(answers, seed)[0], found)
+        return average_precision_score(example.spoil(answers, SEED)[0], found)
 
-    def labels(kept, warmup):
+    def labels(kept):
         return lambda: rsft.RunningThreshold(
             percentile=kept, num_classes=2, level="element",
-            warmup_steps=warmup * steps,
+            warmup_steps=3 * steps,
         )  # fmt: skip
 
     candidates = [
-        *samples_rejected(example, steps, (3, 8), False),
+        *WITHOUT_REJECTION,
+        samples_rejected(example, 3 * steps),
         *(
-            (f"labels, percentile {kept}, warm-up {warmup}",
-             labels(kept, warmup), False)
-            for kept in (0.85, 0.9) for warmup in (3, 8)
+            (f"labels rejected, percentile {kept}", labels(kept), False)
+            for kept in (0.85, 0.9)
         ),
     ]  # fmt: skip
-    return Task(fit, score, [*plain(False, True), *candidates], 40)
+    return Task(fit, score, candidates, 40)
 
 
 def regression() -> Task:
@@ -182,40 +186,33 @@ def regression() -> Task:
     maps, others = (base.predict(x, verbose=0) for x in (train, validation))
     steps = math.ceil(1500 / example.BATCH)
 
-    def fit(policy, kind, seed, **options):
+    def fit(policy, kind, **options):
         clean, loss = kind
-        given = right if clean else example.spoil(right, seed)[0]
-        example.train(policy, loss, maps, given, seed, **options)
+        given = right if clean else example.spoil(right, SEED)[0]
+        example.train(policy, loss, maps, given, SEED, **options)
 
-    def score(model, seed):
-        given = example.spoil(answers, seed)[0]
+    def score(model):
+        given = example.spoil(answers, SEED)[0]
         errors = np.abs(model.predict(others, verbose=0)[:, 0] - given)
         return -example.MOST_DEGREES * float(errors.mean())
 
     candidates = [
         (f"{name}, {loss}", policy, (clean, loss))
         for loss in ("mse", "mae")
-        for name, policy, clean in [
-            *plain(False, True), *samples_rejected(example, steps, (5, 10), False)
-        ]
+        for name, policy, clean in (
+            *WITHOUT_REJECTION, samples_rejected(example, 5 * steps)
+        )
     ]  # fmt: skip
     return Task(fit, score, candidates, 40)
 
 
-def plain(*kinds: bool) -> list[tuple]:
-    """Returns training on everything, with wrong labels and with right ones."""
-    return [
-        ("right only" if clean else "plain", rsft.AcceptAll, clean) for clean in kinds
-    ]
+def samples_rejected(example: SimpleNamespace, ramp_steps: int) -> tuple:
+    """Returns what rejects whole pictures; how many are wrong is known."""
 
+    def policy() -> rsft.Policy:
+        return rsft.KeepFraction(1 - example.WRONG, ramp_steps=ramp_steps)
 
-def samples_rejected(example, steps: int, ramps: tuple, kind: Any) -> list[tuple]:
-    """Returns candidates that reject whole pictures; how many are wrong is known."""
-
-    def policy(ramp):
-        return lambda: rsft.KeepFraction(1 - example.WRONG, ramp_steps=ramp * steps)
-
-    return [(f"pictures, ramp {ramp}", policy(ramp), kind) for ramp in ramps]
+    return "pictures rejected", policy, False
 
 
 TASKS = {
@@ -235,16 +232,13 @@ def main() -> None:
         task = TASKS[name]()
         print(f"\n{name:42} best score  epochs", flush=True)
         for title, make_policy, kind in task.candidates:
-            runs = []
-            for seed in SEEDS:
-                noted = Scores(functools.partial(task.score, seed=seed))
-                task.fit(
-                    make_policy(), kind, seed, epochs=task.longest, callbacks=[noted]
-                )
-                runs.append(noted.values)
-            curve = np.mean(runs, axis=0)
-            best = int(curve.argmax())
-            print(f"{title:42} {curve[best]:10.3f}  {EVERY * (best + 1):6}", flush=True)
+            noted = Scores(task.score)
+            task.fit(make_policy(), kind, epochs=task.longest, callbacks=[noted])
+            best = int(np.argmax(noted.values))
+            print(
+                f"{title:42} {noted.values[best]:10.3f}  {EVERY * (best + 1):6}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
