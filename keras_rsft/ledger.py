@@ -51,12 +51,6 @@ class Ledger:
 
     Raises:
         InvalidArgument: If the arrays differ in length.
-
-    Example:
-        >>> ledger = Ledger(["a", "b"], [0, 1])
-        >>> ledger.note_epoch(np.array([0.1, 2.3]), accepted=np.array([1.0, 0.0]))
-        >>> ledger.rejected.tolist(), ledger.suspicion.tolist()
-        ([0, 1], [0.0, 1.0])
     """
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
@@ -229,11 +223,6 @@ def datalab_inputs(
 
     Raises:
         InvalidArgument: If the arrays differ in length.
-
-    Example:
-        >>> inputs = datalab_inputs(np.zeros((2, 3)), np.array([0, 1]), np.ones((2, 2)))
-        >>> inputs["pred_probs"].tolist()
-        [[0.5, 0.5], [0.5, 0.5]]
     """
     if not len(features) == len(labels) == len(probabilities):
         raise InvalidArgument(
@@ -279,6 +268,7 @@ class RejectionLedger(keras.callbacks.Callback):
         InvalidArgument: If the arrays differ in length.
 
     Example:
+        >>> import tensorflow as tf
         >>> import keras_rsft as rsft
         >>> model = rsft.RSFTModel(rsft.build_head(2, 2), rsft.KeepFraction(0.5))
         >>> model.compile("sgd", "sparse_categorical_crossentropy")
