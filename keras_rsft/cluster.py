@@ -29,6 +29,9 @@ class Cluster:
         workers: `host:port` of each, in an order that all of them share. Who only
             computes features makes no connection, and needs no address.
         index: The place of this process among them, from 0.
+
+    Raises:
+        InvalidArgument: If there is no such worker.
     """
 
     workers: tuple[str, ...] = ("",)
@@ -70,9 +73,22 @@ def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
 
     A `chief` counts as the first worker, as TensorFlow has it.
 
+    Args:
+        environment: Variables by name. Default: the process's.
+
     Raises:
         InvalidArgument: If it is not as TensorFlow wants it, or has tasks of another
             type than these two.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> rsft.cluster_of({}).workers
+        ('',)
+        >>> cluster = {"worker": ["host-a:2222", "host-b:2222"]}
+        >>> task = {"type": "worker", "index": 1}
+        >>> text = json.dumps({"cluster": cluster, "task": task})
+        >>> rsft.cluster_of({"TF_CONFIG": text}).index
+        1
     """
     text = environment.get(CLUSTER_VARIABLE, "").strip()
     if not text:

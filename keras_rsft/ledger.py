@@ -124,7 +124,11 @@ class Ledger:
         return {name: getattr(self, name).copy() for name in _COUNTS}
 
     def restore_counts(self, counts: dict[str, np.ndarray]) -> None:
-        """Takes over what `counts` gave, of a ledger of the same samples."""
+        """Takes over what `counts` gave, of a ledger of the same samples.
+
+        Args:
+            counts: Arrays `(n,)` by name.
+        """
         for name in _COUNTS:
             setattr(self, name, counts[name].copy())
 
@@ -262,6 +266,19 @@ class RejectionLedger(keras.callbacks.Callback):
 
     Raises:
         InvalidArgument: If the arrays differ in length.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import keras_rsft as rsft
+        >>> model = rsft.RSFTModel(rsft.build_head(2, 2), rsft.KeepFraction(0.5))
+        >>> model.compile("sgd", "sparse_categorical_crossentropy")
+        >>> x, y = np.eye(2, dtype="float32"), np.array([0, 1], "int32")
+        >>> sample_index = np.arange(2, dtype="int32")
+        >>> data = tf.data.Dataset.from_tensors((x, y, None, sample_index))
+        >>> ledger = rsft.RejectionLedger(np.array(["a", "b"]), y)
+        >>> history = model.fit(data, epochs=3, callbacks=[ledger], verbose=0)
+        >>> int(ledger.ledger.seen.sum()), int(ledger.ledger.rejected.sum())
+        (6, 3)
     """
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
@@ -289,7 +306,11 @@ class RejectionLedger(keras.callbacks.Callback):
         return state
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Goes on from what `state` gave at the end of an epoch."""
+        """Goes on from what `state` gave at the end of an epoch.
+
+        Args:
+            state: Arrays by name, of a ledger of the same samples.
+        """
         self.ledger.restore_counts(state)
         self.acceptance_by_class = list(state["acceptance_by_class"])
         if "last_epoch" in state:

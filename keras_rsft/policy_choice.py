@@ -47,6 +47,16 @@ class PolicyChoice:
 
     Raises:
         InvalidArgument: If a value is unknown or out of its range.
+
+    Example:
+        >>> PolicyChoice().name, PolicyChoice(threshold=1.5).name
+        ('auto', 'loss-threshold')
+        >>> PolicyChoice("keep-fractoin")
+        Traceback (most recent call last):
+        ...
+        keras_rsft.errors.InvalidArgument: The policy must be one of auto, accept-all,
+        loss-threshold, keep-fraction, self-paced, running-threshold, loss-mixture.
+        Received: 'keep-fractoin'. Did you mean 'keep-fraction'?
     """
 
     name: str | None = None

@@ -19,6 +19,10 @@ def parse_trainable(text: str) -> TrainableFrom:
 
     Raises:
         InvalidArgument: If it is empty, or a number below 1.
+
+    Example:
+        >>> parse_trainable("2"), parse_trainable("all"), parse_trainable("conv_1")
+        (2, 'all', ('conv_1',))
     """
     text = text.strip()
     if text.lstrip("+-").isdigit():

@@ -30,6 +30,11 @@ def build_head(
 
     Raises:
         InvalidArgument: If there are fewer than 2 classes.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> rsft.build_head(1280, 10).output_shape
+        (None, 10)
     """
     if num_classes < 2:
         raise InvalidArgument(

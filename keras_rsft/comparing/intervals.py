@@ -26,6 +26,10 @@ class Interval:
         mean: The mean of the values.
         half_width: Half of the interval's width, at least 0; infinite for one
             value, which says nothing about chance.
+
+    Example:
+        >>> Interval(mean=2.0, half_width=0.5).excludes_zero
+        True
     """
 
     mean: float
@@ -54,12 +58,22 @@ def t_quantile(degrees_of_freedom: int) -> float:
         degrees_of_freedom: At least 1. Above 30 the quantile of 30 is returned,
             which makes an interval at most 4.2 % wider than it need be, and
             never narrower.
+
+    Example:
+        >>> t_quantile(4)  # Five seeds.
+        2.7764
     """
     return _T_QUANTILES[min(degrees_of_freedom, len(_T_QUANTILES)) - 1]
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Returns the mean of one or more values with its Student t interval."""
+    """Returns the mean of one or more values with its Student t interval.
+
+    Example:
+        >>> interval = mean_interval([0.90, 0.92, 0.94])
+        >>> print(f"{interval.low:.3f} to {interval.high:.3f}")
+        0.870 to 0.970
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, math.inf)
@@ -79,6 +93,11 @@ def paired_interval(ones: Sequence[float], others: Sequence[float]) -> Interval:
 
     Raises:
         ValueError: If there are not as many of one as of the other.
+
+    Example:
+        >>> difference = paired_interval([0.90, 0.92, 0.94], [0.85, 0.88, 0.88])
+        >>> print(f"{difference.mean:.3f} ± {difference.half_width:.3f}")
+        0.050 ± 0.025
     """
     return mean_interval([a - b for a, b in zip(ones, others, strict=True)])
 
@@ -92,6 +111,11 @@ def proportion_interval(successes: int, count: int) -> tuple[float, float]:
 
     Returns:
         Lower and upper end, in [0, 1].
+
+    Example:
+        >>> low, high = proportion_interval(90, 100)
+        >>> print(f"{low:.3f} to {high:.3f}")
+        0.826 to 0.945
     """
     share = successes / count
     squared = _NORMAL_QUANTILE**2
@@ -117,6 +141,11 @@ def paired_share_interval(
 
     Returns:
         Lower and upper end of first less other, in [-1, 1].
+
+    Example:
+        >>> low, high = paired_share_interval(30, 2, 269)
+        >>> print(f"{low:.3f} to {high:.3f}")
+        0.064 to 0.143
     """
     total = count + 2
     difference = (only_one - only_other) / total
@@ -137,5 +166,9 @@ def recovered_share(method: float, plain: float, clean: float) -> float | None:
     Returns:
         0 for plain fine-tuning, 1 for the clean subset, below 0 for harm; None
         where the wrong labels cost nothing.
+
+    Example:
+        >>> round(recovered_share(method=0.92, plain=0.82, clean=0.94), 2)
+        0.83
     """
     return (method - plain) / (clean - plain) if clean > plain else None

@@ -48,6 +48,13 @@ def add_label_noise(
 
     Raises:
         InvalidArgument: If an argument is not as above.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> data = rsft.load_images("digits")
+        >>> noisy = rsft.add_label_noise(data, "symmetric:0.3", seed=0)
+        >>> round(float((noisy.train.labels != data.train.labels).mean()), 2)
+        0.3
     """
     kind, rate = parse_noise(spec)
     _check(seed, splits)
@@ -75,6 +82,10 @@ def parse_noise(spec: str) -> tuple[str, float]:
 
     Raises:
         InvalidArgument: If it is anything else.
+
+    Example:
+        >>> parse_noise("asymmetric:0.3")
+        ('asymmetric', 0.3)
     """
     kind, _, text = str(spec).partition(":")
     try:

@@ -69,6 +69,14 @@ def load_images(
         InvalidArgument: If there is no such source, or an option is wrong.
         DataError: If the source cannot be trained on as it is.
         ImportError: If the source needs a package that is not installed.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> data = rsft.load_images("digits")
+        >>> len(data.train), len(data.validation), len(data.test)
+        (1259, 269, 269)
+        >>> data.class_names[:3]
+        ('0', '1', '2')
     """
     check_fractions(validation_fraction, test_fraction)
     name = os.fspath(source)

@@ -106,6 +106,11 @@ def examine_labels(
     Reviewed labels count as right, and the others are judged by them too.
     The noise is estimated from the labels as they were before a review.
 
+    Sources: Allen, "The relationship between variable selection and data augmentation
+    and a method for prediction", Technometrics 1974 (each sample judged as if it had
+    been left out, in closed form); Dawid and Skene, "Maximum likelihood estimation of
+    observer error-rates using the EM algorithm", 1979 (the matrix of label noise).
+
     Takes some seconds for 10,000 samples; the time grows with the number of samples
     and with the square of the number of features.
 
@@ -121,6 +126,21 @@ def examine_labels(
 
     Raises:
         DataError: If a feature is NaN or infinite.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> right = np.arange(200) % 2
+        >>> values = np.random.default_rng(0).normal(size=(200, 4)) + 3 * right[:, None]
+        >>> file = Path(tempfile.mkdtemp(), "features.bin")
+        >>> values.astype("float32").tofile(file)
+        >>> given = np.where(np.arange(200) < 20, 1 - right, right)
+        >>> features = rsft.FeatureSet(file, given, np.arange(200).astype(str), dim=4)
+        >>> found = rsft.examine_labels(features, 2, progress=False)
+        >>> round(found.noise_rate, 1), bool((found.suspicion[:20] > 0.5).all())
+        (0.1, True)
     """
     labels = np.asarray(features.labels)
     counts = np.bincount(labels, minlength=num_classes)

@@ -64,6 +64,19 @@ class TrainingBatches:
             labels, None, indices (batch,) int32)`; with `share` weights of one in
             place of None.
         callback: Tells the data set which epoch begins.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> file = Path(tempfile.mkdtemp(), "features.bin")
+        >>> np.arange(6, dtype="float32").tofile(file)
+        >>> labels, ids = np.array([0, 1, 0]), np.array(["a", "b", "c"])
+        >>> features = rsft.FeatureSet(file, labels, ids, dim=2)
+        >>> batches = rsft.TrainingBatches(features, batch_size=2, seed=0)
+        >>> [values.shape[0] for values, labels in batches.dataset]
+        [2, 1]
     """
 
     def __init__(
@@ -89,7 +102,11 @@ class TrainingBatches:
         self.dataset = self._make_dataset()
 
     def order(self, epoch: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the samples and their rows in an epoch, int64 `(n,)` each."""
+        """Returns the samples and their rows in an epoch, int64 `(n,)` each.
+
+        Args:
+            epoch: The epoch's number, from 0.
+        """
         count, views = len(self._features), self._features.views
         seed = tf.stack([tf.cast(self._seed, tf.int32), tf.cast(epoch, tf.int32)])
         if _in_one_window(self._features):

@@ -42,6 +42,18 @@ class FeatureSet:
             had before a person looked. None: nobody looked.
         rows: int64 array of shape `(n,)`, increasing: the row of each sample in the
             file. None: the file holds these samples and no others.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> file = Path(tempfile.mkdtemp(), "features.bin")
+        >>> np.arange(6, dtype="float32").tofile(file)
+        >>> labels, ids = np.array([0, 1, 0]), np.array(["a", "b", "c"])
+        >>> features = rsft.FeatureSet(file, labels, ids, dim=2)
+        >>> features.features[1].tolist()
+        [2.0, 3.0]
     """
 
     path: Path
@@ -95,7 +107,11 @@ class FeatureSet:
         return np.array(self._file_views[self.file_rows(samples)])
 
     def file_rows(self, samples: np.ndarray) -> np.ndarray:
-        """Returns where samples are in the file, integers of shape `(k,)`."""
+        """Returns where samples are in the file, integers of shape `(k,)`.
+
+        Args:
+            samples: Integers of shape `(k,)`, positions in [0, n).
+        """
         return samples if self.rows is None else self.rows[samples]
 
     def take(self, samples: np.ndarray) -> FeatureSet:
@@ -120,9 +136,12 @@ class FeatureSet:
     def with_labels(
         self, labels: np.ndarray, clean_labels: np.ndarray | None = None
     ) -> FeatureSet:
-        """Returns the same features under other labels, both of shape `(n,)`.
+        """Returns the same features under other labels, which nobody has reviewed.
 
-        Nobody has reviewed those.
+        Args:
+            labels: int32 array of shape `(n,)`, the given labels.
+            clean_labels: int32 array of shape `(n,)`, the right ones. Default: not
+                known.
         """
         return dataclasses.replace(
             self,

@@ -41,6 +41,12 @@ class TrainingSettings:
 
     Raises:
         InvalidArgument: If a value is out of its range or unknown.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> settings = rsft.TrainingSettings(epochs=5, optimizer="adamw")
+        >>> type(settings.make_optimizer()).__name__
+        'AdamW'
     """
 
     policy: PolicyChoice = dataclasses.field(default_factory=PolicyChoice)
@@ -118,8 +124,11 @@ class TrainingSettings:
         """Returns a new optimizer.
 
         Args:
-            largest_gradient: Norm that all gradients together are clipped to. Default
-                None: none.
+            largest_gradient: Norm that all gradients together are clipped to,
+                positive. Default None: none.
+
+        Raises:
+            InvalidArgument: If Keras has no optimizer of this name.
         """
         config = {"learning_rate": self.learning_rate}
         if largest_gradient is not None:

@@ -74,6 +74,16 @@ class RSFTModel(ReplicaTrainer, keras.Model):
 
     Raises:
         TypeError: If `policy` is not a `Policy`, or `model` not a `keras.Model`.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> head = rsft.build_head(dim=2, num_classes=2)
+        >>> model = rsft.RSFTModel(head, rsft.KeepFraction(0.5))
+        >>> model.compile("sgd", "sparse_categorical_crossentropy")
+        >>> log = model.fit(np.eye(4, 2), np.arange(4) % 2, verbose=0)
+        >>> log.history["acceptance_rate"]
+        [0.5]
     """
 
     def __init__(self, model: keras.Model, policy: Policy, **kwargs: Any):

@@ -42,6 +42,16 @@ class SelfPaced(Policy):
 
     Raises:
         InvalidArgument: If an argument is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([0.5, 1.5], "float32")
+        >>> policy = rsft.SelfPaced(1.0, growth=2.0, growth_steps=1)
+        >>> np.asarray(policy(losses)).tolist()
+        [True, False]
+        >>> np.asarray(policy(losses)).tolist()  # Below 2 in the second step.
+        [True, True]
     """
 
     levels = ("sample", "element")
@@ -142,6 +152,13 @@ class RunningThreshold(Policy):
     Raises:
         InvalidArgument: If an argument is out of its range; when called with
             `num_classes`, if the targets are not classes.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([1.0, 2.0, 6.0], "float32")  # Their mean is 3.
+        >>> np.asarray(rsft.RunningThreshold()(losses)).tolist()
+        [True, True, False]
     """
 
     levels = ("sample", "element")
@@ -246,6 +263,15 @@ class LossMixture(Policy):
 
     Raises:
         InvalidArgument: If an argument is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> policy = rsft.LossMixture()
+        >>> losses = np.concatenate([np.linspace(0, 0.5, 20), np.linspace(2, 3, 10)])
+        >>> policy.note_losses(losses, epochs=2)
+        >>> np.asarray(policy(np.array([0.4, 2.5], "float32"))).tolist()
+        [True, False]
     """
 
     needs_ledger = True

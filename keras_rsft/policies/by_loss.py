@@ -23,6 +23,13 @@ class AcceptAll(Policy):
 
     Args:
         **kwargs: As for every `Policy`; a `class_floor` changes nothing here.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([0.2, 1.6, np.nan], "float32")
+        >>> np.asarray(rsft.AcceptAll()(losses)).tolist()
+        [True, True, False]
     """
 
     accepts_every_finite_sample = True
@@ -59,6 +66,16 @@ class LossThreshold(Policy):
 
     Raises:
         InvalidArgument: If an argument is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([0.2, 1.6, np.nan], "float32")
+        >>> np.asarray(rsft.LossThreshold(1.5)(losses)).tolist()
+        [True, False, False]
+        >>> by_batch = rsft.LossThreshold(1.5, level="batch")
+        >>> np.asarray(by_batch(losses[:2])).tolist()  # Their mean is 0.9.
+        [True, True]
     """
 
     levels = ("sample", "batch", "element")
@@ -121,9 +138,17 @@ class KeepFraction(Policy):
             `keep_fraction`, at least 0. Default 0: no ramp.
         level: `"sample"`, or `"element"` for all elements of the batch together.
             Default `"sample"`.
+        class_floor: As for every `Policy`.
 
     Raises:
         InvalidArgument: If an argument is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([0.2, 3.0, 0.4, 1.0], "float32")
+        >>> np.asarray(rsft.KeepFraction(0.5)(losses)).tolist()
+        [True, False, True, False]
     """
 
     levels = ("sample", "element")

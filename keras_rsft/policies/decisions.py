@@ -20,6 +20,13 @@ def accept_below(per_sample_loss: Any, threshold: Any) -> Any:
 
     Returns:
         Boolean tensor of shape `(..., batch)`. NaN is never accepted.
+
+    Example:
+        >>> import numpy as np
+        >>> losses = np.array([[0.2, 1.6], [0.2, 1.6]], "float32")  # Two trials.
+        >>> thresholds = np.array([[1.0], [2.0]], "float32")
+        >>> np.asarray(accept_below(losses, thresholds)).tolist()
+        [[True, False], [True, True]]
     """
     return ops.less(per_sample_loss, threshold)  # NaN compares false: rejected.
 
@@ -34,6 +41,12 @@ def accept_batch_below(per_sample_loss: Any, threshold: Any) -> Any:
     Returns:
         Boolean tensor of shape `(..., batch)`, equal along the last axis. A
         batch that holds a NaN or an infinity is never accepted.
+
+    Example:
+        >>> import numpy as np
+        >>> losses = np.array([[0.2, 1.6], [1.0, 3.0]], "float32")
+        >>> np.asarray(accept_batch_below(losses, 1.5)).tolist()
+        [[True, True], [False, False]]
     """
     mean_loss = ops.mean(per_sample_loss, axis=-1, keepdims=True)
     accepted = accept_below(mean_loss, threshold)
@@ -53,6 +66,12 @@ def keep_smallest(per_sample_loss: Any, keep_fraction: Any) -> Any:
     Returns:
         Boolean tensor of shape `(..., batch)`. At least one entry of each
         batch is True, unless none of its losses is finite.
+
+    Example:
+        >>> import numpy as np
+        >>> losses = np.array([0.2, 3.0, 0.4, np.nan, 1.0], "float32")
+        >>> np.asarray(keep_smallest(losses, 0.5)).tolist()  # Half of four.
+        [True, False, True, False, False]
     """
     finite = ops.isfinite(per_sample_loss)
     # Counted in float32 whatever the losses are: bfloat16 has no 257.
@@ -82,6 +101,11 @@ def ramped_keep_fraction(step: Any, keep_fraction: Any, ramp_steps: Any) -> Any:
 
     Returns:
         Float tensor, the share to keep at this step.
+
+    Example:
+        >>> kept = [ramped_keep_fraction(step, 0.6, ramp_steps=4) for step in (0, 2, 9)]
+        >>> [round(float(share), 2) for share in kept]
+        [1.0, 0.8, 0.6]
     """
     progress = ops.cast(step, "float32") / ops.maximum(
         ops.cast(ramp_steps, "float32"), 1.0
@@ -102,6 +126,11 @@ def grown_threshold(step: Any, threshold: Any, growth: Any, growth_steps: Any) -
 
     Returns:
         Float tensor, the threshold at this step.
+
+    Example:
+        >>> grown = [grown_threshold(s, 0.5, 2.0, growth_steps=10) for s in (0, 20)]
+        >>> [round(float(threshold), 2) for threshold in grown]
+        [0.5, 2.0]
     """
     elapsed = ops.cast(step, "float32") / ops.cast(growth_steps, "float32")
     return threshold * ops.power(ops.cast(growth, "float32"), elapsed)
@@ -208,6 +237,13 @@ def with_class_floor(
 
     Returns:
         Boolean tensor `(..., batch)`: what was accepted, and what the floor adds.
+
+    Example:
+        >>> import numpy as np
+        >>> losses, labels = np.array([0.1, 5.0, 4.0], "float32"), np.array([0, 1, 1])
+        >>> accepted = np.array([True, False, False])
+        >>> np.asarray(with_class_floor(accepted, losses, labels, 0.5)).tolist()
+        [True, False, True]
     """
     finite = ops.isfinite(per_sample_loss)
     same_class = ops.equal(labels[..., :, None], labels[..., None, :])

@@ -33,6 +33,14 @@ class AcceptListed(Policy):
     Raises:
         InvalidArgument: If `accept` is not as above, or accepts nothing; when
             called, if there is no `sample_index`.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> policy = rsft.AcceptListed(np.array([True, False, True]))
+        >>> losses, sample_index = np.array([0.2, 0.2], "float32"), np.array([2, 1])
+        >>> np.asarray(policy(losses, sample_index=sample_index)).tolist()
+        [True, False]
     """
 
     def __init__(self, accept: Any, **kwargs: Any):
@@ -83,6 +91,15 @@ class AcceptReviewed(Policy):
     Raises:
         InvalidArgument: If `policy` judges whole batches, of which no single sample
             can be accepted.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> reviewed = np.array([True, False, False])
+        >>> policy = rsft.AcceptReviewed(rsft.LossThreshold(1.5), reviewed)
+        >>> losses = np.array([4.0, 4.0, 0.1], "float32")
+        >>> np.asarray(policy(losses, sample_index=np.arange(3))).tolist()
+        [True, False, True]
     """
 
     def __init__(self, policy: Policy, reviewed: Any, **kwargs: Any):
@@ -120,7 +137,12 @@ class AcceptReviewed(Policy):
         return self.policy.threshold_in_use()
 
     def note_losses(self, losses: np.ndarray, epochs: int) -> None:
-        """Hands the losses of the epochs so far to a policy that learns from them."""
+        """Hands the losses of the epochs so far to a policy that learns from them.
+
+        Args:
+            losses: Float array `(n,)`, the mean loss of each sample.
+            epochs: Epochs that they cover, at least 1.
+        """
         self.policy.note_losses(losses, epochs)
 
     def get_config(self) -> dict[str, Any]:
@@ -160,6 +182,14 @@ class AutoPolicy(AcceptListed):
 
     Raises:
         InvalidArgument: If an argument is not as above.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> policy = rsft.AutoPolicy(3, loss_limit=1.0)  # Nothing looked wrong.
+        >>> losses = np.array([0.1, 2.0, 0.3], "float32")
+        >>> np.asarray(policy(losses, sample_index=np.arange(3))).tolist()
+        [True, False, True]
     """
 
     def __init__(

@@ -40,6 +40,22 @@ class Policy(keras.layers.Layer):
         accepts_every_finite_sample: True where the policy never rejects a
             sample whose loss is finite.
         steps_seen: int32 scalar variable, training batches judged so far.
+
+    Raises:
+        InvalidArgument: If an argument is not as above, or a floor is asked for at
+            level `"element"`.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> class BelowTheMedian(rsft.Policy):
+        ...     def decide(self, per_sample_loss, step, labels=None, sample_index=None):
+        ...         middle = keras.ops.quantile(per_sample_loss, 0.5)
+        ...         return per_sample_loss < middle
+        >>> losses = np.array([3.0, 1.0, 2.0], "float32")
+        >>> np.asarray(BelowTheMedian()(losses)).tolist()
+        [False, True, False]
     """
 
     level = "sample"
@@ -91,6 +107,9 @@ class Policy(keras.layers.Layer):
                 the targets are not classes.
             sample_index: int32 tensor of shape `(batch,)`, which training samples
                 these are; None where the data set does not say.
+
+        Raises:
+            NotImplementedError: If a subclass does not implement it.
         """
         raise NotImplementedError
 
@@ -140,13 +159,23 @@ class Policy(keras.layers.Layer):
         return None
 
     def after_warmup(self, number: Any, warmup_steps: int) -> float | None:
-        """Returns a finite number if the last batch came after the warm-up."""
+        """Returns a number if it is finite and the last batch came after the warm-up.
+
+        Args:
+            number: Scalar tensor or variable.
+            warmup_steps: Steps at the start that do not count, at least 0.
+        """
         value = float(ops.convert_to_numpy(number))
         begun = int(ops.convert_to_numpy(self.steps_seen)) > warmup_steps
         return value if begun and math.isfinite(value) else None
 
     def add_live_number(self, name: str, value: float) -> Any:
-        """Returns a float32 scalar variable: saved, and changed without a retrace."""
+        """Returns a float32 scalar variable: saved, and changed without a retrace.
+
+        Args:
+            name: The variable's name.
+            value: Its first value.
+        """
         return self.add_weight(
             name=name,
             shape=(),
@@ -155,7 +184,14 @@ class Policy(keras.layers.Layer):
         )
 
     def require(self, labels: Any) -> Any:
-        """Returns the labels, or raises InvalidArgument where there are none."""
+        """Returns the labels.
+
+        Args:
+            labels: Integer tensor, or None.
+
+        Raises:
+            InvalidArgument: If there are none.
+        """
         if labels is None:
             raise InvalidArgument(
                 f"{type(self).__name__} judges class by class. Received: targets that "

@@ -124,7 +124,8 @@ def rank_backbones(
     Where only the given labels counted, wrong ones spread evenly over the classes
     would lower all accuracies without changing their order.
 
-    LogME and H-score need no head; they are shown beside it, with how far they agree.
+    LogME (You et al., 2021) and the H-score (Bao et al., 2019; Ibrahim et al., 2021)
+    need no head; they are shown beside it, with how far they agree.
 
     Args:
         data: Loaded images, or what `load_images` takes.

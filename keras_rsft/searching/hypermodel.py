@@ -79,7 +79,11 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         )
 
     def settings_of(self, hp: keras_tuner.HyperParameters) -> TrainingSettings:
-        """Returns how to train a trial, and declares what is searched."""
+        """Returns how to train a trial, and declares what is searched.
+
+        Args:
+            hp: The trial's hyperparameters.
+        """
         return settings_of_values(self.space(hp), self.settings)
 
     def build(self, hp: keras_tuner.HyperParameters) -> RSFTModel:

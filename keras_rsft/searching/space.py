@@ -59,6 +59,13 @@ class SearchSpace:
     Raises:
         InvalidArgument: If a range is empty, reversed or outside of what its number
             may be, or a name is not known.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> space = rsft.SearchSpace(policies=("keep-fraction",), optimizers=("sgd",))
+        >>> values = space(keras_tuner.HyperParameters())
+        >>> sorted(values)
+        ['keep_fraction', 'learning_rate', 'optimizer', 'policy', 'warmup_epochs']
     """
 
     learning_rate: tuple[float, float] = (1e-4, 1e-1)
