@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
 # Where a line passes an axis whose hyperparameter the trial does not have.
 UNUSED = -0.15
-LOGARITHMIC = ("learning_rate", "weight_decay")
+LOGARITHMIC = ("learning_rate", "weight_decay", "base_learning_rate")
 # In this order; what else a space has follows.
-_FIRST = ("policy", "optimizer", "learning_rate")
+_FIRST = ("trainable", "policy", "optimizer", "learning_rate")
 _TICKS = 5
 
 
