@@ -22,6 +22,7 @@ from keras_rsft.cli_options import (
     base_options,
     data_name,
     load_corrected,
+    name_list,
     parsed,
     positive_int,
     positive_seconds,
@@ -244,16 +245,6 @@ def whole_range(text: str) -> tuple[int, int]:
         lambda given: tuple(int(part) for part in given.split(":")),
         lambda value: len(value) == 2 and value[0] <= value[1],
         "two whole numbers LOW:HIGH",
-    )
-
-
-def name_list(text: str) -> tuple[str, ...]:
-    """Parses names that commas separate."""
-    return parsed(
-        text,
-        lambda given: tuple(part.strip() for part in given.split(",")),
-        all,
-        "names separated by commas",
     )
 
 

@@ -258,7 +258,7 @@ class BaseTrialsTuner(DurableTuner, keras_tuner.Tuner):
                 said.append(f"{_named(trainable)} from {heads}, {about(seconds)}")
                 total += seconds
                 advance(1)
-        whole = f", {about(total)} in all" if len(said) > 1 else ""
+        whole = f"; {about(total)} in all" if len(said) > 1 else ""
         return f"The base learns: {'; '.join(said)}{whole}."
 
     def _measured(self, base: keras.Model, planned: PlannedTrial) -> BaseTime:
