@@ -25,13 +25,13 @@ from keras_rsft.cli_options import (
     add_data_options,
     add_output_options,
     add_policy_numbers,
+    add_seed,
     add_training_options,
     base_options,
     data_name,
     load_corrected,
     policy_choice,
     positive_int,
-    seed_number,
     training_settings,
 )
 from keras_rsft.cli_predict import add_predict, run_predict
@@ -132,9 +132,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo", help="fine-tune on real digits with wrong labels, in about a minute"
     )
-    demo.add_argument(
-        "--seed", type=seed_number, default=0, help="default: %(default)s"
-    )
+    add_seed(demo)
     demo.add_argument("--output", metavar="FOLDER", help="default: runs/demo-N")
     add_cache_dir(demo)
     add_output_options(demo)

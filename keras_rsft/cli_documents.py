@@ -107,7 +107,8 @@ def search_document(found: Search, fit_command: str) -> dict[str, Any]:
 
     `command`, `folder`, `fit_command` (trains with the chosen setting) and `results`
     (as in `results.json`: `chosen`, `plain`, `reason`, `settings`, `trials`, `failed`
-    and so on).
+    and so on; with `--trainable` also `strategies`, each the fields of a
+    `StrategyRow`).
     """
     return {
         "command": "search",

@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from keras_rsft.cli_options import base_options
+from keras_rsft.result_words import about
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,14 +108,3 @@ def _rows(pilot: Pilot, settings: TrainingSettings) -> list[tuple[str, str]]:
         training += ", without the base"
     rows.append(("Training", training))
     return rows
-
-
-def about(seconds: float) -> str:
-    """Returns a duration that does not look more exact than it is."""
-    if seconds < 1:
-        return "less than a second"
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"about {seconds / 60:.0f} min"
-    return f"about {seconds / 3600:.1f} h"

@@ -85,15 +85,7 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
         default="imagenet",
         help="imagenet, none or a file; default: imagenet",
     )
-    group.add_argument(
-        "--image-size", type=positive_int, help="pixels; default: the base's own"
-    )
-    group.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the base's pass; auto takes bfloat16 where the hardware has it",
-    )
+    add_pass_options(group)
     group.add_argument(
         "--feature-precision",
         choices=("float32", "float16"),
@@ -105,6 +97,24 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
         type=positive_int,
         default=1,
         help="views kept of each training image, flipped and cropped; default: 1",
+    )
+
+
+def add_pass_options(group: argparse._ArgumentGroup, *, base: str = "the base") -> None:
+    """Adds how images go through a base.
+
+    Args:
+        group: Where they are added.
+        base: What it is called: several bases are "each base".
+    """
+    group.add_argument(
+        "--image-size", type=positive_int, help=f"pixels; default: {base}'s own"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help=f"of {base}'s pass; auto takes bfloat16 where the hardware has it",
     )
 
 
@@ -163,6 +173,11 @@ def add_loop_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size", type=positive_int, default=32, help="default: 32"
     )
+    add_seed(group)
+
+
+def add_seed(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Adds the seed."""
     group.add_argument(
         "--seed", type=seed_number, default=0, help="default: %(default)s"
     )
@@ -230,6 +245,16 @@ def backbone_name(text: str) -> str:
 def positive_int(text: str) -> int:
     """Parses a whole number, at least 1."""
     return parsed(text, int, lambda value: value >= 1, "a whole number, at least 1")
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """Parses names that commas separate."""
+    return parsed(
+        text,
+        lambda given: tuple(part.strip() for part in given.split(",")),
+        all,
+        "names separated by commas",
+    )
 
 
 def seed_number(text: str) -> int:

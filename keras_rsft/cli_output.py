@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +26,13 @@ from keras_rsft.cli_documents import json_value
 from keras_rsft.data import ImageData
 from keras_rsft.result_words import (
     RESULT_NAMES,
+    STRATEGY_HEADER,
+    STRATEGY_NOTE,
     TUNINGS,
     interval_text,
     setting_text,
     share_text,
+    strategy_texts,
 )
 
 if TYPE_CHECKING:
@@ -199,6 +202,8 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
         values = escape(setting_text(one.values))
         trials.add_row(one.trial_id, values, *map(share_text, shares))
     console.print(trials)
+    if "strategies" in found.results:
+        _print_strategies(found.results["strategies"], console)
     table = Table()
     table.add_column("")
     for header in ("Validation", "Test", "Accepted"):
@@ -220,6 +225,16 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
     console.print(f"Use it:      keras-rsft predict {folder} FILE...", soft_wrap=True)
     console.print("Train it again, with your options for data and base:")
     console.print(f"  {escape(command)}", soft_wrap=True)
+
+
+def _print_strategies(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title="How much of the base to train", title_justify="left")
+    for number, header in enumerate(STRATEGY_HEADER):
+        table.add_column(header, justify="right" if 2 <= number <= 5 else "left")
+    for row in rows:
+        table.add_row(*map(escape, strategy_texts(row)))
+    console.print(table)
+    console.print(STRATEGY_NOTE, soft_wrap=True)
 
 
 def repeat_command(found: Search, data: str) -> str:
@@ -244,7 +259,15 @@ def repeat_command(found: Search, data: str) -> str:
         "weight-decay": settings.weight_decay,
         "seed": settings.seed,
     }
+    if settings.trainable_from is not None:
+        given |= {
+            "unfreeze": settings.trainable_from,
+            "base-epochs": settings.base_epochs,
+            "base-learning-rate": settings.base_rate,
+        }
     options = [f"--{name}={v}" for name, v in given.items() if v is not None]
+    if settings.trainable_from is not None and settings.train_batch_norm:
+        options.append("--train-batch-norm")
     return shlex.join(["keras-rsft", "fit", data, *options])
 
 

@@ -15,11 +15,12 @@ from keras_rsft.cli_options import (
     add_data_argument,
     add_data_options,
     add_output_options,
+    add_pass_options,
+    add_seed,
     backbone_name,
     load_corrected,
-    parsed,
+    name_list,
     positive_int,
-    seed_number,
 )
 
 if TYPE_CHECKING:
@@ -49,18 +50,8 @@ def add_rank(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="training images to look at; default: %(default)s",
     )
-    bases.add_argument(
-        "--image-size", type=positive_int, help="pixels; default: each base's own"
-    )
-    bases.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the bases' pass; default: %(default)s",
-    )
-    bases.add_argument(
-        "--seed", type=seed_number, default=0, help="of the sample; default: 0"
-    )
+    add_pass_options(bases, base="each base")
+    add_seed(bases)
     add_data_options(rank.add_argument_group("data"))
     add_cache_dir(rank)
     add_output_options(rank)
@@ -161,10 +152,4 @@ def _print_command(console: Console, ranking: BackboneRanking, data: str) -> Non
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = parsed(
-        text,
-        lambda given: tuple(part.strip() for part in given.split(",")),
-        all,
-        "bases separated by commas",
-    )
-    return tuple(map(backbone_name, names))
+    return tuple(map(backbone_name, name_list(text)))

@@ -22,9 +22,14 @@ from keras_rsft.cli_options import (
     base_options,
     data_name,
     load_corrected,
+    name_list,
     parsed,
     positive_int,
     positive_seconds,
+)
+from keras_rsft.cli_unfreeze import (
+    add_base_training_options,
+    base_training_settings,
 )
 from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.errors import InvalidArgument
@@ -33,6 +38,7 @@ from keras_rsft.searching.names import (
     OBJECTIVES,
     ORACLE_NAMES,
     SEARCHED_POLICIES,
+    TRAINABLE_NAMES,
     TUNER_NAMES,
     SearchOptions,
 )
@@ -103,6 +109,25 @@ def _add_worker_options(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS", help="how long a chief waits for workers, and a worker for "
         "the chief; default: 600",
     )  # fmt: skip
+
+
+def add_trainable_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what of the base may learn, and how."""
+    group.add_argument(
+        "--trainable",
+        type=name_list,
+        default=SearchOptions().trainable,
+        metavar="A,B,C",
+        help=f"out of {', '.join(TRAINABLE_NAMES)}: train the base's last block, or "
+        "all of it, on from the best plain head and the best one that rejects, and "
+        "choose the cheapest that is as good as the best; frozen is always among them; "
+        "default: frozen",
+    )
+    add_base_training_options(
+        group,
+        default_rate="a tenth of the head's, at most 0.001 with sgd and 0.0001 with "
+        "other optimizers",
+    )
 
 
 def add_space_options(group: argparse._ArgumentGroup) -> None:
@@ -223,16 +248,6 @@ def whole_range(text: str) -> tuple[int, int]:
     )
 
 
-def name_list(text: str) -> tuple[str, ...]:
-    """Parses names that commas separate."""
-    return parsed(
-        text,
-        lambda given: tuple(part.strip() for part in given.split(",")),
-        all,
-        "names separated by commas",
-    )
-
-
 def add_search(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its options."""
     search = commands.add_parser(
@@ -241,6 +256,7 @@ def add_search(commands: argparse._SubParsersAction) -> None:
     add_data_argument(search)
     add_search_options(search.add_argument_group("search"))
     add_space_options(search.add_argument_group("space"))
+    add_trainable_options(search.add_argument_group("base that learns"))
     add_data_options(search.add_argument_group("data"))
     add_base_options(search.add_argument_group("base"))
     add_loop_options(search.add_argument_group("training"))
@@ -278,7 +294,12 @@ def run_search(
 
     space = search_space(arguments)
     settings = TrainingSettings(
-        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        **base_training_settings(
+            arguments, asked=bool(options.of_base), option="--trainable"
+        ),
     )
     with output_of(arguments) as output:
         data = load_corrected(arguments, noisy_splits=("train", "validation"))
@@ -296,6 +317,9 @@ def run_search(
             command=arguments.command_line,
             crew=crew_of(arguments, options, folder),
             patience=arguments.worker_timeout,
+            on_note=lambda text: output.console.print(
+                text, markup=False, soft_wrap=True
+            ),
         )
         if found is None:
             text = f"{role.tuner_id} is done; {role.address} has the results."

@@ -1,4 +1,4 @@
-"""The options of `fit` that let a part of the base learn.
+"""The options that let a part of the base learn: of `fit`, and how it does of `search`.
 
 Like `cli.py`, imports nothing heavy.
 """
@@ -26,6 +26,20 @@ def add_unfreeze_options(parser: argparse.ArgumentParser) -> None:
         "N blocks of the base, all of it, or these layers; kept where validation is "
         "no worse",
     )
+    add_base_training_options(
+        group, default_rate="a tenth of --learning-rate, which stays the head's"
+    )
+
+
+def add_base_training_options(
+    group: argparse._ArgumentGroup, *, default_rate: str
+) -> None:
+    """Adds how the base learns.
+
+    Args:
+        group: Where they are added.
+        default_rate: Its learning rate where none is given, in words.
+    """
     group.add_argument(
         "--base-epochs",
         type=positive_int,
@@ -34,7 +48,7 @@ def add_unfreeze_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--base-learning-rate",
         type=float,
-        help="default: a tenth of --learning-rate, which stays the head's",
+        help=f"default: {default_rate}",
     )
     group.add_argument(
         "--train-batch-norm",
@@ -58,19 +72,36 @@ def unfreeze_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InvalidArgument: If an option belongs to a base that shall not learn.
     """
+    asked = arguments.unfreeze is not None
+    how = base_training_settings(arguments, asked=asked, option="--unfreeze")
+    return {"trainable_from": arguments.unfreeze, **how}
+
+
+def base_training_settings(
+    arguments: argparse.Namespace, *, asked: bool, option: str
+) -> dict[str, Any]:
+    """Returns what `TrainingSettings` is told about how the base learns.
+
+    Args:
+        arguments: The parsed command.
+        asked: Whether a part of it shall.
+        option: What asks for it.
+
+    Raises:
+        InvalidArgument: If an option belongs to a base that shall not learn.
+    """
     given = {
         "--base-epochs": arguments.base_epochs is not None,
         "--base-learning-rate": arguments.base_learning_rate is not None,
         "--train-batch-norm": arguments.train_batch_norm,
     }
     for name, is_given in given.items():
-        if is_given and arguments.unfreeze is None:
+        if is_given and not asked:
             raise InvalidArgument(
                 f"`{name}` says how the base learns. Say which part of it with "
-                "`--unfreeze`."
+                f"`{option}`."
             )
     return {
-        "trainable_from": arguments.unfreeze,
         "base_epochs": arguments.base_epochs or BASE_EPOCHS,
         "base_learning_rate": arguments.base_learning_rate,
         "train_batch_norm": arguments.train_batch_norm,

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from keras_rsft.result_words import (
     RESULT_NAMES,
+    STRATEGY_HEADER,
     interval_text,
     setting_text,
     share_text,
+    strategy_texts,
 )
 
 if TYPE_CHECKING:
@@ -87,9 +89,11 @@ def search_html(found: Search) -> str:
         ]
         for one in best[:MOST_TRIALS]
     ]
+    strategies = [strategy_texts(row) for row in found.results.get("strategies", ())]
     return (
         table_html(header, rows)
         + f"<p>{html.escape(found.choice.reason)}</p>"
+        + (table_html(STRATEGY_HEADER, strategies) if strategies else "")
         + table_html(["Trial", "Setting", "Validation", "Accepted"], trials)
         + figure_html(lambda figure: _draw_trials(figure, found, completed))
     )

@@ -58,3 +58,66 @@ def setting_text(values: Mapping[str, Any]) -> str:
         for name, value in values.items()
     )
     return ", ".join(short)
+
+
+def strategy_texts(row: Mapping[str, Any]) -> list[str]:
+    """Returns what a person reads of one strategy.
+
+    Args:
+        row: The fields of a `StrategyRow`.
+
+    Returns:
+        What learnt, the policy, validation accuracy with its standard error in percent,
+        accepted share, time, trainable weights, and whether it is the choice.
+    """
+    accuracy, seconds = row["validation_accuracy"], row["seconds"]
+    weights = row["trainable_weights"]
+    shown = "-"
+    if accuracy is not None:
+        shown = f"{100 * accuracy:.1f} ± {100 * row['standard_error']:.1f}"
+    elif row["message"]:
+        shown = "failed"
+    return [
+        row["trainable"],
+        row["policy"],
+        shown,
+        share_text(row["acceptance_rate"]),
+        "-" if seconds is None else seconds_text(seconds),
+        "-" if weights is None else f"{weights:,}",
+        "chosen" if row["chosen"] else "",
+    ]
+
+
+STRATEGY_HEADER = (
+    "Trained",
+    "Policy",
+    "Validation",
+    "Accepted",
+    "Time",
+    "Weights",
+    "",
+)
+STRATEGY_NOTE = (
+    "Validation accuracy in percent ± its standard error; a head's time is its share "
+    "of the time of all heads; weights are those that learn."
+)
+
+
+def seconds_text(seconds: float) -> str:
+    """Returns a measured time in seconds, or in minutes where it is long."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min"
+
+
+def about(seconds: float) -> str:
+    """Returns a duration that does not look more exact than it is."""
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds / 3600:.1f} h"

@@ -21,6 +21,33 @@ def network() -> keras.Model:
     return keras.Model(images, keras.layers.GlobalAveragePooling2D()(values))
 
 
+def save_three_blocks(path: Path) -> Path:
+    """Three convolutions, each followed by a BatchNorm with statistics of its own."""
+    keras.utils.set_random_seed(4)
+    images = keras.Input((SIDE, SIDE, 3))
+    x = keras.layers.Rescaling(1 / 255)(images)
+    for number in (1, 2, 3):
+        x = keras.layers.Conv2D(
+            4 + number, 3, strides=2, padding="same", activation="relu",
+            name=f"block{number}_conv",
+        )(x)  # fmt: skip
+        norm = keras.layers.BatchNormalization(name=f"block{number}_bn")
+        x = norm(x)
+        norm.moving_mean.assign(np.full(4 + number, 0.1))
+        norm.moving_variance.assign(np.full(4 + number, 0.5))
+    keras.Model(images, keras.layers.GlobalAveragePooling2D()(x)).save(path)
+    return path
+
+
+def changed_layers(before: keras.Model, after: keras.Model) -> set[str]:
+    """Names of the layers whose weights differ between two copies of a model."""
+    return {
+        own.path.split("/")[-2]
+        for own, other in zip(before.weights, after.weights, strict=True)
+        if not np.array_equal(own.numpy(), other.numpy())
+    }
+
+
 def save_signature(folder: Path, *, outputs=None, side: int | None = SIDE) -> Path:
     """A SavedModel as Keras writes it, with the signature `serving_default`."""
     model = network()

@@ -7,7 +7,6 @@ import pytest
 from made_features import feature_set
 
 from keras_rsft import cli
-from keras_rsft.cli_explain import about
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings, run_pilot
@@ -18,6 +17,7 @@ from keras_rsft.finetuning.pilot import (
     verdict,
 )
 from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.result_words import about
 
 
 def test_the_gain_is_paired():

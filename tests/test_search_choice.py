@@ -81,6 +81,48 @@ def test_where_all_failed_the_first_reason_is_told():
         choose(FAILED, FAILED)
 
 
+def of_base(name, accuracy, acceptance, trainable, **others):
+    return outcome(name, accuracy, acceptance, trainable=trainable, **others)
+
+
+@pytest.mark.parametrize(
+    "accuracies, chosen",
+    [
+        # 0.90 - 0.03 is what counts as equal; frozen before last block before all.
+        ((0.90, 0.88, 0.88), "frozen"),
+        ((0.86, 0.88, 0.90), "last-block"),
+        ((0.88, 0.89, 0.90), "frozen"),
+        ((0.80, 0.80, 0.90), "all"),
+    ],
+)
+def test_inside_the_noise_the_cheapest_is_taken(accuracies, chosen):
+    names = ("frozen", "last-block", "all")
+    # What costs more rejects less, which is not what comes first.
+    trials = [
+        of_base(name, accuracy, 0.5 + 0.2 * cost, name)
+        for cost, (name, accuracy) in enumerate(zip(names, accuracies, strict=True))
+    ]
+    choice = choose(*trials)
+    assert choice.chosen.trial_id == chosen
+    assert chosen in choice.reason
+
+
+def test_of_equally_expensive_ones_the_less_selective_is_taken():
+    trials = (
+        of_base("frozen", 0.80, 1.0, "frozen"),
+        of_base("plain", 0.88, 1.0, "all"),
+        of_base("rejecting", 0.90, 0.7, "all"),
+    )
+    choice = choose(*trials)
+    assert choice.chosen.trial_id == "plain"
+    assert "those that train all of the base whose val_accuracy" in choice.reason
+
+
+def test_what_accepts_too_little_is_not_chosen_for_being_cheap():
+    trials = of_base("a", 0.9, 0.05, "frozen"), of_base("b", 0.9, 0.5, "last-block")
+    assert choose(*trials).chosen.trial_id == "b"
+
+
 class TestHeatMap:
     TRIALS = (
         outcome("a", 0.5, 1.0, learning_rate=0.01, relative_threshold=0.5),

@@ -9,6 +9,7 @@ import json
 import keras
 import numpy as np
 import pytest
+from made_bases import changed_layers, save_three_blocks
 from same_run import assert_same_run
 
 from keras_rsft.backbones.trainable_part import trainable_part
@@ -38,21 +39,7 @@ ANEW = ActivationChoice(False, "computed for the test")
 @pytest.fixture(scope="module")
 def base_file(tmp_path_factory):
     """Three convolutions, each followed by a BatchNorm with statistics of its own."""
-    keras.utils.set_random_seed(4)
-    images = keras.Input((16, 16, 3))
-    x = keras.layers.Rescaling(1 / 255)(images)
-    for number in (1, 2, 3):
-        x = keras.layers.Conv2D(
-            4 + number, 3, strides=2, padding="same", activation="relu",
-            name=f"block{number}_conv",
-        )(x)  # fmt: skip
-        norm = keras.layers.BatchNormalization(name=f"block{number}_bn")
-        x = norm(x)
-        norm.moving_mean.assign(np.full(4 + number, 0.1))
-        norm.moving_variance.assign(np.full(4 + number, 0.5))
-    path = tmp_path_factory.mktemp("base") / "three.keras"
-    keras.Model(images, keras.layers.GlobalAveragePooling2D()(x)).save(path)
-    return path
+    return save_three_blocks(tmp_path_factory.mktemp("base") / "three.keras")
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +106,6 @@ def choose(monkeypatch):
         monkeypatch.setattr(tuned_run, "measured_choice", lambda *a, **k: choice)
 
     return chosen
-
-
-def changed_layers(before, after):
-    return {
-        own.path.split("/")[-2]
-        for own, other in zip(before.weights, after.weights, strict=True)
-        if not np.array_equal(own.numpy(), other.numpy())
-    }
 
 
 class TestWhatLearns:

@@ -126,8 +126,8 @@ def _chosen(
     found = leaf_layers(base)
     if not any(learns(layer) for layer in found):
         raise InvalidArgument(
-            f"The base {base.name} has no Keras layer that could learn. Leave out "
-            "`--unfreeze`, or use another base."
+            f"The base {base.name} has no Keras layer that could learn. Leave all of "
+            "it frozen, or use another base."
         )
     if isinstance(trainable_from, tuple):
         return [_layer_named(name, found, train_batch_norm) for name in trainable_from]

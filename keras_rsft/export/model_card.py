@@ -161,7 +161,7 @@ def _limits(results: dict[str, Any]) -> Iterator[str]:
     )
     if results.get("stage2_kept"):
         yield "The last block of the base was fine-tuned too.\n"
-    if results.get("unfrozen_kept"):
+    if results.get("unfrozen_kept") or results.get("trainable", "frozen") != "frozen":
         yield "A part of the base was trained too.\n"
 
 

@@ -5,8 +5,8 @@
 `run.py` puts a run together, `run_folder.py` writes and reads it. `unfinished.py` is
 its place until then, `checkpoint.py` the state of the training there.
 `base_training.py` trains a part of the base after the head, `tuned_run.py` is that half
-of a run. The folder is not called `finetune`: the function of that name is public, and
-a module would hide it.
+of a run, `base_time.py` says how long it will take. The folder is not called
+`finetune`: the function of that name is public, and a module would hide it.
 """
 
 from keras_rsft.finetuning.head_training import TrainedHead, train_head

@@ -63,8 +63,12 @@ class BaseTrainingPlace:
         return cls(TrainingCheckpoint(place.base_checkpoint), place.activations)
 
 
-def check_part_can_learn(backbone: str) -> None:
+def check_part_can_learn(backbone: str, *, option: str = "--unfreeze") -> None:
     """Refuses a base in which there is no layer to train, by its name.
+
+    Args:
+        backbone: The base's name.
+        option: What asks for it.
 
     Raises:
         InvalidArgument: If it is a SavedModel or an ONNX file.
@@ -72,7 +76,7 @@ def check_part_can_learn(backbone: str) -> None:
     if is_fixed_network(backbone):
         raise InvalidArgument(
             f"No part of {backbone} can learn: it has no Keras layers. Leave out "
-            "`--unfreeze`, or use a Keras base."
+            f"`{option}`, or use a Keras base."
         )
 
 

@@ -22,6 +22,7 @@ from keras_rsft.report import charts
 from keras_rsft.report.gallery import confusion_of, gallery_data
 from keras_rsft.report.outcome import outcome_of, percent
 from keras_rsft.report.run_record import RunRecord, read_run
+from keras_rsft.result_words import STRATEGY_HEADER, STRATEGY_NOTE, strategy_texts
 
 if TYPE_CHECKING:
     from keras_rsft.finetuning import Run
@@ -110,6 +111,7 @@ def _content(record: RunRecord, *, served: bool) -> dict[str, Any]:
         "histograms": charts.histograms(record.losses),
         "sizes": charts,
         "pictures": _pictures(record),
+        "strategies": _strategies(record),
         "settings": _settings(record),
         "command": record.config.get("command") or record.results.get("command"),
         "versions": record.config.get("versions") or record.results.get("versions", {}),
@@ -213,6 +215,16 @@ def _pictures(record: RunRecord) -> dict[str, str]:
     return {
         name: f"data:image/svg+xml;base64,{base64.b64encode(picture).decode('ascii')}"
         for name, picture in record.pictures.items()
+    }
+
+
+def _strategies(record: RunRecord) -> dict[str, Any]:
+    """Returns how much of the base to train, as a table; no rows for other folders."""
+    rows = record.results.get("strategies") or ()
+    return {
+        "header": STRATEGY_HEADER,
+        "rows": [strategy_texts(row) for row in rows],
+        "note": STRATEGY_NOTE,
     }
 
 

@@ -1,8 +1,9 @@
 """Chooses among finished trials, as fairly as a small validation split allows.
 
 Pure functions of numbers. The best of many trials is partly the luckiest, so what is
-inside the noise of the best counts as equally good, and of those the setting that
-rejects least is taken: rejection must earn its place. In the manner of the rule of
+inside the noise of the best counts as equally good, and of those the setting is taken
+that trains least of the base, and then the one that rejects least: what costs more must
+earn its place. In the manner of the rule of
 one standard error (Breiman et al., 1984, "Classification and regression trees").
 """
 
@@ -14,10 +15,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_rsft.errors import TrainingStalled
-from keras_rsft.searching.names import OBJECTIVES
+from keras_rsft.searching.names import (
+    ALL,
+    FROZEN,
+    LAST_BLOCK,
+    OBJECTIVES,
+    TRAINABLE_NAMES,
+)
 
 COMPLETED = "COMPLETED"
 ACCURACY = "val_accuracy"
+# Name of the value that says what of a model learnt.
+TRAINABLE = "trainable"
+_ALIKE = {
+    FROZEN: "on a frozen base ",
+    LAST_BLOCK: "that train the last block ",
+    ALL: "that train all of the base ",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +79,10 @@ def choose_trial(
     validation_size: int,
     min_acceptance: float,
 ) -> Choice:
-    """Chooses the least selective of the trials that are as good as the best.
+    """Chooses the cheapest of the trials that are as good as the best.
+
+    The cheapest trains least of the base: a head on a frozen base, then the last block,
+    then all of it; and of those it rejects the least.
 
     Args:
         outcomes: All trials.
@@ -105,8 +122,19 @@ def choose_trial(
     if objective == ACCURACY:
         noise = binomial_error(best.metrics[ACCURACY], validation_size)
     as_good = [one for one in eligible if value(one) >= value(best) - noise]
-    chosen = max(as_good, key=lambda one: (_acceptance(one), value(one)))
+    chosen = max(as_good, key=lambda one: (-cost_of(one), _acceptance(one), value(one)))
     return Choice(chosen, best, noise, _reason(chosen, best, noise, objective))
+
+
+def trainable_of(outcome: TrialOutcome) -> str:
+    """Returns what learnt in a trial, out of `TRAINABLE_NAMES`."""
+    name = outcome.values.get(TRAINABLE)
+    return name if name in TRAINABLE_NAMES else FROZEN
+
+
+def cost_of(outcome: TrialOutcome) -> int:
+    """Returns a number that is higher where more of the base is trained; 0: none."""
+    return TRAINABLE_NAMES.index(trainable_of(outcome))
 
 
 def binomial_error(share: float, count: int) -> float:
@@ -125,13 +153,21 @@ def _reason(
     name = f"Trial {chosen.trial_id}"
     if chosen is best:
         return f"{name} has the best {objective}, {value:.4f}."
+    if cost_of(chosen) < cost_of(best):
+        what = "no part" if trainable_of(chosen) == FROZEN else "the least"
+        return (
+            f"{name} trains {what} of the base, and its {objective} is within the "
+            f"noise ({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of "
+            f"trial {best.trial_id}."
+        )
+    alike = _ALIKE[trainable_of(chosen)] if TRAINABLE in chosen.values else ""
     if value == best_value:
         return (
             f"{name} has the best {objective}, {value:.4f}, and rejects the least of "
-            "those that have it."
+            f"those {alike}that have it."
         )
     return (
-        f"{name} rejects the least of those whose {objective} is within the noise "
-        f"({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of trial "
-        f"{best.trial_id}."
+        f"{name} rejects the least of those {alike}whose {objective} is within the "
+        f"noise ({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of "
+        f"trial {best.trial_id}."
     )

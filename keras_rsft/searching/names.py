@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import POLICY_NAMES, require_known
@@ -14,6 +15,10 @@ ORACLE_NAMES = ("random", "bayesian", "grid")
 # The rule of the RSFT article: whole batches, an absolute threshold, no warm-up.
 ARTICLE = "article"
 SEARCHED_POLICIES = (*POLICY_NAMES, ARTICLE)
+# What is trained, from the cheapest on: the head alone, with the base's last block, or
+# with all of the base.
+FROZEN, LAST_BLOCK, ALL = "frozen", "last-block", "all"
+TRAINABLE_NAMES = (FROZEN, LAST_BLOCK, ALL)
 # Each with the direction in which it is better.
 OBJECTIVES = {"val_accuracy": "max", "val_loss": "min"}
 
@@ -35,6 +40,9 @@ class SearchOptions:
             while they train, at least 0. Default 0.
         min_acceptance: Least acceptance rate of a setting that may be chosen, in
             [0, 1]. Default 0.1.
+        trainable: Out of `TRAINABLE_NAMES`: what may learn. `"last-block"` and `"all"`
+            of the base are trained on from the best heads; `"frozen"`, the heads, is
+            always among them. Default `("frozen",)`.
 
     Raises:
         InvalidArgument: If a value is unknown or out of its range.
@@ -47,8 +55,10 @@ class SearchOptions:
     parallel_trials: int = 64
     halvings: int = 0
     min_acceptance: float = 0.1
+    trainable: tuple[str, ...] = (FROZEN,)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trainable", checked_names(self.trainable))
         require_known("tuner", self.tuner, TUNER_NAMES)
         require_known("oracle", self.oracle, ORACLE_NAMES)
         require_known("objective", self.objective, tuple(OBJECTIVES))
@@ -78,6 +88,24 @@ class SearchOptions:
                 )
 
     @property
+    def of_base(self) -> tuple[str, ...]:
+        """Those of `trainable` in which the base learns, the cheapest first."""
+        return self.trainable[1:]
+
+    @property
     def direction(self) -> str:
         """`"max"` or `"min"`: where the objective is better."""
         return OBJECTIVES[self.objective]
+
+
+def checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns what may learn: each name once, from the cheapest on, frozen first.
+
+    Raises:
+        InvalidArgument: If a name is not one of `TRAINABLE_NAMES`.
+    """
+    if isinstance(names, str):
+        names = (names,)
+    for name in names:
+        require_known("trainable part", name, TRAINABLE_NAMES)
+    return tuple(one for one in TRAINABLE_NAMES if one == FROZEN or one in names)

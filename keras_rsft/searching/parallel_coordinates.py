@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
-from keras_rsft.searching.names import SearchOptions
+from keras_rsft.searching.names import TRAINABLE_NAMES, SearchOptions
 from keras_rsft.searching.pictures import INK, PAPER, dark_and_light, save_picture
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
 # Where a line passes an axis whose hyperparameter the trial does not have.
 UNUSED = -0.15
-LOGARITHMIC = ("learning_rate", "weight_decay")
+LOGARITHMIC = ("learning_rate", "weight_decay", "base_learning_rate")
 # In this order; what else a space has follows.
-_FIRST = ("policy", "optimizer", "learning_rate")
+_FIRST = ("trainable", "policy", "optimizer", "learning_rate")
 _TICKS = 5
 
 
@@ -139,11 +139,16 @@ def _axis(name: str, values: list[Any]) -> Axis:
 
 
 def _of_names(names: list[str]) -> tuple[np.ndarray, dict[float, str]]:
-    distinct = list(dict.fromkeys(sorted(names)))
+    distinct = sorted(set(names), key=lambda one: (_place(one), one))
     spread = np.linspace(0, 1, len(distinct)) if len(distinct) > 1 else np.array([0.5])
     where = dict(zip(distinct, spread.tolist(), strict=True))
     ticks = {position: name for name, position in where.items()}
     return np.array([where[name] for name in names]), ticks
+
+
+def _place(name: str) -> int:
+    """Returns the place of what learns of the base, from the cheapest on; else 0."""
+    return TRAINABLE_NAMES.index(name) if name in TRAINABLE_NAMES else 0
 
 
 def _of_numbers(

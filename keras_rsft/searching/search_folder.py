@@ -31,12 +31,13 @@ from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
 
 TRIALS_FILE = "trials.csv"
+_HEAD_SECONDS_FILE = "head_seconds.json"
 _LOCK_FILE = ".lock"
 _MARK_FILE = ".chief"
 # What a network file system may take to show another machine's new file.
 _SECONDS_TO_APPEAR = 10.0
 # Options that may change from one call to the next without another meaning of trials.
-_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance")
+_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "trainable")
 
 
 def identity_of(
@@ -186,6 +187,27 @@ def write_samples(folder: Path, features: SplitFeatures) -> None:
             ),
         ),
     )
+
+
+def note_head_seconds(folder: Path, seconds: float, trials: int) -> float | None:
+    """Adds the time of trials of heads, and returns that of one; None if not known.
+
+    Args:
+        folder: Of the search.
+        seconds: What they took.
+        trials: How many; 0 where all had ended before.
+    """
+    path = folder / _HEAD_SECONDS_FILE
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        before = (float(kept["seconds"]), int(kept["trials"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        before = (0.0, 0)
+    if trials:
+        before = (before[0] + seconds, before[1] + trials)
+        noted = {"seconds": before[0], "trials": before[1]}
+        replaced(path, lambda beside: write_json(beside, noted))
+    return before[0] / before[1] if before[1] else None
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

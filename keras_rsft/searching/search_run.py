@@ -15,25 +15,37 @@ import keras_tuner
 from keras_rsft.backbones import build_classifier
 from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.data import ImageData
-from keras_rsft.errors import DataError, TrainingStalled
-from keras_rsft.features import FeatureSet
+from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning import (
     SplitFeatures,
     TrainingSettings,
 )
 from keras_rsft.finetuning.feature_source import open_features
+from keras_rsft.finetuning.tuned_run import check_part_can_learn
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import installed_versions, write_json
-from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, MODEL_FILE
+from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE
+from keras_rsft.searching.base_search import (
+    BaseTrials,
+    chosen_trial,
+    keep_model,
+    learnable,
+    table_of_strategies,
+    train_bases,
+    with_frozen,
+)
+from keras_rsft.searching.base_trials import BaseSource
 from keras_rsft.searching.chief import lead_trials
 from keras_rsft.searching.choice import (
     COMPLETED,
     Choice,
     TrialOutcome,
     choose_trial,
+    trainable_of,
 )
 from keras_rsft.searching.hparams import write_hparams
 from keras_rsft.searching.hypermodel import RSFTHyperModel
+from keras_rsft.searching.judged import judged_data, judged_features
 from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracles import make_quiet_tuner
 from keras_rsft.searching.parallel_coordinates import draw_parallel_coordinates
@@ -42,6 +54,7 @@ from keras_rsft.searching.roles import Crew, role_of
 from keras_rsft.searching.search_folder import (
     TRIALS_FILE,
     identity_of,
+    note_head_seconds,
     open_search,
     replaced,
     write_results,
@@ -49,12 +62,7 @@ from keras_rsft.searching.search_folder import (
     write_trials,
 )
 from keras_rsft.searching.space import Space
-from keras_rsft.searching.trials import (
-    head_of_outcome,
-    run_trials,
-    settings_of_outcome,
-    side_by_side,
-)
+from keras_rsft.searching.trials import ChosenTrial, run_trials, side_by_side
 from keras_rsft.searching.worker import train_for_chief
 
 
@@ -66,12 +74,15 @@ class Search:
         outcomes: All trials, in the order in which they began.
         choice: Which setting to use, and why.
         settings: How to train with it: `finetune(settings=...)` gives its model.
-        head: The chosen trial's `RSFTModel` over features, of its best epoch.
+        head: The chosen trial's `RSFTModel` over features, of its best epoch; where a
+            part of the base learnt, that of the head which it began from.
         results: The chosen setting and plain fine-tuning side by side, for each its
             `validation_accuracy`, its `test_accuracy` where there is a test split,
-            and its `acceptance_rate`; the reason of the choice; the seconds.
+            and its `acceptance_rate`; the reason of the choice; the seconds. With a
+            base that learns `strategies`, the fields of a `StrategyRow` each.
         tuner: The Keras Tuner, for `get_best_models` and the like.
         folder: Where the search was written.
+        base_tuner: That of the trials in which the base learnt, or None.
     """
 
     outcomes: tuple[TrialOutcome, ...]
@@ -81,6 +92,7 @@ class Search:
     results: dict[str, Any]
     tuner: keras_tuner.Tuner
     folder: Path
+    base_tuner: keras_tuner.Tuner | None = None
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
@@ -108,13 +120,20 @@ def search(
     command: str | None = None,
     crew: Crew | None = None,
     patience: float = DEFAULT_PATIENCE,
+    on_note: Callable[[str], None] = lambda text: None,
     **changes: Any,
 ) -> Search | None:
     """Searches for the policy, its threshold and the learning rate of a new head.
 
-    The base runs once, for all trials. The same call goes on with a search that was
-    stopped; trials that ended are kept. The test split is looked at once, when the
-    choice has been made.
+    With `trainable=("frozen", "last-block", "all")` also for how much of the base to
+    train: the best plain head and the best one that rejects are trained on with its
+    last block and with all of it, for `base_epochs` of the settings. The base's
+    learning rate is then by default a tenth of the head's, and at most 0.001 with SGD
+    and 0.0001 with other optimizers.
+
+    The base runs once, for all trials of heads. The same call goes on with a search
+    that was stopped; trials that ended are kept. The test split is looked at once, when
+    the choice has been made.
 
     Under Keras Tuner's environment variables for several processes this one is the
     chief, which hands out the trials and does the rest, or a worker, which trains.
@@ -142,6 +161,7 @@ def search(
             Default None.
         patience: Seconds after which a chief without workers, or a worker without
             its chief, gives up. Default 600.
+        on_note: Called with what is done next where the base learns, in one line.
         **changes: Single options, as in `search(data, tuner="grid", ...)`.
 
     Returns:
@@ -158,6 +178,13 @@ def search(
     """
     options = dataclasses.replace(options or SearchOptions(), **changes)
     settings = settings or TrainingSettings()
+    if options.of_base:
+        check_part_can_learn(str(backbone), option="--trainable")
+    parts = list(options.trainable)
+
+    def check(base: keras.Model) -> None:
+        parts[:] = learnable(base, options.trainable, settings)
+
     opened = open_features(
         data,
         backbone=backbone,
@@ -169,6 +196,17 @@ def search(
         seed=settings.seed,
         cache_dir=cache_dir,
         progress=progress,
+        on_base=check,
+    )
+    if len(parts) < len(options.trainable):
+        on_note("The last block is all that can learn of this base: all is left out.")
+    base_source = BaseSource(
+        judged_data(opened.data, clean_validation=clean_validation),
+        opened.float32_base,
+        feature_precision,
+        cache_dir,
+        progress,
+        on_note,
     )
 
     def whole_model(head: keras.Model) -> keras.Model:
@@ -179,7 +217,7 @@ def search(
     return search_features(
         opened.features,
         output=output,
-        options=options,
+        options=dataclasses.replace(options, trainable=tuple(parts)),
         space=space,
         clean_validation=clean_validation,
         settings=settings,
@@ -189,6 +227,7 @@ def search(
         crew=crew,
         patience=patience,
         whole_model=whole_model,
+        base_source=base_source,
     )
 
 
@@ -206,6 +245,7 @@ def search_features(
     crew: Crew | None = None,
     patience: float = DEFAULT_PATIENCE,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
+    base_source: BaseSource | None = None,
 ) -> Search | None:
     """Searches on features that are kept already.
 
@@ -223,6 +263,8 @@ def search_features(
         patience: As in `search`.
         whole_model: Makes of the chosen head the model from images that is kept in
             the folder. Default None: the head alone is kept.
+        base_source: Images and base, for trials in which the base learns. Default
+            None: there are none.
 
     Returns:
         As in `search`.
@@ -235,8 +277,13 @@ def search_features(
     """
     started = time.perf_counter()
     options = options or SearchOptions()
+    if options.of_base and base_source is None:
+        raise InvalidArgument(
+            "Features alone cannot train a base. Received: "
+            f"trainable={options.trainable}. Use `search`, which has the images."
+        )
     role = role_of()
-    features = _judged(features, clean_validation=clean_validation)
+    features = judged_features(features, clean_validation=clean_validation)
     hypermodel = RSFTHyperModel(
         features, settings=settings, space=space, progress=progress
     )
@@ -246,6 +293,7 @@ def search_features(
         return None
     with open_search(output, identity) as folder:
         tuner = make_quiet_tuner(hypermodel, options, folder)
+        ended, began = len(tuner.oracle.end_order), time.perf_counter()
         if role.is_chief or crew is not None:
             outcomes = lead_trials(
                 tuner,
@@ -258,9 +306,19 @@ def search_features(
             )
         else:
             outcomes = run_trials(tuner, options, progress=progress)
-        found = _concluded(tuner, options, outcomes, folder)
-        if whole_model is not None:
-            replaced(folder / MODEL_FILE, whole_model(found.head.model).save)
+        head_seconds = note_head_seconds(
+            folder, time.perf_counter() - began, len(tuner.oracle.end_order) - ended
+        )
+        bases = None
+        if options.of_base:
+            outcomes = with_frozen(outcomes)
+            bases = train_bases(tuner, options, outcomes, base_source, folder)
+        found, chosen = _concluded(tuner, options, outcomes, bases, folder)
+        if bases is not None:
+            found.results["strategies"] = table_of_strategies(
+                tuner, outcomes, chosen, bases, head_seconds
+            )
+        keep_model(chosen, whole_model, folder)
         results = found.results | {
             "command": command,
             "seconds": time.perf_counter() - started,
@@ -272,19 +330,21 @@ def search_features(
 def _concluded(
     tuner: keras_tuner.Tuner,
     options: SearchOptions,
-    outcomes: tuple[TrialOutcome, ...],
+    heads: tuple[TrialOutcome, ...],
+    bases: BaseTrials | None,
     folder: Path,
-) -> Search:
+) -> tuple[Search, ChosenTrial]:
     """Chooses among the trials and writes all but the results, which come last.
 
     Raises:
         TrainingStalled: If there is nothing to choose from.
     """
     features = tuner.hypermodel.features
+    outcomes = heads if bases is None else (*heads, *bases.outcomes)
     write_samples(folder, features)
     write_trials(folder, outcomes)
     write_hparams(outcomes, options, folder)
-    draw_heat_maps(outcomes, folder)
+    draw_heat_maps(heads, folder)
     draw_parallel_coordinates(outcomes, options, folder)
     try:
         choice = choose_trial(
@@ -299,9 +359,11 @@ def _concluded(
         raise TrainingStalled(
             f"{error} What became of each trial is in {folder / TRIALS_FILE}."
         ) from error
-    settings = settings_of_outcome(tuner, choice.chosen)
-    head = head_of_outcome(tuner, choice.chosen)
-    results = side_by_side(tuner, options, outcomes, choice.chosen, head, folder)
+    chosen = chosen_trial(tuner, heads, choice.chosen, bases)
+    settings, head = chosen.settings, chosen.head
+    results = side_by_side(tuner, options, outcomes, chosen, folder)
+    if bases is not None:
+        results["chosen"]["trainable"] = trainable_of(choice.chosen)
     results |= {
         "reason": choice.reason,
         "settings": dataclasses.asdict(settings),
@@ -315,24 +377,6 @@ def _concluded(
         folder / CLASSES_FILE,
         lambda path: write_json(path, list(features.class_names)),
     )
-    return Search(outcomes, choice, settings, head, results, tuner, folder)
-
-
-def _judged(features: SplitFeatures, *, clean_validation: bool) -> SplitFeatures:
-    """Returns the splits with the labels that trials and the choice are judged by."""
-    parts = {}
-    if clean_validation:
-        if features.validation.clean_labels is None:
-            raise DataError(
-                "The right labels of the validation split are not known. Name them "
-                "with `--clean-label-column` or `--clean-label-key`, or leave out "
-                "`--clean-validation`."
-            )
-        parts["validation"] = _with_right_labels(features.validation)
-    if features.test.clean_labels is not None:
-        parts["test"] = _with_right_labels(features.test)
-    return dataclasses.replace(features, **parts)
-
-
-def _with_right_labels(part: FeatureSet) -> FeatureSet:
-    return part.with_labels(part.clean_labels, part.clean_labels)
+    base_tuner = None if bases is None else bases.tuner
+    found = Search(outcomes, choice, settings, head, results, tuner, folder, base_tuner)
+    return found, chosen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,36 @@ from keras_rsft.finetuning.head_training import head_probabilities
 from keras_rsft.model import RSFTModel
 from keras_rsft.progress import progress_bar
 from keras_rsft.searching.batched_tuner import BatchedTuner
-from keras_rsft.searching.choice import COMPLETED, TrialOutcome
-from keras_rsft.searching.names import SearchOptions
+from keras_rsft.searching.choice import COMPLETED, TrialOutcome, trainable_of
+from keras_rsft.searching.names import FROZEN, SearchOptions
 from keras_rsft.searching.search_folder import read_results
 
 PLAIN = "accept-all"
 # Hyperband's own numbers, which are among the values of its trials.
-_TUNERS_OWN = "tuner/"
-_FIRST_EPOCH = "tuner/initial_epoch"
+TUNERS_OWN = "tuner/"
+_FIRST_EPOCH = f"{TUNERS_OWN}initial_epoch"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChosenTrial:
+    """The trial that was chosen.
+
+    Attributes:
+        outcome: What became of it.
+        head_outcome: The same where a head alone was trained; else the trial of the
+            head that it began from.
+        settings: How to train with it.
+        head: The model of `head_outcome`.
+        test_accuracy: Measures it on the test split.
+        base_model: File of the model from images; None where `head` is the model.
+    """
+
+    outcome: TrialOutcome
+    head_outcome: TrialOutcome
+    settings: TrainingSettings
+    head: RSFTModel
+    test_accuracy: Callable[[], float]
+    base_model: Path | None = None
 
 
 def run_trials(
@@ -88,7 +110,7 @@ def outcome_of(trial: Any) -> TrialOutcome:
     return TrialOutcome(
         trial_id=trial.trial_id,
         status=trial.status,
-        values={k: v for k, v in values.items() if not k.startswith(_TUNERS_OWN)},
+        values={k: v for k, v in values.items() if not k.startswith(TUNERS_OWN)},
         metrics={name: trial.metrics.get_last_value(name) for name in names},
         epochs=values.get(_FIRST_EPOCH, 0) + trial.best_step + 1 if completed else 0,
         message=lines[-1] if lines else None,
@@ -116,58 +138,71 @@ def side_by_side(
     tuner: keras_tuner.Tuner,
     options: SearchOptions,
     outcomes: Sequence[TrialOutcome],
-    chosen: TrialOutcome,
-    head: RSFTModel,
+    chosen: ChosenTrial,
     folder: Path,
 ) -> dict[str, Any]:
     """Returns the chosen setting and plain fine-tuning, measured on the test split.
 
-    Plain fine-tuning is the best trial that accepts everything. Where there is none,
-    a head is trained with the chosen numbers and without rejection, and judged at
-    its best epoch as the trials are.
+    Plain fine-tuning is the best trial of a head that accepts everything. Where there
+    is none, a head is trained with the chosen numbers and without rejection, and judged
+    at its best epoch as the trials are.
 
     Args:
-        tuner: With all trials.
+        tuner: With all trials of heads.
         options: How the search went on.
-        outcomes: All trials.
+        outcomes: All trials, and those of the base after those of heads.
         chosen: The one that was chosen.
-        head: Its model.
         folder: Of the search. Where its results are of the same choice among as many
             trials, they are taken from there.
     """
     kept = read_results(folder)
-    same = {"chosen_trial": chosen.trial_id, "trials": len(outcomes)}
+    same = {"chosen_trial": chosen.outcome.trial_id, "trials": len(outcomes)}
     if kept is not None and same.items() <= kept.items():
         return {name: kept[name] for name in ("chosen_trial", "chosen", "plain")}
     test = tuner.hypermodel.features.test
-    plain = [
-        one
-        for one in outcomes
-        if one.status == COMPLETED
-        and settings_of_outcome(tuner, one).policy.name == PLAIN
-    ]
+    plain = [one for one in outcomes if is_plain(tuner, one)]
     if plain:
         sign = 1 if options.direction == "max" else -1
         best = max(plain, key=lambda one: sign * one.metrics[options.objective])
-        model = head if best is chosen else head_of_outcome(tuner, best)
-        plain_row = {"trial": best.trial_id} | _row(best, model, test)
+        plain_row = {"trial": best.trial_id}
+        plain_row |= _row(best, test, head_accuracy(head_of_outcome(tuner, best), test))
     else:
-        plain_row = _trained_plainly(tuner, options, chosen)
+        plain_row = _trained_plainly(tuner, options, chosen.head_outcome)
     return {
-        "chosen_trial": chosen.trial_id,
-        "chosen": _row(chosen, head, test),
+        "chosen_trial": chosen.outcome.trial_id,
+        "chosen": _row(chosen.outcome, test, chosen.test_accuracy),
         "plain": plain_row,
     }
 
 
-def _row(outcome: TrialOutcome, head: RSFTModel, test: FeatureSet) -> dict[str, Any]:
+def is_plain(tuner: keras_tuner.Tuner, outcome: TrialOutcome) -> bool:
+    """Says whether a trial is a completed one of a head that accepts everything."""
+    return (
+        outcome.status == COMPLETED
+        and trainable_of(outcome) == FROZEN
+        and settings_of_outcome(tuner, outcome).policy.name == PLAIN
+    )
+
+
+def head_accuracy(head: RSFTModel, test: FeatureSet) -> Callable[[], float]:
+    """Returns what measures a head on kept features."""
+
+    def measured() -> float:
+        classes = head_probabilities(head, test).argmax(axis=-1)
+        return float(np.mean(classes == test.labels))
+
+    return measured
+
+
+def _row(
+    outcome: TrialOutcome, test: FeatureSet, accuracy: Callable[[], float]
+) -> dict[str, Any]:
     row = {
         "validation_accuracy": outcome.metrics["val_accuracy"],
         "acceptance_rate": outcome.metrics["acceptance_rate"],
     }
     if len(test):
-        classes = head_probabilities(head, test).argmax(axis=-1)
-        row["test_accuracy"] = float(np.mean(classes == test.labels))
+        row["test_accuracy"] = accuracy()
     return row
 
 

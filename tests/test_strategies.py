@@ -1,0 +1,150 @@
+"""How much of the base to train: what is planned, and how it is put side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.finetuning.base_time import BaseTime
+from keras_rsft.result_words import strategy_texts
+from keras_rsft.searching.choice import TrialOutcome
+from keras_rsft.searching.names import SearchOptions
+from keras_rsft.searching.strategies import (
+    base_learning_rate,
+    best_heads,
+    planned_trials,
+    strategy_rows,
+)
+
+
+def head(name, accuracy, acceptance, *, loss=1.0, policy="keep-fraction"):
+    metrics = {
+        "val_accuracy": accuracy, "acceptance_rate": acceptance, "val_loss": loss,
+    }  # fmt: skip
+    return TrialOutcome(name, "COMPLETED", {"policy": policy}, metrics, 3)
+
+
+def plain(name, accuracy, **others):
+    return head(name, accuracy, 1.0, policy="accept-all", **others)
+
+
+FAILED = TrialOutcome("f", "FAILED", {"policy": "accept-all"}, {}, 0, "NaN.")
+
+
+def best(*outcomes, objective="val_accuracy", least=0.1):
+    found = best_heads(
+        outcomes,
+        lambda one: one.values["policy"] == "accept-all",
+        objective=objective,
+        min_acceptance=least,
+    )
+    return [one.trial_id for one in found]
+
+
+class TestBestHeads:
+    def test_the_best_plain_and_the_best_rejecting(self):
+        trials = (
+            plain("a", 0.7), plain("b", 0.8), head("c", 0.9, 0.6), head("d", 0.8, 0.9),
+        )  # fmt: skip
+        assert best(*trials, FAILED) == ["b", "c"]
+
+    def test_a_loss_is_better_where_it_is_lower(self):
+        trials = plain("a", 0.9, loss=0.5), plain("b", 0.5, loss=0.4)
+        assert best(*trials, objective="val_loss") == ["b"]
+
+    def test_what_rejects_nothing_is_the_plain_training_once_more(self):
+        assert best(plain("a", 0.7), head("b", 0.9, 1.0)) == ["a"]
+
+    def test_what_accepts_too_little_is_passed_over(self):
+        trials = head("a", 0.9, 0.05), head("b", 0.8, 0.5)
+        assert best(*trials) == ["b"]
+        assert best(*trials, least=0.0) == ["a"]
+
+    def test_of_equally_good_ones_the_one_that_rejects_less(self):
+        assert best(head("a", 0.9, 0.5), head("b", 0.9, 0.8)) == ["b"]
+
+    def test_none(self):
+        assert best(FAILED) == []
+
+
+def test_the_cheapest_trials_come_first():
+    planned = planned_trials(
+        [plain("3", 0.8), head("07", 0.9, 0.6)], ("last-block", "all")
+    )
+    names = [one.trial_id for one in planned]
+    assert names == ["last-block-3", "last-block-07", "all-3", "all-07"]
+
+
+@pytest.mark.parametrize(
+    "head_rate, optimizer, expected",
+    [
+        (0.001, "sgd", 1e-4),
+        (0.05, "SGD", 1e-3),
+        (0.05, "adamw", 1e-4),
+        (1e-4, "adam", 1e-5),
+    ],
+)
+def test_the_rate_of_the_base(head_rate, optimizer, expected):
+    assert base_learning_rate(head_rate, optimizer) == pytest.approx(expected)
+
+
+def test_names_in_any_order_and_the_frozen_base_among_them():
+    assert SearchOptions(trainable=("all", "last-block")).trainable == (
+        "frozen", "last-block", "all",
+    )  # fmt: skip
+    assert SearchOptions(trainable="all").of_base == ("all",)
+    assert SearchOptions().of_base == ()
+    with pytest.raises(InvalidArgument, match="Did you mean 'last-block'"):
+        SearchOptions(trainable=("frozen", "last_block"))
+
+
+def test_the_pass_is_shared_by_all_trainings_of_a_part():
+    assert BaseTime(10.0, 3.0).seconds(2) == 16.0
+    assert BaseTime(10.0, 3.0).seconds(0) == 0.0
+
+
+@pytest.fixture(scope="module")
+def rows():
+    metrics = {
+        "val_accuracy": 0.9, "acceptance_rate": 0.7, "training_seconds": 64.0,
+        "trainable_weights": 1234.0,
+    }  # fmt: skip
+    base = {"policy": "keep-fraction", "trainable": "last-block"}
+    trials = (
+        TrialOutcome("last-block-c", "COMPLETED", base, metrics, 5),
+        TrialOutcome("all-c", "FAILED", base | {"trainable": "all"}, {}, 0, "NaN."),
+        head("c", 0.8, 0.6),
+        plain("b", 0.5),
+    )
+    return strategy_rows(
+        trials,
+        chosen=head("d", 0.75, 0.9),
+        policy_of=lambda one: one.values["policy"],
+        validation_size=100,
+        head_seconds=0.25,
+        head_weights=30,
+    )
+
+
+class TestRows:
+    def test_from_the_cheapest_on_and_the_choice_among_them(self, rows):
+        assert [row.trial for row in rows] == ["b", "c", "d", "last-block-c", "all-c"]
+        assert [row.chosen for row in rows] == [False, False, True, False, False]
+        assert [row.rejects for row in rows] == [False, True, True, True, True]
+
+    def test_numbers(self, rows):
+        frozen, last_block, failed = rows[0], rows[3], rows[4]
+        assert frozen.standard_error == pytest.approx(0.05)
+        assert (frozen.seconds, frozen.trainable_weights) == (0.25, 30)
+        assert (last_block.seconds, last_block.trainable_weights) == (64.0, 1234)
+        assert failed.validation_accuracy is failed.seconds is None
+
+    def test_words(self, rows):
+        texts = [strategy_texts(dataclasses.asdict(row)) for row in rows]
+        assert texts[2] == [
+            "frozen", "keep-fraction", "75.0 ± 4.3", "90.0 %", "0.2 s", "30", "chosen",
+        ]  # fmt: skip
+        assert texts[3][4:] == ["64 s", "1,234", ""]
+        assert texts[4] == ["all", "keep-fraction", "failed", "-", "-", "-", ""]
