@@ -207,6 +207,11 @@ class LossScorer:
             loss_weights=loss_weights,
         )
 
+    @property
+    def built(self) -> bool:
+        """Whether it was called, and has what Keras keeps of each output's loss."""
+        return self._model._compile_loss is None or self._model._compile_loss.built
+
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Returns the loss of each sample, or element.
 
