@@ -5,7 +5,7 @@ from __future__ import annotations
 from keras_rsft.errors import InvalidArgument
 
 
-def require_tensorflow(what: str, *, instead: str = "") -> None:
+def require_tensorflow_backend(what: str, *, instead: str = "") -> None:
     """Refuses what works under Keras's TensorFlow backend alone.
 
     Args:

@@ -23,6 +23,27 @@ BROWSER_OPTIONS = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    backend = keras.backend.backend()
+    for item in items:
+        for mark in item.iter_markers("only_under"):
+            if backend not in mark.args:
+                item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
+
+
+@pytest.fixture(scope="session")
+def compile_options():
+    """Returns options of `compile`, or skips a test where Keras does not know them."""
+
+    def checked(**options):
+        wanted = options.get("jit_compile") or options.get("steps_per_execution", 1) > 1
+        if wanted and keras.backend.backend() == "torch":
+            pytest.skip("Keras runs one step in a call under PyTorch, not compiled")
+        return options
+
+    return checked
+
+
 @pytest.fixture(scope="session")
 def small_data():
     """48 rows of 8 inputs in 3 classes: three batches of 16."""

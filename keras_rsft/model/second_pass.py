@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_rsft.backend_in_use import require_tensorflow
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model.batch import class_labels, symbolic_input, unpack
 from keras_rsft.model.recorded_pass import Pass
@@ -50,7 +50,7 @@ class TwoPassRSFTModel(RSFTModel):
     """
 
     def __init__(self, model: keras.Model, policy: Policy, **kwargs: Any):
-        require_tensorflow("A TwoPassRSFTModel", instead="Use `RSFTModel`.")
+        require_tensorflow_backend("A TwoPassRSFTModel", instead="Use `RSFTModel`.")
         super().__init__(model, policy, **kwargs)
         self.supports_jit = False
         self.recent_acceptance = self.add_weight(
