@@ -97,6 +97,23 @@ def test_rejected_batch_changes_no_variable(
     assert int(model.policy.steps_seen.numpy()) == 6
 
 
+@pytest.mark.filterwarnings("ignore:Epoch 1 accepted no sample")
+@pytest.mark.only_under("torch", reason="PyTorch alone draws without Keras's seeds")
+def test_a_rejected_batch_gives_back_what_it_drew(small_data):
+    import torch
+
+    layers = [keras.layers.Dropout(0.5), keras.layers.Dense(3, activation="softmax")]
+    model = RSFTModel(keras.Sequential([keras.Input((8,)), *layers]), AcceptAll())
+    model.compile("sgd", SCORES)
+    states = []
+    for policy in (AcceptAll(), LossThreshold(1e-9)):
+        model.policy = policy
+        before = torch.get_rng_state()
+        model.train_on_batch(*(part[:16] for part in small_data))
+        states.append(torch.equal(torch.get_rng_state(), before))
+    assert states == [False, True]
+
+
 def mixture_that_rejects_all():
     policy = LossMixture()
     policy.threshold.assign(1e-9)

@@ -174,6 +174,7 @@ class TestStall:
             model.fit(*batch, verbose=0, validation_data=batch)
 
 
+@pytest.mark.only_under("tensorflow", "jax", reason="PyTorch traces nothing")
 def test_the_threshold_is_live_without_a_retrace(batch):
     traces = []
 

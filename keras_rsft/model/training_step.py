@@ -105,7 +105,7 @@ class TrainingStep:
             self._apply(recorded, accept_mask)
 
         def reject() -> None:
-            self.selection.note_rejected(recorded.judged, self.policy.level)
+            self.reject(recorded)
 
         def repeat() -> None:
             self._apply(self._finite_pass(accept_mask, data), accept_mask)
@@ -118,6 +118,10 @@ class TrainingStep:
             return
         usual = ops.logical_and(accepts_any, all_judged_finite(recorded.judged))
         self.branch(usual, update, reject_or_repeat, rare=True)
+
+    def reject(self, recorded: Pass) -> None:
+        """Leaves everything as it was, and notes what the lowest loss was."""
+        self.selection.note_rejected(recorded.judged, self.policy.level)
 
     def _apply(self, recorded: Pass, accept_mask: Any) -> None:
         """Runs the backward pass and changes the weights, the slots and the state."""
