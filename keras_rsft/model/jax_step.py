@@ -112,6 +112,16 @@ class JaxStep(SymbolicBuild, TrainingStep):
         for variable, value in zip(_flat(variables), _flat(values), strict=True):
             variable.assign(value)
 
+    def _make_slots(self) -> None:
+        super()._make_slots()
+        # At the end of a `fit` with `use_ema` Keras gives weights and averages one
+        # array; a step gives up what it was given, and cannot give one up twice.
+        slots = self.optimizer.variables if self.optimizer is not None else []
+        averages = {id(slot.value) for slot in slots}
+        for variable in self.trainable_variables:
+            if id(variable.value) in averages:
+                variable.assign(jax.numpy.array(variable.value, copy=True))
+
     def _state_variables(self) -> tuple[list[Any], ...]:
         """Returns the variables of a step's state, in Keras's order."""
         return (
