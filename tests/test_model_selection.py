@@ -170,7 +170,7 @@ class TestStall:
     def test_says_nothing_when_something_was_accepted(self, batch):
         model = linear_model(LossThreshold(1.2))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             model.fit(*batch, verbose=0, validation_data=batch)
 
 
