@@ -1,7 +1,10 @@
 """Wraps a model of your own in an RSFTModel and trains it with `model.fit`.
 
 Two thirds of the labels are right. The data is made here, so that the program
-runs anywhere:  python examples/custom_training.py
+runs anywhere, under each of Keras's backends that have gradients:
+
+    python examples/custom_training.py
+    KERAS_BACKEND=jax python examples/custom_training.py
 """
 
 import keras

@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
         with termination_raises():
+            _check_backend()
             return _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt as stop:
         status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
@@ -104,6 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             FAILED,
             f"{type(error).__name__}: {error}\nThis should not happen: please report "
             f"it with the traceback that {TRACEBACK_VARIABLE}=1 shows.",
+        )
+
+
+def _check_backend() -> None:
+    """Refuses another backend than TensorFlow, before anything heavy is imported."""
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend != "tensorflow":
+        raise InvalidArgument(
+            "The command line needs Keras's TensorFlow backend. Received: "
+            f"KERAS_BACKEND={backend}. Leave it out: `RSFTModel` alone trains under "
+            "jax and torch, in a program of yours."
         )
 
 

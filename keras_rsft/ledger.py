@@ -12,10 +12,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.loss_histogram import LossHistogram, loss_histogram
+from keras_rsft.variable_updates import write_rows
 
 COLUMNS = (
     "id",
@@ -287,8 +288,13 @@ class RejectionLedger(keras.callbacks.Callback):
         self.acceptance_by_class: list[np.ndarray] = []
         self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
         self.loss_histograms: list[LossHistogram] = []
-        shape = (len(self.ledger), 2)
-        self._epoch = tf.Variable(tf.fill(shape, _NOT_SEEN), trainable=False)
+        self._epoch = keras.Variable(
+            keras.initializers.Constant(_NOT_SEEN),
+            shape=(len(self.ledger), 2),
+            dtype="float32",
+            trainable=False,
+            name="rejection_ledger",
+        )
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns copies of what the epochs so far have left, by name."""
@@ -327,18 +333,11 @@ class RejectionLedger(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        epoch = self._epoch
-
-        def record(sample_index: Any, per_sample_loss: Any, accept_mask: Any) -> None:
-            accepted = tf.cast(accept_mask, tf.float32)
-            values = tf.stack([per_sample_loss, accepted], axis=1)
-            epoch.scatter_update(tf.IndexedSlices(values, sample_index))
-
-        model.record_with(record)
+        model.record_with(_Recorder(self._epoch))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        losses, accepted = self._epoch.numpy().T
-        self._epoch.assign(tf.fill(self._epoch.shape, _NOT_SEEN))
+        losses, accepted = ops.convert_to_numpy(self._epoch.value).T.copy()
+        self._epoch.assign(ops.full(self._epoch.shape, _NOT_SEEN))
         self.ledger.note_epoch(losses, accepted)
         self.last_epoch = (losses, accepted)
         threshold = self.model.policy.threshold_in_use()
@@ -359,6 +358,21 @@ class RejectionLedger(keras.callbacks.Callback):
             logs |= rejection_quality(
                 (accepted == 0)[seen], (labels != self.ledger.clean_labels)[seen]
             )
+
+
+class _Recorder:
+    """Writes what became of the samples of a batch into the rows of a variable."""
+
+    def __init__(self, epoch: keras.Variable):
+        self.variables = [epoch]
+
+    def __call__(
+        self, sample_index: Any, per_sample_loss: Any, accept_mask: Any
+    ) -> None:
+        accepted = ops.cast(accept_mask, "float32")
+        write_rows(
+            self.variables[0], sample_index, ops.stack([per_sample_loss, accepted], 1)
+        )
 
 
 def rejection_quality(rejected: np.ndarray, wrong: np.ndarray) -> dict[str, float]:

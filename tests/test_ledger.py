@@ -62,10 +62,13 @@ class TestCallback:
         "options",
         [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2}],
     )
-    def test_losses_and_decisions_are_those_of_the_steps(self, small_data, options):
+    def test_losses_and_decisions_are_those_of_the_steps(
+        self, small_data, options, compile_options
+    ):
         x, y = small_data
         x = x.copy()
         x[5] = NAN
+        options = compile_options(**options)
         model = compiled(linear_model, LossThreshold(1.1), **options)
         callback = ledger_of(y)
         seen = []

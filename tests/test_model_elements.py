@@ -40,7 +40,7 @@ class AcceptPlaces(Policy):
         self.places = np.ravel(places)
 
     def decide(self, per_sample_loss, step, labels=None, sample_index=None):
-        return tf.constant(self.places)
+        return keras.ops.convert_to_tensor(self.places)
 
 
 @pytest.fixture(scope="module")

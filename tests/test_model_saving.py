@@ -87,7 +87,7 @@ class TestKerasFile:
             inputs = keras.Input((8,))
             inner = keras.Model(inputs, head(make_model()(inputs)))
         else:
-            inner = keras.Sequential([keras.layers.Dropout(0.5), head])
+            inner = keras.Sequential([keras.layers.Dropout(0.5, seed=1), head])
         model = compiled(inner)
         fit(model, small_data)
         model.save(tmp_path / "model.keras")

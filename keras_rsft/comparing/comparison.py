@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.comparing.comparison_folder import fill_comparison
 from keras_rsft.comparing.method_names import (
     CLEAN_SUBSET,
@@ -128,6 +129,7 @@ def compare(
         ImportError: If `cleanlab` is asked for by name and not installed.
         WeightsUnavailable: If the base's weights cannot be had.
     """
+    require_tensorflow_backend("`compare`")
     settings = settings or TrainingSettings()
     _check_counts(settings.seed, seeds, views)
     methods = check_methods(methods)
@@ -228,6 +230,7 @@ def compare_features(
             name lacks what it needs.
         ImportError: If `cleanlab` is asked for by name and not installed.
     """
+    require_tensorflow_backend("`compare_features`")
     settings = settings or TrainingSettings()
     _check_counts(settings.seed, seeds, 1)
     methods = check_methods(methods)

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones.foreign import weights_bytes
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import DataError
 from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
@@ -131,6 +132,7 @@ def export_run(
         DataError: If the run cannot be read.
         ImportError: If the format's extra is not installed.
     """
+    require_tensorflow_backend("`export_run`")
     settings = settings or ExportSettings()
     folder = run.folder if isinstance(run, FinishedRun) else run
     target = model_folder(folder, name, directory)  # Before anything slow.

@@ -15,6 +15,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export.places import check_file, write_new_file
 from keras_rsft.export.saved_model import check_class_names
@@ -51,6 +52,7 @@ def export_litert(
     Raises:
         InvalidArgument: If the file exists or an argument does not fit.
     """
+    require_tensorflow_backend("`export_litert`")
     path = check_file(path, "tflite")
     check_class_names(model, class_names)
     if weight_dtype not in LITERT_WEIGHT_DTYPES:

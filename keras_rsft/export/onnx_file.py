@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_rsft.backbones.frozen_graph import freeze
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.export.onnx_join import join_head, onnx_base
 from keras_rsft.export.places import check_file, write_new_file
 from keras_rsft.export.saved_model import check_class_names
@@ -48,6 +49,7 @@ def export_onnx(
         InvalidArgument: If the file exists or the names do not fit.
         ImportError: If the extra `onnx` is not installed.
     """
+    require_tensorflow_backend("`export_onnx`")
     path = check_file(path, "onnx")
     check_class_names(model, class_names)
     require_tf2onnx()

@@ -10,6 +10,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export import tf_serving
 from keras_rsft.export.compact_graph import compact_saved_model
@@ -71,6 +72,7 @@ def export_saved_model(
             cannot be written to, or another argument does not fit.
         ImportError: If `warmup` is True and the extra `serving` is not installed.
     """
+    require_tensorflow_backend("`export_saved_model`")
     directory = check_model_folder(directory)
     check_name(directory.name)
     _check_fit(model, class_names, top_k, weight_dtype)

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 from filelock import FileLock
 
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.data import ImageSplit
 from keras_rsft.features.feature_pass import FeaturePass, append_rows, require_rows
@@ -83,6 +84,7 @@ def extract_features(
         DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features.
     """
+    require_tensorflow_backend("`extract_features`")
     work = make_pass(
         backbone,
         split,

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from keras_rsft.backbones import load_backbone
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import ImageData
 from keras_rsft.data.sampling import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
@@ -135,6 +136,7 @@ def run_pilot(
         DataError: If the images cannot be used.
         WeightsUnavailable: If the base's weights cannot be had.
     """
+    require_tensorflow_backend("`run_pilot`")
     settings = settings or TrainingSettings()
     labels = data.train.labels
     if min(sample, len(labels)) < _LEAST_IMAGES:

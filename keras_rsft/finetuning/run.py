@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones import build_classifier
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import ImageData, apply_corrections, load_images
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.finetuning.better_model import better_model
@@ -175,6 +176,7 @@ def finetune(
         OSError: If the disk is full; the same call goes on once there is room.
         WorkerLost: If another worker is gone; the same call on all of them goes on.
     """
+    require_tensorflow_backend("`finetune`")
     settings = settings or TrainingSettings()
     if trainable_from is not None:
         settings = dataclasses.replace(settings, trainable_from=trainable_from)

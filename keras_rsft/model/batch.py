@@ -15,16 +15,16 @@ def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
     Raises:
         InvalidArgument: If the indices are not one whole number a sample.
     """
-    if not (isinstance(data, tuple) and len(data) == 4):
+    if not (isinstance(data, (tuple, list)) and len(data) == 4):
         return (*keras.utils.unpack_x_y_sample_weight(data), None)
     sample_index = data[3]
-    if not (sample_index.dtype.is_integer and len(sample_index.shape) == 1):
+    dtype = keras.backend.standardize_dtype(sample_index.dtype)
+    if not (keras.backend.is_int_dtype(dtype) and len(sample_index.shape) == 1):
         raise InvalidArgument(
             "The fourth part of a batch must be the sample indices, whole numbers of "
-            f"shape (batch,). Received: {sample_index.dtype.name} of "
-            f"shape {sample_index.shape}."
+            f"shape (batch,). Received: {dtype} of shape {sample_index.shape}."
         )
-    return data
+    return tuple(data)
 
 
 def class_labels(y: Any) -> Any:

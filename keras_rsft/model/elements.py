@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from keras_rsft.model.batch import class_labels
 from keras_rsft.model.per_sample_loss import LEFT_OUT
 
 
-def labels_of(y: Any, losses: tf.Tensor) -> Any:
+def labels_of(y: Any, losses: Any) -> Any:
     """Returns the classes that targets name, int32 of the shape of `losses`, or None.
 
     Args:
@@ -30,21 +30,21 @@ def labels_of(y: Any, losses: tf.Tensor) -> Any:
         return None
     if len(y.shape) == rank + 1:
         if y.shape[-1] != 1:
-            return tf.argmax(y, axis=-1, output_type=tf.int32)
-        y = tf.squeeze(y, axis=-1)
+            return ops.cast(ops.argmax(y, axis=-1), "int32")
+        y = ops.squeeze(y, axis=-1)
     named = len(y.shape) == rank and keras.backend.is_int_dtype(y.dtype)
-    return tf.cast(y, tf.int32) if named else None
+    return ops.cast(y, "int32") if named else None
 
 
-def all_judged_finite(losses: tf.Tensor) -> tf.Tensor:
+def all_judged_finite(losses: Any) -> Any:
     """Says whether all losses are finite, but for those of elements left out."""
-    finite = tf.math.is_finite(losses)
+    finite = ops.isfinite(losses)
     if len(losses.shape) > 1:
-        finite = tf.logical_or(finite, tf.equal(losses, LEFT_OUT))
-    return tf.reduce_all(finite)
+        finite = ops.logical_or(finite, ops.equal(losses, LEFT_OUT))
+    return ops.all(finite)
 
 
-def rejected_overwritten(data: Any, accept_mask: tf.Tensor) -> Any:
+def rejected_overwritten(data: Any, accept_mask: Any) -> Any:
     """Returns a batch in which samples without anything accepted are overwritten.
 
     A NaN in one row would reach the gradients of all, since 0 x NaN is NaN: masking
@@ -55,18 +55,20 @@ def rejected_overwritten(data: Any, accept_mask: tf.Tensor) -> Any:
         data: Tensors `(batch, ...)` or None, in any structure.
         accept_mask: Boolean tensor `(batch,)` or `(batch, ...)`.
     """
-    samples = tf.reduce_any(accept_mask, axis=_within(accept_mask))
-    rows = tf.range(tf.size(samples))
+    samples = accept_mask
+    if len(accept_mask.shape) > 1:
+        samples = ops.any(accept_mask, axis=_within(accept_mask))
+    rows = ops.arange(ops.shape(samples)[0], dtype="int32")
     # A replica may have no row: none is then accepted, and there is none to copy.
-    accepted = tf.concat([tf.cast(samples, tf.int32), [0]], axis=0)
-    first_accepted = tf.argmax(accepted, output_type=tf.int32)
-    rows = tf.where(samples, rows, first_accepted)
+    accepted = ops.pad(ops.cast(samples, "int32"), ((0, 1),))
+    first_accepted = ops.cast(ops.argmax(accepted), "int32")
+    rows = ops.where(samples, rows, first_accepted)
     return keras.tree.map_structure(
-        lambda part: None if part is None else tf.gather(part, rows), data
+        lambda part: None if part is None else ops.take(part, rows, axis=0), data
     )
 
 
-def only_accepted(y_pred: Any, accept_mask: tf.Tensor) -> Any:
+def only_accepted(y_pred: Any, accept_mask: Any) -> Any:
     """Returns predictions through which rejected elements have no gradient at all.
 
     A loss that is not finite may have a gradient that is not either, and 0 x NaN is
@@ -81,19 +83,15 @@ def only_accepted(y_pred: Any, accept_mask: tf.Tensor) -> Any:
     if len(accept_mask.shape) == 1:
         return y_pred
 
-    def chosen(values: tf.Tensor) -> tf.Tensor:
-        mask = tf.reshape(
-            accept_mask,
-            tf.concat(
-                [tf.shape(accept_mask), [1] * (_rank(values) - _rank(accept_mask))], 0
-            ),
-        )
-        return tf.where(mask, values, tf.zeros_like(values))
+    def chosen(values: Any) -> Any:
+        further_axes = [None] * (len(values.shape) - len(accept_mask.shape))
+        mask = accept_mask[(..., *further_axes)]
+        return ops.where(mask, values, ops.zeros_like(values))
 
     return keras.tree.map_structure(chosen, y_pred)
 
 
-def noted(losses: tf.Tensor, accept_mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def noted(losses: Any, accept_mask: Any) -> tuple[Any, Any]:
     """Returns what a ledger notes of each sample.
 
     Args:
@@ -108,17 +106,13 @@ def noted(losses: tf.Tensor, accept_mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tens
     if len(losses.shape) == 1:
         return losses, accept_mask
     axes = _within(losses)
-    finite = tf.math.is_finite(losses)
-    sums = tf.reduce_sum(tf.where(finite, losses, 0.0), axis=axes)
-    means = sums / tf.reduce_sum(tf.cast(finite, tf.float32), axis=axes)
-    judged = tf.reduce_sum(tf.cast(tf.not_equal(losses, LEFT_OUT), tf.int32), axis=axes)
-    accepted = tf.reduce_sum(tf.cast(accept_mask, tf.int32), axis=axes)
-    return means, tf.logical_and(accepted > 0, 2 * accepted >= judged)
+    finite = ops.isfinite(losses)
+    sums = ops.sum(ops.where(finite, losses, 0.0), axis=axes)
+    means = sums / ops.sum(ops.cast(finite, "float32"), axis=axes)
+    judged = ops.sum(ops.cast(ops.not_equal(losses, LEFT_OUT), "int32"), axis=axes)
+    accepted = ops.sum(ops.cast(accept_mask, "int32"), axis=axes)
+    return means, ops.logical_and(accepted > 0, 2 * accepted >= judged)
 
 
-def _within(values: tf.Tensor) -> list[int]:
-    return list(range(1, _rank(values)))
-
-
-def _rank(values: tf.Tensor) -> int:
-    return len(values.shape)
+def _within(values: Any) -> tuple[int, ...]:
+    return tuple(range(1, len(values.shape)))

@@ -20,4 +20,5 @@ def seed_moving_averages(optimizer: Any, variables: list[Any]) -> None:
         return
     averages = optimizer._model_variables_moving_average
     for variable, average in zip(variables, averages, strict=True):
-        average.assign(variable)
+        # A copy: JAX gives up what a step was given, and cannot give one value twice.
+        average.assign(variable.numpy())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras.src.backend import get_keras_mask
 
 from keras_rsft.errors import InvalidArgument
 
@@ -54,7 +55,7 @@ class UnreducedLoss(keras.losses.Loss):
         Raises:
             InvalidArgument: If the loss returns a single number.
         """
-        mask = getattr(y_pred, "_keras_mask", None)
+        mask = get_keras_mask(y_pred)
         y_true, y_pred = keras.tree.map_structure(
             lambda one: keras.ops.convert_to_tensor(one, dtype=self.dtype),
             (y_true, y_pred),
@@ -66,7 +67,7 @@ class UnreducedLoss(keras.losses.Loss):
                 "samples. Received: a loss that returns a single number. "
                 "Return it without the mean over the batch."
             )
-        own_mask = getattr(values, "_keras_mask", None)  # Of `ignore_class`.
+        own_mask = get_keras_mask(values)  # Of `ignore_class`.
         masks = [one for one in (mask, own_mask) if one is not None]
         if sample_weight is not None:
             values = values * _aligned(sample_weight, values)
@@ -206,6 +207,11 @@ class LossScorer:
             loss=keras.tree.map_structure(unreduced, loss),
             loss_weights=loss_weights,
         )
+
+    @property
+    def built(self) -> bool:
+        """Whether it was called, and has what Keras keeps of each output's loss."""
+        return self._model._compile_loss is None or self._model._compile_loss.built
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Returns the loss of each sample, or element.

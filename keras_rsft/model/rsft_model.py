@@ -1,50 +1,27 @@
-"""The training step that lets only accepted samples change the weights.
+"""The model that lets only accepted samples change its weights.
 
-Owns `RSFTModel`: a `keras.Model` that wraps any other, with the forward pass,
-the conditional update and serialisation. Which samples are accepted is decided
-in `policies.py`; data, features and run folders are other rooms' business.
+Owns `RSFTModel`: a `keras.Model` that wraps any other, with what it logs, saves and
+refuses. Its training step is in `training_step.py`; which samples are accepted is
+decided in `policies`; data, features and run folders are other rooms' business.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model.batch import (
-    require_index,
-    symbolic_input,
-    symbolic_inputs,
-    unpack,
-)
-from keras_rsft.model.elements import (
-    all_judged_finite,
-    labels_of,
-    noted,
-    only_accepted,
-    rejected_overwritten,
-)
-from keras_rsft.model.moving_averages import seed_moving_averages
+from keras_rsft.model.backend import BackendStep
+from keras_rsft.model.batch import symbolic_inputs
 from keras_rsft.model.per_sample_loss import LossScorer
-from keras_rsft.model.recorded_pass import Pass, shown_loss
-from keras_rsft.model.replica_rules import is_replicated, ready_for_replicas
-from keras_rsft.model.replica_trainer import ReplicaTrainer
-from keras_rsft.model.replicas import replica_test_step, replica_train_step
-from keras_rsft.model.selection import (
-    SELECTION_METRICS,
-    AcceptanceGuard,
-    SelectionMetric,
-    selection_sums,
-)
+from keras_rsft.model.selection import AcceptanceGuard, SelectionMetric
 from keras_rsft.policies import Policy
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class RSFTModel(ReplicaTrainer, keras.Model):
+class RSFTModel(BackendStep, keras.Model):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
@@ -58,6 +35,9 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     changes no variable of the model or the optimizer and runs no backward pass.
     At level `"element"` the same holds for what the loss has a value for within a
     sample: pixels, boxes, time steps; of binary cross-entropy each label.
+
+    It trains on each of Keras's backends that have gradients: TensorFlow, JAX and
+    PyTorch, with the same weights up to rounding.
 
     Made and compiled in the scope of a `tf.distribute.MirroredStrategy` or
     `MultiWorkerMirroredStrategy`, with its policy, it trains as on one device: one
@@ -102,7 +82,6 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         self.policy = policy
         self.selection = SelectionMetric()
         self._scorer: LossScorer | None = None
-        self._recorder: Callable[[Any, Any, Any], None] | None = None
         self.built = model.built
 
     @property
@@ -148,7 +127,7 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
-        x = ready_for_replicas(self, x)
+        x = self.ready_for_training(x)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             guard = AcceptanceGuard()
             guard.set_model(self)
@@ -172,6 +151,8 @@ class RSFTModel(ReplicaTrainer, keras.Model):
                 `per_sample_loss` float32 and `accept_mask` bool, each `(batch,)`.
                 None stops it, as does the end of `fit`. At level `"element"` a
                 sample has its mean loss, and is accepted if half its elements are.
+                What it writes to are Keras variables, which it lists as `variables`:
+                JAX must know of them.
         """
         self._recorder = recorder
         self.train_function = None  # Traced anew, with or without it.
@@ -185,62 +166,6 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         self._make_slots()
         return super().make_train_function(force)
 
-    def train_step(self, data: Any) -> dict[str, Any]:
-        if is_replicated(self.distribute_strategy):
-            return replica_train_step(self, data)
-        x, y, sample_weight, sample_index = unpack(data)
-        if not self.model.built:  # Nothing can be made inside a `tf.cond`.
-            self.model(keras.tree.map_structure(symbolic_input, x))
-            self._make_slots()
-        selects = self._selects_within_batch
-        with tf.GradientTape() as tape:
-            y_pred, pending = self._forward(x)
-            per_sample_loss = weighted_loss = self._scorer(y, y_pred)
-            if selects and sample_weight is not None:
-                weighted_loss = self._scorer(y, y_pred, sample_weight)
-            batch_loss = None
-            if not selects or sample_weight is not None:
-                batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
-            minimised = self._penalties() if selects else [batch_loss]
-        to_select = weighted_loss if selects else None
-        recorded = Pass(tape, minimised, to_select, pending, batch_loss)
-        labels = labels_of(y, per_sample_loss)
-        accept_mask = self.policy(per_sample_loss, labels, sample_index)
-        if self._recorder is not None:
-            require_index(sample_index)
-            self._recorder(sample_index, *noted(per_sample_loss, accept_mask))
-
-        if self.trainable_variables:
-            data = x, y, sample_weight
-            self._update_if_accepted(recorded, per_sample_loss, accept_mask, data)
-        else:
-            warnings.warn("The model has no trainable weights.", stacklevel=2)
-        seen = x, y, y_pred, sample_weight
-        return self._log_step(recorded, per_sample_loss, accept_mask, seen)
-
-    def _log_step(
-        self,
-        recorded: Pass,
-        per_sample_loss: tf.Tensor,
-        accept_mask: tf.Tensor,
-        seen: tuple[Any, Any, Any, Any],
-    ) -> dict[str, Any]:
-        """Updates the metrics and returns them for the log."""
-        sums = selection_sums(per_sample_loss, accept_mask)
-        shown = shown_loss(recorded, sums)
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(shown, sample_weight=sums[0])
-        self.selection.update_state(sums)
-        return self.compute_metrics(*seen)
-
-    def test_step(self, data: Any) -> dict[str, Any]:
-        if is_replicated(self.distribute_strategy):
-            logs = replica_test_step(self, data)
-        else:
-            logs = super().test_step(unpack(data)[:3])
-        return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}
-
     def selection_totals(self) -> dict[str, float]:
         """Returns the sums of the selection since the last reset of metrics.
 
@@ -250,14 +175,16 @@ class RSFTModel(ReplicaTrainer, keras.Model):
             was compared with the threshold in steps that accepted nothing,
             infinity if there was none.
         """
-        totals = self.selection.totals.numpy().tolist()
+        totals = keras.ops.convert_to_numpy(self.selection.totals.value).tolist()
         samples, accepted, loss_sum, finite, _ = totals
         return {
             "accepted": accepted,
             "samples": samples,
             "accepted_loss_sum": loss_sum,
             "nonfinite": samples - finite,
-            "lowest_loss_rejected": float(self.selection.lowest.numpy()),
+            "lowest_loss_rejected": float(
+                keras.ops.convert_to_numpy(self.selection.lowest.value)
+            ),
         }
 
     def save_own_variables(self, store: Any) -> None:
@@ -289,111 +216,5 @@ class RSFTModel(ReplicaTrainer, keras.Model):
             )
         return cls(**config)
 
-    @property
-    def _selects_within_batch(self) -> bool:
-        policy = self.policy
-        return policy.level != "batch" and not policy.accepts_every_finite_sample
-
     def _random_states(self) -> list[Any]:
         return [v for v in self.model.variables if v.name == "seed_generator_state"]
-
-    def _make_slots(self) -> None:
-        """Makes the optimizer's variables before they are used in a branch."""
-        variables = self.trainable_variables
-        if self.optimizer is None or not variables:
-            return
-        with tf.init_scope(), self.distribute_strategy.scope():
-            if not self.optimizer.built:
-                self.optimizer.build(variables)
-            seed_moving_averages(self.optimizer, variables)
-
-    def _forward(self, x: Any) -> tuple[Any, keras.StatelessScope]:
-        """Runs the model, holding back what the pass would change in it.
-
-        BatchNorm statistics and random seeds are updated in the forward pass,
-        before the decision; `_apply` writes them once the batch is accepted.
-        """
-        with keras.StatelessScope(collect_losses=True) as pending:
-            y_pred = self(x, training=True)
-        if pending.losses:
-            self.add_loss(pending.losses)
-        return y_pred, pending
-
-    def _penalties(self) -> list[tf.Tensor]:
-        """Returns what the layers add to the loss: regularisation."""
-        return [tf.reduce_sum(tf.cast(added, tf.float32)) for added in self.losses]
-
-    def _update_if_accepted(
-        self,
-        recorded: Pass,
-        per_sample_loss: tf.Tensor,
-        accept_mask: tf.Tensor,
-        data: tuple[Any, Any, Any],
-    ) -> None:
-        """Changes the weights, or notes that this batch was rejected as a whole."""
-        accepts_any = tf.reduce_any(accept_mask)
-
-        def update() -> None:
-            self._apply(recorded, accept_mask)
-
-        def reject() -> None:
-            self.selection.note_rejected(per_sample_loss, self.policy.level)
-
-        def repeat() -> None:
-            self._apply(self._finite_pass(accept_mask, data), accept_mask)
-
-        def reject_or_repeat() -> None:
-            tf.cond(accepts_any, repeat, reject)
-
-        if self.policy.level == "batch":  # Accepted, so all its losses are finite.
-            tf.cond(accepts_any, update, reject)
-            return
-        if not tf.executing_eagerly():
-            # Rare, so it is kept apart: TensorFlow would otherwise unfold it into
-            # the graph, and walk through its dead operations in every step.
-            reject_or_repeat = tf.function(
-                reject_or_repeat,
-                autograph=False,
-                experimental_attributes={"_noinline": True},
-            )
-        all_finite = all_judged_finite(per_sample_loss)
-        tf.cond(tf.logical_and(accepts_any, all_finite), update, reject_or_repeat)
-
-    def _apply(self, recorded: Pass, accept_mask: tf.Tensor) -> None:
-        """Runs the backward pass and changes the weights, the slots and the state."""
-        targets = list(recorded.minimised)
-        seeds = [tf.ones_like(target) for target in targets]
-        if recorded.per_sample is not None:
-            accepted = tf.cast(accept_mask, tf.float32)
-            targets.append(recorded.per_sample)  # By its share of the mean:
-            seeds.append(accepted / tf.reduce_sum(accepted))
-        variables = self.trainable_variables
-        gradients = recorded.tape.gradient(
-            targets,
-            [variable.value for variable in variables],
-            output_gradients=[self.optimizer.scale_loss(seed) for seed in seeds],
-        )
-        for variable in self.model.variables:
-            value = recorded.pending.get_current_value(variable)
-            if value is not None:
-                variable.assign(value)
-        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        self.optimizer.apply(
-            [gradients[i] for i in reached], [variables[i] for i in reached]
-        )
-
-    def _finite_pass(self, accept_mask: tf.Tensor, data: tuple[Any, Any, Any]) -> Pass:
-        """Repeats the forward pass without what was rejected, masked or not."""
-        return self._recorded_pass(rejected_overwritten(data, accept_mask), accept_mask)
-
-    def _recorded_pass(
-        self, data: tuple[Any, Any, Any], accept_mask: tf.Tensor
-    ) -> Pass:
-        """Returns a pass of its own over these inputs, targets and weights."""
-        x, y, sample_weight = data
-        with tf.GradientTape() as tape:
-            y_pred, pending = self._forward(x)
-            y_pred = only_accepted(y_pred, accept_mask)
-            weighted_loss = self._scorer(y, y_pred, sample_weight)
-            penalties = self._penalties()
-        return Pass(tape, penalties, weighted_loss, pending)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model.batch import class_labels, require_index, symbolic_input, unpack
+from keras_rsft.model.batch import class_labels, symbolic_input, unpack
 from keras_rsft.model.recorded_pass import Pass
 from keras_rsft.model.rsft_model import RSFTModel
 from keras_rsft.policies import Policy
@@ -37,18 +37,20 @@ class TwoPassRSFTModel(RSFTModel):
 
     For models in which a sample's output depends on nothing but the sample: a BatchNorm
     that learns and a Dropout are refused, and layers of your own must keep to it.
-    Not for XLA, whose batches have a fixed size: it is switched off.
+    Not for XLA, whose batches have a fixed size: it is switched off. Under Keras's
+    TensorFlow backend alone.
 
     Args:
         model: As in `RSFTModel`.
         policy: As in `RSFTModel`.
 
     Raises:
-        InvalidArgument: If a layer depends on other samples or draws at random, or
-            `jit_compile=True` is compiled.
+        InvalidArgument: If a layer depends on other samples or draws at random,
+            `jit_compile=True` is compiled, or the backend is not TensorFlow.
     """
 
     def __init__(self, model: keras.Model, policy: Policy, **kwargs: Any):
+        require_tensorflow_backend("A TwoPassRSFTModel", instead="Use `RSFTModel`.")
         super().__init__(model, policy, **kwargs)
         self.supports_jit = False
         self.recent_acceptance = self.add_weight(
@@ -77,6 +79,8 @@ class TwoPassRSFTModel(RSFTModel):
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
+        import tensorflow as tf
+
         if not self._selects_within_batch or self.policy.level == "element":
             return super().train_step(data)
         if not self.model.built:  # Nothing can be made inside a `tf.cond`.
@@ -107,17 +111,24 @@ class TwoPassRSFTModel(RSFTModel):
         self.recent_acceptance.assign(store["recent_acceptance"][()])
 
     def _in_two_passes(self, data: Any) -> dict[str, Any]:
+        import tensorflow as tf
+
         x, y, sample_weight, sample_index = unpack(data)
         y_pred, pending = self._forward(x)
         per_sample_loss = self._scorer(y, y_pred)
         batch_loss = None
         if sample_weight is not None:
             batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
-        judged = Pass(None, self._penalties(), per_sample_loss, pending, batch_loss)
+        judged = Pass(
+            minimised=self._penalties(),
+            per_sample=per_sample_loss,
+            pending=pending,
+            batch_loss=batch_loss,
+            judged=per_sample_loss,
+            y_pred=y_pred,
+        )
         accept_mask = self.policy(per_sample_loss, class_labels(y), sample_index)
-        if self._recorder is not None:
-            require_index(sample_index)
-            self._recorder(sample_index, per_sample_loss, accept_mask)
+        self._note(sample_index, per_sample_loss, accept_mask)
 
         def update() -> None:
             accepted = keras.tree.map_structure(
@@ -134,9 +145,7 @@ class TwoPassRSFTModel(RSFTModel):
             self.selection.note_rejected(per_sample_loss, self.policy.level)
 
         tf.cond(tf.reduce_any(accept_mask), update, reject)
-        return self._log_step(
-            judged, per_sample_loss, accept_mask, (x, y, y_pred, sample_weight)
-        )
+        return self._log_step(judged, accept_mask, (x, y, sample_weight))
 
 
 def what_forbids_two_passes(model: keras.Model) -> str | None:

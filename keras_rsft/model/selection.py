@@ -11,14 +11,15 @@ import warnings
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from keras_rsft.model.per_sample_loss import LEFT_OUT
+from keras_rsft.variable_updates import add_to
 
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
-def selection_sums(per_sample_loss: tf.Tensor, accept_mask: tf.Tensor) -> tf.Tensor:
+def selection_sums(per_sample_loss: Any, accept_mask: Any) -> Any:
     """Sums what a batch adds to the counters, in one reduction.
 
     Args:
@@ -32,23 +33,23 @@ def selection_sums(per_sample_loss: tf.Tensor, accept_mask: tf.Tensor) -> tf.Ten
         the accepted, samples with a finite loss, and their summed loss; of
         elements where these are judged.
     """
-    judged = tf.ones_like(per_sample_loss)
+    judged = ops.ones_like(per_sample_loss)
     if len(per_sample_loss.shape) > 1:
-        judged = tf.cast(tf.not_equal(per_sample_loss, LEFT_OUT), tf.float32)
+        judged = ops.cast(ops.not_equal(per_sample_loss, LEFT_OUT), "float32")
         judged, per_sample_loss = (
-            tf.reshape(one, [-1]) for one in (judged, per_sample_loss)
+            ops.reshape(one, (-1,)) for one in (judged, per_sample_loss)
         )
-    accepted = tf.cast(tf.reshape(accept_mask, [-1]), tf.float32)
-    finite = tf.cast(tf.math.is_finite(per_sample_loss), tf.float32)
-    finite_loss = tf.math.multiply_no_nan(per_sample_loss, finite)
+    accepted = ops.cast(ops.reshape(accept_mask, (-1,)), "float32")
+    finite = ops.isfinite(per_sample_loss)
+    finite_loss = ops.where(finite, per_sample_loss, 0.0)
     rows = [
         judged,
         accepted,
         accepted * finite_loss,
-        finite,
+        ops.cast(finite, "float32"),
         finite_loss,
     ]
-    return tf.reduce_sum(tf.stack(rows), axis=1)
+    return ops.sum(ops.stack(rows), axis=1)
 
 
 class SelectionMetric(keras.metrics.Metric):
@@ -71,30 +72,28 @@ class SelectionMetric(keras.metrics.Metric):
 
     def update_state(self, sums: Any) -> None:
         """Adds one batch: a float32 tensor `(5,)` from `selection_sums`."""
-        self.totals.value.assign_add(sums)  # In one operation, unlike Keras's own.
+        add_to(self.totals, sums)
 
-    def note_rejected(self, per_sample_loss: tf.Tensor, level: str) -> None:
+    def note_rejected(self, per_sample_loss: Any, level: str) -> None:
         """Remembers the lowest loss that was judged in a step that accepted nothing.
 
         Args:
             per_sample_loss: Float32 tensor of shape `(batch,)` or `(batch, ...)`.
             level: `"batch"` if their mean was judged, else each was.
         """
-        judged = (
-            tf.reduce_mean(per_sample_loss) if level == "batch" else per_sample_loss
-        )
-        judged = tf.where(tf.math.is_finite(judged), judged, float("inf"))
-        self.lowest.assign(tf.minimum(self.lowest, tf.reduce_min(judged)))
+        judged = ops.mean(per_sample_loss) if level == "batch" else per_sample_loss
+        judged = ops.where(ops.isfinite(judged), judged, float("inf"))
+        self.lowest.assign(ops.minimum(self.lowest.value, ops.min(judged)))
 
     def result(self) -> dict[str, Any]:
-        samples, accepted, accepted_loss, _, _ = tf.unstack(self.totals.value)
+        samples, accepted, accepted_loss, _, _ = ops.unstack(self.totals.value, 5)
         return {
-            "acceptance_rate": tf.math.divide_no_nan(accepted, samples),
-            "accepted_loss": tf.math.divide_no_nan(accepted_loss, accepted),
+            "acceptance_rate": ops.divide_no_nan(accepted, samples),
+            "accepted_loss": ops.divide_no_nan(accepted_loss, accepted),
         }
 
     def reset_state(self) -> None:
-        self.totals.assign(tf.zeros((5,)))
+        self.totals.assign(ops.zeros((5,)))
         self.lowest.assign(float("inf"))
 
 

@@ -223,14 +223,14 @@ class RunningThreshold(Policy):
 
     def _moved_thresholds(self, per_sample_loss: Any, members: Any) -> Any:
         """Takes a batch into the statistics; returns each group's threshold."""
-        seen = (self.statistics, per_sample_loss, members)
+        seen = (self.statistics.value, per_sample_loss, members)
         if self.percentile is None:
             self.statistics.assign(running_moments(*seen, self.momentum))
-            return threshold_from_moments(self.statistics, self.deviations)
+            return threshold_from_moments(self.statistics.value, self.deviations)
         self.statistics.assign(
             running_percentile(*seen, self.percentile, self.momentum)
         )
-        return threshold_from_percentile(self.statistics)
+        return threshold_from_percentile(self.statistics.value)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {

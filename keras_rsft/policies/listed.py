@@ -251,4 +251,4 @@ def _entries(policy: Policy, listed: Any, sample_index: Any) -> Any:
             "Received: no sample_index. Let the data set yield "
             "(x, y, sample_weight or None, sample_index)."
         )
-    return ops.take(listed, sample_index, axis=0)
+    return ops.take(listed.value, sample_index, axis=0)

@@ -11,7 +11,6 @@ from numbers import Integral, Real
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
@@ -144,10 +143,10 @@ class Policy(keras.layers.Layer):
         accept_mask = ops.logical_and(accept_mask, ops.isfinite(per_sample_loss))
         if self.level == "batch":
             accept_mask = ops.logical_and(accept_mask, ops.all(accept_mask))
-        # Once the losses are there: at the end of a data set of unknown size, Keras
-        # runs whatever does not wait for a batch.
-        with tf.control_dependencies([per_sample_loss]):
-            self.steps_seen.assign(step + 1)
+        # One, but known once the mask is: at the end of a data set of unknown size,
+        # Keras under TensorFlow runs whatever does not wait for a batch.
+        judged = ops.maximum(ops.cast(ops.any(accept_mask), "int32"), 1)
+        self.steps_seen.assign(step + judged)
         return accept_mask
 
     def threshold_in_use(self) -> float | None:
@@ -168,6 +167,10 @@ class Policy(keras.layers.Layer):
         value = float(ops.convert_to_numpy(number))
         begun = int(ops.convert_to_numpy(self.steps_seen)) > warmup_steps
         return value if begun and math.isfinite(value) else None
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes a variable, as every Keras layer does, but never a trainable one."""
+        return super().add_weight(*args, **kwargs | {"trainable": False})
 
     def add_live_number(self, name: str, value: float) -> Any:
         """Returns a float32 scalar variable: saved, and changed without a retrace.

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backbones.load import check_backbone_name, load_backbone
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import ImageData, ImageSplit, load_images
 from keras_rsft.data.sampling import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
@@ -144,6 +145,7 @@ def rank_backbones(
         InvalidArgument: A name is not known, before anything is loaded.
         WeightsUnavailable: No base could be used.
     """
+    require_tensorflow_backend("`rank_backbones`")
     names = list(dict.fromkeys(os.fspath(name) for name in backbones))
     if not names or sample < 2:
         raise InvalidArgument(

@@ -13,6 +13,7 @@ import keras
 import keras_tuner
 
 from keras_rsft.backbones import build_classifier
+from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.data import ImageData
 from keras_rsft.errors import InvalidArgument, TrainingStalled
@@ -176,6 +177,7 @@ def search(
         TrainingStalled: If every trial failed or accepted too little.
         WeightsUnavailable: If the base's weights cannot be had.
     """
+    require_tensorflow_backend("`search`")
     options = dataclasses.replace(options or SearchOptions(), **changes)
     settings = settings or TrainingSettings()
     if options.of_base:
@@ -275,6 +277,7 @@ def search_features(
         DataError: As in `search`.
         TrainingStalled: As in `search`.
     """
+    require_tensorflow_backend("`search_features`")
     started = time.perf_counter()
     options = options or SearchOptions()
     if options.of_base and base_source is None:

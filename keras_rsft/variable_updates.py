@@ -1,0 +1,35 @@
+"""Updates of Keras variables for which TensorFlow has an operation of its own.
+
+Keras reads the variable, computes and assigns: a copy of all of it in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+
+def add_to(variable: keras.Variable, value: Any) -> None:
+    """Adds a tensor of the same shape to a variable."""
+    if keras.backend.backend() == "tensorflow":
+        variable.value.assign_add(value)
+    else:
+        variable.assign(variable.value + value)
+
+
+def write_rows(variable: keras.Variable, rows: Any, values: Any) -> None:
+    """Overwrites some rows of a variable.
+
+    Args:
+        variable: A variable `(n, ...)`.
+        rows: Integer tensor `(m,)` in [0, n), no row twice.
+        values: Tensor `(m, ...)` of the variable's type.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        variable.value.scatter_update(tf.IndexedSlices(values, rows))
+    else:
+        variable.assign(ops.scatter_update(variable.value, rows[:, None], values))

@@ -1,0 +1,146 @@
+"""JAX and PyTorch train as TensorFlow does; the rules of rejection hold on each.
+
+The tests of the rules run again in a process of their own, as Keras takes its backend
+when it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+INSTALLED = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec(name) is None, reason=f"{name} is not installed"
+        ),
+    )
+    for name in ("jax", "torch")
+]
+
+
+def under(backend, *arguments, fails=False):
+    """Runs Python under a backend; returns what it printed."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"KERAS_BACKEND": backend, "PYTHONWARNINGS": "ignore"},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def found_under(tmp_path_factory):
+    """Returns what `run_under_backend.py` finds under a backend."""
+    folder = tmp_path_factory.mktemp("backends")
+    known = {}
+
+    def find(backend):
+        if backend not in known:
+            path = folder / f"{backend}.npz"
+            under(backend, HERE / "run_under_backend.py", path)
+            with np.load(path, allow_pickle=False) as found:
+                known[backend] = dict(found)
+        assert known[backend]["backend"] == backend
+        return known[backend]
+
+    return find
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_weights_decisions_and_ledger_are_those_of_tensorflow(backend, found_under):
+    expected, found = found_under("tensorflow"), found_under(backend)
+    assert set(found) == set(expected)
+    for name in set(expected) - {"backend"}:
+        exact = expected[name].dtype.kind in "biu"
+        np.testing.assert_allclose(
+            found[name],
+            expected[name],
+            rtol=0 if exact else 1e-5,
+            atol=0 if exact else 1e-6,
+            err_msg=name,
+        )
+    rates = [found[f"{case}: log acceptance_rate"] for case in ("sample", "batch")]
+    assert all(0 < rate.mean() < 1 for rate in rates), "both branches are taken"
+
+
+# JAX compiles each model anew, so of the tests of the rules it repeats a choice by day.
+RULES = {
+    "article_parity": "in_numpy",
+    "ledger": "TestCallback and not options",
+    "model": "sgd-graph or accumulation-graph or gives_back or a_label_that",
+    "model_saving": "goes_on_bit_for_bit or early_stopping or checkpoint",
+    "model_selection": "TestGradient and options0 or weigh_the or TestStall",
+}
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+@pytest.mark.parametrize(
+    "extent", ["some", pytest.param("all", marks=pytest.mark.slow)]
+)
+def test_the_rules_hold(backend, extent):
+    paths = [HERE / f"test_{name}.py" for name in RULES]
+    chosen = " or ".join(f"(test_{name} and ({k}))" for name, k in RULES.items())
+    # PyTorch, TensorFlow and JAX in one process do not get on.
+    wanted = chosen if extent == "some" else f"not in_pytorch and not ({chosen})"
+    options = [
+        "-n",
+        "0",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        "-k",
+        wanted,
+    ]
+    output = under(backend, "-m", "pytest", *paths, *options)
+    assert int(re.search(r"(\d+) passed", output)[1]) > 15, output
+
+
+REFUSED = """
+import keras
+import keras_rsft as rsft
+
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+for call in (
+    lambda: rsft.finetune(None),
+    lambda: rsft.compare(None),
+    lambda: rsft.search(None),
+    lambda: rsft.extract_features(None, None),
+    lambda: rsft.export_saved_model(model, "nowhere", class_names=["a", "b"]),
+    lambda: rsft.TwoPassRSFTModel(model, rsft.AcceptAll()),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_what_needs_tensorflow_says_so(backend):
+    refused = under(backend, "-c", REFUSED)
+    said = f"needs Keras's TensorFlow backend. Received: {backend}."
+    assert refused.count(said) == 6, refused
+    refused = under(backend, "-m", "keras_rsft.cli", "demo", fails=True)
+    assert f"Received: KERAS_BACKEND={backend}. Leave it out" in refused
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_the_example_of_custom_training_runs(backend):
+    output = under(backend, HERE.parent / "examples" / "custom_training.py")
+    names = [line.split()[0] for line in output.splitlines() if "%" in line]
+    assert names == ["AcceptAll", "LossThreshold", "KeepFraction"]
