@@ -40,11 +40,12 @@ from keras_rsft.model.selection import (
     SelectionMetric,
     selection_sums,
 )
+from keras_rsft.model.soft_targets import LearnsSoftTargets
 from keras_rsft.policies import Policy
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class RSFTModel(ReplicaTrainer, keras.Model):
+class RSFTModel(ReplicaTrainer, LearnsSoftTargets, keras.Model):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
@@ -71,6 +72,7 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         model: Any `keras.Model`; it is used, not copied, and stays available
             as `.model`.
         policy: A `Policy`, e.g. `LossThreshold(1.5)`.
+        soft_targets: `SoftTargets`: label smoothing and mix-up. Default: none.
 
     Raises:
         TypeError: If `policy` is not a `Policy`, or `model` not a `keras.Model`.
@@ -186,8 +188,8 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         with tf.GradientTape() as tape:
             y_pred, pending = self._forward(x)
             per_sample_loss = weighted_loss = self._scorer(y, y_pred)
-            if selects and sample_weight is not None:
-                weighted_loss = self._scorer(y, y_pred, sample_weight)
+            if selects and (sample_weight is not None or self._softens):
+                weighted_loss = self._learnt_loss(y, y_pred, sample_weight)
             batch_loss = None
             if not selects or sample_weight is not None:
                 batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
@@ -272,8 +274,8 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> RSFTModel:
-        config = dict(config)
-        for part in ("model", "policy"):
+        config = {"soft_targets": None} | config
+        for part in ("model", "policy", "soft_targets"):
             config[part] = keras.saving.deserialize_keras_object(
                 config[part], custom_objects=custom_objects
             )
@@ -282,6 +284,8 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     @property
     def _selects_within_batch(self) -> bool:
         policy = self.policy
+        if self._softens:  # Which Keras's own loss of the batch does not know.
+            return True
         return policy.level != "batch" and not policy.accepts_every_finite_sample
 
     def _random_states(self) -> list[Any]:
@@ -324,7 +328,9 @@ class RSFTModel(ReplicaTrainer, keras.Model):
         accepts_any = tf.reduce_any(accept_mask)
 
         def update() -> None:
-            self._apply(recorded, accept_mask)
+            mixes = self._mixes
+            learnt = self._finite_pass(accept_mask, data) if mixes else recorded
+            self._apply(learnt, accept_mask)
 
         def reject() -> None:
             self.selection.note_rejected(per_sample_loss, self.policy.level)
@@ -381,9 +387,10 @@ class RSFTModel(ReplicaTrainer, keras.Model):
     ) -> Pass:
         """Returns a pass of its own over these inputs, targets and weights."""
         x, y, sample_weight = data
+        mix = self._draw_mix(accept_mask)
         with tf.GradientTape() as tape:
-            y_pred, pending = self._forward(x)
+            y_pred, pending = self._forward(x if mix is None else mix.of(x))
             y_pred = only_accepted(y_pred, accept_mask)
-            weighted_loss = self._scorer(y, y_pred, sample_weight)
+            weighted_loss = self._learnt_loss(y, y_pred, sample_weight, mix)
             penalties = self._penalties()
         return Pass(tape, penalties, weighted_loss, pending)
