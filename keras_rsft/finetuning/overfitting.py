@@ -1,15 +1,16 @@
 """Says whether a training overfits, from its curves alone.
 
-Imports nothing, so that curves of any origin can be judged.
+Imports nothing heavy, so that curves of any origin can be judged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
-# Epochs over which curves are averaged, and how many of the last must have fallen.
+# Epochs whose median a curve is smoothed by, and how many of the last must have fallen.
 WINDOW = 3
 LASTING = 3
 
@@ -22,7 +23,7 @@ class Overfitting:
         measure: `"accuracy"` or `"loss"`.
         best_epoch: Number of the epoch, from 1, at which validation was best.
         epochs: Number of epochs.
-        validation: Validation around that epoch and at the end, means of 3 epochs.
+        validation: Validation around that epoch and at the end, medians of 3 epochs.
         training: Training at the same places.
         standard_error: Of the validation at its best.
     """
@@ -63,10 +64,10 @@ def find_overfitting(
     """Looks for a training that goes on improving while validation falls.
 
     Training is that of the accepted samples: what a policy rejects is not learnt. Both
-    curves are averaged over 3 epochs. It overfits where in each of the last 3 epochs
-    validation is worse than at its best by more than one standard error, and training
-    is better than it was then; so the gap between them has grown. A fall that is made
-    up for until the end is none. Accuracy is looked at first, then loss.
+    curves are smoothed by medians of 3 epochs. It overfits where in each of the last 3
+    epochs validation is worse than at its best by more than one standard error, and
+    training is better than it was then; so the gap between them has grown. A fall that
+    is made up for until the end is none. Accuracy is looked at first, then loss.
 
     The standard error of an accuracy p of n samples is `sqrt(p (1 - p) / n)`, with two
     samples right and two wrong added (Agresti and Coull, 1998), so that it is not 0 at
@@ -111,14 +112,12 @@ def _fall(
     values = [*training[:epochs], *validation[:epochs], *errors[:epochs]]
     if epochs < WINDOW + LASTING or not all(map(math.isfinite, values)):
         return None
-    smooth_training, smooth = (
-        _averaged(training[:epochs]),
-        _averaged(validation[:epochs]),
-    )
+    smooth_training = _smoothed(training[:epochs])
+    smooth, smooth_errors = _smoothed(validation[:epochs]), _smoothed(errors[:epochs])
     best = max(range(len(smooth)), key=lambda at: sign * smooth[at])
-    around = range(best, best + WINDOW)  # The epochs of that mean.
+    around = range(best, best + WINDOW)  # The epochs of that median.
     best_epoch = max(around, key=lambda at: sign * validation[at])
-    error = errors[best_epoch]
+    error = smooth_errors[best]
     last = range(len(smooth) - LASTING, len(smooth))
     fell = all(sign * (smooth[best] - smooth[at]) > error for at in last)
     learnt = all(
@@ -136,8 +135,9 @@ def _fall(
     )
 
 
-def _averaged(values: Sequence[float]) -> list[float]:
-    """Returns the means of 3 epochs in a row."""
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Returns the medians of 3 epochs in a row, which one odd epoch does not move."""
     return [
-        sum(values[at : at + WINDOW]) / WINDOW for at in range(len(values) - WINDOW + 1)
+        statistics.median(values[at : at + WINDOW])
+        for at in range(len(values) - WINDOW + 1)
     ]

@@ -73,7 +73,8 @@ class SoftTargets(keras.layers.Layer):
     no others, as DivideMix does after it has divided them (Li, Socher and Hoi, ICLR
     2020). It costs a second forward pass.
 
-    Both at levels `"sample"` and `"batch"`, and on one device.
+    Both at levels `"sample"` and `"batch"`, and on one device; mix-up not under XLA,
+    which Keras then says and leaves out.
 
     Args:
         label_smoothing: Share of the probability to spread, in [0, 1); for the loss
@@ -252,11 +253,6 @@ def _require_learnable(model: Any) -> None:
         raise InvalidArgument(
             "Label smoothing and mix-up judge whole samples. Received: a policy at "
             "level 'element'. Leave out `soft_targets`, or use level 'sample'."
-        )
-    if model.jit_compile and soft.mix_up > 0:
-        raise InvalidArgument(
-            "XLA cannot draw what mix-up needs. Received: jit_compile=True. Compile "
-            "with `jit_compile=False`."
         )
     if soft.label_smoothing > 0 and _takes_logits(model.loss) is None:
         raise InvalidArgument(
