@@ -229,6 +229,11 @@ class LearnsSoftTargets:
         )
         if smoothing == 0:
             return hard
+        if len(getattr(y_pred, "shape", ())) != 2:
+            raise InvalidArgument(
+                "Label smoothing needs one output of class scores (batch, classes). "
+                f"Received: {y_pred}."
+            )
         scores = ops.cast(y_pred, "float32")
         even = keras.losses.categorical_crossentropy(
             ops.ones_like(scores) / scores.shape[-1],
