@@ -43,8 +43,8 @@ from keras_rsft.finetuning.head_training import head_probabilities
 # In multiples of ln(classes).
 ARTICLE_THRESHOLD = 1.5
 # How strongly each regularises. A weight decay is multiplied by the learning rate: this
-# one forgets in some 300 steps of the default rate. The share is that of Szegedy et al.,
-# alpha that of DivideMix.
+# one forgets in some 300 steps at the default rate. The share is Szegedy et al.'s,
+# alpha is that of DivideMix.
 STRENGTHS = {
     WEIGHT_DECAY: {"weight_decay": 3.0},
     LABEL_SMOOTHING: {"label_smoothing": 0.1},
