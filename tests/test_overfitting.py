@@ -28,10 +28,10 @@ def test_validation_falls_while_training_rises():
     assert found.best_epoch == 8
     assert found.epochs == 20
     best, last = found.validation
-    assert best == pytest.approx(0.9)  # The median of 0.857, 0.9 and 0.9.
-    assert last == pytest.approx(UP_AND_DOWN[-2])
-    assert found.training[1] == pytest.approx(RISING[-2])
-    for part in ("from epoch 9 on", "`--epochs 8`", "`--early-stopping`", "76.4 %"):
+    assert best == pytest.approx(UP_AND_DOWN[9])  # Of epochs 6 to 10 the median.
+    assert last == pytest.approx(UP_AND_DOWN[-3])
+    assert found.training[1] == pytest.approx(RISING[-3])
+    for part in ("from epoch 9 on", "`--epochs 8`", "`--early-stopping`", "77.7 %"):
         assert part in found.sentence
 
 
@@ -55,7 +55,7 @@ def test_the_loss_tells_where_the_accuracy_does_not():
         (RISING, np.linspace(0.6, 0.7, 20)),  # It grows, and validation rises too.
         (RISING, np.full(20, 0.8)),
         (np.linspace(0.99, 0.6, 20), UP_AND_DOWN),  # Training falls too: it diverges.
-        (RISING[:5], UP_AND_DOWN[::4]),  # Too few epochs to tell.
+        (RISING[:7], UP_AND_DOWN[::3]),  # Too few epochs to tell.
         (RISING, np.where(np.arange(20) == 12, 0.3, 0.85)),  # One bad epoch.
         (RISING, np.where(np.arange(20) == 6, 1.0, 0.97)),  # One lucky epoch.
         (RISING, np.where(np.arange(20) > 17, 0.6, 0.85)),  # Two bad ones at the end.
@@ -87,7 +87,7 @@ def test_without_curves_nothing_is_said():
 
 
 def test_noise_alone_seldom_warns():
-    """The same model in each epoch, which gets other samples right each time."""
+    """Of a validation that does not fall, and jitters by half a standard error."""
     rng = np.random.default_rng(0)
     training = np.linspace(0.8, 0.9, 30)
     warned = [
@@ -95,4 +95,4 @@ def test_noise_alone_seldom_warns():
         is not None
         for _ in range(300)
     ]
-    assert np.mean(warned) < 0.05
+    assert np.mean(warned) < 0.03

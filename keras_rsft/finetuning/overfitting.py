@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 # Epochs whose median a curve is smoothed by, and how many of the last must have fallen.
-WINDOW = 3
+WINDOW = 5
 LASTING = 3
 
 
@@ -23,7 +23,7 @@ class Overfitting:
         measure: `"accuracy"` or `"loss"`.
         best_epoch: Number of the epoch, from 1, at which validation was best.
         epochs: Number of epochs.
-        validation: Validation around that epoch and at the end, medians of 3 epochs.
+        validation: Validation around that epoch and at the end, medians of 5 epochs.
         training: Training at the same places.
         standard_error: Of the validation at its best.
     """
@@ -64,7 +64,7 @@ def find_overfitting(
     """Looks for a training that goes on improving while validation falls.
 
     Training is that of the accepted samples: what a policy rejects is not learnt. Both
-    curves are smoothed by medians of 3 epochs. It overfits where in each of the last 3
+    curves are smoothed by medians of 5 epochs. It overfits where in each of the last 3
     epochs validation is worse than at its best by more than one standard error, and
     training is better than it was then; so the gap between them has grown. A fall that
     is made up for until the end is none. Accuracy is looked at first, then loss.
@@ -136,7 +136,7 @@ def _fall(
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Returns the medians of 3 epochs in a row, which one odd epoch does not move."""
+    """Returns the medians of 5 epochs in a row, which two odd ones do not move."""
     return [
         statistics.median(values[at : at + WINDOW])
         for at in range(len(values) - WINDOW + 1)
