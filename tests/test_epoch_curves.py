@@ -12,7 +12,7 @@ from made_features import CLASSES, feature_set, split_features
 from keras_rsft.examination import examine_labels
 from keras_rsft.finetuning import TrainingSettings, train_head
 from keras_rsft.finetuning import epoch_curves as curves_module
-from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.finetuning.head_training import even_batch, head_probabilities
 from keras_rsft.finetuning.judged_validation import validation_judge
 from keras_rsft.policies import (
     AcceptAll,
@@ -85,6 +85,12 @@ class TestCurves:
             assert history[f"val_{name}"] == pytest.approx(
                 history[f"val_accepted_{name}"]
             )
+
+    @pytest.mark.parametrize(
+        "count, rows", [(1, 1), (256, 256), (257, 129), (269, 135), (1000, 250)]
+    )
+    def test_no_validation_sample_counts_for_much_more_than_another(self, count, rows):
+        assert even_batch(count) == rows
 
     def test_training_is_the_same_with_and_without_them(self, features):
         policy = PolicyChoice("running-threshold", warmup_epochs=1)

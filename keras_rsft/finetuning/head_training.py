@@ -211,10 +211,11 @@ def _fit(
         last = first if checkpoint.stopped else last
     validation = None
     if count := len(features.validation):
+        rows = even_batch(count)
         validation = batches_of(
-            features.validation, batch_size=VALIDATION_BATCH, share=devices.share
+            features.validation, batch_size=rows, share=devices.share
         )
-        validation = devices.distributed(validation, count, VALIDATION_BATCH)
+        validation = devices.distributed(validation, count, rows)
     with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
         history = model.fit(
             devices.distributed(
@@ -294,6 +295,18 @@ def _policy(
             warmup_steps=round(settings.policy.warmup_epochs * steps),
         )
     return build_policy(settings.policy, num_classes=num_classes, steps_per_epoch=steps)
+
+
+def even_batch(count: int) -> int:
+    """Returns a batch size, at most 256, by which batches are nearly equally large.
+
+    Keras takes the loss of an evaluation for the mean over its batches: samples of a
+    small last batch would count for more.
+
+    Args:
+        count: Number of samples, at least 1.
+    """
+    return -(-count // -(-count // VALIDATION_BATCH))
 
 
 def choose_steps_per_execution(steps: int) -> int:
