@@ -44,6 +44,7 @@ _HOMES = {
     "SearchOptions": "searching",
     "SearchSpace": "searching",
     "SelfPaced": "policies",
+    "SoftTargets": "model",
     "TrainingBatches": "features",
     "TwoPassRSFTModel": "model",
     "TrainingSettings": "finetuning",

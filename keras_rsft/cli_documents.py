@@ -34,7 +34,8 @@ def run_document(run: Run, data: ImageData) -> dict[str, Any]:
 
     `command`, `folder`, `classes` (names), `images` (`train`, `validation`, `test`,
     `unreadable`: numbers), `corrections` (`files`, `keep`, `relabel`, `drop`; or
-    null), `finding` (what `auto` found, or null) and `results` (as in `results.json`).
+    null), `finding` (what `auto` found, or null) and `results` (as in `results.json`;
+    of these `overfitting` has a `sentence` and the numbers in it, or is null).
     """
     from keras_rsft.finetuning.run_folder import results_of
 

@@ -25,6 +25,10 @@ from keras_rsft.cli_options import (
     load_corrected,
     training_settings,
 )
+from keras_rsft.cli_regularisation import (
+    add_regularisation_options,
+    regularisation_settings,
+)
 from keras_rsft.cli_unfreeze import add_unfreeze_options, unfreeze_settings
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import PolicyChoice
@@ -46,6 +50,7 @@ def add_fit(commands: argparse._SubParsersAction) -> None:
     add_base_options(fit.add_argument_group("base"))
     add_policy_options(fit.add_argument_group("rejection"))
     add_training_options(fit.add_argument_group("training"))
+    add_regularisation_options(fit)
     add_unfreeze_options(fit)
     fit.add_argument(
         "--output", metavar="FOLDER", help="run folder; default: runs/NAME-N"
@@ -90,7 +95,9 @@ def run_fit(arguments: argparse.Namespace, choice: PolicyChoice) -> None:
     _require_fit_for_workers(arguments)
     devices = open_devices(arguments.strategy)  # Before TensorFlow is used at all.
     settings = dataclasses.replace(
-        training_settings(arguments, choice), **unfreeze_settings(arguments)
+        training_settings(arguments, choice),
+        **unfreeze_settings(arguments),
+        **regularisation_settings(arguments),
     )
     if arguments.output is not None:
         check_new_folder(arguments.output)  # Before the work, not after it.

@@ -195,7 +195,10 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
         help="a Keras optimizer; default: sgd, momentum 0.9",
     )
     group.add_argument(
-        "--weight-decay", type=float, help="decoupled; default: the optimizer's own"
+        "--weight-decay",
+        type=float,
+        help="of the kernels, decoupled: an accepted step takes so much of them, times "
+        "the learning rate; default: the optimizer's own",
     )
 
 

@@ -138,8 +138,14 @@ def print_run(run: Run, console: Console) -> None:
         if f"{tuning}_kept" in run.results:
             kept = run.results[f"{tuning}_kept"]
             table.add_row(name, "kept" if kept else "not kept: worse on validation")
+    if "best_epoch" in run.results:
+        epochs = "{best_epoch} of {epochs_trained}".format(**run.results)
+        table.add_row("Epoch that was kept", epochs)
     table.add_row("Time", f"{run.results['seconds']:.1f} s")
     console.print(table)
+    if run.overfitting is not None:
+        sentence = escape(run.overfitting.sentence)
+        console.print(f"[yellow]{sentence}[/]", soft_wrap=True)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)
     folder = shlex.quote(str(run.folder))
     console.print(f"Look at it: keras-rsft review {escape(folder)}", soft_wrap=True)

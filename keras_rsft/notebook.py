@@ -44,6 +44,8 @@ def run_html(run: Run) -> str:
     rows.append(["Classes", f"{shown} and {more} more" if more > 0 else shown])
     if run.finding is not None:
         rows.append(["Labels", run.finding])
+    if run.overfitting is not None:
+        rows.append(["Overfitting", run.overfitting.sentence])
     if run.folder is not None:
         rows.append(["Run folder", str(run.folder)])
     return table_html(["Run", ""], rows) + figure_html(

@@ -13,19 +13,30 @@ CLASSES, DIM = 3, 6
 
 
 def feature_set(
-    folder: Path, name: str, count: int, *, seed: int, wrong: float = 0.0, views=1
+    folder: Path,
+    name: str,
+    count: int,
+    *,
+    seed: int,
+    wrong: float = 0.0,
+    views=1,
+    noise: int = 0,
 ) -> FeatureSet:
-    """Three clusters in six dimensions, some of their labels wrong."""
+    """Three clusters in six dimensions, some of their labels wrong.
+
+    `noise` further dimensions say nothing.
+    """
     rng = np.random.default_rng(seed)
     clean = rng.integers(0, CLASSES, count).astype("int32")
-    centres = 3.0 * np.eye(CLASSES, DIM)
-    values = centres[clean][:, None] + rng.normal(size=(count, views, DIM))
+    dim = DIM + noise
+    centres = 3.0 * np.eye(CLASSES, dim)
+    values = centres[clean][:, None] + rng.normal(size=(count, views, dim))
     path = folder / f"{name}.bin"
     (5.0 + 2.0 * values).astype("float32").tofile(path)
     flipped = rng.random(count) < wrong
     labels = np.where(flipped, (clean + 1) % CLASSES, clean).astype("int32")
     ids = np.array([f"{name}{number}" for number in range(count)])
-    return FeatureSet(path, labels, ids, DIM, views, clean)
+    return FeatureSet(path, labels, ids, dim, views, clean)
 
 
 def split_features(folder: Path) -> SplitFeatures:

@@ -102,6 +102,29 @@ class TestBaselines:
         for one, other in zip(restored, weights[best], strict=True):
             np.testing.assert_array_equal(one, other)
 
+    @pytest.mark.parametrize("name", method_names.REGULARISATIONS)
+    @pytest.mark.parametrize("policy", ["accept-all", "auto"])
+    def test_regularisation_changes_one_setting_and_nothing_else(
+        self, trial, monkeypatch, name, policy
+    ):
+        seen = []
+        real = methods.train_head
+        monkeypatch.setattr(
+            methods, "train_head", lambda *a, **k: seen.append(a[1]) or real(*a, **k)
+        )
+        prefix = "" if policy == "accept-all" else "auto+"
+        outcome = methods.run_method(f"{prefix}{name}", trial)
+        assert outcome.stalled is None
+        expected = dataclasses.replace(
+            trial.settings,
+            policy=dataclasses.replace(trial.settings.policy, name=policy),
+            **methods.STRENGTHS[name],
+        )
+        assert seen == [expected]
+        assert expected != dataclasses.replace(expected, **dict.fromkeys(
+            methods.STRENGTHS[name], None if name == "weight-decay" else 0.0
+        ))  # fmt: skip
+
     def test_gce_is_the_published_loss(self):
         """(1 - 0.5**0.7) / 0.7 and (1 - 0.25**0.7) / 0.7, for integer labels."""
         loss = keras.losses.CategoricalGeneralizedCrossEntropy(
@@ -311,6 +334,23 @@ class TestComparison:
         assert "early-stopping was left out: it needs a validation split" in notes
         with pytest.raises(DataError, match="clean-subset cannot run"):
             compare_features(features, methods=["clean-subset"], progress=False)
+
+    def test_a_weight_decay_of_all_methods_is_no_method(
+        self, noisy, settings, monkeypatch
+    ):
+        monkeypatch.setattr(comparison_module, "run_method", fake_run)
+        decayed = dataclasses.replace(settings, weight_decay=0.1)
+        result = compare_features(noisy, settings=decayed, progress=False)
+        assert not any("weight-decay" in name for name in result.summaries)
+        assert "auto+weight-decay was left out" in " ".join(result.notes)
+
+    @pytest.mark.parametrize(
+        "changes", [{"label_smoothing": 0.1}, {"mix_up": 0.4}, {"early_stopping": 3}]
+    )
+    def test_what_is_a_method_is_no_setting(self, noisy, settings, changes):
+        changed = dataclasses.replace(settings, **changes)
+        with pytest.raises(InvalidArgument, match="methods of their own"):
+            compare_features(noisy, settings=changed, progress=False)
 
     def test_cleanlab_by_name_needs_the_extra(self, monkeypatch):
         monkeypatch.setattr(method_names, "has_cleanlab", lambda: False)

@@ -17,6 +17,8 @@ from keras_rsft.comparing.method_names import (
     CLEANLAB,
     EARLY_STOPPING,
     METHOD_NAMES,
+    WEIGHT_DECAY,
+    WITH_AUTO,
     check_methods,
     has_cleanlab,
 )
@@ -111,7 +113,8 @@ def compare(
         feature_precision: How features are kept: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
-            those of the methods that are policies. Default: `TrainingSettings()`.
+            those of the methods that are policies. Without label smoothing, mix-up
+            and early stopping, which are methods. Default: `TrainingSettings()`.
         output: Folder of the comparison, which must not exist, or
             `NumberedFolder("compare-photos")` for the next number. It is taken at once
             and appears whole at the end. Default: none is written.
@@ -131,6 +134,7 @@ def compare(
     """
     require_tensorflow_backend("`compare`")
     settings = settings or TrainingSettings()
+    _check_settings(settings)
     _check_counts(settings.seed, seeds, views)
     methods = check_methods(methods)
     if noise is not None:
@@ -232,13 +236,14 @@ def compare_features(
     """
     require_tensorflow_backend("`compare_features`")
     settings = settings or TrainingSettings()
+    _check_settings(settings)
     _check_counts(settings.seed, seeds, 1)
     methods = check_methods(methods)
     features_of = features if callable(features) else lambda seed: features
     first = features_of(settings.seed)
     if not len(first.test):
         raise DataError("A comparison needs a test split, and there is none.")
-    missing = _missing(first)
+    missing = _missing(first, settings)
     if methods is None:
         methods = tuple(name for name in METHOD_NAMES if name not in missing)
         notes = tuple(f"{name} was left out: {why}" for name, why in missing.items())
@@ -297,9 +302,12 @@ def _judged_by_right_labels(features: SplitFeatures) -> SplitFeatures:
     return dataclasses.replace(features, test=right)
 
 
-def _missing(features: SplitFeatures) -> dict[str, str]:
+def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, str]:
     """Returns the methods that cannot run on this data, each with the reason."""
     missing = {}
+    if settings.weight_decay is not None:
+        for name in (WEIGHT_DECAY, f"{WITH_AUTO}{WEIGHT_DECAY}"):
+            missing[name] = "every method here has a weight decay already."
     if not len(features.validation):
         missing[EARLY_STOPPING] = "it needs a validation split."
     if not has_cleanlab():
@@ -310,6 +318,16 @@ def _missing(features: SplitFeatures) -> dict[str, str]:
     elif (train.labels == train.clean_labels).all():
         missing[CLEAN_SUBSET] = "all labels are right."
     return missing
+
+
+def _check_settings(settings: TrainingSettings) -> None:
+    if settings.make_soft_targets() is None and settings.early_stopping is None:
+        return
+    raise InvalidArgument(
+        "A comparison has label smoothing, mix-up and early stopping as methods of "
+        "their own. Leave `label_smoothing`, `mix_up` and `early_stopping` out of the "
+        "settings."
+    )
 
 
 def _check_counts(first_seed: int, seeds: int, views: int) -> None:

@@ -14,13 +14,20 @@ EARLY_STOPPING = "early-stopping"
 CLEANLAB = "cleanlab"
 AUTO = "auto"
 
+# Regularisation: alone, and with rejection by `auto`.
+WEIGHT_DECAY, LABEL_SMOOTHING, MIX_UP = "weight-decay", "label-smoothing", "mix-up"
+REGULARISATIONS = (WEIGHT_DECAY, LABEL_SMOOTHING, MIX_UP)
+WITH_AUTO = f"{AUTO}+"
+
 METHOD_NAMES = (
     PLAIN,
     EARLY_STOPPING,
+    *REGULARISATIONS,
     "article",
     "loss-threshold",
     "keep-fraction",
     *((AUTO,) if AUTO in POLICY_NAMES else ()),
+    *(f"{WITH_AUTO}{name}" for name in REGULARISATIONS),
     "gce",
     "co-teaching",
     CLEANLAB,

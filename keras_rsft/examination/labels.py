@@ -38,6 +38,9 @@ class Examination:
             that a sample of class `c` was labelled `g`. Rows add up to 1.
         labels: int32 array `(n,)`, the given labels.
         reason: Why nothing is rejected, or None if the labels could be judged.
+        held_out_right: Float32 array `(m,)`: the same as `right_probability` of samples
+            that were held out; None where there were none.
+        held_out_labels: int32 array `(m,)`, their given labels, or None.
     """
 
     out_of_sample: np.ndarray
@@ -46,6 +49,26 @@ class Examination:
     noise: np.ndarray
     labels: np.ndarray
     reason: str | None = None
+    held_out_right: np.ndarray | None = None
+    held_out_labels: np.ndarray | None = None
+
+    @property
+    def judges_held_out(self) -> bool:
+        """Whether samples were held out and can be judged."""
+        return self.held_out_right is not None
+
+    def held_out_mask(self) -> np.ndarray:
+        """Returns which held-out samples would be accepted, boolean `(m,)`.
+
+        By the same probability as the examined ones. Of a class that has too few of
+        those to be judged, all are.
+        """
+        if self.reason is not None:
+            return np.ones(len(self.held_out_labels), bool)
+        counts = np.bincount(self.labels, minlength=len(self.noise))
+        small = counts < MIN_CLASS_SIZE
+        likely = self.held_out_right >= MIN_RIGHT_PROBABILITY
+        return likely | small[self.held_out_labels]
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -99,7 +122,12 @@ class Examination:
 
 
 def examine_labels(
-    features: FeatureSet, num_classes: int, *, seed: int = 0, progress: bool = True
+    features: FeatureSet,
+    num_classes: int,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    held_out: FeatureSet | None = None,
 ) -> Examination:
     """Estimates how many labels are wrong, and for each how likely it is right.
 
@@ -120,6 +148,8 @@ def examine_labels(
         seed: Chooses the samples by which the ridge is chosen, where there are
             more than 10,000. Default 0.
         progress: Show a progress bar. Default True.
+        held_out: Features of other samples, which are judged by what the examined ones
+            say and say nothing themselves. Default: none.
 
     Returns:
         What was found. Where there is too little to go by, `reason` says so.
@@ -150,6 +180,7 @@ def examine_labels(
             counts,
             f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
             "labels by",
+            held_out,
         )
     evidence = evidence_of(features)
     regression = LeftOutRegression(evidence.features, num_classes, seed)
@@ -180,11 +211,25 @@ def examine_labels(
         noise,
         labels,
     )
+    if held_out is not None and len(held_out):
+        scores = regression.scores_of(held_out)
+        given = np.asarray(held_out.labels)
+        examination = dataclasses.replace(
+            examination,
+            held_out_right=right_probability(softmax(sharpness * scores), noise, given),
+            held_out_labels=given,
+        )
     return dataclasses.replace(examination, reason=_reason_to_keep_all(examination))
 
 
-def _unjudged(labels: np.ndarray, counts: np.ndarray, reason: str) -> Examination:
+def _unjudged(
+    labels: np.ndarray,
+    counts: np.ndarray,
+    reason: str,
+    held_out: FeatureSet | None = None,
+) -> Examination:
     """Says nothing against any label: each class is as likely as it is frequent."""
+    others = None if held_out is None else np.asarray(held_out.labels)
     shares = (counts / max(counts.sum(), 1)).astype(np.float32)
     return Examination(
         np.tile(shares, (len(labels), 1)),
@@ -193,6 +238,8 @@ def _unjudged(labels: np.ndarray, counts: np.ndarray, reason: str) -> Examinatio
         np.eye(len(counts)),
         labels,
         reason,
+        None if others is None else np.ones(len(others), np.float32),
+        others,
     )
 
 

@@ -34,6 +34,7 @@ class LeftOutRegression:
         self.sampled = np.zeros(count, bool)
         self.sampled[chosen] = True
         self._ridge: float | None = None
+        self._coefficients: np.ndarray | None = None
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)` of each sample from the other samples.
@@ -45,7 +46,7 @@ class LeftOutRegression:
         sample = np.concatenate(
             [
                 inputs[self.sampled[start : start + len(inputs)]]
-                for start, inputs in self._chunks()
+                for start, inputs in self._chunks(self._features)
             ]
         )
         targets = self._one_hot(np.flatnonzero(self.sampled))
@@ -60,8 +61,9 @@ class LeftOutRegression:
         if not self.sampled.all():
             gram, moment = self._normal_equations(weights, None)
         inverse = _inverse(gram, self._ridge)
+        self._coefficients = inverse @ moment
         scores = np.empty((len(weights), self._num_classes), np.float32)
-        for start, inputs in self._chunks():
+        for start, inputs in self._chunks(self._features):
             place = slice(start, start + len(inputs))
             targets = self._one_hot(np.arange(start, start + len(inputs)))
             scores[place] = _leave_one_out(
@@ -69,9 +71,18 @@ class LeftOutRegression:
             )
         return scores
 
-    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def scores_of(self, others: FeatureSet) -> np.ndarray:
+        """Returns class scores `(m, k)` of other samples, by what was fitted last.
+
+        Args:
+            others: Features of samples that were not among the fitted ones.
+        """
+        chunks = [inputs @ self._coefficients for _, inputs in self._chunks(others)]
+        return np.concatenate(chunks)
+
+    def _chunks(self, features: FeatureSet) -> Iterator[tuple[int, np.ndarray]]:
         start = 0
-        for chunk in self._features.chunks(CHUNK_ROWS):
+        for chunk in features.chunks(CHUNK_ROWS):
             inputs = np.ones((len(chunk), chunk.shape[1] + 1), np.float32)
             inputs[:, :-1] = (chunk - self._mean) * self._scale
             yield start, inputs
@@ -87,7 +98,7 @@ class LeftOutRegression:
         width = self._features.dim + 1
         gram = np.zeros((width, width))
         moment = np.zeros((width, self._num_classes))
-        for start, inputs in self._chunks():
+        for start, inputs in self._chunks(self._features):
             rows = np.arange(start, start + len(inputs))
             weighted = inputs * weights[rows, None]
             if only is not None:

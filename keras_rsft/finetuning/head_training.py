@@ -22,6 +22,13 @@ from keras_rsft.features import FeatureSet, TrainingBatches, batches_of
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
+from keras_rsft.finetuning.early_stopping import (
+    early_stopping,
+    kept_epoch,
+    require_validation,
+)
+from keras_rsft.finetuning.epoch_curves import EpochCurves
+from keras_rsft.finetuning.overfitting import Overfitting, find_overfitting
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.ledger import Ledger, RejectionLedger
@@ -56,6 +63,8 @@ class TrainedHead:
         loss_histograms: The losses of each epoch.
         recorder: The callback that keeps the ledger, for a training that goes on.
         callbacks: The user's callbacks, for the same.
+        overfitting: What the curves say; None where there are none, or nothing is to be
+            said, or early stopping kept the weights of the best epoch.
     """
 
     model: RSFTModel
@@ -68,6 +77,7 @@ class TrainedHead:
     loss_histograms: tuple[LossHistogram, ...] = ()
     recorder: RejectionLedger | None = None
     callbacks: Sequence[keras.callbacks.Callback] = ()
+    overfitting: Overfitting | None = None
 
 
 def train_head(
@@ -78,6 +88,7 @@ def train_head(
     progress: bool = True,
     checkpoint: TrainingCheckpoint | None = None,
     devices: Devices = ONE_DEVICE,
+    curves: bool = False,
 ) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
 
@@ -91,15 +102,23 @@ def train_head(
             same features and settings the result is the same to the last bit.
             Default: nowhere.
         devices: What to train on. Default: one device.
+        curves: Have the history tell of accepted and of all samples at the end of each
+            epoch, as `EpochCurves` does. Default False.
 
     Raises:
+        InvalidArgument: If early stopping has no validation split to go by.
         TrainingStalled: If the last epoch accepted nothing.
     """
     train = features.train
+    require_validation(settings, features)
     examination = None
     if settings.policy.name == "auto":
         examination = examine_labels(
-            train, len(features.class_names), seed=settings.seed, progress=progress
+            train,
+            len(features.class_names),
+            seed=settings.seed,
+            progress=progress,
+            held_out=features.validation if curves else None,
         )
     with devices.scope():
         model = untrained_head(features, settings, examination)
@@ -112,18 +131,33 @@ def train_head(
     )
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     further = callbacks(recorder) if callable(callbacks) else callbacks
+    own: list[keras.callbacks.Callback] = [batches.callback, recorder]
+    if curves:
+        own.append(
+            EpochCurves(
+                features,
+                recorder,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                examination=examination,
+            )
+        )
+    remembering = [*early_stopping(settings), *further]
     history = _fit(
-        model, batches, features, settings, recorder, further, progress, checkpoint,
-        devices,
+        model, batches, features, settings, recorder, own, remembering, progress,
+        checkpoint, devices,
     )  # fmt: skip
-    if history["acceptance_rate"][-1] == 0:
+    kept = kept_epoch(settings, history)
+    if history["acceptance_rate"][kept] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
             f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
             "Raise `--threshold` or `--warmup-epochs`, or leave both out."
         )
     results = _accuracies(model, features)
-    results["acceptance_rate"] = history["acceptance_rate"][-1]
+    results["acceptance_rate"] = history["acceptance_rate"][kept]
+    if settings.early_stopping is not None:
+        results |= {"best_epoch": kept + 1, "epochs_trained": len(history["loss"])}
     probabilities = head_probabilities(model, train)
     accepted = _final_decisions(model, train.labels, probabilities, batches, settings)
     if examination is not None:
@@ -135,6 +169,9 @@ def train_head(
         recorder.ledger.note_reviewed(train.reviewed)
     if train.clean_labels is not None:
         results |= rejected_shares(train, accepted)
+    found = None
+    if settings.early_stopping is None:  # Else the best weights were kept.
+        found = find_overfitting(history, len(features.validation))
     return TrainedHead(
         model,
         history,
@@ -146,6 +183,7 @@ def train_head(
         tuple(recorder.loss_histograms),
         recorder,
         further,
+        found,
     )
 
 
@@ -155,14 +193,17 @@ def _fit(
     features: SplitFeatures,
     settings: TrainingSettings,
     recorder: RejectionLedger,
+    own: Sequence[keras.callbacks.Callback],
     callbacks: Sequence[keras.callbacks.Callback],
     progress: bool,
     checkpoint: TrainingCheckpoint | None,
     devices: Devices,
 ) -> dict[str, list[float]]:
-    """Trains what is left to train; returns the history of all epochs."""
+    """Trains what is left to train; returns the history of all epochs.
+
+    `own` need not be remembered by the checkpoint, `callbacks` are.
+    """
     first, last = 0, settings.epochs
-    own = [batches.callback, recorder]
     if checkpoint is not None:
         origin = _origin(features, settings, callbacks)
         checkpoint.open(origin, recorder, callbacks)
@@ -170,10 +211,11 @@ def _fit(
         last = first if checkpoint.stopped else last
     validation = None
     if count := len(features.validation):
+        rows = even_batch(count)
         validation = batches_of(
-            features.validation, batch_size=VALIDATION_BATCH, share=devices.share
+            features.validation, batch_size=rows, share=devices.share
         )
-        validation = devices.distributed(validation, count, VALIDATION_BATCH)
+        validation = devices.distributed(validation, count, rows)
     with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
         history = model.fit(
             devices.distributed(
@@ -227,7 +269,7 @@ def untrained_head(
     head = build_head(
         train.dim, num_classes, moments=train.moments(), seed=settings.seed
     )
-    model = RSFTModel(head, policy)
+    model = RSFTModel(head, policy, soft_targets=settings.make_soft_targets())
     model.compile(
         settings.make_optimizer(),
         "sparse_categorical_crossentropy",
@@ -253,6 +295,18 @@ def _policy(
             warmup_steps=round(settings.policy.warmup_epochs * steps),
         )
     return build_policy(settings.policy, num_classes=num_classes, steps_per_epoch=steps)
+
+
+def even_batch(count: int) -> int:
+    """Returns a batch size, at most 256, by which batches are nearly equally large.
+
+    Keras takes the loss of an evaluation for the mean over its batches: samples of a
+    small last batch would count for more.
+
+    Args:
+        count: Number of samples, at least 1.
+    """
+    return -(-count // -(-count // VALIDATION_BATCH))
 
 
 def choose_steps_per_execution(steps: int) -> int:

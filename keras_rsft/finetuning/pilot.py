@@ -270,6 +270,8 @@ def _try_both(
     progress: bool,
 ) -> tuple[_Tried, _Tried | None]:
     """Trains plainly and with a policy; None where that is plain or accepts nothing."""
+    # The halves have no validation split to end a training by.
+    settings = dataclasses.replace(settings, early_stopping=None)
     plain = dataclasses.replace(settings, policy=PolicyChoice(_PLAIN))
     rejecting = dataclasses.replace(settings, policy=policy)
     same = policy.name == "auto" and examination.reason is not None

@@ -73,6 +73,7 @@ def train_against_plain(
         dataclasses.replace(settings, policy=PolicyChoice("accept-all")),
         progress=progress,
         devices=devices,
+        curves=True,
     )
     name, part = judged
     right, plain_right = (

@@ -15,7 +15,7 @@ import keras
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import ImageData, apply_corrections, load_images
-from keras_rsft.errors import InvalidArgument, WorkerLost
+from keras_rsft.errors import WorkerLost
 from keras_rsft.finetuning.better_model import better_model
 from keras_rsft.finetuning.callback_memory import identity_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
@@ -26,6 +26,7 @@ from keras_rsft.finetuning.head_training import (
     TrainedHead,
     train_head,
 )
+from keras_rsft.finetuning.overfitting import Overfitting
 from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
 from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
 from keras_rsft.finetuning.settings import TrainingSettings
@@ -92,6 +93,11 @@ class Run:
         """What the policy `auto` found and chose, in one line; None for others."""
         examination = self.trained.examination
         return None if examination is None else examination.describe()
+
+    @property
+    def overfitting(self) -> Overfitting | None:
+        """How the head's training overfits; None where it does not."""
+        return self.trained.overfitting
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
@@ -181,15 +187,14 @@ def finetune(
     if trainable_from is not None:
         settings = dataclasses.replace(settings, trainable_from=trainable_from)
     devices = open_devices(strategy) if isinstance(strategy, str) else strategy
+    devices.require_trainable(
+        base_learns=settings.trainable_from is not None,
+        softens=settings.make_soft_targets() is not None,
+    )
     if settings.stage2_epochs:
         check_base_can_learn(str(backbone))
     if settings.trainable_from is not None:
         check_part_can_learn(str(backbone))
-        if devices.strategy is not None:
-            raise InvalidArgument(
-                "A part of the base is trained on one device. Received: the strategy "
-                f"{devices.name}. Leave out `--strategy`, or `--unfreeze`."
-            )
     options = {
         "backbone": backbone,
         "weights": weights,
@@ -315,6 +320,7 @@ def _run(
             progress=progress,
             checkpoint=checkpoint,
             devices=devices,
+            curves=True,
         )
     head, results = trained.model, trained.results
     if checkpoint is not None and settings.trainable_from is not None:

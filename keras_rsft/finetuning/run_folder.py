@@ -128,9 +128,14 @@ def _fill(folder: Path, run: Run, data: ImageData) -> None:
 
 def results_of(run: Run) -> dict[str, Any]:
     """Returns what `results.json` holds."""
+    found = run.overfitting
+    results = run.results | {"overfitting": None}
+    if found is not None:
+        described = dataclasses.asdict(found) | {"sentence": found.sentence}
+        results["overfitting"] = described
     if run.against_plain is None:
-        return run.results
-    return run.results | {"against_plain": dataclasses.asdict(run.against_plain)}
+        return results
+    return results | {"against_plain": dataclasses.asdict(run.against_plain)}
 
 
 def _fill_for_the_eye(

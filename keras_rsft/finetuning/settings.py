@@ -7,11 +7,15 @@ import dataclasses
 import keras
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.model.soft_targets import SoftTargets, check_soft_targets
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.trainable_choice import TrainableFrom, checked_trainable
 
 # Of the head's learning rate: what a pretrained base knows is soon unlearnt.
 BASE_SHARE_OF_LEARNING_RATE = 0.1
+# Parts of the names of variables that weight decay leaves alone: a bias, and the scale
+# and offset of a normalisation, do not make a function any wilder.
+NOT_DECAYED = ("bias", "gamma", "beta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,16 @@ class TrainingSettings:
         learning_rate: Positive. Default 0.001.
         optimizer: Name of a Keras optimizer. Default `"sgd"`.
         momentum: Of `"sgd"`, in [0, 1]. Default 0.9.
-        weight_decay: Decoupled, at least 0. Default None: the optimizer's own.
+        weight_decay: Of the kernels, at least 0, decoupled from the gradient
+            (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR
+            2019): an accepted step also takes `learning_rate` times this share of
+            them away, a rejected one nothing. Default None: the optimizer's own.
+        label_smoothing: As in `SoftTargets`, in [0, 1). Default 0: none.
+        mix_up: As in `SoftTargets`: alpha, at least 0, of mixed features in the
+            training of the head. Default 0: nothing is mixed.
+        early_stopping: Epochs without a better validation accuracy, at least 1, after
+            which the training of the head ends; the weights of the best epoch are
+            kept. Default None: all epochs, and the weights of the last.
         seed: Seed of the initial weights and of the order. Default 0.
         stage2_epochs: Passes over the accepted images in which the last block of
             the base is fine-tuned with the head, at least 0. Default 0: none.
@@ -56,6 +69,9 @@ class TrainingSettings:
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float | None = None
+    label_smoothing: float = 0.0
+    mix_up: float = 0.0
+    early_stopping: int | None = None
     seed: int = 0
     stage2_epochs: int = 0
     trainable_from: TrainableFrom | None = None
@@ -87,6 +103,17 @@ class TrainingSettings:
         if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
             raise InvalidArgument(
                 f"`weight_decay` must be at least 0. Received: {self.weight_decay}."
+            )
+        check_soft_targets(self.label_smoothing, self.mix_up)
+        if self.mix_up > 0 and self.trainable_from is not None:
+            raise InvalidArgument(
+                "Mix-up mixes kept features, which a base that learns does not have. "
+                "Leave out `--mix-up`, or `--unfreeze`."
+            )
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise InvalidArgument(
+                "`early_stopping` must be at least 1 epoch, or None. "
+                f"Received: {self.early_stopping}."
             )
         self.make_optimizer()
 
@@ -138,7 +165,7 @@ class TrainingSettings:
         if self.weight_decay is not None:
             config["weight_decay"] = self.weight_decay
         try:
-            return keras.optimizers.get(
+            optimizer = keras.optimizers.get(
                 {"class_name": self.optimizer.lower(), "config": config}
             )
         except (ValueError, TypeError) as error:
@@ -146,3 +173,13 @@ class TrainingSettings:
                 "The optimizer must be the name of a Keras optimizer, such as sgd, "
                 f"adam or adamw. Received: {self.optimizer!r}."
             ) from error
+        optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+        return optimizer
+
+    def make_soft_targets(self) -> SoftTargets | None:
+        """Returns new soft targets, or None where targets stay as they are."""
+        if not (self.label_smoothing or self.mix_up):
+            return None
+        return SoftTargets(
+            label_smoothing=self.label_smoothing, mix_up=self.mix_up, seed=self.seed
+        )

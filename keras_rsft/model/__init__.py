@@ -6,5 +6,6 @@
 from keras_rsft.model.rsft_model import RSFTModel
 from keras_rsft.model.second_pass import TwoPassRSFTModel
 from keras_rsft.model.selection import AcceptanceGuard
+from keras_rsft.model.soft_targets import SoftTargets
 
-__all__ = ["AcceptanceGuard", "RSFTModel", "TwoPassRSFTModel"]
+__all__ = ["AcceptanceGuard", "RSFTModel", "SoftTargets", "TwoPassRSFTModel"]

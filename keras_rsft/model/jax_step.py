@@ -133,9 +133,11 @@ class JaxStep(SymbolicBuild, TrainingStep):
 
     def _changed_by_an_update(self) -> list[Any]:
         """Returns what the two outcomes of a decision may leave different."""
+        soft = self.soft_targets
         return [
             *self.trainable_variables,
             *self.model.non_trainable_variables,
+            *([] if soft is None else soft.variables),
             *self.optimizer.variables,
             self.selection.lowest,
         ]

@@ -102,6 +102,11 @@ def _what_keras_cannot_do(model: RSFTModel) -> str | None:
             "Elements within samples are judged on one device. "
             "Use `level='sample'`, or no strategy."
         )
+    if model._softens:
+        return (
+            "Label smoothing and mix-up train on one device. Leave out `soft_targets`, "
+            "or the strategy."
+        )
     if model._selects_within_batch:
         return None
     reductions = {

@@ -17,11 +17,12 @@ from keras_rsft.model.backend import BackendStep
 from keras_rsft.model.batch import symbolic_inputs
 from keras_rsft.model.per_sample_loss import LossScorer
 from keras_rsft.model.selection import AcceptanceGuard, SelectionMetric
+from keras_rsft.model.soft_targets import LearnsSoftTargets
 from keras_rsft.policies import Policy
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class RSFTModel(BackendStep, keras.Model):
+class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
@@ -51,6 +52,7 @@ class RSFTModel(BackendStep, keras.Model):
         model: Any `keras.Model`; it is used, not copied, and stays available
             as `.model`.
         policy: A `Policy`, e.g. `LossThreshold(1.5)`.
+        soft_targets: `SoftTargets`: label smoothing and mix-up. Default: none.
 
     Raises:
         TypeError: If `policy` is not a `Policy`, or `model` not a `keras.Model`.
@@ -209,8 +211,8 @@ class RSFTModel(BackendStep, keras.Model):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> RSFTModel:
-        config = dict(config)
-        for part in ("model", "policy"):
+        config = {"soft_targets": None} | config
+        for part in ("model", "policy", "soft_targets"):
             config[part] = keras.saving.deserialize_keras_object(
                 config[part], custom_objects=custom_objects
             )

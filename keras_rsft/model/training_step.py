@@ -24,6 +24,7 @@ from keras_rsft.model.elements import (
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.recorded_pass import Pass, shown_loss
 from keras_rsft.model.selection import selection_sums
+from keras_rsft.model.soft_targets import Mix
 
 Batch = tuple[Any, Any, Any, Any]
 
@@ -68,8 +69,8 @@ class TrainingStep:
         selects = self._selects_within_batch
         y_pred, pending = self._forward(x)
         per_sample_loss = weighted_loss = self._scorer(y, y_pred)
-        if selects and sample_weight is not None:
-            weighted_loss = self._scorer(y, y_pred, sample_weight)
+        if selects and (sample_weight is not None or self._softens):
+            weighted_loss = self._learnt_loss(y, y_pred, sample_weight)
         batch_loss = None
         if not selects or sample_weight is not None:
             batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
@@ -82,12 +83,14 @@ class TrainingStep:
             y_pred=y_pred,
         )
 
-    def _scored_accepted(self, data: tuple[Any, Any, Any], accept_mask: Any) -> Pass:
+    def _scored_accepted(
+        self, data: tuple[Any, Any, Any], accept_mask: Any, mix: Mix | None
+    ) -> Pass:
         """Does so for a batch in which what the mask rejects has no part."""
         x, y, sample_weight = data
-        y_pred, pending = self._forward(x)
+        y_pred, pending = self._forward(x if mix is None else mix.of(x))
         y_pred = only_accepted(y_pred, accept_mask)
-        weighted_loss = self._scorer(y, y_pred, sample_weight)
+        weighted_loss = self._learnt_loss(y, y_pred, sample_weight, mix)
         return Pass(self._penalties(), weighted_loss, pending)
 
     def _note(self, sample_index: Any, per_sample_loss: Any, accept_mask: Any) -> None:
@@ -102,7 +105,9 @@ class TrainingStep:
         accepts_any = ops.any(accept_mask)
 
         def update() -> None:
-            self._apply(recorded, accept_mask)
+            mixes = self._mixes
+            learnt = self._finite_pass(accept_mask, data) if mixes else recorded
+            self._apply(learnt, accept_mask)
 
         def reject() -> None:
             self.reject(recorded)
@@ -143,7 +148,8 @@ class TrainingStep:
 
     def _recorded_pass(self, data: tuple[Any, Any, Any], accept_mask: Any) -> Pass:
         """Returns a pass of its own over these inputs, targets and weights."""
-        return self.recorded(lambda: self._scored_accepted(data, accept_mask))
+        mix = self._draw_mix(accept_mask)
+        return self.recorded(lambda: self._scored_accepted(data, accept_mask, mix))
 
     def _log_step(
         self, recorded: Pass, accept_mask: Any, data: tuple[Any, Any, Any]
@@ -177,6 +183,8 @@ class TrainingStep:
     @property
     def _selects_within_batch(self) -> bool:
         policy = self.policy
+        if self._softens:  # Which Keras's own loss of the batch does not know.
+            return True
         return policy.level != "batch" and not policy.accepts_every_finite_sample
 
     def _make_slots(self) -> None:

@@ -20,6 +20,11 @@ from keras_rsft import run_files
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report import charts
 from keras_rsft.report.gallery import confusion_of, gallery_data
+from keras_rsft.report.learning_curves import (
+    curves_note,
+    learning_curves,
+    overfitting_warning,
+)
 from keras_rsft.report.outcome import outcome_of, percent
 from keras_rsft.report.run_record import RunRecord, read_run
 from keras_rsft.result_words import STRATEGY_HEADER, STRATEGY_NOTE, strategy_texts
@@ -107,7 +112,9 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
 def _content(record: RunRecord, *, served: bool) -> dict[str, Any]:
     content: dict[str, Any] = {
         "outcome": outcome_of(record),
-        "curves": _curves(record),
+        "curves": learning_curves(record),
+        "curves_note": curves_note(record),
+        "overfitting": overfitting_warning(record),
         "histograms": charts.histograms(record.losses),
         "sizes": charts,
         "pictures": _pictures(record),
@@ -138,53 +145,6 @@ def script_json(value: Any) -> str:
     """Returns JSON that cannot end the script element that it stands in."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _curves(record: RunRecord) -> list[charts.LineChart]:
-    metrics = record.metrics
-    plain = record.results.get("against_plain", {}).get("history", {})
-    plain_validation = [float(value) for value in plain.get("val_accuracy", [])]
-    thresholds = {one.epoch: one.threshold for one in record.losses}
-    threshold = [
-        float("nan") if thresholds.get(epoch) is None else thresholds[epoch]
-        for epoch in range(1, len(metrics.get("loss", ())) + 1)
-    ]
-    drawn = [
-        charts.line_chart(
-            "accuracy",
-            "Accuracy",
-            [
-                ("training, given labels", "quiet", metrics.get("accuracy", [])),
-                ("validation", "first", metrics.get("val_accuracy", [])),
-                ("validation, plain head", "second", plain_validation),
-            ],
-            as_percent=True,
-        ),
-        charts.line_chart(
-            "loss",
-            "Loss",
-            [
-                ("all samples", "quiet", metrics.get("loss", [])),
-                ("accepted samples", "first", metrics.get("accepted_loss", [])),
-                ("validation", "second", metrics.get("val_loss", [])),
-                ("threshold", "threshold", threshold),
-            ],
-            as_percent=False,
-        ),
-        charts.line_chart(
-            "selection",
-            "Acceptance",
-            [
-                ("accepted samples", "first", metrics.get("acceptance_rate", [])),
-                ("wrong labels rejected", "second",
-                 metrics.get("rejection_recall", [])),
-                ("rejected labels that are wrong", "quiet",
-                 metrics.get("rejection_precision", [])),
-            ],
-            as_percent=True,
-        ),
-    ]  # fmt: skip
-    return [one for one in drawn if one is not None]
 
 
 def _acceptance(record: RunRecord) -> dict[str, Any] | None:

@@ -245,9 +245,9 @@ def _updated(
     decay = 1.0 - trials["weight_decay"] * trials["learning_rate"]
     iterations = tf.where(moves, state.iterations + 1.0, state.iterations)
     parts = []
-    for weights, gradient, slots in (
-        (state.kernel, gradients[0], state.kernel_slots),
-        (state.bias, gradients[1], state.bias_slots),
+    for weights, gradient, slots, kept in (
+        (state.kernel, gradients[0], state.kernel_slots, decay),
+        (state.bias, gradients[1], state.bias_slots, 1.0),  # A bias does not decay.
     ):
         # From here on the old slots are not needed, so that the compiler copies none.
         new_slots = tuple(
@@ -255,7 +255,7 @@ def _updated(
             for new, old in zip(slots_of(slots, gradient, trials), slots, strict=True)
         )
         change = change_of(new_slots, trials, iterations)
-        moved = weights * decay + change
+        moved = weights * kept + change
         parts.append((tf.where(moves, moved, weights), new_slots))
     (kernel, kernel_slots), (bias, bias_slots) = parts
     return HeadState(kernel, bias, kernel_slots, bias_slots, iterations)
