@@ -25,6 +25,7 @@ from keras_rsft.cli_options import (
     load_corrected,
     training_settings,
 )
+from keras_rsft.cli_texts import chosen_backbone
 from keras_rsft.cli_unfreeze import add_unfreeze_options, unfreeze_settings
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import PolicyChoice
@@ -187,6 +188,7 @@ def fit_callbacks(
     require_tensorboard()  # Before the work, not after it.
     names = ("data", "backbone", "weights", "precision", "views", "noise")
     chosen = {name: getattr(arguments, name) for name in names}
+    chosen["backbone"] = chosen_backbone(arguments)
     hparams = hparams_of(chosen | dataclasses.asdict(settings))
 
     def callbacks_of(data: ImageData) -> Callbacks:

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from keras_rsft.cluster import DEFAULT_PATIENCE
-from keras_rsft.data import ImageSplit
+from keras_rsft.data import SampleSplit
 from keras_rsft.features.feature_pass import FeaturePass, append_rows, require_rows
 from keras_rsft.features.feature_set import (
     FEATURE_PRECISIONS,
@@ -41,7 +41,7 @@ FORMAT_VERSION = 1
 
 def extract_features(
     backbone: keras.Model | FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
@@ -61,9 +61,9 @@ def extract_features(
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
-            [0, 255], to features `(batch, dim)`; or a `FrozenBase` of one, which
-            serves several splits faster.
-        split: The images.
+            [0, 255], or texts `(batch,)`, to features `(batch, dim)`; or a
+            `FrozenBase` of one, which serves several splits faster.
+        split: The images, or texts.
         cache_dir: Folder for kept features. Default: `keras_rsft/features` in
             the user's cache folder.
         batch_size: Images per step of the base, at least 1. Default 32.
@@ -79,7 +79,8 @@ def extract_features(
         The features of all readable images, in the order of the split.
 
     Raises:
-        InvalidArgument: If `feature_precision` is neither.
+        InvalidArgument: If `feature_precision` is neither, or the base does not take
+            such samples.
         DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features.
     """
@@ -100,7 +101,7 @@ def extract_features(
 
 def make_pass(
     backbone: keras.Model | FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
@@ -133,7 +134,7 @@ def make_pass(
 
 def is_kept(
     base: FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
     views: int = 1,
@@ -159,7 +160,7 @@ def default_cache_dir() -> Path:
 
 def feature_key(
     base: FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     views: int = 1,
     seed: int = 0,
@@ -223,7 +224,7 @@ def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> N
     )
 
 
-def open_kept(folder: Path, split: ImageSplit) -> FeatureSet:
+def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
     """Returns the features in a finished folder, with the labels of the split.
 
     Args:
@@ -253,7 +254,7 @@ def open_kept(folder: Path, split: ImageSplit) -> FeatureSet:
     )
 
 
-def _left_over(before_review: FeatureSet, split: ImageSplit) -> FeatureSet:
+def _left_over(before_review: FeatureSet, split: SampleSplit) -> FeatureSet:
     """Returns what remains of a split's features, with the labels that it has now."""
     at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
     ids = before_review.ids.tolist()
