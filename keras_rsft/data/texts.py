@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -309,9 +308,3 @@ class TextReader:
 
     def take(self, indices: np.ndarray) -> TextReader:
         return TextReader(self._ids[indices], self._texts[indices])
-
-
-def texts_below(folder: str | os.PathLike) -> list[str]:
-    """Returns the text files of a folder at any depth, sorted."""
-    files = (file for file in Path(folder).rglob("*") if file.is_file())
-    return sorted(str(file) for file in files if file.suffix.lower() in TEXT_SUFFIXES)
