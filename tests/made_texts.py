@@ -29,7 +29,7 @@ HOSTILE_TEXTS = (
     '=HYPERLINK("http://localhost/","the soup needs salt")',
     "</script><img src=x onerror=document.title='img'> the dog runs",
     "-1+1 the bank raises its rates",
-    "two\nlines, a comma and \"quotes\"\tand a tab: the horse drinks",
+    'two\nlines, a comma and "quotes"\tand a tab: the horse drinks',
     "a bell \x07, an escape \x1b[31m and a \u202eturn: the owl sleeps",
     "the stock market \U0001f4c8 عربي 日本語",
     "[SEP] [PAD] {{ 7 * 7 }} the rice tastes of butter",
