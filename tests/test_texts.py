@@ -194,7 +194,7 @@ class TestSplit:
             load_images(photo_folder).train.inputs(())
 
     def test_noise_made_of_images_is_refused(self, table):
-        with pytest.raises(InvalidArgument, match="instance.*made of images.*texts"):
+        with pytest.raises(InvalidArgument, match=r"instance .* made of images.*texts"):
             add_label_noise(load_texts(table), "instance:0.3", seed=0)
 
 

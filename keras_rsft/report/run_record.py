@@ -132,8 +132,10 @@ class RunRecord:
     @property
     def kind(self) -> str:
         """What the samples are, in the plural: "images" or "texts"."""
-        source = self.config["data"]["source"] if self.is_search else self.config
-        return "texts" if takes_texts(source.get("backbone", "")) else "images"
+        recorded = self.config
+        if isinstance(recorded.get("data"), dict):  # A search has it one level deeper.
+            recorded = recorded["data"].get("source", {})
+        return "texts" if takes_texts(recorded.get("backbone") or "") else "images"
 
     @property
     def pictures(self) -> dict[str, bytes]:
