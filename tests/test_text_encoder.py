@@ -93,6 +93,7 @@ def test_special_tokens_in_a_text_are_text(text_encoder):
     assert not {0, 101, 102} & set(inside)
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_is_the_same(text_encoder, tmp_path):
     text_encoder.save(tmp_path / "encoder.keras")
     loaded = keras.saving.load_model(tmp_path / "encoder.keras")

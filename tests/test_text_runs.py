@@ -88,6 +88,7 @@ class TestRun:
         few = gallery_data(record, served=False, max_bytes=400)["samples"]["text"]
         assert 0 < sum(len(text.encode()) for text in few) <= 400
 
+    @pytest.mark.slow
     def test_in_python_the_same_weights(self, root):
         data = rsft.load_texts(root / "texts.csv")
         run = rsft.finetune(
@@ -104,6 +105,7 @@ class TestRun:
         assert answer.label == "cooking"
         assert answer.score == pytest.approx(scores.max(), abs=1e-4)
 
+    @pytest.mark.slow
     def test_its_corrections_are_applied(self, root, call):
         with (root / "run" / "ledger.csv").open(encoding="utf-8") as file:
             first = next(csv.DictReader(file))
@@ -137,6 +139,7 @@ class TestPredict:
         assert "new.csv:3: The text is empty." in err
         assert "new/bad.txt: The text is not UTF-8" in err
 
+    @pytest.mark.slow
     def test_the_answers_do_not_depend_on_the_others(self, root, tmp_path):
         (tmp_path / "one.txt").write_text("The cat sleeps in the barn.")
         (tmp_path / "long.txt").write_text("The cat sleeps in the barn. " * 100)
