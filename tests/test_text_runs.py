@@ -183,7 +183,7 @@ class TestRefusals:
         with pytest.raises(InvalidArgument, match="--backbone minilm"):
             rsft.finetune(rsft.load_texts(root / "texts.csv"), progress=False)
 
-    @pytest.mark.parametrize("kind", ["saved-model", "litert"])
+    @pytest.mark.parametrize("kind", ["saved-model", "litert", "onnx"])
     def test_an_export_that_cannot_be(self, kind, call):
         status, _, err = call("export", "run", "--format", kind)
         assert status == 2

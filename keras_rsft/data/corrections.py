@@ -65,11 +65,11 @@ class Corrections:
         """Says in one line, or two, what was changed."""
         text = (
             f"Corrections: {self.count(KEEP)} labels kept, {self.count(RELABEL)} "
-            f"relabelled, {self.count(DROP)} images dropped."
+            f"relabelled, {self.count(DROP)} samples dropped."
         )
         if self.tested:
             text += (
-                f"\n{self.tested} of these images are in the test split: its accuracy "
+                f"\n{self.tested} of these samples are in the test split: its accuracy "
                 "cannot be compared with one from before."
             )
         return text
