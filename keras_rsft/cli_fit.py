@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def add_fit(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its options."""
-    fit = commands.add_parser("fit", help="fine-tune on your own images")
+    fit = commands.add_parser("fit", help="fine-tune on your own images or texts")
     add_data_argument(fit)
     add_data_options(fit.add_argument_group("data"))
     add_base_options(fit.add_argument_group("base"))
