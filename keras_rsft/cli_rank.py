@@ -129,8 +129,8 @@ def _row(one: RankedBackbone, *, first: bool) -> list[str]:
 def _notes(ranking: BackboneRanking) -> list[str]:
     notes = [
         f"Accuracy in percent of a quick head on {ranking.num_images} training "
-        "samples, each predicted from the others, ± half of its 95 % interval; ms of the pass "
-        "for a sample."
+        "samples, each predicted from the others, ± half of its 95 % interval; ms of "
+        "the pass for a sample."
     ]
     share = f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong"
     if ranking.counts_right_labels:

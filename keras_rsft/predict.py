@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones import text_tokens  # noqa: F401 -- Lets Keras load it.
 from keras_rsft.data.decode_many import decode_images
 from keras_rsft.data.folder import IMAGE_SUFFIXES
 from keras_rsft.data.table import Columns
