@@ -152,7 +152,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser(
-        "compare", help="several methods side by side on your own images"
+        "compare", help="several methods side by side on your own images or texts"
     )
     add_data_argument(compare)
     methods = compare.add_argument_group("comparison")

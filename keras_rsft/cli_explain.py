@@ -25,7 +25,7 @@ def add_explain_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="first say what 1,000 of the images tell about the labels, whether "
+        help="first say what 1,000 of the samples tell about the labels, whether "
         "rejection is likely to help, and how long it will take; then train",
     )
     parser.add_argument(
@@ -57,7 +57,7 @@ def explain_if_asked(
         settings=settings,
         progress=output.progress,
     )
-    print_pilot(pilot, settings, output.console)
+    print_pilot(pilot, settings, output.console, kind=data.kind)
     if arguments.dry_run:
         output.console.print(
             "Nothing was trained. The same command without --dry-run trains."
@@ -66,23 +66,29 @@ def explain_if_asked(
     return not arguments.dry_run
 
 
-def print_pilot(pilot: Pilot, settings: TrainingSettings, console: Console) -> None:
+def print_pilot(
+    pilot: Pilot,
+    settings: TrainingSettings,
+    console: Console,
+    *,
+    kind: str = "images",
+) -> None:
     """Prints a table and the verdict."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(
-        title=f"From {pilot.num_images} training images",
+        title=f"From {pilot.num_images} training {kind}",
         title_justify="left",
         show_header=False,
     )
-    for name, text in _rows(pilot, settings):
+    for name, text in _rows(pilot, settings, kind):
         table.add_row(name, escape(text))
     console.print(table)
     console.print(escape(pilot.verdict), soft_wrap=True)
 
 
-def _rows(pilot: Pilot, settings: TrainingSettings) -> list[tuple[str, str]]:
+def _rows(pilot: Pilot, settings: TrainingSettings, kind: str) -> list[tuple[str, str]]:
     share, low, high = (100 * value for value in pilot.noise_rate)
     sizes = [
         f"{name}: {n:,}" for name, n in (pilot.largest_class, pilot.smallest_class)
@@ -97,7 +103,7 @@ def _rows(pilot: Pilot, settings: TrainingSettings) -> list[tuple[str, str]]:
         name = f"Agrees with held-out labels, {pilot.policy}"
         rows.append((name, f"{100 * pilot.policy_accuracy:.1f} %"))
     if pilot.images_left:
-        images = f"{pilot.images_left:,} images, {about(pilot.pass_seconds)}"
+        images = f"{pilot.images_left:,} {kind}, {about(pilot.pass_seconds)}"
     else:
         images = "kept from before"
     rows.append(("Pass of the base", images))

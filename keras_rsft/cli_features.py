@@ -91,7 +91,7 @@ def run_features(arguments: argparse.Namespace, cluster: Cluster) -> None:
         }
         if arguments.share is None:
             features = open_features(data, **options).features
-            print_features(features, output.console)
+            print_features(features, output.console, kind=data.kind)
         else:
             keep_share(data, **options)
             features = None
@@ -105,17 +105,19 @@ def run_features(arguments: argparse.Namespace, cluster: Cluster) -> None:
         output.finish(features_document(features, cluster, folder), folder)
 
 
-def print_features(features: SplitFeatures, console: Console) -> None:
+def print_features(
+    features: SplitFeatures, console: Console, *, kind: str = "images"
+) -> None:
     """Prints what is kept of each split, and where."""
     for name in ("train", "validation", "test"):
         part = getattr(features, name)
-        text = f"{name}: {len(part):,} images, {part.dim:,} features each"
+        text = f"{name}: {len(part):,} {kind}, {part.dim:,} features each"
         if part.views > 1:
             text += f", {part.views} views"
         text += f", {part.num_bytes / 1e6:,.1f} MB in {part.path}"
         console.print(text, markup=False, soft_wrap=True)
     if features.unreadable:
-        console.print(f"{len(features.unreadable):,} images could not be read.")
+        console.print(f"{len(features.unreadable):,} {kind} could not be read.")
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from keras_rsft.cli_regularisation import (
     add_regularisation_options,
     regularisation_settings,
 )
+from keras_rsft.cli_texts import chosen_backbone
 from keras_rsft.cli_unfreeze import add_unfreeze_options, unfreeze_settings
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import PolicyChoice
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 def add_fit(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its options."""
-    fit = commands.add_parser("fit", help="fine-tune on your own images")
+    fit = commands.add_parser("fit", help="fine-tune on your own images or texts")
     add_data_argument(fit)
     add_data_options(fit.add_argument_group("data"))
     add_base_options(fit.add_argument_group("base"))
@@ -194,6 +195,7 @@ def fit_callbacks(
     require_tensorboard()  # Before the work, not after it.
     names = ("data", "backbone", "weights", "precision", "views", "noise")
     chosen = {name: getattr(arguments, name) for name in names}
+    chosen["backbone"] = chosen_backbone(arguments)
     hparams = hparams_of(chosen | dataclasses.asdict(settings))
 
     def callbacks_of(data: ImageData) -> Callbacks:
@@ -201,7 +203,7 @@ def fit_callbacks(
             RejectionTensorBoard(
                 free_log_folder(arguments.tensorboard, beginning.folder.name),
                 ledger,
-                images=data.train,
+                images=data.train if data.kind == "images" else None,
                 class_names=data.class_names,
                 hparams=hparams,
             )

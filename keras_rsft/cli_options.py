@@ -12,7 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_rsft.backbones.base_name import parse_base_name
+from keras_rsft.backbones.base_name import TEXT_ENCODERS, parse_base_name
+from keras_rsft.cli_texts import (
+    add_text_options,
+    are_texts,
+    chosen_backbone,
+    load_asked_texts,
+    split_options,
+)
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import (
     DEFAULT_KEEP_FRACTION,
@@ -24,7 +31,7 @@ from keras_rsft.policy_choice import (
 STAGE2_EPOCHS = 3
 
 if TYPE_CHECKING:
-    from keras_rsft.data import ImageData
+    from keras_rsft.data import SampleData
     from keras_rsft.finetuning import TrainingSettings
 
 
@@ -34,13 +41,14 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
         "data",
         metavar="DATA",
         help="folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, "
-        "CSV file, tfds:NAME, or digits",
+        "CSV file, tfds:NAME, or digits; texts: a CSV file, or a folder of .txt files",
     )
 
 
 def add_data_options(group: argparse._ArgumentGroup) -> None:
     """Adds what `load_images` and `add_label_noise` need."""
     group.add_argument("--path-column", default="path", help="default: %(default)s")
+    add_text_options(group)
     group.add_argument("--label-column", default="label", help="default: %(default)s")
     group.add_argument("--split-column", default="split", help="default: %(default)s")
     group.add_argument("--clean-label-column", help="CSV column of the right labels")
@@ -75,15 +83,16 @@ def add_base_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--backbone",
         type=backbone_name,
-        default="resnet50",
         help="any model of keras.applications, efficientnet_lite0, a .keras file, "
         "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, with a SCALE such as "
-        "0:1 or imagenet; default: %(default)s",
+        f"0:1 or imagenet; for texts {TEXT_ENCODERS[0]}; default: resnet50, for "
+        f"--text-column {TEXT_ENCODERS[0]}",
     )
     group.add_argument(
         "--weights",
         default="imagenet",
-        help="imagenet, none or a file; default: imagenet",
+        help="imagenet, none or a file; of minilm a folder; default: the published "
+        "ones",
     )
     add_pass_options(group)
     group.add_argument(
@@ -335,13 +344,14 @@ def base_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "feature_precision",
         "cache_dir",
     )
-    return {name: getattr(arguments, name) for name in names}
+    options = {name: getattr(arguments, name) for name in names}
+    return options | {"backbone": chosen_backbone(arguments)}
 
 
 def load_corrected(
     arguments: argparse.Namespace, *, noisy_splits: tuple[str, ...] = ()
-) -> ImageData:
-    """Returns the images that were asked for, labels made wrong and then corrected.
+) -> SampleData:
+    """Returns the data that were asked for, labels made wrong and then corrected.
 
     Args:
         arguments: The parsed command.
@@ -360,22 +370,19 @@ def load_corrected(
     return apply_corrections(data, arguments.corrections)
 
 
-def load_data(arguments: argparse.Namespace) -> ImageData:
-    """Returns the images that were asked for, without noise or corrections."""
+def load_data(arguments: argparse.Namespace) -> SampleData:
+    """Returns the data that were asked for, without noise or corrections."""
     from keras_rsft.data import load_images
 
+    if are_texts(arguments):
+        return load_asked_texts(arguments)
     return load_images(
         arguments.data,
         path_column=arguments.path_column,
-        label_column=arguments.label_column,
-        split_column=arguments.split_column,
-        clean_label_column=arguments.clean_label_column,
         label_key=arguments.label_key,
         clean_label_key=arguments.clean_label_key,
-        validation_fraction=arguments.validation_fraction,
-        test_fraction=arguments.test_fraction,
-        split_seed=arguments.split_seed,
         data_dir=arguments.data_dir,
+        **split_options(arguments),
     )
 
 

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from keras_rsft.backbones.base_name import takes_texts
 from keras_rsft.cli_documents import json_value
-from keras_rsft.data import ImageData
+from keras_rsft.data import SampleData
 from keras_rsft.result_words import (
     RESULT_NAMES,
     STRATEGY_HEADER,
@@ -104,13 +105,13 @@ def output_of(arguments: argparse.Namespace) -> Output:
     return Output(quiet=arguments.quiet, as_json=getattr(arguments, "json", False))
 
 
-def print_data(data: ImageData, console: Console, *, noise: str | None = None) -> None:
+def print_data(data: SampleData, console: Console, *, noise: str | None = None) -> None:
     """Prints what was found: classes and the size of each split; and corrections."""
     sizes = ", ".join(
         f"{len(split)} {split.name}"
         for split in (data.train, data.validation, data.test)
     )
-    text = f"{data.num_classes} classes; images: {sizes}."
+    text = f"{data.num_classes} classes; {data.kind}: {sizes}."
     if noise is not None:
         wrong = int(np.sum(data.train.labels != data.train.clean_labels))
         state = "made wrong" if data.corrections is None else "are still wrong"
@@ -124,8 +125,9 @@ def print_run(run: Run, console: Console) -> None:
     """Prints the results of a run and what to do next."""
     unreadable = len(run.features.unreadable)
     if unreadable:
+        kind = "texts" if takes_texts(run.config["backbone"]) else "images"
         console.print(
-            f"[yellow]{unreadable} images cannot be read and were left out; "
+            f"[yellow]{unreadable} {kind} cannot be read and were left out; "
             "see unreadable.csv in the run folder.[/]"
         )
     if run.finding is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keras_rsft.predict import Prediction
 
 from keras_rsft.cli_options import add_output_options
+from keras_rsft.cli_texts import DEFAULT_TEXT_COLUMN
 from keras_rsft.export.places import check_exists
 
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
@@ -25,7 +26,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its options."""
     predict = commands.add_parser(
         "predict",
-        help="use a trained model on image files",
+        help="use a trained model on image files or texts",
         epilog="Exit status: 0 if every file was answered, 1 if some could not be read "
         "(they are listed on standard error, and the others are answered), 2 for a "
         "command that cannot be run.",
@@ -39,7 +40,14 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="image files, folders, or quoted patterns such as 'new/**/*.jpg'",
+        help="image files, folders, or quoted patterns such as 'new/**/*.jpg'; for a "
+        "model of texts .txt files and CSV files",
+    )
+    predict.add_argument(
+        "--text-column",
+        metavar="COLUMN",
+        default=DEFAULT_TEXT_COLUMN,
+        help="column of the texts in a CSV file; default: %(default)s",
     )
     predict.add_argument(
         "--output-format",
@@ -52,7 +60,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def run_predict(arguments: argparse.Namespace) -> bool:
-    """Prints an answer for each file that can be read, and lists the others.
+    """Prints an answer for each sample that can be read, and lists the others.
 
     Returns:
         Whether every file was answered.
@@ -61,18 +69,27 @@ def run_predict(arguments: argparse.Namespace) -> bool:
         InvalidArgument: If there is no such model.
     """
     check_exists(arguments.model)  # Before anything heavy is imported.
-    from keras_rsft.predict import find_images, predict_files
+    from keras_rsft.predict import (
+        find_images,
+        find_texts,
+        load_classifier,
+        predict_samples,
+        samples_in,
+    )
     from keras_rsft.progress import progress_bar
 
-    files = find_images(arguments.paths)
+    classifier = load_classifier(arguments.model)
+    find = find_texts if classifier.takes == "texts" else find_images
+    files = find(arguments.paths)
+    samples = samples_in(files, classifier, text_column=arguments.text_column)
     write = answer_writer(arguments.output_format, sys.stdout)
     unreadable = []
     # Answers and a bar on the same terminal would write over each other.
     visible = not (arguments.quiet or sys.stdout.isatty())
     with progress_bar(
-        "Predicting", total=len(files), unit="images", visible=visible
+        "Predicting", total=len(samples), unit=classifier.takes, visible=visible
     ) as advance:
-        for prediction in predict_files(arguments.model, files):
+        for prediction in predict_samples(classifier, samples):
             if prediction.error is None:
                 write(prediction)
             else:

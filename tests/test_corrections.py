@@ -65,7 +65,7 @@ class TestWhatIsChanged:
         assert labels[moved] == "owl"
         assert set(after.train.ids[after.train.reviewed]) == {kept, moved}
         assert after.corrections.describe() == (
-            "Corrections: 1 labels kept, 1 relabelled, 1 images dropped."
+            "Corrections: 1 labels kept, 1 relabelled, 1 samples dropped."
         )
         assert data.train.reviewed is None
         others = set(labels) - {kept, moved}
@@ -80,7 +80,9 @@ class TestWhatIsChanged:
         after = apply_corrections(data, file(*rows))
         for name in SPLIT_NAMES:
             assert next(iter(named_labels(after, name).values())) == "owl"
-        assert "1 of these images are in the test split" in after.corrections.describe()
+        assert (
+            "1 of these samples are in the test split" in after.corrections.describe()
+        )
 
     def test_a_second_review_goes_on_from_the_first(self, data, named, tmp_path):
         (one, _), (two, _), (three, _) = named[:3]

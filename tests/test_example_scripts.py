@@ -15,11 +15,16 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Epoch")
 @pytest.mark.parametrize(
-    "name", ["multi_label", "regression", "segmentation", "detection"]
+    "name",
+    ["multi_label", "regression", "segmentation", "detection", "text_classification"],
 )
-def test_an_example_prints_a_table_and_draws(name, tmp_path, monkeypatch, capsys):
+def test_an_example_prints_a_table_and_draws(
+    name, tmp_path, monkeypatch, capsys, request
+):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
+    if name.startswith("text"):
+        request.getfixturevalue("text_encoder")  # Skips where there are no weights.
     figure = tmp_path / "figure.png"
     small = ["--samples", "24", "--seeds", "1", "--epochs", "2", "--weights", "none"]
     monkeypatch.setattr(sys, "argv", [name, *small, "--figure", str(figure)])

@@ -77,7 +77,7 @@ def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
     """
     _hold_still(base.body)
     if precision == "bfloat16":
-        _compute_in_bfloat16(base.body)
+        compute_in_bfloat16(base.body)
     shape = (*base.image_size, _IMAGE_CHANNELS)
     images = keras.Input(shape, dtype="float32", name="images")
     x = base.body(base.preprocess(images), training=False)
@@ -101,7 +101,7 @@ def _hold_still(body: keras.Model) -> None:
             layer.rate = 0.0
 
 
-def _compute_in_bfloat16(body: keras.Model) -> None:
+def compute_in_bfloat16(body: keras.Model) -> None:
     """Sets each layer's policy; a preprocessing layer inside `body` keeps float32.
 
     bfloat16 has 8 significant bits: enough for activations, but normalising a

@@ -14,6 +14,9 @@ from keras_rsft.errors import InvalidArgument
 # Prefixes of names, and whether the name must end with the scale of the pixels.
 SCALE_IS_NEEDED = {"hub": False, "savedmodel": True, "onnx": True}
 
+# Names of bases that take texts, as `plain_name` gives them.
+TEXT_ENCODERS = ("minilm",)
+
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _SCALE_FORMS = (
@@ -107,6 +110,52 @@ def parse_pixel_scale(text: str) -> PixelScale:
     raise InvalidArgument(
         f"The scale of the pixels must be {_SCALE_FORMS}. Received: @{text}"
     )
+
+
+def takes_texts(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a text encoder."""
+    return plain_name(os.fspath(name)) in TEXT_ENCODERS
+
+
+def require_takes(name: str | os.PathLike[str], kind: str) -> None:
+    """Refuses a base that does not take the samples of a data set.
+
+    Args:
+        name: Any base's name.
+        kind: "images" or "texts".
+
+    Raises:
+        InvalidArgument: If it takes the other ones.
+    """
+    if takes_texts(name) == (kind == "texts"):
+        return
+    if kind == "texts":
+        raise InvalidArgument(
+            f"The data are texts, and the base takes images. Received: {name}. Use "
+            f"`--backbone {TEXT_ENCODERS[0]}`."
+        )
+    raise InvalidArgument(
+        f"The data are images, and the base takes texts. Received: {name}. Use a base "
+        "for images, such as efficientnet_lite0."
+    )
+
+
+def require_base_can_learn(name: str | os.PathLike[str]) -> None:
+    """Refuses the training of a text encoder.
+
+    Raises:
+        InvalidArgument: If the base takes texts.
+    """
+    if takes_texts(name):
+        raise InvalidArgument(
+            f"A text encoder stays as it is, only its head learns. Received: {name}. "
+            "Leave out `--unfreeze` and `--stage2`."
+        )
+
+
+def plain_name(name: str) -> str:
+    """Returns a name without what does not tell names apart."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def is_fixed_network(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A new head, and a head joined to a base: images in, class scores out."""
+"""A new head, and a head joined to a base: images or texts in, class scores out."""
 
 from __future__ import annotations
 
@@ -65,12 +65,13 @@ def build_classifier(
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
-            [0, 255], to features `(batch, dim)`, as `load_backbone` gives it.
+            [0, 255], or from texts, to features `(batch, dim)`, as `load_backbone`
+            gives it.
         num_classes: Number of classes, at least 2.
         head: A trained head. Default: a new one, without standardisation.
 
     Returns:
-        Model from images to probabilities `(batch, num_classes)`; only the
+        Model from images or texts to probabilities `(batch, num_classes)`; only the
         head is trainable.
 
     Raises:
@@ -85,5 +86,6 @@ def build_classifier(
             f"a head from {head.input_shape[-1]} to {head.output_shape[-1]}."
         )
     backbone.trainable = False
-    images = keras.Input(backbone.input_shape[1:], name="images")
-    return keras.Model(images, head(backbone(images)), name="classifier")
+    taken = backbone.inputs[0]
+    samples = keras.Input(taken.shape[1:], dtype=taken.dtype, name=taken.name)
+    return keras.Model(samples, head(backbone(samples)), name="classifier")

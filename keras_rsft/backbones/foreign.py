@@ -17,7 +17,58 @@ import tensorflow as tf
 from keras_rsft.errors import DataError, InvalidArgument
 
 
-class ForeignNetwork(keras.Layer):
+class KeptFile(keras.Layer):
+    """A layer that keeps a file's bytes, which a `.keras` file carries along.
+
+    Args:
+        digest: Of the bytes, as `digest_of` gives it.
+        content: The bytes, or None where `load_assets` will bring them.
+        **options: Those of `keras.Layer`.
+    """
+
+    file_name = "content"
+    # Whether it can be part of a SavedModel, and if not, what to say.
+    is_tensorflow = True
+    not_tensorflow = ""
+
+    def __init__(self, *, digest: str, content: bytes | None = None, **options):
+        super().__init__(trainable=False, dtype="float32", **options)
+        self.supports_jit = False
+        self.digest = digest
+        self._content = content
+
+    @property
+    def content(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            DataError: If they have not been loaded, as in a copy made of the config.
+        """
+        if self._content is None:
+            raise DataError(
+                f"The layer {self.name!r} was made without its {self.file_name}, which "
+                "only a `.keras` file brings. Load the whole model."
+            )
+        return self._content
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        for fixed in ("trainable", "dtype"):
+            config.pop(fixed, None)
+        return config | {"digest": self.digest}
+
+    def save_assets(self, directory: str) -> None:
+        """Writes the bytes into a `.keras` file; called by Keras."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.file_name).write_bytes(self.content)
+
+    def load_assets(self, directory: str) -> None:
+        """Reads the bytes from a `.keras` file; called by Keras."""
+        self._content = (Path(directory) / self.file_name).read_bytes()
+
+
+class ForeignNetwork(KeptFile):
     """A frozen network from images to features, kept as bytes.
 
     Args:
@@ -28,36 +79,17 @@ class ForeignNetwork(keras.Layer):
     """
 
     file_name = "network"
-    # Whether it can be part of a SavedModel.
-    is_tensorflow = True
 
     def __init__(
         self, *, dim: int, digest: str, content: bytes | None = None, **options
     ):
-        super().__init__(trainable=False, dtype="float32", **options)
-        self.supports_jit = False
+        super().__init__(digest=digest, content=content, **options)
         self.dim = dim
-        self.digest = digest
-        self._content = content
 
     @property
     def num_bytes(self) -> int:
         """Size of the network."""
         return len(self.content)
-
-    @property
-    def content(self) -> bytes:
-        """The network.
-
-        Raises:
-            DataError: If it has not been loaded, as in a copy made of the config.
-        """
-        if self._content is None:
-            raise DataError(
-                f"The layer {self.name!r} was made without its network, which only "
-                "a `.keras` file brings. Load the whole model."
-            )
-        return self._content
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
         return (input_shape[0], self.dim)
@@ -66,20 +98,7 @@ class ForeignNetwork(keras.Layer):
         return keras.KerasTensor((inputs.shape[0], self.dim), dtype="float32")
 
     def get_config(self) -> dict:
-        config = super().get_config()
-        for fixed in ("trainable", "dtype"):
-            config.pop(fixed, None)
-        return config | {"dim": self.dim, "digest": self.digest}
-
-    def save_assets(self, directory: str) -> None:
-        """Writes the network into a `.keras` file; called by Keras."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.file_name).write_bytes(self.content)
-
-    def load_assets(self, directory: str) -> None:
-        """Reads the network from a `.keras` file; called by Keras."""
-        self._content = (Path(directory) / self.file_name).read_bytes()
+        return super().get_config() | {"dim": self.dim}
 
 
 def digest_of(*parts: bytes) -> str:
@@ -157,21 +176,23 @@ def require_tensorflow(model: keras.Model) -> None:
     Raises:
         InvalidArgument: If a network in it runs in another library.
     """
-    if not all(layer.is_tensorflow for layer in foreign_layers(model)):
-        raise InvalidArgument(
-            "A model on an ONNX base runs in ONNX Runtime, so that it cannot become a "
-            "SavedModel or a LiteRT file. Export it with `--format onnx`; "
-            "`keras-rsft predict` takes the run as it is."
-        )
+    for layer in layers_of(model, KeptFile):
+        if not layer.is_tensorflow:
+            raise InvalidArgument(layer.not_tensorflow)
 
 
 def foreign_layers(model: keras.Model) -> list[ForeignNetwork]:
     """Returns the layers of a model, at any depth, that hold such a network."""
-    found: list[ForeignNetwork] = []
+    return layers_of(model, ForeignNetwork)
+
+
+def layers_of(model: keras.Model, kind: type[keras.Layer]) -> list[keras.Layer]:
+    """Returns the layers of a kind in a model, at any depth."""
+    found: list[keras.Layer] = []
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            found += foreign_layers(layer)
-        elif isinstance(layer, ForeignNetwork):
+            found += layers_of(layer, kind)
+        elif isinstance(layer, kind):
             found.append(layer)
     return found
 

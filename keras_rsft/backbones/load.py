@@ -29,8 +29,11 @@ from keras_rsft.backbones.assembly import (
     scaled,
 )
 from keras_rsft.backbones.base_name import (
+    TEXT_ENCODERS,
     BaseName,
     parse_base_name,
+    plain_name,
+    takes_texts,
 )
 from keras_rsft.errors import InvalidArgument
 
@@ -76,6 +79,7 @@ def load_backbone(
               you trust. What is kept and run later does nothing but compute.
             - `onnx:FILE@SCALE`, with the extra `onnx`; batch, channels first or
               last and float16 as the file has them. It runs in ONNX Runtime.
+            - `minilm`, a sentence encoder, with the extra `text`: it takes texts.
 
             SCALE is what the network makes of pixels: `0:1` or another range,
             `imagenet` (mean and standard deviation as Torchvision and timm use
@@ -83,8 +87,10 @@ def load_backbone(
             are averaged.
         weights: `"imagenet"`; `"none"` for random ones; or the path of a
             `.weights.h5`, `.h5` or `.keras` file for the base without its classes
-            (for `efficientnet_lite0` also a `.pth` file of PyTorch before 1.6). With
-            your own file, leave the default: its weights are in it.
+            (for `efficientnet_lite0` also a `.pth` file of PyTorch before 1.6; for
+            `minilm` the default is the published ones, and a folder with a
+            `model.safetensors` and a `tokenizer.json` is taken). With your own file,
+            leave the default: its weights are in it.
         image_size: Side, or (height, width), in pixels. None: the size that the
             base was made for.
         precision: `"float32"`, or `"bfloat16"` to compute the base in bfloat16;
@@ -93,7 +99,8 @@ def load_backbone(
 
     Returns:
         A model from float32 images `(batch, height, width, 3)` in [0, 255] to
-        float32 features `(batch, dim)`, with no trainable weights.
+        float32 features `(batch, dim)`, with no trainable weights. `minilm`: from
+        texts `(batch,)`, strings in UTF-8, to vectors `(batch, 384)` of length 1.
 
     Raises:
         InvalidArgument: An option has a value that cannot be used.
@@ -101,11 +108,10 @@ def load_backbone(
         ImportError: `efficientnet_lite0` without the package of its weights, or a
             base of an extra that is not installed.
     """
+    if takes_texts(name):
+        return _text_encoder(weights, image_size, precision)
     size = _parse_image_size(image_size)
-    if precision not in PRECISIONS:
-        raise InvalidArgument(
-            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
-        )
+    _require_precision(precision)
     if keras.config.image_data_format() != "channels_last":
         raise InvalidArgument(
             'Backbones need Keras\'s image data format "channels_last". Received: '
@@ -122,6 +128,30 @@ def load_backbone(
         return assemble(base, name=f"{base.body.name}_backbone", precision=precision)
 
 
+def _text_encoder(
+    weights: str | os.PathLike[str] | None,
+    image_size: int | tuple[int, int] | None,
+    precision: str,
+) -> keras.Model:
+    if image_size is not None:
+        raise InvalidArgument(
+            "A text encoder has no image size. Received: "
+            f"image_size={image_size!r}. Leave it out."
+        )
+    from keras_rsft.backbones import minilm
+
+    _require_precision(precision)
+    with built_in_float32():
+        return minilm.build(weights=weights or "imagenet", precision=precision)
+
+
+def _require_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise InvalidArgument(
+            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
+        )
+
+
 def check_backbone_name(name: str | os.PathLike[str]) -> None:
     """Refuses a name that no base can have, without loading anything.
 
@@ -129,6 +159,8 @@ def check_backbone_name(name: str | os.PathLike[str]) -> None:
         InvalidArgument: If it is not known, or its path does not exist.
     """
     name = os.fspath(name)
+    if takes_texts(name):
+        return
     parsed = parse_base_name(name)
     if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
         _resolve(name)
@@ -188,20 +220,17 @@ def _build(
 
 def _resolve(name: str) -> str:
     """The name as `available_backbones` writes it."""
-    known = {_plain(each): each for each in available_backbones()}
-    plain = _plain(name)
+    known = {plain_name(each): each for each in available_backbones()}
+    plain = plain_name(name)
     if plain not in known:
         nearest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
         raise InvalidArgument(
             "The backbone must be one of keras_rsft.backbones.available_backbones(), "
-            "your own `.keras` file, or hub:, savedmodel: or onnx: with a place. "
-            f"Received: {name!r}. Did you mean {known[nearest]!r}?"
+            "your own `.keras` file, hub:, savedmodel: or onnx: with a place, or "
+            f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}. Did you mean "
+            f"{known[nearest]!r}?"
         )
     return known[plain]
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "")
 
 
 def _parse_weights(weights: str | os.PathLike[str] | None) -> str | Path:

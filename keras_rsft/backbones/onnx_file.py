@@ -63,6 +63,11 @@ class OnnxNetwork(ForeignNetwork):
 
     file_name = "model.onnx"
     is_tensorflow = False
+    not_tensorflow = (
+        "A model on an ONNX base runs in ONNX Runtime, so that it cannot become a "
+        "SavedModel or a LiteRT file. Export it with `--format onnx`; "
+        "`keras-rsft predict` takes the run as it is."
+    )
 
     def call(self, images: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         features = tf.numpy_function(self._run, [images], tf.float32, stateful=False)

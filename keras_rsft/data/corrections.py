@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from keras_rsft.data.partition import SPLITS
-from keras_rsft.data.splits import ImageData, ImageSplit
+from keras_rsft.data.samples import SampleData, SampleSplit
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.result_folder import plain_cell
 
@@ -65,11 +65,11 @@ class Corrections:
         """Says in one line, or two, what was changed."""
         text = (
             f"Corrections: {self.count(KEEP)} labels kept, {self.count(RELABEL)} "
-            f"relabelled, {self.count(DROP)} images dropped."
+            f"relabelled, {self.count(DROP)} samples dropped."
         )
         if self.tested:
             text += (
-                f"\n{self.tested} of these images are in the test split: its accuracy "
+                f"\n{self.tested} of these samples are in the test split: its accuracy "
                 "cannot be compared with one from before."
             )
         return text
@@ -81,8 +81,8 @@ class Corrections:
 
 
 def apply_corrections(
-    data: ImageData, files: str | os.PathLike | Sequence[str | os.PathLike]
-) -> ImageData:
+    data: SampleData, files: str | os.PathLike | Sequence[str | os.PathLike]
+) -> SampleData:
     """Returns the data set with corrected labels and without the dropped images.
 
     Ids of all three splits may be corrected. Features that were kept of the images
@@ -210,7 +210,7 @@ def _refuse_repeated(rows: Sequence[tuple[int, Correction]], file: Path) -> None
             )
 
 
-def _applied(data: ImageData, file: Path) -> ImageData:
+def _applied(data: SampleData, file: Path) -> SampleData:
     rows = _numbered_rows(file)
     places = {
         sample_id: (name, at)
@@ -241,7 +241,7 @@ def _applied(data: ImageData, file: Path) -> ImageData:
 
 
 def _check_against(
-    data: ImageData,
+    data: SampleData,
     rows: Sequence[tuple[int, Correction]],
     places: dict[str, tuple[str, int]],
     file: Path,
@@ -281,8 +281,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _corrected(
-    split: ImageSplit, pairs: Sequence[tuple[int, Correction]], number: dict[str, int]
-) -> ImageSplit:
+    split: SampleSplit, pairs: Sequence[tuple[int, Correction]], number: dict[str, int]
+) -> SampleSplit:
     labels = split.labels.copy()
     reviewed = np.zeros(len(split), bool)
     if split.reviewed is not None:
@@ -300,7 +300,7 @@ def _corrected(
     )
 
 
-def _refuse_empty_class(before: ImageData, after: ImageData, file: Path) -> None:
+def _refuse_empty_class(before: SampleData, after: SampleData, file: Path) -> None:
     emptied = np.setdiff1d(before.train.labels, after.train.labels)
     if len(emptied):
         names = ", ".join(repr(before.class_names[label]) for label in emptied[:10])

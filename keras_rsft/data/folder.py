@@ -1,4 +1,4 @@
-"""Reads a folder that holds one folder of images for each class.
+"""Reads a folder that holds one folder of images, or texts, for each class.
 
 Either `DIR/<class>/...` or `DIR/{train,validation,test}/<class>/...`. Only names
 are read here, with `os.scandir`: no file is opened.
@@ -19,21 +19,29 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-def list_folder(root: str, *, source: str) -> Listing:
-    """Lists the images of a folder of class folders.
+def list_folder(
+    root: str,
+    *,
+    source: str,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+    kind: str = "images",
+) -> Listing:
+    """Lists the images, or texts, of a folder of class folders.
 
-    Images may lie deeper than their class folder. Links are followed. Hidden
-    files, and files without an image suffix, are ignored and counted.
+    Files may lie deeper than their class folder. Links are followed. Hidden
+    files, and files with another suffix, are ignored and counted.
 
     Args:
         root: The folder, which must exist.
         source: What to call it in messages.
+        suffixes: Of the files to take, in lower case. Default: those of images.
+        kind: What is in them, in the plural, for messages. Default "images".
 
     Returns:
         The listing; ids are paths relative to the folder.
 
     Raises:
-        DataError: If there is no class folder, or one without an image, or a
+        DataError: If there is no class folder, or one without a file, or a
             name that is not UTF-8.
     """
     root = os.path.abspath(root)
@@ -45,12 +53,13 @@ def list_folder(root: str, *, source: str) -> Listing:
         if not folders:
             raise DataError(
                 f"Expected one folder for each class in {os.path.join(root, prefix)}. "
-                "Received: no folder. Sort the images into <class>/<image> first."
+                f"Received: no folder. Sort the {kind} into <class>/<{kind[:-1]}> "
+                "first."
             )
         for name in folders:
             below = os.path.join(prefix, name)
-            ids, others = _images_below(root, below)
-            _refuse_empty(os.path.join(root, below), ids, others)
+            ids, others = _files_below(root, below, suffixes)
+            _refuse_empty(os.path.join(root, below), ids, others, suffixes, kind)
             samples += [NamedSample(id=id_, label=name, split=split) for id_ in ids]
             ignored += others
     _refuse_undecodable(samples)
@@ -82,8 +91,10 @@ def _visible(folder: str) -> tuple[list[str], int]:
     return folders, len(entries) - len(folders)
 
 
-def _images_below(root: str, below: str) -> tuple[list[str], int]:
-    """Returns the ids of all images in a folder, and counts the other files."""
+def _files_below(
+    root: str, below: str, suffixes: frozenset[str]
+) -> tuple[list[str], int]:
+    """Returns the ids of all files to take in a folder, and counts the others."""
     ids: list[str] = []
     others = 0
     start = os.path.join(root, below)
@@ -96,7 +107,7 @@ def _images_below(root: str, below: str) -> tuple[list[str], int]:
                 others += 1
             elif _is_dir(entry):
                 waiting += _descend(entry, name, chain)
-            elif _is_image(entry):
+            elif _is_taken(entry, suffixes):
                 ids.append(name.replace(os.sep, "/"))
             else:
                 others += 1
@@ -126,10 +137,10 @@ def _is_dir(entry: os.DirEntry) -> bool:
         return False
 
 
-def _is_image(entry: os.DirEntry) -> bool:
+def _is_taken(entry: os.DirEntry, suffixes: frozenset[str]) -> bool:
     suffix = os.path.splitext(entry.name)[1].lower()
     try:
-        return suffix in IMAGE_SUFFIXES and entry.is_file()
+        return suffix in suffixes and entry.is_file()
     except OSError:
         return False
 
@@ -144,11 +155,14 @@ def _entries(folder: str) -> list[os.DirEntry]:
         ) from error
 
 
-def _refuse_empty(folder: str, ids: list[str], others: int) -> None:
+def _refuse_empty(
+    folder: str, ids: list[str], others: int, suffixes: frozenset[str], kind: str
+) -> None:
     if not ids:
         raise DataError(
-            f"Expected images in the class folder {folder}. Received: none, and "
-            f"{others} other files. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}."
+            f"Expected {kind} in the class folder {folder}. Received: none, and "
+            f"{others} other files. {kind.capitalize()} end in "
+            f"{', '.join(sorted(suffixes))}."
             " Add some or remove the folder."
         )
 

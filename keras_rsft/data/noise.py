@@ -13,7 +13,8 @@ import math
 import numpy as np
 
 from keras_rsft.data.partition import SPLITS
-from keras_rsft.data.splits import ImageData, ImageSplit
+from keras_rsft.data.samples import SampleData
+from keras_rsft.data.splits import ImageSplit
 from keras_rsft.errors import InvalidArgument
 
 SYMMETRIC = "symmetric"
@@ -27,8 +28,8 @@ _RATE_DEVIATION = 0.1
 
 
 def add_label_noise(
-    data: ImageData, spec: str, *, seed: int, splits: tuple[str, ...] = ("train",)
-) -> ImageData:
+    data: SampleData, spec: str, *, seed: int, splits: tuple[str, ...] = ("train",)
+) -> SampleData:
     """Gives a share of the samples a wrong label.
 
     Args:
@@ -58,6 +59,11 @@ def add_label_noise(
     """
     kind, rate = parse_noise(spec)
     _check(seed, splits)
+    if kind == INSTANCE and data.kind != "images":
+        raise InvalidArgument(
+            f"Noise of the kind {INSTANCE} is made of images. Received: {data.kind}. "
+            f"Use {SYMMETRIC} or {ASYMMETRIC}."
+        )
     changed = {}
     for name in splits:
         split = getattr(data, name)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from keras_rsft.data.readers import Reader
-from keras_rsft.data.splits import ImageData, ImageSplit
+from keras_rsft.data.samples import SampleData
+from keras_rsft.data.splits import ImageData
 from keras_rsft.errors import DataError, InvalidArgument
 
 SPLITS = ("train", "validation", "test")
@@ -29,7 +30,7 @@ SPLIT_ALIASES = {
 }
 TRAIN, VALIDATION, TEST = range(3)
 
-# With so many images of a class, each split that is cut gets at least one.
+# With so many samples of a class, each split that is cut gets at least one.
 _SMALLEST_CLASS_TO_CUT = 3
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
@@ -45,7 +46,7 @@ class Listing:
         splits: Shape `(n,)`, int8, positions in `SPLITS`. Samples without a
             split of their own count as training samples.
         class_names: The classes' names.
-        reader: Fetches the images, in the order of `ids`.
+        reader: Fetches the samples, in the order of `ids`.
         source: Where the data are from, as it was asked for.
         ignored_files: How many files were not taken.
     """
@@ -121,7 +122,8 @@ def cut_splits(
     validation_fraction: float,
     test_fraction: float,
     split_seed: int,
-) -> ImageData:
+    data_type: type[SampleData] = ImageData,
+) -> SampleData:
     """Makes three splits of a listing; a split that it has is left alone.
 
     Args:
@@ -131,6 +133,7 @@ def cut_splits(
         test_fraction: The same for the test split. Both are shares of the
             training samples as the source has them; their sum is below 1.
         split_seed: Chooses which samples are taken.
+        data_type: What the samples are. Default: images.
 
     Returns:
         The data set.
@@ -151,14 +154,14 @@ def cut_splits(
         test_fraction=0.0 if TEST in splits else test_fraction,
         split_seed=split_seed,
     )
-    whole = ImageSplit(
+    whole = data_type.split_type(
         "all", listing.ids, listing.labels, listing.clean_labels, listing.reader
     )
     parts = {
         name: dataclasses.replace(whole.take(np.flatnonzero(splits == code)), name=name)
         for code, name in enumerate(SPLITS)
     }
-    return ImageData(
+    return data_type(
         **parts,
         class_names=listing.class_names,
         source=listing.source,
@@ -279,15 +282,15 @@ def _refuse_stray(
         return
     listed = ", ".join(f"{label!r} in {place}" for label, place in sorted(stray)[:10])
     raise DataError(
-        f"Every class must have an image in the training split of {source}. "
-        f"Without one: {listed}. Add training images, or leave these out."
+        f"Every class must have a sample in the training split of {source}. "
+        f"Without one: {listed}. Add training samples, or leave these out."
     )
 
 
 def _check_classes(listing: Listing) -> None:
     trained = set(np.unique(listing.labels[listing.splits == TRAIN]).tolist())
     if not trained:
-        raise DataError(f"There is no training image in {listing.source}.")
+        raise DataError(f"There is no training sample in {listing.source}.")
     pairs = zip(listing.labels.tolist(), listing.splits.tolist(), strict=True)
     stray = {pair for pair in pairs if pair[0] not in trained}
     _refuse_stray(
@@ -298,6 +301,6 @@ def _check_classes(listing: Listing) -> None:
     if len(trained) < 2:
         only = listing.class_names[trained.pop()]
         raise DataError(
-            "Training needs images of two classes or more. "
+            "Training needs samples of two classes or more. "
             f"Received: only {only!r} in {listing.source}."
         )

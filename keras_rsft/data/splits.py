@@ -1,4 +1,4 @@
-"""What the rooms above see of a data set: its splits, labels and class names.
+"""What the rooms above see of a data set of images: its splits.
 
 An `ImageSplit` keeps ids and labels in memory, never images. `readers.py`
 fetches an image's bytes, `decode.py` makes pixels of them.
@@ -7,9 +7,7 @@ fetches an image's bytes, `decode.py` makes pixels of them.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -22,52 +20,39 @@ from keras_rsft.data.decode import (
     readable_reason,
 )
 from keras_rsft.data.pipeline import without_autotuning
-from keras_rsft.data.readers import Reader
+from keras_rsft.data.samples import SampleData, SampleSplit, require_in_range
 from keras_rsft.errors import InvalidArgument
 
-if TYPE_CHECKING:
-    from keras_rsft.data.corrections import Corrections
+_IMAGE_RANK = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImageSplit:
+class ImageSplit(SampleSplit):
     """The images of one split, in an order that does not change between runs.
 
-    Attributes:
-        name: "train", "validation" or "test".
-        ids: Shape `(n,)`, strings: the path relative to the source with `/`
-            between its parts, the TFDS id, or "digits/0123". Sorted; TFDS
-            samples are in the order on disk, by shard and number.
-        labels: Shape `(n,)`, int32: the given labels, right or wrong.
-        clean_labels: Shape `(n,)`, int32: the right labels. None if unknown.
-        reader: Fetches the images' bytes.
-        reviewed: Shape `(n,)`, bool: whose given label a person has found or made
-            right. None: nobody looked.
-        before_review: This split as it was loaded, before a person dropped images and
-            corrected labels; features kept of it are those of this one. None: nobody
-            looked.
+    `ids` are paths relative to the source with `/` between their parts, the TFDS id, or
+    "digits/0123". Sorted; TFDS samples are in the order on disk, by shard and number.
+    For the other attributes see `SampleSplit`.
     """
 
-    name: str
-    ids: np.ndarray
-    labels: np.ndarray
-    clean_labels: np.ndarray | None
-    reader: Reader
-    reviewed: np.ndarray | None = None
-    before_review: ImageSplit | None = None
+    kind: ClassVar[str] = "images"
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hex digest that changes when an image is added, removed or changed.
-
-        A file counts as changed when its size or its modification time differs.
-        Labels, seeds and the place where the data lie have no part in it. It is
-        taken when first asked for and then kept.
-        """
-        return self.reader.fingerprint()
+    def inputs(
+        self,
+        sample_shape: tuple[int | None, ...],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        views: int = 1,
+        seed: int = 0,
+    ) -> tf.data.Dataset:
+        if len(sample_shape) != _IMAGE_RANK:
+            raise InvalidArgument(
+                "The data are images, and the base takes texts. Give a base for "
+                "images, or load the data as texts (--text-column, `load_texts`)."
+            )
+        size = sample_shape[:2]
+        return self.images(size, start=start, stop=stop, views=views, seed=seed)
 
     def images(
         self,
@@ -101,11 +86,9 @@ class ImageSplit:
             InvalidArgument: If an argument is out of its range.
         """
         size = checked_size(image_size)
-        _require_in_range("start", start, 0, len(self))
-        stop = len(self) if stop is None else stop
-        _require_in_range("stop", stop, start, len(self))
-        _require_in_range("views", views, 1, 2**16 - 1)
-        _require_in_range("seed", seed, -(2**63), 2**63 - 1)
+        start, stop = self.stretch(start, stop)
+        require_in_range("views", views, 1, 2**16 - 1)
+        require_in_range("seed", seed, -(2**63), 2**63 - 1)
 
         @tf.autograph.experimental.do_not_convert
         def render(index: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -140,47 +123,6 @@ class ImageSplit:
             return f"The file cannot be opened: {error.strerror}."
         return None
 
-    def encoded(self, index: int) -> bytes:
-        """Returns an image as the bytes of an image file.
-
-        Args:
-            index: The image's position in this split.
-
-        Returns:
-            The file's bytes as they are, readable or not; where there is no
-            file, those of a PNG or JPEG file of the image.
-
-        Raises:
-            IndexError: If there is no such position.
-            OSError: If the file is gone or cannot be opened.
-        """
-        return self.reader.encoded(range(len(self))[index])
-
-    def with_labels(
-        self, labels: np.ndarray, clean_labels: np.ndarray | None = None
-    ) -> ImageSplit:
-        """Returns the same images with other labels.
-
-        Args:
-            labels: Shape `(n,)`, integers: the given labels.
-            clean_labels: Shape `(n,)`, integers: the right labels. None keeps
-                those that are known.
-
-        Returns:
-            A new split, of labels that nobody has reviewed; its fingerprint is the
-            same.
-
-        Raises:
-            InvalidArgument: If a shape or a type is not as above.
-        """
-        labels = _checked_labels("labels", labels, len(self))
-        if clean_labels is None:
-            return dataclasses.replace(self, labels=labels, reviewed=None)
-        clean = _checked_labels("clean_labels", clean_labels, len(self))
-        return dataclasses.replace(
-            self, labels=labels, clean_labels=clean, reviewed=None
-        )
-
     def images_in_order(
         self,
         indices: np.ndarray,
@@ -209,86 +151,13 @@ class ImageSplit:
         ordered = dataclasses.replace(self, ids=self.ids[indices], reader=reader)
         return ordered.images(image_size, views=views, seed=seed)
 
-    def take(self, indices: np.ndarray) -> ImageSplit:
-        """Returns some of the images, in the same order.
-
-        Args:
-            indices: Shape `(k,)`, strictly increasing positions in [0, n).
-
-        Returns:
-            A new split of `k` images.
-
-        Raises:
-            InvalidArgument: If the indices are not increasing or out of range.
-        """
-        indices = np.asarray(indices, dtype=np.int64)
-        inside = indices.size == 0 or (indices[0] >= 0 and indices[-1] < len(self))
-        if indices.ndim != 1 or not inside or np.any(np.diff(indices) <= 0):
-            raise InvalidArgument(
-                "`indices` must be strictly increasing positions in "
-                f"[0, {len(self)}), so that the order of the samples stays. "
-                f"Received: indices={indices}. Sort them first."
-            )
-        clean, reviewed = (
-            None if values is None else values[indices]
-            for values in (self.clean_labels, self.reviewed)
-        )
-        return ImageSplit(
-            self.name,
-            self.ids[indices],
-            self.labels[indices],
-            clean,
-            self.reader.take(indices),
-            reviewed,
-        )
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImageData:
-    """A data set of labelled images.
+class ImageData(SampleData):
+    """A data set of labelled images; for its attributes see `SampleData`."""
 
-    Attributes:
-        train: The images to learn from.
-        validation: The images to choose settings by.
-        test: The images to judge the result by.
-        class_names: The classes' names; a label is a position in it.
-        source: Where the data are from, as it was asked for.
-        ignored_files: How many files of a folder were not taken, because they
-            are hidden or have no image suffix.
-        corrections: What `apply_corrections` changed, or None.
-    """
+    split_type: ClassVar[type[SampleSplit]] = ImageSplit
 
     train: ImageSplit
     validation: ImageSplit
     test: ImageSplit
-    class_names: tuple[str, ...]
-    source: str
-    ignored_files: int = 0
-    corrections: Corrections | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.class_names)
-
-
-def _require_in_range(name: str, value: int, low: int, high: int) -> None:
-    try:
-        inside = low <= operator.index(value) <= high
-    except TypeError:
-        inside = False
-    if not inside:
-        raise InvalidArgument(
-            f"`{name}` must be an integer in [{low}, {high}]. "
-            f"Received: {name}={value!r}."
-        )
-
-
-def _checked_labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise InvalidArgument(
-            f"`{name}` must be {count} integers, one for each image. "
-            f"Received: shape {labels.shape}, dtype {labels.dtype}."
-        )
-    return labels.astype(np.int32)

@@ -22,12 +22,17 @@ DEFAULT_SPLIT_COLUMN = "split"
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The names of the columns to read; None for one that is not wanted."""
+    """The names of the columns to read; None for one that is not wanted.
+
+    `path` is the column of what is classified: a path, or the text itself; `further`
+    ones must be there too.
+    """
 
     path: str = "path"
     label: str = "label"
     split: str | None = DEFAULT_SPLIT_COLUMN
     clean_label: str | None = None
+    further: tuple[str, ...] = ()
 
 
 def list_table(file: str, columns: Columns, *, source: str) -> Listing:
@@ -50,8 +55,8 @@ def list_table(file: str, columns: Columns, *, source: str) -> Listing:
     folder = os.path.dirname(os.path.abspath(file))
     locate = _Locator(folder)
     samples = [
-        _sample(row, columns, locate, f"{source}, line {line}")
-        for line, row in _rows(file, columns, source)
+        _located_sample(row, columns, locate, f"{source}, line {line}")
+        for line, row in table_rows(file, columns, source)
     ]
     if not samples:
         raise DataError(f"There is no row below the header in {source}.")
@@ -63,7 +68,17 @@ def list_table(file: str, columns: Columns, *, source: str) -> Listing:
     return list_named(samples, functools.partial(FileReader, folder), source=source)
 
 
-def _rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, dict]]:
+def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, dict]]:
+    """Yields each row of a CSV file with the number of its line.
+
+    Args:
+        file: The file, in UTF-8.
+        columns: Which columns it must have.
+        source: What to call the file in messages.
+
+    Raises:
+        DataError: If it cannot be read, or a column is missing.
+    """
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
@@ -80,7 +95,7 @@ def _rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, dict]
 
 
 def _require_columns(found: list[str], columns: Columns, source: str) -> None:
-    wanted = [columns.path, columns.label]
+    wanted = [columns.path, columns.label, *columns.further]
     if columns.split != DEFAULT_SPLIT_COLUMN:
         wanted.append(columns.split)
     wanted.append(columns.clean_label)
@@ -92,12 +107,28 @@ def _require_columns(found: list[str], columns: Columns, source: str) -> None:
         )
 
 
-def _sample(
+def _located_sample(
     row: dict, columns: Columns, locate: Callable[[str, str], str], place: str
 ) -> NamedSample:
+    found = locate(_value(row, columns.path, place), place)
+    return named_sample(row, columns, found, place)
+
+
+def named_sample(row: dict, columns: Columns, name: str, place: str) -> NamedSample:
+    """Returns the sample of a row.
+
+    Args:
+        row: The row.
+        columns: Which columns it has.
+        name: The sample's id.
+        place: What to call the row in messages.
+
+    Raises:
+        DataError: If a value is missing, or the split is unknown.
+    """
     clean = columns.clean_label
     return NamedSample(
-        id=locate(_value(row, columns.path, place), place),
+        id=name,
         label=_value(row, columns.label, place),
         split=_split(row, columns.split, place),
         clean_label=None if clean is None else _value(row, clean, place),

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from keras_rsft.backbones import text_tokens  # noqa: F401 -- Lets Keras load it.
 from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import DataError

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.cluster import DEFAULT_PATIENCE
-from keras_rsft.data import ImageSplit
+from keras_rsft.data import SampleSplit
 from keras_rsft.features.feature_pass import FeaturePass, append_rows, require_rows
 from keras_rsft.features.feature_set import (
     FEATURE_PRECISIONS,
@@ -42,7 +42,7 @@ FORMAT_VERSION = 1
 
 def extract_features(
     backbone: keras.Model | FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
@@ -62,9 +62,9 @@ def extract_features(
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
-            [0, 255], to features `(batch, dim)`; or a `FrozenBase` of one, which
-            serves several splits faster.
-        split: The images.
+            [0, 255], or texts `(batch,)`, to features `(batch, dim)`; or a
+            `FrozenBase` of one, which serves several splits faster.
+        split: The images, or texts.
         cache_dir: Folder for kept features. Default: `keras_rsft/features` in
             the user's cache folder.
         batch_size: Images per step of the base, at least 1. Default 32.
@@ -80,7 +80,8 @@ def extract_features(
         The features of all readable images, in the order of the split.
 
     Raises:
-        InvalidArgument: If `feature_precision` is neither.
+        InvalidArgument: If `feature_precision` is neither, or the base does not take
+            such samples.
         DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features.
     """
@@ -102,7 +103,7 @@ def extract_features(
 
 def make_pass(
     backbone: keras.Model | FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
@@ -135,7 +136,7 @@ def make_pass(
 
 def is_kept(
     base: FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
     views: int = 1,
@@ -161,7 +162,7 @@ def default_cache_dir() -> Path:
 
 def feature_key(
     base: FrozenBase,
-    split: ImageSplit,
+    split: SampleSplit,
     *,
     views: int = 1,
     seed: int = 0,
@@ -225,7 +226,7 @@ def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> N
     )
 
 
-def open_kept(folder: Path, split: ImageSplit) -> FeatureSet:
+def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
     """Returns the features in a finished folder, with the labels of the split.
 
     Args:
@@ -255,7 +256,7 @@ def open_kept(folder: Path, split: ImageSplit) -> FeatureSet:
     )
 
 
-def _left_over(before_review: FeatureSet, split: ImageSplit) -> FeatureSet:
+def _left_over(before_review: FeatureSet, split: SampleSplit) -> FeatureSet:
     """Returns what remains of a split's features, with the labels that it has now."""
     at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
     ids = before_review.ids.tolist()

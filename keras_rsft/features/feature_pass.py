@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data import ImageSplit
+from keras_rsft.data import SampleSplit
 from keras_rsft.errors import DataError
 from keras_rsft.features.feature_set import FEATURES_FILE, INDEX_FILE
 from keras_rsft.features.frozen_base import FrozenBase
@@ -43,7 +43,7 @@ class FeaturePass:
     """
 
     base: FrozenBase
-    split: ImageSplit
+    split: SampleSplit
     folder: Path
     batch_size: int
     views: int
@@ -86,17 +86,17 @@ def append_rows(
         partial, work.row_bytes, work.batch_size, stretch.start
     )
     _require_disk_space(partial, work.row_bytes * (stretch.stop - next_index))
-    images = split.images(
-        base.image_size, start=next_index, stop=stretch.stop, views=work.views,
+    samples = split.inputs(
+        base.sample_shape, start=next_index, stop=stretch.stop, views=work.views,
         seed=work.seed,
     )  # fmt: skip
-    images = images.batch(work.batch_size).prefetch(2)
+    samples = samples.batch(work.batch_size).prefetch(2)
     done = next_index - stretch.start
     with (
         (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
         (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
         progress_bar(
-            f"{work.called} of {split.name}", total=len(stretch), unit="images",
+            f"{work.called} of {split.name}", total=len(stretch), unit=split.kind,
             done=done, visible=work.progress,
         ) as advance,
         ThreadPoolExecutor(1) as writer,
@@ -104,8 +104,8 @@ def append_rows(
         rows_file = _RowFiles(features_file, index_file, partial)
         writing: Future | None = None
         views_in_a_row = (
-            (index.numpy(), tf.reshape(batch, (-1, *base.image_size, 3)))
-            for index, batch in images
+            (index.numpy(), tf.reshape(batch, (-1, *base.sample_shape)))
+            for index, batch in samples
         )
         for index, features in base.over(views_in_a_row):
             values = _kept_as(work.feature_precision, features)
@@ -140,11 +140,11 @@ class _RowFiles:
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
 
-def require_rows(rows: int, split: ImageSplit) -> None:
-    """Raises DataError if none of a split's images could be read."""
+def require_rows(rows: int, split: SampleSplit) -> None:
+    """Raises DataError if none of a split's samples could be read."""
     if rows == 0 and len(split) > 0:
         raise DataError(
-            f"None of the {len(split)} images of {split.name!r} can be read; "
+            f"None of the {len(split)} {split.kind} of {split.name!r} can be read; "
             f"the first, {split.ids[0]!r}: {split.read_error(0)}."
         )
 

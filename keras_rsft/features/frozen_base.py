@@ -30,14 +30,15 @@ class FrozenBase:
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
-            [0, 255], to features `(batch, dim)`.
+            [0, 255], or from texts `(batch,)`, to features `(batch, dim)`.
         num_images: How many images it will be run on, for the choice of the
             faster way. Default 0.
         device_names: Devices that `over` shares the batches among. Default:
             TensorFlow's own choice of one.
 
     Attributes:
-        image_size: Height and width in pixels.
+        sample_shape: Shape of one input: `(height, width, 3)`, or `()` for a text.
+        image_size: Height and width in pixels; `()` for a base that takes texts.
         dim: Number of features of an image.
     """
 
@@ -51,7 +52,8 @@ class FrozenBase:
         self._backbone = backbone
         self._device_names = tuple(device_names)
         self._num_images = num_images
-        self.image_size = tuple(backbone.input_shape[1:3])
+        self.sample_shape = tuple(backbone.input_shape[1:])
+        self.image_size = self.sample_shape[:2]
         self.dim = int(backbone.output_shape[-1])
 
     @functools.cached_property
@@ -70,7 +72,7 @@ class FrozenBase:
 
     @functools.cached_property
     def forward(self) -> tf.types.experimental.PolymorphicFunction:
-        """Function from images to float32 features `(batch, dim)`, traced once."""
+        """Function from inputs to float32 features `(batch, dim)`, traced once."""
         return self._traced(())
 
     def over(
@@ -79,10 +81,10 @@ class FrozenBase:
         """Runs the base over batches, each on one device, all devices at once.
 
         Args:
-            batches: Pairs of anything and images `(batch, height, width, 3)`.
+            batches: Pairs of anything and inputs `(batch, *sample_shape)`.
 
         Yields:
-            What came with the images, and their features `(batch, dim)`, in order.
+            What came with the inputs, and their features `(batch, dim)`, in order.
         """
         if len(self._device_names) < 2:
             for number, images in batches:
@@ -120,7 +122,9 @@ class FrozenBase:
             weights = []
 
         @tf.function(
-            input_signature=[tf.TensorSpec((None, *self.image_size, 3), tf.float32)]
+            input_signature=[
+                tf.TensorSpec((None, *self.sample_shape), backbone.inputs[0].dtype)
+            ]
         )
         def forward(images: tf.Tensor) -> tf.Tensor:
             constants = [(variable, tf.constant(value)) for variable, value in weights]

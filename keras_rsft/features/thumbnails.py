@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from filelock import FileLock
 
-from keras_rsft.data import ImageSplit
+from keras_rsft.data import ImageSplit, SampleSplit
 from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.features.extraction import default_cache_dir
 from keras_rsft.progress import progress_bar
@@ -53,9 +53,8 @@ def write_thumbnails(
         progress: Show a progress bar. Default True.
     """
     if len(split) > MAX_THUMBNAILS:
-        values = np.array([suspicion.get(str(one), -1.0) for one in split.ids])
-        chosen = np.argsort(-values, kind="stable")[:MAX_THUMBNAILS]
-        _render(split.take(np.sort(chosen)), folder, progress)
+        chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
+        _render(split.take(chosen), folder, progress)
         return
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     root.mkdir(parents=True, exist_ok=True)
@@ -70,6 +69,20 @@ def write_thumbnails(
                 _render(split, partial, progress)
     for name in (THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE):
         _link_or_copy(kept / name, folder / name)
+
+
+def most_suspicious(
+    split: SampleSplit, suspicion: dict[str, float], most: int
+) -> np.ndarray:
+    """Returns the positions of the most suspicious samples, in increasing order.
+
+    Args:
+        split: The samples.
+        suspicion: By id; samples without count as not suspicious.
+        most: How many to return at most.
+    """
+    values = np.array([suspicion.get(str(one), -1.0) for one in split.ids])
+    return np.sort(np.argsort(-values, kind="stable")[:most])
 
 
 def _key(split: ImageSplit) -> str:

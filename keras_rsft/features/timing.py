@@ -6,7 +6,7 @@ import time
 
 import tensorflow as tf
 
-from keras_rsft.data import ImageSplit
+from keras_rsft.data import SampleSplit
 from keras_rsft.errors import DataError
 from keras_rsft.features.frozen_base import FrozenBase
 
@@ -15,7 +15,7 @@ _MOST_BATCHES = 20
 
 
 def seconds_per_image(
-    base: FrozenBase, split: ImageSplit, *, batch_size: int = 32
+    base: FrozenBase, split: SampleSplit, *, batch_size: int = 32
 ) -> float:
     """Measures the pass: reading and decoding images, and the base on them.
 
@@ -33,13 +33,13 @@ def seconds_per_image(
     Raises:
         DataError: If no image can be read.
     """
-    images = split.images(base.image_size).repeat().batch(batch_size).prefetch(2)
+    images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
     _require_an_image(base, split)
     batches = iter(images)
     started, counted = 0.0, 0
     for number in range(_MOST_BATCHES + 1):
         _, batch = next(batches)
-        base.forward(tf.reshape(batch, (-1, *base.image_size, 3))).numpy()
+        base.forward(tf.reshape(batch, (-1, *base.sample_shape))).numpy()
         now = time.perf_counter()
         if number == 0:
             started = now
@@ -50,8 +50,8 @@ def seconds_per_image(
     return (now - started) / counted
 
 
-def _require_an_image(base: FrozenBase, split: ImageSplit) -> None:
-    if next(iter(split.images(base.image_size).take(1)), None) is None:
+def _require_an_image(base: FrozenBase, split: SampleSplit) -> None:
+    if next(iter(split.inputs(base.sample_shape).take(1)), None) is None:
         raise DataError(
-            f"None of the {len(split)} images of {split.name!r} can be read."
+            f"None of the {len(split)} {split.kind} of {split.name!r} can be read."
         )

@@ -13,9 +13,9 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.base_name import is_fixed_network
+from keras_rsft.backbones.base_name import is_fixed_network, require_takes
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
-from keras_rsft.data import ImageData, load_images
+from keras_rsft.data import SampleData, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features.precision import choose_precision
 from keras_rsft.features.shared_pass import keep_shares
@@ -31,14 +31,14 @@ class FeatureSource:
     """Features, and what they were computed from.
 
     Attributes:
-        data: The images.
+        data: The images, or texts.
         base: The frozen base, in the precision of the pass.
         features: The kept features of the splits.
         origin: Data, corrections if there are any, backbone, weights, image size,
             precision and views, for the record.
     """
 
-    data: ImageData
+    data: SampleData
     base: keras.Model
     features: SplitFeatures
     origin: dict[str, Any]
@@ -50,12 +50,12 @@ class FeatureSource:
         return load_backbone(
             self.origin["backbone"],
             weights=self.origin["weights"],
-            image_size=self.base.input_shape[1:3],
+            image_size=self.base.input_shape[1:3] or None,
         )
 
 
 def open_features(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     *,
     backbone: str,
     weights: str,
@@ -74,7 +74,7 @@ def open_features(
     """Lists the images, loads the base, and computes or reads the features.
 
     Args:
-        data: Loaded images, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_images` takes.
         backbone: As in `load_backbone`.
         weights: As in `load_backbone`.
         image_size: As in `load_backbone`.
@@ -115,7 +115,7 @@ def open_features(
         "data": data.source,
         "backbone": backbone,
         "weights": weights,
-        "image_size": list(base.input_shape[1:3]),
+        "image_size": list(base.input_shape[1:3]) or None,
         "precision": precision,
         "views": views,
         "feature_precision": feature_precision,
@@ -126,7 +126,7 @@ def open_features(
 
 
 def keep_share(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     *,
     backbone: str,
     weights: str,
@@ -161,19 +161,24 @@ def keep_share(
 
 
 def _loaded(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     backbone: str,
     weights: str,
     image_size: int | None,
     precision: str,
     views: int,
-) -> tuple[ImageData, keras.Model, str]:
+) -> tuple[SampleData, keras.Model, str]:
     """Returns images and base, and the precision that the base computes in."""
     if views < 1:
         raise InvalidArgument(f"`views` must be at least 1. Received: {views}.")
     precision = precision_for(backbone, precision)
-    if not isinstance(data, ImageData):
+    if not isinstance(data, SampleData):
         data = load_images(data)
+    require_takes(backbone, data.kind)
+    if data.kind == "texts" and views > 1:
+        raise InvalidArgument(
+            f"A text has one view. Received: views={views}. Leave out `--views`."
+        )
     base = load_backbone(
         backbone, weights=weights, image_size=image_size, precision=precision
     )

@@ -19,8 +19,9 @@ import keras
 import numpy as np
 
 from keras_rsft.backbones import load_backbone
+from keras_rsft.backbones.base_name import require_takes
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.data import ImageData
+from keras_rsft.data import SampleData
 from keras_rsft.data.sampling import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
@@ -91,7 +92,7 @@ class _Tried:
 
 
 def run_pilot(
-    data: ImageData,
+    data: SampleData,
     *,
     backbone: str = "resnet50",
     weights: str = "imagenet",
@@ -144,6 +145,7 @@ def run_pilot(
             f"A pilot needs {_LEAST_IMAGES} training images. Received: "
             f"sample={sample} of {len(labels)}."
         )
+    require_takes(backbone, data.kind)
     base = load_backbone(
         backbone,
         weights=weights,
@@ -248,7 +250,7 @@ def _balance(labels: np.ndarray, names: Sequence[str]) -> dict[str, tuple[str, i
 
 def _images_left(
     frozen: FrozenBase,
-    data: ImageData,
+    data: SampleData,
     views: int,
     cache_dir: str | os.PathLike | None,
     options: dict[str, Any],

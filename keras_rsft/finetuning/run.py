@@ -14,7 +14,7 @@ import keras
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.data import ImageData, apply_corrections, load_images
+from keras_rsft.data import SampleData, apply_corrections, load_images
 from keras_rsft.errors import WorkerLost
 from keras_rsft.finetuning.better_model import better_model
 from keras_rsft.finetuning.callback_memory import identity_of
@@ -58,7 +58,8 @@ class Run:
     """What came out of one run.
 
     Attributes:
-        model: Images `(batch, height, width, 3)` in [0, 255] to probabilities.
+        model: Images `(batch, height, width, 3)` in [0, 255], or texts `(batch,)`, to
+            probabilities.
         head: The trained `RSFTModel` over features, with its policy's state.
         class_names: Names of the classes, in the order of the probabilities.
         history: Each logged value, one number an epoch.
@@ -107,7 +108,7 @@ class Run:
 
 
 def finetune(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     *,
     corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
     backbone: str = "resnet50",
@@ -139,9 +140,10 @@ def finetune(
     kept like features where that pays. The result is kept by the same rule.
 
     Args:
-        data: Loaded images, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_images` takes.
         corrections: Files for `apply_corrections`. Default: none.
-        backbone: Name of a base or path of a `.keras` file. Default ResNet50.
+        backbone: Name of a base or path of a `.keras` file; for texts `"minilm"`.
+            Default ResNet50.
         weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
         image_size: Side of the square images in pixels. Default: the base's.
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
@@ -217,7 +219,7 @@ def finetune(
     )
     if output is not None and not isinstance(output, NumberedFolder):
         check_new_folder(output)  # Before the work, not after it.
-    if not isinstance(data, ImageData):
+    if not isinstance(data, SampleData):
         data = load_images(data)
     if corrections:
         data = apply_corrections(data, corrections)
@@ -264,7 +266,7 @@ class _Work:
             part_to_train(base, self.settings)
 
 
-def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
+def _run_at(place: RunPlace, data: SampleData, work: _Work) -> Run:
     """Makes a run and its folder; keeps the training's state where that fails."""
     checkpoint = TrainingCheckpoint(place.checkpoint, devices=work.devices)
     of_base = BaseTrainingPlace.at(place)
@@ -294,7 +296,7 @@ def _run_at(place: RunPlace, data: ImageData, work: _Work) -> Run:
 
 
 def _run(
-    data: ImageData,
+    data: SampleData,
     work: _Work,
     checkpoint: TrainingCheckpoint | None = None,
     of_base: BaseTrainingPlace | None = None,
@@ -377,7 +379,7 @@ def _with_base(
 def _stage_two(
     head_only: keras.Model,
     base: keras.Model,
-    data: ImageData,
+    data: SampleData,
     features: SplitFeatures,
     trained: TrainedHead,
     work: _Work,

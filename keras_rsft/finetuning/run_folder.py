@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_rsft.data import ImageData
+from keras_rsft.data import SampleData
 from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
 from keras_rsft.data.corrections import correction_cells
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.features import near_duplicates, write_thumbnails
+from keras_rsft.features import near_duplicates, write_excerpts, write_thumbnails
 from keras_rsft.ledger import COLUMNS
 from keras_rsft.loss_histogram import HISTOGRAM_COLUMNS
 from keras_rsft.result_folder import installed_versions, write_csv, write_json
@@ -66,7 +66,7 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
 def fill_run_folder(
     folder: Path,
     run: Run,
-    data: ImageData,
+    data: SampleData,
     *,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
@@ -84,7 +84,7 @@ def fill_run_folder(
     _fill_for_the_eye(folder, run, data, cache_dir, progress)
 
 
-def _fill(folder: Path, run: Run, data: ImageData) -> None:
+def _fill(folder: Path, run: Run, data: SampleData) -> None:
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
     described = {"finding": run.finding, "versions": installed_versions()}
@@ -141,11 +141,11 @@ def results_of(run: Run) -> dict[str, Any]:
 def _fill_for_the_eye(
     folder: Path,
     run: Run,
-    data: ImageData,
+    data: SampleData,
     cache_dir: str | os.PathLike | None,
     progress: bool,
 ) -> None:
-    """Writes what a person looks at: pairs of near duplicates, and thumbnails."""
+    """Writes what a person looks at: pairs of near duplicates, and the samples."""
     train, suspicion = run.features.train, run.trained.ledger.suspicion
     write_csv(
         folder / NEAR_DUPLICATES_FILE,
@@ -157,10 +157,13 @@ def _fill_for_the_eye(
         ),
     )  # fmt: skip
     by_id = dict(zip(map(str, train.ids), suspicion.tolist(), strict=True))
+    if data.kind == "texts":
+        write_excerpts(data.train, by_id, folder)
+        return
     write_thumbnails(data.train, by_id, folder, cache_dir=cache_dir, progress=progress)
 
 
-def _sample_rows(data: ImageData) -> Iterable[list[str]]:
+def _sample_rows(data: SampleData) -> Iterable[list[str]]:
     """Yields the samples that remain, with what was decided and what it replaced."""
     rows = () if data.corrections is None else data.corrections.rows
     decided = {row.id: [row.decision, row.given_label] for row in rows}

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
-from keras_rsft.data import ImageData
+from keras_rsft.data import SampleData
 from keras_rsft.features import FeatureSet, FrozenBase
 from keras_rsft.features.extraction import make_pass, open_kept, run_alone
 from keras_rsft.features.feature_pass import FeaturePass
@@ -35,7 +35,7 @@ class SplitFeatures:
 
 def extract_all(
     base: keras.Model,
-    data: ImageData,
+    data: SampleData,
     *,
     views: int = 1,
     seed: int = 0,
@@ -93,7 +93,7 @@ def extract_all(
 
 def feature_passes(
     base: keras.Model,
-    data: ImageData,
+    data: SampleData,
     *,
     views: int,
     device_names: Sequence[str] = (),

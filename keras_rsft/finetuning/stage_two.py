@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backbones.assembly import built_in_float32
-from keras_rsft.backbones.base_name import is_fixed_network
+from keras_rsft.backbones.base_name import is_fixed_network, require_base_can_learn
 from keras_rsft.backbones.last_block import last_block, learns
 from keras_rsft.backbones.own_copy import copy_model, set_trainable
 from keras_rsft.data.splits import ImageSplit
@@ -122,8 +122,9 @@ def check_base_can_learn(backbone: str) -> None:
     """Refuses a base in which there is no layer to fine-tune, by its name.
 
     Raises:
-        InvalidArgument: If it is a SavedModel or an ONNX file.
+        InvalidArgument: If it is a SavedModel, an ONNX file, or a text encoder.
     """
+    require_base_can_learn(backbone)
     if is_fixed_network(backbone):
         raise InvalidArgument(
             f"The last block of {backbone} cannot be fine-tuned: it has no Keras "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import keras
 
-from keras_rsft.backbones.base_name import is_fixed_network
+from keras_rsft.backbones.base_name import is_fixed_network, require_base_can_learn
 from keras_rsft.backbones.trainable_part import TrainablePart, trainable_part
 from keras_rsft.data import ImageData
 from keras_rsft.errors import InvalidArgument
@@ -71,8 +71,9 @@ def check_part_can_learn(backbone: str, *, option: str = "--unfreeze") -> None:
         option: What asks for it.
 
     Raises:
-        InvalidArgument: If it is a SavedModel or an ONNX file.
+        InvalidArgument: If it is a SavedModel, an ONNX file, or a text encoder.
     """
+    require_base_can_learn(backbone)
     if is_fixed_network(backbone):
         raise InvalidArgument(
             f"No part of {backbone} can learn: it has no Keras layers. Leave out "

@@ -23,7 +23,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from keras_rsft.data import ImageData
+from keras_rsft.data import SampleData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.finetuning.run_folder import check_new_folder
 from keras_rsft.result_folder import replaced, write_json
@@ -134,7 +134,7 @@ def open_place(
         lock.release()
 
 
-def run_identity(data: ImageData, **choices: Any) -> dict[str, Any]:
+def run_identity(data: SampleData, **choices: Any) -> dict[str, Any]:
     """Returns what two runs must share to be the same run, as JSON can hold it.
 
     Args:

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones.base_name import require_takes
 from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backbones.load import check_backbone_name, load_backbone
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.data import ImageData, ImageSplit, load_images
+from keras_rsft.data import SampleData, SampleSplit, load_images
 from keras_rsft.data.sampling import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.examination import Examination, examine_labels
@@ -106,7 +107,7 @@ class _Measured:
 
 
 def rank_backbones(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     backbones: Sequence[str | os.PathLike],
     *,
     sample: int = DEFAULT_SAMPLE,
@@ -129,7 +130,7 @@ def rank_backbones(
     need no head; they are shown beside it, with how far they agree.
 
     Args:
-        data: Loaded images, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_images` takes.
         backbones: Names, as in `load_backbone`.
         sample: Most images to look at, at least 2. Default 1000.
         image_size: Side of the images for all bases. Default: each base's own.
@@ -154,8 +155,10 @@ def rank_backbones(
         )
     for name in names:
         check_backbone_name(name)
-    if not isinstance(data, ImageData):
+    if not isinstance(data, SampleData):
         data = load_images(data)
+    for name in names:
+        require_takes(name, data.kind)
     chosen = stratified_sample(data.train.labels, sample, seed=seed)
     images = data.train.take(chosen)
     measured, failed = [], []
@@ -178,7 +181,7 @@ def rank_backbones(
 def _measure(
     name: str,
     base,
-    images: ImageSplit,
+    images: SampleSplit,
     num_classes: int,
     cache_dir: str | os.PathLike | None,
     progress: bool,

@@ -81,11 +81,11 @@ def gallery_data(
     Args:
         record: The run.
         served: True lists every sample, and pictures are fetched one by one. False
-            embeds the pictures of the most suspicious, and lists those alone.
+            embeds the pictures or texts of the most suspicious, and lists those alone.
         max_bytes: Most bytes of embedded pictures, as text. Default 9,000,000.
 
     Returns:
-        `run`, `classes`, `total`, `served`, `pairs` (rows and similarity) and
+        `run`, `kind`, `classes`, `total`, `served`, `pairs` (rows and similarity) and
         `samples`, a list for each column.
     """
     samples = record.samples
@@ -102,11 +102,12 @@ def gallery_data(
     else:
         wanted = [row for pair in pairs for row in pair[:2]]
         wanted += order[:MAX_EMBEDDED].tolist()
-        pictures = _pictures(record, list(dict.fromkeys(wanted)), max_bytes)
+        pictures = _shown(record, list(dict.fromkeys(wanted)), max_bytes)
         rows = [row for row in order.tolist() if row in pictures]
     shown = {row: number for number, row in enumerate(rows)}
     return {
         "run": record.identity,
+        "kind": record.kind,
         "classes": list(record.class_names),
         "total": len(samples),
         "served": served,
@@ -119,17 +120,23 @@ def gallery_data(
     }
 
 
-def _pictures(record: RunRecord, rows: Sequence[int], max_bytes: int) -> dict[int, str]:
-    """Returns pictures as text till they fill the room; "" where there is none."""
+def _shown(record: RunRecord, rows: Sequence[int], max_bytes: int) -> dict[int, str]:
+    """Returns pictures or texts till they fill the room; "" where there is none."""
     pictures, used = {}, 0
     for row in rows:
-        encoded = record.thumbnail(record.samples.ids[row]) or b""
-        text = base64.b64encode(encoded).decode("ascii")
-        used += len(text)
+        text = _one_shown(record, record.samples.ids[row])
+        used += len(text.encode())
         if used > max_bytes:
             break
         pictures[row] = text
     return pictures
+
+
+def _one_shown(record: RunRecord, sample_id: str) -> str:
+    """Returns the beginning of a text, or a picture in base 64."""
+    if record.kind == "texts":
+        return record.texts.get(sample_id, "")
+    return base64.b64encode(record.thumbnail(sample_id) or b"").decode("ascii")
 
 
 def _columns(
@@ -148,7 +155,9 @@ def _columns(
         "rejected": samples.counts["rejected"][picked].tolist(),
         "seen": samples.counts["seen"][picked].tolist(),
     }
-    if served:  # The row's number in the ledger names the picture.
+    if record.kind == "texts":  # A server has no more of them than the page.
+        columns["text"] = [record.texts.get(samples.ids[row], "") for row in rows]
+    elif served:  # The row's number in the ledger names the picture.
         has_picture = [samples.ids[row] in record.thumbnail_places for row in rows]
         columns["picture"] = [
             str(row) if has else "" for row, has in zip(rows, has_picture, strict=True)

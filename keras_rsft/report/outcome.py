@@ -40,7 +40,7 @@ def outcome_of(record: RunRecord) -> Outcome:
         return _of_search(record)
     paired = record.results.get("against_plain")
     if paired:
-        sentence, figures, method = _paired(paired)
+        sentence, figures, method = _paired(paired, record.kind)
     else:
         sentence, figures, method = _alone(record)
     figures += _shares(record.results)
@@ -54,7 +54,7 @@ def percent(share: float | None, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def _paired(paired: dict[str, Any]) -> tuple[str, list[Figure], str]:
+def _paired(paired: dict[str, Any], kind: str) -> tuple[str, list[Figure], str]:
     images, both = paired["images"], paired["both_right"]
     ours, plain = (
         both + paired[f"only_{name}_right"] for name in ("rejection", "plain")
@@ -72,7 +72,7 @@ def _paired(paired: dict[str, Any]) -> tuple[str, list[Figure], str]:
         verdict = "a difference that may be chance"
     sentence = (
         f"With rejection the head gets {percent(ours / images)} of {images:,} "
-        f"{paired['split']} images right, without it {percent(plain / images)}: "
+        f"{paired['split']} {kind} right, without it {percent(plain / images)}: "
         f"{verdict} ({interval} points)."
     )
     figures = [
@@ -80,10 +80,10 @@ def _paired(paired: dict[str, Any]) -> tuple[str, list[Figure], str]:
         Figure("Plain fine-tuning", percent(plain / images), _interval(plain, images)),
         Figure("Difference in points", f"{points:+.1f}", _range(low, high, "+")),
     ]
-    return sentence, figures, _method(paired["split"], paired["wrong_labels"])
+    return sentence, figures, _method(paired["split"], paired["wrong_labels"], kind)
 
 
-def _method(split: str, wrong_labels: int | None) -> str:
+def _method(split: str, wrong_labels: int | None, kind: str) -> str:
     labels = {
         None: "by its given labels, right or wrong",
         0: "by labels that are known to be right",
@@ -91,8 +91,8 @@ def _method(split: str, wrong_labels: int | None) -> str:
     return (
         f"Measured on the {split} split {labels}. Both heads have the same features, "
         "seed and settings. Intervals: Wilson (1927) for each head; Agresti and Min "
-        "(2005) for the difference, image by image. They say what other images would "
-        "change, not what another seed would."
+        f"(2005) for the difference, {kind[:-1]} by {kind[:-1]}. They say what other "
+        f"{kind} would change, not what another seed would."
     )
 
 
@@ -104,12 +104,12 @@ def _alone(record: RunRecord) -> tuple[str, list[Figure], str]:
             continue
         interval = _interval(round(accuracy * count), count)
         sentence = (
-            f"The model gets {percent(accuracy)} of {count:,} {split} images right "
-            f"(interval of {interval}). No plain head was trained beside it."
+            f"The model gets {percent(accuracy)} of {count:,} {split} {record.kind} "
+            f"right (interval of {interval}). No plain head was trained beside it."
         )
         method = (
             f"Measured on the {split} split by its given labels. Interval: Wilson "
-            "(1927). It says what other images would change, not another seed."
+            f"(1927). It says what other {record.kind} would change, not another seed."
         )
         return sentence, [Figure("Accuracy", percent(accuracy), interval)], method
     return "There is no test or validation split to judge the model by.", [], ""
@@ -171,17 +171,19 @@ def _of_search(record: RunRecord) -> Outcome:
     if images:
         method += " Intervals: Wilson (1927), each for itself."
     return Outcome(
-        _search_sentence(rows, images) or str(results.get("reason", "")),
+        _search_sentence(rows, images, record.kind) or str(results.get("reason", "")),
         tuple(figures),
         method,
     )
 
 
-def _search_sentence(rows: dict[str, dict[str, Any]], images: int) -> str | None:
+def _search_sentence(
+    rows: dict[str, dict[str, Any]], images: int, kind: str
+) -> str | None:
     ours, plain = (rows[row].get("test_accuracy") for row in ("chosen", "plain"))
     if ours is None or plain is None:
         return None
-    counted = f"{images:,} test images" if images else "the test images"
+    counted = f"{images:,} test {kind}" if images else f"the test {kind}"
     return (
         f"The chosen setting gets {percent(ours)} of {counted} right, plain "
         f"fine-tuning {percent(plain)}."

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from keras_rsft import run_files
+from keras_rsft.backbones.base_name import takes_texts
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.result_folder import read_csv
 
@@ -117,6 +118,24 @@ class RunRecord:
         with (self.folder / run_files.THUMBNAILS_FILE).open("rb") as file:
             file.seek(place[0])
             return file.read(place[1])
+
+    @functools.cached_property
+    def texts(self) -> dict[str, str]:
+        """The beginnings of the samples by id; empty where they are images."""
+        path = self.folder / run_files.TEXTS_FILE
+        if not path.is_file():
+            return {}
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        return {str(row["id"]): str(row["text"]) for row in rows}
+
+    @property
+    def kind(self) -> str:
+        """What the samples are, in the plural: "images" or "texts"."""
+        recorded = self.config
+        if isinstance(recorded.get("data"), dict):  # A search has it one level deeper.
+            recorded = recorded["data"].get("source", {})
+        return "texts" if takes_texts(recorded.get("backbone") or "") else "images"
 
     @property
     def pictures(self) -> dict[str, bytes]:

@@ -88,7 +88,7 @@ class Gallery {
       const matches = ["given", "predicted"].every(
         (name) => chosen[name] === "" || this.samples[name][row] === Number(chosen[name]),
       );
-      const found = find === "" || this.samples.id[row].toLowerCase().includes(find);
+      const found = find === "" || textsOf(this.samples, row).some((text) => text.toLowerCase().includes(find));
       if (matches && found && tests[chosen.kind](row)) this.rows.push(row);
     }
     this.sort(chosen.order);
@@ -115,8 +115,8 @@ class Gallery {
     const first = this.page * PAGE_SIZE;
     const shown = this.rows.slice(first, first + PAGE_SIZE);
     this.grid.replaceChildren(...shown.map((row) => made("li", {}, this.card(row))));
-    const text = this.rows.length === 0 ? "No image matches. Clear the filters to see more."
-      : `${(first + 1).toLocaleString("en")} to ${(first + shown.length).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")} images`;
+    const text = this.rows.length === 0 ? `No ${nounOf(this.data)} matches. Clear the filters to see more.`
+      : `${(first + 1).toLocaleString("en")} to ${(first + shown.length).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")} ${this.data.kind}`;
     document.getElementById("shown").textContent = text;
     document.getElementById("page-text").textContent = `Page ${this.page + 1} of ${pages}`;
     document.getElementById("previous-page").disabled = this.page === 0;
@@ -152,7 +152,7 @@ class Gallery {
     const card = made(
       "button",
       { type: "button", className: "card", title: id[row] },
-      picture(this.data, row),
+      shownSample(this.data, row),
       ...labels,
       made("span", { className: "facts", textContent: note || facts }),
       made("span", { className: "name" }, pathOf(id[row])),
@@ -174,6 +174,21 @@ class Gallery {
       }),
     );
   }
+}
+
+// What a sample is called in a sentence.
+function nounOf(data) {
+  return data.kind.replace(/s$/, "");
+}
+
+// What a sample can be found by.
+function textsOf(samples, row) {
+  return samples.text === undefined ? [samples.id[row]] : [samples.id[row], samples.text[row]];
+}
+
+function shownSample(data, row) {
+  if (data.kind !== "texts") return picture(data, row);
+  return made("span", { className: "excerpt", textContent: data.samples.text[row], dir: "auto" });
 }
 
 function picture(data, row, size = 96) {

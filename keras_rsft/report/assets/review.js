@@ -151,7 +151,7 @@ class Review {
     const isLast = this.place === this.rows.length - 1;
     if (!isLast) this.place += 1;
     this.show();
-    this.say(`${id}: ${this.decisions.named(one)}.${isLast ? " That was the last image." : ""}`);
+    this.say(`${id}: ${this.decisions.named(one)}.${isLast ? ` That was the last ${nounOf(this.data)}.` : ""}`);
   }
 
   undo() {
@@ -168,12 +168,12 @@ class Review {
   move(step) {
     const place = this.place + step;
     if (place < 0 || place >= this.rows.length) {
-      this.say(step > 0 ? "This is the last image." : "This is the first image.");
+      this.say(`This is the ${step > 0 ? "last" : "first"} ${nounOf(this.data)}.`);
       return;
     }
     this.place = place;
     this.show();
-    this.say(`Image ${place + 1}: given ${this.text("given")}, predicted ${this.text("predicted")}.`);
+    this.say(`${this.title()} ${place + 1}: given ${this.text("given")}, predicted ${this.text("predicted")}.`);
   }
 
   text(name) {
@@ -185,12 +185,7 @@ class Review {
     const { id, probability, rejected, seen, clean } = this.data.samples;
     const row = this.row;
     const set = (name, text) => { document.getElementById(`review-${name}`).textContent = text; };
-    const image = document.getElementById("review-picture");
-    const source = pictureSource(this.data, row);
-    image.classList.toggle("missing", source === "");
-    if (source === "") image.removeAttribute("src");
-    else image.src = source;
-    image.alt = `Image ${id[row]}`;
+    this.showSample(row);
     set("id", id[row]);
     set("given", this.text("given"));
     set("predicted", this.text("predicted"));
@@ -204,6 +199,29 @@ class Review {
     set("place", `${(this.place + 1).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")}, ${this.decisions.count.toLocaleString("en")} decided`);
     document.getElementById("accept-prediction").disabled = this.data.samples.predicted[row] < 0;
     this.markClasses();
+  }
+
+  title() {
+    const noun = nounOf(this.data);
+    return noun[0].toUpperCase() + noun.slice(1);
+  }
+
+  showSample(row) {
+    const image = document.getElementById("review-picture");
+    const text = document.getElementById("review-text");
+    const isText = this.data.kind === "texts";
+    image.hidden = isText;
+    text.hidden = !isText;
+    if (isText) {
+      text.textContent = this.data.samples.text[row] || "This text could not be read.";
+      text.scrollTop = 0;
+      return;
+    }
+    const source = pictureSource(this.data, row);
+    image.classList.toggle("missing", source === "");
+    if (source === "") image.removeAttribute("src");
+    else image.src = source;
+    image.alt = `Image ${this.data.samples.id[row]}`;
   }
 
   markClasses() {
