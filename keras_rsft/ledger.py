@@ -336,7 +336,7 @@ class RejectionLedger(keras.callbacks.Callback):
         model.record_with(_Recorder(self._epoch))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        losses, accepted = ops.convert_to_numpy(self._epoch.value).T.copy()
+        losses, accepted = self._epoch.numpy().T.copy()
         self._epoch.assign(ops.full(self._epoch.shape, _NOT_SEEN))
         self.ledger.note_epoch(losses, accepted)
         self.last_epoch = (losses, accepted)

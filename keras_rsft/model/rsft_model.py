@@ -177,16 +177,14 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
             was compared with the threshold in steps that accepted nothing,
             infinity if there was none.
         """
-        totals = keras.ops.convert_to_numpy(self.selection.totals.value).tolist()
+        totals = self.selection.totals.numpy().tolist()
         samples, accepted, loss_sum, finite, _ = totals
         return {
             "accepted": accepted,
             "samples": samples,
             "accepted_loss_sum": loss_sum,
             "nonfinite": samples - finite,
-            "lowest_loss_rejected": float(
-                keras.ops.convert_to_numpy(self.selection.lowest.value)
-            ),
+            "lowest_loss_rejected": float(self.selection.lowest.numpy()),
         }
 
     def save_own_variables(self, store: Any) -> None:
