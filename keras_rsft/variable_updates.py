@@ -1,4 +1,4 @@
-"""Updates of Keras variables for which TensorFlow has an operation of its own.
+"""Updates of Keras variables for which TensorFlow has means of its own.
 
 Keras reads the variable, computes and assigns: a copy of all of it in every step.
 """
@@ -33,3 +33,18 @@ def write_rows(variable: keras.Variable, rows: Any, values: Any) -> None:
         variable.value.scatter_update(tf.IndexedSlices(values, rows))
     else:
         variable.assign(ops.scatter_update(variable.value, rows[:, None], values))
+
+
+def assign_after(variable: keras.Variable, value: Any, tensor: Any) -> None:
+    """Assigns a value once a tensor of the batch is there.
+
+    At the end of a data set of unknown size, Keras under TensorFlow runs whatever does
+    not wait for a batch.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.control_dependencies([tensor]):
+            variable.assign(value)
+    else:
+        variable.assign(value)

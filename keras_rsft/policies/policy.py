@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policies.decisions import with_class_floor
+from keras_rsft.variable_updates import assign_after
 
 
 class Policy(keras.layers.Layer):
@@ -143,10 +144,7 @@ class Policy(keras.layers.Layer):
         accept_mask = ops.logical_and(accept_mask, ops.isfinite(per_sample_loss))
         if self.level == "batch":
             accept_mask = ops.logical_and(accept_mask, ops.all(accept_mask))
-        # One, but known once the mask is: at the end of a data set of unknown size,
-        # Keras under TensorFlow runs whatever does not wait for a batch.
-        judged = ops.maximum(ops.cast(ops.any(accept_mask), "int32"), 1)
-        self.steps_seen.assign(step + judged)
+        assign_after(self.steps_seen, step + 1, per_sample_loss)
         return accept_mask
 
     def threshold_in_use(self) -> float | None:
