@@ -149,11 +149,13 @@ class TestPredict:
         assert (together.path, together.label) == (alone.path, alone.label)
         assert together.score == pytest.approx(alone.score, abs=1e-5)
 
+    @pytest.mark.slow
     def test_no_such_column(self, call):
         status, _, err = call("predict", "run", "texts.csv", "--text-column", "words")
         assert status == 1
         assert "no column 'words'" in err
 
+    @pytest.mark.slow
     def test_a_folder_without_texts(self, call, tmp_path):
         status, _, err = call("predict", "run", tmp_path)
         assert status == 1
@@ -183,7 +185,14 @@ class TestRefusals:
         with pytest.raises(InvalidArgument, match="--backbone minilm"):
             rsft.finetune(rsft.load_texts(root / "texts.csv"), progress=False)
 
-    @pytest.mark.parametrize("kind", ["saved-model", "litert", "onnx"])
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "saved-model",
+            pytest.param("litert", marks=pytest.mark.slow),
+            pytest.param("onnx", marks=pytest.mark.slow),
+        ],
+    )
     def test_an_export_that_cannot_be(self, kind, call):
         status, _, err = call("export", "run", "--format", kind)
         assert status == 2
