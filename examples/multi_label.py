@@ -124,14 +124,14 @@ def main() -> None:
 
     def reject_labels() -> rsft.Policy:
         return rsft.RunningThreshold(
-            percentile=1 - WRONG, num_classes=2, level="element", warmup_steps=3 * steps
+            percentile=0.9, num_classes=2, level="element", warmup_steps=3 * steps
         )
 
     methods = {
-        "plain": (rsft.AcceptAll, 20),
-        "pictures rejected": (reject_pictures, 20),
-        "labels rejected": (reject_labels, 20),
-        "right labels only": (rsft.AcceptAll, 20),
+        "plain": (rsft.AcceptAll, 6),
+        "pictures rejected": (reject_pictures, 6),
+        "labels rejected": (reject_labels, 8),
+        "right labels only": (rsft.AcceptAll, 8),
     }
     print(f"{'':18} mean average precision  accepted  wrong labels rejected  of all")
     for name, (make_policy, epochs) in methods.items():

@@ -112,11 +112,11 @@ def main() -> None:
         return rsft.KeepFraction(1 - WRONG, ramp_steps=5 * steps)
 
     methods = {
-        "plain, squared": (rsft.AcceptAll, "mse", 24),
-        "rejecting, squared": (rejecting, "mse", 24),
-        "plain, absolute": (rsft.AcceptAll, "mae", 24),
-        "rejecting, absolute": (rejecting, "mae", 24),
-        "right angles only": (rsft.AcceptAll, "mse", 24),
+        "plain, squared": (rsft.AcceptAll, "mse", 40),
+        "rejecting, squared": (rejecting, "mse", 40),
+        "plain, absolute": (rsft.AcceptAll, "mae", 36),
+        "rejecting, absolute": (rejecting, "mae", 38),
+        "right angles only": (rsft.AcceptAll, "mse", 40),
     }
     print(f"{'':19} error in degrees     accepted  wrong angles rejected  of all")
     for name, (make_policy, loss, epochs) in methods.items():

@@ -169,10 +169,10 @@ def main() -> None:
         )
 
     methods = {
-        "plain": (rsft.AcceptAll, 10),
-        "pictures rejected": (reject_pictures, 10),
-        "pixels rejected": (reject_pixels, 10),
-        "right masks only": (rsft.AcceptAll, 10),
+        "plain": (rsft.AcceptAll, 16),
+        "pictures rejected": (reject_pictures, 12),
+        "pixels rejected": (reject_pixels, 18),
+        "right masks only": (rsft.AcceptAll, 20),
     }
     print(f"{'':18} mean IoU                accepted  wrong pixels rejected  of all")
     for name, (make_policy, epochs) in methods.items():

@@ -22,6 +22,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from rich.console import Console
+
 from keras_rsft.cli_output import print_comparison
 from keras_rsft.comparing import Comparison, compare
 from keras_rsft.comparing.intervals import paired_interval
@@ -126,7 +128,7 @@ def measure(condition: Condition, arguments: argparse.Namespace) -> None:
 def report(title: str, result: Comparison) -> None:
     """Prints one condition."""
     print(f"\n{title}", flush=True)
-    print_comparison(result)
+    print_comparison(result, Console())
     if AUTO not in result.summaries:
         print("auto did not run.", flush=True)
         return
