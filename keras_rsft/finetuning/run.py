@@ -21,20 +21,13 @@ from keras_rsft.finetuning.callback_memory import identity_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.devices import Devices, open_devices
 from keras_rsft.finetuning.feature_source import FeatureSource, open_features
-from keras_rsft.finetuning.head_training import (
-    Callbacks,
-    TrainedHead,
-    train_head,
-)
+from keras_rsft.finetuning.head_training import Callbacks, TrainedHead, train_head
 from keras_rsft.finetuning.overfitting import Overfitting
 from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
 from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.split_features import SplitFeatures
-from keras_rsft.finetuning.stage_two import (
-    check_base_can_learn,
-    fine_tune_last_block,
-)
+from keras_rsft.finetuning.stage_two import check_base_can_learn, fine_tune_last_block
 from keras_rsft.finetuning.tuned_run import (
     BaseTrainingPlace,
     Unfreezing,
