@@ -149,7 +149,7 @@ def require_base_can_learn(name: str | os.PathLike[str]) -> None:
     if takes_texts(name):
         raise InvalidArgument(
             f"A text encoder stays as it is, only its head learns. Received: {name}. "
-            "Leave out `--unfreeze` and `--stage2`."
+            "Leave out `--unfreeze`, `--stage2` and `--trainable`."
         )
 
 
