@@ -36,7 +36,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: .+? -->\s*\Z", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # Options of other programs that the pages name.
-FOREIGN_OPTIONS = {"--grpc", "--logdir", "--torch-python"}
+FOREIGN_OPTIONS = {"--grpc", "--logdir", "--no-deps", "--torch-python"}
 FRONT_PAGE_LINES = 130
 TWO_WORKERS = json.dumps(
     {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}

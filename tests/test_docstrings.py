@@ -147,7 +147,10 @@ def test_every_parameter_is_described_and_no_other(name):
 
 @pytest.mark.parametrize("name", WITH_FIELDS)
 def test_every_field_is_described(name):
-    described = entries(inspect.getdoc(WITH_FIELDS[name]), "Attributes", "Args")
+    bases = filter(dataclasses.is_dataclass, WITH_FIELDS[name].__mro__)
+    described = set().union(
+        *(entries(inspect.getdoc(base), "Attributes", "Args") for base in bases)
+    )
     fields = {field.name for field in dataclasses.fields(WITH_FIELDS[name])}
     assert fields - described == set()
 
