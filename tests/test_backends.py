@@ -118,7 +118,7 @@ model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
 for call in (
     lambda: rsft.finetune(None),
     lambda: rsft.compare(None),
-    lambda: rsft.search(None),
+    lambda: rsft.search(None, output="nowhere"),
     lambda: rsft.extract_features(None, None),
     lambda: rsft.export_saved_model(model, "nowhere", class_names=["a", "b"]),
     lambda: rsft.TwoPassRSFTModel(model, rsft.AcceptAll()),

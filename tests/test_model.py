@@ -218,16 +218,19 @@ def test_accepting_everything_equals_stock_keras(
     if mode.startswith("mixed"):
         dtype_policy(mode)
     policy = AcceptAll() if policy == "AcceptAll" else LossThreshold(1e9)
-    assert_equal(
-        *train_beside_stock_keras(
-            policy,
-            optimizer,
-            compile_options(**MODES[mode]),
-            small_data,
-            make_model,
-            values_of,
-        )
+    ours, stock = train_beside_stock_keras(
+        policy,
+        optimizer,
+        compile_options(**MODES[mode]),
+        small_data,
+        make_model,
+        values_of,
     )
+    if keras.backend.backend() == "jax" and mode != "eager":  # XLA reorders sums.
+        for value, other in zip(ours, stock, strict=True):
+            np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+    else:
+        assert_equal(ours, stock)
 
 
 @pytest.mark.parametrize("mode", ["graph", pytest.param("xla", marks=pytest.mark.slow)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_rsft.data import ImageData, ImageSplit, add_label_noise
@@ -46,7 +46,6 @@ rates = st.floats(0.001, 0.999)
 seeds = st.integers(0, 2**32)
 
 
-@settings(deadline=None)
 @given(labels=many_labels, rate=rates, seed=seeds)
 def test_symmetric_moves_the_exact_count_to_other_classes(labels, rate, seed):
     labels = np.array(labels, np.int32)
@@ -57,7 +56,6 @@ def test_symmetric_moves_the_exact_count_to_other_classes(labels, rate, seed):
     assert np.all((noisy >= 0) & (noisy < 5))
 
 
-@settings(deadline=None)
 @given(labels=many_labels, rate=rates, seed=seeds)
 def test_asymmetric_moves_the_exact_count_of_each_class_to_the_next(labels, rate, seed):
     labels = np.array(labels, np.int32)
@@ -80,7 +78,6 @@ def test_symmetric_reaches_every_other_class_equally():
     assert np.all(np.abs(counts[1:] - 1000) < 110)
 
 
-@settings(deadline=None)
 @given(labels=many_labels, rate=rates, seed=seeds)
 def test_instance_moves_the_exact_count_to_other_classes(labels, rate, seed):
     labels = np.array(labels, np.int32)

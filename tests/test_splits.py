@@ -219,7 +219,7 @@ fraction_pairs = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).filter(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
     fractions=fraction_pairs,
@@ -251,7 +251,7 @@ def test_assignment_is_complete_stratified_and_blind_to_order(
     np.testing.assert_array_equal(assign(np.array(positions)), splits[positions])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(1, 80), fractions=fraction_pairs, seed=st.integers(0, 99))
 def test_one_more_image_moves_at_most_one_at_each_border(count, fractions, seed):
     def assign(number):
