@@ -146,10 +146,10 @@ def rejected_cells(model, maps, kinds, boxes) -> np.ndarray:
 
 
 def draw(path: str, pictures, kinds, boxes, wrong, rejected) -> None:
-    """Draws the given boxes of pictures that have wrong ones."""
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    spoiled = np.flatnonzero(wrong.any(axis=(1, 2)))
-    for axes, one in zip(figure.subplots(2, 4).flat, spoiled, strict=False):
+    """Draws the given boxes of pictures of which some were rejected."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    chosen = np.flatnonzero((rejected & (kinds > 0)).any(axis=(1, 2)))
+    for axes, one in zip(figure.subplots(2, 4).flat, chosen, strict=False):
         axes.imshow(pictures[one].astype("uint8"))
         axes.set_axis_off()
         for cell in map(tuple, np.argwhere(kinds[one]).tolist()):
@@ -160,7 +160,9 @@ def draw(path: str, pictures, kinds, boxes, wrong, rejected) -> None:
                 Rectangle((left, top), right - left, bottom - top, fill=False,
                           color=color, linestyle=style, linewidth=2)
             )  # fmt: skip
-            axes.text(left + 1, top - 2, kinds[one][cell] - 1, color=color)
+            axes.text(
+                left + 1, top - 2, kinds[one][cell] - 1, color=color, clip_on=True
+            )
     figure.suptitle("Dashed: a wrong class or box. Red: rejected. Green: learnt.")
     figure.savefig(path, dpi=100)
 
