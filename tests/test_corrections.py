@@ -340,6 +340,7 @@ class TestRound:
 
         return run
 
+    @pytest.mark.slow
     def test_noise_review_corrections_better(self, fit, photo_folder, tmp_path):
         noisy = add_label_noise(load_images(photo_folder), "symmetric:0.25", seed=0)
         before = fit(noisy, "first")

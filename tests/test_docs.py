@@ -38,6 +38,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # Options of other programs that the pages name.
 FOREIGN_OPTIONS = {"--grpc", "--logdir", "--no-deps", "--torch-python"}
 FRONT_PAGE_LINES = 130
+SLOW_PAGES = {"docs/python.md"}  # A fit and a search.
 TWO_WORKERS = json.dumps(
     {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
 )
@@ -211,7 +212,12 @@ def readers_folder(tmp_path, photo_folder, tiny_base_file, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page, text in PAGES.items() if blocks(text, "python")]
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page in SLOW_PAGES else page
+        for page, text in PAGES.items()
+        if blocks(text, "python")
+    ],
 )
 def test_python_runs(page, readers_folder, small_data, make_model):
     import tensorflow as tf
