@@ -8,12 +8,13 @@ go on.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 SECONDS_UNTIL_AGAIN = 0.05
 
@@ -26,37 +27,38 @@ class Terminated(KeyboardInterrupt):
 def termination_raises() -> Iterator[None]:
     """Turns SIGTERM into `Terminated` while the context is open.
 
-    Python drops an exception that is raised while it collects garbage, Ctrl-C's too: a
-    signal that comes then is sent again, a moment later. Only the main thread may do
-    so; in another one nothing is changed.
+    Python drops an exception that is raised in a finaliser, in the callback of a weak
+    reference or of the garbage collector, Ctrl-C's too: what it reports as dropped is
+    sent again, a moment later. Only the main thread may do so; in another one nothing
+    is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if _drops_exceptions(frame):
-            again = (os.getpid(), number)
-            threading.Timer(SECONDS_UNTIL_AGAIN, os.kill, again).start()
-            return
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: _send_again(dropped) or hook(dropped)
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
-def _drops_exceptions(frame: FrameType | None) -> bool:
-    """Whether Python would drop what is raised here: in a finaliser, or of `gc`."""
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _send_again(dropped: Any) -> bool:
+    """Sends the signal again whose exception was dropped, if it was one's."""
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+        return False
+    terminated = issubclass(dropped.exc_type, Terminated)
+    number = signal.SIGTERM if terminated else signal.SIGINT
+    threading.Timer(SECONDS_UNTIL_AGAIN, os.kill, (os.getpid(), number)).start()
+    return True

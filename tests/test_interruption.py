@@ -2,8 +2,10 @@
 
 import gc
 import signal
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -44,6 +46,16 @@ def test_raises_at_once(number):
     assert raised.type is RAISED[number]
 
 
+def collected_with(callback):
+    """Collects garbage a few times, `callback` called at each start and stop."""
+    gc.callbacks.append(callback)
+    try:
+        for _ in range(4):
+            gc.collect()
+    finally:
+        gc.callbacks.remove(callback)
+
+
 @pytest.mark.parametrize("number", RAISED)
 def test_raises_after_the_collection_of_garbage(number):
     def callback(phase, info):
@@ -52,17 +64,54 @@ def test_raises_after_the_collection_of_garbage(number):
             signal.raise_signal(number)
 
     came = []
-    gc.callbacks.append(callback)
-    try:
-        with pytest.raises(RAISED[number]), termination_raises():
-            waits_after(gc.collect)
-    finally:
-        gc.callbacks.remove(callback)
+    with pytest.raises(RAISED[number]), termination_raises():
+        waits_after(lambda: collected_with(callback))
+    assert came
 
 
-def test_raises_after_a_finaliser():
+@pytest.mark.parametrize("number", RAISED)
+def test_raises_after_a_finaliser(number):
+    with pytest.raises(RAISED[number]), termination_raises():
+        waits_after(lambda: Dropped(number))
+
+
+@pytest.mark.parametrize("number", RAISED)
+def test_raises_after_the_callback_of_a_weak_reference(number):
+    class Referenced:
+        pass
+
+    kept = [Referenced()]
+    reference = weakref.ref(kept[0], lambda _: signal.raise_signal(number))
+    with pytest.raises(RAISED[number]), termination_raises():
+        waits_after(kept.clear)
+    assert reference() is None
+
+
+def test_a_signal_is_sent_until_one_arrives():
+    """Here the collector's callbacks are still at it when it comes again."""
+
+    def callback(phase, info):
+        came.append(phase)
+        signal.raise_signal(signal.SIGTERM) if len(came) == 1 else time.sleep(0.1)
+
+    came = []
     with pytest.raises(Terminated), termination_raises():
-        waits_after(lambda: Dropped(signal.SIGTERM))
+        waits_after(lambda: collected_with(callback))
+    assert len(came) > 2
+
+
+def test_another_dropped_exception_is_reported_as_before(monkeypatch):
+    class Fails:
+        def __del__(self):
+            raise ValueError("in a finaliser")
+
+    reported = []
+    hook = lambda dropped: reported.append(dropped.exc_type)  # noqa: E731
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    with termination_raises():
+        Fails()
+    assert reported == [ValueError]
+    assert sys.unraisablehook is hook
 
 
 def test_an_interrupt_that_is_ignored_stays_so():
