@@ -160,6 +160,33 @@ class TestStretches:
         np.testing.assert_array_equal(places.view(np.float32), kept.features[2:5])
 
 
+class TestAlignedArray:
+    """TensorFlow copies what is not aligned: a window of features twice."""
+
+    @pytest.mark.parametrize("rows, dim", [(1, 1), (3, 5), (1000, 77), (70_000, 33)])
+    def test_becomes_a_tensor_without_a_copy(self, rows, dim):
+        addresses = []
+
+        def made():
+            kept.append(batches._aligned_array(rows, dim, np.dtype(np.float16)))
+            addresses.append(kept[-1].ctypes.data)
+            return kept[-1]
+
+        def seen(values):
+            addresses.append(values.ctypes.data)
+            return np.int32(len(values))
+
+        kept = []
+        data = tf.data.Dataset.range(3)
+        data = data.map(lambda _: tf.numpy_function(made, [], tf.float16))
+        data = data.map(lambda values: tf.numpy_function(seen, [values], tf.int32))
+        assert [int(count) for count in data] == 3 * [rows]
+        assert addresses[::2] == addresses[1::2]
+        assert kept[0].shape == (rows, dim)
+        assert kept[0].flags.c_contiguous
+        assert kept[0].flags.writeable
+
+
 def shuffled(count, *, stretch, window, seed=0):
     order = batches.shuffled_by_stretches(
         count, tf.constant([seed, 0]), stretch_rows=stretch, window_rows=window

@@ -32,6 +32,8 @@ WINDOW_BYTES = 2**28
 # also where the file holds one class after the other.
 STRETCH_BYTES = 2**16
 BLOCK_BYTES = 2**23
+# What NumPy hands to TensorFlow is copied if it does not begin at a multiple of this.
+TENSOR_ALIGNMENT = 64
 _ROWS_PER_READ = 1024  # The most that Linux and macOS take.
 
 Order = Callable[[], tuple[tf.Tensor, tf.Tensor]]
@@ -287,7 +289,7 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
         descriptor = file.fileno()  # Of the file, which is open as long as we are.
         samples, view = np.divmod(rows, features.views)
         rows = features.file_rows(samples) * features.views + view
-        values = np.empty((len(rows), features.dim), precision)
+        values = _aligned_array(len(rows), features.dim, precision)
         places = values.view(np.uint8)
         by_row = np.argsort(rows)
         breaks = np.flatnonzero(np.diff(rows[by_row]) != 1) + 1
@@ -306,6 +308,14 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
         return tf.ensure_shape(values, (None, features.dim))
 
     return read_rows
+
+
+def _aligned_array(rows: int, dim: int, precision: np.dtype) -> np.ndarray:
+    """Returns an unfilled array that becomes a tensor as it is, without a copy."""
+    size = rows * dim * precision.itemsize
+    room = np.empty(size + TENSOR_ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % TENSOR_ALIGNMENT
+    return room[start : start + size].view(precision).reshape(rows, dim)
 
 
 def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
