@@ -34,6 +34,7 @@ from keras_rsft.cli_options import (
     positive_int,
     training_settings,
 )
+from keras_rsft.cli_parser import CommandParser
 from keras_rsft.cli_predict import add_predict, run_predict
 from keras_rsft.cli_rank import add_rank, run_rank
 from keras_rsft.cli_review import add_review, run_review
@@ -121,7 +122,7 @@ def _check_backend() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="keras-rsft",
         description="Fine-tune a pretrained Keras model only on the samples that "
         "their loss says are worth learning from.",

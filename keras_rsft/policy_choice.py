@@ -103,9 +103,15 @@ class PolicyChoice:
         return "auto" if self.keep_fraction is None else "keep-fraction"
 
 
-def nearest_name_hint(name: str, known: Sequence[str]) -> str:
-    """Returns `" Did you mean 'x'?"` for the nearest known name, or `""`."""
-    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.4)
+def nearest_name_hint(name: str, known: Sequence[str], cutoff: float = 0.4) -> str:
+    """Returns `" Did you mean 'x'?"` for the nearest known name, or `""`.
+
+    Args:
+        name: What was written.
+        known: The names that there are.
+        cutoff: How alike they must be, in [0, 1]. Default 0.4.
+    """
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

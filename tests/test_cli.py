@@ -84,7 +84,10 @@ class TestMistakes:
             (["--validation-fraction", "1"], 2, "(0, 1)"),
             (["--precision", "float8"], 2, "float8"),
             (["--image-size", "-5"], 2, "at least 1"),
-            (["--thershold", "1"], 2, "unrecognized arguments"),
+            (["--thershold", "1"], 2, "Did you mean '--threshold'?"),
+            (["--epohcs=3"], 2, "Did you mean '--epochs'?"),
+            (["-x"], 2, "unrecognized arguments: -x.\n"),
+            (["more"], 2, "unrecognized arguments: more.\n"),
         ],
     )
     def test_in_an_option(self, fit, arguments, status, message):
