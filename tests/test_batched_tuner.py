@@ -218,6 +218,22 @@ def test_keras_tuners_own_tuners(features, tmp_path, monkeypatch, name):
     assert model.predict(np.zeros((1, 6)), verbose=0).shape == (1, 3)
 
 
+def test_rules_that_no_batch_of_heads_can_train_are_tried_alone(features, tmp_path):
+    names = ["self-paced", "running-threshold", "loss-mixture"]
+
+    def space(hp):
+        return {"policy": hp.Choice("policy", names)}
+
+    options = SearchOptions(tuner="grid")
+    tuner = make_tuner(hypermodel_of(features, space), options, tmp_path)
+    tuner.search(verbose=0)
+    trials = tuner.oracle.trials.values()
+    assert [trial.hyperparameters.values["policy"] for trial in trials] == names
+    assert {trial.status for trial in trials} == {"COMPLETED"}, [
+        trial.message for trial in trials
+    ]
+
+
 def test_a_trial_whose_values_cannot_be_trained_fails_alone(features, tmp_path):
     def space(hp):
         fraction = hp.Choice("fraction", [0.5, 7.0])

@@ -15,6 +15,7 @@ from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import TrainingBatches, batches_of
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings
 from keras_rsft.finetuning.head_training import untrained_head
+from keras_rsft.ledger import RejectionLedger
 from keras_rsft.model import RSFTModel
 from keras_rsft.searching.space import (
     SearchSpace,
@@ -97,7 +98,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
     def fit(
         self,
         hp: keras_tuner.HyperParameters,
-        model: keras.Model,
+        model: RSFTModel,
         *args: Any,
         epochs: int | None = None,
         callbacks: Any = (),
@@ -108,19 +109,22 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         Raises:
             keras_tuner.errors.FailedTrialError: If the weights became NaN.
         """
-        settings = self.settings_of(hp)
+        settings, train = self.settings_of(hp), self.features.train
         batches = TrainingBatches(
-            self.features.train,
+            train,
             batch_size=settings.batch_size,
             seed=settings.seed,
             sample_index=True,
         )
+        own: list[keras.callbacks.Callback] = [batches.callback]
+        if model.policy.needs_ledger:
+            own.append(RejectionLedger(train.ids, train.labels))
         history = model.fit(
             batches.dataset,
             *args,
             validation_data=batches_of(self.features.validation),
             epochs=settings.epochs if epochs is None else epochs,
-            callbacks=[batches.callback, *callbacks],
+            callbacks=[*own, *callbacks],
             shuffle=False,
             **({"verbose": 0} | kwargs),
         )
