@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AcceptAll, LossThreshold, Policy
+from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold, Policy
 
 SCORES = "sparse_categorical_crossentropy"
 
@@ -123,6 +123,55 @@ def test_the_loss_shown_is_weighted_and_has_what_layers_add(batch):
     assert added > 0
     history = model.fit(x, labels, batch_size=6, sample_weight=weights, verbose=0)
     assert history.history["loss"][0] == pytest.approx(np.log(3) + added, rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", [AcceptAll, lambda: LossThreshold(99.0)])
+def test_so_it_is_without_a_row_that_is_not_finite(batch, policy):
+    x, labels = batch[0].copy(), batch[1]
+    x[5] = np.nan
+    inner = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(
+                3, "softmax", kernel_initializer="ones", kernel_regularizer="l2"
+            ),
+        ]
+    )
+    model = RSFTModel(inner, policy())
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    added = float(keras.ops.sum(inner.losses[0]))
+    weights = np.array([1.0, 2.0, 0.0, 4.0, 3.0, 9.0], "float32")
+    logs = model.train_on_batch(x, labels, sample_weight=weights, return_dict=True)
+    # Every loss is ln 3: equal weights give equal scores.
+    assert logs["loss"] == pytest.approx(2 * np.log(3) + added, rel=1e-5)
+
+
+def test_a_penalty_that_is_not_finite_does_not_reach_the_log(batch):
+    x = batch[0].copy()
+    x[2] = np.nan
+    head = keras.layers.Dense(
+        3, "softmax", kernel_initializer="zeros", activity_regularizer="l2"
+    )
+    model = RSFTModel(keras.Sequential([keras.Input((8,)), head]), LossThreshold(9.0))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    logs = model.train_on_batch(x, batch[1], return_dict=True)
+    assert logs["loss"] == pytest.approx(np.log(3), rel=1e-5)
+    assert np.isfinite(model.get_weights()[0]).all()
+
+
+def test_one_target_that_is_nan_leaves_the_statistics_to_the_others():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 3)).astype("float32"), rng.normal(size=(16, 1))
+    y[15] = np.nan
+    normalisation = keras.layers.BatchNormalization(momentum=0.0)
+    inner = keras.Sequential([keras.Input((3,)), normalisation, keras.layers.Dense(1)])
+    model = RSFTModel(inner, KeepFraction(0.2))
+    model.compile("sgd", "mse")
+    model.train_on_batch(x, y.astype("float32"))
+    seen = np.concatenate([x[:15], x[:1]])  # The last row is a copy of the first.
+    found = normalisation.moving_mean.numpy(), normalisation.moving_variance.numpy()
+    np.testing.assert_allclose(found[0], seen.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(found[1], seen.var(axis=0), rtol=1e-4)
 
 
 def test_class_weights_arrive_as_sample_weights(batch):

@@ -156,6 +156,7 @@ class TestRefuses:
             (keras.layers.BatchNormalization(), "normalises by the batch"),
             (keras.layers.Dropout(0.5), "draws at random"),
             (keras.layers.GaussianNoise(0.5), "draws at random"),
+            (keras.layers.Dense(4, activity_regularizer="l2"), "penalises"),
         ],
     )
     def test_what_a_second_pass_would_not_repeat(self, layer, message, small_data):

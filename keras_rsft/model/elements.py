@@ -44,25 +44,27 @@ def all_judged_finite(losses: Any) -> Any:
     return ops.all(finite)
 
 
-def rejected_overwritten(data: Any, accept_mask: Any) -> Any:
-    """Returns a batch in which samples without anything accepted are overwritten.
+def unusable_overwritten(data: Any, losses: Any) -> Any:
+    """Returns a batch in which samples with no finite loss are overwritten.
 
     A NaN in one row would reach the gradients of all, since 0 x NaN is NaN: masking
-    the loss is not enough. Such rows become copies of the first accepted one, and stay
-    masked; so do rejected elements of a row with others.
+    the loss is not enough. Such rows become copies of the first that has a finite loss,
+    and stay masked. All others stay: a BatchNorm sees what it saw before.
 
     Args:
         data: Tensors `(batch, ...)` or None, in any structure.
-        accept_mask: Boolean tensor `(batch,)` or `(batch, ...)`.
+        losses: Float32 tensor `(batch,)` or `(batch, ...)`; not all of them need be
+            finite.
     """
-    samples = accept_mask
-    if len(accept_mask.shape) > 1:
-        samples = ops.any(accept_mask, axis=_within(accept_mask))
-    rows = ops.arange(ops.shape(samples)[0], dtype="int32")
-    # A replica may have no row: none is then accepted, and there is none to copy.
-    accepted = ops.pad(ops.cast(samples, "int32"), ((0, 1),))
-    first_accepted = ops.cast(ops.argmax(accepted), "int32")
-    rows = ops.where(samples, rows, first_accepted)
+    usable = ops.isfinite(losses)
+    if len(losses.shape) > 1:
+        axes = _within(losses)
+        nothing_judged = ops.all(ops.equal(losses, LEFT_OUT), axis=axes)
+        usable = ops.logical_or(ops.any(usable, axis=axes), nothing_judged)
+    rows = ops.arange(ops.shape(usable)[0], dtype="int32")
+    # A replica may have no row: there is then none to copy.
+    first_usable = ops.argmax(ops.pad(ops.cast(usable, "int32"), ((0, 1),)))
+    rows = ops.where(usable, rows, ops.cast(first_usable, "int32"))
     return keras.tree.map_structure(
         lambda part: None if part is None else ops.take(part, rows, axis=0), data
     )

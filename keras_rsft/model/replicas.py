@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from keras_rsft.model.batch import class_labels, require_index, unpack
+from keras_rsft.model.recorded_pass import Pass, shown_loss
 from keras_rsft.model.replica_trainer import per_worker
 from keras_rsft.model.selection import selection_sums
 
@@ -95,16 +96,20 @@ def replica_train_step(model: RSFTModel, data: Any) -> dict[str, Any]:
             return _contribution(model, whole, accept_mask, whole.share(), *parts)
 
         def repeat() -> tuple[Any, _Update]:
-            # Of rejected rows no trace is left, also not in what layers add.
-            accepted = tf.cast(accept_mask, tf.float32)
-            share = tf.reduce_sum(whole.own(accepted)) / tf.reduce_sum(accepted)
-            again = model._finite_pass(whole.own(accept_mask), (x, y, sample_weight))
+            # A replica may have no finite row, and then no share in anything.
+            finite = tf.cast(tf.math.is_finite(whole.losses), tf.float32)
+            share = tf.reduce_sum(whole.own(finite)) / tf.reduce_sum(finite)
+            again = model._finite_pass(
+                per_sample_loss, whole.own(accept_mask), (x, y, sample_weight)
+            )
             parts = again.tape, again.minimised, again.per_sample, again.pending
             return _contribution(model, whole, accept_mask, share, *parts)
 
         _update_if_accepted(model, whole, accept_mask, update, repeat)
     sums = selection_sums(per_sample_loss, whole.own(accept_mask))
-    shown = _shown_loss(whole)
+    shown = shown_loss(
+        Pass([], None, None, weighted=whole.weighted, penalties=[whole.penalty])
+    )
     _note_loss(model, shown, whole.row_count)
     model.selection.update_state(sums)
     return per_worker(model, model.compute_metrics(x, y, y_pred, sample_weight))
@@ -338,17 +343,6 @@ def gradients_are_summed(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         del own["_all_reduce_sum_gradients"]
-
-
-def _shown_loss(whole: _Whole) -> tf.Tensor:
-    """Returns the loss for the log, of the rows of all replicas that are finite."""
-    finite = tf.math.is_finite(whole.weighted)
-    values = tf.where(finite, whole.weighted, 0.0)
-    count = tf.reduce_sum(tf.cast(finite, tf.float32))
-    mean = tf.math.divide_no_nan(tf.reduce_sum(values), count)
-    shown = mean + whole.penalty
-    # A rejected NaN must not reach the log: it would set off TerminateOnNaN.
-    return tf.where(tf.math.is_finite(shown), shown, mean)
 
 
 def _note_loss(model: RSFTModel, shown: tf.Tensor, row_count: tf.Tensor) -> None:

@@ -32,7 +32,8 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
 
     At sample level the gradient is that of the mean data loss over the accepted
     samples, whatever reduction the loss has; sample and class weights weigh the
-    accepted samples and never decide acceptance. A step that accepts nothing
+    accepted samples and never decide acceptance. What layers add to the loss, of
+    weights or of activations, is that of the whole batch. A step that accepts nothing
     changes no variable of the model or the optimizer and runs no backward pass.
     At level `"element"` the same holds for what the loss has a value for within a
     sample: pixels, boxes, time steps; of binary cross-entropy each label.

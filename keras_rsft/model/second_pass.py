@@ -15,7 +15,6 @@ import keras
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model.batch import class_labels, symbolic_input, unpack
-from keras_rsft.model.recorded_pass import Pass
 from keras_rsft.model.rsft_model import RSFTModel
 from keras_rsft.policies import Policy
 
@@ -35,8 +34,9 @@ class TwoPassRSFTModel(RSFTModel):
     lately: from 50 % on it is an `RSFTModel`'s step. At batch and element level, and
     where everything is accepted, it always is.
 
-    For models in which a sample's output depends on nothing but the sample: a BatchNorm
-    that learns and a Dropout are refused, and layers of your own must keep to it.
+    For models in which a sample's output and loss depend on nothing but the sample: a
+    BatchNorm that learns, a Dropout and an activity regularizer are refused, and layers
+    of your own must keep to it.
     Not for XLA, whose batches have a fixed size: it is switched off. Under Keras's
     TensorFlow backend alone.
 
@@ -45,8 +45,9 @@ class TwoPassRSFTModel(RSFTModel):
         policy: As in `RSFTModel`.
 
     Raises:
-        InvalidArgument: If a layer depends on other samples or draws at random,
-            `jit_compile=True` is compiled, or the backend is not TensorFlow.
+        InvalidArgument: If a layer depends on other samples, penalises activations or
+            draws at random, `jit_compile=True` is compiled, or the backend is not
+            TensorFlow.
     """
 
     def __init__(self, model: keras.Model, policy: Policy, **kwargs: Any):
@@ -114,19 +115,8 @@ class TwoPassRSFTModel(RSFTModel):
         import tensorflow as tf
 
         x, y, sample_weight, sample_index = unpack(data)
-        y_pred, pending = self._forward(x)
-        per_sample_loss = self._scorer(y, y_pred)
-        batch_loss = None
-        if sample_weight is not None:
-            batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
-        judged = Pass(
-            minimised=self._penalties(),
-            per_sample=per_sample_loss,
-            pending=pending,
-            batch_loss=batch_loss,
-            judged=per_sample_loss,
-            y_pred=y_pred,
-        )
+        scored = self._scored(x, y, sample_weight)
+        per_sample_loss = scored.judged
         accept_mask = self.policy(per_sample_loss, class_labels(y), sample_index)
         self._note(sample_index, per_sample_loss, accept_mask)
 
@@ -145,7 +135,7 @@ class TwoPassRSFTModel(RSFTModel):
             self.selection.note_rejected(per_sample_loss, self.policy.level)
 
         tf.cond(tf.reduce_any(accept_mask), update, reject)
-        return self._log_step(judged, accept_mask, (x, y, sample_weight))
+        return self._log_step(scored, accept_mask, (x, y, sample_weight))
 
 
 def what_forbids_two_passes(model: keras.Model) -> str | None:
@@ -158,6 +148,8 @@ def what_forbids_two_passes(model: keras.Model) -> str | None:
         batch_norm = isinstance(layer, keras.layers.BatchNormalization)
         if batch_norm and layer.trainable:
             return f"{layer.name} normalises by the batch"
+        if getattr(layer, "activity_regularizer", None) is not None:
+            return f"{layer.name} penalises the activations of all samples"
         draws = any(one.name == "seed_generator_state" for one in layer.variables)
         is_layer = not isinstance(layer, keras.Model)
         if is_layer and draws and getattr(layer, "rate", 1.0) != 0:

@@ -19,7 +19,7 @@ from keras_rsft.model.elements import (
     labels_of,
     noted,
     only_accepted,
-    rejected_overwritten,
+    unusable_overwritten,
 )
 from keras_rsft.model.moving_averages import seed_moving_averages
 from keras_rsft.model.recorded_pass import Pass, shown_loss
@@ -69,17 +69,23 @@ class TrainingStep:
         selects = self._selects_within_batch
         y_pred, pending = self._forward(x)
         per_sample_loss = weighted_loss = self._scorer(y, y_pred)
-        if selects and (sample_weight is not None or self._softens):
-            weighted_loss = self._learnt_loss(y, y_pred, sample_weight)
+        if sample_weight is not None:
+            weighted_loss = self._scorer(y, y_pred, sample_weight)
+        learnt = weighted_loss
+        if self._softens:
+            learnt = self._learnt_loss(y, y_pred, sample_weight)
         batch_loss = None
         if not selects or sample_weight is not None:
             batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
+        penalties = self._penalties()
         return Pass(
-            minimised=self._penalties() if selects else [batch_loss],
-            per_sample=weighted_loss if selects else None,
+            minimised=penalties if selects else [batch_loss],
+            per_sample=learnt if selects else None,
             pending=pending,
             batch_loss=batch_loss,
             judged=per_sample_loss,
+            weighted=weighted_loss,
+            penalties=penalties,
             y_pred=y_pred,
         )
 
@@ -104,16 +110,18 @@ class TrainingStep:
         """Changes the weights, or notes that this batch was rejected as a whole."""
         accepts_any = ops.any(accept_mask)
 
+        def again() -> Pass:
+            return self._finite_pass(recorded.judged, accept_mask, data)
+
         def update() -> None:
-            mixes = self._mixes
-            learnt = self._finite_pass(accept_mask, data) if mixes else recorded
+            learnt = again() if self._mixes else recorded
             self._apply(learnt, accept_mask)
 
         def reject() -> None:
             self.reject(recorded)
 
         def repeat() -> None:
-            self._apply(self._finite_pass(accept_mask, data), accept_mask)
+            self._apply(again(), accept_mask)
 
         def reject_or_repeat() -> None:
             self.branch(accepts_any, repeat, reject)
@@ -142,9 +150,11 @@ class TrainingStep:
                 variable.assign(value)
         self.apply_gradients(gradients)
 
-    def _finite_pass(self, accept_mask: Any, data: tuple[Any, Any, Any]) -> Pass:
-        """Repeats the forward pass without what was rejected, masked or not."""
-        return self._recorded_pass(rejected_overwritten(data, accept_mask), accept_mask)
+    def _finite_pass(
+        self, judged: Any, accept_mask: Any, data: tuple[Any, Any, Any]
+    ) -> Pass:
+        """Repeats the forward pass without the samples that have no finite loss."""
+        return self._recorded_pass(unusable_overwritten(data, judged), accept_mask)
 
     def _recorded_pass(self, data: tuple[Any, Any, Any], accept_mask: Any) -> Pass:
         """Returns a pass of its own over these inputs, targets and weights."""
@@ -157,7 +167,7 @@ class TrainingStep:
         """Updates the metrics and returns them for the log."""
         x, y, sample_weight = data
         sums = selection_sums(recorded.judged, accept_mask)
-        shown = shown_loss(recorded, sums)
+        shown = shown_loss(recorded)
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=sums[0])
