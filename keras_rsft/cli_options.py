@@ -26,6 +26,7 @@ from keras_rsft.policy_choice import (
     LEVELS,
     POLICY_NAMES,
     PolicyChoice,
+    require_used,
 )
 
 STAGE2_EPOCHS = 3
@@ -305,7 +306,7 @@ def policy_choice(arguments: argparse.Namespace) -> PolicyChoice:
     Raises:
         InvalidArgument: If a name or number cannot be used.
     """
-    return PolicyChoice(
+    choice = PolicyChoice(
         name=getattr(arguments, "policy", None),
         threshold=arguments.threshold,
         keep_fraction=arguments.keep_fraction,
@@ -313,6 +314,9 @@ def policy_choice(arguments: argparse.Namespace) -> PolicyChoice:
         level=getattr(arguments, "level", PolicyChoice().level),
         warmup_epochs=arguments.warmup_epochs,
     )
+    if hasattr(arguments, "policy"):  # Else several are tried, with all numbers.
+        require_used(choice.name, vars(arguments))
+    return choice
 
 
 def training_settings(

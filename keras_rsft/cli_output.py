@@ -73,9 +73,11 @@ class Output:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Output:
+        self._stack.enter_context(warnings.catch_warnings())
         if self._quiet:
-            self._stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+        else:
+            warnings.showwarning = _as_a_sentence
         if self._as_json:  # Whatever a library prints must not get into the document.
             self._stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         elif self._quiet:
@@ -98,6 +100,11 @@ class Output:
             print(text, file=self._answer, flush=True)
         elif self._quiet:
             print(last_line, file=self._answer, flush=True)
+
+
+def _as_a_sentence(message: Warning | str, *place: Any, **_: Any) -> None:
+    """Prints a warning without the place in the code, which tells a user nothing."""
+    print(f"Warning: {message}", file=sys.stderr, flush=True)
 
 
 def output_of(arguments: argparse.Namespace) -> Output:

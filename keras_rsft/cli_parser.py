@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from keras_rsft.policy_choice import nearest_name_hint
 
@@ -28,3 +28,7 @@ class CommandParser(argparse.ArgumentParser):
             hint = nearest_name_hint(option.partition("=")[0], known, cutoff=0.7)
             self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
         return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with one sentence, not with a page of options."""
+        self.exit(2, f"{self.prog}: error: {message}\nOptions: {self.prog} --help\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from keras_rsft.errors import InvalidArgument
 
@@ -23,6 +23,12 @@ POLICY_NAMES = (
     "loss-mixture",
 )
 LEVELS = ("sample", "batch")
+# Which policies look at what may be given.
+_USED_BY = {
+    "threshold": ("loss-threshold", "self-paced"),
+    "keep_fraction": ("keep-fraction",),
+    "level": ("loss-threshold",),
+}
 DEFAULT_KEEP_FRACTION = 0.7
 
 
@@ -74,7 +80,12 @@ class PolicyChoice:
         require_known("policy", self.name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
         if self.threshold is not None:
-            _require("threshold", self.threshold, self.threshold > 0, "positive")
+            _require(
+                "threshold",
+                self.threshold,
+                0 < self.threshold < math.inf,
+                "a positive number",
+            )
         _require(
             "relative_threshold",
             self.relative_threshold,
@@ -101,6 +112,23 @@ class PolicyChoice:
         if self.threshold is not None or self.level == "batch":
             return "loss-threshold"
         return "auto" if self.keep_fraction is None else "keep-fraction"
+
+
+def require_used(name: str, given: Mapping[str, object]) -> None:
+    """Raises InvalidArgument if a policy would not look at something that was given.
+
+    Args:
+        name: One of `POLICY_NAMES`.
+        given: What was given, by attribute of `PolicyChoice`; None where it was not;
+            others are not looked at.
+    """
+    for attribute, users in _USED_BY.items():
+        if given.get(attribute) not in (None, LEVELS[0]) and name not in users:
+            option = "--" + attribute.replace("_", "-")
+            raise InvalidArgument(
+                f"`{option}` is for the policy {' or '.join(users)}. Received it for "
+                f"{name}. Leave it out, or choose that policy."
+            )
 
 
 def nearest_name_hint(name: str, known: Sequence[str], cutoff: float = 0.4) -> str:

@@ -86,8 +86,13 @@ class TestMistakes:
             (["--image-size", "-5"], 2, "at least 1"),
             (["--thershold", "1"], 2, "Did you mean '--threshold'?"),
             (["--epohcs=3"], 2, "Did you mean '--epochs'?"),
-            (["-x"], 2, "unrecognized arguments: -x.\n"),
-            (["more"], 2, "unrecognized arguments: more.\n"),
+            (["--threshold", "inf"], 2, "positive number"),
+            (["--level", "batch", "--policy", "keep-fraction"], 2, "loss-threshold"),
+            (["--threshold", "1", "--keep-fraction", "0.5"], 2, "keep-fraction"),
+            (["--threshold", "1", "--policy", "accept-all"], 2, "self-paced"),
+            (["--backbone", "nosuch"], 2, "Received: 'nosuch'.\n"),
+            (["-x"], 2, "arguments: -x.\nOptions: keras-rsft fit --help\n"),
+            (["more"], 2, "arguments: more.\n"),
         ],
     )
     def test_in_an_option(self, fit, arguments, status, message):
@@ -136,10 +141,11 @@ class TestMistakes:
         assert "secret.png" in err
 
     def test_a_threshold_that_accepts_nothing(self, fit):
-        with pytest.warns(UserWarning, match="accepted no sample"):
-            status, _, err = fit("--threshold", "0.000001", "--warmup-epochs", "0")
+        status, _, err = fit("--threshold", "0.000001", "--warmup-epochs", "0")
         assert status == 1
-        assert "accepted no sample" in err
+        assert "\nWarning: Epoch 1 accepted no sample" in f"\n{err}"
+        assert "UserWarning" not in err
+        assert "epochs accepted no sample" in err
 
     def test_weights_that_cannot_be_downloaded(self, call, photo_folder, monkeypatch):
         import keras

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_rsft.errors import TrainingStalled
-from keras_rsft.searching.choice import TrialOutcome, binomial_error, choose_trial
+from keras_rsft.searching.choice import TrialOutcome, choose_trial
 from keras_rsft.searching.pictures import draw_heat_maps, heat_map, rate_ticks
 
 
@@ -28,9 +28,9 @@ def choose(*outcomes, size=100, least=0.1, objective="val_accuracy"):
     )
 
 
-def test_the_standard_error_by_hand():
-    assert binomial_error(0.9, 100) == pytest.approx(0.03)
-    assert binomial_error(1.0, 100) == 0
+def test_all_right_on_few_samples_is_not_certain():
+    choice = choose(outcome("a", 1.0, 0.6), outcome("b", 14 / 15, 1.0), size=15)
+    assert choice.chosen.trial_id == "b"
 
 
 @pytest.mark.parametrize(

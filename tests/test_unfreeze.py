@@ -14,7 +14,7 @@ from same_run import assert_same_run
 
 from keras_rsft.backbones.trainable_part import trainable_part
 from keras_rsft.data.readers import FileReader
-from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.features.image_batches import ImageBatches
 from keras_rsft.finetuning import (
     TrainingSettings,
@@ -182,6 +182,15 @@ class TestWhatLearns:
 
 
 class TestRun:
+    def test_a_base_that_accepts_nothing_is_an_error(self, fit, tmp_path, choose):
+        choose(KEPT)  # The head's epochs are the warm-up, which does not begin again.
+        policy = PolicyChoice(threshold=1e-9, warmup_epochs=HEAD_EPOCHS)
+        with (
+            pytest.warns(UserWarning, match="accepted no sample"),
+            pytest.raises(TrainingStalled, match="in which the base learns"),
+        ):
+            fit(tmp_path / "run", changes={"policy": policy})
+
     @pytest.mark.slow
     def test_the_whole_way(self, fit, noisy_photos, photo_folder, tmp_path, choose):
         notes = []

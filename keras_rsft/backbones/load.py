@@ -6,7 +6,6 @@ of base, and what all have in common to `assembly.py`.
 
 from __future__ import annotations
 
-import difflib
 import operator
 import os
 from pathlib import Path
@@ -36,6 +35,7 @@ from keras_rsft.backbones.base_name import (
     takes_texts,
 )
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.policy_choice import nearest_name_hint
 
 _OWN_MODEL_SUFFIX = ".keras"
 
@@ -223,12 +223,12 @@ def _resolve(name: str) -> str:
     known = {plain_name(each): each for each in available_backbones()}
     plain = plain_name(name)
     if plain not in known:
-        nearest = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
         raise InvalidArgument(
-            "The backbone must be one of keras_rsft.backbones.available_backbones(), "
-            "your own `.keras` file, hub:, savedmodel: or onnx: with a place, or "
-            f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}. Did you mean "
-            f"{known[nearest]!r}?"
+            "The backbone must be a network of Keras by name, such as resnet50 (all: "
+            "keras_rsft.backbones.available_backbones()), efficientnet_lite0, your own "
+            "`.keras` file, hub:, savedmodel: or onnx: with a place, or "
+            f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}."
+            f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
         )
     return known[plain]
 

@@ -12,7 +12,7 @@ import keras
 from keras_rsft.backbones.base_name import is_fixed_network, require_base_can_learn
 from keras_rsft.backbones.trainable_part import TrainablePart, trainable_part
 from keras_rsft.data import ImageData
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning.activations import settled_choice
 from keras_rsft.finetuning.base_training import measured_choice, train_base
 from keras_rsft.finetuning.better_model import better_model
@@ -116,6 +116,9 @@ def unfreeze(
 
     Returns:
         The model that is kept, and the training with all of its epochs.
+
+    Raises:
+        TrainingStalled: If the last epoch accepted no sample.
     """
     settings, progress = how.settings, how.progress
     part = part_to_train(base, settings)
@@ -143,7 +146,14 @@ def unfreeze(
         progress=progress,
         checkpoint=None if place is None else place.checkpoint,
     )
-    results = trained.results
+    whole, results = tuned.trained, trained.results
+    if whole.history["acceptance_rate"][-1] == 0:
+        raise TrainingStalled(
+            f"The last of the {settings.base_epochs} epochs in which the base learns "
+            f"accepted no sample: the losses, {whole.history['loss'][-1]:.3g} on "
+            "average, are not below the threshold. Raise `--threshold`, or leave out "
+            "`--unfreeze`."
+        )
     kept = better_model(
         head_only,
         tuned.classifier,
@@ -153,7 +163,6 @@ def unfreeze(
         name="unfrozen",
         unjudged=True,
     )
-    whole = tuned.trained
     if results["unfrozen_kept"]:
         results["acceptance_rate"] = whole.history["acceptance_rate"][-1]
         if features.train.clean_labels is not None:

@@ -139,5 +139,5 @@ def _stall_message(
     return (
         f"Epoch {epoch + 1} accepted no {judged}, so nothing was learnt: the lowest "
         f"loss judged was {lowest:.4g}, the mean {logs.get('loss', lowest):.4g}. "
-        f"A threshold above {lowest:.4g} accepts some; or set `warmup_steps`."
+        f"A threshold above {lowest:.4g} accepts some; or begin with a warm-up."
     )

@@ -10,11 +10,11 @@ one standard error (Breiman et al., 1984, "Classification and regression trees")
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_rsft.errors import TrainingStalled
+from keras_rsft.finetuning.overfitting import accuracy_error
 from keras_rsft.searching.names import (
     ALL,
     FROZEN,
@@ -120,7 +120,7 @@ def choose_trial(
     best = max(eligible, key=value)
     noise = 0.0
     if objective == ACCURACY:
-        noise = binomial_error(best.metrics[ACCURACY], validation_size)
+        noise = accuracy_error(best.metrics[ACCURACY], validation_size)
     as_good = [one for one in eligible if value(one) >= value(best) - noise]
     chosen = max(as_good, key=lambda one: (-cost_of(one), _acceptance(one), value(one)))
     return Choice(chosen, best, noise, _reason(chosen, best, noise, objective))
@@ -135,11 +135,6 @@ def trainable_of(outcome: TrialOutcome) -> str:
 def cost_of(outcome: TrialOutcome) -> int:
     """Returns a number that is higher where more of the base is trained; 0: none."""
     return TRAINABLE_NAMES.index(trainable_of(outcome))
-
-
-def binomial_error(share: float, count: int) -> float:
-    """Returns the standard error of a share measured on `count` samples."""
-    return math.sqrt(share * (1.0 - share) / count)
 
 
 def _acceptance(outcome: TrialOutcome) -> float:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from keras_rsft.finetuning.overfitting import accuracy_error
 from keras_rsft.searching.choice import (
     ACCURACY,
     COMPLETED,
     TrialOutcome,
-    binomial_error,
     trainable_of,
 )
 from keras_rsft.searching.names import ALL, FROZEN, LAST_BLOCK, OBJECTIVES
@@ -172,7 +172,7 @@ def strategy_rows(
                 standard_error=(
                     None
                     if accuracy is None
-                    else binomial_error(accuracy, validation_size)
+                    else accuracy_error(accuracy, validation_size)
                 ),
                 acceptance_rate=accepted,
                 seconds=head_seconds if of_head else one.metrics.get(SECONDS),
