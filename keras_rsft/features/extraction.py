@@ -36,8 +36,9 @@ from keras_rsft.features.shares import Part, finished_parts
 from keras_rsft.policy_choice import require_known
 from keras_rsft.result_folder import write_json
 
-# Part of every key: raise it when decoding, resizing or the format changes.
-FORMAT_VERSION = 1
+# Part of every key: raise it when decoding, resizing, the format, or how a base is told
+# from another changes.
+FORMAT_VERSION = 2
 
 
 def extract_features(

@@ -10,7 +10,7 @@ import collections
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -136,30 +136,73 @@ class FrozenBase:
 
 
 def _nameless_config(backbone: keras.Model) -> Any:
-    """Returns the config with each name replaced by its order of appearance.
+    """Returns the config without the layers' names.
 
     Keras numbers its automatic names through a process: the second load of a
     base differs from the first in nothing else.
     """
-    numbers: dict[str, str] = {}
-
-    def collect(node: Any) -> None:
-        if isinstance(node, dict):
-            if isinstance(node.get("name"), str):
-                numbers.setdefault(node["name"], f"#{len(numbers)}")
-            node = node.values()
-        if not isinstance(node, (str, bytes)) and hasattr(node, "__iter__"):
-            for child in node:
-                collect(child)
-
-    def rename(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: rename(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [rename(value) for value in node]
-        return numbers.get(node, node) if isinstance(node, str) else node
-
     config = json.loads(backbone.to_json())
     config.pop("build_config", None)
-    collect(config)
-    return rename(config)
+    return _nameless(config, {})
+
+
+def _nameless(node: Any, places: Mapping[str, int]) -> Any:
+    """Returns a part of a config, in which layers are called by their places.
+
+    What only looks like a layer's name stays: an activation, a padding, a precision.
+
+    Args:
+        node: The part, as JSON gives it.
+        places: Of each layer of the model that this is a part of, by name.
+    """
+    if isinstance(node, list):
+        return [_nameless(child, places) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if _is_model(node):
+        layers = node["layers"]
+        places = {_name_of(layer): at for at, layer in enumerate(layers)}
+        ends = {
+            key: _placed(node[key], places)
+            for key in ("input_layers", "output_layers")
+            if key in node
+        }
+        node = node | ends | {"layers": [_unnamed_layer(layer) for layer in layers]}
+    if "keras_history" in node:
+        history = _placed(node["keras_history"], places)
+        node = node | {"keras_history": history}
+    if "trainable" in node:  # Also of a layer within another one.
+        node = _unnamed(node)
+    return {key: _nameless(value, places) for key, value in node.items()}
+
+
+def _is_model(config: dict[str, Any]) -> bool:
+    layers = config.get("layers")
+    return isinstance(layers, list) and all(
+        isinstance(layer, dict) and isinstance(layer.get("config"), dict)
+        for layer in layers
+    )
+
+
+def _name_of(layer: dict[str, Any]) -> str:
+    return layer.get("name", layer["config"].get("name"))
+
+
+def _unnamed_layer(layer: dict[str, Any]) -> dict[str, Any]:
+    return _unnamed(layer) | {"config": _unnamed(layer["config"])}
+
+
+def _unnamed(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "name"}
+
+
+def _placed(references: Any, places: Mapping[str, int]) -> Any:
+    """Returns references to layers, nested in any way, by place instead of name."""
+    if isinstance(references, dict):
+        return {key: _placed(value, places) for key, value in references.items()}
+    if not isinstance(references, list):
+        return references
+    if references and isinstance(references[0], str):
+        name, *rest = references
+        return [places.get(name, name), *rest]
+    return [_placed(one, places) for one in references]
