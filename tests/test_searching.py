@@ -162,6 +162,21 @@ def test_other_data_is_not_mixed_in(found, run, features):
         run(found.folder, features=other)
 
 
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_features_of_another_base_are_not_mixed_in(
+    found, run, features, tmp_path, part
+):
+    kept = getattr(features, part)
+    path = tmp_path / "another key" / kept.path.name
+    path.parent.mkdir()
+    (1.0 - kept.all_views).tofile(path)
+    other = dataclasses.replace(
+        features, **{part: dataclasses.replace(kept, path=path)}
+    )
+    with pytest.raises(InvalidArgument, match="another data set or base"):
+        run(found.folder, features=other)
+
+
 def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InvalidArgument, match="Nothing is overwritten"):

@@ -54,7 +54,7 @@ def identity_of(
     hypermodel.space(hp)
     kept = dataclasses.asdict(options)
     identity = {
-        "data": {"source": dict(source), **_labels_digest(hypermodel.features)},
+        "data": {"source": dict(source), **_samples_of(hypermodel.features)},
         "space": hp.get_config()["space"],
         "settings": dataclasses.asdict(hypermodel.settings),
         "options": {k: v for k, v in kept.items() if k not in _FREE_OPTIONS},
@@ -230,12 +230,17 @@ def _read_mark(folder: Path) -> str | None:
         return None
 
 
-def _labels_digest(features: SplitFeatures) -> dict[str, Any]:
+def _samples_of(features: SplitFeatures) -> dict[str, Any]:
+    parts = (features.train, features.validation)
     digest = hashlib.sha256()
-    for part in (features.train, features.validation):
+    for part in parts:
         digest.update("\n".join(map(str, part.ids)).encode())
         digest.update(np.ascontiguousarray(part.labels, np.int32).tobytes())
-    return {"labels": digest.hexdigest(), "classes": list(features.class_names)}
+    return {
+        "features": [part.path.parent.name for part in parts],  # The key of each.
+        "labels": digest.hexdigest(),
+        "classes": list(features.class_names),
+    }
 
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
