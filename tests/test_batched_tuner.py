@@ -93,6 +93,24 @@ def test_a_trial_has_the_value_and_the_weights_of_its_best_epoch(searched, featu
         assert int(model.policy.steps_seen) == 7 * (trial.best_step + 1)
 
 
+def test_the_warm_up_stays_over_where_samples_were_reviewed(features, tmp_path):
+    reviewed = np.arange(len(features.train)) == 0
+    train = dataclasses.replace(features.train, reviewed=reviewed)
+    space = dataclasses.replace(
+        SPACE, policies=("loss-threshold",), warmup_epochs=(0.5, 0.5)
+    )
+    tuner = make(
+        dataclasses.replace(features, train=train),
+        tmp_path, oracle=random_oracle(1), space=space,
+    )  # fmt: skip
+    tuner.search()
+    (trial,) = tuner.oracle.trials.values()
+    policy = tuner.load_model(trial).policy
+    steps = 7 * (trial.best_step + 1)
+    assert int(policy.steps_seen) == int(policy.policy.steps_seen) == steps
+    assert policy.threshold_in_use() is not None
+
+
 def test_the_rest_is_keras_tuner(searched, capsys):
     tuner, _ = searched
     best = tuner.get_best_hyperparameters(2)

@@ -133,6 +133,10 @@ class AcceptReviewed(Policy):
         accepted = self.policy(per_sample_loss, labels, sample_index)
         return ops.logical_or(accepted, _entries(self, self.reviewed, sample_index))
 
+    def note_steps_seen(self, steps: int) -> None:
+        super().note_steps_seen(steps)
+        self.policy.note_steps_seen(steps)
+
     def threshold_in_use(self) -> float | None:
         return self.policy.threshold_in_use()
 

@@ -147,6 +147,16 @@ class Policy(keras.layers.Layer):
         assign_after(self.steps_seen, step + 1, per_sample_loss)
         return accept_mask
 
+    def note_steps_seen(self, steps: int) -> None:
+        """Says that a number of training batches were judged before now.
+
+        For a model whose training is not gone through again: its warm-up is over.
+
+        Args:
+            steps: Training batches, at least 0.
+        """
+        self.steps_seen.assign(steps)
+
     def threshold_in_use(self) -> float | None:
         """Returns the loss that the last batch's samples had to be below.
 

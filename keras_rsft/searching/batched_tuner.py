@@ -119,7 +119,7 @@ class BatchedTuner(DurableTuner, keras_tuner.Tuner):
         model.model.get_layer("scores").set_weights(weights)
         settings = self.hypermodel.settings_of(trial.hyperparameters)
         steps = -(-len(self.hypermodel.features.train) // settings.batch_size)
-        model.policy.steps_seen.assign((trial.best_step + 1) * steps)
+        model.policy.note_steps_seen((trial.best_step + 1) * steps)
         return model
 
     def _take_trials(self) -> list[Trial]:
