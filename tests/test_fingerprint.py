@@ -1,6 +1,8 @@
-"""A base's fingerprint: one for each base, whatever its layers are called."""
+"""A base's fingerprint, whatever its layers are called, and where features are kept."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from keras_rsft.data import load_images
 from keras_rsft.features import FrozenBase, extract_features
+from keras_rsft.features.extraction import default_cache_dir
 
 
 def fingerprint(base):
@@ -130,3 +133,14 @@ def test_which_layers_are_taken_is_told():
 
     bases = [base(0, 1), base(1, 0), base(2, 0), base(0, 2)]
     assert len({fingerprint(base) for base in bases}) == len(bases)
+
+
+@pytest.mark.parametrize(
+    "value, folder", [("/x", "/x"), ("", "~/.cache"), (None, "~/.cache")]
+)
+def test_features_are_kept_in_the_users_cache_folder(monkeypatch, value, folder):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    wanted = Path(folder).expanduser() / "keras_rsft" / "features"
+    assert default_cache_dir() == wanted

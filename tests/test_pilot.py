@@ -7,7 +7,8 @@ import pytest
 from made_features import feature_set
 
 from keras_rsft import cli
-from keras_rsft.data import add_label_noise, load_images
+from keras_rsft.backbones import load_backbone
+from keras_rsft.data import add_label_noise, apply_corrections, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings, run_pilot
 from keras_rsft.finetuning.pilot import (
@@ -16,6 +17,7 @@ from keras_rsft.finetuning.pilot import (
     share_interval,
     verdict,
 )
+from keras_rsft.finetuning.split_features import extract_all
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.result_words import about
 
@@ -81,8 +83,7 @@ def pilot_of(photo_folder, tiny_base_file, tmp_path_factory):
             chosen,
             backbone=str(tiny_base_file),
             settings=settings,
-            cache_dir=kept,
-            **options,
+            **({"cache_dir": kept} | options),
         )
 
     return run
@@ -108,6 +109,24 @@ def test_a_sample_of_all_images_is_kept_for_the_run(pilot_of, photo_folder):
     assert pilot.num_images == len(data.train)
     assert pilot.images_left == len(data.validation) + len(data.test)
     assert pilot.policy == "auto"  # Tried although the run would be plain.
+
+
+def test_images_that_a_review_dropped_leave_nothing_to_run(
+    pilot_of, photo_folder, tiny_base_file, tmp_path
+):
+    data = load_images(photo_folder)
+    base = load_backbone(str(tiny_base_file))
+    extract_all(base, data, cache_dir=tmp_path / "kept", progress=False)
+    dropped, label = data.train.ids[0], data.class_names[data.train.labels[0]]
+    rows = f"id,given_label,decision,new_label\n{dropped},{label},drop,\n"
+    (tmp_path / "corrections.csv").write_text(rows)
+    pilot = pilot_of(
+        PolicyChoice("accept-all"),
+        data=apply_corrections(data, tmp_path / "corrections.csv"),
+        cache_dir=tmp_path / "kept",
+        sample=12,
+    )
+    assert (pilot.images_left, pilot.pass_seconds) == (0, 0)
 
 
 def test_a_policy_that_accepts_nothing_is_told(pilot_of):

@@ -135,29 +135,9 @@ def make_pass(
     )  # fmt: skip
 
 
-def is_kept(
-    base: FrozenBase,
-    split: SampleSplit,
-    *,
-    cache_dir: str | os.PathLike | None = None,
-    views: int = 1,
-    seed: int = 0,
-    feature_precision: str = "float32",
-) -> bool:
-    """Says whether `extract_features` would find the features and run no pass."""
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    key = feature_key(
-        base, split, views=views, seed=seed, feature_precision=feature_precision
-    )
-    return read_meta(root / key) is not None
-
-
 def default_cache_dir() -> Path:
-    """Returns the folder for kept features, by the rules of the platform."""
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    """Returns the folder for kept features, in `XDG_CACHE_HOME` if it is set."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "keras_rsft" / "features"
 
 
@@ -194,7 +174,7 @@ def feature_key(
 def run_alone(work: FeaturePass) -> None:
     """Makes a pass, or what is left of it; where another process does, waits for it."""
     with FileLock(f"{work.folder}.lock"):
-        if read_meta(work.folder) is None:
+        if not work.is_done:
             _run_pass(work)
 
 

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from keras_rsft.data import SampleSplit
 from keras_rsft.errors import DataError
-from keras_rsft.features.feature_set import FEATURES_FILE, INDEX_FILE
+from keras_rsft.features.feature_set import FEATURES_FILE, INDEX_FILE, read_meta
 from keras_rsft.features.frozen_base import FrozenBase
 from keras_rsft.features.share_joining import CHECKSUM
 from keras_rsft.progress import progress_bar
@@ -51,6 +51,11 @@ class FeaturePass:
     feature_precision: str
     called: str
     progress: bool
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the features are kept already, so that there is nothing to run."""
+        return read_meta(self.folder) is not None
 
     @property
     def row_bytes(self) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
 from keras_rsft.features.extraction import join_pass
 from keras_rsft.features.feature_pass import FeaturePass, append_rows, require_rows
-from keras_rsft.features.feature_set import read_meta
 from keras_rsft.features.shares import (
     Part,
     parts_of,
@@ -56,7 +55,7 @@ def run_together(
     for work in passes:
         parts = _parts(work, cluster)
         rows = sum(part.rows for part in parts)  # First: they go when the set is there.
-        if read_meta(work.folder) is not None:
+        if work.is_done:
             continue
         require_rows(rows, work.split)
         if cluster.is_chief:
@@ -86,11 +85,11 @@ def keep_shares(
     """
     for work in passes:
         parts = _parts(work, cluster)
-        if read_meta(work.folder) is not None or cluster.index >= len(parts):
+        if work.is_done or cluster.index >= len(parts):
             continue
         part = parts[cluster.index]
         with part.held(patience):
-            if part.finished() is None and read_meta(work.folder) is None:
+            if part.finished() is None and not work.is_done:
                 part.finish(*append_rows(work, part.path, part.stretch))
 
 

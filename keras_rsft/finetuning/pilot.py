@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
@@ -26,7 +25,6 @@ from keras_rsft.data.sampling import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, FrozenBase, extract_features
-from keras_rsft.features.extraction import is_kept
 from keras_rsft.features.timing import seconds_per_image
 from keras_rsft.finetuning.feature_source import precision_for
 from keras_rsft.finetuning.head_training import (
@@ -34,7 +32,7 @@ from keras_rsft.finetuning.head_training import (
     train_head,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.split_features import SplitFeatures
+from keras_rsft.finetuning.split_features import SplitFeatures, feature_passes
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
 
@@ -154,8 +152,15 @@ def run_pilot(
     )
     frozen = FrozenBase(base)
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
-    options = {"seed": settings.seed, "feature_precision": feature_precision}
-    left = _images_left(frozen, data, views, cache_dir, options)
+    passes = feature_passes(
+        frozen,
+        data,
+        views=views,
+        seed=settings.seed,
+        feature_precision=feature_precision,
+        cache_dir=cache_dir,
+    )
+    left = sum(work.views * len(work.split) for work in passes if not work.is_done)
     kept = extract_features(
         frozen,
         images,
@@ -246,21 +251,6 @@ def _balance(labels: np.ndarray, names: Sequence[str]) -> dict[str, tuple[str, i
     counts = np.bincount(labels, minlength=len(names))
     ends = {"largest_class": counts.argmax(), "smallest_class": counts.argmin()}
     return {end: (names[at], int(counts[at])) for end, at in ends.items()}
-
-
-def _images_left(
-    frozen: FrozenBase,
-    data: SampleData,
-    views: int,
-    cache_dir: str | os.PathLike | None,
-    options: dict[str, Any],
-) -> int:
-    left = 0
-    for split in (data.train, data.validation, data.test):
-        own = views if split is data.train else 1
-        if not is_kept(frozen, split, cache_dir=cache_dir, views=own, **options):
-            left += own * len(split)
-    return left
 
 
 def _try_both(

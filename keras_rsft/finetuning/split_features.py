@@ -92,7 +92,7 @@ def extract_all(
 
 
 def feature_passes(
-    base: keras.Model,
+    base: keras.Model | FrozenBase,
     data: SampleData,
     *,
     views: int,
@@ -102,7 +102,7 @@ def feature_passes(
     """Returns the passes that `extract_all` makes, for `run_together`.
 
     Args:
-        base: Frozen base, images to features.
+        base: Base, images to features; or a `FrozenBase` of it, taken as it is.
         data: The images.
         views: Views of each training image.
         device_names: As in `extract_all`.
@@ -110,8 +110,9 @@ def feature_passes(
     """
     splits = (data.train, data.validation, data.test)
     num_images = sum(map(len, splits)) + (views - 1) * len(data.train)
-    frozen = FrozenBase(base, num_images=num_images, device_names=device_names)
+    if not isinstance(base, FrozenBase):
+        base = FrozenBase(base, num_images=num_images, device_names=device_names)
     return [
-        make_pass(frozen, split, views=views if split is data.train else 1, **options)
+        make_pass(base, split, views=views if split is data.train else 1, **options)
         for split in splits
     ]
