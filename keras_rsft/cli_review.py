@@ -27,7 +27,7 @@ def add_review(commands: argparse._SubParsersAction) -> None:
         help="show all samples, from a server that only this machine can reach",
     )
     review.add_argument(
-        "--port", type=port_number, help="of --serve; default: a free one"
+        "--port", type=port_number, help="of --serve; default: the run's own"
     )
     review.add_argument(
         "--rebuild", action="store_true", help="write report.html anew if it is there"
@@ -84,7 +84,7 @@ def _print_document(folder: Path, *, page: Path | None, url: str) -> None:
 
 def _serve(folder: Path, arguments: argparse.Namespace) -> None:
     from keras_rsft.report.run_record import read_run
-    from keras_rsft.report.server import ReviewServer
+    from keras_rsft.report.server import ReviewServer, own_port
 
     record = read_run(folder)
     if record.is_search:
@@ -93,13 +93,19 @@ def _serve(folder: Path, arguments: argparse.Namespace) -> None:
             "`--serve` to see its report."
         )
     for_person = not (arguments.quiet or arguments.json)
-    with ReviewServer(record, port=arguments.port or 0) as server:
+    with ReviewServer(record, port=arguments.port) as server:
         try:  # From the first word on, or an early Ctrl-C looks like a failure.
             if arguments.json:
                 _print_document(folder, page=None, url=server.url)
             else:
                 note = "  (Ctrl-C stops the server)" if for_person else ""
                 print(f"{server.url}{note}", flush=True)
+            own = own_port(record)
+            if for_person and arguments.port is None and server.server_port != own:
+                print(
+                    f"Port {own} is taken, so what you decided there is not seen here.",
+                    flush=True,
+                )
             if arguments.browser:
                 webbrowser.open(server.url)
             server.serve_forever()

@@ -19,6 +19,8 @@ from keras_rsft.report.page import render_page
 from keras_rsft.report.run_record import RunRecord
 
 ADDRESS = "127.0.0.1"
+# From here on no port belongs to a service.
+_FIRST_PRIVATE_PORT = 49152
 _THUMBNAIL = re.compile(r"/thumbnails/(\d{1,9})", re.ASCII)
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -28,33 +30,46 @@ _HEADERS = {
 }
 
 
+def own_port(record: RunRecord) -> int:
+    """Returns a run's port, in [49152, 65535]: the same one each time.
+
+    A browser keeps decisions by address and port.
+    """
+    ports = range(_FIRST_PRIVATE_PORT, 2**16)
+    return ports[int(record.identity, 16) % len(ports)]
+
+
 class ReviewServer(http.server.ThreadingHTTPServer):
     """Serves one run; the page is rendered once, when the server is made.
 
     Args:
         record: The run.
-        port: The port, in [0, 65535]; 0 takes a free one. Default 0.
+        port: The port, in [0, 65535]; 0 takes a free one. Default: the run's own, as
+            `own_port` gives it, or a free one where that is taken.
 
     Attributes:
         url: Where the page is.
 
     Raises:
-        InvalidArgument: If the port cannot be had.
+        InvalidArgument: If a port that was asked for cannot be had.
     """
 
     daemon_threads = True
 
-    def __init__(self, record: RunRecord, *, port: int = 0):
+    def __init__(self, record: RunRecord, *, port: int | None = None):
         self.record = record
         self.page = render_page(record, served=True).encode("utf-8")
         record.thumbnail_places  # noqa: B018 -- Read before threads ask for it.
         try:
-            super().__init__((ADDRESS, port), _Handler)
+            first = own_port(record) if port is None else port
+            super().__init__((ADDRESS, first), _Handler)
         except (OSError, OverflowError) as error:
-            raise InvalidArgument(
-                f"The port {port} cannot be used: {error}. Choose another `--port`, "
-                "or leave it out to take a free one."
-            ) from error
+            if port is not None:
+                raise InvalidArgument(
+                    f"The port {port} cannot be used: {error}. Choose another "
+                    "`--port`, or leave it out."
+                ) from error
+            super().__init__((ADDRESS, 0), _Handler)
 
     @property
     def url(self) -> str:

@@ -8,13 +8,17 @@ class Decisions {
   constructor(data) {
     this.data = data;
     this.key = `keras-rsft-review:${data.run}`;
-    this.made = new Map(); // Row -> {decision, label}; label only where relabelled.
+    this.unsaved = new Map(); // Id -> decision, or undefined where it was taken back.
     this.history = [];
     this.listeners = [];
     this.storable = true;
     this.load();
+    window.addEventListener("storage", (event) => {
+      if (event.key === this.key || event.key === null) this.follow();
+    });
   }
 
+  // Reads what is stored, also by other tabs and of samples that this page leaves out.
   load() {
     let stored = {};
     try {
@@ -22,12 +26,11 @@ class Decisions {
     } catch {
       this.storable = false;
     }
-    const rows = new Map(this.data.samples.id.map((id, row) => [id, row]));
-    this.elsewhere = Object.create(null); // Decided with all samples shown, not on this page.
-    for (const [id, one] of Object.entries(stored)) {
-      if (!this.valid(one)) continue;
-      if (rows.has(id)) this.made.set(rows.get(id), one);
-      else this.elsewhere[id] = one;
+    // Id -> {decision, given, label}; label only where relabelled.
+    this.made = new Map(Object.entries(stored).filter(([, one]) => this.valid(one)));
+    for (const [id, one] of this.unsaved) {
+      if (one === undefined) this.made.delete(id);
+      else this.made.set(id, one);
     }
   }
 
@@ -39,24 +42,35 @@ class Decisions {
     return one.decision === RELABEL && known && one.label < this.data.classes.length;
   }
 
-  save() {
-    const all = { __proto__: null, ...this.elsewhere };
-    for (const [row, one] of this.made) all[this.data.samples.id[row]] = one;
+  // Changes one decision of those that are stored by now.
+  save(id, one) {
+    this.unsaved.set(id, one);
+    this.load();
     try {
-      localStorage.setItem(this.key, JSON.stringify(all));
+      localStorage.setItem(this.key, JSON.stringify(Object.fromEntries(this.made)));
       this.storable = true;
+      this.unsaved.clear();
     } catch {
       this.storable = false;
     }
     this.listeners.forEach((listener) => listener());
   }
 
+  // Shows what another tab has decided, which is not for this one to undo.
+  follow() {
+    const before = this.made;
+    this.load();
+    const text = (made, row) => JSON.stringify(made.get(this.data.samples.id[row]));
+    this.history = this.history.filter(([row]) => text(before, row) === text(this.made, row));
+    this.listeners.forEach((listener) => listener());
+  }
+
   get count() {
-    return this.made.size + Object.keys(this.elsewhere).length;
+    return this.made.size;
   }
 
   get(row) {
-    return this.made.get(row);
+    return this.made.get(this.data.samples.id[row]);
   }
 
   decide(row, decision, label) {
@@ -65,9 +79,8 @@ class Decisions {
     const same = decision === RELABEL && label === given;
     const one = decision === RELABEL && !same ? { decision, given, label }
       : { decision: same ? KEEP : decision, given };
-    this.history.push([row, this.made.get(row)]);
-    this.made.set(row, one);
-    this.save();
+    this.history.push([row, this.get(row)]);
+    this.save(this.data.samples.id[row], one);
     return one;
   }
 
@@ -75,9 +88,7 @@ class Decisions {
     const last = this.history.pop();
     if (last === undefined) return undefined;
     const [row, before] = last;
-    if (before === undefined) this.made.delete(row);
-    else this.made.set(row, before);
-    this.save();
+    this.save(this.data.samples.id[row], before);
     return row;
   }
 
@@ -88,9 +99,8 @@ class Decisions {
   }
 
   asCsv() {
-    const decided = [...this.made].map(([row, one]) => [this.data.samples.id[row], one]);
     const lines = [["id", "given_label", "decision", "new_label"]];
-    for (const [id, one] of [...decided, ...Object.entries(this.elsewhere)]) {
+    for (const [id, one] of this.made) {
       const label = one.decision === RELABEL ? this.data.classes[one.label] : "";
       lines.push([id, this.data.classes[one.given], one.decision, label]);
     }

@@ -195,9 +195,17 @@ class Review {
     set("rejected", `${rejected[row]} of ${seen[row]} times`);
     document.getElementById("review-clean-row").hidden = clean[row] < 0;
     set("clean", this.text("clean"));
-    set("decision", this.decisions.named(this.decisions.get(row)));
-    set("place", `${(this.place + 1).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")}, ${this.decisions.count.toLocaleString("en")} decided`);
     document.getElementById("accept-prediction").disabled = this.data.samples.predicted[row] < 0;
+    this.showDecision();
+  }
+
+  showDecision() {
+    if (this.row === undefined) return;
+    const place = `${(this.place + 1).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")}`;
+    document.getElementById("review-place").textContent =
+      `${place}, ${this.decisions.count.toLocaleString("en")} decided`;
+    document.getElementById("review-decision").textContent =
+      this.decisions.named(this.decisions.get(this.row));
     this.markClasses();
   }
 

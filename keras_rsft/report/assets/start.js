@@ -24,7 +24,7 @@ if (source !== null) {
     document.getElementById("progress-text").textContent =
       `${count.toLocaleString("en")} of ${data.total.toLocaleString("en")} decided. ${kept}`;
   };
-  decisions.listeners.push(showProgress, () => gallery.refreshMarks());
+  decisions.listeners.push(showProgress, () => gallery.refreshMarks(), () => review.showDecision());
   showProgress();
 
   document.getElementById("start-review").addEventListener("click", () => {
