@@ -264,3 +264,48 @@ def test_one_more_image_moves_at_most_one_at_each_border(count, fractions, seed)
         )
 
     assert np.count_nonzero(assign(count) != assign(count + 1)[:count]) <= 2
+
+
+@settings(max_examples=60)
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=1),
+    fractions=fraction_pairs,
+    order=st.randoms(use_true_random=False),
+)
+def test_copies_stay_together_and_every_class_is_trained(samples, fractions, order):
+    def assign(samples):
+        return assign_splits(
+            np.array([f"text {text}" for text, _ in samples]),
+            np.array([label for _, label in samples]),
+            validation_fraction=fractions[0],
+            test_fraction=fractions[1],
+            split_seed=0,
+        ).tolist()
+
+    placed = dict(zip(samples, assign(samples), strict=True))
+    assert len({(text, split) for (text, _), split in placed.items()}) == len(
+        {text for text, _ in samples}
+    )
+    trained = {label for (_, label), split in placed.items() if split == TRAIN}
+    assert trained == {label for _, label in samples}
+    order.shuffle(samples)
+    assert assign(samples) == [placed[sample] for sample in samples]
+
+
+def test_splits_of_copies_are_near_their_share():
+    def sizes(copies):
+        splits = assign_splits(
+            np.repeat([f"text {number}" for number in range(len(copies))], copies),
+            np.zeros(sum(copies), int),
+            validation_fraction=0.2,
+            test_fraction=0.1,
+            split_seed=0,
+        )
+        return [np.count_nonzero(splits == code) for code in (TEST, VALIDATION)]
+
+    assert sizes([2] * 100) == [20, 40]
+    assert sizes([3] * 10) == [3, 6]
+    # One text that comes often takes no split for itself.
+    assert sizes([50] + [1] * 50) == [10, 20]
+    assert sizes([9, 9, 9]) == [9, 9]
+    assert sizes([9, 9]) == [0, 0]

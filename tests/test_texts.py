@@ -67,6 +67,22 @@ class TestTable:
         assert len(set(ids)) == 3
         assert sum(one.endswith("-2") for one in ids) == 1
 
+    @pytest.mark.parametrize("id_column", [None, "key"])
+    def test_a_text_that_comes_again_is_in_one_split(self, id_column, tmp_path):
+        rows = [
+            (f"{copy} {n}", f"Text {n}.{' ' * copy}", f"{n % 2}")
+            for n in range(100)
+            for copy in range(2)
+        ]
+        path = write_table(tmp_path / "t.csv", rows, ("key", "text", "label"))
+        data = load_texts(path, id_column=id_column)
+        texts = [
+            {text.strip() for text in all_texts(split)}
+            for split in (data.train, data.validation, data.test)
+        ]
+        assert [len(part) for part in texts] == [72, 14, 14]
+        assert len(set().union(*texts)) == 100
+
     def test_ids_of_a_column(self, tmp_path):
         header = ("key", "text", "label")
         rows = [("k1", "One.", "a"), ("k2", "Two.", "b")]

@@ -49,6 +49,8 @@ class Listing:
         reader: Fetches the samples, in the order of `ids`.
         source: Where the data are from, as it was asked for.
         ignored_files: How many files were not taken.
+        groups: Shape `(n,)`, strings: samples with the same one are copies, which no
+            cut tells apart. None: each sample is a group, named by its id.
     """
 
     ids: np.ndarray
@@ -59,6 +61,7 @@ class Listing:
     reader: Reader
     source: str
     ignored_files: int = 0
+    groups: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,8 +150,9 @@ def cut_splits(
     _check_classes(listing)
     splits = listing.splits.copy()
     pool = np.flatnonzero(splits == TRAIN)
+    groups = listing.ids if listing.groups is None else listing.groups
     splits[pool] = assign_splits(
-        listing.ids[pool],
+        groups[pool],
         listing.labels[pool],
         validation_fraction=0.0 if VALIDATION in splits else validation_fraction,
         test_fraction=0.0 if TEST in splits else test_fraction,
@@ -170,22 +174,23 @@ def cut_splits(
 
 
 def assign_splits(
-    ids: np.ndarray,
+    groups: np.ndarray,
     labels: np.ndarray,
     *,
     validation_fraction: float,
     test_fraction: float,
     split_seed: int,
 ) -> np.ndarray:
-    """Assigns samples to splits, class by class.
+    """Assigns samples to splits, class by class, and copies of one together.
 
-    The samples of a class are ordered by a hash of seed and id; the first go to
+    The groups of a class are ordered by a hash of seed and name; the first go to
     test, the last to validation. So a sample's split depends neither on the
     order of the samples nor, but for those at the borders, on which others
-    there are.
+    there are. A group with several labels counts as one of the smallest.
 
     Args:
-        ids: Shape `(n,)`, strings, each once.
+        groups: Shape `(n,)`, strings: an id for each sample, or a name that it shares
+            with its copies.
         labels: Shape `(n,)`, integers.
         validation_fraction: Share of each class, in [0, 1).
         test_fraction: Share of each class, in [0, 1).
@@ -193,18 +198,55 @@ def assign_splits(
 
     Returns:
         Shape `(n,)`, int8: positions in `SPLITS`. Each class keeps at least one
-        training sample.
+        training sample. A group that is too large for the rest of a split's share is
+        left to the next.
     """
-    splits = np.full(len(ids), TRAIN, np.int8)
-    order = np.lexsort((_hashes(ids, split_seed), labels))
-    borders = np.flatnonzero(np.diff(labels[order])) + 1
-    for members in np.split(order, borders) if len(ids) else []:
-        validation, test = split_counts(
-            len(members), validation_fraction, test_fraction
+    names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    classes = np.full(len(names), np.iinfo(np.int64).max)
+    np.minimum.at(classes, group_of, labels)
+    splits = np.full(len(names), TRAIN, np.int8)
+    order = np.lexsort((_hashes(names, split_seed), classes))
+    borders = np.flatnonzero(np.diff(classes[order])) + 1
+    for members in np.split(order, borders) if len(order) else []:
+        test, validation = _cut(
+            sizes[members].tolist(), validation_fraction, test_fraction
         )
-        splits[members[:test]] = TEST
-        splits[members[len(members) - validation :]] = VALIDATION
-    return splits
+        splits[members[test]] = TEST
+        splits[members[validation]] = VALIDATION
+    # All samples of a class may be copies of those of smaller ones.
+    for label in np.setdiff1d(labels, labels[splits[group_of] == TRAIN]):
+        splits[group_of[np.flatnonzero(labels == label)[0]]] = TRAIN
+    return splits[group_of]
+
+
+def _cut(
+    sizes: list[int], validation_fraction: float, test_fraction: float
+) -> tuple[list[int], list[int]]:
+    """Returns which groups of a class go to test and which to validation."""
+    validation, test = split_counts(sum(sizes), validation_fraction, test_fraction)
+    positions = range(len(sizes))
+    tested = _take(sizes, positions, test, spare=2 if validation else 1)
+    rest = sorted(set(positions).difference(tested), reverse=True)
+    return tested, _take(sizes, rest, validation, spare=1)
+
+
+def _take(
+    sizes: list[int], positions: Sequence[int], wanted: int, *, spare: int
+) -> list[int]:
+    """Returns the groups, taken in order, that have nearest to `wanted` samples.
+
+    At least one is taken of a class of enough groups, and `spare` are left.
+    """
+    taken: list[int] = []
+    missing = wanted
+    for position in positions:
+        nearer = abs(missing - sizes[position]) < missing
+        if nearer and len(taken) < len(positions) - spare:
+            taken.append(position)
+            missing -= sizes[position]
+    if wanted and not taken and len(sizes) >= _SMALLEST_CLASS_TO_CUT:
+        return [min(positions, key=sizes.__getitem__)]
+    return taken
 
 
 def split_counts(
@@ -266,10 +308,10 @@ def _share(count: int, fraction: float) -> int:
     return max(rounded, 1) if wanted else rounded
 
 
-def _hashes(ids: np.ndarray, split_seed: int) -> np.ndarray:
+def _hashes(names: np.ndarray, split_seed: int) -> np.ndarray:
     digests = b"".join(
         hashlib.blake2b(f"{split_seed}:{name}".encode(), digest_size=8).digest()
-        for name in ids
+        for name in names
     )
     return np.frombuffer(digests, dtype="<u8")
 

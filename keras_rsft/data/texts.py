@@ -238,7 +238,12 @@ def _list_table(file: str, columns: Columns, id_column: str | None) -> Listing:
         texts[sample.id] = text.encode("utf-8", "surrogatepass")
     if not any(text.strip() for text in texts.values()):
         raise DataError(f"The column {columns.path!r} of {file} has no text.")
-    return list_named(samples, functools.partial(_reader_of, texts), source=file)
+    listing = list_named(samples, functools.partial(_reader_of, texts), source=file)
+    first: dict[bytes | str, str] = {}  # Texts without a word are no copies.
+    groups = [
+        first.setdefault(texts[one].strip() or one, one) for one in listing.ids.tolist()
+    ]
+    return dataclasses.replace(listing, groups=np.array(groups, np.str_))
 
 
 def _names_of_texts():
