@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_rsft.backbones import build_classifier, build_head
 from keras_rsft.data import load_images
+from keras_rsft.data.readers import FileReader
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import (
     FeatureSet,
@@ -167,6 +168,30 @@ class TestExtraction:
         assert broken
         assert not broken & set(kept.ids)
         assert all(reason for _, reason in kept.unreadable)
+
+    @pytest.mark.parametrize("number", [0, 9, -1])
+    def test_an_image_that_could_not_be_read_once_is_not_lost(
+        self, number, tiny_base, data, tmp_path, monkeypatch
+    ):
+        train = data.train
+        failing, load = str(train.ids[number]), FileReader.load
+
+        def fails_in_the_first_pass(self, key):
+            monkeypatch.setattr(FileReader, "load", load)
+            fails = tf.strings.regex_full_match(key, failing)
+            with tf.control_dependencies([tf.debugging.Assert(~fails, ["a disk"])]):
+                return load(self, key)
+
+        monkeypatch.setattr(FileReader, "load", fails_in_the_first_pass)
+        with pytest.raises(OSError, match=r"second try.*same command") as caught:
+            extract_features(tiny_base, train, cache_dir=tmp_path / "a", batch_size=4)
+        assert caught.value.filename == failing
+        kept, straight = (
+            extract_features(tiny_base, train, cache_dir=tmp_path / name, batch_size=4)
+            for name in "ab"
+        )
+        assert kept.unreadable == ()
+        np.testing.assert_array_equal(kept.features, straight.features)
 
     def test_no_readable_image_is_an_error(self, photo_folder, tiny_base, tmp_path):
         folder = tmp_path / "photos"

@@ -84,7 +84,8 @@ def extract_features(
         InvalidArgument: If `feature_precision` is neither, or the base does not take
             such samples.
         DataError: If no image can be read, or a feature is too large for float16.
-        OSError: If the disk has no room for the features.
+        OSError: If the disk has no room for the features, or a sample was left out
+            that could be read on a second try; the same call goes on.
     """
     require_tensorflow_backend("`extract_features`")
     work = make_pass(

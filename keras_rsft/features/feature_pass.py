@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def append_rows(
 
     Returns:
         The number of rows, and each file's checksum.
+
+    Raises:
+        OSError: If the disk has no room, or a sample was left out that can be read. The
+            same call goes on before that sample.
     """
     split, base = work.split, work.base
     partial.mkdir(parents=True, exist_ok=True)
@@ -113,6 +118,7 @@ def append_rows(
             for index, batch in samples
         )
         for index, features in base.over(views_in_a_row):
+            require_unreadable(work, range(next_index, int(index[-1])), index)
             values = _kept_as(work.feature_precision, features)
             if writing is not None:
                 writing.result()
@@ -124,6 +130,7 @@ def append_rows(
             next_index = reached
         if writing is not None:
             writing.result()
+        require_unreadable(work, range(next_index, stretch.stop), ())
     return rows, rows_file.checksums()
 
 
@@ -152,6 +159,36 @@ def require_rows(rows: int, split: SampleSplit) -> None:
             f"None of the {len(split)} {split.kind} of {split.name!r} can be read; "
             f"the first, {split.ids[0]!r}: {split.read_error(0)}."
         )
+
+
+def require_unreadable(
+    work: FeaturePass, stretch: range, index: Sequence[int] | np.ndarray
+) -> None:
+    """Raises OSError if a sample that a pass has left out can be read after all.
+
+    A disk that failed for a moment must not cost a sample for good.
+
+    Args:
+        work: The pass.
+        stretch: Positions in the split that it has gone through.
+        index: Those of the samples that it has read.
+    """
+    split = work.split
+    for left_out in np.setdiff1d(stretch, index).tolist():
+        if split.read_error(left_out) is not None:
+            continue
+        again = split.inputs(
+            work.base.sample_shape, start=left_out, stop=left_out + 1,
+            views=work.views, seed=work.seed,
+        )  # fmt: skip
+        if any(True for _ in again):
+            raise OSError(
+                errno.EIO,
+                f"Could not be read for the features of {split.name}, and could on a "
+                "second try. See to the disk that it is on, and run the same command "
+                "again: it goes on from here",
+                str(split.ids[left_out]),
+            )
 
 
 def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
