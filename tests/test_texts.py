@@ -116,13 +116,22 @@ class TestTable:
             ("text,label\n,a\n ,b\n", "has no text"),
             ("text,label\nOne.,\nTwo.,b\n", "Expected a value in column 'label'"),
             ("text,label\nOne.,a\nTwo.,a\n", "two classes"),
-            ('text,label\n"' + "x" * 200_000 + '",a\n', "field limit"),
+            ('text,label\n"' + "x" * 10_000_001, "field limit"),
         ],
     )
     def test_what_is_no_table_of_texts(self, content, said, tmp_path):
         (tmp_path / "t.csv").write_text(content)
         with pytest.raises(DataError, match=said):
             load_texts(tmp_path / "t.csv")
+
+    def test_a_text_that_is_too_long_is_left_out_and_costs_no_other(self, tmp_path):
+        limit = csv.field_size_limit()
+        rows = [("x" * 200_000, "a"), ("y" * (MAX_BYTES + 1), "a"), ("One.", "b")]
+        train = load_texts(write_table(tmp_path / "t.csv", rows), **ONE_SPLIT).train
+        assert sorted(map(len, all_texts(train))) == [4, 200_000]
+        errors = {train.read_error(index) for index in range(3)}
+        assert errors == {None, "The text has more than 1 MB."}
+        assert csv.field_size_limit() == limit
 
     def test_a_table_in_another_encoding(self, tmp_path):
         (tmp_path / "t.csv").write_bytes("text,label\nGrüße,a\nb,b\n".encode("latin-1"))

@@ -18,6 +18,9 @@ from keras_rsft.data.readers import FileReader
 from keras_rsft.errors import DataError
 
 DEFAULT_SPLIT_COLUMN = "split"
+# Ten times what a text may have. Where a quote is never closed, the rest of the file is
+# one cell: it must not all go into memory.
+_MAX_CELL = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, 
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
             _require_columns(reader.fieldnames or [], columns, source)
-            for row in reader:
+            while (row := _next_row(reader)) is not None:
                 yield reader.line_num, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
@@ -92,6 +95,16 @@ def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, 
         ) from error
     except OSError as error:
         raise DataError(f"Cannot read {source}: {error.strerror}.") from error
+
+
+def _next_row(reader: csv.DictReader) -> dict | None:
+    """Returns the next row, of cells up to `_MAX_CELL` characters; None at the end."""
+    # The limit is one of the process: nobody else's reading must notice.
+    before = csv.field_size_limit(_MAX_CELL)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _require_columns(found: list[str], columns: Columns, source: str) -> None:
