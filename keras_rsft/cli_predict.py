@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 from keras_rsft.cli_options import add_output_options
 from keras_rsft.cli_texts import DEFAULT_TEXT_COLUMN
 from keras_rsft.export.places import check_exists
+from keras_rsft.result_folder import guarded_cell
 
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def add_predict(commands: argparse._SubParsersAction) -> None:
@@ -102,7 +104,11 @@ def run_predict(arguments: argparse.Namespace) -> bool:
 
 
 def answer_writer(output_format: str, file: TextIO) -> Callable[[Prediction], None]:
-    """Returns a function that writes one answer.
+    r"""Returns a function that writes one answer.
+
+    A name stays in its cell: a CSV has a quote before what a spreadsheet would run as a
+    formula, tab-separated lines have `\t`, `\n`, `\r` and `\\` for a tab, the ends of
+    lines and a backslash.
 
     Args:
         output_format: One of `OUTPUT_FORMATS`.
@@ -111,7 +117,9 @@ def answer_writer(output_format: str, file: TextIO) -> Callable[[Prediction], No
     if output_format == "csv":
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score"])
-        return lambda one: writer.writerow([one.path, one.label, f"{one.score:.6f}"])
+        return lambda one: writer.writerow(
+            [guarded_cell(one.path), guarded_cell(one.label), f"{one.score:.6f}"]
+        )
     if output_format == "jsonl":
 
         def write_json(one: Prediction) -> None:
@@ -119,4 +127,9 @@ def answer_writer(output_format: str, file: TextIO) -> Callable[[Prediction], No
             print(json.dumps(answer, ensure_ascii=False), file=file)
 
         return write_json
-    return lambda one: print(f"{one.path}\t{one.label}\t{one.score:.4f}", file=file)
+
+    def write_line(one: Prediction) -> None:
+        names = (name.translate(_ESCAPES) for name in (one.path, one.label))
+        print(*names, f"{one.score:.4f}", sep="\t", file=file)
+
+    return write_line

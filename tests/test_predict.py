@@ -110,7 +110,25 @@ def test_answers_can_be_read_back():
     assert json.loads(text["jsonl"].getvalue()) == {
         "path": answer.path, "label": answer.label, "score": 0.25,
     }  # fmt: skip
-    assert text["tsv"].getvalue().endswith("réd, light\t0.2500\n")
+    assert text["tsv"].getvalue() == 'a "b",\\tc.png\tréd, light\t0.2500\n'
+
+
+@pytest.mark.parametrize(
+    "name, csv_cell, tsv_cell",
+    [
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)", "=HYPERLINK(1)"),
+        ("a\tb\nc\rd", "a\tb\nc\rd", r"a\tb\nc\rd"),
+        (r"back\slash", r"back\slash", r"back\\slash"),
+        ("-1", "-1", "-1"),
+    ],
+)
+def test_a_name_stays_in_its_cell(name, csv_cell, tsv_cell):
+    text = {form: io.StringIO(newline="") for form in ("csv", "tsv")}
+    for form, file in text.items():
+        answer_writer(form, file)(Prediction(name, name, 0.5))
+    _, row = csv.reader(io.StringIO(text["csv"].getvalue(), newline=""))
+    assert row == [csv_cell, csv_cell, "0.500000"]
+    assert text["tsv"].getvalue() == f"{tsv_cell}\t{tsv_cell}\t0.5000\n"
 
 
 def test_the_command_lists_what_it_cannot_read(models, photo_folder, tmp_path, capsys):
