@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from keras_rsft.policy_choice import (
 )
 
 STAGE2_EPOCHS = 3
+# A file system takes 255 bytes; before and after the name of the data comes more.
+_MAX_NAME_BYTES = 200
 
 if TYPE_CHECKING:
     from keras_rsft.data import SampleData
@@ -392,4 +395,5 @@ def load_data(arguments: argparse.Namespace) -> SampleData:
 
 def data_name(arguments: argparse.Namespace) -> str:
     """Returns what a folder for the results is named after."""
-    return Path(arguments.data.removeprefix("tfds:")).stem or "run"
+    name = os.fsencode(Path(arguments.data.removeprefix("tfds:")).stem)
+    return name[:_MAX_NAME_BYTES].decode(errors="ignore") or "run"

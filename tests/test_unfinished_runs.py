@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import filelock
 import pytest
 from same_run import assert_same_run
 
+from keras_rsft.cli_options import data_name
 from keras_rsft.data import add_label_noise
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning import NumberedFolder, checkpoint, run_folder
@@ -33,6 +35,18 @@ class TestPlaces:
         assert fit_photos(numbered).folder == tmp_path / "run-2"
         assert fit_photos(numbered).folder == tmp_path / "run-4"
         assert not list(tmp_path.glob("*.unfinished"))
+
+    @pytest.mark.parametrize(
+        "name, called",
+        [("photos", "photos"), ("x" * 244, "x" * 200), ("ä" * 127, "ä" * 100)],
+    )
+    def test_a_folder_is_named_after_the_data_as_far_as_there_is_room(
+        self, name, called, tmp_path
+    ):
+        (tmp_path / name).mkdir()
+        arguments = argparse.Namespace(data=str(tmp_path / name))
+        assert data_name(arguments) == called
+        (tmp_path / f".partial-compare-{called}-12345.unfinished-12345678").mkdir()
 
     def test_an_unfinished_run_with_other_settings_is_not_touched(
         self, fit_photos, tmp_path, stop_at
