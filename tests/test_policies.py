@@ -94,6 +94,7 @@ def test_accept_batch_below(losses, accepted):
         ([3.0, 1.0, 2.0], 0.5, [0, 1, 1]),  # 1.5 rounds up to 2
         ([3.0, 1.0, 2.0], 0.49, [0, 1, 0]),  # 1.47 rounds down to 1
         ([5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [0, 0, 1, 1, 1]),  # 2.5 -> 3: not to even
+        ([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0], 0.15, [0] * 8 + [1, 1]),  # 1.5 again
         ([2.0, 1.0], 0.01, [0, 1]),  # never none
         ([1.0, 1.0, 1.0, 1.0], 0.5, [1, 1, 0, 0]),  # of equals the earlier
         ([2.0, 1.0, 1.0, 1.0], 0.5, [0, 1, 1, 0]),
@@ -135,6 +136,15 @@ def test_ramped_keep_fraction(step, ramp_steps, expected):
     assert share == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_ramp_ends_at_the_very_fraction():
+    for share in np.linspace(0.01, 1.0, 100, dtype="float32"):
+        assert np.array(ramped_keep_fraction(4, share, 4)) == share
+        assert np.array(ramped_keep_fraction(0, share, 4)) == 1.0
+    assert np.array(KeepFraction(0.15)(np.arange(10, dtype="float32"))).sum() == 2
+    # 58.5, of which float32 has a little less.
+    assert np.array(keep_smallest(np.arange(90, dtype="float32"), 0.65)).sum() == 59
+
+
 @pytest.mark.parametrize(
     "judge, numbers",
     [
@@ -166,7 +176,7 @@ def test_a_ramp_broadcasts_over_trials():
 def test_keep_smallest_is_a_stable_sort_cut_off(losses, keep):
     kept = np.array(keep_smallest(losses, keep))
     finite = np.flatnonzero(np.isfinite(losses))
-    count = max(1, int(np.floor(np.float32(len(finite)) * np.float32(keep) + 0.5)))
+    count = max(1, int(np.floor(np.float32(len(finite)) * np.float32(keep) + 0.5001)))
     in_order = finite[np.argsort(losses[finite], kind="stable")]
     assert np.flatnonzero(kept).tolist() == sorted(in_order[:count].tolist())
     dropped = np.isfinite(losses) & ~kept

@@ -52,10 +52,23 @@ class TestRunningThreshold:
             floats(1, 1, 1, 0, 0, 0, 0, 1).reshape(2, 4),
             0.5,
         )
-        # Group 0 sees 1 and 3: means 2 and 5 of loss and square; group 1 sees 5.
-        np.testing.assert_allclose(moments, [[0.5, 1.0, 2.5], [0.5, 2.5, 12.5]])
+        # Group 0 sees 1 and 3, group 1 sees 5.
+        np.testing.assert_allclose(moments, [[0.5, 2.0, 1.0], [0.5, 5.0, 0.0]])
         thresholds = threshold_from_moments(moments, 2.0)
         np.testing.assert_allclose(thresholds, [2 + 2 * 1.0, 5.0])
+
+    @pytest.mark.parametrize("level, spread", [(1000.0, 0.05), (0.7, 0.3)])
+    def test_moments_are_those_of_all_batches_weighted(self, level, spread):
+        batches = np.random.default_rng(0).normal(level, spread, (50, 64)).astype("f4")
+        moments = np.zeros((1, 3), "float32")
+        for batch in batches:
+            moments = running_moments(moments, batch, np.ones((1, 64), "f4"), 0.9)
+        weights = np.repeat(0.9 ** np.arange(49, -1, -1), 64)
+        losses = batches.astype(np.float64).ravel()
+        mean = np.average(losses, weights=weights)
+        deviation = np.sqrt(np.average((losses - mean) ** 2, weights=weights))
+        found = threshold_from_moments(moments, 2.0)
+        np.testing.assert_allclose(found - mean, [2 * deviation], atol=0.01 * spread)
 
     def test_a_group_that_saw_nothing_keeps_its_statistics(self):
         before = floats(0.5, 1.0, 2.5).reshape(1, 3)

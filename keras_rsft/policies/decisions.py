@@ -76,7 +76,8 @@ def keep_smallest(per_sample_loss: Any, keep_fraction: Any) -> Any:
     finite = ops.isfinite(per_sample_loss)
     # Counted in float32 whatever the losses are: bfloat16 has no 257.
     finite_count = ops.sum(ops.cast(finite, "float32"), axis=-1, keepdims=True)
-    keep_count = ops.maximum(ops.floor(finite_count * keep_fraction + 0.5), 1.0)
+    # And a little more, so that 0.65 of 90 is 59 in float32 too.
+    keep_count = ops.maximum(ops.floor(finite_count * keep_fraction + 0.5001), 1.0)
     losses = ops.where(finite, per_sample_loss, float("inf"))
     losses = losses + ops.zeros_like(keep_count, dtype=losses.dtype)  # All trials.
     place = ops.cast(keep_count, "int32") - 1
@@ -110,9 +111,9 @@ def ramped_keep_fraction(step: Any, keep_fraction: Any, ramp_steps: Any) -> Any:
     progress = ops.cast(step, "float32") / ops.maximum(
         ops.cast(ramp_steps, "float32"), 1.0
     )
-    no_ramp = ops.equal(ramp_steps, 0)
-    progress = ops.where(no_ramp, 1.0, ops.minimum(progress, 1.0))
-    return 1.0 - (1.0 - keep_fraction) * progress
+    over = ops.logical_or(ops.equal(ramp_steps, 0), progress >= 1.0)
+    # Not computed where the ramp is over: 1 - (1 - 0.15) is less than 0.15.
+    return ops.where(over, keep_fraction, 1.0 - (1.0 - keep_fraction) * progress)
 
 
 def grown_threshold(step: Any, threshold: Any, growth: Any, growth_steps: Any) -> Any:
@@ -139,14 +140,18 @@ def grown_threshold(step: Any, threshold: Any, growth: Any, growth_steps: Any) -
 def running_moments(
     moments: Any, per_sample_loss: Any, members: Any, momentum: float
 ) -> Any:
-    """Updates exponential means of the finite losses, group by group.
+    """Updates weighted mean and variance of the finite losses, group by group.
+
+    West, "Updating mean and variance estimates: an improved method", Communications of
+    the ACM, 1979, with batches: sums of squares would lose a small variance of large
+    losses.
 
     Args:
-        moments: Float tensor `(..., groups, 3)`: running sums of the weight, the
-            loss and the squared loss.
+        moments: Float tensor `(..., groups, 3)`: running weight, mean and variance;
+            zeros at first.
         per_sample_loss: Float tensor `(..., batch)`.
         members: Float tensor `(..., groups, batch)`, 1 where a sample is of a group.
-        momentum: Share of the old sums that is kept, in [0, 1).
+        momentum: Share of the old weight that is kept, in [0, 1).
 
     Returns:
         New moments. A group without finite losses keeps its own.
@@ -154,12 +159,22 @@ def running_moments(
     finite = ops.isfinite(per_sample_loss)
     # Limited, for the square of a huge loss would be infinite for ever.
     losses = ops.clip(ops.where(finite, per_sample_loss, 0.0), -1e6, 1e6)
-    powers = ops.stack([ops.cast(finite, "float32"), losses, losses**2], axis=-1)
-    sums = ops.matmul(members, powers)
-    counts = sums[..., :1]
-    means = sums / ops.maximum(counts, 1.0)
-    updated = momentum * moments + (1.0 - momentum) * means
-    return ops.where(counts > 0, updated, moments)
+    losses = ops.cast(losses, "float32")[..., None, :]
+    members = members * ops.cast(finite, "float32")[..., None, :]
+    counts = ops.sum(members, axis=-1)
+    shares = members / ops.maximum(counts, 1.0)[..., None]
+    batch_mean = ops.sum(shares * losses, axis=-1)
+    distances = ops.square(losses - batch_mean[..., None])
+    batch_variance = ops.sum(shares * distances, axis=-1)
+    weight, mean, variance = (moments[..., place] for place in range(3))
+    new_weight = momentum * weight + (1.0 - momentum)
+    new = (1.0 - momentum) / new_weight
+    moved = batch_mean - mean
+    new_mean = mean + new * moved
+    between = variance + new * ops.square(moved)
+    new_variance = (1.0 - new) * between + new * batch_variance
+    updated = ops.stack([new_weight, new_mean, new_variance], axis=-1)
+    return ops.where(counts[..., None] > 0, updated, moments)
 
 
 def running_percentile(
@@ -215,10 +230,7 @@ def threshold_from_moments(moments: Any, deviations: Any) -> Any:
     Returns:
         Float tensor `(..., groups)`; infinite for a group that has seen nothing.
     """
-    weight = moments[..., 0]
-    safe = ops.maximum(weight, 1e-12)
-    mean = moments[..., 1] / safe
-    variance = ops.maximum(moments[..., 2] / safe - mean**2, 0.0)
+    weight, mean, variance = (moments[..., place] for place in range(3))
     threshold = mean + deviations * ops.sqrt(variance)
     return ops.where(weight > 0, threshold, float("inf"))
 
