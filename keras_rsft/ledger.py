@@ -108,7 +108,8 @@ class Ledger:
         """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label.
 
         One minus the probability of the given label, where probabilities were
-        noted; else the rank of the mean loss. 0 for a label that was reviewed.
+        noted; else the rank of the mean loss among the samples seen. 0 for those that
+        were never seen, and for a label that was reviewed.
         """
         suspicion = self._suspicion
         if suspicion is None:
@@ -116,9 +117,11 @@ class Ledger:
         return np.where(self._reviewed, np.float32(0), suspicion)
 
     def _loss_ranks(self) -> np.ndarray:
-        losses = np.nan_to_num(self.loss_mean, nan=np.inf)
+        unseen = self.seen == 0
+        losses = np.where(unseen, -np.inf, np.nan_to_num(self.loss_mean, nan=np.inf))
         order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
-        return (order / max(len(self) - 1, 1)).astype(np.float32)
+        places = np.maximum(order - unseen.sum(), 0)
+        return (places / max(places.max(initial=0), 1)).astype(np.float32)
 
     def counts(self) -> dict[str, np.ndarray]:
         """Returns copies of all that `note_epoch` adds up, by name."""
@@ -348,12 +351,8 @@ class RejectionLedger(keras.callbacks.Callback):
         seen = accepted >= 0
         labels = self.ledger.labels
         with np.errstate(invalid="ignore"):
-            self.acceptance_by_class.append(
-                (
-                    np.bincount(labels, weights=accepted > 0)
-                    / np.bincount(labels, weights=seen)
-                ).astype(np.float32)
-            )
+            share = np.bincount(labels, accepted > 0) / np.bincount(labels, seen)
+        self.acceptance_by_class.append(share.astype(np.float32))
         if logs is not None and self.ledger.clean_labels is not None:
             logs |= rejection_quality(
                 (accepted == 0)[seen], (labels != self.ledger.clean_labels)[seen]

@@ -157,6 +157,12 @@ class TestLedger:
         own = sum(array.nbytes for array in arrays) - ledger.ids.nbytes
         assert own + 8 * count <= 100 * count  # 8: the variable on the device.
 
+    def test_a_sample_that_was_never_seen_is_not_suspicious(self):
+        ledger = Ledger(["a", "b", "c", "d"], [0, 1, 0, 1])
+        ledger.note_epoch(np.array([2, 1, 0, NAN]), np.array([1.0, 0, -1, 1]))
+        np.testing.assert_allclose(ledger.suspicion, [0.5, 0.0, 0.0, 1.0])
+        assert Ledger(["a", "b"], [0, 1]).suspicion.tolist() == [0.0, 0.0]
+
     def test_probabilities_give_the_suspicion(self):
         ledger = Ledger(["a", "b"], [0, 1])
         ledger.note_probabilities(np.array([[0.9, 0.1], [0.7, 0.3]]))
