@@ -112,6 +112,7 @@ def ramped_keep_fraction(step: Any, keep_fraction: Any, ramp_steps: Any) -> Any:
         ops.cast(ramp_steps, "float32"), 1.0
     )
     over = ops.logical_or(ops.equal(ramp_steps, 0), progress >= 1.0)
+    keep_fraction = ops.convert_to_tensor(keep_fraction, "float32")
     # Not computed where the ramp is over: 1 - (1 - 0.15) is less than 0.15.
     return ops.where(over, keep_fraction, 1.0 - (1.0 - keep_fraction) * progress)
 
