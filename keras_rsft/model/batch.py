@@ -30,7 +30,8 @@ def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
 def class_labels(y: Any) -> Any:
     """Returns the classes that targets name, int32 `(batch,)`, or None.
 
-    Classes are integers of shape `(batch,)` or `(batch, 1)`, or one-hot rows.
+    Classes are integers of shape `(batch,)` or `(batch, 1)`, or one-hot rows. A row
+    with several ones cannot be told from these while a step is traced.
     """
     if isinstance(y, (dict, list, tuple)) or y is None or len(y.shape) > 2:
         return None

@@ -93,7 +93,29 @@ class PerSampleLoss(UnreducedLoss):
 
     Several values a sample (of time steps, of pixels) are averaged, without
     those that a Keras mask or `ignore_class` leaves out.
+
+    Args:
+        loss: As for `UnreducedLoss`.
+        one_class: Refuse a loss of samples with several labels.
+
+    Raises:
+        InvalidArgument: When called, if the loss is one that is to be refused.
     """
+
+    def __init__(self, loss: Any, *, one_class: bool = False):
+        super().__init__(loss)
+        self._one_class = one_class
+
+    def values_of(self, loss: Any, y_true: Any, y_pred: Any) -> Any:
+        several = len(y_true.shape) > 1 and y_true.shape[-1] != 1
+        if self._one_class and several and _judges_each_entry(loss):
+            raise InvalidArgument(
+                "A policy that judges class by class (`class_floor`, `num_classes`) "
+                "needs samples of one class. Received: a binary loss of targets of "
+                f"shape {tuple(y_true.shape)}, which may have several labels. Leave "
+                "the floor out; of one-hot targets take categorical_crossentropy."
+            )
+        return super().values_of(loss, y_true, y_pred)
 
     def reduced(self, values: Any, counted: Any, y_pred: Any) -> Any:
         del y_pred
@@ -181,6 +203,8 @@ class LossScorer:
         output_names: Names of the model's outputs, or None if it has none.
         level: `"element"` for a number an element, else one a sample is given.
             Default `"sample"`.
+        one_class: Whether samples must have one class each; else one may have several
+            labels. Not at level `"element"`. Default False.
     """
 
     def __init__(
@@ -190,6 +214,7 @@ class LossScorer:
         output_names: Any,
         *,
         level: str = "sample",
+        one_class: bool = False,
     ):
         self._element_shapes: list[tuple[int | None, ...]] = []
 
@@ -198,7 +223,7 @@ class LossScorer:
                 return None
             if level == "element":
                 return PerElementLoss(one_loss, self._element_shapes)
-            return PerSampleLoss(one_loss)
+            return PerSampleLoss(one_loss, one_class=one_class)
 
         self._model = keras.Model()
         self._model.output_names = output_names

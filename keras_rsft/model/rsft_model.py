@@ -111,7 +111,11 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
         """Configures training; takes what `keras.Model.compile` takes."""
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
         self._scorer = LossScorer(
-            loss, loss_weights, self.output_names, level=self.policy.level
+            loss,
+            loss_weights,
+            self.output_names,
+            level=self.policy.level,
+            one_class=self.policy.judges_by_class,
         )
 
     def compile_from_config(self, config: dict[str, Any]) -> None:

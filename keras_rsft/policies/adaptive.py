@@ -204,6 +204,10 @@ class RunningThreshold(Policy):
             initializer="zeros",
         )
 
+    @property
+    def judges_by_class(self) -> bool:
+        return super().judges_by_class or self.num_classes is not None
+
     def decide(
         self,
         per_sample_loss: Any,

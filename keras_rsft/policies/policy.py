@@ -27,7 +27,8 @@ class Policy(keras.layers.Layer):
     Args:
         class_floor: Least share of each class's samples in a batch to accept, in
             [0, 1], so that no class is dropped in silence; needs labels that are
-            classes. Default 0: no floor. Not at level `"element"`.
+            classes: integers or one-hot rows, not rows of several labels. Default 0:
+            no floor. Not at level `"element"`.
         level: One of the class's `levels`. Default: `"sample"`.
 
     Attributes:
@@ -87,6 +88,11 @@ class Policy(keras.layers.Layer):
             name="steps_seen", shape=(), dtype="int32", initializer="zeros"
         )
         self.built = True
+
+    @property
+    def judges_by_class(self) -> bool:
+        """Whether each sample must have one class."""
+        return self.class_floor > 0
 
     def decide(
         self,
