@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold, Policy
+from keras_rsft.policies import (
+    AcceptAll,
+    KeepFraction,
+    LossThreshold,
+    Policy,
+    RunningThreshold,
+)
 
 SCORES = "sparse_categorical_crossentropy"
 
@@ -180,6 +187,61 @@ def test_class_weights_arrive_as_sample_weights(batch):
     model = linear_model(LossThreshold(1.2))
     model.fit(*batch, batch_size=6, class_weight=class_weight, verbose=0)
     assert_weights(model, softmax_step(*batch, range(6), weights=weights))
+
+
+def indexed(x, y, weights=None):
+    parts = (x, y, weights, np.arange(len(y), dtype="int32"))
+    return tf.data.Dataset.from_tensors(parts)
+
+
+def test_data_with_sample_indices_are_weighted_by_class_and_predicted(batch):
+    class_weight = {0: 1.0, 1: 5.0, 2: 0.25}
+    weights = np.array([class_weight[label] for label in batch[1]], "float32")
+    model = linear_model(LossThreshold(1.2))
+    model.fit(indexed(*batch), class_weight=class_weight, verbose=0)
+    assert_weights(model, softmax_step(*batch, range(6), weights=weights))
+    np.testing.assert_array_equal(
+        model.predict(indexed(*batch), verbose=0),
+        model.predict(batch[0], batch_size=6, verbose=0),
+    )
+    with pytest.raises(ValueError, match="at the same time"):
+        model.fit(indexed(*batch, weights), class_weight=class_weight, verbose=0)
+
+
+def test_fit_takes_all_places_that_keras_has(batch):
+    named, placed = (linear_model(LossThreshold(1.2)) for _ in range(2))
+    weights, data = {0: 1.0, 1: 5.0}, (*batch, 3, 2, 0, None)
+    one = named.fit(
+        *data,
+        validation_split=0.5,
+        shuffle=False,
+        class_weight=weights,
+        initial_epoch=1,
+    )
+    other = placed.fit(*data, 0.5, None, False, weights, None, 1)
+    assert one.history == other.history
+    assert "val_loss" in one.history
+
+
+@pytest.mark.parametrize(
+    "make_policy",
+    [
+        lambda: LossThreshold(9.0, class_floor=0.5),
+        lambda: RunningThreshold(num_classes=3),
+    ],
+)
+def test_several_labels_a_sample_are_no_class(make_policy, batch):
+    policy = make_policy()
+    x, y = batch[0], np.eye(3, dtype="float32")[batch[1]]
+    model = linear_model(policy)
+    model.compile("sgd", "binary_crossentropy")
+    with pytest.raises(InvalidArgument, match="samples of one class"):
+        model.fit(x, y, verbose=0)
+    model.compile("sgd", "categorical_crossentropy")
+    model.fit(x, y, verbose=0)
+    binary = RSFTModel(keras.Sequential([keras.layers.Dense(1, "sigmoid")]), policy)
+    binary.compile("sgd", "binary_crossentropy")
+    binary.fit(x, (batch[1] > 0).astype("int32")[:, None], verbose=0)
 
 
 def test_the_batch_decision_is_strict(batch):

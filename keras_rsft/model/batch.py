@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras.src.trainers.data_adapters.tf_dataset_adapter import (
+    make_class_weight_map_fn,
+)
 
 from keras_rsft.errors import InvalidArgument
 
@@ -40,6 +43,28 @@ def class_labels(y: Any) -> Any:
     if not keras.backend.is_int_dtype(y.dtype):
         return None
     return keras.ops.cast(keras.ops.reshape(y, (-1,)), "int32")
+
+
+def has_index(data: Any) -> bool:
+    """Says whether data are a `tf.data.Dataset` of batches with sample indices."""
+    spec = getattr(data, "element_spec", None)
+    return hasattr(data, "map") and isinstance(spec, tuple) and len(spec) == 4
+
+
+def weighted_by_class(data: Any, class_weight: dict[int, float]) -> Any:
+    """Returns a `tf.data.Dataset` with the weights of classes as sample weights.
+
+    Keras does so itself where batches have no sample indices.
+
+    Args:
+        data: Data set of `(x, y, None, sample_index)`.
+        class_weight: Weights by class; a class without one weighs 1.
+
+    Raises:
+        ValueError: If the data set has sample weights of its own.
+    """
+    weighted = make_class_weight_map_fn(class_weight)
+    return data.map(lambda x, y, weight, index: (*weighted(x, y, weight), index))
 
 
 def require_index(sample_index: Any) -> None:

@@ -14,7 +14,7 @@ import keras
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model.backend import BackendStep
-from keras_rsft.model.batch import symbolic_inputs
+from keras_rsft.model.batch import has_index, symbolic_inputs, weighted_by_class
 from keras_rsft.model.per_sample_loss import LossScorer
 from keras_rsft.model.selection import AcceptanceGuard, SelectionMetric
 from keras_rsft.model.soft_targets import LearnsSoftTargets
@@ -131,9 +131,16 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
         epochs: int = 1,
         verbose: Any = "auto",
         callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: Any = True,
+        class_weight: dict[int, float] | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
+        if class_weight is not None and has_index(x):
+            x, class_weight = weighted_by_class(x, class_weight), None
         x = self.ready_for_training(x)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             guard = AcceptanceGuard()
@@ -144,11 +151,18 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
             callbacks = [*given, AcceptanceGuard()]
         try:
             return super().fit(
-                x, y, batch_size, epochs, verbose, callbacks=callbacks, **kwargs
-            )
+                x, y, batch_size, epochs, verbose, callbacks, validation_split,
+                validation_data, shuffle, class_weight, *args, **kwargs,
+            )  # fmt: skip
         finally:  # A ledger is of one fit, also where that fails.
             if self._recorder is not None:
                 self.record_with(None)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predicts like `keras.Model.predict`, also of data with sample indices."""
+        if has_index(x):
+            x = x.map(lambda inputs, *rest: (inputs, None))
+        return super().predict(x, *args, **kwargs)
 
     def record_with(self, recorder: Callable[[Any, Any, Any], None] | None) -> None:
         """Has each training step report what it decided, as `RejectionLedger` does.
