@@ -72,6 +72,16 @@ class FeaturePass:
             "precision": self.feature_precision,
         }
 
+    def inputs(self, start: int, stop: int) -> tf.data.Dataset:
+        """Returns what `SampleSplit.inputs` gives of a stretch of the split."""
+        return self.split.inputs(
+            self.base.sample_shape,
+            start=start,
+            stop=stop,
+            views=self.views,
+            seed=self.seed,
+        )
+
 
 def append_rows(
     work: FeaturePass, partial: Path, stretch: range
@@ -96,10 +106,7 @@ def append_rows(
         partial, work.row_bytes, work.batch_size, stretch.start
     )
     _require_disk_space(partial, work.row_bytes * (stretch.stop - next_index))
-    samples = split.inputs(
-        base.sample_shape, start=next_index, stop=stretch.stop, views=work.views,
-        seed=work.seed,
-    )  # fmt: skip
+    samples = work.inputs(next_index, stretch.stop)
     samples = samples.batch(work.batch_size).prefetch(2)
     done = next_index - stretch.start
     with (
@@ -118,7 +125,7 @@ def append_rows(
             for index, batch in samples
         )
         for index, features in base.over(views_in_a_row):
-            require_unreadable(work, range(next_index, int(index[-1])), index)
+            _require_unreadable(work, range(next_index, int(index[-1])), index)
             values = _kept_as(work.feature_precision, features)
             if writing is not None:
                 writing.result()
@@ -130,7 +137,7 @@ def append_rows(
             next_index = reached
         if writing is not None:
             writing.result()
-        require_unreadable(work, range(next_index, stretch.stop), ())
+        _require_unreadable(work, range(next_index, stretch.stop), ())
     return rows, rows_file.checksums()
 
 
@@ -161,7 +168,7 @@ def require_rows(rows: int, split: SampleSplit) -> None:
         )
 
 
-def require_unreadable(
+def _require_unreadable(
     work: FeaturePass, stretch: range, index: Sequence[int] | np.ndarray
 ) -> None:
     """Raises OSError if a sample that a pass has left out can be read after all.
@@ -177,11 +184,7 @@ def require_unreadable(
     for left_out in np.setdiff1d(stretch, index).tolist():
         if split.read_error(left_out) is not None:
             continue
-        again = split.inputs(
-            work.base.sample_shape, start=left_out, stop=left_out + 1,
-            views=work.views, seed=work.seed,
-        )  # fmt: skip
-        if any(True for _ in again):
+        if any(True for _ in work.inputs(left_out, left_out + 1)):
             raise OSError(
                 errno.EIO,
                 f"Could not be read for the features of {split.name}, and could on a "

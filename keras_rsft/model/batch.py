@@ -58,7 +58,7 @@ def weighted_by_class(data: Any, class_weight: dict[int, float]) -> Any:
 
     Args:
         data: Data set of `(x, y, None, sample_index)`.
-        class_weight: Weights by class; a class without one weighs 1.
+        class_weight: Weights of all classes, by their numbers.
 
     Raises:
         ValueError: If the data set has sample weights of its own.
