@@ -30,6 +30,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export.places import unusable_model
 from keras_rsft.export.runtimes import load_exported
 from keras_rsft.finetuning.run_folder import read_class_names
+from keras_rsft.model import RSFTModel
 from keras_rsft.run_files import CLASSES_FILE, MODEL_FILE
 
 BATCH_SIZE = 32
@@ -201,8 +202,13 @@ def find_files(
 
 
 def _files_below(folder: str, suffixes: frozenset[str]) -> list[str]:
-    files = (file for file in Path(folder).rglob("*") if file.is_file())
-    return sorted(str(file) for file in files if file.suffix.lower() in suffixes)
+    """Returns the files of these kinds, without what is hidden, as `fit` takes them."""
+    found = []
+    for file in Path(folder).rglob("*"):
+        hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
+        if not hidden and file.suffix.lower() in suffixes and file.is_file():
+            found.append(str(file))
+    return sorted(found)
 
 
 def load_classifier(model: str | os.PathLike) -> Classifier:
@@ -231,6 +237,8 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
     except (ValueError, TypeError, KeyError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{path} cannot be read: {reason}") from error
+    if isinstance(model, RSFTModel):
+        model = model.model
     names = class_names or [str(i) for i in range(model.output_shape[-1])]
     if model.inputs[0].dtype == "string":
         return _texts_classifier(names, model.predict_on_batch)

@@ -300,6 +300,7 @@ class TestTable:
             (["path,label", "img/0.png,a", "img//0.png,b"], "line 3 has been listed"),
             (["path,label,split", "img/0.png,a,dev"], "'dev' in .*line 2"),
             (["path,label", "img,a"], "is not a file, in .*line 2"),
+            (["path,label", "img/0.png,cat, big"], "line 2, has more cells.*quotes"),
             (["path,label", "img/0\0.png,a"], "stay inside it"),
             (["path,label", 'img/0.png,"a'], "comma-separated table in UTF-8"),
             (["path,label,split", "img/0.png,a,test"], "'a' in test"),

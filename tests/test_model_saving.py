@@ -10,6 +10,7 @@ import textwrap
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold
@@ -121,6 +122,15 @@ class TestKerasFile:
             [sys.executable, "-c", program], capture_output=True, text=True, check=True
         )
         assert result.stdout.split() == ["True", "6"]
+
+
+def test_what_is_exported_is_the_wrapped_model(make_model, small_data, tmp_path):
+    model = compiled(make_model())
+    fit(model, small_data, epochs=1)
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported").serve(small_data[0])
+    expected = model.predict(small_data[0], verbose=0)
+    np.testing.assert_allclose(served, expected, atol=1e-5)
 
 
 class TestCallbacks:

@@ -16,6 +16,8 @@ from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.cli_predict import answer_writer
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import export_litert, export_onnx, export_saved_model
+from keras_rsft.model import RSFTModel
+from keras_rsft.policies import LossThreshold
 from keras_rsft.predict import Prediction, find_images, predict_files
 
 NAMES = ("blue", "green", "réd")
@@ -62,7 +64,8 @@ def test_every_form_of_a_model_gives_the_same_answers(models, photo_folder, tmp_
 
 
 def test_folders_and_patterns_become_files(tmp_path):
-    for name in ("a/2.PNG", "a/1.jpg", "a/b/3.webp", "a/notes.txt", "4.gif"):
+    hidden = "a/._1.jpg", "a/.thumbnails/1.jpg"  # As where `fit` looks for images.
+    for name in ("a/2.PNG", "a/1.jpg", "a/b/3.webp", "a/notes.txt", "4.gif", *hidden):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
@@ -92,8 +95,11 @@ def test_a_damaged_model_is_told(tmp_path, name):
         list(predict_files(tmp_path / name, ["a.png"]))
 
 
-def test_a_head_takes_no_images(tmp_path):
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_head_takes_no_images(tmp_path, wrapped):
     head = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    if wrapped:
+        head = RSFTModel(head, LossThreshold(1.0))
     head.save(tmp_path / "head.keras")
     with pytest.raises(InvalidArgument, match="takes features"):
         list(predict_files(tmp_path / "head.keras", ["a.png"]))

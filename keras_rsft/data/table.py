@@ -80,13 +80,19 @@ def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, 
         source: What to call the file in messages.
 
     Raises:
-        DataError: If it cannot be read, or a column is missing.
+        DataError: If it cannot be read, a column is missing, or a row has more cells
+            than the header.
     """
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
             _require_columns(reader.fieldnames or [], columns, source)
             while (row := _next_row(reader)) is not None:
+                if None in row:
+                    raise DataError(
+                        f"{source}, line {reader.line_num}, has more cells than the "
+                        "header. Put quotes around a cell with a comma in it."
+                    )
                 yield reader.line_num, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(

@@ -216,11 +216,6 @@ def read_texts(
     name = os.fspath(file)
     rows = []
     for line, row in table_rows(name, columns, name):
-        if None in row:
-            raise DataError(
-                f"{name}, line {line}, has more cells than the header. Put quotes "
-                "around a text with a comma in it."
-            )
         rows.append((line, row[columns.path] or "", row))
     if not rows:
         raise DataError(f"There is no row below the header in {name}.")

@@ -118,6 +118,10 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
             one_class=self.policy.judges_by_class,
         )
 
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        """Exports the wrapped model; takes what `keras.Model.export` takes."""
+        self.model.export(*args, **kwargs)
+
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
