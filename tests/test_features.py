@@ -288,7 +288,7 @@ class TestFeatureSet:
         values.tofile(tmp_path / "f.bin")
         labels = np.zeros(4, np.int32)
         kept = FeatureSet(tmp_path / "f.bin", labels, labels.astype(str), dim=2)
-        np.testing.assert_allclose(kept.moments()[1], [1e-6 * 0.5, 1.0])
+        np.testing.assert_allclose(kept.moments()[1], [0.1 * 0.5, 1.0])
 
     def test_cannot_be_written_to(self, synthetic):
         with pytest.raises(ValueError, match="read-only"):

@@ -128,9 +128,9 @@ def test_what_is_exported_is_the_wrapped_model(make_model, small_data, tmp_path)
     model = compiled(make_model())
     fit(model, small_data, epochs=1)
     model.export(tmp_path / "exported", verbose=False)
-    served = tf.saved_model.load(tmp_path / "exported").serve(small_data[0])
+    exported = tf.saved_model.load(tmp_path / "exported")
     expected = model.predict(small_data[0], verbose=0)
-    np.testing.assert_allclose(served, expected, atol=1e-5)
+    np.testing.assert_allclose(exported.serve(small_data[0]), expected, atol=1e-5)
 
 
 class TestCallbacks:

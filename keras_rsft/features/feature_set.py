@@ -20,6 +20,8 @@ FEATURES_FILE = "features.bin"
 INDEX_FILE = "index.bin"
 META_FILE = "meta.json"
 FEATURE_PRECISIONS = ("float32", "float16")
+# What a feature varies at least, in mean variances, as far as standardising goes.
+LEAST_VARIANCE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +179,9 @@ class FeatureSet:
     def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """Returns mean and variance of each feature over the plain images.
 
-        A feature that hardly varies gets a floor of a millionth of the mean
-        variance, so that standardising never blows up a dead feature.
+        A feature that hardly varies gets a floor of a tenth of the mean variance:
+        divided by its own deviation it would be thousands on the first image that
+        is not like the training images, and drown all others.
 
         Args:
             chunk_rows: Rows read at a time, at least 1. Default 4096.
@@ -194,7 +197,7 @@ class FeatureSet:
             total_of_squares += np.square(chunk).sum(axis=0)
         mean = total / len(self)
         variance = np.maximum(total_of_squares / len(self) - np.square(mean), 0.0)
-        floor = max(1e-6 * variance.mean(), 1e-12)
+        floor = max(LEAST_VARIANCE * variance.mean(), 1e-12)
         return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
 
     @functools.cached_property
