@@ -30,6 +30,7 @@ from keras_rsft.result_words import (
     STRATEGY_HEADER,
     STRATEGY_NOTE,
     TUNINGS,
+    comparison_note,
     interval_text,
     setting_text,
     share_text,
@@ -193,11 +194,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for note in comparison.notes:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     seeds = len({outcome.seed for outcome in comparison.outcomes})
-    spread = f", mean of {seeds} seeds ± half of its 95 % interval" if seeds > 1 else ""
-    console.print(
-        f"Test accuracy in percent{spread}; differences to plain are paired by seed.",
-        soft_wrap=True,
-    )
+    console.print(comparison_note(seeds), soft_wrap=True)
     console.print(escape(comparison.verdict.sentence), soft_wrap=True)
     if comparison.folder is not None:
         console.print(f"Folder: {escape(str(comparison.folder))}", soft_wrap=True)

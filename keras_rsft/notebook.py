@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from keras_rsft.result_words import (
     RESULT_NAMES,
     STRATEGY_HEADER,
+    comparison_note,
     interval_text,
     setting_text,
     share_text,
@@ -62,7 +63,9 @@ def comparison_html(comparison: Comparison) -> str:
         shares = (summary.acceptance_rate, summary.recovered)
         rows.append([name, accuracy, difference, *map(share_text, shares)])
     header = ["Method", "Test accuracy", "To plain", "Accepted", "Recovered"]
-    said = [comparison.verdict.sentence, *comparison.notes]
+    seeds = len({outcome.seed for outcome in comparison.outcomes})
+    note = comparison_note(seeds)
+    said = [comparison.verdict.sentence, note, *comparison.notes]
     paragraphs = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in said)
     return (
         table_html(header, rows)

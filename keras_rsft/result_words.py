@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keras_rsft.comparing.intervals import Interval
+    from keras_rsft.intervals import Interval
 
 # Of the results of a run those that are shares, in the order in which they are shown.
 RESULT_NAMES = {
@@ -49,6 +49,19 @@ def interval_text(interval: Interval | None, sign: str = "") -> str:
     if math.isinf(interval.half_width):
         return mean
     return f"{mean} ± {100 * interval.half_width:.1f}"
+
+
+def comparison_note(seeds: int) -> str:
+    """Says what a comparison's numbers are, and what their intervals cover.
+
+    Args:
+        seeds: Number of seeds; one has no interval.
+    """
+    note = "Test accuracy in percent{}; differences to plain are paired by seed."
+    if seeds == 1:
+        return note.format("")
+    spread = f", mean of {seeds} seeds ± half of its 95 % interval over seeds"
+    return f"{note.format(spread)} The verdict allows for other test samples too."
 
 
 def setting_text(values: Mapping[str, Any]) -> str:

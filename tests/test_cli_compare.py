@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 
 from keras_rsft import cli
@@ -70,7 +71,9 @@ def test_without_noise_what_cannot_run_is_noted(compare, monkeypatch, tmp_path):
     monkeypatch.setattr(
         comparison,
         "run_method",
-        lambda name, trial: Outcome(name, trial.settings.seed, 1.0, 0.5, 1.0),
+        lambda name, trial: Outcome(
+            name, trial.settings.seed, 1.0, np.array([True, False]), 1.0
+        ),
     )
     status, out, err = compare("--seeds", 1, "--output", tmp_path / "mine")
     assert status == 0, err

@@ -16,7 +16,7 @@ import pytest
 
 from keras_rsft.cli_documents import json_value
 from keras_rsft.cli_output import Output
-from keras_rsft.comparing.intervals import Interval
+from keras_rsft.intervals import Interval
 
 PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
 

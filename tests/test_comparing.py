@@ -284,6 +284,8 @@ class TestComparison:
             for result in (one, two)
         ]
         assert timeless[0] == timeless[1]
+        for first, again in zip(*timeless, strict=True):
+            np.testing.assert_array_equal(first.test_right, again.test_right)
         expected = [name for name in METHOD_NAMES if name not in ("cleanlab",)]
         assert set(expected) <= set(one.summaries)
         plain = {"methods": ["plain"], "progress": False}
@@ -391,4 +393,4 @@ class TestComparison:
 
 
 def fake_run(name, trial):
-    return Outcome(name, trial.settings.seed, 1.0, 0.5)
+    return Outcome(name, trial.settings.seed, 1.0, np.array([True, False]))

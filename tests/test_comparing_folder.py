@@ -107,4 +107,4 @@ class TestCompare:
 
 
 def fake_run(name, trial):
-    return Outcome(name, trial.settings.seed, 1.0, 0.5)
+    return Outcome(name, trial.settings.seed, 1.0, np.array([True, False]))

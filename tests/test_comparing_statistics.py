@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_rsft.comparing import (
-    Outcome,
-)
-from keras_rsft.comparing.intervals import (
+from keras_rsft.comparing import Outcome
+from keras_rsft.comparing.summary import judge, recovered_share, summarize
+from keras_rsft.intervals import (
     Interval,
     mean_interval,
     paired_interval,
-    recovered_share,
+    paired_right_interval,
+    paired_share_interval,
     t_quantile,
 )
-from keras_rsft.comparing.summary import judge, summarize
+
+IMAGES = 1000
 
 
 def outcomes_of(accuracies):
+    """What the less accurate gets right of 1000 images, the more accurate does too."""
     return [
-        Outcome(
-            name, seed, 1.0, accuracy, stalled="stuck" if accuracy is None else None
-        )
+        Outcome(name, seed, 1.0, stalled="stuck")
+        if accuracy is None
+        else Outcome(name, seed, 1.0, np.arange(IMAGES) < round(accuracy * IMAGES))
         for name, values in accuracies.items()
         for seed, accuracy in enumerate(values)
     ]
@@ -49,14 +52,18 @@ class TestIntervals:
 
     def test_one_value_says_nothing_about_chance(self):
         assert mean_interval([0.5]) == Interval(0.5, math.inf)
-        assert not mean_interval([0.5]).excludes_zero
+        one = np.array([[True, False, True]])
+        assert paired_right_interval(one, ~one) == (-1, 1)
 
-    @pytest.mark.parametrize(
-        "mean, half_width, expected",
-        [(1, 0.5, True), (1, 1, False), (-1, 1, False), (-1, 0.9, True), (0, 0, False)],
-    )
-    def test_an_end_at_zero_does_not_exclude_it(self, mean, half_width, expected):
-        assert Interval(mean, half_width).excludes_zero is expected
+    def test_seeds_and_items_by_hand(self):
+        """Seeds differ by 12 and 8 of 98; 8 items by 1 and 4 by a half."""
+        ones = np.zeros((2, 98), bool)
+        ones[0, :12] = ones[1, :8] = True
+        low, high = paired_right_interval(ones, np.zeros_like(ones))
+        over_seeds = 12.7062 * 2 / 98  # The mean of two errs by half their distance.
+        over_items = 1.959964 * math.sqrt((10 / 100 - 0.1**2) / 100)
+        half = math.hypot(over_seeds, over_items)
+        assert (low, high) == pytest.approx((0.1 - half, 0.1 + half))
 
     def test_the_table_agrees_with_scipy_and_is_never_too_small(self):
         stats = pytest.importorskip("scipy.stats")
@@ -72,6 +79,37 @@ class TestIntervals:
         assert other.mean == pytest.approx(one.mean + shift, abs=1e-9)
         assert other.half_width == pytest.approx(one.half_width, abs=1e-6)
 
+    @pytest.mark.parametrize("only_one, only_other", [(4, 0), (30, 10), (0, 7)])
+    def test_seeds_that_change_nothing_leave_the_chance_of_the_items(
+        self, only_one, only_other
+    ):
+        ones, others = np.ones((2, 5, 200), bool)
+        others[:, :only_one] = False
+        ones[:, 200 - only_other :] = False
+        expected = paired_share_interval(only_one, only_other, 200)
+        assert paired_right_interval(ones, others) == pytest.approx(expected)
+        swapped = paired_right_interval(others, ones)
+        assert swapped == pytest.approx((-expected[1], -expected[0]))
+
+    @pytest.mark.parametrize("by_seed", [0.0, 0.1, 0.4])
+    @pytest.mark.parametrize("seeds", [2, 5])
+    def test_equally_good_methods_are_rarely_told_apart(self, by_seed, seeds):
+        """Of 400 pairs no more than 5 % and twice the error of that count."""
+        rng = np.random.default_rng(0)
+
+        def right(shared):  # Each method has its own hard items, and seeds have luck.
+            hard = rng.normal(0, 0.3, 200)
+            luck = rng.normal(0, by_seed, (seeds, 1))
+            rest = rng.normal(0, by_seed, (seeds, 200))
+            return shared + hard + luck + rest < 1.3
+
+        wrong = 0
+        for _ in range(400):
+            shared = rng.normal(size=200)
+            low, high = paired_right_interval(right(shared), right(shared))
+            wrong += low > 0 or high < 0
+        assert wrong <= 20 + 2 * math.sqrt(400 * 0.05 * 0.95)
+
     def test_recovered(self):
         assert recovered_share(0.8, 0.6, 0.9) == pytest.approx(2 / 3)
         assert recovered_share(0.6, 0.6, 0.9) == 0
@@ -83,9 +121,15 @@ class TestVerdict:
     def test_a_lead_larger_than_chance_wins(self):
         verdict = judge(outcomes_of({"plain": [0.5, 0.6], "gce": [0.7, 0.8]}))
         assert (verdict.winner, verdict.tied) == ("gce", ("gce",))
-        assert (
-            verdict.sentence == "gce is ahead: 20.0 ± 0.0 points over the next, plain."
+        assert verdict.sentence == (
+            "gce is ahead: 20.0 points over the next, plain "
+            "(95 % interval over seeds and test samples: +17.9 to +22.0)."
         )
+
+    @pytest.mark.parametrize("lead, winner", [(4, None), (6, "gce")])
+    def test_seeds_that_agree_do_not_make_a_lead_of_few_images(self, lead, winner):
+        accuracies = {"plain": [0.9] * 5, "gce": [0.9 + lead / IMAGES] * 5}
+        assert judge(outcomes_of(accuracies)).winner == winner
 
     def test_at_the_boundary_nobody_wins(self):
         """Leads 1 and 3 of mean 2: half width 12.7062 > 2. Equal: a lead of 0."""
@@ -93,7 +137,8 @@ class TestVerdict:
         assert near.winner is None
         assert near.tied == ("gce", "plain")
         assert near.sentence == (
-            "No method is ahead by more than chance: gce and plain are tied."
+            "No method is ahead by more than what other seeds and test samples may "
+            "change: gce and plain are tied."
         )
         equal = judge(outcomes_of({"plain": [0.5, 0.6], "gce": [0.5, 0.6]}))
         assert equal.winner is None
@@ -112,7 +157,7 @@ class TestVerdict:
         """A third whose accuracy varies a lot may still be the best."""
         verdict = judge(
             outcomes_of(
-                {"gce": [0.7, 0.7, 0.7], "plain": [0.69, 0.69, 0.69]}
+                {"gce": [0.7, 0.7, 0.7], "plain": [0.68, 0.68, 0.68]}
                 | {"article": [0.5, 0.9, 0.6]}
             )
         )

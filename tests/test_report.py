@@ -14,8 +14,8 @@ import pytest
 from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
 import keras_rsft
-from keras_rsft.comparing.intervals import paired_share_interval, proportion_interval
 from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.intervals import paired_share_interval, proportion_interval
 from keras_rsft.report import charts, write_report
 from keras_rsft.report.gallery import confusion_of, gallery_data
 from keras_rsft.report.outcome import outcome_of

@@ -1,10 +1,10 @@
 """Several methods on one data set, side by side, on the same kept features.
 
 `method_names.py` is what the command line may know, `methods.py` what each method
-is, `baselines.py` trains those that are no policy, `intervals.py` is the statistics,
-`summary.py` turns outcomes into means and a verdict, `comparison.py` puts it
-together, `comparison_folder.py` writes it. The folder is not called `compare`: the
-function of that name is public, and a module would hide it.
+is, `baselines.py` trains those that are no policy, `summary.py` turns outcomes into
+means and a verdict, `comparison.py` puts it together, `comparison_folder.py` writes it.
+The folder is not called `compare`: the function of that name is public, and a module
+would hide it.
 
 The names below are loaded when they are first used, so that the command line can
 check the methods' names before anything heavy is imported.

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_rsft.comparing.intervals import Interval
 from keras_rsft.comparing.summary import Outcome
+from keras_rsft.intervals import Interval
 from keras_rsft.result_folder import write_csv, write_json
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ CONFIG_FILE = "config.json"
 
 def fill_comparison(folder: Path, comparison: Comparison) -> None:
     """Writes all files of a comparison into an empty folder."""
-    fields = [field.name for field in dataclasses.fields(Outcome)]
+    columns = [field.name for field in dataclasses.fields(Outcome)]
+    columns[columns.index("test_right")] = "test_accuracy"
     write_csv(
         folder / TABLE_FILE,
-        fields,
-        (dataclasses.astuple(outcome) for outcome in comparison.outcomes),
+        columns,
+        ([getattr(one, name) for name in columns] for one in comparison.outcomes),
     )
     summary = {
         "verdict": dataclasses.asdict(comparison.verdict),

@@ -77,9 +77,9 @@ class Trial:
         return probabilities, time.perf_counter() - started
 
 
-# What a method gives: test accuracy, and which training samples it accepts in the
-# end (None where it has no such notion), with the share accepted.
-Trained = tuple[float, np.ndarray | None, float | None]
+# What a method gives: which test samples it gets right, and which training samples it
+# accepts in the end (None where it has no such notion), with the share accepted.
+Trained = tuple[np.ndarray, np.ndarray | None, float | None]
 
 
 def run_method(name: str, trial: Trial) -> Outcome:
@@ -96,12 +96,12 @@ def run_method(name: str, trial: Trial) -> Outcome:
     shared_seconds = trial.out_of_fold[1] if shared else 0.0
     started = time.perf_counter()
     stalled = None
-    accuracy = accepted = acceptance_rate = None
+    right = accepted = acceptance_rate = None
     try:
         with warnings.catch_warnings():
             # Said by the outcome, once, instead of by a warning in each epoch.
             warnings.filterwarnings("ignore", message=".*accepted no sample")
-            accuracy, accepted, acceptance_rate = _METHODS[name](trial)
+            right, accepted, acceptance_rate = _METHODS[name](trial)
     except TrainingStalled as error:
         stalled = str(error)
         acceptance_rate = 0.0
@@ -109,7 +109,7 @@ def run_method(name: str, trial: Trial) -> Outcome:
         method=name,
         seed=trial.settings.seed,
         seconds=shared_seconds + time.perf_counter() - started,
-        test_accuracy=accuracy,
+        test_right=right,
         acceptance_rate=acceptance_rate,
         stalled=stalled,
         **_rejected_shares(trial, accepted),
@@ -128,7 +128,7 @@ def _policy(
     settings = dataclasses.replace(trial.settings, policy=choice)
     trained = train_head(trial.features, settings, callbacks=callbacks, progress=False)
     return (
-        trained.results["test_accuracy"],
+        _test_right(trained.model, trial),
         trained.accepted,
         trained.results["acceptance_rate"],
     )
@@ -187,7 +187,7 @@ def _loss_threshold(trial: Trial) -> Trained:
 
 def _gce(trial: Trial) -> Trained:
     head = train_gce(trial.features, trial.settings)
-    return _test_accuracy(head, trial), None, None
+    return _test_right(head, trial), None, None
 
 
 def _co_teaching(trial: Trial) -> Trained:
@@ -195,7 +195,7 @@ def _co_teaching(trial: Trial) -> Trained:
     train = trial.features.train
     rate = estimated_noise_rate(train.labels, trial.out_of_fold[0])
     head, chosen = train_co_teaching(trial.features, trial.settings, noise_rate=rate)
-    return _test_accuracy(head, trial), chosen, float(chosen.mean())
+    return _test_right(head, trial), chosen, float(chosen.mean())
 
 
 def _cleanlab(trial: Trial) -> Trained:
@@ -216,8 +216,8 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
         raise TrainingStalled("No sample was left to train on.")
     part = subset(trial.features.train, np.flatnonzero(accepted), trial.folder)
     features = dataclasses.replace(trial.features, train=part)
-    accuracy, _, _ = _plain(dataclasses.replace(trial, features=features))
-    return accuracy, accepted, float(accepted.mean())
+    right, _, _ = _plain(dataclasses.replace(trial, features=features))
+    return right, accepted, float(accepted.mean())
 
 
 _METHODS: dict[str, Callable[[Trial], Trained]] = {
@@ -236,12 +236,12 @@ _METHODS: dict[str, Callable[[Trial], Trained]] = {
 }
 
 
-def _test_accuracy(head: keras.Model, trial: Trial) -> float:
+def _test_right(head: keras.Model, trial: Trial) -> np.ndarray:
     test = trial.features.test
     probabilities = head_probabilities(head, test)
     if not np.isfinite(probabilities).all():
         raise TrainingStalled("The weights became NaN or infinite.")
-    return float(np.mean(probabilities.argmax(axis=-1) == test.labels))
+    return probabilities.argmax(axis=-1) == test.labels
 
 
 def _rejected_shares(

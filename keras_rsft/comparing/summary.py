@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from keras_rsft.comparing.intervals import (
+import numpy as np
+
+from keras_rsft.comparing.method_names import CLEAN_SUBSET, PLAIN
+from keras_rsft.intervals import (
     Interval,
     mean_interval,
     paired_interval,
-    recovered_share,
+    paired_right_interval,
 )
-from keras_rsft.comparing.method_names import CLEAN_SUBSET, PLAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Outcome:
         method: Name of the method.
         seed: Its seed.
         seconds: Time for everything that the method needs, features excepted.
-        test_accuracy: On the test split; None if the training stalled.
+        test_right: Which test samples it gets right, booleans of shape `(n,)`; None
+            if the training stalled.
         acceptance_rate: Share of the training samples that was learned from in
             the end; None for a method that has no such share.
         wrong_labels_rejected: Share of the wrong training labels that the method
@@ -37,11 +40,18 @@ class Outcome:
     method: str
     seed: int
     seconds: float
-    test_accuracy: float | None = None
+    test_right: np.ndarray | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
     acceptance_rate: float | None = None
     wrong_labels_rejected: float | None = None
     right_labels_rejected: float | None = None
     stalled: str | None = None
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Accuracy on the test split; None if the training stalled."""
+        return None if self.test_right is None else float(np.mean(self.test_right))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +61,8 @@ class MethodSummary:
     Attributes:
         test_accuracy: Mean and interval over the seeds that did not stall; None
             if all of them stalled.
-        difference_to_plain: Paired by seed; None for `plain`, and where a seed of
-            either stalled.
+        difference_to_plain: Paired by seed, its interval over seeds too; None for
+            `plain`, and where a seed of either stalled.
         recovered: See `recovered_share`; None where the right labels are not
             known, and where a seed stalled.
         acceptance_rate: Mean, or None.
@@ -91,7 +101,10 @@ class Verdict:
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
     """Returns the summary of each method, in the order of the outcomes."""
-    complete = _complete_accuracies(outcomes)
+    complete = {
+        name: right.mean(axis=1).tolist()
+        for name, right in _complete_right(outcomes).items()
+    }
     means = {name: mean_interval(values).mean for name, values in complete.items()}
     summaries = {}
     for name in _names(outcomes):
@@ -119,46 +132,70 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
     """Says which method is ahead by more than chance, if one is.
 
     The method with the best mean wins only if the paired 95 % interval of its
-    lead excludes zero, over the runner-up and over every other method. The clean
-    subset does not compete: it is told which labels are right. Nor does a method
-    that stalled with some seed.
+    lead, over seeds and test samples, excludes zero, over the runner-up and over every
+    other method. The clean subset does not compete: it is told which labels are right.
+    Nor does a method that stalled with some seed.
+
+    Args:
+        outcomes: With the same test samples for every seed.
     """
-    accuracies = _complete_accuracies(outcomes)
-    accuracies.pop(CLEAN_SUBSET, None)
-    ranked = sorted(accuracies, key=lambda name: -sum(accuracies[name]))
+    right = _complete_right(outcomes)
+    right.pop(CLEAN_SUBSET, None)
+    ranked = sorted(right, key=lambda name: -right[name].mean())
     if len(ranked) < 2:
         return Verdict(None, tuple(ranked), "There are not two methods to compare.")
     best, others = ranked[0], ranked[1:]
-    leads = {
-        name: paired_interval(accuracies[best], accuracies[name]) for name in others
-    }
-    level = [name for name in others if not leads[name].excludes_zero]
+    leads = {name: paired_right_interval(right[best], right[name]) for name in others}
+    level = [name for name in others if leads[name][0] <= 0]
     if not level:
-        lead = leads[others[0]]
+        points = 100 * (right[best].mean() - right[others[0]].mean())
+        low, high = (100 * end for end in leads[others[0]])
         return Verdict(
             best,
             (best,),
-            f"{best} is ahead: {100 * lead.mean:.1f} ± {100 * lead.half_width:.1f} "
-            f"points over the next, {others[0]}.",
+            f"{best} is ahead: {points:.1f} points over the next, {others[0]} "
+            f"(95 % interval over seeds and test samples: {low:+.1f} to {high:+.1f}).",
         )
     tied = (best, *level)
     names = f"{', '.join(tied[:-1])} and {tied[-1]}"
-    if len(accuracies[best]) < 2:
+    if len(right[best]) < 2:
         sentence = f"One seed cannot tell a lead from chance: {names} are tied."
     else:
-        sentence = f"No method is ahead by more than chance: {names} are tied."
+        sentence = (
+            "No method is ahead by more than what other seeds and test samples may "
+            f"change: {names} are tied."
+        )
     return Verdict(None, tied, sentence)
 
 
-def _complete_accuracies(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
-    """Returns the accuracies, in the order of seeds, of methods without a stall."""
-    accuracies = {}
+def recovered_share(method: float, plain: float, clean: float) -> float | None:
+    """Returns the share of what wrong labels cost that a method wins back.
+
+    Args:
+        method: Accuracy of the method.
+        plain: Accuracy of plain fine-tuning.
+        clean: Accuracy of training on the samples with right labels only.
+
+    Returns:
+        0 for plain fine-tuning, 1 for the clean subset, below 0 for harm; None
+        where the wrong labels cost nothing.
+
+    Example:
+        >>> round(recovered_share(method=0.92, plain=0.82, clean=0.94), 2)
+        0.83
+    """
+    return (method - plain) / (clean - plain) if clean > plain else None
+
+
+def _complete_right(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
+    """Returns `(seeds, n)`, in the order of seeds, of each method without a stall."""
+    right = {}
     for name in _names(outcomes):
         mine = [outcome for outcome in outcomes if outcome.method == name]
         mine.sort(key=lambda outcome: outcome.seed)
-        if all(outcome.test_accuracy is not None for outcome in mine):
-            accuracies[name] = [outcome.test_accuracy for outcome in mine]
-    return accuracies
+        if all(outcome.test_right is not None for outcome in mine):
+            right[name] = np.stack([outcome.test_right for outcome in mine])
+    return right
 
 
 def _names(outcomes: Sequence[Outcome]) -> list[str]:

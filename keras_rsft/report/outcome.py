@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from keras_rsft.comparing.intervals import paired_share_interval, proportion_interval
+from keras_rsft.intervals import paired_share_interval, proportion_interval
 from keras_rsft.report.run_record import RunRecord
 from keras_rsft.result_words import TUNINGS
 

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from keras_rsft.comparing import compare
-from keras_rsft.comparing.intervals import paired_interval
 from keras_rsft.data import load_images
 from keras_rsft.finetuning import TrainingSettings
+from keras_rsft.intervals import paired_interval
 
 METHODS = ("plain", "auto")
 CONDITIONS = (None, "symmetric:0.3")

@@ -22,14 +22,15 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from keras_rsft.cli_output import print_comparison
 from keras_rsft.comparing import Comparison, compare
-from keras_rsft.comparing.intervals import paired_interval
 from keras_rsft.comparing.method_names import AUTO, CLEAN_SUBSET
 from keras_rsft.data import ImageData, load_images
 from keras_rsft.finetuning import TrainingSettings
+from keras_rsft.intervals import paired_right_interval
 
 BACKBONE = "efficientnet_lite0"
 BASELINES = ("gce", "co-teaching", "early-stopping", "cleanlab")
@@ -134,23 +135,21 @@ def report(title: str, result: Comparison) -> None:
         return
     behind = {}
     for name in BASELINES:
-        auto, other = (accuracies(result, method) for method in (AUTO, name))
-        if name in result.summaries and None not in (*auto, *other):
-            difference = paired_interval(auto, other)
-            if difference.high < 0:
-                behind[name] = difference
-    for name, difference in behind.items():
-        print(
-            f"auto is BELOW {name}: {100 * difference.mean:.1f} ± "
-            f"{100 * difference.half_width:.1f} points"
-        )
+        auto, other = (right_of(result, method) for method in (AUTO, name))
+        if auto is not None and other is not None:
+            low, high = paired_right_interval(auto, other)
+            if high < 0:
+                behind[name] = (low, high)
+    for name, (low, high) in behind.items():
+        print(f"auto is BELOW {name}: {100 * low:+.1f} to {100 * high:+.1f} points")
     if not behind:
         print("auto is below no baseline by more than the interval.", flush=True)
 
 
-def accuracies(result: Comparison, method: str) -> list[float | None]:
-    """Returns a method's test accuracies in the order of the seeds."""
-    return [o.test_accuracy for o in result.outcomes if o.method == method]
+def right_of(result: Comparison, method: str) -> np.ndarray | None:
+    """Returns `(seeds, n)`: what a method gets right; None where a seed stalled."""
+    right = [o.test_right for o in result.outcomes if o.method == method]
+    return None if not right or any(one is None for one in right) else np.stack(right)
 
 
 if __name__ == "__main__":

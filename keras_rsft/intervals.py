@@ -1,4 +1,8 @@
-"""Means over seeds with what chance can do to them. Pure numbers, nothing else."""
+"""What chance can do to means, shares and differences. Pure numbers, nothing else.
+
+Beside the rooms, as rankings, pilots, comparisons, reports and exports all tell of
+chance, and are to tell the same of the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
+
+import numpy as np
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. A table, because
 # the only other way is to depend on SciPy.
@@ -15,7 +21,7 @@ _T_QUANTILES = (
     *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
 )
 
-_NORMAL_QUANTILE = 1.959964  # 97.5 %.
+NORMAL_QUANTILE = 1.959964  # 97.5 %.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +34,8 @@ class Interval:
             value, which says nothing about chance.
 
     Example:
-        >>> Interval(mean=2.0, half_width=0.5).excludes_zero
-        True
+        >>> Interval(mean=2.0, half_width=0.5).low
+        1.5
     """
 
     mean: float
@@ -44,11 +50,6 @@ class Interval:
     def high(self) -> float:
         """The interval's upper end."""
         return self.mean + self.half_width
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside; an end at zero does not exclude it."""
-        return self.low > 0 or self.high < 0
 
 
 def t_quantile(degrees_of_freedom: int) -> float:
@@ -118,10 +119,10 @@ def proportion_interval(successes: int, count: int) -> tuple[float, float]:
         0.826 to 0.945
     """
     share = successes / count
-    squared = _NORMAL_QUANTILE**2
+    squared = NORMAL_QUANTILE**2
     centre = (share + squared / (2 * count)) / (1 + squared / count)
     spread = math.sqrt(share * (1 - share) / count + squared / (4 * count**2))
-    half = _NORMAL_QUANTILE * spread / (1 + squared / count)
+    half = NORMAL_QUANTILE * spread / (1 + squared / count)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -147,28 +148,62 @@ def paired_share_interval(
         >>> print(f"{low:.3f} to {high:.3f}")
         0.064 to 0.143
     """
-    total = count + 2
-    difference = (only_one - only_other) / total
-    disagreeing = (only_one + only_other + 1) / total
-    error = math.sqrt(max(disagreeing - difference**2, 0.0) / total)
-    half = _NORMAL_QUANTILE * error
+    difference, half = _matched_difference(
+        only_one - only_other, only_one + only_other, count
+    )
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def recovered_share(method: float, plain: float, clean: float) -> float | None:
-    """Returns the share of what wrong labels cost that a method wins back.
+def paired_right_interval(ones: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % interval of a difference of accuracies over seeds and items.
+
+    All seeds share the items, so what differs between seeds says nothing of what other
+    items would change. A difference is a mean, an effect of the seed, one of the item,
+    and a rest: the variance over seeds of the mean over items and that over items of
+    the mean over seeds add up to that of the whole mean, with the rest in both (Owen,
+    2007, "The pigeonhole bootstrap"). Each has its own quantile, and the half widths
+    are added by their squares (Zou and Donner, 2008, "Construction of confidence limits
+    about effect measures"). Where seeds change nothing, this is
+    `paired_share_interval`.
+
+    It covers other seeds and other test items, not another training set.
 
     Args:
-        method: Accuracy of the method.
-        plain: Accuracy of plain fine-tuning.
-        clean: Accuracy of training on the samples with right labels only.
+        ones: Which items one method gets right, booleans of shape `(seeds, items)`.
+        others: The same of the other method, with the same seeds and items.
 
     Returns:
-        0 for plain fine-tuning, 1 for the clean subset, below 0 for harm; None
-        where the wrong labels cost nothing.
+        Lower and upper end of first less other, in [-1, 1]; -1 and 1 for one seed,
+        which says nothing about other seeds.
 
     Example:
-        >>> round(recovered_share(method=0.92, plain=0.82, clean=0.94), 2)
-        0.83
+        >>> one = np.array([[True] * 95 + [False] * 5] * 3)
+        >>> other = np.array([[True] * 80 + [False] * 20] * 3)
+        >>> low, high = paired_right_interval(one, other)
+        >>> print(f"{low:.3f} to {high:.3f}")
+        0.076 to 0.218
     """
-    return (method - plain) / (clean - plain) if clean > plain else None
+    differences = np.subtract(ones, others, dtype=np.float64)
+    of_items = differences.mean(axis=0)
+    difference, over_items = _matched_difference(
+        float(of_items.sum()), float(np.square(of_items).sum()), len(of_items)
+    )
+    over_seeds = mean_interval(differences.mean(axis=1).tolist()).half_width
+    half = math.hypot(over_seeds, over_items)
+    return max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def _matched_difference(
+    total: float, squares: float, count: int
+) -> tuple[float, float]:
+    """Returns Agresti and Min's difference and half of its interval.
+
+    Args:
+        total: Sum over all items of a difference in [-1, 1].
+        squares: Sum of its squares.
+        count: All items.
+    """
+    count += 2
+    difference = total / count
+    variance = max((squares + 1) / count - difference**2, 0.0)
+    return difference, NORMAL_QUANTILE * math.sqrt(variance / count)
