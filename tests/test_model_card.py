@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from keras_rsft.export.from_run import FinishedRun
-from keras_rsft.export.model_card import model_card, wilson_interval
+from keras_rsft.export.model_card import model_card
 
 MODEL = SimpleNamespace(input_shape=(None, 96, 64, 3))
 
@@ -93,11 +93,3 @@ def test_names_cannot_break_out(tmp_path):
     assert head_of(card)["license"] == "other"
     (row,) = (line for line in card.splitlines() if line.startswith("| 0.90"))
     assert row.replace("\\|", "").count("|") == 4
-
-
-@pytest.mark.parametrize(
-    "share, count, low, high",
-    [(0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0)],
-)
-def test_wilson_interval(share, count, low, high):
-    assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from made_features import feature_set
@@ -10,7 +12,7 @@ from keras_rsft import cli
 from keras_rsft.backbones import load_backbone
 from keras_rsft.data import add_label_noise, apply_corrections, load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import TrainingSettings, run_pilot
+from keras_rsft.finetuning import TrainingSettings, pilot, run_pilot
 from keras_rsft.finetuning.pilot import (
     _cross_tried,
     paired_gain,
@@ -18,6 +20,7 @@ from keras_rsft.finetuning.pilot import (
     verdict,
 )
 from keras_rsft.finetuning.split_features import extract_all
+from keras_rsft.intervals import paired_share_interval
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.result_words import about
 
@@ -26,9 +29,17 @@ def test_the_gain_is_paired():
     plain = np.array([True, True, False, False])
     rejecting = np.array([True, True, True, False])
     mean, low, high = paired_gain(plain, rejecting)
-    half = 1.959964 * np.sqrt(3 / 16) / 2
-    assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
-    assert paired_gain(plain, plain) == (0, 0, 0)
+    assert mean == 0.25
+    assert (low, high) == paired_share_interval(1, 0, 4)
+
+
+def test_four_images_of_a_thousand_are_no_likely_gain():
+    """An exact sign test of four against none has p = 1/8."""
+    plain, rejecting = np.zeros((2, 1000), bool)
+    rejecting[:4] = True
+    assert "cannot tell" in verdict("auto", None, paired_gain(plain, rejecting))
+    rejecting[:8] = True
+    assert "likely to help" in verdict("auto", None, paired_gain(plain, rejecting))
 
 
 def test_the_interval_of_a_share_stays_inside():
@@ -69,6 +80,22 @@ def test_each_half_is_judged_by_a_head_of_the_other(tmp_path):
     assert np.count_nonzero(tried.right) > 40
     assert tried.step_seconds > 0
     assert finished == [1, 1]
+
+
+def test_no_head_learns_of_the_other_half_by_a_review(tmp_path, monkeypatch):
+    kept = feature_set(tmp_path, "train", 80, seed=0)
+    reviewed = dataclasses.replace(kept, reviewed=np.ones(80, bool), before_review=kept)
+    halves = []
+    real = pilot.train_head
+    monkeypatch.setattr(
+        pilot,
+        "train_head",
+        lambda one, *a, **k: halves.append(one.train) or real(one, *a, **k),
+    )
+    settings = TrainingSettings(policy=PolicyChoice("accept-all"), epochs=1)
+    _cross_tried(reviewed, ("a", "b", "c"), settings, lambda count: None)
+    assert [(one.reviewed, one.before_review) for one in halves] == [(None, None)] * 2
+    assert not set(halves[0].ids) & set(halves[1].ids)
 
 
 @pytest.fixture(scope="module")

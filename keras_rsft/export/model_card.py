@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_rsft.backbones.weights_licence import licence_of_weights
+from keras_rsft.intervals import proportion_interval
 from keras_rsft.result_folder import read_csv
 from keras_rsft.run_files import LEDGER_FILE, RESULTS_FILE, SAMPLES_FILE
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 SUSPICIOUS = 0.5
 MOST_NAMED = 20
-_Z95 = 1.959964
 _SPLITS = ("train", "validation", "test")
 
 
@@ -48,20 +47,6 @@ def model_card(run: FinishedRun, name: str) -> str:
         *_versions(run),
     ]
     return "\n".join(parts)
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share (Wilson, 1927).
-
-    Args:
-        share: The observed share, in [0, 1].
-        count: How many were observed, at least 1.
-    """
-    z2 = _Z95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    spread = share * (1 - share) / count + z2 / (4 * count**2)
-    half = _Z95 * math.sqrt(spread) / (1 + z2 / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _head(run: FinishedRun, name: str, results: dict[str, Any]) -> str:
@@ -112,9 +97,10 @@ def _metrics(results: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
         share = results.get(f"{split}_accuracy")
         if share is None or not sizes[split]:
             continue
-        low, high = (100 * end for end in wilson_interval(share, sizes[split]))
-        interval = f"{low:.1f} to {high:.1f} %"
-        rows.append(f"| {split} | {100 * share:.1f} % | {interval} | {sizes[split]} |")
+        count = sizes[split]
+        low, high = proportion_interval(round(share * count), count)
+        interval = f"{100 * low:.1f} to {100 * high:.1f} %"
+        rows.append(f"| {split} | {100 * share:.1f} % | {interval} | {count} |")
     if rows:
         yield "## Accuracy\n"
         yield "| split | accuracy | 95 % interval | images |"

@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -33,13 +31,13 @@ from keras_rsft.finetuning.head_training import (
 )
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.split_features import SplitFeatures, feature_passes
+from keras_rsft.intervals import NORMAL_QUANTILE, paired_share_interval
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
 
 DEFAULT_SAMPLE = 1000
 _PLAIN = "accept-all"
 _LEAST_IMAGES = 4
-_Z95 = 1.959964
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,16 +232,16 @@ def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float,
         plain: Boolean, shape `(n,)`.
         rejecting: Boolean, shape `(n,)`, of the same samples.
     """
-    differences = rejecting.astype(float) - plain
-    mean = float(differences.mean())
-    half = _Z95 * float(differences.std()) / math.sqrt(len(differences))
-    return mean, mean - half, mean + half
+    won = int(np.count_nonzero(rejecting & ~plain))
+    lost = int(np.count_nonzero(plain & ~rejecting))
+    count = len(plain)
+    return (won - lost) / count, *paired_share_interval(won, lost, count)
 
 
 def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
     """Returns the mean of probabilities with its 95 % interval, inside [0, 1]."""
     mean = float(np.mean(probabilities, dtype=np.float64))
-    half = _Z95 * math.sqrt(mean * (1 - mean) / len(probabilities))
+    half = NORMAL_QUANTILE * math.sqrt(mean * (1 - mean) / len(probabilities))
     return mean, max(mean - half, 0.0), min(mean + half, 1.0)
 
 
@@ -290,30 +288,25 @@ def _cross_tried(
     chosen = np.zeros(len(kept), bool)
     chosen[half] = True
     clocks = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, rows in enumerate((chosen, ~chosen)):
-            train = _rows(kept, rows, Path(folder) / f"train{number}.bin")
-            held_out = _rows(kept, ~rows, Path(folder) / f"test{number}.bin")
-            nothing = _rows(kept, np.zeros_like(rows), Path(folder) / "nothing.bin")
-            clock = _EpochClock()
-            trained = train_head(
-                SplitFeatures(train, nothing, nothing, class_names),
-                settings,
-                callbacks=[clock],
-                progress=False,
-            )
-            predicted = head_probabilities(trained.model, held_out).argmax(axis=1)
-            right[~rows] = predicted == held_out.labels
-            steps = math.ceil(len(train) / settings.batch_size)
-            clocks.append(clock.times(steps))
-            advance(1)
+    # A review knows the held-out half too, which no head may learn from.
+    kept = kept.with_labels(kept.labels)
+    nothing = kept.take(np.arange(0))
+    for rows in (chosen, ~chosen):
+        train, held_out = (kept.take(np.flatnonzero(part)) for part in (rows, ~rows))
+        clock = _EpochClock()
+        trained = train_head(
+            SplitFeatures(train, nothing, nothing, class_names),
+            settings,
+            callbacks=[clock],
+            progress=False,
+        )
+        predicted = head_probabilities(trained.model, held_out).argmax(axis=1)
+        right[~rows] = predicted == held_out.labels
+        steps = math.ceil(len(train) / settings.batch_size)
+        clocks.append(clock.times(steps))
+        advance(1)
     start, step = np.mean(clocks, axis=0)
     return _Tried(right, float(start), float(step))
-
-
-def _rows(kept: FeatureSet, chosen: np.ndarray, path: Path) -> FeatureSet:
-    np.ascontiguousarray(kept.features[chosen], np.float32).tofile(path)
-    return FeatureSet(path, kept.labels[chosen], kept.ids[chosen], kept.dim)
 
 
 class _EpochClock(keras.callbacks.Callback):

@@ -21,10 +21,10 @@ from keras_rsft.examination.labels import MIN_NOISE_RATE
 from keras_rsft.features import FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
 from keras_rsft.finetuning.feature_source import precision_for
+from keras_rsft.intervals import NORMAL_QUANTILE
 from keras_rsft.ranking.scores import h_score, kendall_tau, log_me
 
 DEFAULT_SAMPLE = 1000
-_Z95 = 1.959964
 # What is one base's own trouble; the others go on.
 _OWN_TROUBLE = (
     InvalidArgument, WeightsUnavailable, DataError, ImportError, tf.errors.OpError
@@ -279,4 +279,4 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float
     total = float(weights.sum())
     mean = float(weights @ values) / total
     error = float(np.sqrt(np.sum(np.square(weights * (values - mean))))) / total
-    return mean, _Z95 * error
+    return mean, NORMAL_QUANTILE * error
