@@ -66,8 +66,8 @@ def settings():
 
 
 @pytest.fixture
-def trial(noisy, settings, tmp_path):
-    return methods.Trial(noisy, settings, tmp_path)
+def trial(noisy, settings):
+    return methods.Trial(noisy, settings)
 
 
 class TestBaselines:
@@ -219,21 +219,12 @@ class TestBaselines:
 
         monkeypatch.setattr(baselines, "TrainingBatches", Note)
         settings = dataclasses.replace(trial.settings, epochs=1)
-        probabilities = baselines.out_of_fold_probabilities(
-            trial.features, settings, folder=trial.folder
-        )
+        probabilities = baselines.out_of_fold_probabilities(trial.features, settings)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
         everyone = set(trial.features.train.ids)
         held_out = [everyone - fold for fold in seen]
         assert [len(fold) for fold in held_out] == [18] * 5
         assert set.union(*held_out) == everyone
-
-    def test_a_subset_has_the_rows_of_its_samples(self, trial, tmp_path):
-        train = trial.features.train
-        part = baselines.subset(train, np.array([3, 5, 80]), tmp_path)
-        np.testing.assert_array_equal(part.features, train.features[[3, 5, 80]])
-        np.testing.assert_array_equal(part.labels, train.labels[[3, 5, 80]])
-        assert part.ids.tolist() == ["train/3", "train/5", "train/80"]
 
     def test_the_clean_subset_is_all_right_labels_and_no_wrong_one(self, trial):
         outcome = methods.run_method("clean-subset", trial)

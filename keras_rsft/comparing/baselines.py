@@ -7,7 +7,6 @@ Each takes the optimizer, the epochs, the batches and their order from the same
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -15,8 +14,7 @@ import tensorflow as tf
 
 from keras_rsft.backbones import build_head
 from keras_rsft.comparing.method_names import require_cleanlab
-from keras_rsft.features import FeatureSet, TrainingBatches
-from keras_rsft.features.feature_set import FEATURES_FILE
+from keras_rsft.features import TrainingBatches
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings
 from keras_rsft.finetuning.head_training import (
     choose_steps_per_execution,
@@ -144,7 +142,7 @@ def co_teaching_step(
 
 
 def out_of_fold_probabilities(
-    features: SplitFeatures, settings: TrainingSettings, *, folder: Path
+    features: SplitFeatures, settings: TrainingSettings
 ) -> np.ndarray:
     """Returns what plain heads say of training samples that they have not seen.
 
@@ -152,7 +150,6 @@ def out_of_fold_probabilities(
         features: The splits; only `train` is used.
         settings: How each of the 5 heads is trained; its seed also cuts the
             folds.
-        folder: An existing folder for the features of a fold.
 
     Returns:
         Probabilities, float32 of shape `(n, classes)`, each row from a head that
@@ -166,7 +163,7 @@ def out_of_fold_probabilities(
         held_out = folds == fold
         if not held_out.any():
             continue
-        seen = subset(train, np.flatnonzero(~held_out), folder)
+        seen = train.take(np.flatnonzero(~held_out))
         head = _train_stock(dataclasses.replace(features, train=seen), settings, loss)
         probabilities[held_out] = head_probabilities(head, train)[held_out]
     return probabilities
@@ -217,34 +214,6 @@ def cleanlab_accepts(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarra
     from cleanlab.filter import find_label_issues
 
     return ~find_label_issues(labels, probabilities, n_jobs=1)
-
-
-def subset(part: FeatureSet, rows: np.ndarray, folder: Path) -> FeatureSet:
-    """Copies some samples' features to a file of their own.
-
-    Args:
-        part: The features.
-        rows: Which samples, sorted integers.
-        folder: An existing folder; a subset already there is replaced.
-
-    Returns:
-        The features of these samples, all views of each.
-    """
-    path = folder / FEATURES_FILE
-    path.unlink(missing_ok=True)  # What still reads the old file keeps it.
-    with path.open("wb") as file:
-        for start in range(0, len(rows), 4096):
-            file.write(part.views_of(rows[start : start + 4096]).tobytes())
-    clean = part.clean_labels
-    return FeatureSet(
-        path=path,
-        labels=part.labels[rows],
-        ids=part.ids[rows],
-        dim=part.dim,
-        views=part.views,
-        clean_labels=None if clean is None else clean[rows],
-        precision=part.precision,
-    )
 
 
 def _train_stock(

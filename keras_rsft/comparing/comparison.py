@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -253,17 +252,13 @@ def compare_features(
             if name in missing:
                 raise DataError(f"The method {name} cannot run: {missing[name]}")
     outcomes = []
-    with (
-        tempfile.TemporaryDirectory(prefix="keras_rsft-") as scratch,
-        progress_bar(
-            "Comparing", total=seeds * len(methods), unit="heads", visible=progress
-        ) as advance,
-    ):
+    with progress_bar(
+        "Comparing", total=seeds * len(methods), unit="heads", visible=progress
+    ) as advance:
         for seed in range(settings.seed, settings.seed + seeds):
             trial = Trial(
                 features=_judged_by_right_labels(features_of(seed)),
                 settings=dataclasses.replace(settings, seed=seed),
-                folder=Path(scratch),
             )
             for name in methods:
                 outcomes.append(run_method(name, trial))

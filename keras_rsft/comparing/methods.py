@@ -11,7 +11,6 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -20,7 +19,6 @@ from keras_rsft.comparing.baselines import (
     cleanlab_accepts,
     estimated_noise_rate,
     out_of_fold_probabilities,
-    subset,
     train_co_teaching,
     train_gce,
 )
@@ -60,20 +58,16 @@ class Trial:
         features: The splits with the labels of this seed. The test labels are the
             right ones, where those are known.
         settings: How to train; `settings.policy` has the numbers of the policies.
-        folder: An existing folder for the features of subsets.
     """
 
     features: SplitFeatures
     settings: TrainingSettings
-    folder: Path
 
     @functools.cached_property
     def out_of_fold(self) -> tuple[np.ndarray, float]:
         """Out-of-fold probabilities of plain heads, and the seconds they took."""
         started = time.perf_counter()
-        probabilities = out_of_fold_probabilities(
-            self.features, self.settings, folder=self.folder
-        )
+        probabilities = out_of_fold_probabilities(self.features, self.settings)
         return probabilities, time.perf_counter() - started
 
 
@@ -214,7 +208,7 @@ def _clean_subset(trial: Trial) -> Trained:
 def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
     if not accepted.any():
         raise TrainingStalled("No sample was left to train on.")
-    part = subset(trial.features.train, np.flatnonzero(accepted), trial.folder)
+    part = trial.features.train.take(np.flatnonzero(accepted))
     features = dataclasses.replace(trial.features, train=part)
     right, _, _ = _plain(dataclasses.replace(trial, features=features))
     return right, accepted, float(accepted.mean())
