@@ -15,7 +15,7 @@ from keras_rsft.backbones import build_head, load_backbone
 from keras_rsft.backbones.last_block import last_block, leaf_layers
 from keras_rsft.cli import main
 from keras_rsft.data import add_label_noise, load_images
-from keras_rsft.errors import InvalidArgument, TrainingStalled
+from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.features import FrozenBase, extract_features
 from keras_rsft.finetuning import (
     TrainingSettings,
@@ -220,7 +220,7 @@ class TestRefused:
 
     def test_features_of_other_images(self, tune, kept):
         other = dataclasses.replace(kept, ids=np.char.add("x", kept.ids))
-        with pytest.raises(InvalidArgument, match="not in it"):
+        with pytest.raises(DataError, match="not in it"):
             tune(kept=other)
 
     def test_negative_epochs_in_the_settings(self):

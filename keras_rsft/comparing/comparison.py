@@ -33,6 +33,7 @@ from keras_rsft.data import ImageData, add_label_noise
 from keras_rsft.data.noise import parse_noise
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
+from keras_rsft.features.image_batches import positions_of
 from keras_rsft.finetuning import NumberedFolder, SplitFeatures, TrainingSettings
 from keras_rsft.finetuning.feature_source import FeatureSource, open_features
 from keras_rsft.finetuning.unfinished import open_place
@@ -256,8 +257,10 @@ def compare_features(
         "Comparing", total=seeds * len(methods), unit="heads", visible=progress
     ) as advance:
         for seed in range(settings.seed, settings.seed + seeds):
+            labelled = features_of(seed)
+            test = labelled.test.with_right_labels()
             trial = Trial(
-                features=_judged_by_right_labels(features_of(seed)),
+                features=dataclasses.replace(labelled, test=test),
                 settings=dataclasses.replace(settings, seed=seed),
             )
             for name in methods:
@@ -272,12 +275,14 @@ def relabelled(features: SplitFeatures, data: ImageData) -> SplitFeatures:
     Args:
         features: Kept features of the images of `data`.
         data: The data set with other labels.
+
+    Raises:
+        DataError: If there are features of a sample that is not in `data`.
     """
 
     def relabel(part: FeatureSet, name: str) -> FeatureSet:
         split = getattr(data, name)
-        row_of = {sample_id: row for row, sample_id in enumerate(split.ids)}
-        rows = [row_of[sample_id] for sample_id in part.ids]
+        rows = positions_of(part, split)
         clean = split.clean_labels
         return part.with_labels(
             split.labels[rows], None if clean is None else clean[rows]
@@ -287,14 +292,6 @@ def relabelled(features: SplitFeatures, data: ImageData) -> SplitFeatures:
     return dataclasses.replace(
         features, **{name: relabel(getattr(features, name), name) for name in parts}
     )
-
-
-def _judged_by_right_labels(features: SplitFeatures) -> SplitFeatures:
-    test = features.test
-    if test.clean_labels is None:
-        return features
-    right = test.with_labels(test.clean_labels, test.clean_labels)
-    return dataclasses.replace(features, test=right)
 
 
 def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, str]:

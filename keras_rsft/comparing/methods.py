@@ -36,6 +36,7 @@ from keras_rsft.comparing.method_names import (
 from keras_rsft.comparing.summary import Outcome
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
+from keras_rsft.finetuning.early_stopping import best_of_all_epochs
 from keras_rsft.finetuning.head_training import head_probabilities
 
 # In multiples of ln(classes).
@@ -134,12 +135,7 @@ def _plain(trial: Trial) -> Trained:
 
 def _early_stopping(trial: Trial) -> Trained:
     """Plain, with the weights of the first epoch that is best on validation."""
-    best_epoch = keras.callbacks.EarlyStopping(
-        monitor="val_accuracy",
-        mode="max",
-        patience=trial.settings.epochs,  # The best of all epochs, not the first dip.
-        restore_best_weights=True,
-    )
+    best_epoch = best_of_all_epochs("val_accuracy", "max", epochs=trial.settings.epochs)
     return _policy(trial, "accept-all", callbacks=[best_epoch])
 
 

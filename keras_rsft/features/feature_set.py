@@ -153,6 +153,12 @@ class FeatureSet:
             before_review=None,
         )
 
+    def with_right_labels(self) -> FeatureSet:
+        """Returns the same features under the right labels, where those are known."""
+        if self.clean_labels is None:
+            return self
+        return self.with_labels(self.clean_labels, self.clean_labels)
+
     def chunks(self, rows: int = 4096) -> Iterator[np.ndarray]:
         """Yields the plain images' features in order, read from the file.
 

@@ -34,6 +34,21 @@ def early_stopping(settings: TrainingSettings) -> list[keras.callbacks.Callback]
     ]
 
 
+def best_of_all_epochs(
+    monitor: str, mode: str, *, epochs: int
+) -> keras.callbacks.Callback:
+    """Returns the callback that ends no training and keeps its best epoch's weights.
+
+    Args:
+        monitor: Name of what is best, as in the logs: `"val_accuracy"`.
+        mode: `"max"` or `"min"`.
+        epochs: Of the training: the patience, so that no dip ends it.
+    """
+    return keras.callbacks.EarlyStopping(
+        monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
+    )
+
+
 def kept_epoch(settings: TrainingSettings, history: dict[str, list[float]]) -> int:
     """Returns which epoch's weights are kept, from 0: the last, or the first best."""
     if settings.early_stopping is None:

@@ -20,6 +20,8 @@ from keras_rsft.backbones.own_copy import copy_model, set_trainable
 from keras_rsft.data.splits import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features import FeatureSet
+from keras_rsft.features.image_batches import positions_of
+from keras_rsft.finetuning.base_training import LARGEST_GRADIENT
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll
 from keras_rsft.progress import progress_bar
@@ -27,9 +29,6 @@ from keras_rsft.progress import progress_bar
 # Decoded images that are in memory at once, to be shuffled.
 _SHUFFLED_BYTES = 2**28
 _BYTES_PER_PIXEL = 3 * 4
-# A head that standardises features of little spread makes the first gradients large
-# enough to ruin the block; clipped to this norm they cannot.
-_LARGEST_GRADIENT = 1.0
 
 
 def fine_tune_last_block(
@@ -70,8 +69,8 @@ def fine_tune_last_block(
         base frozen as in `build_classifier`.
 
     Raises:
-        InvalidArgument: If an argument is out of its range, or `kept` is not of
-            `split`.
+        InvalidArgument: If an argument is out of its range.
+        DataError: If `kept` is not of `split`.
         TrainingStalled: If no sample is accepted.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
@@ -88,7 +87,7 @@ def fine_tune_last_block(
         model = RSFTModel(classifier, AcceptAll())
     model.compile(
         keras.optimizers.SGD(
-            learning_rate, momentum=0.9, global_clipnorm=_LARGEST_GRADIENT
+            learning_rate, momentum=0.9, global_clipnorm=LARGEST_GRADIENT
         ),
         "sparse_categorical_crossentropy",
     )
@@ -174,17 +173,10 @@ def _accepted_samples(
             "The trained head accepts no sample, so there is nothing to fine-tune the "
             "last block on. Raise `--threshold`, or leave out `--stage2`."
         )
-    position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
-    ids = kept.ids[accepted].tolist()
-    unknown = [sample_id for sample_id in ids if sample_id not in position_of]
-    if unknown:
-        raise InvalidArgument(
-            "`kept` must be features of images of `split`. Received: features of "
-            f"{unknown[0]!r}, which is not in it."
-        )
-    positions = np.array([position_of[sample_id] for sample_id in ids], np.int64)
+    part = kept.take(np.flatnonzero(accepted))
+    positions = positions_of(part, split)
     order = np.argsort(positions)
-    return positions[order], kept.labels[accepted][order]
+    return positions[order], part.labels[order]
 
 
 def _shuffled(

@@ -27,6 +27,7 @@ from keras_rsft.finetuning.activations import ActivationChoice, settled_choice
 from keras_rsft.finetuning.base_time import BaseTime, measured_time
 from keras_rsft.finetuning.base_training import measured_choice, train_base
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+from keras_rsft.finetuning.early_stopping import best_of_all_epochs
 from keras_rsft.finetuning.head_training import TrainedHead
 from keras_rsft.finetuning.training_clock import TrainingClock
 from keras_rsft.ledger import RejectionLedger
@@ -310,11 +311,10 @@ class BaseTrialsTuner(DurableTuner, keras_tuner.Tuner):
         checkpoint: TrainingCheckpoint,
     ) -> None:
         clock = TrainingClock()
-        best = keras.callbacks.EarlyStopping(
-            monitor=self._options.objective,
-            mode=self._options.direction,
-            patience=settings.base_epochs,  # The best of all epochs, not the first dip.
-            restore_best_weights=True,
+        best = best_of_all_epochs(
+            self._options.objective,
+            self._options.direction,
+            epochs=settings.base_epochs,
         )
         part = self._cut(base, settings)
         learning = part.rest.trainable_variables

@@ -6,7 +6,6 @@ import dataclasses
 
 from keras_rsft.data import ImageData
 from keras_rsft.errors import DataError
-from keras_rsft.features import FeatureSet
 from keras_rsft.finetuning import SplitFeatures
 
 
@@ -31,10 +30,9 @@ def judged_features(
                 "with `--clean-label-column` or `--clean-label-key`, or leave out "
                 "`--clean-validation`."
             )
-        parts["validation"] = _with_right_labels(features.validation)
-    if features.test.clean_labels is not None:
-        parts["test"] = _with_right_labels(features.test)
-    return dataclasses.replace(features, **parts)
+        parts["validation"] = features.validation.with_right_labels()
+    test = features.test.with_right_labels()
+    return dataclasses.replace(features, test=test, **parts)
 
 
 def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:
@@ -45,7 +43,3 @@ def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:
         if wanted and split.clean_labels is not None:
             parts[name] = dataclasses.replace(split, labels=split.clean_labels)
     return dataclasses.replace(data, **parts)
-
-
-def _with_right_labels(part: FeatureSet) -> FeatureSet:
-    return part.with_labels(part.clean_labels, part.clean_labels)

@@ -18,6 +18,7 @@ import numpy as np
 
 from keras_rsft.features import FeatureSet
 from keras_rsft.finetuning import TrainingSettings, train_head
+from keras_rsft.finetuning.early_stopping import best_of_all_epochs
 from keras_rsft.finetuning.head_training import head_probabilities
 from keras_rsft.model import RSFTModel
 from keras_rsft.progress import progress_bar
@@ -213,12 +214,7 @@ def _trained_plainly(
     settings = settings_of_outcome(tuner, chosen)
     policy = dataclasses.replace(settings.policy, name=PLAIN, class_floor=0.0)
     epochs = hypermodel.settings.epochs
-    best_epoch = keras.callbacks.EarlyStopping(
-        monitor=options.objective,
-        mode=options.direction,
-        patience=epochs,  # The best of all epochs, not the first dip.
-        restore_best_weights=True,
-    )
+    best_epoch = best_of_all_epochs(options.objective, options.direction, epochs=epochs)
     trained = train_head(
         hypermodel.features,
         dataclasses.replace(settings, policy=policy, epochs=epochs),
