@@ -55,6 +55,7 @@ def explain_if_asked(
         data,
         **base_options(arguments),
         settings=settings,
+        with_plain=arguments.with_plain,
         progress=output.progress,
     )
     print_pilot(pilot, settings, output.console, kind=data.kind)

@@ -59,7 +59,8 @@ class Pilot:
         gain: `policy_accuracy - plain_accuracy`, with the ends of its 95 % interval.
         images_left: Images whose features are not kept yet, with all views.
         pass_seconds: Expected time of the pass over them.
-        training_seconds: Expected time of examining the labels and training the head.
+        training_seconds: Expected time of examining the labels and training the head,
+            and the plain one where it was asked for.
         verdict: Whether rejection is likely to help, in one sentence.
     """
 
@@ -98,6 +99,7 @@ def run_pilot(
     feature_precision: str = "float32",
     settings: TrainingSettings | None = None,
     sample: int = DEFAULT_SAMPLE,
+    with_plain: bool = False,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Pilot:
@@ -122,6 +124,8 @@ def run_pilot(
         feature_precision: See there.
         settings: See there.
         sample: Most images to look at, at least 4. Default 1000.
+        with_plain: Whether the run will train a plain head too, which takes as long
+            again. Default False.
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
 
@@ -178,7 +182,8 @@ def run_pilot(
         kept, data.class_names, settings, policy, examination, progress
     )
     steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
-    training = plain.start_seconds + steps * plain.step_seconds
+    heads = 1 + (with_plain and settings.policy.name != _PLAIN)
+    training = heads * (plain.start_seconds + steps * plain.step_seconds)
     gain = None if rejecting is None else paired_gain(plain.right, rejecting.right)
     return Pilot(
         num_images=len(kept),
@@ -191,7 +196,7 @@ def run_pilot(
         gain=gain,
         images_left=left,
         pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
-        training_seconds=training + (examining if policy.name == "auto" else 0.0),
+        training_seconds=training + examining * (settings.policy.name == "auto"),
         verdict=verdict(policy.name, examination.reason, gain),
     )
 
