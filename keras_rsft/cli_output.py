@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -166,7 +167,7 @@ def print_run(run: Run, console: Console) -> None:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints a row for each method, what was left out, and the verdict."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)  # Fits into 80 columns.
     table.add_column("Method", no_wrap=True)
     for header in ("Test", "To plain", "Accepted", "Recovered", "Seconds"):
         table.add_column(header, justify="right", no_wrap=header != "Test")
