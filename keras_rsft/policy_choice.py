@@ -131,13 +131,13 @@ def require_used(name: str, given: Mapping[str, object]) -> None:
             )
 
 
-def nearest_name_hint(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+def nearest_name_hint(name: str, known: Sequence[str], cutoff: float = 0.4) -> str:
     """Returns `" Did you mean 'x'?"` for the nearest known name, or `""`.
 
     Args:
         name: What was written.
         known: The names that there are.
-        cutoff: How alike they must be, in [0, 1]. Default 0.6.
+        cutoff: How alike they must be, in [0, 1]. Default 0.4.
     """
     close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""

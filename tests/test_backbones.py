@@ -88,12 +88,18 @@ def test_any_spelling_of_a_name(mobilenet):
 
 @pytest.mark.parametrize(
     "name, nearest",
-    [("resnet5", "resnet50"), ("EfficientNet-Lite", "efficientnet_lite0"), ("", "")],
+    [("resnet5", "resnet50"), ("EfficientNet-Lite", "efficientnet_lite0")],
 )
 def test_unknown_name_suggests_the_nearest(name, nearest):
     with pytest.raises(InvalidArgument, match=f"Did you mean '{nearest}") as caught:
         load_backbone(name)
     assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "nosuch"])
+def test_an_unknown_name_that_is_like_none_suggests_none(name):
+    with pytest.raises(InvalidArgument, match=f"Received: '{name}'.$"):
+        load_backbone(name)
 
 
 @pytest.mark.parametrize(

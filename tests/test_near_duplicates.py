@@ -48,7 +48,7 @@ class TestNearDuplicates:
     @pytest.mark.parametrize("dim", [5, 128, 129, 700])
     def test_the_cosine_is_that_of_the_standardised_features(self, make_features, dim):
         rng = np.random.default_rng(1)
-        values = rng.normal(size=(50, dim)) * rng.uniform(1, 50, dim) + 100
+        values = rng.normal(size=(50, dim)) * rng.uniform(20, 50, dim) + 100
         values[7] = values[3] + rng.normal(size=dim) * 0.2
         labels = np.zeros(50)
         labels[7] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -136,7 +137,7 @@ class TestRows:
 
     def test_numbers(self, rows):
         frozen, last_block, failed = rows[0], rows[3], rows[4]
-        assert frozen.standard_error == pytest.approx(0.05)
+        assert frozen.standard_error == pytest.approx(math.sqrt(0.25 / 104))
         assert (frozen.seconds, frozen.trainable_weights) == (0.25, 30)
         assert (last_block.seconds, last_block.trainable_weights) == (64.0, 1234)
         assert failed.validation_accuracy is failed.seconds is None

@@ -228,7 +228,7 @@ def _resolve(name: str) -> str:
             "keras_rsft.backbones.available_backbones()), efficientnet_lite0, your own "
             "`.keras` file, hub:, savedmodel: or onnx: with a place, or "
             f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}."
-            f"{nearest_name_hint(plain, [*known.values()])}"
+            f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
         )
     return known[plain]
 
