@@ -27,10 +27,11 @@ class Terminated(KeyboardInterrupt):
 def termination_raises() -> Iterator[None]:
     """Turns SIGTERM into `Terminated` while the context is open.
 
-    Python drops an exception that is raised in a finaliser, in the callback of a weak
-    reference or of the garbage collector, Ctrl-C's too: what it reports as dropped is
-    sent again, a moment later. Only the main thread may do so; in another one nothing
-    is changed.
+    Python drops an exception that is raised in the callback of a weak reference or of
+    the garbage collector, Ctrl-C's too: what it reports as dropped is sent again, a
+    moment later. So is a signal that comes in a finaliser, which may catch everything
+    without a word, as TensorFlow's do. Only the main thread may do so; in another one
+    nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,7 +41,7 @@ def termination_raises() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda dropped: _send_again(dropped) or hook(dropped)
+    sys.unraisablehook = lambda dropped: _was_ours(dropped) or hook(dropped)
     before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         yield
@@ -51,14 +52,28 @@ def termination_raises() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _in_finaliser(frame):
+        _send_again(number)
+        return
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _send_again(dropped: Any) -> bool:
+def _in_finaliser(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _was_ours(dropped: Any) -> bool:
     """Sends the signal again whose exception was dropped, if it was one's."""
     if not issubclass(dropped.exc_type, KeyboardInterrupt):
         return False
     terminated = issubclass(dropped.exc_type, Terminated)
-    number = signal.SIGTERM if terminated else signal.SIGINT
-    threading.Timer(SECONDS_UNTIL_AGAIN, os.kill, (os.getpid(), number)).start()
+    _send_again(signal.SIGTERM if terminated else signal.SIGINT)
     return True
+
+
+def _send_again(number: int) -> None:
+    threading.Timer(SECONDS_UNTIL_AGAIN, os.kill, (os.getpid(), number)).start()

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C end what runs, wherever they come."""
 
+import contextlib
 import gc
 import signal
 import sys
@@ -20,6 +21,12 @@ class Dropped:
 
     def __del__(self):
         signal.raise_signal(self.number)
+
+
+class Caught(Dropped):
+    def __del__(self):
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(self.number)
 
 
 def waits_after(act):
@@ -70,9 +77,10 @@ def test_raises_after_the_collection_of_garbage(number):
 
 
 @pytest.mark.parametrize("number", RAISED)
-def test_raises_after_a_finaliser(number):
+@pytest.mark.parametrize("kind", [Dropped, Caught])
+def test_raises_after_a_finaliser(number, kind):
     with pytest.raises(RAISED[number]), termination_raises():
-        waits_after(lambda: Dropped(number))
+        waits_after(lambda: kind(number))
 
 
 @pytest.mark.parametrize("number", RAISED)
