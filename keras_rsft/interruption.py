@@ -41,7 +41,15 @@ def termination_raises() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda dropped: _was_ours(dropped) or hook(dropped)
+
+    def report(dropped: Any) -> None:
+        number = _signal_of(dropped.exc_type)
+        if number is None:
+            hook(dropped)
+        else:
+            _send_again(number)
+
+    sys.unraisablehook = report
     before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         yield
@@ -66,13 +74,11 @@ def _in_finaliser(frame: FrameType | None) -> bool:
     return False
 
 
-def _was_ours(dropped: Any) -> bool:
-    """Sends the signal again whose exception was dropped, if it was one's."""
-    if not issubclass(dropped.exc_type, KeyboardInterrupt):
-        return False
-    terminated = issubclass(dropped.exc_type, Terminated)
-    _send_again(signal.SIGTERM if terminated else signal.SIGINT)
-    return True
+def _signal_of(exception: type[BaseException]) -> int | None:
+    """Returns the signal that is answered with such an exception, None if none is."""
+    if issubclass(exception, Terminated):
+        return signal.SIGTERM
+    return signal.SIGINT if issubclass(exception, KeyboardInterrupt) else None
 
 
 def _send_again(number: int) -> None:
