@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from keras_rsft.export.verification import Verification
     from keras_rsft.finetuning import Run, SplitFeatures
     from keras_rsft.finetuning.pilot import Pilot
-    from keras_rsft.ranking import BackboneRanking
+    from keras_rsft.rank import BackboneRanking
     from keras_rsft.searching import Search
 
 

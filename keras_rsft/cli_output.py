@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,19 +23,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from keras_rsft.backbones.base_name import takes_texts
 from keras_rsft.cli_documents import json_value
 from keras_rsft.data import SampleData
-from keras_rsft.result_words import (
-    RESULT_NAMES,
-    STRATEGY_HEADER,
-    STRATEGY_NOTE,
-    TUNINGS,
-    comparison_note,
-    interval_text,
-    setting_text,
-    share_text,
-    strategy_texts,
+from keras_rsft.report.summary import (
+    Summary,
+    comparison_summary,
+    run_summary,
+    search_summary,
 )
 
 if TYPE_CHECKING:
@@ -43,8 +37,6 @@ if TYPE_CHECKING:
     from keras_rsft.demo import DemoResult
     from keras_rsft.finetuning import Run
     from keras_rsft.searching import Search
-
-_SHOWN_TRIALS = 5
 
 
 class Output:
@@ -130,33 +122,40 @@ def print_data(data: SampleData, console: Console, *, noise: str | None = None) 
         console.print(escape(data.corrections.describe()), soft_wrap=True)
 
 
+def print_summary(
+    summary: Summary, console: Console, *, table_box: Any = box.HEAVY_HEAD
+) -> None:
+    """Prints the tables of a result, its warnings and its notes."""
+    for one in summary.tables:
+        table = Table(
+            box=table_box,
+            pad_edge=table_box is box.HEAVY_HEAD,
+            show_header=any(one.columns),
+            title=one.title or None,
+            title_justify="left",
+        )
+        for number, header in enumerate(one.columns):
+            is_text = number < one.text_columns or not any(one.columns)
+            table.add_column(
+                header,
+                justify="left" if is_text else "right",
+                no_wrap=not is_text,
+                overflow="fold",
+            )
+        for row in one.rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        if one.note:
+            console.print(one.note, soft_wrap=True)
+    for warning in summary.warnings:
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
+    for note in summary.notes:
+        console.print(escape(note), soft_wrap=True)
+
+
 def print_run(run: Run, console: Console) -> None:
     """Prints the results of a run and what to do next."""
-    unreadable = len(run.features.unreadable)
-    if unreadable:
-        kind = "texts" if takes_texts(run.config["backbone"]) else "images"
-        console.print(
-            f"[yellow]{unreadable} {kind} cannot be read and were left out; "
-            "see unreadable.csv in the run folder.[/]"
-        )
-    if run.finding is not None:
-        console.print(escape(run.finding), soft_wrap=True)
-    table = Table(show_header=False)
-    for key, name in RESULT_NAMES.items():
-        if key in run.results:
-            table.add_row(name, f"{100 * run.results[key]:.1f} %")
-    for tuning, name in TUNINGS.items():
-        if f"{tuning}_kept" in run.results:
-            kept = run.results[f"{tuning}_kept"]
-            table.add_row(name, "kept" if kept else "not kept: worse on validation")
-    if "best_epoch" in run.results:
-        epochs = "{best_epoch} of {epochs_trained}".format(**run.results)
-        table.add_row("Epoch that was kept", epochs)
-    table.add_row("Time", f"{run.results['seconds']:.1f} s")
-    console.print(table)
-    if run.overfitting is not None:
-        sentence = escape(run.overfitting.sentence)
-        console.print(f"[yellow]{sentence}[/]", soft_wrap=True)
+    print_summary(run_summary(run), console)
     console.print(f"Run folder: {escape(str(run.folder))}", soft_wrap=True)
     folder = shlex.quote(str(run.folder))
     console.print(f"Look at it: keras-rsft review {escape(folder)}", soft_wrap=True)
@@ -167,70 +166,15 @@ def print_run(run: Run, console: Console) -> None:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints a row for each method, what was left out, and the verdict."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)  # Fits into 80 columns.
-    table.add_column("Method", no_wrap=True)
-    for header in ("Test", "To plain", "Accepted", "Recovered", "Seconds"):
-        table.add_column(header, justify="right", no_wrap=header != "Test")
-    for name, summary in comparison.summaries.items():
-        accuracy = interval_text(summary.test_accuracy)
-        if summary.stalled:
-            accuracy = f"{accuracy}, {summary.stalled} stalled".removeprefix("-, ")
-        difference = summary.difference_to_plain
-        shares = (summary.acceptance_rate, summary.recovered)
-        table.add_row(
-            name,
-            accuracy,
-            interval_text(difference, sign="+"),
-            *("-" if share is None else f"{100 * share:.0f} %" for share in shares),
-            f"{summary.seconds:.1f}",
-        )
-    console.print(table)
-    noise = comparison.config.get("noise")
-    if noise is not None:
-        console.print(
-            f"Training and validation labels were made wrong on purpose ({noise}), "
-            "other ones for each seed.",
-            soft_wrap=True,
-        )
-    for note in comparison.notes:
-        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
-    seeds = len({outcome.seed for outcome in comparison.outcomes})
-    console.print(comparison_note(seeds), soft_wrap=True)
-    console.print(escape(comparison.verdict.sentence), soft_wrap=True)
+    # Fits into 80 columns.
+    print_summary(comparison_summary(comparison), console, table_box=box.SIMPLE_HEAD)
     if comparison.folder is not None:
         console.print(f"Folder: {escape(str(comparison.folder))}", soft_wrap=True)
 
 
 def print_search(found: Search, console: Console, *, data: str) -> None:
     """Prints the best trials, the choice beside plain fine-tuning, and what to do."""
-    completed = [one for one in found.outcomes if one.metrics]
-    better = sorted(completed, key=lambda one: -one.metrics["val_accuracy"])
-    trials = Table(title=f"The best of {len(found.outcomes)} trials")
-    for header in ("Trial", "Setting"):
-        trials.add_column(header)
-    for header in ("Validation", "Accepted"):
-        trials.add_column(header, justify="right")
-    for one in better[:_SHOWN_TRIALS]:
-        shares = (one.metrics[name] for name in ("val_accuracy", "acceptance_rate"))
-        values = escape(setting_text(one.values))
-        trials.add_row(one.trial_id, values, *map(share_text, shares))
-    console.print(trials)
-    if "strategies" in found.results:
-        _print_strategies(found.results["strategies"], console)
-    table = Table()
-    table.add_column("")
-    for header in ("Validation", "Test", "Accepted"):
-        table.add_column(header, justify="right")
-    for key, title in {"chosen": "chosen", "plain": "plain fine-tuning"}.items():
-        row = found.results[key]
-        names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
-        table.add_row(title, *(share_text(row.get(name)) for name in names))
-    console.print(table)
-    failed = found.results["failed"]
-    if failed:
-        noun = "trial" if failed == 1 else "trials"
-        console.print(f"[yellow]{failed} {noun} failed; see trials.csv.[/]")
-    console.print(escape(found.choice.reason), soft_wrap=True)
+    print_summary(search_summary(found), console)
     folder = escape(shlex.quote(str(found.folder)))
     console.print(f"Folder:      {escape(str(found.folder))}", soft_wrap=True)
     command = repeat_command(found, data)
@@ -238,16 +182,6 @@ def print_search(found: Search, console: Console, *, data: str) -> None:
     console.print(f"Use it:      keras-rsft predict {folder} FILE...", soft_wrap=True)
     console.print("Train it again, with your options for data and base:")
     console.print(f"  {escape(command)}", soft_wrap=True)
-
-
-def _print_strategies(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    table = Table(title="How much of the base to train", title_justify="left")
-    for number, header in enumerate(STRATEGY_HEADER):
-        table.add_column(header, justify="right" if 2 <= number <= 5 else "left")
-    for row in rows:
-        table.add_row(*map(escape, strategy_texts(row)))
-    console.print(table)
-    console.print(STRATEGY_NOTE, soft_wrap=True)
 
 
 def repeat_command(found: Search, data: str) -> str:

@@ -6,7 +6,6 @@ Like `cli.py`, imports nothing heavy until the command runs.
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 from typing import TYPE_CHECKING
 
@@ -26,9 +25,7 @@ from keras_rsft.cli_options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keras_rsft.ranking import BackboneRanking, RankedBackbone
-
-_SCORE_NAMES = {"log_me": "LogME", "h_score": "H-score"}
+    from keras_rsft.rank import BackboneRanking
 
 
 def add_rank(commands: argparse._SubParsersAction) -> None:
@@ -62,7 +59,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     from keras_rsft.backbones.load import check_backbone_name
     from keras_rsft.cli_documents import ranking_document
     from keras_rsft.cli_output import output_of, print_data
-    from keras_rsft.ranking import rank_backbones
+    from keras_rsft.rank import rank_backbones
 
     for name in arguments.backbones:
         check_backbone_name(name)
@@ -87,64 +84,11 @@ def print_ranking(ranking: BackboneRanking, console: Console, *, data: str) -> N
     """Prints the table, what its numbers mean, and what to do next."""
     from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("Base", overflow="fold")
-    for header in ("Accuracy", "Behind", "LogME", "H-score", "ms", "MB", "Features"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for place, one in enumerate(ranking.ranked):
-        table.add_row(*map(escape, _row(one, first=place == 0)))
-    console.print(table)
-    for line in _notes(ranking):
-        console.print(line, soft_wrap=True)
-    for name, reason in ranking.failed:
-        short = reason.partition("\n")[0]
-        console.print(f"[yellow]{escape(f'{name}: {short}')}[/]", soft_wrap=True)
-    _print_command(console, ranking, data)
+    from keras_rsft.cli_output import print_summary
+    from keras_rsft.report.summary import ranking_summary
 
-
-def _row(one: RankedBackbone, *, first: bool) -> list[str]:
-    return [
-        one.name,
-        f"{100 * one.accuracy:.1f} ± {100 * one.accuracy_error:.1f}",
-        "" if first else f"{100 * one.behind:.1f}",
-        f"{one.log_me:.3f}",
-        f"{one.h_score:.2f}",
-        f"{1000 * one.seconds_per_image:.1f}",
-        f"{one.weights_bytes / 1e6:.1f}",
-        str(one.dim),
-    ]
-
-
-def _notes(ranking: BackboneRanking) -> list[str]:
-    notes = [
-        f"Accuracy in percent of a quick head on {ranking.num_images} training "
-        "samples, each predicted from the others, ± half of its 95 % interval; ms of "
-        "the pass for a sample."
-    ]
-    share = f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong"
-    if ranking.counts_right_labels:
-        notes.append(
-            f"{share}: each label counts by how likely it is right, by all bases "
-            "together."
-        )
-    taus = {_SCORE_NAMES[key]: value for key, value in ranking.agreement.items()}
-    if not any(math.isnan(value) for value in taus.values()):
-        agreed = ", ".join(f"{name} {value:.2f}" for name, value in taus.items())
-        notes.append(f"Same order as by accuracy (Kendall's tau, 1 is all): {agreed}.")
-    equal = [one.name for one in ranking.ranked[1:] if one.behind <= one.behind_error]
-    if equal:
-        notes.append(
-            f"Not shown to be worse than the first: {', '.join(equal)}; a larger "
-            "--sample tells more."
-        )
-    return notes
-
-
-def _print_command(console: Console, ranking: BackboneRanking, data: str) -> None:
-    from rich.markup import escape
-
+    print_summary(ranking_summary(ranking), console, table_box=box.SIMPLE_HEAD)
     best = ranking.ranked[0].name
     command = shlex.join(["keras-rsft", "fit", data, "--backbone", best])
     console.print("Train on the first, with your options for data:")

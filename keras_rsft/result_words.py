@@ -31,37 +31,21 @@ RESULT_NAMES = {
 TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Base trained too"}
 
 
-def share_text(share: float | None) -> str:
-    """Returns a share in percent, a dash for None."""
-    return "-" if share is None else f"{100 * share:.1f} %"
+def share_text(share: float | None, digits: int = 1) -> str:
+    """Returns a share in percent, a dash for None and NaN."""
+    if share is None or math.isnan(share):
+        return "-"
+    return f"{100 * share:.{digits}f} %"
 
 
 def interval_text(interval: Interval | None, sign: str = "") -> str:
-    """Returns a mean and half of its interval in percent, a dash for None.
-
-    Args:
-        interval: A mean; an infinite width, of one seed, is not shown.
-        sign: `"+"` to show the sign of the mean.
-    """
+    """Returns a mean ± half of its interval in percent; no width for one seed."""
     if interval is None:
         return "-"
     mean = f"{100 * interval.mean:{sign}.1f}"
     if math.isinf(interval.half_width):
         return mean
     return f"{mean} ± {100 * interval.half_width:.1f}"
-
-
-def comparison_note(seeds: int) -> str:
-    """Says what a comparison's numbers are, and what their intervals cover.
-
-    Args:
-        seeds: Number of seeds; one has no interval.
-    """
-    note = "Test accuracy in percent{}; differences to plain are paired by seed."
-    if seeds == 1:
-        return note.format("")
-    spread = f", mean of {seeds} seeds ± half of its 95 % interval over seeds"
-    return f"{note.format(spread)} The verdict allows for other test samples too."
 
 
 def setting_text(values: Mapping[str, Any]) -> str:
@@ -74,15 +58,7 @@ def setting_text(values: Mapping[str, Any]) -> str:
 
 
 def strategy_texts(row: Mapping[str, Any]) -> list[str]:
-    """Returns what a person reads of one strategy.
-
-    Args:
-        row: The fields of a `StrategyRow`.
-
-    Returns:
-        What learnt, the policy, validation accuracy with its standard error in percent,
-        accepted share, time, trainable weights, and whether it is the choice.
-    """
+    """Returns the cells of one `StrategyRow`, given as a mapping of its fields."""
     accuracy, seconds = row["validation_accuracy"], row["seconds"]
     weights = row["trainable_weights"]
     shown = "-"

@@ -1,10 +1,10 @@
-"""Ranks bases by what can be learnt from their features of a sample of the data."""
+"""Ranks backbones by what a quick head learns from their features of a sample."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,7 @@ from keras_rsft.backbones.base_name import require_takes
 from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backbones.load import check_backbone_name, load_backbone
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.data import SampleData, SampleSplit, load_images
+from keras_rsft.data import SampleData, load_images
 from keras_rsft.data.sampling import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.examination import Examination, examine_labels
@@ -22,7 +22,6 @@ from keras_rsft.features import FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
 from keras_rsft.finetuning.feature_source import precision_for
 from keras_rsft.intervals import NORMAL_QUANTILE
-from keras_rsft.ranking.scores import h_score, kendall_tau, log_me
 
 DEFAULT_SAMPLE = 1000
 # What is one base's own trouble; the others go on.
@@ -44,8 +43,6 @@ class RankedBackbone:
         behind: How much `accuracy` is below that of the first, at least 0.
         behind_error: Half of the 95 % interval of `behind`, which is smaller than
             those of two accuracies, as both are of the same images.
-        log_me: See `log_me`.
-        h_score: See `h_score`.
         seconds_per_image: Of the pass, with reading and decoding.
         weights_bytes: Size of the weights.
         dim: Number of features.
@@ -58,8 +55,6 @@ class RankedBackbone:
     given_label_accuracy: float
     behind: float
     behind_error: float
-    log_me: float
-    h_score: float
     seconds_per_image: float
     weights_bytes: int
     dim: int
@@ -73,8 +68,6 @@ class BackboneRanking:
     Attributes:
         ranked: The bases, the best first.
         failed: Name and reason of each base that could not be used.
-        agreement: Kendall's tau of `"log_me"` and of `"h_score"` with `accuracy`, in
-            [-1, 1]; NaN for fewer than two bases.
         num_images: Images that were looked at.
         num_classes: Classes.
         noise_rate: Share of the labels that look wrong, a mean over the bases.
@@ -84,26 +77,10 @@ class BackboneRanking:
 
     ranked: tuple[RankedBackbone, ...]
     failed: tuple[tuple[str, str], ...]
-    agreement: Mapping[str, float]
     num_images: int
     num_classes: int
     noise_rate: float
     counts_right_labels: bool
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Measured:
-    """What was found about one base, before it is compared with the others."""
-
-    name: str
-    examination: Examination
-    scores: dict[str, float]
-    sizes: dict[str, object]
-
-    @property
-    def right(self) -> np.ndarray:
-        predicted = self.examination.out_of_sample.argmax(axis=1)
-        return predicted == self.examination.labels
 
 
 def rank_backbones(
@@ -125,9 +102,6 @@ def rank_backbones(
     right, a mean over the bases, so that none is judged by its own opinion alone.
     Where only the given labels counted, wrong ones spread evenly over the classes
     would lower all accuracies without changing their order.
-
-    LogME (You et al., 2021) and the H-score (Bao et al., 2019; Ibrahim et al., 2021)
-    need no head; they are shown beside it, with how far they agree.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
@@ -167,97 +141,61 @@ def rank_backbones(
             base = load_backbone(
                 name, image_size=image_size, precision=precision_for(name, precision)
             )
-            measured.append(
-                _measure(name, base, images, data.num_classes, cache_dir, progress)
+            frozen = FrozenBase(base, num_images=len(images))
+            kept = extract_features(
+                frozen, images, cache_dir=cache_dir, progress=progress
             )
+            found = examine_labels(kept, data.num_classes, progress=progress)
+            sizes = {
+                "seconds_per_image": seconds_per_image(frozen, images),
+                "weights_bytes": weights_bytes(base),
+                "dim": frozen.dim,
+                "image_size": frozen.image_size,
+            }
+            measured.append((name, found, sizes))
         except _OWN_TROUBLE as error:
             failed.append((name, str(error)))
     if not measured:
         reasons = "\n".join(f"{name}: {reason}" for name, reason in failed)
         raise WeightsUnavailable(f"None of the bases can be used.\n{reasons}")
-    return _compared(measured, failed, data.num_classes)
-
-
-def _measure(
-    name: str,
-    base,
-    images: SampleSplit,
-    num_classes: int,
-    cache_dir: str | os.PathLike | None,
-    progress: bool,
-) -> _Measured:
-    frozen = FrozenBase(base, num_images=len(images))
-    kept = extract_features(frozen, images, cache_dir=cache_dir, progress=progress)
-    examination = examine_labels(kept, num_classes, progress=progress)
-    values = np.array(kept.features)
-    scores = {
-        "log_me": log_me(values, kept.labels),
-        "h_score": h_score(values, kept.labels),
-    }
-    sizes = {
-        "seconds_per_image": seconds_per_image(frozen, images),
-        "weights_bytes": weights_bytes(base),
-        "dim": frozen.dim,
-        "image_size": frozen.image_size,
-    }
-    return _Measured(name, examination, scores, sizes)
-
-
-def _compared(
-    measured: Sequence[_Measured],
-    failed: Sequence[tuple[str, str]],
-    num_classes: int,
-) -> BackboneRanking:
-    weights = label_weights([one.examination for one in measured])
+    weights = label_weights([found for _, found, _ in measured])
     noise_rate = float(1.0 - weights.mean())
     counted = noise_rate >= MIN_NOISE_RATE
     if not counted:
         weights = np.ones_like(weights)
-    best = max((one.right for one in measured), key=lambda right: weights @ right)
-    ranked = [_ranked(one, best, weights) for one in measured]
+    rights = [one.out_of_sample.argmax(axis=1) == one.labels for _, one, _ in measured]
+    best = max(rights, key=lambda right: weights @ right)
+    ranked = []
+    for (name, _, sizes), right in zip(measured, rights, strict=True):
+        accuracy, accuracy_error = weighted_mean(right, weights)
+        behind, behind_error = weighted_mean(best.astype(float) - right, weights)
+        ranked.append(
+            RankedBackbone(
+                name=name,
+                accuracy=accuracy,
+                accuracy_error=accuracy_error,
+                given_label_accuracy=float(right.mean()),
+                behind=behind,
+                behind_error=behind_error,
+                **sizes,
+            )
+        )
     ranked.sort(key=lambda one: (-one.accuracy, one.seconds_per_image))
-    accuracies = [one.accuracy for one in ranked]
-    agreement = {
-        score: kendall_tau(accuracies, [getattr(one, score) for one in ranked])
-        for score in ("log_me", "h_score")
-    }
     return BackboneRanking(
         ranked=tuple(ranked),
         failed=tuple(failed),
-        agreement=agreement,
         num_images=len(weights),
-        num_classes=num_classes,
+        num_classes=data.num_classes,
         noise_rate=noise_rate,
         counts_right_labels=counted,
     )
 
 
-def _ranked(one: _Measured, best: np.ndarray, weights: np.ndarray) -> RankedBackbone:
-    accuracy, accuracy_error = weighted_mean(one.right, weights)
-    behind, behind_error = weighted_mean(best.astype(float) - one.right, weights)
-    return RankedBackbone(
-        name=one.name,
-        accuracy=accuracy,
-        accuracy_error=accuracy_error,
-        given_label_accuracy=float(one.right.mean()),
-        behind=behind,
-        behind_error=behind_error,
-        **one.scores,
-        **one.sizes,
-    )
-
-
 def label_weights(examinations: Sequence[Examination]) -> np.ndarray:
-    """Returns how likely each label is right, a mean over those who can judge it.
+    """Returns how likely each label is right, float64 `(n,)`: a mean over backbones.
 
-    A base to which the labels look wrong no less than by chance has no say, unless
+    A backbone to which the labels look wrong no less than by chance has no say, unless
     all are like that: then every label counts as right.
-
-    Args:
-        examinations: Of the same samples, under several bases.
-
-    Returns:
-        Float64 array `(n,)` in [0, 1].
     """
     judges = [
         one.right_probability
@@ -270,12 +208,7 @@ def label_weights(examinations: Sequence[Examination]) -> np.ndarray:
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Returns a weighted mean, and half of its 95 % interval.
-
-    Args:
-        values: Shape `(n,)`, of independent samples.
-        weights: Shape `(n,)`, at least 0, not all 0.
-    """
+    """Returns a weighted mean, and half of its 95 % interval."""
     total = float(weights.sum())
     mean = float(weights @ values) / total
     error = float(np.sqrt(np.sum(np.square(weights * (values - mean))))) / total
