@@ -16,8 +16,7 @@ from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import SampleData, load_images
 from keras_rsft.data.sampling import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
-from keras_rsft.examination import Examination, examine_labels
-from keras_rsft.examination.labels import MIN_NOISE_RATE
+from keras_rsft.examination import MIN_NOISE_RATE, Examination, examine_labels
 from keras_rsft.features import FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
 from keras_rsft.finetuning.feature_source import precision_for

@@ -7,18 +7,17 @@ import dataclasses
 import numpy as np
 import pytest
 
+from keras_rsft import examination as module
 from keras_rsft.data.noise import asymmetric_noise, symmetric_noise
 from keras_rsft.errors import DataError
 from keras_rsft.examination import (
     Examination,
+    LeftOutRegression,
     examine_labels,
     fit_noise,
-    left_out,
-    noise_matrix,
     softmax,
     true_label_posterior,
 )
-from keras_rsft.examination.left_out import LeftOutRegression
 from keras_rsft.features import FeatureSet
 
 
@@ -81,8 +80,8 @@ class TestRegression:
     def test_chunks_do_not_change_the_scores(self, feature_set, monkeypatch):
         features = feature_set(*clusters(count=100))
         whole = examine_labels(features, 4, progress=False)
-        monkeypatch.setattr(left_out, "CHUNK_ROWS", 7)
-        monkeypatch.setattr(noise_matrix, "CHUNK_VALUES", 50)
+        monkeypatch.setattr(module, "CHUNK_ROWS", 7)
+        monkeypatch.setattr(module, "CHUNK_VALUES", 50)
         pieces = examine_labels(features, 4, progress=False)
         np.testing.assert_allclose(whole.out_of_sample, pieces.out_of_sample, atol=1e-4)
 
@@ -91,7 +90,7 @@ class TestRegression:
     ):
         values, labels = clusters()
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
-        monkeypatch.setattr(left_out, "MAX_ROWS_TO_CHOOSE", 200)
+        monkeypatch.setattr(module, "MAX_ROWS_TO_CHOOSE", 200)
         assert examine_labels(features, 4, progress=False).noise_rate == pytest.approx(
             0.3, abs=0.05
         )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from xml.etree import ElementTree
 
 import pytest
 from made_features import split_features
 
-from keras_rsft import notebook
 from keras_rsft.comparing.comparison import compare_features
 from keras_rsft.finetuning import TrainingSettings, finetune
+from keras_rsft.report.notebook import table_html
+from keras_rsft.report.summary import Table
 from keras_rsft.searching import SearchOptions, search_features
 
+SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=a>', "$\\frac{<b>")
 SETTINGS = TrainingSettings(epochs=2, batch_size=16, learning_rate=0.05)
 
@@ -30,16 +31,6 @@ def cells_of(root):
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     return split_features(tmp_path_factory.mktemp("features"))
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "matplotlib" else found(name, *rest),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +61,16 @@ def test_a_run_with_hostile_names(run):
         assert not list(root.iter(tag))
 
 
-def test_a_figure_where_it_can_be_drawn(run):
-    pytest.importorskip("matplotlib")
-    assert run._repr_html_().count("<svg") == 1
+def drawing_of(root):
+    (drawing,) = root.iter(f"{SVG}svg")
+    return drawing
 
 
-def test_without_matplotlib_there_is_the_table(run, no_matplotlib):
-    text = run._repr_html_()
-    assert "<svg" not in text
-    assert "<table>" in text
+def test_the_learning_curves_of_a_run(run):
+    drawing = drawing_of(well_formed(run._repr_html_()))
+    words = [one.text for one in drawing.iter(f"{SVG}text")]
+    assert {"Loss", "Shares", "val accuracy", "acceptance rate"} <= set(words)
+    assert len(list(drawing.iter(f"{SVG}polyline"))) == 6
 
 
 def test_a_comparison(features):
@@ -89,9 +81,10 @@ def test_a_comparison(features):
     header, plain, gce = cells_of(root)
     assert header[0] == "Method"
     assert plain[0] == "plain"
-    assert plain[2:] == ["-", "100.0 %", "-"]
+    assert plain[2:5] == ["-", "100 %", "-"]
     assert " ± " in gce[2]
     assert found.verdict.sentence in [p.text for p in root.iter("p")]
+    assert len(list(drawing_of(root).iter(f"{SVG}circle"))) == 2
 
 
 def test_a_search(features, tmp_path):
@@ -104,11 +97,13 @@ def test_a_search(features, tmp_path):
     )
     root = well_formed(found._repr_html_())
     rows = cells_of(root)
-    assert [row[0] for row in rows[1:3]] == ["chosen", "plain fine-tuning"]
-    assert len(rows) == 3 + 1 + 3
+    assert [row[0] for row in rows[-2:]] == ["chosen", "plain fine-tuning"]
+    assert len(rows) == 1 + 3 + 3
+    # The trials, the choice among them once more, and its sign in the legend.
+    assert len(list(drawing_of(root).iter(f"{SVG}circle"))) == 3 + 2
     assert found.choice.reason in [p.text for p in root.iter("p")]
 
 
 def test_cells_are_escaped_and_the_header_too():
-    root = well_formed(notebook.table_html(HOSTILE, [HOSTILE]))
+    root = well_formed(table_html(Table(HOSTILE, (HOSTILE,))))
     assert cells_of(root) == [list(HOSTILE), list(HOSTILE)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 
+from keras_rsft.report.charts import UNUSED, parallel_coordinates_svg
 from keras_rsft.searching.choice import TrialOutcome
-from keras_rsft.searching.names import SearchOptions
-from keras_rsft.searching.parallel_coordinates import (
-    UNUSED,
-    axes_of,
-    draw_parallel_coordinates,
-)
+from keras_rsft.searching.pictures import axes_of
 
 
 def outcome(accuracy, **values):
@@ -42,17 +40,17 @@ def test_axes():
     assert axes["learning_rate"].ticks[1.0] == "0.1"
 
 
-@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
-def test_a_picture(tmp_path, objective):
-    pytest.importorskip("matplotlib")
-    for one in OUTCOMES:
-        one.metrics["val_loss"] = 1.0
-    options = SearchOptions(objective=objective)
-    path = draw_parallel_coordinates(OUTCOMES, options, tmp_path)
-    assert path.read_text().startswith("<?xml")
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
-
-
-def test_without_a_completed_trial(tmp_path):
-    failed = TrialOutcome("0", "FAILED", {}, {}, 0, "why")
-    assert draw_parallel_coordinates([failed], SearchOptions(), tmp_path) is None
+@pytest.mark.parametrize(
+    ("objective", "direction"), [("val_accuracy", "max"), ("val_loss", "min")]
+)
+def test_the_best_trial_is_on_top(objective, direction):
+    for one, loss in zip(OUTCOMES, (1.0, 0.5, 0.1), strict=True):
+        one.metrics["val_loss"] = loss
+    text = parallel_coordinates_svg(
+        axes_of(OUTCOMES, objective), higher_is_better=direction == "max"
+    )
+    *_, last = ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}polyline")
+    assert last.get("stroke") == "#fca636"
+    heights = [float(point.split(",")[1]) for point in last.get("points").split()]
+    tops = {"max": min(heights), "min": max(heights[:2] + heights[3:])}
+    assert heights[-1] == tops[direction]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from keras_rsft.errors import TrainingStalled
+from keras_rsft.report.charts import rate_ticks
 from keras_rsft.searching.choice import TrialOutcome, choose_trial
-from keras_rsft.searching.pictures import draw_heat_maps, heat_map, rate_ticks
+from keras_rsft.searching.names import SearchOptions
+from keras_rsft.searching.pictures import heat_map, write_pictures
 
 
 def outcome(name, accuracy, acceptance, *, loss=1.0, **values):
@@ -135,10 +138,10 @@ class TestHeatMap:
     def test_means_in_cells(self):
         found = heat_map(self.TRIALS, "relative_threshold")
         np.testing.assert_allclose(
-            found.means["val_accuracy"], [[0.6, np.nan], [np.nan, 0.9]]
+            found.means["validation accuracy"], [[0.6, np.nan], [np.nan, 0.9]]
         )
         np.testing.assert_allclose(
-            found.means["acceptance_rate"], [[0.9, np.nan], [np.nan, 0.6]]
+            found.means["acceptance rate"], [[0.9, np.nan], [np.nan, 0.6]]
         )
         np.testing.assert_allclose(found.edges, [0.25, 0.75, 1.25])
         middle = math.sqrt(0.01 * 0.1)
@@ -151,23 +154,21 @@ class TestHeatMap:
             for n, (rate, kept) in enumerate(rng.uniform(1e-4, 1.0, (50, 2)))
         ]
         found = heat_map(trials, "keep_fraction")
-        assert found.means["val_accuracy"].shape == (8, 8)
+        assert found.means["validation accuracy"].shape == (8, 8)
         edges = found.edges, found.rate_edges
         points = np.array([list(t.values.values())[::-1] for t in trials]).T
         assert np.histogram2d(*points, edges)[0].sum() == 50
 
-    def test_the_picture_is_written(self, tmp_path):
-        pytest.importorskip("matplotlib")
-        path = draw_heat_maps(self.TRIALS, tmp_path)
-        picture = path.read_text()
-        assert picture.startswith("<?xml")
-        # Ink and paper are there to be changed, and nothing is black or white for good.
-        assert picture.count("prefers-color-scheme: dark") == 1
-        assert "fill: #1c1d20" in picture
-        assert "stroke: #1c1d20" in picture
-        assert '"fill: #ffffff' in picture
-        assert "#000000" not in picture
-        assert [p.name for p in tmp_path.iterdir()] == ["heatmap.svg"]
+    def test_the_pictures_are_written(self, tmp_path):
+        write_pictures(self.TRIALS, self.TRIALS, SearchOptions(), tmp_path)
+        names = ["heatmap.svg", "parallel_coordinates.svg"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == names
+        for name in names:
+            text = (tmp_path / name).read_text()
+            assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+            # Ink and paper follow light and dark.
+            assert text.count("prefers-color-scheme:dark") == 1
+            assert "nan" not in text
 
     @pytest.mark.parametrize(
         "low, high, ticks",
@@ -183,4 +184,5 @@ class TestHeatMap:
         assert rate_ticks(low, high) == ticks
 
     def test_nothing_to_draw(self, tmp_path):
-        assert draw_heat_maps([FAILED], tmp_path) is None
+        write_pictures([FAILED], [FAILED], SearchOptions(), tmp_path)
+        assert list(tmp_path.iterdir()) == []

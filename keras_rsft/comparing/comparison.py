@@ -69,7 +69,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
-        from keras_rsft.notebook import comparison_html
+        from keras_rsft.report.notebook import comparison_html
 
         return comparison_html(self)
 

@@ -118,7 +118,6 @@ def train_head(
             len(features.class_names),
             seed=settings.seed,
             progress=progress,
-            held_out=features.validation if curves else None,
         )
     with devices.scope():
         model = untrained_head(features, settings, examination)
@@ -133,15 +132,7 @@ def train_head(
     further = callbacks(recorder) if callable(callbacks) else callbacks
     own: list[keras.callbacks.Callback] = [batches.callback, recorder]
     if curves:
-        own.append(
-            EpochCurves(
-                features,
-                recorder,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-                examination=examination,
-            )
-        )
+        own.append(EpochCurves(features, recorder, settings.seed))
     remembering = [*early_stopping(settings), *further]
     history = _fit(
         model, batches, features, settings, recorder, own, remembering, progress,

@@ -1,7 +1,4 @@
-"""Says whether a training overfits, from its curves alone.
-
-Imports nothing heavy, so that curves of any origin can be judged.
-"""
+"""Says whether a training overfits, from its curves alone."""
 
 from __future__ import annotations
 
@@ -48,8 +45,7 @@ class Overfitting:
             f"{self.measure} {worse} from {shown(best)} to {shown(last)} (standard "
             f"error {shown(self.standard_error)}), while training {self.measure} "
             f"{better} from {shown(before)} to {shown(after)}. Try `--early-stopping`, "
-            f"`--epochs {self.best_epoch}`, or `--weight-decay`, `--label-smoothing` "
-            "or `--mix-up`."
+            f"`--epochs {self.best_epoch}` or `--weight-decay`."
         )
 
     def _shown(self, value: float) -> str:
@@ -72,15 +68,6 @@ def find_overfitting(
     The standard error of an accuracy p of n samples is `sqrt(p (1 - p) / n)`, with two
     samples right and two wrong added (Agresti and Coull, 1998), so that it is not 0 at
     100 %; that of a loss is logged beside it.
-
-    Args:
-        curves: Values by epoch: `train_accepted_accuracy` and `val_accuracy`;
-            `train_accepted_loss`, `val_loss` and `val_loss_error`. What is missing is
-            not judged.
-        validation_size: Number of validation samples, at least 0.
-
-    Returns:
-        What was found, or None.
     """
     for measure, sign in (("accuracy", 1.0), ("loss", -1.0)):
         training = curves.get(f"train_accepted_{measure}", ())

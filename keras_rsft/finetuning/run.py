@@ -95,7 +95,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
-        from keras_rsft.notebook import run_html
+        from keras_rsft.report.notebook import run_html
 
         return run_html(self)
 

@@ -8,29 +8,25 @@ is JSON that the script shows as text alone.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from keras_rsft import run_files
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.intervals import paired_share_interval, proportion_interval
 from keras_rsft.report import charts
 from keras_rsft.report.gallery import confusion_of, gallery_data
-from keras_rsft.report.learning_curves import (
-    curves_note,
-    learning_curves,
-    overfitting_warning,
-)
-from keras_rsft.report.outcome import outcome_of, percent
 from keras_rsft.report.run_record import RunRecord, read_run
-from keras_rsft.result_words import STRATEGY_HEADER, STRATEGY_NOTE, strategy_texts
-
-if TYPE_CHECKING:
-    from keras_rsft.finetuning import Run
+from keras_rsft.report.summary import strategies_table
+from keras_rsft.result_words import TUNINGS, share_text
 
 _STYLES = ("page.css", "review.css")
 _SCRIPTS = ("charts.js", "decisions.js", "gallery.js", "review.js", "start.js")
@@ -39,8 +35,13 @@ _LONGEST_VALUE = 300
 _MARK = b'<meta name="generator" content="keras_rsft">'
 
 
+class _Written(Protocol):
+    @property
+    def folder(self) -> Path | None: ...
+
+
 def write_report(
-    run: Run | str | os.PathLike, path: str | os.PathLike | None = None
+    run: _Written | str | os.PathLike, path: str | os.PathLike | None = None
 ) -> Path:
     """Writes the page of a run: what came out, and which labels to look at.
 
@@ -85,12 +86,7 @@ def _require_own(path: Path) -> None:
 
 
 def render_page(record: RunRecord, *, served: bool = False) -> str:
-    """Returns the page as HTML.
-
-    Args:
-        record: The run.
-        served: True for `server.py`, which has all samples' pictures. Default False.
-    """
+    """Returns the page as HTML, served with the pictures of all samples."""
     style = "\n".join(_asset(name) for name in _STYLES)
     scripts = "\n".join(map(_asset, _SCRIPTS))
     script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
@@ -114,11 +110,13 @@ def _content(record: RunRecord, *, served: bool) -> dict[str, Any]:
         "outcome": outcome_of(record),
         "curves": learning_curves(record),
         "curves_note": curves_note(record),
-        "overfitting": overfitting_warning(record),
+        "overfitting": (record.results.get("overfitting") or {}).get("sentence"),
         "histograms": charts.histograms(record.losses),
-        "sizes": charts,
-        "pictures": _pictures(record),
-        "strategies": _strategies(record),
+        "pictures": {
+            name: f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
+            for name, picture in record.pictures.items()
+        },
+        "strategies": strategies_table(record.results.get("strategies") or ()),
         "settings": _settings(record),
         "command": record.config.get("command") or record.results.get("command"),
         "versions": record.config.get("versions") or record.results.get("versions", {}),
@@ -153,7 +151,7 @@ def _acceptance(record: RunRecord) -> dict[str, Any] | None:
         return None
     pairs = zip(record.class_names, record.acceptance.tolist(), strict=False)
     known = sorted((one for one in pairs if one[1] == one[1]), key=lambda one: one[1])
-    rows = [(name, share, percent(share)) for name, share in known]
+    rows = [(name, share, share_text(share)) for name, share in known]
     return {"shown": rows[:_MOST_CLASSES], "rest": rows[_MOST_CLASSES:]}
 
 
@@ -168,24 +166,6 @@ def _finding(record: RunRecord) -> str | None:
         return reason
     rate = f"learning rate {values['learning_rate']:.3g}"
     return f"{reason} Its policy is {policy['name']}, {rate}."
-
-
-def _pictures(record: RunRecord) -> dict[str, str]:
-    """Returns the search's pictures as addresses that hold them."""
-    return {
-        name: f"data:image/svg+xml;base64,{base64.b64encode(picture).decode('ascii')}"
-        for name, picture in record.pictures.items()
-    }
-
-
-def _strategies(record: RunRecord) -> dict[str, Any]:
-    """Returns how much of the base to train, as a table; no rows for other folders."""
-    rows = record.results.get("strategies") or ()
-    return {
-        "header": STRATEGY_HEADER,
-        "rows": [strategy_texts(row) for row in rows],
-        "note": STRATEGY_NOTE,
-    }
 
 
 def _settings(record: RunRecord) -> list[tuple[str, str]]:
@@ -219,7 +199,7 @@ def _asset(name: str) -> str:
     return place.read_text(encoding="utf-8")
 
 
-def _templates():
+def _templates() -> Any:
     import jinja2
 
     templates = jinja2.Environment(
@@ -230,5 +210,258 @@ def _templates():
         undefined=jinja2.StrictUndefined,
     )
     templates.filters["safe_json"] = script_json
-    templates.filters["percent"] = percent
     return templates
+
+
+# -- The head of the page -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One number: its name, its value, and what to know about it."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The head of the page: one sentence, its numbers, and how they were measured."""
+
+    sentence: str
+    figures: tuple[Figure, ...]
+    method: str
+
+
+def outcome_of(record: RunRecord) -> Outcome:
+    """Returns what came out of a run or of a search."""
+    if record.is_search:
+        return _of_search(record)
+    paired = record.results.get("against_plain")
+    if paired:
+        sentence, figures, method = _paired(paired, record.kind)
+    else:
+        sentence, figures, method = _alone(record)
+    figures += _shares(record.results)
+    return Outcome(sentence, tuple(figures), method)
+
+
+def _paired(paired: dict[str, Any], kind: str) -> tuple[str, list[Figure], str]:
+    images, both = paired["images"], paired["both_right"]
+    ours, plain = (
+        both + paired[f"only_{name}_right"] for name in ("rejection", "plain")
+    )
+    low, high = paired_share_interval(
+        paired["only_rejection_right"], paired["only_plain_right"], images
+    )
+    points = 100 * (ours - plain) / images
+    interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    if low > 0:
+        verdict = f"{points:.1f} points better"
+    elif high < 0:
+        verdict = f"{-points:.1f} points worse"
+    else:
+        verdict = "a difference that may be chance"
+    sentence = (
+        f"With rejection the head gets {share_text(ours / images)} of {images:,} "
+        f"{paired['split']} {kind} right, without it {share_text(plain / images)}: "
+        f"{verdict} ({interval} points)."
+    )
+    figures = [
+        Figure("With rejection", share_text(ours / images), _interval(ours, images)),
+        Figure(
+            "Plain fine-tuning", share_text(plain / images), _interval(plain, images)
+        ),
+        Figure("Difference in points", f"{points:+.1f}", _range(low, high, "+")),
+    ]
+    return sentence, figures, _method(paired["split"], paired["wrong_labels"], kind)
+
+
+def _method(split: str, wrong_labels: int | None, kind: str) -> str:
+    labels = {
+        None: "by its given labels, right or wrong",
+        0: "by labels that are known to be right",
+    }.get(wrong_labels, f"by its given labels, of which {wrong_labels} are known wrong")
+    return (
+        f"Measured on the {split} split {labels}. Both heads have the same features, "
+        "seed and settings. Intervals: Wilson (1927) for each head; Agresti and Min "
+        f"(2005) for the difference, {kind[:-1]} by {kind[:-1]}. They say what other "
+        f"{kind} would change, not what another seed would."
+    )
+
+
+def _alone(record: RunRecord) -> tuple[str, list[Figure], str]:
+    for split in ("test", "validation"):
+        accuracy = record.results.get(f"{split}_accuracy")
+        count = record.split_sizes.get(split, 0)
+        if accuracy is None or not count:
+            continue
+        interval = _interval(round(accuracy * count), count)
+        sentence = (
+            f"The model gets {share_text(accuracy)} of {count:,} {split} {record.kind} "
+            f"right (interval of {interval}). No plain head was trained beside it."
+        )
+        method = (
+            f"Measured on the {split} split by its given labels. Interval: Wilson "
+            f"(1927). It says what other {record.kind} would change, not another seed."
+        )
+        return sentence, [Figure("Accuracy", share_text(accuracy), interval)], method
+    return "There is no test or validation split to judge the model by.", [], ""
+
+
+def _interval(right: int, count: int) -> str:
+    return _range(*proportion_interval(right, count))
+
+
+def _range(low: float, high: float, sign: str = "") -> str:
+    return f"95 %: {100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
+
+
+def _shares(results: dict[str, Any]) -> list[Figure]:
+    figures = []
+    for tuning, name in TUNINGS.items():
+        if results.get(f"{tuning}_kept"):
+            shown = results.get(f"{tuning}_test_accuracy")
+            figures.append(Figure(name, share_text(shown), "the model that was kept"))
+    if "estimated_wrong_labels" in results:
+        wrong = share_text(results["estimated_wrong_labels"], 0)
+        known = results.get("wrong_labels")
+        note = "estimated" if known is None else f"{share_text(known, 0)} really are"
+        figures.append(Figure("Labels that look wrong", wrong, note))
+    if "acceptance_rate" in results:
+        accepted = share_text(results["acceptance_rate"], 0)
+        figures.append(Figure("Accepted", accepted, "of the last epoch's samples"))
+    if "wrong_labels_rejected" in results:
+        right = share_text(results.get("right_labels_rejected"))
+        rejected = share_text(results["wrong_labels_rejected"])
+        note = f"and {right} of the right ones"
+        figures.append(Figure("Wrong labels rejected", rejected, note))
+    return figures
+
+
+def _of_search(record: RunRecord) -> Outcome:
+    results = record.results
+    rows = {row: results.get(row) or {} for row in ("chosen", "plain")}
+    images = results.get("test_images") or 0
+    figures = []
+    for row, numbers in rows.items():
+        for split in ("test", "validation"):
+            accuracy = numbers.get(f"{split}_accuracy")
+            if accuracy is None:
+                continue
+            judged = split == "test" and images
+            note = _interval(round(accuracy * images), images) if judged else ""
+            name = f"{split.capitalize()}, {row}"
+            figures.append(Figure(name, share_text(accuracy), note))
+        if numbers.get("acceptance_rate") is not None:
+            accepted = share_text(numbers["acceptance_rate"])
+            figures.append(Figure(f"Accepted, {row}", accepted))
+    method = (
+        f"{results.get('trials', 0)} trials. The test split was looked at once, "
+        "for the chosen setting and for plain fine-tuning."
+    )
+    if rows["plain"].get("trial"):
+        method += " Plain fine-tuning is the best trial that accepts everything."
+    if images:
+        method += " Intervals: Wilson (1927), each for itself."
+    return Outcome(
+        _search_sentence(rows, images, record.kind) or str(results.get("reason", "")),
+        tuple(figures),
+        method,
+    )
+
+
+def _search_sentence(
+    rows: dict[str, dict[str, Any]], images: int, kind: str
+) -> str | None:
+    ours, plain = (rows[row].get("test_accuracy") for row in ("chosen", "plain"))
+    if ours is None or plain is None:
+        return None
+    counted = f"{images:,} test {kind}" if images else f"the test {kind}"
+    return (
+        f"The chosen setting gets {share_text(ours)} of {counted} right, plain "
+        f"fine-tuning {share_text(plain)}."
+    )
+
+
+# -- Learning curves ------------------------------------------------------------
+
+
+def learning_curves(record: RunRecord) -> list[charts.LineChart]:
+    """Returns the charts of a run by epoch.
+
+    Training is drawn in grey and validation in colour; what is of the accepted samples
+    alone is dashed.
+    """
+    metrics = record.metrics
+    plain = record.results.get("against_plain", {}).get("history", {})
+    plain_validation = [float(value) for value in plain.get("val_accuracy", [])]
+    thresholds = {one.epoch: one.threshold for one in record.losses}
+    in_use = [
+        math.nan if thresholds.get(epoch) is None else thresholds[epoch]
+        for epoch in range(1, len(metrics.get("loss", ())) + 1)
+    ]
+    drawn = [
+        charts.line_chart(
+            "accuracy",
+            "Accuracy, given labels",
+            [
+                *_of_both(metrics, "accuracy"),
+                ("validation, plain head", "second", plain_validation),
+            ],
+            as_percent=True,
+        ),
+        charts.line_chart(
+            "loss",
+            "Loss",
+            [*_of_both(metrics, "loss"), ("threshold", "threshold", in_use)],
+            as_percent=False,
+        ),
+        charts.line_chart(
+            "selection",
+            "Acceptance",
+            [
+                ("accepted samples", "first", metrics.get("acceptance_rate", [])),
+                ("wrong labels rejected", "second",
+                 metrics.get("rejection_recall", [])),
+                ("rejected labels that are wrong", "quiet",
+                 metrics.get("rejection_precision", [])),
+            ],
+            as_percent=True,
+        ),
+    ]  # fmt: skip
+    return [one for one in drawn if one is not None]
+
+
+def _of_both(
+    metrics: dict[str, list[float]], measure: str
+) -> list[tuple[str, str, Sequence[float]]]:
+    def completed(name: str, instead: str) -> Sequence[float]:
+        """Epochs that train the backbone have the mean over the epoch alone."""
+        others = metrics.get(instead, [])
+        values = metrics.get(name, others)
+        if len(others) != len(values):
+            return values
+        pairs = zip(values, others, strict=True)
+        return [other if math.isnan(value) else value for value, other in pairs]
+
+    older = "accepted_loss" if measure == "loss" else ""
+    lines = [
+        ("training, all samples", "quiet", completed(f"train_{measure}", measure)),
+        ("training, accepted samples", "quiet dashed",
+         completed(f"train_accepted_{measure}", older)),
+        ("validation", "first", metrics.get(f"val_{measure}", [])),
+    ]  # fmt: skip
+    rejects = any(rate < 1 for rate in metrics.get("acceptance_rate", []))
+    return lines if rejects else [one for one in lines if "dashed" not in one[1]]
+
+
+def curves_note(record: RunRecord) -> str:
+    """Says how the accuracies and losses were measured."""
+    if "train_accuracy" not in record.metrics:
+        return ""
+    said = "Measured at the end of each epoch, by the same weights for both splits."
+    if any(map(math.isnan, record.metrics["train_accuracy"])):
+        said += " In epochs that train the base, training is the mean over the epoch."
+    return said

@@ -6,7 +6,7 @@
 `batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name,
 `durable.py` keeps their files whole. `trials.py` runs a tuner's trials and compares
 with plain training, `choice.py` chooses among them, `search_run.py` puts it together,
-`search_folder.py` writes it, `pictures.py`, `parallel_coordinates.py` and `hparams.py`
+`search_folder.py` writes it, `pictures.py` and `hparams.py`
 show it. Where the base learns, `strategies.py` plans from which heads,
 `base_trials.py` trains, `base_search.py` puts that half together; `judged.py` says by
 which labels. With several processes, `roles.py` says which this one is, `chief.py`

@@ -49,8 +49,7 @@ from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.judged import judged_data, judged_features
 from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracles import make_quiet_tuner
-from keras_rsft.searching.parallel_coordinates import draw_parallel_coordinates
-from keras_rsft.searching.pictures import draw_heat_maps
+from keras_rsft.searching.pictures import write_pictures
 from keras_rsft.searching.roles import Crew, role_of
 from keras_rsft.searching.search_folder import (
     TRIALS_FILE,
@@ -97,7 +96,7 @@ class Search:
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
-        from keras_rsft.notebook import search_html
+        from keras_rsft.report.notebook import search_html
 
         return search_html(self)
 
@@ -347,8 +346,7 @@ def _concluded(
     write_samples(folder, features)
     write_trials(folder, outcomes)
     write_hparams(outcomes, options, folder)
-    draw_heat_maps(heads, folder)
-    draw_parallel_coordinates(outcomes, options, folder)
+    write_pictures(heads, outcomes, options, folder)
     try:
         choice = choose_trial(
             outcomes,
