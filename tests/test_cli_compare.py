@@ -65,7 +65,7 @@ def test_a_table_a_verdict_and_a_folder(compare, photo_folder, tmp_path):
 
 def test_without_noise_what_cannot_run_is_noted(compare, monkeypatch, tmp_path):
     from keras_rsft.comparing import comparison
-    from keras_rsft.comparing.summary import Outcome
+    from keras_rsft.comparing.verdict import Outcome
 
     monkeypatch.setattr(
         comparison,

@@ -8,11 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_rsft.comparing import (
-    Outcome,
-    compare,
-    comparison_folder,
-)
+from keras_rsft.comparing import Outcome, compare
 from keras_rsft.comparing import comparison as comparison_module
 from keras_rsft.data import load_images
 from keras_rsft.errors import InvalidArgument
@@ -90,7 +86,7 @@ class TestCompare:
         def fail(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(comparison_folder, "write_json", fail)
+        monkeypatch.setattr(comparison_module, "write_json", fail)
         monkeypatch.setattr(comparison_module, "run_method", fake_run)
         with pytest.raises(KeyboardInterrupt):
             written(tmp_path / "table")

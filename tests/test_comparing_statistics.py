@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_rsft.comparing import Outcome
-from keras_rsft.comparing.summary import judge, recovered_share, summarize
+from keras_rsft.comparing.verdict import judge, recovered_share, summarize
 from keras_rsft.intervals import (
     Interval,
     mean_interval,

@@ -1,13 +1,9 @@
-"""Several methods on one data set, side by side, on the same kept features.
+"""Several methods on one data set, side by side, on the same cached features.
 
-`method_names.py` is what the command line may know, `methods.py` what each method
-is, `baselines.py` trains those that are no policy, `summary.py` turns outcomes into
-means and a verdict, `comparison.py` puts it together, `comparison_folder.py` writes it.
-The folder is not called `compare`: the function of that name is public, and a module
-would hide it.
-
-The names below are loaded when they are first used, so that the command line can
-check the methods' names before anything heavy is imported.
+`method_names.py` is what the command line may know, `methods.py` trains each method,
+`verdict.py` turns outcomes into means and a verdict, `comparison.py` puts it together
+and writes it. The names below are loaded when they are first used, so that the command
+line can check the methods' names before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from typing import Any
 
 _HOMES = {
     "Comparison": "comparison",
-    "Outcome": "summary",
+    "Outcome": "verdict",
     "compare": "comparison",
     "compare_features": "comparison",
 }

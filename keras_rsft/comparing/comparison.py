@@ -1,28 +1,28 @@
-"""Puts a comparison together: features once, then every method with every seed."""
+"""Puts a comparison together and writes it: every method with every seed."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.comparing.comparison_folder import fill_comparison
 from keras_rsft.comparing.method_names import (
+    AUTO_WEIGHT_DECAY,
     CLEAN_SUBSET,
     CLEANLAB,
     EARLY_STOPPING,
     METHOD_NAMES,
     WEIGHT_DECAY,
-    WITH_AUTO,
     check_methods,
     has_cleanlab,
 )
 from keras_rsft.comparing.methods import Trial, run_method
-from keras_rsft.comparing.summary import (
+from keras_rsft.comparing.verdict import (
     MethodSummary,
     Outcome,
     Verdict,
@@ -35,11 +35,17 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
 from keras_rsft.features.image_batches import positions_of
 from keras_rsft.finetuning import NumberedFolder, SplitFeatures, TrainingSettings
-from keras_rsft.finetuning.feature_source import FeatureSource, open_features
+from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.unfinished import open_place
+from keras_rsft.intervals import Interval
 from keras_rsft.progress import progress_bar
+from keras_rsft.result_folder import write_csv, write_json
 
 NOISY_SPLITS = ("train", "validation")
+TABLE_FILE = "comparison.csv"
+SUMMARY_FILE = "summary.json"
+LABELS_FILE = "labels.csv"
+CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ def compare(
     progress: bool = True,
     command: str | None = None,
 ) -> Comparison:
-    """Trains a head with each of several methods on the same kept features.
+    """Trains a head with each of several methods on the same cached features.
 
     The seed changes the initial weights, the order of the samples and the labels
     that `noise` makes wrong. Accuracy is measured on the test split, against the
@@ -109,16 +115,16 @@ def compare(
         weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
         image_size: Side of the square images in pixels. Default: the base's.
         precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
-        views: Views kept of each training image, at least 1. Default 1.
-        feature_precision: How features are kept: `"float32"` or, in half the space,
+        views: Views cached of each training image, at least 1. Default 1.
+        feature_precision: How features are cached: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
-            those of the methods that are policies. Without label smoothing, mix-up
-            and early stopping, which are methods. Default: `TrainingSettings()`.
+            those of the methods that are policies. Without early stopping, which is a
+            method. Default: `TrainingSettings()`.
         output: Folder of the comparison, which must not exist, or
             `NumberedFolder("compare-photos")` for the next number. It is taken at once
             and appears whole at the end. Default: none is written.
-        cache_dir: Where features are kept. Default: the user's cache folder.
+        cache_dir: Where features are cached. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
 
@@ -134,8 +140,7 @@ def compare(
     """
     require_tensorflow_backend("`compare`")
     settings = settings or TrainingSettings()
-    _check_settings(settings)
-    _check_counts(settings.seed, seeds, views)
+    _check(settings, seeds, views)
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
@@ -156,58 +161,42 @@ def compare(
             cache_dir=cache_dir,
             progress=progress,
         )
-        comparison = _compare_source(
-            source,
+        noisy_data = {}
+        if noise is not None:
+            noisy_data = {
+                seed: add_label_noise(
+                    source.data, noise, seed=seed, splits=NOISY_SPLITS
+                )
+                for seed in range(settings.seed, settings.seed + seeds)
+            }
+
+        def features_of(seed: int) -> SplitFeatures:
+            if noise is None:
+                return source.features
+            return relabelled(source.features, noisy_data[seed])
+
+        comparison = compare_features(
+            features_of,
             methods=methods,
             seeds=seeds,
-            noise=noise,
             settings=settings,
             progress=progress,
-            command=command,
         )
-        if place is not None:
-            comparison = dataclasses.replace(comparison, folder=place.folder)
-            place.write(lambda folder: fill_comparison(folder, comparison))
-    return comparison
-
-
-def _compare_source(
-    source: FeatureSource,
-    *,
-    methods: Sequence[str] | None,
-    seeds: int,
-    noise: str | None,
-    settings: TrainingSettings,
-    progress: bool,
-    command: str | None,
-) -> Comparison:
-    """Compares methods on features, where that is asked for under wrong labels."""
-    data, kept = source.data, source.features
-    noisy_data = {}
-    if noise is not None:
-        noisy_data = {
-            seed: add_label_noise(data, noise, seed=seed, splits=NOISY_SPLITS)
-            for seed in range(settings.seed, settings.seed + seeds)
-        }
-
-    def features_of(seed: int) -> SplitFeatures:
-        return relabelled(kept, noisy_data[seed]) if noise is not None else kept
-
-    comparison = compare_features(
-        features_of, methods=methods, seeds=seeds, settings=settings, progress=progress
-    )
-    return dataclasses.replace(
-        comparison,
-        config={
+        config = {
             "command": command,
             **source.origin,
             "methods": list(comparison.summaries),
             "seeds": seeds,
             "noise": noise,
             **dataclasses.asdict(settings),
-        },
-        noisy_data=noisy_data,
-    )
+        }
+        comparison = dataclasses.replace(
+            comparison, config=config, noisy_data=noisy_data
+        )
+        if place is not None:
+            comparison = dataclasses.replace(comparison, folder=place.folder)
+            place.write(lambda folder: _write_files(folder, comparison))
+    return comparison
 
 
 def compare_features(
@@ -218,7 +207,7 @@ def compare_features(
     settings: TrainingSettings | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Compares methods on features that are kept already; writes nothing.
+    """Compares methods on features that are cached already; writes nothing.
 
     Args:
         features: The splits, or a function from a seed to the splits with the
@@ -236,8 +225,7 @@ def compare_features(
     """
     require_tensorflow_backend("`compare_features`")
     settings = settings or TrainingSettings()
-    _check_settings(settings)
-    _check_counts(settings.seed, seeds, 1)
+    _check(settings, seeds)
     methods = check_methods(methods)
     features_of = features if callable(features) else lambda seed: features
     first = features_of(settings.seed)
@@ -270,15 +258,7 @@ def compare_features(
 
 
 def relabelled(features: SplitFeatures, data: ImageData) -> SplitFeatures:
-    """Returns the same features under the labels that a data set gives their ids.
-
-    Args:
-        features: Kept features of the images of `data`.
-        data: The data set with other labels.
-
-    Raises:
-        DataError: If there are features of a sample that is not in `data`.
-    """
+    """Returns the same features under the labels that a data set gives their ids."""
 
     def relabel(part: FeatureSet, name: str) -> FeatureSet:
         split = getattr(data, name)
@@ -298,7 +278,7 @@ def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, s
     """Returns the methods that cannot run on this data, each with the reason."""
     missing = {}
     if settings.weight_decay is not None:
-        for name in (WEIGHT_DECAY, f"{WITH_AUTO}{WEIGHT_DECAY}"):
+        for name in (WEIGHT_DECAY, AUTO_WEIGHT_DECAY):
             missing[name] = "every method here has a weight decay already."
     if not len(features.validation):
         missing[EARLY_STOPPING] = "it needs a validation split."
@@ -312,22 +292,65 @@ def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, s
     return missing
 
 
-def _check_settings(settings: TrainingSettings) -> None:
-    if settings.make_soft_targets() is None and settings.early_stopping is None:
-        return
-    raise InvalidArgument(
-        "A comparison has label smoothing, mix-up and early stopping as methods of "
-        "their own. Leave `label_smoothing`, `mix_up` and `early_stopping` out of the "
-        "settings."
-    )
-
-
-def _check_counts(first_seed: int, seeds: int, views: int) -> None:
+def _check(settings: TrainingSettings, seeds: int, views: int = 1) -> None:
+    if settings.early_stopping is not None:
+        raise InvalidArgument(
+            "A comparison has early stopping as a method of its own. Leave "
+            "`early_stopping` out of the settings."
+        )
     for name, value in {"seeds": seeds, "views": views}.items():
         if value < 1:
             raise InvalidArgument(f"`{name}` must be at least 1. Received: {value}.")
-    if not 0 <= first_seed <= 2**31 - seeds:
+    if not 0 <= settings.seed <= 2**31 - seeds:
         raise InvalidArgument(
             f"Each of the {seeds} seeds from `settings.seed` on must be in "
-            f"[0, 2**31). Received: settings.seed={first_seed}."
+            f"[0, 2**31). Received: settings.seed={settings.seed}."
         )
+
+
+def _write_files(folder: Path, comparison: Comparison) -> None:
+    """Writes all files of a comparison into an empty folder."""
+    columns = [field.name for field in dataclasses.fields(Outcome)]
+    columns[columns.index("test_right")] = "test_accuracy"
+    write_csv(
+        folder / TABLE_FILE,
+        columns,
+        ([getattr(one, name) for name in columns] for one in comparison.outcomes),
+    )
+    summary = {
+        "verdict": dataclasses.asdict(comparison.verdict),
+        "methods": {
+            name: {
+                field.name: _plain_value(getattr(summary, field.name))
+                for field in dataclasses.fields(summary)
+            }
+            for name, summary in comparison.summaries.items()
+        },
+        "notes": list(comparison.notes),
+    }
+    write_json(folder / SUMMARY_FILE, summary)
+    write_json(folder / CONFIG_FILE, comparison.config)
+    if comparison.noisy_data:
+        write_csv(
+            folder / LABELS_FILE,
+            ["seed", "id", "split", "given_label", "clean_label"],
+            _label_rows(comparison.noisy_data),
+        )
+
+
+def _plain_value(value: Any) -> Any:
+    """Returns what JSON can hold; the width for a single seed becomes null."""
+    if not isinstance(value, Interval):
+        return value
+    width = value.half_width if math.isfinite(value.half_width) else None
+    return {"mean": value.mean, "half_width": width}
+
+
+def _label_rows(noisy_data: dict[int, ImageData]) -> Iterable[tuple]:
+    for seed, data in noisy_data.items():
+        names = data.class_names
+        for split in (data.train, data.validation):
+            for sample_id, given, clean in zip(
+                split.ids, split.labels, split.clean_labels, strict=True
+            ):
+                yield seed, sample_id, split.name, names[given], names[clean]

@@ -6,28 +6,25 @@ import importlib.util
 from collections.abc import Sequence
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.policy_choice import POLICY_NAMES, require_known
+from keras_rsft.policy_choice import require_known
 
 PLAIN = "plain"
 CLEAN_SUBSET = "clean-subset"
 EARLY_STOPPING = "early-stopping"
 CLEANLAB = "cleanlab"
 AUTO = "auto"
-
-# Regularisation: alone, and with rejection by `auto`.
-WEIGHT_DECAY, LABEL_SMOOTHING, MIX_UP = "weight-decay", "label-smoothing", "mix-up"
-REGULARISATIONS = (WEIGHT_DECAY, LABEL_SMOOTHING, MIX_UP)
-WITH_AUTO = f"{AUTO}+"
+WEIGHT_DECAY = "weight-decay"
+AUTO_WEIGHT_DECAY = f"{AUTO}+{WEIGHT_DECAY}"
 
 METHOD_NAMES = (
     PLAIN,
     EARLY_STOPPING,
-    *REGULARISATIONS,
+    WEIGHT_DECAY,
     "article",
     "loss-threshold",
     "keep-fraction",
-    *((AUTO,) if AUTO in POLICY_NAMES else ()),
-    *(f"{WITH_AUTO}{name}" for name in REGULARISATIONS),
+    AUTO,
+    AUTO_WEIGHT_DECAY,
     "gce",
     "co-teaching",
     CLEANLAB,
@@ -36,15 +33,7 @@ METHOD_NAMES = (
 
 
 def check_methods(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Returns the methods to run, `plain` first, each once.
-
-    Args:
-        names: Names out of `METHOD_NAMES`; None means all that can run.
-
-    Raises:
-        InvalidArgument: If a name is not known, or there is none.
-        ImportError: If `cleanlab` is asked for by name and not installed.
-    """
+    """Returns the methods to run, `plain` first, each once; None: all that can run."""
     if names is None:
         return None
     if isinstance(names, str) or not names:

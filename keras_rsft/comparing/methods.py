@@ -1,7 +1,7 @@
-"""What each method is: how it gets from kept features to an outcome.
+"""What each method is: how it gets from cached features to an outcome.
 
-A method sees one seed's `Trial`; all of them train with the same settings, and all
-of them are judged on the same test split.
+A method sees one seed's `Trial`; all of them take optimizer, epochs, batches and their
+order from the same settings, and all of them are judged on the same test split.
 """
 
 from __future__ import annotations
@@ -14,51 +14,48 @@ from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-from keras_rsft.comparing.baselines import (
-    cleanlab_accepts,
-    estimated_noise_rate,
-    out_of_fold_probabilities,
-    train_co_teaching,
-    train_gce,
-)
+from keras_rsft.backbones import build_head
 from keras_rsft.comparing.method_names import (
     AUTO,
+    AUTO_WEIGHT_DECAY,
     CLEAN_SUBSET,
     CLEANLAB,
     EARLY_STOPPING,
-    LABEL_SMOOTHING,
-    MIX_UP,
     PLAIN,
     WEIGHT_DECAY,
-    WITH_AUTO,
+    require_cleanlab,
 )
-from keras_rsft.comparing.summary import Outcome
+from keras_rsft.comparing.verdict import Outcome
 from keras_rsft.errors import TrainingStalled
+from keras_rsft.features import TrainingBatches
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
 from keras_rsft.finetuning.early_stopping import best_of_all_epochs
-from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.finetuning.head_training import (
+    choose_steps_per_execution,
+    head_probabilities,
+)
+from keras_rsft.policies import keep_smallest, ramped_keep_fraction
 
 # In multiples of ln(classes).
 ARTICLE_THRESHOLD = 1.5
-# How strongly each regularises. A weight decay is multiplied by the learning rate: this
-# one forgets in some 300 steps at the default rate. The share is Szegedy et al.'s,
-# alpha is that of DivideMix.
-STRENGTHS = {
-    WEIGHT_DECAY: {"weight_decay": 3.0},
-    LABEL_SMOOTHING: {"label_smoothing": 0.1},
-    MIX_UP: {"mix_up": 4.0},
-}
+# Multiplied by the learning rate: forgets in some 300 steps at the default rate.
+WEIGHT_DECAY_STRENGTH = 3.0
+GCE_Q = 0.7
+CO_TEACHING_RAMP_EPOCHS = 10
+FOLDS = 5
+# A rate estimate above this would leave co-teaching with next to nothing.
+MAX_NOISE_RATE = 0.9
+# Apart from the first head's seed, and from the neighbouring seeds of a comparison.
+_SECOND_HEAD = 1_000_003
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One seed of a comparison: what every method is given.
+    """One seed of a comparison: features with its labels, and how to train.
 
-    Attributes:
-        features: The splits with the labels of this seed. The test labels are the
-            right ones, where those are known.
-        settings: How to train; `settings.policy` has the numbers of the policies.
+    The test labels are the right ones, where those are known.
     """
 
     features: SplitFeatures
@@ -78,14 +75,7 @@ Trained = tuple[np.ndarray, np.ndarray | None, float | None]
 
 
 def run_method(name: str, trial: Trial) -> Outcome:
-    """Trains one method with one seed.
-
-    A training that stalls is an outcome, not an error.
-
-    Args:
-        name: Out of `METHOD_NAMES`.
-        trial: What to train on.
-    """
+    """Trains one method with one seed; a training that stalls is an outcome too."""
     shared = name in (CLEANLAB, "co-teaching")
     # Computed once for the methods that share it, and counted for each of them.
     shared_seconds = trial.out_of_fold[1] if shared else 0.0
@@ -139,22 +129,10 @@ def _early_stopping(trial: Trial) -> Trained:
     return _policy(trial, "accept-all", callbacks=[best_epoch])
 
 
-def _regularised(name: str, policy: str) -> Callable[[Trial], Trained]:
-    """Returns a policy with one more regularisation of the same head.
-
-    Sources: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019;
-    Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR
-    2016, with their share, and under wrong labels Lukasik et al., "Does label smoothing
-    mitigate label noise?", ICML 2020; Zhang et al., "mixup: beyond empirical risk
-    minimization", ICLR 2018, on features, and of accepted samples alone as in Li,
-    Socher and Hoi, "DivideMix", ICLR 2020.
-    """
-
-    def method(trial: Trial) -> Trained:
-        settings = dataclasses.replace(trial.settings, **STRENGTHS[name])
-        return _policy(dataclasses.replace(trial, settings=settings), policy)
-
-    return method
+def _weight_decay(trial: Trial, policy: str) -> Trained:
+    """Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019."""
+    settings = dataclasses.replace(trial.settings, weight_decay=WEIGHT_DECAY_STRENGTH)
+    return _policy(dataclasses.replace(trial, settings=settings), policy)
 
 
 def _article(trial: Trial) -> Trained:
@@ -169,10 +147,6 @@ def _article(trial: Trial) -> Trained:
     return _policy(
         trial, "loss-threshold", level="batch", warmup_epochs=0.0, **above_a_new_head
     )
-
-
-def _loss_threshold(trial: Trial) -> Trained:
-    return _policy(trial, "loss-threshold", level="sample")
 
 
 def _gce(trial: Trial) -> Trained:
@@ -191,7 +165,10 @@ def _co_teaching(trial: Trial) -> Trained:
 def _cleanlab(trial: Trial) -> Trained:
     """Filter once, then plain: on what cleanlab does not call a label issue."""
     train = trial.features.train
-    accepted = cleanlab_accepts(train.labels, trial.out_of_fold[0])
+    require_cleanlab()
+    from cleanlab.filter import find_label_issues
+
+    accepted = ~find_label_issues(train.labels, trial.out_of_fold[0], n_jobs=1)
     return _on_subset(trial, accepted)
 
 
@@ -213,12 +190,12 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
 _METHODS: dict[str, Callable[[Trial], Trained]] = {
     PLAIN: _plain,
     EARLY_STOPPING: _early_stopping,
-    **{name: _regularised(name, "accept-all") for name in STRENGTHS},
+    WEIGHT_DECAY: lambda trial: _weight_decay(trial, "accept-all"),
     "article": _article,
-    "loss-threshold": _loss_threshold,
+    "loss-threshold": lambda trial: _policy(trial, "loss-threshold", level="sample"),
     "keep-fraction": lambda trial: _policy(trial, "keep-fraction"),
     AUTO: lambda trial: _policy(trial, AUTO),
-    **{f"{WITH_AUTO}{name}": _regularised(name, AUTO) for name in STRENGTHS},
+    AUTO_WEIGHT_DECAY: lambda trial: _weight_decay(trial, AUTO),
     "gce": _gce,
     "co-teaching": _co_teaching,
     CLEANLAB: _cleanlab,
@@ -247,3 +224,157 @@ def _rejected_shares(
         for name, part in shares.items()
         if part.any()
     }
+
+
+# -- Baselines that no policy expresses -----------------------------------------
+
+
+def train_gce(features: SplitFeatures, settings: TrainingSettings) -> keras.Model:
+    """Trains a head with the generalised cross-entropy loss, `(1 - p**0.7) / 0.7`.
+
+    Source: Zhang and Sabuncu, "Generalized cross entropy loss for training deep
+    neural networks with noisy labels", NeurIPS 2018, with their q and without
+    their truncation.
+    """
+    loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
+    return _train_stock(features, settings, loss)
+
+
+def train_co_teaching(
+    features: SplitFeatures, settings: TrainingSettings, *, noise_rate: float
+) -> tuple[keras.Model, np.ndarray]:
+    """Trains two heads, each on the samples that have a small loss for the other.
+
+    Source: Han et al., "Co-teaching: robust training of deep neural networks with
+    extremely noisy labels", NeurIPS 2018. The share kept of each batch falls over
+    10 epochs from 1 to `1 - noise_rate`. Returns the first head, and a mask of the
+    training samples that the other one chooses for it in the end.
+    """
+    train = features.train
+    seeds = (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31)
+    heads = [_new_head(features, seed) for seed in seeds]
+    optimizers = [settings.make_optimizer() for _ in heads]
+    for head, optimizer in zip(heads, optimizers, strict=True):
+        optimizer.build(head.trainable_variables)
+    batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
+
+    @tf.function
+    def run_epoch(keep: tf.Tensor) -> None:
+        for inputs, labels in batches.dataset:
+            co_teaching_step(heads, optimizers, inputs, labels, keep)
+
+    for epoch in range(settings.epochs):
+        batches.callback.on_epoch_begin(epoch)
+        keep = ramped_keep_fraction(epoch, 1 - noise_rate, CO_TEACHING_RAMP_EPOCHS)
+        run_epoch(tf.cast(keep, tf.float32))
+    probabilities = head_probabilities(heads[1], train)
+    losses = keras.losses.sparse_categorical_crossentropy(train.labels, probabilities)
+    chosen = np.zeros(len(train), bool)
+    order = batches.order(settings.epochs - 1)[0].numpy()
+    for start in range(0, len(order), settings.batch_size):
+        batch = order[start : start + settings.batch_size]
+        chosen[batch] = np.asarray(keep_smallest(tf.gather(losses, batch), keep))
+    return heads[0], chosen
+
+
+def co_teaching_step(
+    heads: list[keras.Model],
+    optimizers: list[keras.optimizers.Optimizer],
+    inputs: tf.Tensor,
+    labels: tf.Tensor,
+    keep_fraction: tf.Tensor | float,
+) -> None:
+    """Updates each of two heads on the samples that the other one chooses.
+
+    Both choose before either is updated; the gradient is that of the mean loss of
+    the chosen samples.
+    """
+    with tf.GradientTape(persistent=True) as tape:
+        losses = [
+            keras.losses.sparse_categorical_crossentropy(
+                labels, head(inputs, training=True)
+            )
+            for head in heads
+        ]
+        chosen = [
+            tf.cast(keep_smallest(tf.stop_gradient(loss), keep_fraction), loss.dtype)
+            for loss in losses
+        ]
+        objectives = [
+            tf.reduce_sum(loss * mask) / tf.maximum(tf.reduce_sum(mask), 1)
+            for loss, mask in zip(losses, reversed(chosen), strict=True)
+        ]
+    for head, optimizer, objective in zip(heads, optimizers, objectives, strict=True):
+        variables = head.trainable_variables
+        optimizer.apply(tape.gradient(objective, variables), variables)
+
+
+def out_of_fold_probabilities(
+    features: SplitFeatures, settings: TrainingSettings
+) -> np.ndarray:
+    """Returns what plain heads say of training samples that they have not seen.
+
+    Float32 `(n, classes)`, each row from a head trained on the other four folds.
+    """
+    train = features.train
+    folds = np.random.default_rng(settings.seed).permutation(len(train)) % FOLDS
+    loss = "sparse_categorical_crossentropy"
+    probabilities = np.zeros((len(train), len(features.class_names)), np.float32)
+    for fold in range(FOLDS):
+        held_out = folds == fold
+        if not held_out.any():
+            continue
+        seen = train.take(np.flatnonzero(~held_out))
+        head = _train_stock(dataclasses.replace(features, train=seen), settings, loss)
+        probabilities[held_out] = head_probabilities(head, train)[held_out]
+    return probabilities
+
+
+def estimated_noise_rate(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Estimates the share of wrong labels, in [0, 0.9], from out-of-fold probabilities.
+
+    Source: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty
+    in dataset labels", JAIR 2021: the confident joint, without its calibration. A
+    sample counts for the likeliest of the classes whose probability reaches the
+    mean probability that samples given that class have for it. It also counts the
+    heads' own mistakes, so it is rather too high.
+    """
+    num_classes = probabilities.shape[1]
+    thresholds = np.full(num_classes, np.inf)
+    for label in np.unique(labels):
+        thresholds[label] = probabilities[labels == label, label].mean()
+    confident = np.where(probabilities >= thresholds, probabilities, -1.0)
+    counted = confident.max(axis=1) >= 0
+    if not counted.any():
+        return 0.0
+    wrong = confident.argmax(axis=1)[counted] != labels[counted]
+    return min(float(wrong.mean()), MAX_NOISE_RATE)
+
+
+def _new_head(features: SplitFeatures, seed: int) -> keras.Model:
+    train = features.train
+    return build_head(
+        train.dim, len(features.class_names), moments=train.moments(), seed=seed
+    )
+
+
+def _train_stock(
+    features: SplitFeatures, settings: TrainingSettings, loss: str | keras.losses.Loss
+) -> keras.Model:
+    train = features.train
+    head = _new_head(features, settings.seed)
+    steps = -(-len(train) // settings.batch_size)
+    head.compile(
+        settings.make_optimizer(),
+        loss,
+        steps_per_execution=choose_steps_per_execution(steps),
+    )
+    batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
+    head.fit(
+        batches.dataset,
+        epochs=settings.epochs,
+        callbacks=[batches.callback],
+        verbose=0,
+        shuffle=False,
+    )
+    return head

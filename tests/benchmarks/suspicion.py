@@ -20,7 +20,7 @@ from cleanlab.rank import get_label_quality_scores
 from sklearn.metrics import roc_auc_score
 
 import keras_rsft as rsft
-from keras_rsft.comparing.baselines import out_of_fold_probabilities
+from keras_rsft.comparing.methods import out_of_fold_probabilities
 from keras_rsft.finetuning import extract_all
 
 

@@ -1,7 +1,4 @@
-"""From the outcome of each method and seed to means, differences and a verdict.
-
-Computes only; printing and writing are for others.
-"""
+"""From the outcome of each method and seed to means, differences and a verdict."""
 
 from __future__ import annotations
 
@@ -135,9 +132,6 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
     lead, over seeds and test samples, excludes zero, over the runner-up and over every
     other method. The clean subset does not compete: it is told which labels are right.
     Nor does a method that stalled with some seed.
-
-    Args:
-        outcomes: With the same test samples for every seed.
     """
     right = _complete_right(outcomes)
     right.pop(CLEAN_SUBSET, None)
@@ -171,18 +165,8 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
 def recovered_share(method: float, plain: float, clean: float) -> float | None:
     """Returns the share of what wrong labels cost that a method wins back.
 
-    Args:
-        method: Accuracy of the method.
-        plain: Accuracy of plain fine-tuning.
-        clean: Accuracy of training on the samples with right labels only.
-
-    Returns:
-        0 for plain fine-tuning, 1 for the clean subset, below 0 for harm; None
-        where the wrong labels cost nothing.
-
-    Example:
-        >>> round(recovered_share(method=0.92, plain=0.82, clean=0.94), 2)
-        0.83
+    0 is plain fine-tuning, 1 the clean subset, below 0 harm; None where the wrong
+    labels cost nothing.
     """
     return (method - plain) / (clean - plain) if clean > plain else None
 
