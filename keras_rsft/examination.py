@@ -181,7 +181,8 @@ def examine_labels(
     evidence = _Evidence.of(features)
     regression = LeftOutRegression(evidence.features, num_classes, seed)
     weights = np.where(evidence.dropped, np.float32(0), np.float32(1))
-    sharpness = noise = None
+    sharpness: float | None = None
+    noise = np.eye(num_classes)
     with progress_bar(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
     ) as advance:
@@ -447,14 +448,12 @@ def fit_noise(
     samples by which it is chosen.
     """
     everything = chosen is None or chosen.all()
-    some_scores, some_labels, some_known = (
-        values if everything or values is None else values[chosen]
-        for values in (scores, labels, known)
-    )
+    rows = slice(None) if everything else chosen
+    some_known = None if known is None else known[rows]
     best = (-np.inf, 1.0, np.eye(scores.shape[1]))
     for sharpness in _neighbours(SHARPNESSES, near):
         likelihood, noise = _expectation_maximisation(
-            softmax(sharpness * some_scores), some_labels, some_known
+            softmax(sharpness * scores[rows]), labels[rows], some_known
         )
         if likelihood > best[0]:
             best = (likelihood, float(sharpness), noise)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -96,9 +97,10 @@ def rank_backbones(
     """Scores bases on a stratified sample of the training images.
 
     The expected accuracy is that of the ridge regression of `examine_labels`, each
-    sample predicted from the others. Where labels look wrong, agreement with them
-    would count for mistakes too: then each label counts by the probability that it is
-    right, a mean over the bases, so that none is judged by its own opinion alone.
+    sample predicted from the others (Allen, 1974). Where labels look wrong, agreement
+    with them would count for mistakes too: then each label counts by the probability
+    that it is right, a mean over the bases, so that none is judged by its own opinion
+    alone.
     Where only the given labels counted, wrong ones spread evenly over the classes
     would lower all accuracies without changing their order.
 
@@ -129,7 +131,7 @@ def rank_backbones(
     for name in names:
         check_backbone_name(name)
     if not isinstance(data, SampleData):
-        data = load_images(data)
+        data = load_images(os.fspath(data))
     for name in names:
         require_takes(name, data.kind)
     chosen = stratified_sample(data.train.labels, sample, seed=seed)
@@ -145,7 +147,7 @@ def rank_backbones(
                 frozen, images, cache_dir=cache_dir, progress=progress
             )
             found = examine_labels(kept, data.num_classes, progress=progress)
-            sizes = {
+            sizes: dict[str, Any] = {
                 "seconds_per_image": seconds_per_image(frozen, images),
                 "weights_bytes": weights_bytes(base),
                 "dim": frozen.dim,
@@ -203,7 +205,7 @@ def label_weights(examinations: Sequence[Examination]) -> np.ndarray:
     ]
     if not judges:
         return np.ones(len(examinations[0].labels))
-    return np.mean(judges, axis=0, dtype=np.float64)
+    return np.asarray(np.mean(judges, axis=0, dtype=np.float64))
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:

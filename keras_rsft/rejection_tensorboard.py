@@ -165,28 +165,14 @@ class RejectionTensorBoard(keras.callbacks.Callback):
 
 
 def most_suspicious(losses: np.ndarray, rejected: np.ndarray, most: int) -> np.ndarray:
-    """Returns the rejected samples with the highest losses, highest first.
-
-    Args:
-        losses: Float array `(n,)`; what is not finite counts as highest.
-        rejected: Boolean array `(n,)`.
-        most: How many to return at most.
-
-    Returns:
-        Integers of shape `(k,)`, `k <= most`; of equal losses the first sample first.
-    """
+    """Returns at most `most` rejected samples, highest or not finite losses first."""
     samples = np.flatnonzero(rejected)
     ranked = np.where(np.isfinite(losses[samples]), losses[samples], np.inf)
     return samples[np.argsort(-ranked, kind="stable")[:most]]
 
 
 def hparams_of(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Returns settings as the page HParams takes them: flat, without what is unset.
-
-    Args:
-        settings: Plain values, or mappings of such, as `dataclasses.asdict` gives
-            `TrainingSettings`; the keys of a mapping follow its own after a dot.
-    """
+    """Returns settings as the page HParams takes them: flat, without what is unset."""
     flat: dict[str, bool | int | float | str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -29,7 +29,7 @@ from keras_rsft.comparing.verdict import (
     judge,
     summarize,
 )
-from keras_rsft.data import ImageData, add_label_noise
+from keras_rsft.data import SampleData, add_label_noise
 from keras_rsft.data.noise import parse_noise
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
@@ -68,7 +68,7 @@ class Comparison:
     verdict: Verdict
     notes: tuple[str, ...] = ()
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    noisy_data: dict[int, ImageData] = dataclasses.field(
+    noisy_data: dict[int, SampleData] = dataclasses.field(
         default_factory=dict, repr=False
     )
     folder: Path | None = None
@@ -81,7 +81,7 @@ class Comparison:
 
 
 def compare(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     *,
     methods: Sequence[str] | None = None,
     seeds: int = 5,
@@ -257,7 +257,7 @@ def compare_features(
     return Comparison(tuple(outcomes), summarize(outcomes), judge(outcomes), notes)
 
 
-def relabelled(features: SplitFeatures, data: ImageData) -> SplitFeatures:
+def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
     """Returns the same features under the labels that a data set gives their ids."""
 
     def relabel(part: FeatureSet, name: str) -> FeatureSet:
@@ -268,9 +268,11 @@ def relabelled(features: SplitFeatures, data: ImageData) -> SplitFeatures:
             split.labels[rows], None if clean is None else clean[rows]
         )
 
-    parts = ("train", "validation", "test")
     return dataclasses.replace(
-        features, **{name: relabel(getattr(features, name), name) for name in parts}
+        features,
+        train=relabel(features.train, "train"),
+        validation=relabel(features.validation, "validation"),
+        test=relabel(features.test, "test"),
     )
 
 
@@ -346,11 +348,12 @@ def _plain_value(value: Any) -> Any:
     return {"mean": value.mean, "half_width": width}
 
 
-def _label_rows(noisy_data: dict[int, ImageData]) -> Iterable[tuple]:
+def _label_rows(noisy_data: dict[int, SampleData]) -> Iterable[tuple]:
     for seed, data in noisy_data.items():
         names = data.class_names
         for split in (data.train, data.validation):
+            right = split.labels if split.clean_labels is None else split.clean_labels
             for sample_id, given, clean in zip(
-                split.ids, split.labels, split.clean_labels, strict=True
+                split.ids, split.labels, right, strict=True
             ):
                 yield seed, sample_id, split.name, names[given], names[clean]

@@ -11,6 +11,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -106,7 +107,7 @@ def _policy(
     name: str,
     *,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-    **changes: str | float,
+    **changes: Any,
 ) -> Trained:
     """Trains with a policy by name, with the numbers of the trial's settings."""
     choice = dataclasses.replace(trial.settings.policy, name=name, **changes)
@@ -141,7 +142,7 @@ def _article(trial: Trial) -> Trained:
     Without a warm-up, a threshold below the loss of a new head, somewhat above
     ln(classes), would reject every batch for ever.
     """
-    above_a_new_head = {}
+    above_a_new_head: dict[str, Any] = {}
     if trial.settings.policy.threshold is None:
         above_a_new_head["relative_threshold"] = ARTICLE_THRESHOLD
     return _policy(

@@ -119,7 +119,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
             acceptance_rate=_mean(mine, "acceptance_rate"),
             wrong_labels_rejected=_mean(mine, "wrong_labels_rejected"),
             right_labels_rejected=_mean(mine, "right_labels_rejected"),
-            seconds=_mean(mine, "seconds"),
+            seconds=sum(outcome.seconds for outcome in mine) / len(mine),
             stalled=sum(outcome.stalled is not None for outcome in mine),
         )
     return summaries
@@ -177,8 +177,9 @@ def _complete_right(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
     for name in _names(outcomes):
         mine = [outcome for outcome in outcomes if outcome.method == name]
         mine.sort(key=lambda outcome: outcome.seed)
-        if all(outcome.test_right is not None for outcome in mine):
-            right[name] = np.stack([outcome.test_right for outcome in mine])
+        judged = [one.test_right for one in mine if one.test_right is not None]
+        if len(judged) == len(mine):
+            right[name] = np.stack(judged)
     return right
 
 

@@ -37,8 +37,9 @@ class _Part:
 
     def losses_and_hits(self, model: keras.Model) -> tuple[np.ndarray, np.ndarray]:
         """Returns cross-entropies, float32 `(m,)`, and which labels are predicted."""
-        scores = [np.asarray(model(chunk, training=False)) for chunk in self._chunks]
-        scores = np.concatenate(scores)
+        scores = np.concatenate(
+            [np.asarray(model(chunk, training=False)) for chunk in self._chunks]
+        )
         losses = keras.losses.sparse_categorical_crossentropy(self.labels, scores)
         return np.asarray(losses), scores.argmax(axis=-1) == self.labels
 
@@ -60,7 +61,7 @@ class EpochCurves(keras.callbacks.Callback):
             self._validation = _Part(features.validation, seed)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if logs is None:
+        if logs is None or self._recorder.last_epoch is None:
             return
         losses, hits = self._train.losses_and_hits(self.model)
         accepted = self._recorder.last_epoch[1][self._train.rows] > 0

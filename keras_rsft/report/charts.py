@@ -396,12 +396,12 @@ def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histog
         text = f"{10.0**decade:g}"
         drawn += _words(text, x(10.0**decade), SMALL_HEIGHT - 6, "middle")
     accepted, rejected = (sum(one[i] for one in epoch.bins) for i in (2, 3))
-    counts = f"{accepted:,} accepted, {rejected:,} rejected"
-    summary = f"Losses of epoch {epoch.epoch}: {counts}"
+    shown = f"{accepted:,} accepted, {rejected:,} rejected"
+    summary = f"Losses of epoch {epoch.epoch}: {shown}"
     if threshold is not None:
         summary += f"; threshold {threshold:.3g}"
     svg = _svg(drawn, SMALL_WIDTH, SMALL_HEIGHT, f"{summary}.")
-    return Histogram(epoch.epoch, counts, threshold, svg)
+    return Histogram(epoch.epoch, shown, threshold, svg)
 
 
 # -- A comparison and a search, in a notebook ----------------------------------
@@ -499,16 +499,17 @@ def heat_maps_svg(maps: Sequence[HeatMap]) -> str:
 
 def _heat_map(one: HeatMap, title: str, box: _Box) -> str:
     means = one.means[title]
-    x = _scale(*one.rate_edges[[0, -1]], box.left, box.right, log=True)
-    y = _scale(*one.edges[[0, -1]], box.bottom, box.top)
+    rates, numbers = one.rate_edges.tolist(), one.edges.tolist()
+    x = _scale(rates[0], rates[-1], box.left, box.right, log=True)
+    y = _scale(numbers[0], numbers[-1], box.bottom, box.top)
     lowest, highest = float(np.nanmin(means)), float(np.nanmax(means))
     height = _scale(lowest, highest, 0, 1)
     drawn = box.axes(
-        [(x(tick), f"{tick:g}") for tick in rate_ticks(*one.rate_edges[[0, -1]])],
+        [(x(tick), f"{tick:g}") for tick in rate_ticks(rates[0], rates[-1])],
         [
             (y(tick), f"{tick:g}")
-            for tick in nice_ticks(*one.edges[[0, -1]])
-            if one.edges[0] <= tick <= one.edges[-1]
+            for tick in nice_ticks(numbers[0], numbers[-1])
+            if numbers[0] <= tick <= numbers[-1]
         ],
         x_label="learning rate",
         y_label=one.label,

@@ -20,13 +20,10 @@ MAX_SHOWN_PAIRS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """Given against predicted labels.
+    """Given against predicted labels: a row of counts for each given class.
 
-    Attributes:
-        classes: The classes shown, in the order of the table.
-        counts: A row of counts for each given class.
-        strengths: For each count its share of the row, in tenths, from 0 to 9.
-        pairs: The most frequent pairs of different labels: given, predicted, count.
+    `strengths` has each count's share of its row, from 0 to 9; `pairs` the most
+    frequent different labels: given, predicted, count.
     """
 
     classes: tuple[int, ...]
@@ -38,14 +35,7 @@ class Confusion:
 def confusion_of(
     samples: Samples, num_classes: int, *, max_classes: int = 20, max_pairs: int = 30
 ) -> Confusion:
-    """Counts given against predicted labels.
-
-    Args:
-        samples: The ledger.
-        num_classes: Number of classes.
-        max_classes: With more of them there is no table, only pairs. Default 20.
-        max_pairs: How many pairs to return. Default 30.
-    """
+    """Counts labels; with more than `max_classes` there is no table, only pairs."""
     known = samples.predicted >= 0
     flat = samples.given[known].astype(np.int64) * num_classes
     flat += samples.predicted[known]
@@ -60,15 +50,14 @@ def confusion_of(
     )
     if num_classes > max_classes:
         return Confusion((), (), (), pairs)
-    table = np.zeros(num_classes * num_classes, np.int64)
-    table[cells] = frequencies
-    table = table.reshape(num_classes, num_classes)
+    table = np.zeros((num_classes, num_classes), np.int64)
+    table.flat[cells] = frequencies
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     strengths = np.where(table > 0, np.clip(np.ceil(shares * 9), 1, 9), 0).astype(int)
     return Confusion(
         tuple(range(num_classes)),
-        tuple(map(tuple, table.tolist())),
-        tuple(map(tuple, strengths.tolist())),
+        tuple(tuple(row) for row in table.tolist()),
+        tuple(tuple(row) for row in strengths.tolist()),
         pairs,
     )
 
@@ -78,17 +67,10 @@ def gallery_data(
 ) -> dict[str, Any]:
     """Returns what the page's script shows, as JSON can hold it.
 
-    Args:
-        record: The run.
-        served: True lists every sample, and pictures are fetched one by one. False
-            embeds the pictures or texts of the most suspicious, and lists those alone.
-        max_bytes: Most bytes of embedded pictures, as text. Default 9,000,000.
-
-    Returns:
-        `run`, `kind`, `classes`, `total`, `served`, `pairs` (rows and similarity) and
-        `samples`, a list for each column.
+    A served page lists every sample and fetches pictures one by one. Else the pictures
+    or texts of the most suspicious are embedded, and those alone are listed.
     """
-    samples = record.samples
+    samples = record.ledger
     order = np.argsort(-samples.numbers["suspicion"], kind="stable")
     place = {sample_id: row for row, sample_id in enumerate(samples.ids)}
     pairs = [
@@ -124,7 +106,12 @@ def _shown(record: RunRecord, rows: Sequence[int], max_bytes: int) -> dict[int, 
     """Returns pictures or texts till they fill the room; "" where there is none."""
     pictures, used = {}, 0
     for row in rows:
-        text = _one_shown(record, record.samples.ids[row])
+        sample_id = record.ledger.ids[row]
+        if record.kind == "texts":
+            text = record.texts.get(sample_id, "")
+        else:
+            picture = record.thumbnail(sample_id) or b""
+            text = base64.b64encode(picture).decode("ascii")
         used += len(text.encode())
         if used > max_bytes:
             break
@@ -132,17 +119,10 @@ def _shown(record: RunRecord, rows: Sequence[int], max_bytes: int) -> dict[int, 
     return pictures
 
 
-def _one_shown(record: RunRecord, sample_id: str) -> str:
-    """Returns the beginning of a text, or a picture in base 64."""
-    if record.kind == "texts":
-        return record.texts.get(sample_id, "")
-    return base64.b64encode(record.thumbnail(sample_id) or b"").decode("ascii")
-
-
 def _columns(
     record: RunRecord, rows: Sequence[int], pictures: dict[int, str], *, served: bool
 ) -> dict[str, list]:
-    samples = record.samples
+    samples = record.ledger
     picked = np.array(rows, np.int64)
     columns = {
         "id": [samples.ids[row] for row in rows],

@@ -61,7 +61,7 @@ def write_report(
             is a file of another kind.
         DataError: If a file of the run cannot be understood.
     """
-    folder = getattr(run, "folder", run)
+    folder = run if isinstance(run, (str, os.PathLike)) else run.folder
     if folder is None:
         raise InvalidArgument(
             "The report is made from a run's folder, and this run was not written. "
@@ -127,7 +127,7 @@ def _content(record: RunRecord, *, served: bool) -> dict[str, Any]:
     }
     if record.is_search:
         return content
-    samples = record.samples
+    samples = record.ledger
     data = gallery_data(record, served=served)
     confusion = confusion_of(samples, len(record.class_names))
     return content | {
@@ -398,10 +398,9 @@ def learning_curves(record: RunRecord) -> list[charts.LineChart]:
     plain = record.results.get("against_plain", {}).get("history", {})
     plain_validation = [float(value) for value in plain.get("val_accuracy", [])]
     thresholds = {one.epoch: one.threshold for one in record.losses}
-    in_use = [
-        math.nan if thresholds.get(epoch) is None else thresholds[epoch]
-        for epoch in range(1, len(metrics.get("loss", ())) + 1)
-    ]
+    epochs = range(1, len(metrics.get("loss", ())) + 1)
+    known = (thresholds.get(epoch) for epoch in epochs)
+    in_use = [math.nan if one is None else one for one in known]
     drawn = [
         charts.line_chart(
             "accuracy",

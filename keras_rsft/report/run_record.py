@@ -29,14 +29,8 @@ _COUNTS = ("seen", "accepted", "rejected")
 class Samples:
     """The ledger, one entry a training sample.
 
-    Attributes:
-        ids: The samples' ids.
-        given: int32 array `(n,)`, given labels.
-        predicted: int32 array `(n,)`, predicted labels; -1 where not known.
-        clean: int32 array `(n,)`, right labels; -1 where not known.
-        numbers: Float arrays `(n,)` by the name of the ledger's column: probability,
-            losses and suspicion; NaN where not known.
-        counts: int64 arrays `(n,)`: `seen`, `accepted`, `rejected`.
+    Labels are -1 and numbers NaN where they are not known; `numbers` and `counts` are
+    by the names of the ledger's columns.
     """
 
     ids: list[str]
@@ -63,19 +57,9 @@ class EpochLosses:
 class RunRecord:
     """A run folder or the folder of a search, as far as it has been written.
 
-    Attributes:
-        folder: The folder.
-        class_names: The classes.
-        config: Settings, command and versions.
-        results: Final numbers.
-        metrics: Each logged value, one number an epoch; NaN where there is none.
-        samples: The ledger; None for a search.
-        losses: Histograms of the losses, one an epoch; may be empty.
-        acceptance: Float array `(classes,)`: accepted share in the last epoch, NaN
-            where not known; None where it was not written.
-        pairs: Near duplicates: two ids and their similarity.
-        split_sizes: Number of samples by split.
-        trials: Rows of a search's table of trials.
+    `samples` is None for a search; `metrics` has a number an epoch, NaN where there is
+    none; `acceptance` the accepted share of each class in the last epoch, or None;
+    `pairs` the near duplicates with their similarity; `trials` a search's table.
     """
 
     folder: Path
@@ -94,6 +78,13 @@ class RunRecord:
     def is_search(self) -> bool:
         """Whether this is the folder of a search."""
         return self.samples is None
+
+    @property
+    def ledger(self) -> Samples:
+        """The samples of a run."""
+        if self.samples is None:
+            raise InvalidArgument(f"{self.folder} is a search and has no ledger.")
+        return self.samples
 
     @functools.cached_property
     def identity(self) -> str:
@@ -149,15 +140,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run folder, or the folder of a finished search.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        InvalidArgument: If it is neither.
-        DataError: If one of its files cannot be understood.
-    """
+    """Reads a run folder, or the folder of a finished search."""
     has_ledger = (folder / run_files.LEDGER_FILE).is_file()
     is_search = (folder / run_files.SEARCH_FILE).is_file()
     if not (folder / run_files.RESULTS_FILE).is_file() or not (has_ledger or is_search):

@@ -42,16 +42,8 @@ def own_port(record: RunRecord) -> int:
 class ReviewServer(http.server.ThreadingHTTPServer):
     """Serves one run; the page is rendered once, when the server is made.
 
-    Args:
-        record: The run.
-        port: The port, in [0, 65535]; 0 takes a free one. Default: the run's own, as
-            `own_port` gives it, or a free one where that is taken.
-
-    Attributes:
-        url: Where the page is.
-
-    Raises:
-        InvalidArgument: If a port that was asked for cannot be had.
+    Without a port it takes the run's own, or a free one where that is taken; port 0
+    takes a free one.
     """
 
     daemon_threads = True
@@ -106,7 +98,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _picture(self) -> bytes | None:
         match = _THUMBNAIL.fullmatch(self.path)
-        ids = self.server.record.samples.ids
+        ids = self.server.record.ledger.ids
         if match is None or int(match[1]) >= len(ids):
             return None
         return self.server.record.thumbnail(ids[int(match[1])])

@@ -130,7 +130,7 @@ def search_summary(found: Any, most_trials: int = SHOWN_TRIALS) -> Summary:
             for key, title in (("chosen", "chosen"), ("plain", "plain fine-tuning"))
         ),
     )
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if failed := results["failed"]:
         noun = "trial" if failed == 1 else "trials"
         warnings = (f"{failed} {noun} failed; see trials.csv.",)

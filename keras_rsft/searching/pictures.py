@@ -57,7 +57,10 @@ def write_pictures(
 
 
 def _write(path: Path, svg: str) -> None:
-    replaced(path, lambda beside: beside.write_text(svg, encoding="utf-8"))
+    def fill(beside: Path) -> None:
+        beside.write_text(svg, encoding="utf-8")
+
+    replaced(path, fill)
 
 
 def heat_map(outcomes: Sequence[TrialOutcome], name: str) -> HeatMap | None:
@@ -114,6 +117,7 @@ def axes_of(outcomes: Sequence[TrialOutcome], objective: str) -> list[Axis]:
 
 def _axis(name: str, values: list[Any]) -> Axis:
     used = [value for value in values if value is not None]
+    placed: Sequence[float] | np.ndarray
     if all(isinstance(value, (int, float)) for value in used):
         placed, ticks = _of_numbers(used, logarithmic=name in _LOGARITHMIC)
     else:
