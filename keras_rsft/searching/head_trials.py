@@ -54,7 +54,6 @@ class HeadTrials:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """All attributes that have one number a trial."""
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in names if name != "update_rule"}
 
@@ -73,11 +72,6 @@ class HeadTrials:
         return found
 
     def take(self, rows: np.ndarray) -> HeadTrials:
-        """Returns some of the trials.
-
-        Args:
-            rows: Integer array `(m,)`, which ones.
-        """
         chosen = {name: values[rows] for name, values in self.arrays.items()}
         return HeadTrials(self.update_rule, **chosen)
 
@@ -89,16 +83,9 @@ def stack_trials(
     steps_per_epoch: int,
     loss_limit: float = math.inf,
 ) -> HeadTrials:
-    """Returns the settings of trials as arrays, one entry a trial.
+    """Returns the settings of trials, all of one update rule, as one entry a trial.
 
-    Args:
-        settings: At least one; all of one update rule.
-        num_classes: Number of classes, at least 2.
-        steps_per_epoch: Batches per epoch, at least 1.
-        loss_limit: Of `auto`, see `AutoPolicy`. Default: infinity.
-
-    Raises:
-        InvalidArgument: If a setting cannot be trained together with others.
+    `loss_limit` is that of `auto`, see `AutoPolicy`.
     """
     rules = {update_rule(one) for one in settings}
     if len(rules) != 1:
@@ -116,11 +103,7 @@ def stack_trials(
 
 
 def update_rule(settings: TrainingSettings) -> str:
-    """Returns how a trial's weights change: `"sgd"` or `"adam"`.
-
-    Raises:
-        InvalidArgument: If the settings cannot be trained together with others.
-    """
+    """Returns how a trial's weights change: `"sgd"` or `"adam"`."""
     policy, optimizer = settings.policy, settings.optimizer.lower()
     refused = None
     if optimizer not in UPDATE_RULES:
