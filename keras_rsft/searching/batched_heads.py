@@ -7,7 +7,7 @@ would have left it with the same hyperparameters and seed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
 
 import keras
 import numpy as np
@@ -22,59 +22,29 @@ from keras_rsft.searching.batched_step import (
     losses_of,
     step_heads,
 )
+from keras_rsft.searching.durable import OnEpoch
 from keras_rsft.searching.head_trials import HeadTrials
 
 # Rows that are handed to one call of the compiled loop: an epoch, if it is not huge.
 _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
 _SLOTS = {"sgd": 1, "adam": 2}
-OnEpoch = Callable[[int, float], None]
 _SUMS = 5  # What `step_heads` sums for each trial.
 METRICS = ("loss", "acceptance_rate", "accepted_loss", "val_accuracy", "val_loss")
 
 
 @dataclasses.dataclass(eq=False)
 class TrainedHeads:
-    """What is recorded of `k` heads, while they train and after.
+    """What is recorded of `k` heads, while they train and after."""
 
-    Attributes:
-        history: For each of `METRICS` a float32 array `(k, epochs)`; NaN after the
-            epoch in which a head was dropped. Without a validation split the last
-            two are not there.
-        kernels: Float32 array `(k, dim, classes)` of the last epoch.
-        biases: Float32 array `(k, classes)`.
-        best_kernels: Float32 array `(k, dim, classes)` of the best epoch.
-        best_biases: Float32 array `(k, classes)`.
-        best_epochs: int array `(k,)`, counted from 0.
-        best_values: Float64 array `(k,)`, where more is better.
-        diverged: bool array `(k,)`: heads whose loss became NaN or infinite.
-    """
-
-    history: dict[str, np.ndarray]
-    kernels: np.ndarray
-    biases: np.ndarray
-    best_kernels: np.ndarray
+    history: dict[str, np.ndarray]  # (k, epochs); NaN after a head was dropped.
+    kernels: np.ndarray  # (k, dim, classes), of the last epoch.
+    biases: np.ndarray  # (k, classes)
+    best_kernels: np.ndarray  # Those of the best epoch.
     best_biases: np.ndarray
-    best_epochs: np.ndarray
-    best_values: np.ndarray
-    diverged: np.ndarray
-
-    @classmethod
-    def untrained(
-        cls, names: Sequence[str], count: int, epochs: int, dim: int, classes: int
-    ) -> TrainedHeads:
-        kernel = np.zeros((count, dim, classes), np.float32)
-        bias = np.zeros((count, classes), np.float32)
-        return cls(
-            {name: np.full((count, epochs), np.nan, np.float32) for name in names},
-            kernel,
-            bias,
-            kernel.copy(),
-            bias.copy(),
-            np.zeros(count, int),
-            np.full(count, -np.inf),
-            np.zeros(count, bool),
-        )
+    best_epochs: np.ndarray  # (k,), counted from 0.
+    best_values: np.ndarray  # (k,), where more is better.
+    diverged: np.ndarray  # (k,): whether the loss became NaN or infinite.
 
     def record_epoch(
         self,
@@ -119,7 +89,8 @@ class BatchedHeads:
             self._reviewed = train.reviewed
         mean, variance = train.moments()
         # As the layer Normalization has it.
-        self._mean, self._scale = mean, np.maximum(np.sqrt(variance), 1e-7)
+        scale = np.maximum(np.sqrt(variance), 1e-7)
+        self._moments = tf.constant(mean), tf.constant(scale)
         self.steps_per_epoch = -(-len(train) // batch_size)
         most = max(1, _BLOCK_BYTES // (4 * train.dim * batch_size))
         calls = -(-self.steps_per_epoch // most)
@@ -146,9 +117,18 @@ class BatchedHeads:
         "Non-stochastic best arm identification").
         """
         names = METRICS if len(self._validation) else METRICS[:3]
-        dim, classes = self._train.dim, self._num_classes
-        trained = TrainedHeads.untrained(names, len(trials), epochs, dim, classes)
-        alive = np.arange(len(trials))
+        count, dim, classes = len(trials), self._train.dim, self._num_classes
+        trained = TrainedHeads(
+            {name: np.full((count, epochs), np.nan, np.float32) for name in names},
+            *(
+                np.zeros(shape, np.float32)
+                for shape in [(count, dim, classes), (count, classes)] * 2
+            ),
+            np.zeros(count, int),
+            np.full(count, -np.inf),
+            np.zeros(count, bool),
+        )
+        alive = np.arange(count)
         cuts = {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)}
         state = self._first_state(trials)
         batches = TrainingBatches(
@@ -169,14 +149,13 @@ class BatchedHeads:
                 rows = np.arange(len(alive))
                 trained.kernels[alive], trained.biases[alive] = _weights(state, rows)
             if cut:
-                kept = _better_half(trained.best_values[alive])
+                worst_last = np.argsort(-trained.best_values[alive], kind="stable")
+                kept = np.sort(worst_last[: -(-len(alive) // 2)])
                 alive, trials = alive[kept], trials.take(kept)
-                state = HeadState(
-                    *tf.nest.map_structure(
-                        lambda values, rows=kept: tf.gather(values, rows, axis=-1),
-                        state,
-                    )
+                parts = tf.nest.map_structure(
+                    functools.partial(tf.gather, indices=kept, axis=-1), tuple(state)
                 )
+                state = HeadState(*parts)
         return trained
 
     def _first_state(self, trials: HeadTrials) -> HeadState:
@@ -185,14 +164,10 @@ class BatchedHeads:
         first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
         kernel = tf.tile(tf.convert_to_tensor(first)[:, :, None], (1, 1, count))
         bias = tf.zeros((self._num_classes, count))
-        slots = _SLOTS[trials.update_rule]
-        return HeadState(
-            kernel,
-            bias,
-            (tf.zeros_like(kernel),) * slots,
-            (tf.zeros_like(bias),) * slots,
-            tf.zeros((count,)),
+        slots = (
+            (tf.zeros_like(one),) * _SLOTS[trials.update_rule] for one in (kernel, bias)
         )
+        return HeadState(kernel, bias, *slots, tf.zeros((count,)))
 
     def _epoch(
         self,
@@ -208,15 +183,12 @@ class BatchedHeads:
         step = epoch * self.steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
-            listed, reviewed = (
-                tf.constant(mask[index.numpy()])
-                for mask in (self._listed, self._reviewed)
-            )
-            block = _filled_up((features, labels, listed, reviewed), self._block_rows)
+            masks = (mask[index.numpy()] for mask in (self._listed, self._reviewed))
+            block = (features, labels, *map(tf.constant, masks))
             state, sums = run_block(
-                *block,
+                _filled_up(block, self._block_rows),
                 tf.constant(rows),
-                (tf.constant(self._mean), tf.constant(self._scale)),
+                self._moments,
                 state,
                 sums,
                 arrays,
@@ -245,7 +217,7 @@ class BatchedHeads:
             totals += score_block(
                 *_filled_up((tf.constant(chunk), tf.constant(labels)), rows),
                 tf.constant(len(chunk)),
-                (tf.constant(self._mean), tf.constant(self._scale)),
+                self._moments,
                 state.kernel,
                 state.bias,
             ).numpy()
@@ -254,10 +226,7 @@ class BatchedHeads:
 
 @tf.function(jit_compile=True, autograph=False)
 def run_block(
-    features: tf.Tensor,
-    labels: tf.Tensor,
-    listed: tf.Tensor,
-    reviewed: tf.Tensor,
+    block: list[tf.Tensor],
     rows: tf.Tensor,
     moments: tuple[tf.Tensor, tf.Tensor],
     state: HeadState,
@@ -275,24 +244,19 @@ def run_block(
     grow by those of each step.
     """
     steps = (rows + batch_size - 1) // batch_size
+    features, *masks = block  # Labels, listed and reviewed are of one axis.
 
     def body(step: tf.Tensor, state: HeadState, sums: tf.Tensor) -> tuple:
         start = step * batch_size
         values = tf.slice(features, [start, 0], [batch_size, features.shape[1]])
         batch = Batch(
             (values - moments[0]) / moments[1],
-            tf.slice(labels, [start], [batch_size]),
-            tf.slice(listed, [start], [batch_size]),
-            tf.slice(reviewed, [start], [batch_size]),
+            *(tf.slice(one, [start], [batch_size]) for one in masks),
             start + tf.range(batch_size) < rows,
         )
+        step_now = first_step + step
         state, added = step_heads(
-            batch,
-            state,
-            trials,
-            first_step + step,
-            update_rule=update_rule,
-            groups=groups,
+            batch, state, trials, step_now, update_rule=update_rule, groups=groups
         )
         return step + 1, state, sums + added
 
@@ -319,12 +283,6 @@ def score_block(
     present = (tf.range(features.shape[0]) < rows)[:, None]
     counted = (tf.cast(right, tf.float32), losses)
     return tf.stack([tf.reduce_sum(tf.where(present, c, 0.0), axis=0) for c in counted])
-
-
-def _better_half(values: np.ndarray) -> np.ndarray:
-    """Returns the rows of the larger half, in order; of equal values the earlier."""
-    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
-    return np.sort(order[: -(-len(values) // 2)])
 
 
 def _weights(state: HeadState, rows: np.ndarray) -> list[np.ndarray]:

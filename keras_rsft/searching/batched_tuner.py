@@ -97,7 +97,7 @@ class BatchedTuner(DurableTuner):
         model.policy.note_steps_seen((trial.best_step + 1) * steps)
         return model
 
-    def train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
         """Trains trials together, those of each update rule at once."""
         groups: dict[str, list[tuple[Trial, TrainingSettings]]] = {}
         for trial in trials:
@@ -105,7 +105,7 @@ class BatchedTuner(DurableTuner):
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
                 group = groups.setdefault(update_rule(settings), [])
             except Exception as error:  # Of a user's space: this trial's fault alone.
-                self.fail(trial, f"{type(error).__name__}: {error}")
+                self._fail(trial, f"{type(error).__name__}: {error}")
             else:
                 group.append((trial, settings))
         for group in groups.values():
@@ -136,7 +136,7 @@ class BatchedTuner(DurableTuner):
         )
         for row, trial in enumerate(trials):
             if trained.diverged[row]:
-                self.fail(trial, DIVERGED)
+                self._fail(trial, DIVERGED)
                 continue
             weights = {
                 "kernel": trained.best_kernels[row],
@@ -145,7 +145,7 @@ class BatchedTuner(DurableTuner):
             path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
             replaced(path, lambda beside, kept=weights: np.savez(beside, **kept))
             history = {name: values[row] for name, values in trained.history.items()}
-            self.complete(trial, history, int(trained.best_epochs[row]))
+            self._complete(trial, history, int(trained.best_epochs[row]))
 
     @functools.cached_property
     def _heads(self) -> BatchedHeads:

@@ -22,6 +22,7 @@ from keras_rsft.searching.names import (
 )
 
 COMPLETED = "COMPLETED"
+ACCURACY = "val_accuracy"
 # Name of the value that says what of a model learnt.
 TRAINABLE = "trainable"
 _ALIKE = {
@@ -107,7 +108,7 @@ def choose_trial(
 
     best = max(eligible, key=value)
     noise = 0.0
-    if objective == "val_accuracy":
+    if objective == ACCURACY:
         noise = accuracy_error(best.metrics[objective], validation_size)
     as_good = [one for one in eligible if value(one) >= value(best) - noise]
     chosen = max(as_good, key=lambda one: (-cost_of(one), _acceptance(one), value(one)))

@@ -94,14 +94,14 @@ class DurableTuner(keras_tuner.Tuner):
         while trials := self._take_trials():
             for trial in trials:
                 self.on_trial_begin(trial)
-            self.train(trials, on_epoch)
+            self._train(trials, on_epoch)
         self.on_search_end()
 
-    def train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
-        """Trains trials, and ends each by `complete` or `fail`."""
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+        """Trains trials, and ends each by `_complete` or `_fail`."""
         raise NotImplementedError
 
-    def complete(
+    def _complete(
         self, trial: Trial, history: Mapping[str, Sequence[float]], best: int
     ) -> None:
         """Reports a trial by the metrics of its best epoch."""
@@ -110,7 +110,7 @@ class DurableTuner(keras_tuner.Tuner):
         trial.status = TrialStatus.COMPLETED
         self.on_trial_end(trial)
 
-    def fail(self, trial: Trial, message: str) -> None:
+    def _fail(self, trial: Trial, message: str) -> None:
         trial.status, trial.message = TrialStatus.FAILED, message
         if self.is_worker:
             path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE

@@ -67,7 +67,7 @@ class OneByOneTuner(DurableTuner):
     Keras Tuner's own needs the package `tensorboard` and prints tracebacks.
     """
 
-    def train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
         (trial,) = trials
         objective = self.oracle.objective
         try:
@@ -77,11 +77,11 @@ class OneByOneTuner(DurableTuner):
                 np.argmax(values) if objective.direction == "max" else np.argmin(values)
             )
         except FailedTrialError as error:
-            self.fail(trial, str(error))
+            self._fail(trial, str(error))
         except Exception:
-            self.fail(trial, traceback.format_exc())
+            self._fail(trial, traceback.format_exc())
         else:
-            self.complete(trial, history, int(best))
+            self._complete(trial, history, int(best))
 
     def run_trial(
         self, trial: Trial, on_epoch: OnEpoch | None = None
