@@ -6,6 +6,7 @@ import contextlib
 import socket
 import sys
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -177,7 +178,8 @@ class TestChief:
             killed, other = psutil.Process().children()
             assert trials_left()
             killed.kill()
-            psutil.wait_procs([killed], timeout=5)
+            while killed.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
             with pytest.raises(WorkerLost, match="worker-0 has ended with status -9"):
                 trials_left()
             other.kill()

@@ -17,7 +17,7 @@ from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.model import RSFTModel
 from keras_rsft.result_folder import replaced
 from keras_rsft.searching.batched_heads import METRICS, BatchedHeads
-from keras_rsft.searching.durable import DurableTuner, OnEpoch
+from keras_rsft.searching.durable import OnEpoch, TrialsTuner
 from keras_rsft.searching.head_trials import stack_trials, update_rule
 from keras_rsft.searching.hypermodel import DIVERGED, RSFTHyperModel
 from keras_rsft.searching.space import settings_of_values
@@ -25,7 +25,7 @@ from keras_rsft.searching.space import settings_of_values
 HEAD_FILE = "head.npz"
 
 
-class BatchedTuner(DurableTuner):
+class BatchedTuner(TrialsTuner):
     """Takes up to `parallel_trials` trials from an oracle and trains them together.
 
     Results go back to the oracle trial by trial, so that everything else is as with
@@ -109,14 +109,14 @@ class BatchedTuner(DurableTuner):
             else:
                 group.append((trial, settings))
         for group in groups.values():
-            self._train_group(*zip(*group, strict=True), on_epoch)
+            self._train_group(group, on_epoch)
 
     def _train_group(
         self,
-        trials: Sequence[Trial],
-        settings: Sequence[TrainingSettings],
+        group: Sequence[tuple[Trial, TrainingSettings]],
         on_epoch: OnEpoch | None,
     ) -> None:
+        settings = [one for _, one in group]
         hypermodel, heads, loss_limit = self.hypermodel, self._heads, math.inf
         if any(one.policy.name == "auto" for one in settings):
             heads.list_samples(hypermodel.examination.accept_mask())
@@ -134,16 +134,13 @@ class BatchedTuner(DurableTuner):
             halvings=self._halvings,
             on_epoch=on_epoch,
         )
-        for row, trial in enumerate(trials):
+        for row, (trial, _) in enumerate(group):
             if trained.diverged[row]:
                 self._fail(trial, DIVERGED)
                 continue
-            weights = {
-                "kernel": trained.best_kernels[row],
-                "bias": trained.best_biases[row],
-            }
+            kernel, bias = trained.best_kernels[row], trained.best_biases[row]
             path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
-            replaced(path, lambda beside, kept=weights: np.savez(beside, **kept))
+            replaced(path, functools.partial(np.savez, kernel=kernel, bias=bias))
             history = {name: values[row] for name, values in trained.history.items()}
             self._complete(trial, history, int(trained.best_epochs[row]))
 

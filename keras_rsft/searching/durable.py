@@ -64,13 +64,7 @@ class DurableOracle:
 
 
 class DurableTuner(keras_tuner.Tuner):
-    """Takes trials from an oracle, trains them and reports them, until none is left.
-
-    All of its state is the oracle's. In a worker the oracle is the chief's, which
-    alone reads and writes it.
-    """
-
-    parallel_trials = 1
+    """Keeps all of its state in its oracle, which in a worker is the chief's."""
 
     def __init__(self, oracle: keras_tuner.Oracle, hypermodel: Any = None, **kwargs):
         super().__init__(oracle, hypermodel, **kwargs)
@@ -80,6 +74,20 @@ class DurableTuner(keras_tuner.Tuner):
     @property
     def is_worker(self) -> bool:
         return not isinstance(self.oracle, keras_tuner.Oracle)
+
+    def save(self) -> None:
+        if not self.is_worker:
+            self.oracle.save()
+
+    def reload(self) -> None:
+        if not self.is_worker:
+            self.oracle.reload()
+
+
+class TrialsTuner(DurableTuner):
+    """Takes trials from an oracle, trains them and reports them, until none is left."""
+
+    parallel_trials = 1
 
     def search(self, *, verbose: int = 0, on_epoch: OnEpoch | None = None) -> None:
         """Trains trials until the oracle has no more.
@@ -116,14 +124,6 @@ class DurableTuner(keras_tuner.Tuner):
             path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE
             replaced(path, lambda beside: beside.write_text(message, encoding="utf-8"))
         self.on_trial_end(trial)
-
-    def save(self) -> None:
-        if not self.is_worker:
-            self.oracle.save()
-
-    def reload(self) -> None:
-        if not self.is_worker:
-            self.oracle.reload()
 
     def _take_trials(self) -> list[Trial]:
         """Asks the oracle for trials, each under a tuner's name of its own."""

@@ -23,7 +23,7 @@ from keras_tuner.oracles import (
 
 from keras_rsft.model import RSFTModel
 from keras_rsft.searching.batched_tuner import BatchedTuner
-from keras_rsft.searching.durable import DurableOracle, DurableTuner, OnEpoch
+from keras_rsft.searching.durable import DurableOracle, OnEpoch, TrialsTuner
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import BATCHED, HYPERBAND, SearchOptions
 
@@ -61,7 +61,7 @@ class GridOracle(DurableOracle, GridSearchOracle):
         return {"status": TrialStatus.RUNNING, "values": values}
 
 
-class OneByOneTuner(DurableTuner):
+class OneByOneTuner(TrialsTuner):
     """Trains one trial at a time, for any oracle.
 
     Keras Tuner's own needs the package `tensorboard` and prints tracebacks.
@@ -129,7 +129,7 @@ class OneByOneTuner(DurableTuner):
 
 def make_tuner(
     hypermodel: RSFTHyperModel, options: SearchOptions, folder: Path
-) -> DurableTuner:
+) -> TrialsTuner:
     """Returns a tuner, with the trials that `folder/trials` has already."""
     place = {"directory": str(folder), "project_name": TRIALS_FOLDER}
     shared = {
@@ -139,9 +139,9 @@ def make_tuner(
         "max_consecutive_failed_trials": None,
     }
     if options.tuner == HYPERBAND:
-        oracle = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
-        oracle.max_trials = options.max_trials
-        return OneByOneTuner(oracle, hypermodel, **place)
+        bands = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        bands.max_trials = options.max_trials
+        return OneByOneTuner(bands, hypermodel, **place)
     name = options.oracle if options.tuner == BATCHED else options.tuner
     if name == "bayesian" and importlib.util.find_spec("sklearn") is None:
         raise ImportError(

@@ -288,12 +288,12 @@ def search_features(
         from keras_rsft.searching.workers import follow
 
         folder = join_search(output, identity, timeout=worker_timeout)
-        results = folder / RESULTS_FILE
-        follow(lambda: tuner_in(folder), results, timeout=worker_timeout)
+        ended = folder / RESULTS_FILE
+        follow(lambda: tuner_in(folder), ended, timeout=worker_timeout)
         return None
     with open_search(output, identity) as folder:
         tuner = tuner_in(folder)
-        ended, began = len(tuner.oracle.end_order), time.perf_counter()
+        before, began = len(tuner.oracle.end_order), time.perf_counter()
         workers = None
         if part == "chief" or worker_commands:
             from keras_rsft.searching.workers import leading
@@ -303,10 +303,10 @@ def search_features(
             )
         outcomes = run_trials(tuner, options, progress=progress, workers=workers)
         head_seconds = note_head_seconds(
-            folder, time.perf_counter() - began, len(tuner.oracle.end_order) - ended
+            folder, time.perf_counter() - began, len(tuner.oracle.end_order) - before
         )
         bases = None
-        if options.of_base:
+        if options.of_base and base_source is not None:
             outcomes = with_frozen(outcomes)
             bases = train_bases(tuner, options, outcomes, base_source, folder)
         found, chosen = _concluded(tuner, options, outcomes, bases, folder)
@@ -330,17 +330,17 @@ def judged_features(
 
     The test split is judged by its right labels wherever they are known.
     """
-    parts = {}
+    validation = features.validation
     if clean_validation:
-        if features.validation.clean_labels is None:
+        if validation.clean_labels is None:
             raise DataError(
                 "The right labels of the validation split are not known. Name them "
                 "with `--clean-label-column` or `--clean-label-key`, or leave out "
                 "`--clean-validation`."
             )
-        parts["validation"] = features.validation.with_right_labels()
+        validation = validation.with_right_labels()
     test = features.test.with_right_labels()
-    return dataclasses.replace(features, test=test, **parts)
+    return dataclasses.replace(features, validation=validation, test=test)
 
 
 def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:

@@ -23,7 +23,7 @@ from keras_rsft.finetuning.head_training import head_probabilities
 from keras_rsft.model import RSFTModel
 from keras_rsft.progress import progress_bar
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome, trainable_of
-from keras_rsft.searching.durable import DurableTuner
+from keras_rsft.searching.durable import TrialsTuner
 from keras_rsft.searching.names import FROZEN, SearchOptions
 from keras_rsft.searching.search_folder import read_results
 
@@ -55,7 +55,7 @@ class ChosenTrial:
 
 
 def run_trials(
-    tuner: DurableTuner,
+    tuner: TrialsTuner,
     options: SearchOptions,
     *,
     progress: bool = True,
