@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +91,7 @@ def follow(make_tuner: Callable[[], Any], results: Path, *, timeout: float) -> N
     def beat() -> None:  # So that a long trial is not taken for a lost worker.
         while not done.wait(_HEARTBEAT_SECONDS):
             if parent and os.getppid() != int(parent):
-                os.write(2, b"The chief that started this worker is gone.\n")
+                print("The chief that started this worker is gone.", file=sys.stderr)
                 os._exit(1)
             with contextlib.suppress(grpc.RpcError):
                 tuner.oracle.get_space()
