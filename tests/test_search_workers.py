@@ -220,13 +220,13 @@ class TestWorker:
         assert "did not answer within 0.5 seconds" in str(ended[0])
 
     def test_the_chief_goes(self, chief, work, tmp_path):
-        thread, ended = work(timeout=1)
         leading = workers.leading(chief, (), tmp_path, timeout=20)
         with contextlib.suppress(KeyboardInterrupt), leading as trials_left:
+            thread, ended = work(timeout=5)
             while not chief.oracle.ongoing_trials:
                 trials_left()
             raise KeyboardInterrupt
-        thread.join(20)
+        thread.join(40)
         assert not thread.is_alive()
         assert "The chief at 127.0.0.1:" in str(ended[0])
 
