@@ -3,10 +3,10 @@
 #
 #   srun examples/slurm_worker.sh keras-rsft fit photos/ --strategy multiworker
 #
-# TF_CONFIG, which TensorFlow and keras-rsft read, is made of Slurm's own variables, so
-# each machine must run one task, with all the GPUs that it has. KERAS_RSFT_PORT is where
-# the workers talk to each other; by default it depends on the number of the job, so that
-# two jobs may share a machine.
+# TF_CONFIG, which `fit` reads, and Keras Tuner's variables, which `search` reads, are made
+# of Slurm's own, so each machine must run one task, with all the GPUs that it has; task 0
+# is the chief. KERAS_RSFT_PORT is where they talk to each other; by default it depends on
+# the number of the job, so that two jobs may share a machine.
 set -euo pipefail
 
 nodes=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:?run this with srun, inside a job}}
@@ -23,4 +23,7 @@ fi
 
 printf -v workers '"%s", ' "${hosts[@]/%/:$port}"
 task="\"type\": \"worker\", \"index\": $index"
+[ "$index" -eq 0 ] && name=chief || name=worker-$index
+export KERASTUNER_TUNER_ID=$name
+export KERASTUNER_ORACLE_IP=${hosts[0]} KERASTUNER_ORACLE_PORT=$port
 exec env TF_CONFIG="{\"cluster\": {\"worker\": [${workers%, }]}, \"task\": {$task}}" "$@"

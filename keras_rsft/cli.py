@@ -40,15 +40,14 @@ from keras_rsft.cli_rank import add_rank, run_rank
 from keras_rsft.cli_review import add_review, run_review
 from keras_rsft.cli_search import (
     add_search,
+    check_part,
     run_search,
     search_options,
-    search_role,
 )
 from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
 from keras_rsft.errors import (
     DataError,
     InvalidArgument,
-    SearchFailed,
     TrainingStalled,
     WeightsUnavailable,
     WorkerLost,
@@ -90,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (
         DataError,
         ImportError,
-        SearchFailed,
         TrainingStalled,
         WeightsUnavailable,
         WorkerLost,
@@ -265,9 +263,10 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 def _run_search(arguments: argparse.Namespace) -> int:
     # Refused before anything heavy is imported.
-    options, role = search_options(arguments), search_role(arguments)
+    options = search_options(arguments)
+    check_part(arguments)
     _silence_native_libraries()
-    run_search(arguments, options, role)
+    run_search(arguments, options)
     return 0
 
 

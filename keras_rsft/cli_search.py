@@ -31,23 +31,19 @@ from keras_rsft.cli_unfreeze import (
     add_base_training_options,
     base_training_settings,
 )
-from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import require_known
 from keras_rsft.searching.names import (
+    DEFAULT_TIMEOUT,
     OBJECTIVES,
     ORACLE_NAMES,
+    PARENT,
     SEARCHED_POLICIES,
     TRAINABLE_NAMES,
+    TUNER_ID,
     TUNER_NAMES,
     SearchOptions,
-)
-from keras_rsft.searching.roles import (
-    PARENT_VARIABLE,
-    TUNER_ID,
-    Crew,
-    Role,
-    role_of,
+    part_in_search,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +101,7 @@ def _add_worker_options(group: argparse._ArgumentGroup) -> None:
         help="processes on this machine that share the trials; default: this one alone",
     )  # fmt: skip
     group.add_argument(
-        "--worker-timeout", type=positive_seconds, default=DEFAULT_PATIENCE,
+        "--worker-timeout", type=positive_seconds, default=DEFAULT_TIMEOUT,
         metavar="SECONDS", help="how long a chief waits for workers, and a worker for "
         "the chief; default: 600",
     )  # fmt: skip
@@ -185,38 +181,32 @@ def search_space(arguments: argparse.Namespace) -> SearchSpace:
     return SearchSpace(**{k: v for k, v in given.items() if v is not None})
 
 
-def search_role(arguments: argparse.Namespace) -> Role:
-    """Returns the part that the environment gives this process.
-
-    Raises:
-        InvalidArgument: If the environment and the options do not fit together.
-    """
-    role = role_of()
-    if role.tuner_id is None or PARENT_VARIABLE in os.environ:
-        return role
+def check_part(arguments: argparse.Namespace) -> None:
+    """Raises InvalidArgument if the environment and the options do not fit together."""
+    if part_in_search() == "alone" or PARENT in os.environ:
+        return
     if arguments.workers is not None:
         raise InvalidArgument(
             "`--workers` starts chief and workers by itself, but the environment says "
-            f"that this process is one of several ({TUNER_ID}={role.tuner_id}). Leave "
-            "out one of the two."
+            "that this process is one of several "
+            f"({TUNER_ID}={os.environ[TUNER_ID]}). Leave out one of the two."
         )
     if arguments.output is None:
         raise InvalidArgument(
             "Chief and workers share one folder: name it with `--output`."
         )
-    return role
 
 
-def crew_of(
+def worker_commands(
     arguments: argparse.Namespace, options: SearchOptions, output: Path
-) -> Crew | None:
+) -> list[list[str]]:
     """Returns the workers that `--workers` asks for: the same command once more."""
     count = arguments.workers
-    if count is None or PARENT_VARIABLE in os.environ:
-        return None
+    if count is None or PARENT in os.environ:
+        return []
     # So that the first to ask does not take all trials of the batched tuner.
     together = min(options.parallel_trials, -(-options.max_trials // count))
-    command = (
+    command = [
         sys.executable,
         "-P",  # Nothing is imported from the folder in which the user is.
         "-m",
@@ -224,8 +214,8 @@ def crew_of(
         *arguments.argv,
         f"--output={output}",
         f"--parallel-trials={together}",
-    )
-    return Crew(count, command)
+    ]
+    return [command] * count
 
 
 def number_range(text: str) -> tuple[float, float]:
@@ -270,15 +260,12 @@ def add_search(commands: argparse._SubParsersAction) -> None:
     add_output_options(search)
 
 
-def run_search(
-    arguments: argparse.Namespace, options: SearchOptions, role: Role
-) -> None:
+def run_search(arguments: argparse.Namespace, options: SearchOptions) -> None:
     """Searches, alone or as one of several processes, and prints what was found.
 
     Args:
         arguments: The parsed command.
         options: What `search_options` returned.
-        role: What `search_role` returned.
     """
     from keras_rsft.cli_documents import search_document
     from keras_rsft.cli_output import (
@@ -315,16 +302,17 @@ def run_search(
             settings=settings,
             progress=output.progress,
             command=arguments.command_line,
-            crew=crew_of(arguments, options, folder),
-            patience=arguments.worker_timeout,
+            worker_commands=worker_commands(arguments, options, folder),
+            worker_timeout=arguments.worker_timeout,
             on_note=lambda text: output.console.print(
                 text, markup=False, soft_wrap=True
             ),
         )
         if found is None:
-            text = f"{role.tuner_id} is done; {role.address} has the results."
+            name = os.environ[TUNER_ID]
+            text = f"{name} is done; the chief has the results."
             output.console.print(text, markup=False)
-            output.finish({"worker": role.tuner_id, "chief": role.address}, text)
+            output.finish({"worker": name}, text)
             return
         write_report(found)
         print_search(found, output.console, data=arguments.data)

@@ -21,9 +21,5 @@ class TrainingStalled(RuntimeError):
     """Training accepted nothing, so there is no model to speak of (exit status 1)."""
 
 
-class SearchFailed(RuntimeError):
-    """The processes of a search cannot go on together (exit status 1)."""
-
-
 class WorkerLost(RuntimeError):
     """A worker does not do its part, so the others cannot go on (exit status 1)."""

@@ -63,6 +63,13 @@ class TestSlurm:
         assert cluster_of({"TF_CONFIG": done.stdout}) == Cluster(hosts, 2)
         assert json.loads(done.stdout)["task"] == {"type": "worker", "index": 2}
 
+    @pytest.mark.parametrize("task, name", [("0", "chief"), ("2", "worker-2")])
+    def test_a_search_has_a_chief_and_workers(self, under_slurm, task, name):
+        variables = ("TUNER_ID", "ORACLE_IP", "ORACLE_PORT")
+        names = [f"KERASTUNER_{variable}" for variable in variables]
+        done = under_slurm("printenv", *names, SLURM_PROCID=task)
+        assert done.stdout.split() == [name, "gpu07", "21234"]
+
     def test_the_step_and_the_port_may_be_others(self, under_slurm):
         step = {
             "SLURM_JOB_NODELIST": "all[1-9]",

@@ -14,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from keras_rsft.searching.roles import ORACLE_HOST, ORACLE_PORT, TUNER_ID
+from keras_rsft.searching.names import ORACLE_HOST, ORACLE_PORT, TUNER_ID
 
 pytestmark = pytest.mark.slow
 SECONDS = 240
@@ -53,10 +53,12 @@ def start(tmp_path, photo_folder, tiny_base_file):
             one.kill()
 
 
-def wait_for(condition):
+def wait_for(condition, search=None):
     until = time.monotonic() + SECONDS
     while not (found := condition()):
         assert time.monotonic() < until, "It never came."
+        if search is not None:
+            assert search.poll() is None, search.communicate()
         time.sleep(0.02)
     return found
 
@@ -67,7 +69,7 @@ def held_by(folder, worker):
         state = json.loads((folder / "trials" / "oracle.json").read_text())
     except FileNotFoundError:
         return None
-    return state["ongoing_trials"].get(worker)
+    return state["ongoing_trials"].get(f"{worker}-0")
 
 
 def worker_process(search, name):
@@ -85,19 +87,35 @@ def statuses(folder):
 COMPLETED = dict.fromkeys("0123", "COMPLETED")
 
 
-def test_a_worker_killed_in_the_middle_of_a_trial_loses_none(start, tmp_path):
+def test_a_killed_worker_ends_the_search_and_the_same_command_resumes_it(
+    start, tmp_path
+):
     search = start("--workers", 2)
-    wait_for(lambda: held_by(tmp_path / "run", "worker-0"))
+    wait_for(lambda: held_by(tmp_path / "run", "worker-0"), search)
     worker_process(search, "worker-0").send_signal(signal.SIGKILL)
+    out, _ = search.communicate(timeout=SECONDS)
+    assert search.returncode == 1, out
+    assert "worker-0 has ended with status -9" in out
+    search = start("--workers", 2)
     out, _ = search.communicate(timeout=SECONDS)
     assert search.returncode == 0, out
     assert "plain fine-tuning" in out
     assert statuses(tmp_path / "run") == COMPLETED
 
 
+def test_workers_do_not_outlive_a_chief_that_is_killed(start, tmp_path):
+    search = start("--workers", 1)
+    wait_for(lambda: held_by(tmp_path / "run", "worker-0"), search)
+    worker = worker_process(search, "worker-0")
+    search.kill()
+    wait_for(lambda: not worker.is_running() or worker.status() == "zombie")
+    log = (tmp_path / "run" / "workers" / "worker-0.log").read_text()
+    assert "The chief that started this worker is gone." in log
+
+
 def test_asked_to_end_it_ends_all(start, tmp_path):
     search = start("--workers", 1)
-    wait_for(lambda: held_by(tmp_path / "run", "worker-0"))
+    wait_for(lambda: held_by(tmp_path / "run", "worker-0"), search)
     children = psutil.Process(search.pid).children(recursive=True)
     search.send_signal(signal.SIGTERM)
     out, _ = search.communicate(timeout=SECONDS)
@@ -111,7 +129,7 @@ def test_asked_to_end_it_ends_all(start, tmp_path):
 
 def test_ctrl_c_ends_all_and_workers_by_hand_go_on(start, tmp_path):
     search = start("--workers", 1)
-    wait_for(lambda: held_by(tmp_path / "run", "worker-0"))
+    wait_for(lambda: held_by(tmp_path / "run", "worker-0"), search)
     children = psutil.Process(search.pid).children(recursive=True)
     search.send_signal(signal.SIGINT)
     out, _ = search.communicate(timeout=SECONDS)

@@ -1,18 +1,14 @@
 """Searches the threshold and the learning rate with Keras Tuner.
 
 `names.py` is what the command line may know, `space.py` what is searched,
-`hypermodel.py` makes and trains the model of one trial. `head_trials.py`,
-`batched_step.py`, `head_notes.py` and `batched_heads.py` train many heads together,
-`batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name,
-`durable.py` keeps their files whole. `trials.py` runs a tuner's trials and compares
-with plain training, `choice.py` chooses among them, `search_run.py` puts it together,
-`search_folder.py` writes it, `pictures.py` and `hparams.py`
-show it. Where the base learns, `strategies.py` plans from which heads,
-`base_trials.py` trains, `base_search.py` puts that half together; `judged.py` says by
-which labels. With several processes, `roles.py` says which this one is, `chief.py`
-leads through `oracle_server.py` and `worker_processes.py`, `worker.py` trains through
-`oracle_client.py`. The folder is not called `search`: the function of that name is
-public, and a module would hide it.
+`hypermodel.py` makes the model of one trial. `durable.py` runs trials and keeps their
+files whole, `oracles.py` makes tuners by name; `batched_tuner.py`, `batched_heads.py`,
+`batched_step.py` and `head_trials.py` train many heads together; `workers.py` shares
+trials among processes. `trials.py` reads what became of trials, `choice.py` chooses,
+`search_run.py` puts it together, `search_folder.py` writes it, `pictures.py` and
+`parallel_coordinates.py` draw it. Where the base learns, `strategies.py` plans,
+`base_trials.py` trains and `base_search.py` puts that half together. The folder is not
+called `search`: the function of that name is public, and a module would hide it.
 
 The names below are loaded when they are first used, so that the command line can
 check names before anything heavy is imported.

@@ -35,9 +35,9 @@ from keras_rsft.progress import progress_bar
 from keras_rsft.result_folder import disk_full_said
 from keras_rsft.result_words import about
 from keras_rsft.run_files import MODEL_FILE
+from keras_rsft.searching.batched_heads import METRICS
 from keras_rsft.searching.choice import TRAINABLE, TrialOutcome
 from keras_rsft.searching.durable import DurableOracle, DurableTuner
-from keras_rsft.searching.head_notes import METRICS
 from keras_rsft.searching.hypermodel import DIVERGED
 from keras_rsft.searching.names import LAST_BLOCK, SearchOptions
 from keras_rsft.searching.search_folder import replaced
@@ -98,10 +98,9 @@ class BaseTrialsOracle(DurableOracle, keras_tuner.Oracle):
             trial = Trial(hp, trial_id=planned.trial_id)
             self.trials[trial.trial_id] = trial
             self.start_order.append(trial.trial_id)
-        self.take_off_queue(trial.trial_id)
         trial.status = TrialStatus.RUNNING
         self.ongoing_trials[trial.trial_id] = trial
-        self._save_trial(trial)
+        self.save_trial(trial)
         self.save()
         return trial
 

@@ -1,14 +1,13 @@
 """Trains many heads together on kept features.
 
 All heads see the same batches in the same order, and each ends up as `train_head`
-would have left it with the same hyperparameters and seed. Owns the loop over epochs,
-what it notes of each head, and the dropping of hopeless heads; a step is
-`batched_step.py`'s business.
+would have left it with the same hyperparameters and seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -23,27 +22,53 @@ from keras_rsft.searching.batched_step import (
     losses_of,
     step_heads,
 )
-from keras_rsft.searching.head_notes import HeadNotes, TrainedHeads
+from keras_rsft.searching.durable import OnEpoch
 from keras_rsft.searching.head_trials import HeadTrials
 
 # Rows that are handed to one call of the compiled loop: an epoch, if it is not huge.
 _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
 _SLOTS = {"sgd": 1, "adam": 2}
-OnEpoch = Callable[[int, float], None]
 _SUMS = 5  # What `step_heads` sums for each trial.
+METRICS = ("loss", "acceptance_rate", "accepted_loss", "val_accuracy", "val_loss")
+
+
+@dataclasses.dataclass(eq=False)
+class TrainedHeads:
+    """What is recorded of `k` heads, while they train and after."""
+
+    history: dict[str, np.ndarray]  # (k, epochs); NaN after a head was dropped.
+    kernels: np.ndarray  # (k, dim, classes), of the last epoch.
+    biases: np.ndarray  # (k, classes)
+    best_kernels: np.ndarray  # Those of the best epoch.
+    best_biases: np.ndarray
+    best_epochs: np.ndarray  # (k,), counted from 0.
+    best_values: np.ndarray  # (k,), where more is better.
+    diverged: np.ndarray  # (k,): whether the loss became NaN or infinite.
+
+    def record_epoch(
+        self,
+        epoch: int,
+        heads: np.ndarray,
+        logs: dict[str, np.ndarray],
+        values: np.ndarray,
+        state: HeadState,
+    ) -> None:
+        """Records an epoch of some heads; of equal values the earlier is the best."""
+        for name, numbers in logs.items():
+            self.history[name][heads, epoch] = numbers
+        scored = logs.get("val_loss", logs["loss"])
+        self.diverged[heads] |= ~np.isfinite(scored)
+        rows = np.flatnonzero(values > self.best_values[heads])
+        better = heads[rows]
+        self.best_values[better] = values[rows]
+        self.best_epochs[better] = epoch
+        if len(rows):
+            self.best_kernels[better], self.best_biases[better] = _weights(state, rows)
 
 
 class BatchedHeads:
-    """Trains heads together on one data set, again and again.
-
-    Args:
-        train: Training features with the given labels.
-        validation: Validation features; may be empty.
-        num_classes: Number of classes, at least 2.
-        batch_size: Samples per step, at least 1.
-        seed: Seed of the initial weights and of the order.
-    """
+    """Trains heads together on one data set, again and again."""
 
     def __init__(
         self,
@@ -64,18 +89,15 @@ class BatchedHeads:
             self._reviewed = train.reviewed
         mean, variance = train.moments()
         # As the layer Normalization has it.
-        self._mean, self._scale = mean, np.maximum(np.sqrt(variance), 1e-7)
+        scale = np.maximum(np.sqrt(variance), 1e-7)
+        self._moments = tf.constant(mean), tf.constant(scale)
         self.steps_per_epoch = -(-len(train) // batch_size)
         most = max(1, _BLOCK_BYTES // (4 * train.dim * batch_size))
         calls = -(-self.steps_per_epoch // most)
         self._block_rows = -(-self.steps_per_epoch // calls) * batch_size
 
     def list_samples(self, listed: np.ndarray) -> None:
-        """Says which samples trials with `LISTED` accept; before, they accept all.
-
-        Args:
-            listed: Boolean array `(n,)`, one entry a training sample.
-        """
+        """Says which samples trials with `LISTED` accept; before, they accept all."""
         self._listed = listed
 
     def train(
@@ -90,21 +112,24 @@ class BatchedHeads:
     ) -> TrainedHeads:
         """Trains one head for each trial.
 
-        Args:
-            trials: Hyperparameters of `k` heads.
-            epochs: Passes over the training features, at least 1.
-            objective: One of the logged values; its best epoch is kept beside the last.
-            direction: `"max"` or `"min"`, of the objective. Default `"max"`.
-            halvings: How often, at even intervals, the worse half of the heads is
-                dropped (Jamieson and Talwalkar, 2016, "Non-stochastic best arm
-                identification"). Default 0: never.
-            on_epoch: Called after each epoch with the number of heads trained, and the
-                best value of the objective so far.
+        The objective's best epoch is kept beside the last. `halvings` times, at even
+        intervals, the worse half of the heads is dropped (Jamieson and Talwalkar, 2016,
+        "Non-stochastic best arm identification").
         """
-        count = len(trials)
-        notes = HeadNotes(count, epochs, self._train.dim, self._num_classes)
+        names = METRICS if len(self._validation) else METRICS[:3]
+        count, dim, classes = len(trials), self._train.dim, self._num_classes
+        trained = TrainedHeads(
+            {name: np.full((count, epochs), np.nan, np.float32) for name in names},
+            *(
+                np.zeros(shape, np.float32)
+                for shape in [(count, dim, classes), (count, classes)] * 2
+            ),
+            np.zeros(count, int),
+            np.full(count, -np.inf),
+            np.zeros(count, bool),
+        )
         alive = np.arange(count)
-        cuts = _halving_epochs(epochs, halvings)
+        cuts = {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)}
         state = self._first_state(trials)
         batches = TrainingBatches(
             self._train,
@@ -116,23 +141,22 @@ class BatchedHeads:
         for epoch in range(epochs):
             state, logs = self._epoch(batches, epoch, state, trials)
             logs |= self._validate(state)
-            notes.add(epoch, alive, logs, sign * logs[objective], state)
+            trained.record_epoch(epoch, alive, logs, sign * logs[objective], state)
             if on_epoch is not None:
-                on_epoch(len(alive), sign * float(notes.best_values.max()))
-            if epoch + 1 in cuts and len(alive) > 1:
-                kept = _better_half(notes.best_values[alive])
-                notes.finish(
-                    np.delete(alive, kept),
-                    np.delete(np.arange(len(alive)), kept),
-                    state,
+                on_epoch(len(alive), sign * float(trained.best_values.max()))
+            cut = epoch + 1 in cuts and len(alive) > 1
+            if cut or epoch + 1 == epochs:
+                rows = np.arange(len(alive))
+                trained.kernels[alive], trained.biases[alive] = _weights(state, rows)
+            if cut:
+                worst_last = np.argsort(-trained.best_values[alive], kind="stable")
+                kept = np.sort(worst_last[: -(-len(alive) // 2)])
+                alive, trials = alive[kept], trials.take(kept)
+                parts = tf.nest.map_structure(
+                    functools.partial(tf.gather, indices=kept, axis=-1), tuple(state)
                 )
-                alive, trials, state = (
-                    alive[kept],
-                    trials.take(kept),
-                    _take(state, kept),
-                )
-        notes.finish(alive, np.arange(len(alive)), state)
-        return notes.trained(has_validation=len(self._validation) > 0)
+                state = HeadState(*parts)
+        return trained
 
     def _first_state(self, trials: HeadTrials) -> HeadState:
         """Returns the weights that `build_head` begins with, the same for all."""
@@ -140,14 +164,10 @@ class BatchedHeads:
         first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
         kernel = tf.tile(tf.convert_to_tensor(first)[:, :, None], (1, 1, count))
         bias = tf.zeros((self._num_classes, count))
-        slots = _SLOTS[trials.update_rule]
-        return HeadState(
-            kernel,
-            bias,
-            (tf.zeros_like(kernel),) * slots,
-            (tf.zeros_like(bias),) * slots,
-            tf.zeros((count,)),
+        slots = (
+            (tf.zeros_like(one),) * _SLOTS[trials.update_rule] for one in (kernel, bias)
         )
+        return HeadState(kernel, bias, *slots, tf.zeros((count,)))
 
     def _epoch(
         self,
@@ -163,15 +183,12 @@ class BatchedHeads:
         step = epoch * self.steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
-            listed, reviewed = (
-                tf.constant(mask[index.numpy()])
-                for mask in (self._listed, self._reviewed)
-            )
-            block = _filled_up((features, labels, listed, reviewed), self._block_rows)
+            masks = (mask[index.numpy()] for mask in (self._listed, self._reviewed))
+            block = (features, labels, *map(tf.constant, masks))
             state, sums = run_block(
-                *block,
+                _filled_up(block, self._block_rows),
                 tf.constant(rows),
-                (tf.constant(self._mean), tf.constant(self._scale)),
+                self._moments,
                 state,
                 sums,
                 arrays,
@@ -193,33 +210,23 @@ class BatchedHeads:
         if count == 0:
             return {}
         rows = min(_VALIDATION_ROWS, count)
-        totals = 0.0
-        for features, labels in self._validation_chunks(rows):
-            features, filled = _filled_up((features, labels), rows)
+        totals, start = 0.0, 0
+        for chunk in self._validation.chunks(rows):
+            labels = self._validation.labels[start : start + len(chunk)]
+            start += len(chunk)
             totals += score_block(
-                features,
-                filled,
-                tf.constant(len(labels)),
-                (tf.constant(self._mean), tf.constant(self._scale)),
+                *_filled_up((tf.constant(chunk), tf.constant(labels)), rows),
+                tf.constant(len(chunk)),
+                self._moments,
                 state.kernel,
                 state.bias,
             ).numpy()
         return {"val_accuracy": totals[0] / count, "val_loss": totals[1] / count}
 
-    def _validation_chunks(self, rows: int) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
-        start = 0
-        for chunk in self._validation.chunks(rows):
-            labels = self._validation.labels[start : start + len(chunk)]
-            yield tf.constant(chunk), tf.constant(labels)
-            start += len(chunk)
-
 
 @tf.function(jit_compile=True, autograph=False)
 def run_block(
-    features: tf.Tensor,
-    labels: tf.Tensor,
-    listed: tf.Tensor,
-    reviewed: tf.Tensor,
+    block: list[tf.Tensor],
     rows: tf.Tensor,
     moments: tuple[tf.Tensor, tf.Tensor],
     state: HeadState,
@@ -233,41 +240,23 @@ def run_block(
 ) -> tuple[HeadState, tf.Tensor]:
     """Takes all steps of a block of shuffled rows, as one compiled program.
 
-    Args:
-        features: Float32, shape `(n, dim)`, as they were kept; `n` is a multiple of
-            `batch_size`.
-        labels: int32, shape `(n,)`.
-        listed: bool, shape `(n,)`.
-        reviewed: bool, shape `(n,)`.
-        rows: int32 scalar: how many of the rows there are; the others only fill up.
-        moments: What to subtract from the features, and what to divide them by.
-        state: Weights and slots of all heads.
-        sums: Float32 `(5, k)`, to which those of each step are added.
-        trials: The arrays of a `HeadTrials`, as tensors.
-        groups: Which trials accept in which way, see `HeadTrials.groups`.
-        first_step: int32 scalar, batches judged before this block.
-        batch_size: Samples per step.
-        update_rule: `"sgd"` or `"adam"`.
+    Only the first `rows` are samples; the others fill up the block. `sums` `(5, k)`
+    grow by those of each step.
     """
     steps = (rows + batch_size - 1) // batch_size
+    features, *masks = block  # Labels, listed and reviewed are of one axis.
 
     def body(step: tf.Tensor, state: HeadState, sums: tf.Tensor) -> tuple:
         start = step * batch_size
         values = tf.slice(features, [start, 0], [batch_size, features.shape[1]])
         batch = Batch(
             (values - moments[0]) / moments[1],
-            tf.slice(labels, [start], [batch_size]),
-            tf.slice(listed, [start], [batch_size]),
-            tf.slice(reviewed, [start], [batch_size]),
+            *(tf.slice(one, [start], [batch_size]) for one in masks),
             start + tf.range(batch_size) < rows,
         )
+        step_now = first_step + step
         state, added = step_heads(
-            batch,
-            state,
-            trials,
-            first_step + step,
-            update_rule=update_rule,
-            groups=groups,
+            batch, state, trials, step_now, update_rule=update_rule, groups=groups
         )
         return step + 1, state, sums + added
 
@@ -286,16 +275,7 @@ def score_block(
     kernel: tf.Tensor,
     bias: tf.Tensor,
 ) -> tf.Tensor:
-    """Returns how many labels each head gets right, and its summed loss, `(2, k)`.
-
-    Args:
-        features: Float32, shape `(n, dim)`, as they were kept.
-        labels: int32, shape `(n,)`.
-        rows: int32 scalar: how many of the rows there are; the others only fill up.
-        moments: What to subtract from the features, and what to divide them by.
-        kernel: Float32, shape `(dim, classes, k)`.
-        bias: Float32, shape `(classes, k)`.
-    """
+    """Returns how many labels each head gets right, and its summed loss, `(2, k)`."""
     logits = head_logits((features - moments[0]) / moments[1], kernel, bias)
     losses = losses_of(log_likelihoods(logits), labels)
     predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
@@ -305,22 +285,10 @@ def score_block(
     return tf.stack([tf.reduce_sum(tf.where(present, c, 0.0), axis=0) for c in counted])
 
 
-def _halving_epochs(epochs: int, halvings: int) -> set[int]:
-    """Returns after how many epochs the worse half is dropped, at even intervals."""
-    return {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)} - {0}
-
-
-def _better_half(values: np.ndarray) -> np.ndarray:
-    """Returns the rows of the larger half, in order; of equal values the earlier."""
-    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
-    return np.sort(order[: -(-len(values) // 2)])
-
-
-def _take(state: HeadState, rows: np.ndarray) -> HeadState:
-    """Returns the state of some heads, which are the last axis of every part."""
-    return HeadState(
-        *tf.nest.map_structure(lambda values: tf.gather(values, rows, axis=-1), state)
-    )
+def _weights(state: HeadState, rows: np.ndarray) -> list[np.ndarray]:
+    """Returns kernels and biases of some heads, which are then the first axis."""
+    chosen = (tf.gather(v, rows, axis=-1) for v in (state.kernel, state.bias))
+    return [np.moveaxis(values.numpy(), -1, 0) for values in chosen]
 
 
 def _filled_up(parts: tuple[tf.Tensor, ...], rows: int) -> list[tf.Tensor]:

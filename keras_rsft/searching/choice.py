@@ -1,10 +1,8 @@
 """Chooses among finished trials, as fairly as a small validation split allows.
 
-Pure functions of numbers. The best of many trials is partly the luckiest, so what is
-inside the noise of the best counts as equally good, and of those the setting is taken
-that trains least of the base, and then the one that rejects least: what costs more must
-earn its place. In the manner of the rule of
-one standard error (Breiman et al., 1984, "Classification and regression trees").
+The best of many trials is partly the luckiest, so what is inside the noise of the best
+counts as equally good, and what costs more must earn its place: the rule of one
+standard error (Breiman et al., 1984, "Classification and regression trees").
 """
 
 from __future__ import annotations
@@ -82,18 +80,9 @@ def choose_trial(
     """Chooses the cheapest of the trials that are as good as the best.
 
     The cheapest trains least of the base: a head on a frozen base, then the last block,
-    then all of it; and of those it rejects the least.
-
-    Args:
-        outcomes: All trials.
-        objective: Name out of `OBJECTIVES`.
-        validation_size: Samples that an accuracy was measured on, at least 1. The
-            noise is one binomial standard error of the best accuracy; of another
-            objective it is 0, and only ties count as equal.
-        min_acceptance: A trial that accepts a smaller share is never chosen.
-
-    Raises:
-        TrainingStalled: If no trial was completed, or all accept too little.
+    then all of it; and of those it rejects the least. The noise is one binomial
+    standard error of the best accuracy; of another objective it is 0. A trial that
+    accepts less than `min_acceptance` is never chosen.
     """
     completed = [one for one in outcomes if one.status == COMPLETED]
     if not completed:
@@ -120,7 +109,7 @@ def choose_trial(
     best = max(eligible, key=value)
     noise = 0.0
     if objective == ACCURACY:
-        noise = accuracy_error(best.metrics[ACCURACY], validation_size)
+        noise = accuracy_error(best.metrics[objective], validation_size)
     as_good = [one for one in eligible if value(one) >= value(best) - noise]
     chosen = max(as_good, key=lambda one: (-cost_of(one), _acceptance(one), value(one)))
     return Choice(chosen, best, noise, _reason(chosen, best, noise, objective))

@@ -1,4 +1,4 @@
-"""Keeps the state of a search whole on disk, whenever the process is killed.
+"""A tuner that runs its trials, and keeps their state whole whenever it is killed.
 
 Keras Tuner writes its files in place, so that a kill can leave half of one, which it
 then cannot read.
@@ -6,20 +6,22 @@ then cannot read.
 
 from __future__ import annotations
 
-import collections
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_tuner.engine.trial import TrialStatus
+import keras_tuner
+from keras_tuner.engine.trial import Trial, TrialStatus
 
-from keras_rsft.searching.search_folder import replaced
+from keras_rsft.result_folder import replaced
 
-# A trial whose process died so often is likely to be what kills it.
-MOST_DEATHS = 3
-# A search alone and a chief go on with each other's trials, so they share a file.
-_STATE_FILE = "tuner0.json"
+STATE_FILE = "oracle.json"
+# Keras Tuner's protocol drops why a trial failed, so a worker leaves it here.
+_MESSAGE_FILE = "message.txt"
+_WAIT_SECONDS = 1.0
+OnEpoch = Callable[[int, float], None]
 
 
 class DurableOracle:
@@ -29,69 +31,112 @@ class DurableOracle:
     new and to whoever asks.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._deaths = collections.Counter()
+    @property
+    def folder(self) -> Path:
+        return Path(self._get_oracle_fname()).parent
 
-    def take_back(self, tuner_ids: Sequence[str]) -> None:
-        """Takes trials back from tuners that are gone.
-
-        A trial that was taken back `MOST_DEATHS` times has failed.
-        """
-        taken = [self.ongoing_trials[tuner_id] for tuner_id in tuner_ids]
-        for tuner_id, trial in zip(tuner_ids, taken, strict=True):
-            self._deaths[trial.trial_id] += 1
-            if self._deaths[trial.trial_id] < MOST_DEATHS:
-                del self.ongoing_trials[tuner_id]
-                self._retry_queue.insert(0, trial.trial_id)
-                continue
-            trial.status = TrialStatus.FAILED
-            trial.message = (
-                f"The process that trained this trial died {MOST_DEATHS} times."
-            )
-            self.end_trial(trial)
-        if taken:
-            self.save()
-
-    def take_off_queue(self, trial_id: str) -> None:
-        """Does not hand a trial out again, because its result has come after all."""
-        if trial_id in self._retry_queue:
-            self._retry_queue.remove(trial_id)
+    def end_trial(self, trial: Trial) -> None:
+        message = self.folder / f"trial_{trial.trial_id}" / _MESSAGE_FILE
+        if trial.message is None and message.exists():
+            trial.message = message.read_text(encoding="utf-8")
+            message.unlink()
+        super().end_trial(trial)
 
     def save(self) -> None:
         text = json.dumps(self.get_state())
-        replaced(Path(self._get_oracle_fname()), lambda path: path.write_text(text))
+        replaced(self.folder / STATE_FILE, lambda path: path.write_text(text))
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         # A trial that was written just before a kill, of which the oracle's own file
         # does not know yet, would be neither ended nor tried again.
         self.trials = {name: self.trials[name] for name in state["start_order"]}
-        super().set_state(state)
         # Nobody is training them any more: the queue's last one is the first out.
-        waiting = {trial.trial_id for trial in self.ongoing_trials.values()}
-        waiting |= {*self._retry_queue}
-        self._retry_queue = [t for t in reversed(self.start_order) if t in waiting]
-        self.ongoing_trials = {}
+        ended = {*state["end_order"]}
+        waiting = [name for name in reversed(self.trials) if name not in ended]
+        super().set_state({**state, "ongoing_trials": {}, "retry_queue": waiting})
 
-    def _save_trial(self, trial: Any) -> None:
-        path = Path(self._get_trial_dir(trial.trial_id)) / "trial.json"
-        replaced(path, lambda beside: trial.save(str(beside)))
+    def save_trial(self, trial: Trial) -> None:
+        folder = self.folder / f"trial_{trial.trial_id}"
+        folder.mkdir(exist_ok=True)
+        replaced(folder / "trial.json", lambda beside: trial.save(str(beside)))
+
+    _save_trial = save_trial  # Keras Tuner's name for it.
 
 
-class DurableTuner:
-    """Mixed into a tuner: its file, without which nothing is reloaded, as well."""
+class DurableTuner(keras_tuner.Tuner):
+    """Keeps all of its state in its oracle, which in a worker is the chief's."""
 
-    def on_search_begin(self) -> None:
-        super().on_search_begin()
-        self.save()  # Keras Tuner waits for the end of the first trial.
+    def __init__(self, oracle: keras_tuner.Oracle, hypermodel: Any = None, **kwargs):
+        super().__init__(oracle, hypermodel, **kwargs)
+        if not self.is_worker and (Path(self.project_dir) / STATE_FILE).exists():
+            self.reload()
+
+    @property
+    def is_worker(self) -> bool:
+        return not isinstance(self.oracle, keras_tuner.Oracle)
 
     def save(self) -> None:
-        if not self._is_worker():
+        if not self.is_worker:
             self.oracle.save()
-        text = json.dumps(self.get_state())
-        replaced(Path(self._get_tuner_fname()), lambda path: path.write_text(text))
 
-    def _get_tuner_fname(self) -> str:
-        if self._is_worker():
-            return super()._get_tuner_fname()
-        return str(Path(self.project_dir) / _STATE_FILE)
+    def reload(self) -> None:
+        if not self.is_worker:
+            self.oracle.reload()
+
+
+class TrialsTuner(DurableTuner):
+    """Takes trials from an oracle, trains them and reports them, until none is left."""
+
+    parallel_trials = 1
+
+    def search(self, *, verbose: int = 0, on_epoch: OnEpoch | None = None) -> None:
+        """Trains trials until the oracle has no more.
+
+        Args:
+            verbose: 1 prints what Keras Tuner prints for each trial. Default 0.
+            on_epoch: Called with the number of heads that have trained one epoch, and
+                the best value of the objective among those trained with them.
+        """
+        self.oracle.verbose = verbose
+        self.on_search_begin()
+        while trials := self._take_trials():
+            for trial in trials:
+                self.on_trial_begin(trial)
+            self._train(trials, on_epoch)
+        self.on_search_end()
+
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+        """Trains trials, and ends each by `_complete` or `_fail`."""
+        raise NotImplementedError
+
+    def _complete(
+        self, trial: Trial, history: Mapping[str, Sequence[float]], best: int
+    ) -> None:
+        """Reports a trial by the metrics of its best epoch."""
+        metrics = {name: float(values[best]) for name, values in history.items()}
+        self.oracle.update_trial(trial.trial_id, metrics, step=best)
+        trial.status = TrialStatus.COMPLETED
+        self.on_trial_end(trial)
+
+    def _fail(self, trial: Trial, message: str) -> None:
+        trial.status, trial.message = TrialStatus.FAILED, message
+        if self.is_worker:
+            path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE
+            replaced(path, lambda beside: beside.write_text(message, encoding="utf-8"))
+        self.on_trial_end(trial)
+
+    def _take_trials(self) -> list[Trial]:
+        """Asks the oracle for trials, each under a tuner's name of its own."""
+        taken = []
+        while len(taken) < self.parallel_trials:
+            self.pre_create_trial()
+            trial = self.oracle.create_trial(f"{self.tuner_id}-{len(taken)}")
+            if trial.status == TrialStatus.STOPPED:
+                break
+            if trial.status != TrialStatus.IDLE:
+                taken.append(trial)
+            elif taken:
+                break
+            else:  # Another tuner's trials must end first.
+                time.sleep(_WAIT_SECONDS)
+        return taken

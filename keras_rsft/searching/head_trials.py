@@ -20,41 +20,32 @@ UPDATE_RULES = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}
 # What `keras.optimizers.AdamW` decays by where nothing else is said.
 ADAMW_WEIGHT_DECAY = 0.004
 _GROUP_SIZE = 8
-BATCHED_POLICIES = ("accept-all", "auto", "loss-threshold", "keep-fraction")
+_ACCEPTANCES = {
+    "accept-all": ACCEPT_ALL,
+    "auto": LISTED,
+    "loss-threshold": BELOW,
+    "keep-fraction": KEEP_SMALLEST,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadTrials:
-    """Hyperparameters of `k` heads that share an update rule.
+    """Hyperparameters of `k` heads of one update rule, in arrays of shape `(k,)`."""
 
-    Attributes:
-        update_rule: `"sgd"` or `"adam"`.
-        learning_rate: Float32 array `(k,)`, positive.
-        momentum: Float32 array `(k,)` in [0, 1]; used by `"sgd"` alone.
-        weight_decay: Float32 array `(k,)`, at least 0; decoupled, as in Keras.
-        acceptance: int32 array `(k,)`: `ACCEPT_ALL`, `BELOW` a threshold by sample,
-            `BATCH_BELOW` it by batch, `KEEP_SMALLEST`, or `LISTED`.
-        threshold: Float32 array `(k,)`, in the loss's units.
-        keep_fraction: Float32 array `(k,)` in (0, 1].
-        warmup_steps: int32 array `(k,)`: steps in which everything is accepted, or
-            over which the kept share falls.
-    """
-
-    update_rule: str
+    update_rule: str  # "sgd" or "adam".
     learning_rate: np.ndarray
-    momentum: np.ndarray
-    weight_decay: np.ndarray
-    acceptance: np.ndarray
-    threshold: np.ndarray
+    momentum: np.ndarray  # Used by "sgd" alone.
+    weight_decay: np.ndarray  # Decoupled, as in Keras.
+    acceptance: np.ndarray  # ACCEPT_ALL to LISTED.
+    threshold: np.ndarray  # In the loss's units.
     keep_fraction: np.ndarray
-    warmup_steps: np.ndarray
+    warmup_steps: np.ndarray  # Everything is accepted, or the kept share falls.
 
     def __len__(self) -> int:
         return len(self.learning_rate)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """All attributes that have one number a trial."""
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in names if name != "update_rule"}
 
@@ -73,11 +64,6 @@ class HeadTrials:
         return found
 
     def take(self, rows: np.ndarray) -> HeadTrials:
-        """Returns some of the trials.
-
-        Args:
-            rows: Integer array `(m,)`, which ones.
-        """
         chosen = {name: values[rows] for name, values in self.arrays.items()}
         return HeadTrials(self.update_rule, **chosen)
 
@@ -89,16 +75,9 @@ def stack_trials(
     steps_per_epoch: int,
     loss_limit: float = math.inf,
 ) -> HeadTrials:
-    """Returns the settings of trials as arrays, one entry a trial.
+    """Returns the settings of trials, all of one update rule, as one entry a trial.
 
-    Args:
-        settings: At least one; all of one update rule.
-        num_classes: Number of classes, at least 2.
-        steps_per_epoch: Batches per epoch, at least 1.
-        loss_limit: Of `auto`, see `AutoPolicy`. Default: infinity.
-
-    Raises:
-        InvalidArgument: If a setting cannot be trained together with others.
+    `loss_limit` is that of `auto`, see `AutoPolicy`.
     """
     rules = {update_rule(one) for one in settings}
     if len(rules) != 1:
@@ -106,27 +85,44 @@ def stack_trials(
             "Heads that are trained together must share one update rule. "
             f"Received: {sorted(rules)}. Call this once for each."
         )
-    rows = [_row(one, num_classes, steps_per_epoch, loss_limit) for one in settings]
+    rows = []
+    for one in settings:
+        policy, decay = one.policy, one.weight_decay
+        way = _ACCEPTANCES[policy.name]
+        if way == BELOW and policy.level == "batch":
+            way = BATCH_BELOW
+        threshold = loss_limit if way == LISTED else policy.threshold
+        if threshold is None:
+            threshold = policy.relative_threshold * math.log(num_classes)
+        if decay is None:
+            decay = ADAMW_WEIGHT_DECAY if one.optimizer.lower() == "adamw" else 0.0
+        rows.append(
+            {
+                "learning_rate": one.learning_rate,
+                "momentum": one.momentum,
+                "weight_decay": decay,
+                "acceptance": way,
+                "threshold": threshold,
+                "keep_fraction": policy.keep_fraction,
+                "warmup_steps": round(policy.warmup_epochs * steps_per_epoch),
+            }
+        )
     types = {"acceptance": np.int32, "warmup_steps": np.int32}
-    arrays = {
+    columns = {
         name: np.array([row[name] for row in rows], types.get(name, np.float32))
         for name in rows[0]
     }
-    return HeadTrials(rules.pop(), **arrays)
+    return HeadTrials(rules.pop(), **columns)
 
 
 def update_rule(settings: TrainingSettings) -> str:
-    """Returns how a trial's weights change: `"sgd"` or `"adam"`.
-
-    Raises:
-        InvalidArgument: If the settings cannot be trained together with others.
-    """
+    """Returns how a trial's weights change: `"sgd"` or `"adam"`."""
     policy, optimizer = settings.policy, settings.optimizer.lower()
     refused = None
     if optimizer not in UPDATE_RULES:
         refused = f"the optimizer {settings.optimizer} ({', '.join(UPDATE_RULES)})"
-    elif policy.name not in BATCHED_POLICIES:
-        refused = f"the policy {policy.name} ({', '.join(BATCHED_POLICIES)})"
+    elif policy.name not in _ACCEPTANCES:
+        refused = f"the policy {policy.name} ({', '.join(_ACCEPTANCES)})"
     elif policy.class_floor > 0:
         refused = f"a class floor of {policy.class_floor} (0)"
     elif settings.label_smoothing or settings.mix_up or settings.early_stopping:
@@ -138,34 +134,3 @@ def update_rule(settings: TrainingSettings) -> str:
             "random, bayesian, hyperband or grid, which train one head at a time."
         )
     return UPDATE_RULES[optimizer]
-
-
-def _row(
-    settings: TrainingSettings,
-    num_classes: int,
-    steps_per_epoch: int,
-    loss_limit: float,
-) -> dict[str, float]:
-    policy = settings.policy
-    by_loss = BATCH_BELOW if policy.level == "batch" else BELOW
-    acceptances = {
-        "accept-all": ACCEPT_ALL,
-        "auto": LISTED,
-        "loss-threshold": by_loss,
-        "keep-fraction": KEEP_SMALLEST,
-    }
-    threshold = loss_limit if policy.name == "auto" else policy.threshold
-    if threshold is None:
-        threshold = policy.relative_threshold * math.log(num_classes)
-    decay = settings.weight_decay
-    if decay is None:
-        decay = ADAMW_WEIGHT_DECAY if settings.optimizer.lower() == "adamw" else 0.0
-    return {
-        "learning_rate": settings.learning_rate,
-        "momentum": settings.momentum,
-        "weight_decay": decay,
-        "acceptance": acceptances[policy.name],
-        "threshold": threshold,
-        "keep_fraction": policy.keep_fraction,
-        "warmup_steps": round(policy.warmup_epochs * steps_per_epoch),
-    }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import POLICY_NAMES, require_known
@@ -21,6 +22,12 @@ FROZEN, LAST_BLOCK, ALL = "frozen", "last-block", "all"
 TRAINABLE_NAMES = (FROZEN, LAST_BLOCK, ALL)
 # Each with the direction in which it is better.
 OBJECTIVES = {"val_accuracy": "max", "val_loss": "min"}
+TUNER_ID = "KERASTUNER_TUNER_ID"
+ORACLE_HOST = "KERASTUNER_ORACLE_IP"
+ORACLE_PORT = "KERASTUNER_ORACLE_PORT"
+# Tells a worker which process started it, and that it must not outlive it.
+PARENT = "KERAS_RSFT_PARENT"
+DEFAULT_TIMEOUT = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +106,27 @@ class SearchOptions:
 
 
 def checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns what may learn: each name once, from the cheapest on, frozen first.
-
-    Raises:
-        InvalidArgument: If a name is not one of `TRAINABLE_NAMES`.
-    """
+    """Returns what may learn: each name once, from the cheapest on, frozen first."""
     if isinstance(names, str):
         names = (names,)
     for name in names:
         require_known("trainable part", name, TRAINABLE_NAMES)
     return tuple(one for one in TRAINABLE_NAMES if one == FROZEN or one in names)
+
+
+def part_in_search(given: Mapping[str, str] = os.environ) -> str:
+    """Returns `"alone"`, `"chief"` or `"worker"`, as Keras Tuner's variables say."""
+    if ORACLE_HOST not in given and ORACLE_PORT not in given:
+        return "alone"
+    names = (ORACLE_HOST, ORACLE_PORT, TUNER_ID)
+    if missing := [name for name in names if not given.get(name)]:
+        raise InvalidArgument(
+            f"A search by chief and workers needs {', '.join(names)}, and the "
+            f"environment does not set {' and '.join(missing)}. Set all or none."
+        )
+    port = given[ORACLE_PORT]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise InvalidArgument(
+            f"{ORACLE_PORT} must be a port, from 1 to 65535. Received: {port!r}."
+        )
+    return "chief" if "chief" in given[TUNER_ID] else "worker"

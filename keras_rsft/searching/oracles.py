@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib.util
-import io
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import keras_tuner
-from keras_tuner.engine.trial import TrialStatus
-from keras_tuner.errors import FailedTrialError, FatalError
+import numpy as np
+from keras_tuner.engine.trial import Trial, TrialStatus
+from keras_tuner.errors import FailedTrialError
 from keras_tuner.oracles import (
     BayesianOptimizationOracle,
     GridSearchOracle,
@@ -21,9 +21,9 @@ from keras_tuner.oracles import (
     RandomSearchOracle,
 )
 
-from keras_rsft.errors import SearchFailed
+from keras_rsft.model import RSFTModel
 from keras_rsft.searching.batched_tuner import BatchedTuner
-from keras_rsft.searching.durable import DurableOracle, DurableTuner
+from keras_rsft.searching.durable import DurableOracle, OnEpoch, TrialsTuner
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import BATCHED, HYPERBAND, SearchOptions
 
@@ -43,125 +43,119 @@ class BandsOracle(DurableOracle, HyperbandOracle):
 
 
 class GridOracle(DurableOracle, GridSearchOracle):
-    """Keras Tuner's grid, which goes on after a stop and hands out many at once.
+    """Keras Tuner's grid, which resumes after a stop and hands out many at once.
 
-    The stock oracle forgets at a stop which combinations have been handed out, and
-    waits for each trial's end before it proposes the next.
+    The stock oracle forgets at a stop which combinations have been handed out
+    (github.com/keras-team/keras-tuner/issues/1055), and waits for each trial's end
+    before it proposes the next. The space is known from the start here, so that the
+    next combination follows from the last.
     """
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        response = super().populate_space(trial_id)
-        if response["status"] == "RUNNING":
-            # The space is known from the start: no trial's end can add to it.
-            self._populate_next.append(trial_id)
-        return response
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        super().set_state(state)
-        by_values = functools.cmp_to_key(
-            lambda one, other: self._compare(
-                self.trials[one].hyperparameters.values,
-                self.trials[other].hyperparameters.values,
-            )
-        )
-        ordered = sorted(self.trials, key=by_values)
-        for trial_id in ordered:
-            self._ordered_ids.insert(trial_id)
-        self._populate_next = list(ordered)
+        if not self.start_order:
+            return super().populate_space(trial_id)
+        last = self.trials[self.start_order[-1]].hyperparameters.values
+        values = self._get_next_combination(last)
+        if values is None:
+            return {"status": TrialStatus.STOPPED}
+        return {"status": TrialStatus.RUNNING, "values": values}
 
 
-class _OneByOne(DurableTuner):
-    """What Keras Tuner's own ways of running a trial lack."""
+class OneByOneTuner(TrialsTuner):
+    """Trains one trial at a time, for any oracle.
 
-    def _configure_tensorboard_dir(
-        self, callbacks: list, trial: Any, execution: int = 0
-    ) -> None:
-        # Needs the package `tensorboard` only where that callback is used.
-        if any(type(callback).__name__ == "TensorBoard" for callback in callbacks):
-            super()._configure_tensorboard_dir(callbacks, trial, execution)
+    Keras Tuner's own needs the package `tensorboard` and prints tracebacks.
+    """
 
-    def _try_run_and_update_trial(self, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """Is Keras Tuner's, but prints no traceback and passes on a chief's end."""
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+        (trial,) = trials
+        objective = self.oracle.objective
         try:
-            self._run_and_update_trial(trial, *args, **kwargs)
-            trial.status = TrialStatus.COMPLETED
-        except (SearchFailed, FatalError):
-            raise
+            history = self.run_trial(trial, on_epoch).history
+            values = history[objective.name]
+            best = (
+                np.argmax(values) if objective.direction == "max" else np.argmin(values)
+            )
         except FailedTrialError as error:
-            trial.status, trial.message = TrialStatus.FAILED, str(error)
+            self._fail(trial, str(error))
         except Exception:
-            trial.status, trial.message = TrialStatus.INVALID, traceback.format_exc()
+            self._fail(trial, traceback.format_exc())
+        else:
+            self._complete(trial, history, int(best))
 
+    def run_trial(
+        self, trial: Trial, on_epoch: OnEpoch | None = None
+    ) -> keras.callbacks.History:
+        """Trains a trial, and keeps the weights of its best epoch."""
+        keras.backend.clear_session()
+        hp, name = trial.hyperparameters, self.oracle.objective.name
+        model = self.hypermodel.build(hp)
+        options = {}
+        if "tuner/epochs" in hp.values:  # Hyperband's.
+            options = {
+                "epochs": hp.values["tuner/epochs"],
+                "initial_epoch": hp.values["tuner/initial_epoch"],
+            }
+        if "tuner/trial_id" in hp.values:
+            model.load_weights(self._weights_of(hp.values["tuner/trial_id"]))
+        best_epoch = keras.callbacks.ModelCheckpoint(
+            self._weights_of(trial.trial_id),
+            monitor=name,
+            mode=self.oracle.objective.direction,
+            save_best_only=True,
+            save_weights_only=True,
+        )
+        callbacks = [best_epoch]
+        if on_epoch is not None:
+            callbacks.append(
+                keras.callbacks.LambdaCallback(
+                    on_epoch_end=lambda epoch, logs: on_epoch(1, logs[name])
+                )
+            )
+        with warnings.catch_warnings():
+            # Told by a trial's acceptance rate, instead of by a warning in each epoch.
+            warnings.filterwarnings("ignore", message=".*accepted no sample")
+            return self.hypermodel.fit(hp, model, callbacks=callbacks, **options)
 
-class OneByOneTuner(_OneByOne, keras_tuner.Tuner):
-    """Keras Tuner's tuner for any oracle but Hyperband's."""
+    def load_model(self, trial: Trial) -> RSFTModel:
+        """Returns a trial's model with the weights of its best epoch."""
+        model = self.hypermodel.build(trial.hyperparameters)
+        model.load_weights(self._weights_of(trial.trial_id))
+        return model
 
-
-class OneByOneHyperband(_OneByOne, keras_tuner.Hyperband):
-    """Keras Tuner's Hyperband, with an oracle that is given."""
-
-    def __init__(
-        self, oracle: HyperbandOracle, hypermodel: RSFTHyperModel, **kwargs: Any
-    ):
-        keras_tuner.Tuner.__init__(self, oracle, hypermodel, **kwargs)
+    def _weights_of(self, trial_id: str) -> str:
+        return str(Path(self.get_trial_dir(trial_id)) / "checkpoint.weights.h5")
 
 
 def make_tuner(
     hypermodel: RSFTHyperModel, options: SearchOptions, folder: Path
-) -> keras_tuner.Tuner:
-    """Returns a tuner, with the trials that its folder has already.
-
-    Args:
-        hypermodel: What a trial is.
-        options: Which tuner, and how it goes on.
-        folder: An existing folder; trials are kept in `trials` inside.
-
-    Raises:
-        ImportError: If the Bayesian oracle is asked for without scikit-learn.
-        InvalidArgument: If the batched tuner cannot take the space.
-    """
+) -> TrialsTuner:
+    """Returns a tuner, with the trials that `folder/trials` has already."""
     place = {"directory": str(folder), "project_name": TRIALS_FOLDER}
-    objective = keras_tuner.Objective(options.objective, options.direction)
     shared = {
-        "objective": objective,
+        "objective": keras_tuner.Objective(options.objective, options.direction),
         "seed": hypermodel.settings.seed + 1,  # Keras Tuner takes 0 for any seed.
         # A failed trial is no reason to give up the others.
         "max_consecutive_failed_trials": None,
     }
     if options.tuner == HYPERBAND:
-        oracle = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
-        oracle.max_trials = options.max_trials
-        return OneByOneHyperband(oracle, hypermodel, **place)
+        bands = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        bands.max_trials = options.max_trials
+        return OneByOneTuner(bands, hypermodel, **place)
     name = options.oracle if options.tuner == BATCHED else options.tuner
-    oracle = _make_oracle(name, max_trials=options.max_trials, **shared)
-    if options.tuner == BATCHED:
-        return BatchedTuner(
-            oracle,
-            hypermodel,
-            parallel_trials=options.parallel_trials,
-            halvings=options.halvings,
-            **place,
-        )
-    return OneByOneTuner(oracle, hypermodel, **place)
-
-
-def make_quiet_tuner(
-    hypermodel: RSFTHyperModel, options: SearchOptions, folder: Path
-) -> keras_tuner.Tuner:
-    """Is `make_tuner`, without what Keras Tuner prints about going on."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return make_tuner(hypermodel, options, folder)
-
-
-def _make_oracle(name: str, **options: Any) -> keras_tuner.Oracle:
     if name == "bayesian" and importlib.util.find_spec("sklearn") is None:
         raise ImportError(
             "The Bayesian oracle needs scikit-learn. "
             'Install it with: pip install "keras_rsft[search]"'
         )
-    oracles = {
-        "random": RandomOracle,
-        "bayesian": BayesianOracle,
-        "grid": GridOracle,
-    }
-    return oracles[name](**options)
+    kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
+    oracle = kinds[name](max_trials=options.max_trials, **shared)
+    if options.tuner != BATCHED:
+        return OneByOneTuner(oracle, hypermodel, **place)
+    return BatchedTuner(
+        oracle,
+        hypermodel,
+        parallel_trials=options.parallel_trials,
+        halvings=options.halvings,
+        **place,
+    )

@@ -1,14 +1,11 @@
-"""A search on disk: what makes it the same search, and what it leaves.
-
-The folder is made when a search begins, since its trials must survive a stop. What
-is written when it ends is written beside and renamed.
-"""
+"""A search on disk: what makes it the same search, and what it leaves."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,21 +18,19 @@ import filelock
 import keras_tuner
 import numpy as np
 
-from keras_rsft.errors import InvalidArgument, SearchFailed
+from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.run_folder import check_new_folder
 from keras_rsft.result_folder import replaced, write_csv, write_json, written_whole
 from keras_rsft.run_files import RESULTS_FILE, SAMPLES_FILE, SEARCH_FILE
-from keras_rsft.searching.choice import TrialOutcome
+from keras_rsft.searching.choice import COMPLETED, TrialOutcome
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
 
 TRIALS_FILE = "trials.csv"
+TENSORBOARD_FOLDER = "tensorboard"
 _HEAD_SECONDS_FILE = "head_seconds.json"
 _LOCK_FILE = ".lock"
-_MARK_FILE = ".chief"
-# What a network file system may take to show another machine's new file.
-_SECONDS_TO_APPEAR = 10.0
 # Options that may change from one call to the next without another meaning of trials.
 _FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "trainable")
 
@@ -43,13 +38,7 @@ _FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "trainable")
 def identity_of(
     hypermodel: RSFTHyperModel, options: SearchOptions, source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what must stay the same for a search to go on, as JSON can hold it.
-
-    Args:
-        hypermodel: Data, settings and space.
-        options: Tuner, oracle and objective.
-        source: Where the features come from: data, base, precision and so on.
-    """
+    """Returns what must stay the same for a search to resume, as JSON can hold it."""
     hp = keras_tuner.HyperParameters()
     hypermodel.space(hp)
     kept = dataclasses.asdict(options)
@@ -64,16 +53,9 @@ def identity_of(
 
 @contextlib.contextmanager
 def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator[Path]:
-    """Makes a search's folder, or opens it to go on, for this process alone.
+    """Makes a search's folder, or opens it to resume, for this process alone.
 
-    Args:
-        output: The folder. If it is new, and the context fails before any trial has
-            begun, it is removed again.
-        identity: What `identity_of` gives.
-
-    Raises:
-        InvalidArgument: If the folder holds another search or something else, or
-            another process is searching in it.
+    A new one is removed again if the context fails before any trial has begun.
     """
     folder = Path(output).absolute()
     is_new = not folder.exists()
@@ -102,33 +84,20 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
         lock.release()
 
 
-def write_mark(folder: Path, mark: str) -> None:
-    """Leaves a mark by which workers tell that they have the chief's own folder."""
-    replaced(folder / _MARK_FILE, lambda path: path.write_text(mark))
-
-
-def join_search(output: str | os.PathLike, identity: dict[str, Any], mark: str) -> Path:
-    """Returns the folder of a search that a chief leads.
-
-    Args:
-        output: The folder, which chief and workers share.
-        identity: What `identity_of` gives in this process.
-        mark: The chief's.
-
-    Raises:
-        SearchFailed: If the chief's folder is not there.
-        InvalidArgument: If the chief has other data, space or options.
-    """
+def join_search(
+    output: str | os.PathLike, identity: dict[str, Any], *, timeout: float
+) -> Path:
+    """Returns the folder of a search that a chief leads, once it is there."""
     folder = Path(output).absolute()
-    until = time.monotonic() + _SECONDS_TO_APPEAR
-    while (found := _read_mark(folder)) != mark and time.monotonic() < until:
+    until = time.monotonic() + timeout
+    while not (folder / SEARCH_FILE).exists():
+        if time.monotonic() > until:
+            raise WorkerLost(
+                f"No chief has begun a search in {folder} within {timeout:g} seconds. "
+                "Start it, and give chief and workers the same `--output`, on a disk "
+                "that all of them see."
+            )
         time.sleep(0.5)
-    if found != mark:
-        what = "is not the chief's" if folder.exists() else "does not exist here"
-        raise SearchFailed(
-            f"{folder} {what}. Chief and workers need one folder that all of them "
-            "see: mount it on this machine, and give all of them the same `--output`."
-        )
     _check_same(folder, identity)
     return folder
 
@@ -147,56 +116,69 @@ def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:
     """Writes the table of trials."""
     values = sorted({name for one in outcomes for name in one.values})
     metrics = sorted({name for one in outcomes for name in one.metrics})
-    replaced(
-        folder / TRIALS_FILE,
-        lambda path: write_csv(
-            path,
-            ["trial", "status", *values, "epochs", *metrics, "message"],
-            (
-                [
-                    one.trial_id,
-                    one.status,
-                    *(one.values.get(name, "") for name in values),
-                    one.epochs,
-                    *(one.metrics.get(name, "") for name in metrics),
-                    one.message or "",
-                ]
-                for one in outcomes
-            ),
-        ),
-    )
+    rows = [
+        [
+            one.trial_id,
+            one.status,
+            *(one.values.get(name, "") for name in values),
+            one.epochs,
+            *(one.metrics.get(name, "") for name in metrics),
+            one.message or "",
+        ]
+        for one in outcomes
+    ]
+    header = ["trial", "status", *values, "epochs", *metrics, "message"]
+    replaced(folder / TRIALS_FILE, lambda path: write_csv(path, header, rows))
 
 
 def write_samples(folder: Path, features: SplitFeatures) -> None:
     """Writes which samples there were, with the labels that trials were judged by."""
-    parts = {
-        "train": features.train,
-        "validation": features.validation,
-        "test": features.test,
-    }
-    names = features.class_names
-    replaced(
-        folder / SAMPLES_FILE,
-        lambda path: write_csv(
-            path,
-            ["id", "split", "given_label"],
-            (
-                [str(sample_id), split, names[label]]
-                for split, part in parts.items()
-                for sample_id, label in zip(part.ids, part.labels, strict=True)
-            ),
-        ),
-    )
+    rows = [
+        [str(sample_id), split, features.class_names[label]]
+        for split in ("train", "validation", "test")
+        for part in [getattr(features, split)]
+        for sample_id, label in zip(part.ids, part.labels, strict=True)
+    ]
+    header = ["id", "split", "given_label"]
+    replaced(folder / SAMPLES_FILE, lambda path: write_csv(path, header, rows))
+
+
+def write_hparams(
+    folder: Path, outcomes: Sequence[TrialOutcome], options: SearchOptions
+) -> None:
+    """Writes the trials for TensorBoard's HParams page, if `tensorboard` is there."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return
+    for one in outcomes:
+        target = folder / TENSORBOARD_FOLDER / f"trial_{one.trial_id}"
+        if not target.exists():
+            with written_whole(target) as partial:
+                _write_hparams_of(one, options, partial)
+
+
+def _write_hparams_of(
+    outcome: TrialOutcome, options: SearchOptions, folder: Path
+) -> None:
+    import tensorflow as tf
+    from tensorboard.plugins.hparams import api, api_pb2, summary
+
+    completed = outcome.status == COMPLETED
+    status = api_pb2.STATUS_SUCCESS if completed else api_pb2.STATUS_FAILURE
+    ended = summary.session_end_pb(status).SerializeToString()
+    writer = tf.summary.create_file_writer(str(folder))
+    with writer.as_default(step=outcome.epochs), tf.summary.record_if(True):
+        values = {"tuner": options.tuner, **outcome.values}
+        api.hparams(values, trial_id=outcome.trial_id)
+        for name, value in outcome.metrics.items():
+            tf.summary.scalar(name, value)
+        if not completed:
+            tf.summary.text("message", outcome.message or "no reason given")
+        tf.summary.experimental.write_raw_pb(ended)
+    writer.close()
 
 
 def note_head_seconds(folder: Path, seconds: float, trials: int) -> float | None:
-    """Adds the time of trials of heads, and returns that of one; None if not known.
-
-    Args:
-        folder: Of the search.
-        seconds: What they took.
-        trials: How many; 0 where all had ended before.
-    """
+    """Adds the time of trials of heads, and returns that of one; None if not known."""
     path = folder / _HEAD_SECONDS_FILE
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -220,13 +202,6 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return None
-
-
-def _read_mark(folder: Path) -> str | None:
-    try:
-        return (folder / _MARK_FILE).read_text()
-    except OSError:
         return None
 
 
@@ -256,12 +231,12 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
         named = " and ".join(_difference(name, kept, identity) for name in changed)
         raise InvalidArgument(
             f"{folder} holds a search with {named}, whose trials cannot be mixed with "
-            "new ones. Choose another `--output`, or repeat the first command to go on."
+            "new ones. Choose another `--output`, or repeat the first command to "
+            "resume."
         )
 
 
 def _difference(part: str, kept: dict[str, Any], identity: dict[str, Any]) -> str:
-    """Says how two searches differ in one part, setting by setting where it can."""
     if part == "data":
         return "another data set or base"
     if part == "space":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,14 @@ import keras_tuner
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.data import ImageData
-from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import (
-    SplitFeatures,
-    TrainingSettings,
-)
+from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
+from keras_rsft.finetuning import SplitFeatures, TrainingSettings
 from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.finetuning.tuned_run import check_part_can_learn
 from keras_rsft.model import RSFTModel
-from keras_rsft.result_folder import installed_versions, write_json
-from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE
+from keras_rsft.result_folder import installed_versions, replaced, write_json
+from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, RESULTS_FILE
 from keras_rsft.searching.base_search import (
     BaseTrials,
     chosen_trial,
@@ -36,7 +33,6 @@ from keras_rsft.searching.base_search import (
     with_frozen,
 )
 from keras_rsft.searching.base_trials import BaseSource
-from keras_rsft.searching.chief import lead_trials
 from keras_rsft.searching.choice import (
     COMPLETED,
     Choice,
@@ -44,26 +40,23 @@ from keras_rsft.searching.choice import (
     choose_trial,
     trainable_of,
 )
-from keras_rsft.searching.hparams import write_hparams
 from keras_rsft.searching.hypermodel import RSFTHyperModel
-from keras_rsft.searching.judged import judged_data, judged_features
-from keras_rsft.searching.names import SearchOptions
-from keras_rsft.searching.oracles import make_quiet_tuner
+from keras_rsft.searching.names import DEFAULT_TIMEOUT, SearchOptions, part_in_search
+from keras_rsft.searching.oracles import make_tuner
 from keras_rsft.searching.pictures import write_pictures
-from keras_rsft.searching.roles import Crew, role_of
 from keras_rsft.searching.search_folder import (
     TRIALS_FILE,
     identity_of,
+    join_search,
     note_head_seconds,
     open_search,
-    replaced,
+    write_hparams,
     write_results,
     write_samples,
     write_trials,
 )
 from keras_rsft.searching.space import Space
 from keras_rsft.searching.trials import ChosenTrial, run_trials, side_by_side
-from keras_rsft.searching.worker import train_for_chief
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,8 +111,8 @@ def search(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
-    crew: Crew | None = None,
-    patience: float = DEFAULT_PATIENCE,
+    worker_commands: Sequence[Sequence[str]] = (),
+    worker_timeout: float = DEFAULT_TIMEOUT,
     on_note: Callable[[str], None] = lambda text: None,
     **changes: Any,
 ) -> Search | None:
@@ -157,10 +150,10 @@ def search(
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
-        crew: Workers to start on this machine, which train instead of this process.
-            Default None.
-        patience: Seconds after which a chief without workers, or a worker without
-            its chief, gives up. Default 600.
+        worker_commands: Commands that start the workers on this machine, which train
+            instead of this process. Default: none.
+        worker_timeout: Seconds after which a chief without workers, or a worker
+            without its chief, gives up. Default 600.
         on_note: Called with what is done next where the base learns, in one line.
         **changes: Single options, as in `search(data, tuner="grid", ...)`.
 
@@ -170,7 +163,7 @@ def search(
     Raises:
         InvalidArgument: If an argument cannot be used, or the folder holds another
             search.
-        SearchFailed: If chief and workers cannot go on together.
+        WorkerLost: If the chief or a worker is gone.
         DataError: If there is no validation split, or its right labels are wanted
             and not known.
         TrainingStalled: If every trial failed or accepted too little.
@@ -225,8 +218,8 @@ def search(
         progress=progress,
         source=opened.origin,
         command=command,
-        crew=crew,
-        patience=patience,
+        worker_commands=worker_commands,
+        worker_timeout=worker_timeout,
         whole_model=whole_model,
         base_source=base_source,
     )
@@ -243,8 +236,8 @@ def search_features(
     progress: bool = True,
     source: Mapping[str, Any] | None = None,
     command: str | None = None,
-    crew: Crew | None = None,
-    patience: float = DEFAULT_PATIENCE,
+    worker_commands: Sequence[Sequence[str]] = (),
+    worker_timeout: float = DEFAULT_TIMEOUT,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
     base_source: BaseSource | None = None,
 ) -> Search | None:
@@ -260,8 +253,8 @@ def search_features(
         progress: Show a progress bar over the trials. Default True.
         source: Where the features come from; part of what makes a search the same.
         command: As in `search`.
-        crew: As in `search`.
-        patience: As in `search`.
+        worker_commands: As in `search`.
+        worker_timeout: As in `search`.
         whole_model: Makes of the chosen head the model from images that is kept in
             the folder. Default None: the head alone is kept.
         base_source: Images and base, for trials in which the base learns. Default
@@ -272,7 +265,7 @@ def search_features(
 
     Raises:
         InvalidArgument: As in `search`.
-        SearchFailed: As in `search`.
+        WorkerLost: As in `search`.
         DataError: As in `search`.
         TrainingStalled: As in `search`.
     """
@@ -284,35 +277,35 @@ def search_features(
             "Features alone cannot train a base. Received: "
             f"trainable={options.trainable}. Use `search`, which has the images."
         )
-    role = role_of()
     features = judged_features(features, clean_validation=clean_validation)
     hypermodel = RSFTHyperModel(
         features, settings=settings, space=space, progress=progress
     )
-    identity = identity_of(hypermodel, options, source or {})
-    if role.is_worker:
-        train_for_chief(hypermodel, options, role, output, identity, patience=patience)
+    identity, part = identity_of(hypermodel, options, source or {}), part_in_search()
+    tuner_in = functools.partial(make_tuner, hypermodel, options)
+    if part == "worker":
+        from keras_rsft.searching.workers import follow
+
+        folder = join_search(output, identity, timeout=worker_timeout)
+        ended = folder / RESULTS_FILE
+        follow(lambda: tuner_in(folder), ended, timeout=worker_timeout)
         return None
     with open_search(output, identity) as folder:
-        tuner = make_quiet_tuner(hypermodel, options, folder)
-        ended, began = len(tuner.oracle.end_order), time.perf_counter()
-        if role.is_chief or crew is not None:
-            outcomes = lead_trials(
-                tuner,
-                options,
-                role,
-                folder,
-                crew=crew,
-                patience=patience,
-                progress=progress,
+        tuner = tuner_in(folder)
+        before, began = len(tuner.oracle.end_order), time.perf_counter()
+        workers = None
+        if part == "chief" or worker_commands:
+            from keras_rsft.searching.workers import leading
+
+            workers = functools.partial(
+                leading, tuner, worker_commands, folder, timeout=worker_timeout
             )
-        else:
-            outcomes = run_trials(tuner, options, progress=progress)
+        outcomes = run_trials(tuner, options, progress=progress, workers=workers)
         head_seconds = note_head_seconds(
-            folder, time.perf_counter() - began, len(tuner.oracle.end_order) - ended
+            folder, time.perf_counter() - began, len(tuner.oracle.end_order) - before
         )
         bases = None
-        if options.of_base:
+        if options.of_base and base_source is not None:
             outcomes = with_frozen(outcomes)
             bases = train_bases(tuner, options, outcomes, base_source, folder)
         found, chosen = _concluded(tuner, options, outcomes, bases, folder)
@@ -329,6 +322,36 @@ def search_features(
     return dataclasses.replace(found, results=results)
 
 
+def judged_features(
+    features: SplitFeatures, *, clean_validation: bool
+) -> SplitFeatures:
+    """Returns the splits with the labels that trials and the choice are judged by.
+
+    The test split is judged by its right labels wherever they are known.
+    """
+    validation = features.validation
+    if clean_validation:
+        if validation.clean_labels is None:
+            raise DataError(
+                "The right labels of the validation split are not known. Name them "
+                "with `--clean-label-column` or `--clean-label-key`, or leave out "
+                "`--clean-validation`."
+            )
+        validation = validation.with_right_labels()
+    test = features.test.with_right_labels()
+    return dataclasses.replace(features, validation=validation, test=test)
+
+
+def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:
+    """Returns the images with the same labels as `judged_features`."""
+    parts = {}
+    for name, wanted in (("validation", clean_validation), ("test", True)):
+        split = getattr(data, name)
+        if wanted and split.clean_labels is not None:
+            parts[name] = dataclasses.replace(split, labels=split.clean_labels)
+    return dataclasses.replace(data, **parts)
+
+
 def _concluded(
     tuner: keras_tuner.Tuner,
     options: SearchOptions,
@@ -336,16 +359,12 @@ def _concluded(
     bases: BaseTrials | None,
     folder: Path,
 ) -> tuple[Search, ChosenTrial]:
-    """Chooses among the trials and writes all but the results, which come last.
-
-    Raises:
-        TrainingStalled: If there is nothing to choose from.
-    """
+    """Chooses among the trials and writes all but the results, which come last."""
     features = tuner.hypermodel.features
     outcomes = heads if bases is None else (*heads, *bases.outcomes)
     write_samples(folder, features)
     write_trials(folder, outcomes)
-    write_hparams(outcomes, options, folder)
+    write_hparams(folder, outcomes, options)
     write_pictures(heads, outcomes, options, folder)
     try:
         choice = choose_trial(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras_tuner
-from keras_tuner.engine.hyperparameters import Fixed as _Fixed
+from keras_tuner.engine.hyperparameters import Fixed
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings
@@ -26,6 +26,7 @@ _OF_POLICY = (
     "warmup_epochs",
     "class_floor",
 )
+_PARENTS = {"optimizer": "optimizers", "policy": "policies"}
 VALUE_NAMES = ("policy", *_OF_SETTINGS, *_OF_POLICY)
 
 # A function that declares hyperparameters and returns values out of `VALUE_NAMES`.
@@ -101,55 +102,31 @@ class SearchSpace:
 
     def __call__(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
         """Declares the hyperparameters and returns those that are active."""
-        optimizer = _choice(hp, "optimizer", self.optimizers)
-        policy = _choice(hp, "policy", self.policies)
         values = {
+            "optimizer": _choice(hp, "optimizer", self.optimizers),
+            "policy": _choice(hp, "policy", self.policies),
             "learning_rate": _number(hp, "learning_rate", self.learning_rate, log=True),
-            "optimizer": optimizer,
-            "policy": policy,
         }
-        declared = (
-            ("optimizer", ("adamw",), self._declare_weight_decay),
-            ("policy", BY_RELATIVE_THRESHOLD, self._declare_threshold),
-            ("policy", (ARTICLE,), self._declare_article),
-            ("policy", ("keep-fraction",), self._declare_kept),
-            ("policy", self._with_warmup, self._declare_warmup),
-        )
-        names = {"optimizer": self.optimizers, "policy": self.policies}
-        for parent, parent_values, declare in declared:
+
+        def declare(
+            parent: str, allowed: Sequence[str], name: str, given: str, **how: bool
+        ) -> None:
             # A condition that can never hold would have Keras Tuner look for ever.
-            possible = [v for v in names[parent] if v in parent_values]
-            if not possible:
-                continue
-            with hp.conditional_scope(parent, possible):
-                declared_values = declare(hp)
-            if values[parent] in possible:
-                values |= declared_values
+            possible = [v for v in getattr(self, _PARENTS[parent]) if v in allowed]
+            if possible:
+                with hp.conditional_scope(parent, possible):
+                    value = _number(hp, name, getattr(self, given), **how)
+                if values[parent] in possible:
+                    values[name] = value
+
+        warmed_up = [name for name in self.policies if name not in WITHOUT_WARMUP]
+        relative = "relative_threshold"
+        declare("optimizer", ("adamw",), "weight_decay", "weight_decay", log=True)
+        declare("policy", BY_RELATIVE_THRESHOLD, relative, relative)
+        declare("policy", (ARTICLE,), "threshold", "article_threshold")
+        declare("policy", ("keep-fraction",), "keep_fraction", "keep_fraction")
+        declare("policy", warmed_up, "warmup_epochs", "warmup_epochs", whole=True)
         return values
-
-    @property
-    def _with_warmup(self) -> tuple[str, ...]:
-        return tuple(p for p in self.policies if p not in WITHOUT_WARMUP)
-
-    def _declare_weight_decay(self, hp: keras_tuner.HyperParameters) -> dict:
-        decay = _number(hp, "weight_decay", self.weight_decay, log=True)
-        return {"weight_decay": decay}
-
-    def _declare_threshold(self, hp: keras_tuner.HyperParameters) -> dict:
-        threshold = _number(hp, "relative_threshold", self.relative_threshold)
-        return {"relative_threshold": threshold}
-
-    def _declare_article(self, hp: keras_tuner.HyperParameters) -> dict:
-        return {"threshold": _number(hp, "threshold", self.article_threshold)}
-
-    def _declare_kept(self, hp: keras_tuner.HyperParameters) -> dict:
-        return {"keep_fraction": _number(hp, "keep_fraction", self.keep_fraction)}
-
-    def _declare_warmup(self, hp: keras_tuner.HyperParameters) -> dict:
-        fewest, most = self.warmup_epochs
-        if fewest == most:
-            return {"warmup_epochs": hp.Fixed("warmup_epochs", fewest)}
-        return {"warmup_epochs": hp.Int("warmup_epochs", fewest, most)}
 
     def _check_range(
         self,
@@ -179,15 +156,7 @@ class SearchSpace:
 def settings_of_values(
     values: Mapping[str, Any], given: TrainingSettings
 ) -> TrainingSettings:
-    """Returns how to train a trial.
-
-    Args:
-        values: Values out of `VALUE_NAMES`.
-        given: Where what `values` does not say comes from.
-
-    Raises:
-        InvalidArgument: If a name is not known, or a value out of its range.
-    """
+    """Returns how to train a trial: `values`, and the rest as `given`."""
     if not isinstance(values, Mapping):
         raise InvalidArgument(
             "A space must return a dict of values by name, such as "
@@ -217,11 +186,7 @@ def settings_of_values(
 
 
 def check_space(space: Space, given: TrainingSettings) -> None:
-    """Tries a space once, with default values.
-
-    Raises:
-        InvalidArgument: If it declares nothing, or returns what cannot be trained.
-    """
+    """Tries a space once, with default values, so that it fails before any trial."""
     if not callable(space):
         raise InvalidArgument(
             "`space` must be a `SearchSpace` or a function of Keras Tuner's "
@@ -229,7 +194,7 @@ def check_space(space: Space, given: TrainingSettings) -> None:
         )
     hp = keras_tuner.HyperParameters()
     settings_of_values(space(hp), given)
-    if all(isinstance(one, _Fixed) for one in hp.space):
+    if all(isinstance(one, Fixed) for one in hp.space):
         raise InvalidArgument(
             "The search space is empty: every hyperparameter has one value. "
             "Widen a range or name a second policy."
@@ -248,8 +213,11 @@ def _number(
     bounds: tuple[float, float],
     *,
     log: bool = False,
+    whole: bool = False,
 ) -> float:
-    low, high = (float(bound) for bound in bounds)
+    low, high = bounds if whole else map(float, bounds)
     if low == high:
         return hp.Fixed(name, low)
+    if whole:
+        return hp.Int(name, low, high)
     return hp.Float(name, low, high, sampling="log" if log else "linear")

@@ -9,10 +9,10 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import keras
 import keras_tuner
 import numpy as np
 
@@ -22,15 +22,14 @@ from keras_rsft.finetuning.early_stopping import best_of_all_epochs
 from keras_rsft.finetuning.head_training import head_probabilities
 from keras_rsft.model import RSFTModel
 from keras_rsft.progress import progress_bar
-from keras_rsft.searching.batched_tuner import BatchedTuner
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome, trainable_of
+from keras_rsft.searching.durable import TrialsTuner
 from keras_rsft.searching.names import FROZEN, SearchOptions
 from keras_rsft.searching.search_folder import read_results
 
 PLAIN = "accept-all"
 # Hyperband's own numbers, which are among the values of its trials.
 TUNERS_OWN = "tuner/"
-_FIRST_EPOCH = f"{TUNERS_OWN}initial_epoch"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,44 +55,51 @@ class ChosenTrial:
 
 
 def run_trials(
-    tuner: keras_tuner.Tuner, options: SearchOptions, *, progress: bool = True
+    tuner: TrialsTuner,
+    options: SearchOptions,
+    *,
+    progress: bool = True,
+    workers: Callable[[], AbstractContextManager] | None = None,
 ) -> tuple[TrialOutcome, ...]:
-    """Trains all trials that are left, under a progress bar, and returns all.
+    """Trains all trials that are left, here or by workers, and returns all."""
+    oracle, ended = tuner.oracle, len(tuner.oracle.end_order)
+    epochs = tuner.hypermodel.settings.epochs if workers is None else 1
+    seen: list[float] = []
+    with progress_bar(
+        "Searching" if workers is None else "Waiting for workers",
+        total=options.max_trials * epochs,
+        unit="trials" if workers else "epochs",
+        done=ended * epochs,
+        visible=progress,
+    ) as advance:
+        if workers is None:
 
-    Args:
-        tuner: With an `RSFTHyperModel`.
-        options: How the search goes on.
-        progress: Show the bar: trials done, the best so far, time left.
-    """
-    oracle, epochs = tuner.oracle, tuner.hypermodel.settings.epochs
-    with (
-        progress_bar(
-            "Searching",
-            total=options.max_trials * epochs,
-            unit="epochs",
-            done=len(oracle.end_order) * epochs,
-            visible=progress,
-        ) as advance,
-        warnings.catch_warnings(),
-    ):
-        # Told by a trial's acceptance rate, instead of by a warning in each epoch.
-        warnings.filterwarnings("ignore", message=".*accepted no sample")
+            def report(heads: int, value: float) -> None:
+                seen.append(value)
+                advance(heads, state_of(oracle, options, seen))
 
-        best_now: list[float] = []
-
-        def report(heads: int, value: float | None = None) -> None:
-            if value is not None:
-                best_now.append(value)
-            advance(heads, state_of(oracle, options, best_now))
-
-        if isinstance(tuner, BatchedTuner):
             tuner.search(on_epoch=report)
-        else:
-            bar = keras.callbacks.LambdaCallback(
-                on_epoch_end=lambda epoch, logs: report(1, logs.get(options.objective))
-            )
-            tuner.search(verbose=0, callbacks=[bar])
+        elif ended < options.max_trials:
+            with workers() as trials_left:
+                while trials_left():
+                    now = len(oracle.end_order)
+                    advance(now - ended, state_of(oracle, options))
+                    ended = now
     return outcomes_of(tuner)
+
+
+def state_of(
+    oracle: keras_tuner.Oracle, options: SearchOptions, values: Sequence[float] = ()
+) -> str:
+    """Says how far a search is; `values` are of trials that have not ended yet."""
+    ended = [oracle.trials[name] for name in tuple(oracle.end_order)]
+    said = f"{len(ended)} of {options.max_trials} trials"
+    scores = [trial.score for trial in ended if trial.status == COMPLETED]
+    known = [value for value in (*scores, *values) if math.isfinite(value)]
+    if known:
+        best = max(known) if options.direction == "max" else min(known)
+        said += f", best {options.objective} {best:.4f}"
+    return said
 
 
 def outcomes_of(tuner: keras_tuner.Tuner) -> tuple[TrialOutcome, ...]:
@@ -105,6 +111,7 @@ def outcomes_of(tuner: keras_tuner.Tuner) -> tuple[TrialOutcome, ...]:
 def outcome_of(trial: Any) -> TrialOutcome:
     """Returns what became of one of Keras Tuner's trials."""
     values = trial.hyperparameters.values
+    first_epoch = values.get(f"{TUNERS_OWN}initial_epoch", 0)
     completed = trial.status == COMPLETED
     names = trial.metrics.metrics if completed else ()
     lines = (trial.message or "").strip().splitlines()
@@ -113,7 +120,7 @@ def outcome_of(trial: Any) -> TrialOutcome:
         status=trial.status,
         values={k: v for k, v in values.items() if not k.startswith(TUNERS_OWN)},
         metrics={name: trial.metrics.get_last_value(name) for name in names},
-        epochs=values.get(_FIRST_EPOCH, 0) + trial.best_step + 1 if completed else 0,
+        epochs=first_epoch + trial.best_step + 1 if completed else 0,
         message=lines[-1] if lines else None,
     )
 
@@ -145,16 +152,8 @@ def side_by_side(
     """Returns the chosen setting and plain fine-tuning, measured on the test split.
 
     Plain fine-tuning is the best trial of a head that accepts everything. Where there
-    is none, a head is trained with the chosen numbers and without rejection, and judged
-    at its best epoch as the trials are.
-
-    Args:
-        tuner: With all trials of heads.
-        options: How the search went on.
-        outcomes: All trials, and those of the base after those of heads.
-        chosen: The one that was chosen.
-        folder: Of the search. Where its results are of the same choice among as many
-            trials, they are taken from there.
+    is none, a head is trained with the chosen numbers and without rejection. Results of
+    the same choice among as many trials are taken from the folder.
     """
     kept = read_results(folder)
     same = {"chosen_trial": chosen.outcome.trial_id, "trials": len(outcomes)}
@@ -223,35 +222,3 @@ def _trained_plainly(
     )
     names = ("validation_accuracy", "acceptance_rate", "test_accuracy")
     return {name: trained.results[name] for name in names if name in trained.results}
-
-
-def state_of(
-    oracle: keras_tuner.Oracle, options: SearchOptions, values: Sequence[float] = ()
-) -> str:
-    """Says how far a search is, for its progress bar.
-
-    Args:
-        oracle: With the trials that have ended.
-        options: How the search goes on.
-        values: Values of the objective in trials that have not ended yet.
-    """
-    count = f"{len(oracle.end_order)} of {options.max_trials} trials"
-    return count + best_so_far(oracle, options, values)
-
-
-def best_so_far(
-    oracle: keras_tuner.Oracle, options: SearchOptions, values: Sequence[float] = ()
-) -> str:
-    """Names the best value of the objective, behind a comma, or nothing if none is.
-
-    Args:
-        oracle: As in `state_of`.
-        options: As in `state_of`.
-        values: As in `state_of`.
-    """
-    ended = [t.score for t in oracle.get_best_trials(1) if t.status == COMPLETED]
-    seen = [value for value in (*ended, *values) if math.isfinite(value)]
-    if not seen:
-        return ""
-    best = max(seen) if options.direction == "max" else min(seen)
-    return f", best {options.objective} {best:.4f}"
