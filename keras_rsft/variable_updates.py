@@ -20,13 +20,7 @@ def add_to(variable: keras.Variable, value: Any) -> None:
 
 
 def write_rows(variable: keras.Variable, rows: Any, values: Any) -> None:
-    """Overwrites some rows of a variable.
-
-    Args:
-        variable: A variable `(n, ...)`.
-        rows: Integer tensor `(m,)` in [0, n), no row twice.
-        values: Tensor `(m, ...)` of the variable's type.
-    """
+    """Overwrites rows of a variable `(n, ...)`, none of them twice."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

@@ -184,7 +184,7 @@ class TestAuto:
     def test_the_list_and_the_loss_limit(self, data):
         train, held_out = data
         found = examine_labels(train, CLASSES, progress=False, held_out=held_out)
-        policy = AutoPolicy(found, loss_limit=found.loss_limit)
+        policy = AutoPolicy(found.accept_mask(), loss_limit=found.loss_limit)
         policy.steps_seen.assign(1)
         judge = validation_judge(
             policy, held_out.labels, batch_size=32, examination=found

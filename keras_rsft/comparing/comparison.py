@@ -12,12 +12,12 @@ from typing import Any
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.comparing.comparison_folder import fill_comparison
 from keras_rsft.comparing.method_names import (
+    AUTO_WEIGHT_DECAY,
     CLEAN_SUBSET,
     CLEANLAB,
     EARLY_STOPPING,
     METHOD_NAMES,
     WEIGHT_DECAY,
-    WITH_AUTO,
     check_methods,
     has_cleanlab,
 )
@@ -113,8 +113,8 @@ def compare(
         feature_precision: How features are kept: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
-            those of the methods that are policies. Without label smoothing, mix-up
-            and early stopping, which are methods. Default: `TrainingSettings()`.
+            those of the methods that are policies. Without early stopping, which
+            is a method. Default: `TrainingSettings()`.
         output: Folder of the comparison, which must not exist, or
             `NumberedFolder("compare-photos")` for the next number. It is taken at once
             and appears whole at the end. Default: none is written.
@@ -298,7 +298,7 @@ def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, s
     """Returns the methods that cannot run on this data, each with the reason."""
     missing = {}
     if settings.weight_decay is not None:
-        for name in (WEIGHT_DECAY, f"{WITH_AUTO}{WEIGHT_DECAY}"):
+        for name in (WEIGHT_DECAY, AUTO_WEIGHT_DECAY):
             missing[name] = "every method here has a weight decay already."
     if not len(features.validation):
         missing[EARLY_STOPPING] = "it needs a validation split."
@@ -313,13 +313,11 @@ def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, s
 
 
 def _check_settings(settings: TrainingSettings) -> None:
-    if settings.make_soft_targets() is None and settings.early_stopping is None:
-        return
-    raise InvalidArgument(
-        "A comparison has label smoothing, mix-up and early stopping as methods of "
-        "their own. Leave `label_smoothing`, `mix_up` and `early_stopping` out of the "
-        "settings."
-    )
+    if settings.early_stopping is not None:
+        raise InvalidArgument(
+            "A comparison has early stopping as a method of its own. Received: "
+            f"early_stopping={settings.early_stopping}. Leave it out of the settings."
+        )
 
 
 def _check_counts(first_seed: int, seeds: int, views: int) -> None:

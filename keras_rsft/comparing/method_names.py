@@ -14,20 +14,19 @@ EARLY_STOPPING = "early-stopping"
 CLEANLAB = "cleanlab"
 AUTO = "auto"
 
-# Regularisation: alone, and with rejection by `auto`.
-WEIGHT_DECAY, LABEL_SMOOTHING, MIX_UP = "weight-decay", "label-smoothing", "mix-up"
-REGULARISATIONS = (WEIGHT_DECAY, LABEL_SMOOTHING, MIX_UP)
-WITH_AUTO = f"{AUTO}+"
+# Alone, and with rejection by `auto`.
+WEIGHT_DECAY = "weight-decay"
+AUTO_WEIGHT_DECAY = f"{AUTO}+{WEIGHT_DECAY}"
 
 METHOD_NAMES = (
     PLAIN,
     EARLY_STOPPING,
-    *REGULARISATIONS,
+    WEIGHT_DECAY,
     "article",
     "loss-threshold",
     "keep-fraction",
     *((AUTO,) if AUTO in POLICY_NAMES else ()),
-    *(f"{WITH_AUTO}{name}" for name in REGULARISATIONS),
+    AUTO_WEIGHT_DECAY,
     "gce",
     "co-teaching",
     CLEANLAB,

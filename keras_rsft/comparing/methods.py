@@ -24,14 +24,12 @@ from keras_rsft.comparing.baselines import (
 )
 from keras_rsft.comparing.method_names import (
     AUTO,
+    AUTO_WEIGHT_DECAY,
     CLEAN_SUBSET,
     CLEANLAB,
     EARLY_STOPPING,
-    LABEL_SMOOTHING,
-    MIX_UP,
     PLAIN,
     WEIGHT_DECAY,
-    WITH_AUTO,
 )
 from keras_rsft.comparing.summary import Outcome
 from keras_rsft.errors import TrainingStalled
@@ -41,14 +39,8 @@ from keras_rsft.finetuning.head_training import head_probabilities
 
 # In multiples of ln(classes).
 ARTICLE_THRESHOLD = 1.5
-# How strongly each regularises. A weight decay is multiplied by the learning rate: this
-# one forgets in some 300 steps at the default rate. The share is Szegedy et al.'s,
-# alpha is that of DivideMix.
-STRENGTHS = {
-    WEIGHT_DECAY: {"weight_decay": 3.0},
-    LABEL_SMOOTHING: {"label_smoothing": 0.1},
-    MIX_UP: {"mix_up": 4.0},
-}
+# Multiplied by the learning rate, it forgets in some 300 steps at the default rate.
+STRONG_WEIGHT_DECAY = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,22 +131,10 @@ def _early_stopping(trial: Trial) -> Trained:
     return _policy(trial, "accept-all", callbacks=[best_epoch])
 
 
-def _regularised(name: str, policy: str) -> Callable[[Trial], Trained]:
-    """Returns a policy with one more regularisation of the same head.
-
-    Sources: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019;
-    Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR
-    2016, with their share, and under wrong labels Lukasik et al., "Does label smoothing
-    mitigate label noise?", ICML 2020; Zhang et al., "mixup: beyond empirical risk
-    minimization", ICLR 2018, on features, and of accepted samples alone as in Li,
-    Socher and Hoi, "DivideMix", ICLR 2020.
-    """
-
-    def method(trial: Trial) -> Trained:
-        settings = dataclasses.replace(trial.settings, **STRENGTHS[name])
-        return _policy(dataclasses.replace(trial, settings=settings), policy)
-
-    return method
+def _weight_decay(trial: Trial, policy: str) -> Trained:
+    """A policy with the weight decay of Loshchilov and Hutter, ICLR 2019."""
+    settings = dataclasses.replace(trial.settings, weight_decay=STRONG_WEIGHT_DECAY)
+    return _policy(dataclasses.replace(trial, settings=settings), policy)
 
 
 def _article(trial: Trial) -> Trained:
@@ -213,12 +193,12 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
 _METHODS: dict[str, Callable[[Trial], Trained]] = {
     PLAIN: _plain,
     EARLY_STOPPING: _early_stopping,
-    **{name: _regularised(name, "accept-all") for name in STRENGTHS},
+    WEIGHT_DECAY: lambda trial: _weight_decay(trial, "accept-all"),
     "article": _article,
     "loss-threshold": _loss_threshold,
     "keep-fraction": lambda trial: _policy(trial, "keep-fraction"),
     AUTO: lambda trial: _policy(trial, AUTO),
-    **{f"{WITH_AUTO}{name}": _regularised(name, AUTO) for name in STRENGTHS},
+    AUTO_WEIGHT_DECAY: lambda trial: _weight_decay(trial, AUTO),
     "gce": _gce,
     "co-teaching": _co_teaching,
     CLEANLAB: _cleanlab,

@@ -48,8 +48,7 @@ class Overfitting:
             f"{self.measure} {worse} from {shown(best)} to {shown(last)} (standard "
             f"error {shown(self.standard_error)}), while training {self.measure} "
             f"{better} from {shown(before)} to {shown(after)}. Try `--early-stopping`, "
-            f"`--epochs {self.best_epoch}`, or `--weight-decay`, `--label-smoothing` "
-            "or `--mix-up`."
+            f"`--epochs {self.best_epoch}`, or `--weight-decay`."
         )
 
     def _shown(self, value: float) -> str:

@@ -22,10 +22,6 @@ class UnreducedLoss(keras.losses.Loss):
     """A loss of one output, without its mean over the batch.
 
     Calls the wrapped loss's own `call`, never a copy made from its config.
-
-    Args:
-        loss: A `keras.losses.Loss`, a function `(y_true, y_pred) -> values`,
-            or the name of a Keras loss.
     """
 
     def __init__(self, loss: Any):
@@ -45,16 +41,7 @@ class UnreducedLoss(keras.losses.Loss):
         return loss(*_same_rank(y_true, y_pred))
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Returns weighted values of the loss.
-
-        Args:
-            y_true: Targets.
-            y_pred: Predictions; their Keras mask, if any, says what is counted.
-            sample_weight: Weights whose shape begins as that of the values, or None.
-
-        Raises:
-            InvalidArgument: If the loss returns a single number.
-        """
+        """Returns weighted values of the loss, without what a mask leaves out."""
         mask = get_keras_mask(y_pred)
         y_true, y_pred = keras.tree.map_structure(
             lambda one: keras.ops.convert_to_tensor(one, dtype=self.dtype),
@@ -78,28 +65,16 @@ class UnreducedLoss(keras.losses.Loss):
         return self.reduced(values, counted, y_pred)
 
     def reduced(self, values: Any, counted: Any, y_pred: Any) -> Any:
-        """Returns the values as they will be judged.
-
-        Args:
-            values: Float tensor `(batch, ...)`.
-            counted: Boolean tensor that broadcasts with it, or None: all count.
-            y_pred: The predictions.
-        """
+        """Returns the values as they will be judged; `counted` may be None: all are."""
         raise NotImplementedError
 
 
 class PerSampleLoss(UnreducedLoss):
     """A loss of one output, reduced to one number a sample, shape `(batch,)`.
 
-    Several values a sample (of time steps, of pixels) are averaged, without
-    those that a Keras mask or `ignore_class` leaves out.
-
-    Args:
-        loss: As for `UnreducedLoss`.
-        one_class: Refuse a loss of samples with several labels.
-
-    Raises:
-        InvalidArgument: When called, if the loss is one that is to be refused.
+    Several values a sample (of time steps, of pixels) are averaged, without those that
+    a Keras mask or `ignore_class` leaves out. With `one_class` a loss of samples with
+    several labels is refused.
     """
 
     def __init__(self, loss: Any, *, one_class: bool = False):
@@ -134,16 +109,8 @@ class PerElementLoss(UnreducedLoss):
     An element is what the loss has a value for: a pixel, a box, a time step; of binary
     cross-entropy each prediction, also where they are labels of one sample. What a
     Keras mask or `ignore_class` leaves out is `LEFT_OUT`. The elements of a sample
-    whose predictions are not all finite are NaN: its gradients would be too.
-
-    Args:
-        loss: As for `UnreducedLoss`.
-        shapes: The shapes of a sample's elements by other outputs, with which this
-            must agree; its own is added.
-
-    Raises:
-        InvalidArgument: When called, if the loss has one value a sample, another
-            shape than those of other outputs, or none that the predictions begin with.
+    whose predictions are not all finite are NaN: its gradients would be too. `shapes`
+    are those of other outputs, with which this one must agree; its own is added.
     """
 
     def __init__(self, loss: Any, shapes: list[tuple[int | None, ...]]):
@@ -195,16 +162,6 @@ class LossScorer:
     A model without layers is compiled with the same losses, unreduced, so that
     Keras itself pairs losses with outputs (names, dicts, lists, loss weights).
     It is held here, outside of the trained model, so that it is not saved.
-
-    Args:
-        loss: What `compile` takes: a name, object or function, or a list or
-            dict of them.
-        loss_weights: What `compile` takes.
-        output_names: Names of the model's outputs, or None if it has none.
-        level: `"element"` for a number an element, else one a sample is given.
-            Default `"sample"`.
-        one_class: Whether samples must have one class each; else one may have several
-            labels. Not at level `"element"`. Default False.
     """
 
     def __init__(
@@ -239,17 +196,7 @@ class LossScorer:
         return self._model._compile_loss is None or self._model._compile_loss.built
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Returns the loss of each sample, or element.
-
-        Args:
-            y_true: Targets, in the structure that `fit` was given.
-            y_pred: Predictions of the model.
-            sample_weight: Weights that multiply the losses, or None.
-
-        Returns:
-            Float32 tensor of shape `(batch,)`, or `(batch, ...)` at level
-            `"element"`, summed over the outputs.
-        """
+        """Returns float32 losses of samples `(batch,)`, or elements `(batch, ...)`."""
         self._element_shapes.clear()
         values = self._model.compute_loss(
             y=y_true, y_pred=y_pred, sample_weight=sample_weight
