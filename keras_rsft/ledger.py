@@ -15,7 +15,6 @@ import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.variable_updates import write_rows
 
 COLUMNS = (
     "id",
@@ -63,11 +62,11 @@ class Ledger:
         if clean_labels is not None:
             self.clean_labels = np.asarray(clean_labels, np.int32)
         count = len(self.ids)
-        given = self.labels if clean_labels is None else self.clean_labels
-        if {len(self.labels), len(given)} != {count}:
+        clean_count = count if clean_labels is None else len(clean_labels)
+        if {len(self.labels), clean_count} != {count}:
             raise InvalidArgument(
                 "`ids`, `labels` and `clean_labels` must be equally long. Received: "
-                f"{count}, {len(self.labels)} and {len(given)}."
+                f"{count}, {len(self.labels)} and {clean_count}."
             )
         self.seen = np.zeros(count, np.int32)
         self.accepted = np.zeros(count, np.int32)
@@ -125,15 +124,6 @@ class Ledger:
     def counts(self) -> dict[str, np.ndarray]:
         """Returns copies of all that `note_epoch` adds up, by name."""
         return {name: getattr(self, name).copy() for name in _COUNTS}
-
-    def restore_counts(self, counts: dict[str, np.ndarray]) -> None:
-        """Takes over what `counts` gave, of a ledger of the same samples.
-
-        Args:
-            counts: Arrays `(n,)` by name.
-        """
-        for name in _COUNTS:
-            setattr(self, name, counts[name].copy())
 
     def note_epoch(self, losses: np.ndarray, accepted: np.ndarray) -> None:
         """Adds one epoch.
@@ -304,7 +294,8 @@ class RejectionLedger(keras.callbacks.Callback):
         Args:
             state: Arrays by name, of a ledger of the same samples.
         """
-        self.ledger.restore_counts(state)
+        for name in _COUNTS:
+            setattr(self.ledger, name, state[name].copy())
         self.acceptance_by_class = list(state["acceptance_by_class"])
         if "last_epoch" in state:
             self.last_epoch = tuple(state["last_epoch"])
@@ -350,7 +341,14 @@ class _Recorder:
 
     def __call__(self, sample_index: Any, losses: Any, accept_mask: Any) -> None:
         rows = ops.stack([losses, ops.cast(accept_mask, "float32")], 1)
-        write_rows(self.variables[0], sample_index, rows)
+        (epoch,) = self.variables
+        if keras.backend.backend() != "tensorflow":
+            updated = ops.scatter_update(epoch.value, sample_index[:, None], rows)
+            epoch.assign(updated)
+            return
+        import tensorflow as tf  # `assign` would copy all of it in every step.
+
+        epoch.value.scatter_update(tf.IndexedSlices(rows, sample_index))
 
 
 def rejection_quality(rejected: np.ndarray, wrong: np.ndarray) -> dict[str, float]:

@@ -25,7 +25,7 @@ from keras_rsft.model.step import (
 State = tuple[list[Any], ...]
 
 
-class JaxStep(SymbolicBuild, TrainingStep):
+class JaxStep(SymbolicBuild):
     """`TrainingStep` for Keras's JAX backend."""
 
     @property
@@ -93,7 +93,12 @@ class JaxStep(SymbolicBuild, TrainingStep):
         rare: bool = False,
     ) -> None:
         variables = _flat(self._state_variables())
-        changed = self._changed_by_an_update()
+        changed = [  # What the two outcomes may leave different.
+            *self.trainable_variables,
+            *self.model.non_trainable_variables,
+            *self.optimizer.variables,
+            self.selection.lowest,
+        ]
 
         def stateless(run: Callable[[], None]) -> Callable[[], list[Any]]:
             def branch() -> list[Any]:
@@ -133,15 +138,6 @@ class JaxStep(SymbolicBuild, TrainingStep):
             self.optimizer.variables,
             self.metrics_variables,
         )
-
-    def _changed_by_an_update(self) -> list[Any]:
-        """Returns what the two outcomes of a decision may leave different."""
-        return [
-            *self.trainable_variables,
-            *self.model.non_trainable_variables,
-            *self.optimizer.variables,
-            self.selection.lowest,
-        ]
 
 
 def _values_in_scope(

@@ -10,7 +10,6 @@ import keras
 from keras import ops
 
 from keras_rsft.model.losses import LEFT_OUT
-from keras_rsft.variable_updates import add_to
 
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
@@ -58,7 +57,10 @@ class SelectionMetric(keras.metrics.Metric):
 
     def update_state(self, sums: Any) -> None:
         """Adds one batch: a float32 tensor `(5,)` from `selection_sums`."""
-        add_to(self.totals, sums)
+        if keras.backend.backend() == "tensorflow":
+            self.totals.value.assign_add(sums)  # `assign` would copy all of it.
+        else:
+            self.totals.assign(self.totals.value + sums)
 
     def note_rejected(self, losses: Any, level: str) -> None:
         """Remembers the lowest loss that was judged in a step that accepted nothing."""

@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model.step import Data, Pass, Whole, unpack
+from keras_rsft.model.step import Data, Pass, unpack
 
 if TYPE_CHECKING:
     from keras_rsft.model.rsft_model import RSFTModel
@@ -71,46 +71,46 @@ def ready_for_replicas(model: RSFTModel, data: Any) -> Any:
 
 def _what_keras_cannot_do(model: RSFTModel) -> str | None:
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if model.steps_per_execution > 1:
-        return (
-            "Keras runs one step in a call under a strategy of several replicas. "
-            "Compile with `steps_per_execution=1`."
-        )
-    if model.jit_compile:
-        return (
-            "XLA cannot compile a step that goes from replica to replica. "
-            "Compile with `jit_compile=False`."
-        )
-    if getattr(optimizer, "gradient_accumulation_steps", None):
-        return (
-            "Keras cannot accumulate gradients under a strategy of several replicas. "
-            "Leave out `gradient_accumulation_steps`, or train on one device."
-        )
-    if getattr(optimizer, "ema_overwrite_frequency", None):
-        return (
-            "Keras cannot overwrite weights with their averages under a strategy of "
-            "several replicas. Leave out `ema_overwrite_frequency`."
-        )
-    if model.policy.level == "element":
-        return (
-            "Elements within samples are judged on one device. "
-            "Use `level='sample'`, or no strategy."
-        )
+    losses = keras.tree.flatten(model.loss)
     reductions = {
-        loss.reduction
-        for loss in keras.tree.flatten(model.loss)
-        if isinstance(loss, keras.losses.Loss)
-    }
-    other = reductions - {"sum_over_batch_size", "mean", "auto"}
-    if model._takes_all_or_nothing and other:
-        return (
+        loss.reduction for loss in losses if isinstance(loss, keras.losses.Loss)
+    } - {"sum_over_batch_size", "mean", "auto"}
+    refusals = (
+        (
+            model.steps_per_execution > 1,
+            "Keras runs one step in a call under a strategy of several replicas. "
+            "Compile with `steps_per_execution=1`.",
+        ),
+        (
+            model.jit_compile,
+            "XLA cannot compile a step that goes from replica to replica. "
+            "Compile with `jit_compile=False`.",
+        ),
+        (
+            optimizer.gradient_accumulation_steps,
+            "Keras cannot accumulate gradients under a strategy of several replicas. "
+            "Leave out `gradient_accumulation_steps`, or train on one device.",
+        ),
+        (
+            optimizer.ema_overwrite_frequency,
+            "Keras cannot overwrite weights with their averages under a strategy of "
+            "several replicas. Leave out `ema_overwrite_frequency`.",
+        ),
+        (
+            model.policy.level == "element",
+            "Elements within samples are judged on one device. "
+            "Use `level='sample'`, or no strategy.",
+        ),
+        (
+            model._takes_all_or_nothing and reductions,
             "The loss of several replicas is the mean over their samples. Give it "
-            f"`reduction='sum_over_batch_size'`, not {sorted(map(str, other))}."
-        )
-    return None
+            f"`reduction='sum_over_batch_size'`, not {sorted(map(str, reductions))}.",
+        ),
+    )
+    return next((reason for holds, reason in refusals if holds), None)
 
 
-def gather(recorded: Pass, labels: Any, sample_index: Any) -> Whole:
+def gather(recorded: Pass) -> Pass:
     """Exchanges what a decision needs: a few numbers a row, as two sums.
 
     Sums, since each replica adds zeros for the rows of the others: that keeps their
@@ -129,19 +129,22 @@ def gather(recorded: Pass, labels: Any, sample_index: Any) -> Whole:
     row_counts = tf.cast(counted[:, 0], tf.int32)
     first_row, total = tf.reduce_sum(row_counts[:replica]), tf.reduce_sum(row_counts)
 
-    columns = [recorded.losses, recorded.weighted, labels, sample_index]
-    given = [tf.cast(c, tf.float64) for c in columns if c is not None]
+    kinds = {
+        "losses": tf.float32,
+        "weighted": tf.float32,
+        "labels": tf.int32,
+        "sample_index": tf.int32,
+    }
+    columns = {name: getattr(recorded, name) for name in kinds}
+    columns = {name: c for name, c in columns.items() if c is not None}
+    given = [tf.cast(column, tf.float64) for column in columns.values()]
     after = total - first_row - row_count
     padded = tf.pad(tf.stack(given), [[0, 0], [first_row, after]])
     whole = context.all_reduce(tf.distribute.ReduceOp.SUM, padded)
-    values = iter(tf.unstack(whole, num=len(given)))
-    kinds = tf.float32, tf.float32, tf.int32, tf.int32
+    values = zip(columns, tf.unstack(whole, num=len(given)), strict=True)
     mean_penalty = tf.reduce_sum(counted[:, 1]) / tf.cast(total, tf.float64)
-    return Whole(
-        *(
-            None if column is None else tf.cast(next(values), kind)
-            for column, kind in zip(columns, kinds, strict=True)
-        ),
+    return Pass(
+        **{name: tf.cast(value, kinds[name]) for name, value in values},
         penalties=[tf.cast(mean_penalty, tf.float32)],
         first_row=first_row,
         row_count=row_count,
@@ -157,7 +160,7 @@ def speaks_for_its_worker(model: RSFTModel) -> bool:
 
 
 def update_if_accepted(
-    model: RSFTModel, recorded: Pass, whole: Whole, accept_mask: tf.Tensor, data: Data
+    model: RSFTModel, recorded: Pass, whole: Pass, accept_mask: tf.Tensor, data: Data
 ) -> None:
     """Changes the weights, or notes that this batch was rejected by all replicas."""
     accepts_any = tf.reduce_any(accept_mask)
@@ -203,7 +206,7 @@ def update_if_accepted(
 
 
 def _contribution(
-    model: RSFTModel, passed: Pass, whole: Whole, accept_mask: tf.Tensor, share: Any
+    model: RSFTModel, passed: Pass, whole: Pass, accept_mask: tf.Tensor, share: Any
 ) -> tuple[list[tuple[Any, tf.Tensor]], ...]:
     """Runs this replica's backward pass; returns variables with the parts of `_Update`.
 

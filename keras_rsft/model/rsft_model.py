@@ -33,7 +33,7 @@ else:
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class RSFTModel(BackendStep, keras.Model):
+class RSFTModel(BackendStep):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
@@ -94,7 +94,7 @@ class RSFTModel(BackendStep, keras.Model):
         self.model = model
         self.policy = policy
         self.selection = SelectionMetric()
-        self._scorer: LossScorer | None = None
+        self._scorer = None
         self.built = model.built
 
     @property

@@ -15,7 +15,12 @@ from keras import ops
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model.losses import LEFT_OUT
-from keras_rsft.model.metrics import SELECTION_METRICS, selection_sums
+from keras_rsft.model.metrics import (
+    SELECTION_METRICS,
+    SelectionMetric,
+    selection_sums,
+)
+from keras_rsft.policies import Policy
 
 Data = tuple[Any, Any, Any]  # Inputs, targets, sample weights or None.
 
@@ -25,44 +30,31 @@ class Pass(NamedTuple):
 
     `minimised` are tensors to minimise; of `per_sample`, if it is not None, the mean
     over the accepted samples is minimised too. `pending` has the new values of the
-    model's own state. A pass to decide on also has the `losses` that the policy sees,
-    the same `weighted` by the samples' weights, the `penalties` that layers add, and
-    Keras's own `batch_loss`, if that was computed. `tape` is what the backend goes
-    backward through.
+    model's own state; `tape` is what the backend goes backward through. A pass to
+    decide on also has the `losses` that the policy sees, the same `weighted` by the
+    samples' weights, the `penalties` that layers add, and Keras's own `batch_loss`, if
+    that was computed. The whole of several replicas has those of all rows, of which
+    `row_count` from `first_row` on are this replica's.
     """
 
-    minimised: list[Any]
-    per_sample: Any
-    pending: keras.StatelessScope | None
+    minimised: Sequence[Any] = ()
+    per_sample: Any = None
+    pending: Any = None
     losses: Any = None
     weighted: Any = None
+    labels: Any = None
+    sample_index: Any = None
     penalties: Sequence[Any] = ()
     batch_loss: Any = None
     y_pred: Any = None
     tape: Any = None
+    first_row: Any = None
+    row_count: Any = None
 
     def targets(self) -> list[Any]:
         """Returns all that is minimised."""
-        return [
-            *self.minimised,
-            *([] if self.per_sample is None else [self.per_sample]),
-        ]
-
-
-class Whole(NamedTuple):
-    """The batch that one decision is about: of all replicas, where there are several.
-
-    There, `first_row` and `row_count` say which of its rows are this replica's.
-    """
-
-    losses: Any
-    weighted: Any
-    labels: Any
-    sample_index: Any
-    penalties: Sequence[Any]
-    batch_loss: Any = None
-    first_row: Any = None
-    row_count: Any = None
+        samples = [] if self.per_sample is None else [self.per_sample]
+        return [*self.minimised, *samples]
 
     def own(self, values: Any) -> Any:
         """Returns this device's part of values of all rows."""
@@ -85,13 +77,17 @@ class Whole(NamedTuple):
         return ops.where(ops.isfinite(self.batch_loss), self.batch_loss, shown)
 
 
-class TrainingStep:
-    """The step of an `RSFTModel`; goes before `keras.Model` among a class's bases.
+class TrainingStep(keras.Model):
+    """The step of an `RSFTModel`.
 
     A backend's class has `train_step` as Keras wants it there, and the four methods at
     the end.
     """
 
+    model: keras.Model
+    policy: Policy
+    selection: SelectionMetric
+    _scorer: Any
     _recorder: Callable[[Any, Any, Any], None] | None = None
     _replicated = False
 
@@ -105,15 +101,14 @@ class TrainingStep:
 
     def train_on(self, data: Any) -> dict[str, Any]:
         """Takes one training step; returns its logs."""
-        x, y, sample_weight, sample_index = unpack(data)
-        recorded = self.recorded(lambda: self._scored(x, y, sample_weight))
-        whole = self._whole(recorded, _labels_of(y, recorded.losses), sample_index)
+        batch = unpack(data)
+        x, y, sample_weight, _ = batch
+        recorded = self.recorded(lambda: self._scored(*batch))
+        whole = self._of_all_replicas(recorded)
         accept_mask = self.policy(whole.losses, whole.labels, whole.sample_index)
         self._record(whole, accept_mask)
         if self.trainable_variables:
-            self._update_if_accepted(
-                recorded, whole, accept_mask, (x, y, sample_weight)
-            )
+            self._update_if_accepted(recorded, whole, accept_mask, batch[:3])
         else:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
         sums = selection_sums(recorded.losses, whole.own(accept_mask))
@@ -124,7 +119,7 @@ class TrainingStep:
         self.selection.update_state(sums)
         return self.compute_metrics(x, y, recorded.y_pred, sample_weight)
 
-    def reject(self, whole: Whole) -> None:
+    def reject(self, whole: Pass) -> None:
         """Leaves everything as it was, and notes what the lowest loss was."""
         self.selection.note_rejected(whole.losses, self.policy.level)
 
@@ -133,7 +128,7 @@ class TrainingStep:
         policy = self.policy
         return policy.level == "batch" or policy.accepts_every_finite_sample
 
-    def _scored(self, x: Any, y: Any, sample_weight: Any) -> Pass:
+    def _scored(self, x: Any, y: Any, sample_weight: Any, sample_index: Any) -> Pass:
         """Runs the model; returns what is judged, and what may be minimised."""
         y_pred, pending = self._forward(x)
         losses = weighted = self._scorer(y, y_pred)
@@ -150,6 +145,8 @@ class TrainingStep:
             pending=pending,
             losses=losses,
             weighted=weighted,
+            labels=_labels_of(y, losses),
+            sample_index=sample_index,
             penalties=penalties,
             batch_loss=batch_loss,
             y_pred=y_pred,
@@ -182,17 +179,10 @@ class TrainingStep:
     def _penalties(self) -> list[Any]:
         return [ops.sum(ops.cast(added, "float32")) for added in self.losses]
 
-    def _whole(self, recorded: Pass, labels: Any, sample_index: Any) -> Whole:
-        return Whole(
-            recorded.losses,
-            recorded.weighted,
-            labels,
-            sample_index,
-            recorded.penalties,
-            recorded.batch_loss,
-        )
+    def _of_all_replicas(self, recorded: Pass) -> Pass:
+        return recorded  # There is one.
 
-    def _record(self, whole: Whole, accept_mask: Any) -> None:
+    def _record(self, whole: Pass, accept_mask: Any) -> None:
         if self._recorder is None:
             return
         if whole.sample_index is None:
@@ -204,7 +194,7 @@ class TrainingStep:
         self._recorder(whole.sample_index, *_by_sample(whole.losses, accept_mask))
 
     def _update_if_accepted(
-        self, recorded: Pass, whole: Whole, accept_mask: Any, data: Data
+        self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
     ) -> None:
         """Changes the weights, or notes that this batch was rejected as a whole."""
         accepts_any = ops.any(accept_mask)
@@ -232,7 +222,7 @@ class TrainingStep:
             rare=True,
         )
 
-    def _apply(self, recorded: Pass, whole: Whole, accept_mask: Any) -> None:
+    def _apply(self, recorded: Pass, whole: Pass, accept_mask: Any) -> None:
         """Runs the backward pass and changes the weights, the slots and the state."""
         gradients = self._gradients(recorded, whole, accept_mask)
         for variable, value in self._pending_values(recorded):
@@ -240,7 +230,7 @@ class TrainingStep:
         self.apply_gradients(gradients)
 
     def _gradients(
-        self, recorded: Pass, whole: Whole, accept_mask: Any, share: Any = 1.0
+        self, recorded: Pass, whole: Pass, accept_mask: Any, share: Any = 1.0
     ) -> list[Any]:
         """Runs the backward pass; `share` is the device's of what layers add."""
         seeds = [share * ops.ones_like(target) for target in recorded.minimised]
@@ -262,7 +252,7 @@ class TrainingStep:
             return
         if not self.optimizer.built:
             self.optimizer.build(variables)
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        optimizer: Any = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         if not optimizer.use_ema or optimizer.iterations.numpy() > 0:
             return
         # Keras copies the averages over the weights when training ends, even if no
@@ -304,11 +294,10 @@ class TrainingStep:
         self.optimizer.apply([g for g, _ in reached], [v for _, v in reached])
 
 
-class SymbolicBuild:
+class SymbolicBuild(TrainingStep):
     """Builds from the first three parts of a batch, under JAX and PyTorch.
 
-    Goes before `keras.Model` among a class's bases. Under TensorFlow Keras builds
-    while it traces the step.
+    Under TensorFlow Keras builds while it traces the step.
     """
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:

@@ -13,7 +13,6 @@ from keras_rsft.model.step import (
     Data,
     Pass,
     TrainingStep,
-    Whole,
     unpack,
     without_selection,
 )
@@ -72,16 +71,15 @@ class TensorFlowStep(TrainingStep):
             )
         tf.cond(condition, when_true, when_false)
 
-    def _whole(self, recorded: Pass, labels: Any, sample_index: Any) -> Whole:
-        gather = replicas.gather if self._replicated else super()._whole
-        return gather(recorded, labels, sample_index)
+    def _of_all_replicas(self, recorded: Pass) -> Pass:
+        return replicas.gather(recorded) if self._replicated else recorded
 
-    def _record(self, whole: Whole, accept_mask: Any) -> None:
+    def _record(self, whole: Pass, accept_mask: Any) -> None:
         if not self._replicated or replicas.speaks_for_its_worker(self):
             super()._record(whole, accept_mask)
 
     def _update_if_accepted(
-        self, recorded: Pass, whole: Whole, accept_mask: Any, data: Data
+        self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
     ) -> None:
         if self._replicated:
             replicas.update_if_accepted(self, recorded, whole, accept_mask, data)

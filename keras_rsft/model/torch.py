@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from keras_rsft.model.step import Pass, SymbolicBuild, TrainingStep, Whole
+from keras_rsft.model.step import Pass, SymbolicBuild
 
 
-class TorchStep(SymbolicBuild, TrainingStep):
+class TorchStep(SymbolicBuild):
     """`TrainingStep` for Keras's PyTorch backend."""
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -20,7 +20,7 @@ class TorchStep(SymbolicBuild, TrainingStep):
         with torch.no_grad():  # But for what `recorded` runs.
             return self.train_on(data)
 
-    def reject(self, whole: Whole) -> None:
+    def reject(self, whole: Pass) -> None:
         super().reject(whole)
         cpu, devices = self._generators_before
         torch.set_rng_state(cpu)
@@ -39,8 +39,8 @@ class TorchStep(SymbolicBuild, TrainingStep):
         ]
         if not reaching:
             return [None] * len(values)
-        targets, seeds = zip(*reaching, strict=True)
-        return torch.autograd.grad(targets, values, seeds, allow_unused=True)
+        targets, given = zip(*reaching, strict=True)
+        return torch.autograd.grad(targets, values, given, allow_unused=True)
 
     def branch(
         self,

@@ -7,7 +7,9 @@ variables, which are saved with the model and can be changed without a retrace.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
@@ -15,7 +17,6 @@ from keras import ops
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policies.rules import after_warmup, with_class_floor
-from keras_rsft.variable_updates import assign_after
 
 
 class Batch(NamedTuple):
@@ -78,6 +79,8 @@ class Policy(keras.layers.Layer):
     levels: tuple[str, ...] = ("sample",)
     needs_ledger = False
     accepts_every_finite_sample = False
+    _arguments: tuple[str, ...] = ()  # Of the constructor, kept under their names.
+    _configured: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -171,7 +174,7 @@ class Policy(keras.layers.Layer):
         mask = ops.logical_and(mask, ops.isfinite(losses))
         if self.level == "batch":
             mask = ops.logical_and(mask, ops.all(mask))
-        assign_after(self.steps_seen, step + 1, losses)
+        self._count_step(step + 1, losses)
         if self.level == "element":
             mask = ops.reshape(mask, ops.shape(per_sample_loss))
         return mask
@@ -208,11 +211,10 @@ class Policy(keras.layers.Layer):
             name: The variable's name.
             value: Its first value.
         """
+        self._configured = self._configured | {name: float(value)}
+        initial = keras.initializers.Constant(float(value))
         return self.add_weight(
-            name=name,
-            shape=(),
-            dtype="float32",
-            initializer=keras.initializers.Constant(float(value)),
+            name=name, shape=(), dtype="float32", initializer=initial
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -220,10 +222,23 @@ class Policy(keras.layers.Layer):
         config.pop("trainable", None)
         if len(self.levels) > 1:
             config["level"] = self.level
-        return config | {
-            "warmup_steps": self.warmup_steps,
-            "class_floor": self.class_floor,
-        }
+        names = ("warmup_steps", "class_floor", *self._arguments)
+        live = self._configured  # Not what became of it since.
+        return config | {name: live.get(name, getattr(self, name)) for name in names}
+
+    def _count_step(self, steps: Any, losses: Any) -> None:
+        """Counts a step once its losses are there.
+
+        At the end of a data set of unknown size, Keras under TensorFlow runs whatever
+        does not wait for a batch.
+        """
+        if keras.backend.backend() != "tensorflow":
+            self.steps_seen.assign(steps)
+            return
+        import tensorflow as tf
+
+        with tf.control_dependencies([losses]):
+            self.steps_seen.assign(steps)
 
     def _accepted_in_warmup(self, batch: Batch) -> Any:
         return ops.ones_like(batch.losses, dtype="bool")

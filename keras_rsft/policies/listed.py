@@ -182,6 +182,8 @@ class AutoPolicy(AcceptListed):
         [True, False, True]
     """
 
+    _arguments = ("loss_limit",)
+
     def __init__(self, accept: Any, *, loss_limit: float = math.inf, **kwargs: Any):
         super().__init__(accept, **kwargs)
         if not is_positive(loss_limit):
@@ -190,19 +192,15 @@ class AutoPolicy(AcceptListed):
                 "Use infinity for no limit."
             )
         self.loss_limit = self.add_live_number("loss_limit", loss_limit)
-        self._configured_loss_limit = float(loss_limit)
 
     def decide(self, batch: Batch) -> Any:
         listed = super().decide(batch)
-        if math.isinf(self._configured_loss_limit):  # The class floor adds nothing.
+        if math.isinf(self._configured["loss_limit"]):  # The class floor adds nothing.
             return ops.logical_and(listed, accept_below(batch.losses, self.loss_limit))
         return accept_listed(listed, batch.losses, batch.labels, self.loss_limit)
 
     def _loss_limit(self) -> Any:
         return self.loss_limit
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"loss_limit": self._configured_loss_limit}
 
 
 def _entries(policy: Policy, listed: Any, batch: Batch) -> Any:

@@ -71,6 +71,7 @@ class LossThreshold(Policy):
     """
 
     levels = ("sample", "batch", "element")
+    _arguments = ("threshold",)
 
     def __init__(self, threshold: float, **kwargs: Any):
         super().__init__(**kwargs)
@@ -81,7 +82,6 @@ class LossThreshold(Policy):
                 "starts with a loss near ln(k)."
             )
         self.threshold = self.add_live_number("threshold", threshold)
-        self._configured_threshold = float(threshold)
 
     def decide(self, batch: Batch) -> Any:
         by_batch = self.level == "batch"
@@ -90,9 +90,6 @@ class LossThreshold(Policy):
 
     def _loss_limit(self) -> Any:
         return self.threshold
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"threshold": self._configured_threshold}
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -125,6 +122,7 @@ class KeepFraction(Policy):
     """
 
     levels = ("sample", "element")
+    _arguments = ("keep_fraction", "ramp_steps")
 
     def __init__(self, keep_fraction: float, *, ramp_steps: int = 0, **kwargs: Any):
         super().__init__(**kwargs)
@@ -136,18 +134,11 @@ class KeepFraction(Policy):
             )
         self.ramp_steps = whole_number("ramp_steps", ramp_steps)
         self.keep_fraction = self.add_live_number("keep_fraction", keep_fraction)
-        self._configured_keep_fraction = float(keep_fraction)
 
     def decide(self, batch: Batch) -> Any:
         since = ops.maximum(batch.step - self.warmup_steps, 0)
         share = rules.ramped_keep_fraction(since, self.keep_fraction, self.ramp_steps)
         return rules.keep_smallest(batch.losses, share)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "keep_fraction": self._configured_keep_fraction,
-            "ramp_steps": self.ramp_steps,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -182,6 +173,7 @@ class SelfPaced(Policy):
     """
 
     levels = ("sample", "element")
+    _arguments = ("threshold", "growth", "growth_steps", "max_threshold")
 
     def __init__(
         self,
@@ -207,7 +199,6 @@ class SelfPaced(Policy):
         self.growth_steps = whole_number("growth_steps", growth_steps, least=1)
         self.max_threshold = float(max_threshold)
         self.threshold = self.add_live_number("threshold", threshold)
-        self._configured_threshold = float(threshold)
 
     def decide(self, batch: Batch) -> Any:
         return rules.accept_below(batch.losses, self._threshold_at(batch.step))
@@ -223,14 +214,6 @@ class SelfPaced(Policy):
             self.growth_steps,
         )
         return ops.minimum(grown, self.max_threshold)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "threshold": self._configured_threshold,
-            "growth": self.growth,
-            "growth_steps": self.growth_steps,
-            "max_threshold": self.max_threshold,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -275,6 +258,7 @@ class RunningThreshold(Policy):
     """
 
     levels = ("sample", "element")
+    _arguments = ("deviations", "percentile", "momentum", "num_classes")
 
     def __init__(
         self,
@@ -338,14 +322,6 @@ class RunningThreshold(Policy):
             limits = rules.threshold_from_percentile(self.statistics.value)
         return rules.accept_below(batch.losses, ops.take(limits, groups))
 
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "deviations": self.deviations,
-            "percentile": self.percentile,
-            "momentum": self.momentum,
-            "num_classes": self.num_classes,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class LossMixture(Policy):
@@ -381,6 +357,7 @@ class LossMixture(Policy):
     """
 
     needs_ledger = True
+    _arguments = ("probability",)
 
     def __init__(self, probability: float = 0.5, **kwargs: Any):
         super().__init__(**kwargs)
@@ -406,9 +383,6 @@ class LossMixture(Policy):
         """
         if int(ops.convert_to_numpy(self.steps_seen)) >= self.warmup_steps:
             self.threshold.assign(mixture_threshold(losses, self.probability))
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"probability": self.probability}
 
 
 def mixture_threshold(losses: np.ndarray, probability: float) -> float:
