@@ -14,24 +14,8 @@ PATIENCE = 5
 
 
 def add_regularisation_options(parser: argparse.ArgumentParser) -> None:
-    """Adds softer targets and early stopping."""
+    """Adds early stopping."""
     group = parser.add_argument_group("against overfitting")
-    group.add_argument(
-        "--label-smoothing",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="take this share of the probability from the given class and spread it "
-        "over all, such as 0.1; samples are judged by the plain loss; default: 0",
-    )
-    group.add_argument(
-        "--mix-up",
-        type=float,
-        default=0.0,
-        metavar="ALPHA",
-        help="train the head on mixtures of features of accepted samples, with shares "
-        "from Beta(ALPHA, ALPHA), such as 0.4; default: 0",
-    )
     group.add_argument(
         "--early-stopping",
         nargs="?",
@@ -45,5 +29,4 @@ def add_regularisation_options(parser: argparse.ArgumentParser) -> None:
 
 def regularisation_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what `TrainingSettings` is told about it."""
-    names = ("label_smoothing", "mix_up", "early_stopping")
-    return {name: getattr(arguments, name) for name in names}
+    return {"early_stopping": arguments.early_stopping}

@@ -8,15 +8,13 @@ accepted is decided in `policies`; where a ledger is written is the run's busine
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.loss_histogram import LossHistogram, loss_histogram
-from keras_rsft.variable_updates import write_rows
 
 COLUMNS = (
     "id",
@@ -32,6 +30,10 @@ COLUMNS = (
     "rejected",
     "suspicion",
 )
+HISTOGRAM_COLUMNS = ("epoch", "threshold", "low", "high", "accepted", "rejected")
+# Ten bins a decade: clean and noisy labels stand apart by their loss's logarithm.
+# What lies outside is counted in the first and the last bin.
+HISTOGRAM_EDGES = np.geomspace(1e-3, 1e2, 51)
 _NOT_SEEN = -1.0
 _COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "_loss_last")
 
@@ -56,11 +58,11 @@ class Ledger:
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
         self.ids, self.labels = np.asarray(ids), np.asarray(labels, np.int32)
-        self.clean_labels = (
-            None if clean_labels is None else np.asarray(clean_labels, np.int32)
-        )
+        self.clean_labels = None
+        if clean_labels is not None:
+            self.clean_labels = np.asarray(clean_labels, np.int32)
         count = len(self.ids)
-        clean_count = count if clean_labels is None else len(self.clean_labels)
+        clean_count = count if clean_labels is None else len(clean_labels)
         if {len(self.labels), clean_count} != {count}:
             raise InvalidArgument(
                 "`ids`, `labels` and `clean_labels` must be equally long. Received: "
@@ -88,10 +90,8 @@ class Ledger:
     @property
     def loss_mean(self) -> np.ndarray:
         """Float32 array `(n,)`, mean of the finite losses; NaN if there is none."""
-        with np.errstate(invalid="ignore"):
-            return self._loss_sum / np.where(self._finite, self._finite, np.nan).astype(
-                np.float32
-            )
+        counts = np.where(self._finite, self._finite, np.nan)
+        return self._loss_sum / counts.astype(np.float32)
 
     @property
     def loss_last(self) -> np.ndarray:
@@ -113,28 +113,17 @@ class Ledger:
         """
         suspicion = self._suspicion
         if suspicion is None:
-            suspicion = self._loss_ranks()
+            unseen = self.seen == 0
+            losses = np.nan_to_num(self.loss_mean, nan=np.inf)
+            losses = np.where(unseen, -np.inf, losses)
+            order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
+            ranks = np.maximum(order - unseen.sum(), 0)
+            suspicion = (ranks / max(ranks.max(initial=0), 1)).astype(np.float32)
         return np.where(self._reviewed, np.float32(0), suspicion)
-
-    def _loss_ranks(self) -> np.ndarray:
-        unseen = self.seen == 0
-        losses = np.where(unseen, -np.inf, np.nan_to_num(self.loss_mean, nan=np.inf))
-        order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
-        places = np.maximum(order - unseen.sum(), 0)
-        return (places / max(places.max(initial=0), 1)).astype(np.float32)
 
     def counts(self) -> dict[str, np.ndarray]:
         """Returns copies of all that `note_epoch` adds up, by name."""
         return {name: getattr(self, name).copy() for name in _COUNTS}
-
-    def restore_counts(self, counts: dict[str, np.ndarray]) -> None:
-        """Takes over what `counts` gave, of a ledger of the same samples.
-
-        Args:
-            counts: Arrays `(n,)` by name.
-        """
-        for name in _COUNTS:
-            setattr(self, name, counts[name].copy())
 
     def note_epoch(self, losses: np.ndarray, accepted: np.ndarray) -> None:
         """Adds one epoch.
@@ -145,9 +134,8 @@ class Ledger:
         """
         seen = accepted >= 0
         finite = seen & np.isfinite(losses)
-        self._loss_first = np.where(
-            seen & (self.seen == 0), losses, self._loss_first
-        ).astype(np.float32)
+        first = seen & (self.seen == 0)
+        self._loss_first[first] = losses[first]
         self._loss_last[seen] = losses[seen]
         self._loss_sum[finite] += losses[finite]
         self._finite[finite] += 1
@@ -181,28 +169,14 @@ class Ledger:
             class_names: Names of the classes.
         """
         named = [*class_names, ""]  # -1, not known, is the empty name.
-        clean = (
-            np.full(len(self), -1) if self.clean_labels is None else self.clean_labels
-        )
-        columns = zip(
-            self.ids,
-            self.labels,
-            clean,
-            self.predicted,
-            self.predicted_probability,
-            self.loss_mean,
-            self.loss_last,
-            self.loss_trend,
-            self.seen,
-            self.accepted,
-            self.rejected,
-            self.suspicion,
-            strict=True,
-        )
-        for sample_id, given, right, predicted, *numbers in columns:
-            names = (named[given], named[right], named[predicted])
-            written = (_written(number) for number in numbers)
-            yield [str(sample_id), *names, *written]
+        clean = self.clean_labels
+        clean = np.full(len(self), -1) if clean is None else clean
+        labels = zip(self.labels, clean, self.predicted, strict=True)
+        numbers = [getattr(self, name) for name in COLUMNS[4:]]
+        rows = zip(self.ids, labels, zip(*numbers, strict=True), strict=True)
+        for sample_id, three, values in rows:
+            names = (named[label] for label in three)
+            yield [str(sample_id), *names, *map(_written, values)]
 
 
 def datalab_inputs(
@@ -320,7 +294,8 @@ class RejectionLedger(keras.callbacks.Callback):
         Args:
             state: Arrays by name, of a ledger of the same samples.
         """
-        self.ledger.restore_counts(state)
+        for name in _COUNTS:
+            setattr(self.ledger, name, state[name].copy())
         self.acceptance_by_class = list(state["acceptance_by_class"])
         if "last_epoch" in state:
             self.last_epoch = tuple(state["last_epoch"])
@@ -346,8 +321,7 @@ class RejectionLedger(keras.callbacks.Callback):
         threshold = self.model.policy.threshold_in_use()
         self.loss_histograms.append(loss_histogram(losses, accepted, threshold))
         if self.model.policy.needs_ledger:
-            epochs = len(self.acceptance_by_class) + 1
-            self.model.policy.note_losses(self.ledger.loss_mean, epochs)
+            self.model.policy.note_losses(self.ledger.loss_mean)
         seen = accepted >= 0
         labels = self.ledger.labels
         with np.errstate(invalid="ignore"):
@@ -365,32 +339,55 @@ class _Recorder:
     def __init__(self, epoch: keras.Variable):
         self.variables = [epoch]
 
-    def __call__(
-        self, sample_index: Any, per_sample_loss: Any, accept_mask: Any
-    ) -> None:
-        accepted = ops.cast(accept_mask, "float32")
-        write_rows(
-            self.variables[0], sample_index, ops.stack([per_sample_loss, accepted], 1)
-        )
+    def __call__(self, sample_index: Any, losses: Any, accept_mask: Any) -> None:
+        rows = ops.stack([losses, ops.cast(accept_mask, "float32")], 1)
+        (epoch,) = self.variables
+        if keras.backend.backend() != "tensorflow":
+            updated = ops.scatter_update(epoch.value, sample_index[:, None], rows)
+            epoch.assign(updated)
+            return
+        import tensorflow as tf  # `assign` would copy all of it in every step.
+
+        epoch.value.scatter_update(tf.IndexedSlices(rows, sample_index))
 
 
 def rejection_quality(rejected: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
-    """Returns precision and recall of rejection.
-
-    Args:
-        rejected: Boolean array `(n,)`.
-        wrong: Boolean array `(n,)`, whether the given label is wrong.
-
-    Returns:
-        `rejection_precision` and `rejection_recall` in [0, 1]; 0 where nothing was
-        rejected, or nothing is wrong.
-    """
+    """Returns precision and recall of rejection, 0 where nothing is to divide by."""
     hits = float(np.count_nonzero(rejected & wrong))
     counts = {"precision": rejected.sum(), "recall": wrong.sum()}
     return {
         f"rejection_{name}": hits / float(count) if count else 0.0
         for name, count in counts.items()
     }
+
+
+class LossHistogram(NamedTuple):
+    """The live threshold and int64 `(50,)` counts in the bins of one epoch's losses."""
+
+    threshold: float | None
+    accepted: np.ndarray
+    rejected: np.ndarray
+
+    def rows(self, epoch: int) -> Iterator[list[Any]]:
+        """Yields a row for each bin that is not empty, as in `HISTOGRAM_COLUMNS`."""
+        shown = "" if self.threshold is None else f"{self.threshold:.6g}"
+        for index in np.flatnonzero(self.accepted + self.rejected):
+            low, high = (f"{edge:.6g}" for edge in HISTOGRAM_EDGES[index : index + 2])
+            counts = (int(self.accepted[index]), int(self.rejected[index]))
+            yield [epoch, shown, low, high, *counts]
+
+
+def loss_histogram(
+    losses: np.ndarray, accepted: np.ndarray, threshold: float | None = None
+) -> LossHistogram:
+    """Counts the finite losses of an epoch, as `Ledger.note_epoch` takes it."""
+    clipped = np.clip(losses, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    finite = np.isfinite(losses)
+    counts = (
+        np.histogram(clipped[finite & chosen], HISTOGRAM_EDGES)[0]
+        for chosen in (accepted > 0, accepted == 0)
+    )
+    return LossHistogram(threshold, *counts)
 
 
 def _written(number: Any) -> str:

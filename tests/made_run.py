@@ -12,9 +12,10 @@ from PIL import Image
 from keras_rsft import run_files
 from keras_rsft.ledger import (
     COLUMNS,
+    HISTOGRAM_COLUMNS,
     Ledger,
+    loss_histogram,
 )
-from keras_rsft.loss_histogram import HISTOGRAM_COLUMNS, loss_histogram
 from keras_rsft.result_folder import write_csv, write_json
 
 HOSTILE_CLASSES = (

@@ -12,9 +12,9 @@ from keras_rsft.ledger import (
     Ledger,
     RejectionLedger,
     datalab_inputs,
+    loss_histogram,
     rejection_quality,
 )
-from keras_rsft.loss_histogram import loss_histogram
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import (
     AcceptAll,
@@ -237,28 +237,29 @@ class TestPoliciesThatKnowTheSamples:
             AcceptListed(accept)
 
     def test_mixture_rejects_the_upper_group(self):
-        policy = LossMixture(warmup_epochs=1)
+        policy = LossMixture()
         rng = np.random.default_rng(0)
         low, high = rng.normal(0.5, 0.1, 80), rng.normal(4.0, 0.2, 40)
-        policy.note_losses(np.r_[low, high, NAN], epochs=1)
+        policy.note_losses(np.r_[low, high, NAN])
         threshold = float(policy.threshold)
         # What is equal to the threshold is rejected.
         assert low.max() < threshold <= np.float32(high.min())
 
     def test_mixture_waits_and_keeps_all_where_there_is_one_group(self):
-        policy = LossMixture(warmup_epochs=2)
+        policy = LossMixture(warmup_steps=2)
         losses = np.random.default_rng(0).normal(1.0, 0.1, 200)
-        policy.note_losses(losses, epochs=1)
+        policy.note_losses(losses)
         assert np.isinf(policy.threshold)
+        policy.note_steps_seen(2)
         with pytest.warns(UserWarning, match="do not fall into two groups"):
-            policy.note_losses(losses, epochs=2)
+            policy.note_losses(losses)
         assert np.isinf(policy.threshold)
 
     @pytest.mark.parametrize("losses", [np.zeros(500), np.r_[np.zeros(500), 1, 2], []])
     def test_mixture_of_losses_that_hardly_differ(self, losses):
-        policy = LossMixture(warmup_epochs=1)
+        policy = LossMixture()
         with pytest.warns(UserWarning, match="Too few different losses"):
-            policy.note_losses(np.array(losses, float), epochs=1)
+            policy.note_losses(np.array(losses, float))
         assert np.isinf(policy.threshold)
 
     def test_mixture_needs_a_ledger(self, small_data, make_model):
@@ -276,7 +277,7 @@ class TestPoliciesThatKnowTheSamples:
             lambda: AutoPolicy(48, loss_limit=1.0, warmup_steps=3),
             lambda: SelfPaced(1.0, growth_steps=3, class_floor=0.25),
             lambda: RunningThreshold(0.5, num_classes=3),
-            lambda: LossMixture(0.6, warmup_epochs=1),
+            lambda: LossMixture(0.6),
         ],
     )
     def test_state_is_saved_and_training_goes_on_alike(

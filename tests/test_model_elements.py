@@ -39,7 +39,7 @@ class AcceptPlaces(Policy):
         super().__init__()
         self.places = np.ravel(places)
 
-    def decide(self, per_sample_loss, step, labels=None, sample_index=None):
+    def decide(self, batch):
         return keras.ops.convert_to_tensor(self.places)
 
 

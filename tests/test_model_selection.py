@@ -29,7 +29,7 @@ class AcceptRows(Policy):
         super().__init__(**kwargs)
         self.rows = rows
 
-    def decide(self, per_sample_loss, step, labels=None, sample_index=None):
+    def decide(self, batch):
         return keras.ops.convert_to_tensor(self.rows)
 
 
@@ -261,8 +261,8 @@ def test_rates_are_those_of_the_whole_epoch(
     y = np.concatenate([batch[1]] * 2)[:10]
 
     class FirstTwo(Policy):
-        def decide(self, per_sample_loss, step, labels=None, sample_index=None):
-            places = keras.ops.cumsum(keras.ops.ones_like(per_sample_loss))
+        def decide(self, batch):
+            places = keras.ops.cumsum(keras.ops.ones_like(batch.losses))
             return places <= 2
 
     options = compile_options(steps_per_execution=steps_per_execution)

@@ -15,6 +15,8 @@ from keras_rsft.policies import (
     KeepFraction,
     LossThreshold,
     Policy,
+)
+from keras_rsft.policies.rules import (
     accept_batch_below,
     accept_below,
     keep_smallest,
@@ -225,6 +227,12 @@ def test_a_ramp_counts_steps():
     assert kept == [4, 3, 2, 1, 1]
 
 
+def test_a_ramp_begins_after_the_warm_up():
+    policy = KeepFraction(0.25, ramp_steps=3, warmup_steps=2)
+    kept = [sum(mask_of(policy, [1.0, 2.0, 3.0, 4.0])) for _ in range(6)]
+    assert kept == [4, 4, 4, 3, 2, 1]
+
+
 @pytest.mark.parametrize(
     "policy, variable, value",
     [
@@ -287,8 +295,9 @@ def test_keep_fraction_must_be_a_share(value):
     [
         (lambda value: LossThreshold(1.0, warmup_steps=value), "warmup_steps"),
         (lambda value: KeepFraction(0.5, ramp_steps=value), "ramp_steps"),
+        (lambda value: AcceptAll(warmup_steps=value), "warmup_steps"),
     ],
-    ids=["warmup_steps", "ramp_steps"],
+    ids=["warmup_steps", "ramp_steps", "of any policy"],
 )
 def test_steps_must_be_whole(build, name, value):
     with pytest.raises(InvalidArgument, match=rf"`{name}`.*Received: {name}="):

@@ -14,6 +14,8 @@ from keras_rsft.policies import (
     LossThreshold,
     RunningThreshold,
     SelfPaced,
+)
+from keras_rsft.policies.rules import (
     grown_threshold,
     running_moments,
     running_percentile,
@@ -204,7 +206,7 @@ class TestClassFloor:
         lambda: RunningThreshold(momentum=1.0),
         lambda: RunningThreshold(num_classes=0),
         lambda: LossMixture(1.0),
-        lambda: LossMixture(warmup_epochs=0),
+        lambda: LossMixture(warmup_steps=-1),
     ],
 )
 def test_numbers_out_of_range_are_refused(make):

@@ -37,7 +37,7 @@ from keras_rsft.finetuning.head_training import (
     choose_steps_per_execution,
     head_probabilities,
 )
-from keras_rsft.policies import keep_smallest, ramped_keep_fraction
+from keras_rsft.policies.rules import keep_smallest, ramped_keep_fraction
 
 # In multiples of ln(classes).
 ARTICLE_THRESHOLD = 1.5

@@ -38,8 +38,7 @@ from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.head_training import SplitFeatures, TrainedHead
 from keras_rsft.finetuning.settings import NOT_DECAYED, TrainingSettings
-from keras_rsft.model import RSFTModel, TwoPassRSFTModel
-from keras_rsft.model.second_pass import what_forbids_two_passes
+from keras_rsft.model import RSFTModel
 from keras_rsft.model.two_rates import with_two_rates
 from keras_rsft.policies import Policy
 from keras_rsft.progress import progress_bar
@@ -250,11 +249,7 @@ def _trainable_model(
         inputs = keras.Input(part.base.input_shape[1:], name="images")
         activations = FrozenFront(part.front)(inputs)
     body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
-    judges_samples = policy.level == "sample" and not policy.accepts_every_finite_sample
-    two_passes = judges_samples and what_forbids_two_passes(body) is None
-    model = (TwoPassRSFTModel if two_passes else RSFTModel)(
-        body, policy, soft_targets=settings.make_soft_targets()
-    )
+    model = RSFTModel(body, policy)
     optimizer = with_two_rates(
         settings.make_optimizer(largest_gradient=LARGEST_GRADIENT),
         # Of the layers in their order the head's are the last.

@@ -68,27 +68,19 @@ class Devices:
         replicas = self.strategy.num_replicas_in_sync
         return BatchShare(replicas, first=self.cluster.index * count, count=count)
 
-    def require_trainable(self, *, base_learns: bool, softens: bool) -> None:
+    def require_trainable(self, *, base_learns: bool) -> None:
         """Refuses what is trained on one device where there are several.
 
         Args:
             base_learns: Whether a part of the base is trained.
-            softens: Whether there are label smoothing or mix-up.
 
         Raises:
-            InvalidArgument: If there is a strategy, and either of them.
+            InvalidArgument: If there is a strategy, and it is.
         """
-        if self.strategy is None:
-            return
-        if base_learns:
+        if self.strategy is not None and base_learns:
             raise InvalidArgument(
                 "A part of the base is trained on one device. Received: the strategy "
                 f"{self.name}. Leave out `--strategy`, or `--unfreeze`."
-            )
-        if softens:
-            raise InvalidArgument(
-                "Label smoothing and mix-up train on one device. Received: the "
-                f"strategy {self.name}. Leave out `--strategy`, or both of them."
             )
 
     def describe(self) -> str:

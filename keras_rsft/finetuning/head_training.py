@@ -31,8 +31,7 @@ from keras_rsft.finetuning.epoch_curves import EpochCurves
 from keras_rsft.finetuning.overfitting import Overfitting, find_overfitting
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.split_features import SplitFeatures
-from keras_rsft.ledger import Ledger, RejectionLedger
-from keras_rsft.loss_histogram import LossHistogram
+from keras_rsft.ledger import Ledger, LossHistogram, RejectionLedger
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
 from keras_rsft.progress import progress_bar
@@ -260,7 +259,7 @@ def untrained_head(
     head = build_head(
         train.dim, num_classes, moments=train.moments(), seed=settings.seed
     )
-    model = RSFTModel(head, policy, soft_targets=settings.make_soft_targets())
+    model = RSFTModel(head, policy)
     model.compile(
         settings.make_optimizer(),
         "sparse_categorical_crossentropy",
@@ -281,7 +280,7 @@ def _policy(
 ) -> Policy:
     if settings.policy.name == "auto":
         return AutoPolicy(
-            examination,
+            examination.accept_mask(),
             loss_limit=examination.loss_limit,
             warmup_steps=round(settings.policy.warmup_epochs * steps),
         )

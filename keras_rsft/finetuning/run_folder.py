@@ -18,8 +18,7 @@ from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
 from keras_rsft.data.corrections import correction_cells
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features import near_duplicates, write_excerpts, write_thumbnails
-from keras_rsft.ledger import COLUMNS
-from keras_rsft.loss_histogram import HISTOGRAM_COLUMNS
+from keras_rsft.ledger import COLUMNS, HISTOGRAM_COLUMNS
 from keras_rsft.result_folder import installed_versions, write_csv, write_json
 from keras_rsft.run_files import (
     ACCEPTANCE_FILE,

@@ -7,7 +7,6 @@ import dataclasses
 import keras
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model.soft_targets import SoftTargets, check_soft_targets
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.trainable_choice import TrainableFrom, checked_trainable
 
@@ -33,9 +32,6 @@ class TrainingSettings:
             (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR
             2019): an accepted step also takes `learning_rate` times this share of
             them away, a rejected one nothing. Default None: the optimizer's own.
-        label_smoothing: As in `SoftTargets`, in [0, 1). Default 0: none.
-        mix_up: As in `SoftTargets`: alpha, at least 0, of mixed features in the
-            training of the head. Default 0: nothing is mixed.
         early_stopping: Epochs without a better validation accuracy, at least 1, after
             which the training of the head ends; the weights of the best epoch are
             kept. Default None: all epochs, and the weights of the last.
@@ -69,8 +65,6 @@ class TrainingSettings:
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float | None = None
-    label_smoothing: float = 0.0
-    mix_up: float = 0.0
     early_stopping: int | None = None
     seed: int = 0
     stage2_epochs: int = 0
@@ -103,12 +97,6 @@ class TrainingSettings:
         if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
             raise InvalidArgument(
                 f"`weight_decay` must be at least 0. Received: {self.weight_decay}."
-            )
-        check_soft_targets(self.label_smoothing, self.mix_up)
-        if self.mix_up > 0 and self.trainable_from is not None:
-            raise InvalidArgument(
-                "Mix-up mixes kept features, which a base that learns does not have. "
-                "Leave out `--mix-up`, or `--unfreeze`."
             )
         if self.early_stopping is not None and self.early_stopping < 1:
             raise InvalidArgument(
@@ -175,11 +163,3 @@ class TrainingSettings:
             ) from error
         optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
         return optimizer
-
-    def make_soft_targets(self) -> SoftTargets | None:
-        """Returns new soft targets, or None where targets stay as they are."""
-        if not (self.label_smoothing or self.mix_up):
-            return None
-        return SoftTargets(
-            label_smoothing=self.label_smoothing, mix_up=self.mix_up, seed=self.seed
-        )

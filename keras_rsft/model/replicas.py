@@ -1,10 +1,10 @@
-"""The training step on several replicas, equal to the step of one device.
+"""What the training step does on several replicas, to equal that of one device.
 
 Each replica runs the forward pass over its rows. The losses of all rows are then
 brought together in their order, so that every replica takes the same decision, from
 what one device would have seen. Gradients are summed over the replicas, divided by
 the number accepted by all of them, and applied by every replica alike; a step that
-accepts nothing computes and exchanges none.
+accepts nothing computes and exchanges none. What cannot be trained so is refused.
 """
 
 from __future__ import annotations
@@ -12,136 +12,105 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
-from keras_rsft.model.batch import class_labels, require_index, unpack
-from keras_rsft.model.recorded_pass import Pass, shown_loss
-from keras_rsft.model.replica_trainer import per_worker
-from keras_rsft.model.selection import selection_sums
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.model.step import Data, Pass, unpack
 
 if TYPE_CHECKING:
     from keras_rsft.model.rsft_model import RSFTModel
 
-
-class _Whole(NamedTuple):
-    """The batch of all replicas, the same on each of them, and where our rows are.
-
-    `losses` and `weighted` are float32 `(n,)`; `labels` and `sample_index` int32
-    `(n,)` or None; `penalty` is what layers add to the loss, the mean over all rows.
-    """
-
-    losses: tf.Tensor
-    weighted: tf.Tensor
-    labels: tf.Tensor | None
-    sample_index: tf.Tensor | None
-    penalty: tf.Tensor
-    first_row: tf.Tensor
-    row_count: tf.Tensor
-
-    def own(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns this replica's part of values of all rows."""
-        return values[self.first_row : self.first_row + self.row_count]
-
-    def share(self) -> tf.Tensor:
-        """Returns which part of all rows this replica has, float32."""
-        whole = tf.cast(tf.size(self.losses), tf.float32)
-        return tf.cast(self.row_count, tf.float32) / whole
+# Tensors of one update: gradients, state to be averaged, state equal on all replicas.
+_Update = list[list[tf.Tensor]]
+_REPLICATED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
 
 
-class _Update(NamedTuple):
-    """What a replica adds to a step: gradients, and the state of its forward pass."""
-
-    gradients: list[tf.Tensor]
-    averaged: list[tf.Tensor]
-    taken: list[tf.Tensor]
+def is_replicated(strategy: Any) -> bool:
+    """Says whether a strategy runs copies of the model side by side, one included."""
+    return isinstance(strategy, _REPLICATED)
 
 
-class _Targets(NamedTuple):
-    """Which variables the three parts of an `_Update` are for."""
-
-    gradients: list[Any]
-    averaged: list[Any]
-    taken: list[Any]
-
-
-def replica_train_step(model: RSFTModel, data: Any) -> dict[str, Any]:
-    """Trains on this replica's rows of a batch.
-
-    Args:
-        model: The model, built in the scope of its strategy.
-        data: This replica's part of the batch, as `unpack` takes it; may have no rows.
-
-    Returns:
-        The logs of the step.
-    """
-    x, y, sample_weight, sample_index = unpack(data)
-    with tf.GradientTape() as tape:
-        y_pred, pending = model._forward(x)
-        per_sample_loss = weighted_loss = model._scorer(y, y_pred)
-        if sample_weight is not None:
-            weighted_loss = model._scorer(y, y_pred, sample_weight)
-        penalties = model._penalties()
-    whole = _brought_together(
-        per_sample_loss, weighted_loss, class_labels(y), sample_index, penalties
-    )
-    accept_mask = model.policy(whole.losses, whole.labels, whole.sample_index)
-    _record(model, whole, accept_mask)
-    if model.trainable_variables:
-
-        def update() -> tuple[Any, _Update]:
-            parts = tape, penalties, weighted_loss, pending
-            return _contribution(model, whole, accept_mask, whole.share(), *parts)
-
-        def repeat() -> tuple[Any, _Update]:
-            # A replica may have no finite row, and then no share in anything.
-            finite = tf.cast(tf.math.is_finite(whole.losses), tf.float32)
-            share = tf.reduce_sum(whole.own(finite)) / tf.reduce_sum(finite)
-            again = model._finite_pass(
-                per_sample_loss, whole.own(accept_mask), (x, y, sample_weight)
+def ready_for_replicas(model: RSFTModel, data: Any) -> Any:
+    """Refuses what cannot be trained where it was made; returns the data for it."""
+    strategy = model.distribute_strategy
+    if not is_replicated(strategy):
+        if strategy.num_replicas_in_sync > 1:
+            raise InvalidArgument(
+                "RSFTModel trains on several devices under MirroredStrategy and "
+                f"MultiWorkerMirroredStrategy. Received: {type(strategy).__name__}."
             )
-            parts = again.tape, again.minimised, again.per_sample, again.pending
-            return _contribution(model, whole, accept_mask, share, *parts)
+        return data
+    reason = _what_keras_cannot_do(model)
+    if reason is not None:
+        raise InvalidArgument(
+            f"{reason} Received: {strategy.num_replicas_in_sync} replicas of "
+            f"{type(strategy).__name__}."
+        )
+    variables = [*model.variables, *model.optimizer.variables] if model.built else []
+    for variable in variables:
+        if not isinstance(variable.value, tf.distribute.DistributedValues):
+            raise InvalidArgument(
+                "Model, policy and optimizer must be made, and compiled, in the scope "
+                "of the strategy that trains them: `with strategy.scope(): ...`. "
+                f"Received: {variable.path}, which was not."
+            )
+    spec = getattr(data, "element_spec", None)
+    if not (isinstance(data, tf.data.Dataset) and isinstance(spec, tuple)):
+        return data
+    if len(spec) != 4 or hasattr(spec[2], "shape"):
+        return data
+    # TensorFlow cannot hand a None to replicas.
+    return data.map(lambda x, y, none, index: (x, y, tf.ones(tf.shape(index)), index))
 
-        _update_if_accepted(model, whole, accept_mask, update, repeat)
-    sums = selection_sums(per_sample_loss, whole.own(accept_mask))
-    shown = shown_loss(
-        Pass([], None, None, weighted=whole.weighted, penalties=[whole.penalty])
+
+def _what_keras_cannot_do(model: RSFTModel) -> str | None:
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    losses = keras.tree.flatten(model.loss)
+    reductions = {
+        loss.reduction for loss in losses if isinstance(loss, keras.losses.Loss)
+    } - {"sum_over_batch_size", "mean", "auto"}
+    refusals = (
+        (
+            model.steps_per_execution > 1,
+            "Keras runs one step in a call under a strategy of several replicas. "
+            "Compile with `steps_per_execution=1`.",
+        ),
+        (
+            model.jit_compile,
+            "XLA cannot compile a step that goes from replica to replica. "
+            "Compile with `jit_compile=False`.",
+        ),
+        (
+            optimizer.gradient_accumulation_steps,
+            "Keras cannot accumulate gradients under a strategy of several replicas. "
+            "Leave out `gradient_accumulation_steps`, or train on one device.",
+        ),
+        (
+            optimizer.ema_overwrite_frequency,
+            "Keras cannot overwrite weights with their averages under a strategy of "
+            "several replicas. Leave out `ema_overwrite_frequency`.",
+        ),
+        (
+            model.policy.level == "element",
+            "Elements within samples are judged on one device. "
+            "Use `level='sample'`, or no strategy.",
+        ),
+        (
+            model._takes_all_or_nothing and reductions,
+            "The loss of several replicas is the mean over their samples. Give it "
+            f"`reduction='sum_over_batch_size'`, not {sorted(map(str, reductions))}.",
+        ),
     )
-    _note_loss(model, shown, whole.row_count)
-    model.selection.update_state(sums)
-    return per_worker(model, model.compute_metrics(x, y, y_pred, sample_weight))
+    return next((reason for holds, reason in refusals if holds), None)
 
 
-def replica_test_step(model: RSFTModel, data: Any) -> dict[str, Any]:
-    """Evaluates this replica's rows of a batch, which may be none.
-
-    Args:
-        model: The model, built in the scope of its strategy.
-        data: This replica's part of the batch, as `unpack` takes it.
-
-    Returns:
-        The logs of the step.
-    """
-    x, y, sample_weight, _ = unpack(data)
-    y_pred = model(x, training=False)
-    losses = model._scorer(y, y_pred, sample_weight)
-    row_count = tf.size(losses)
-    mean = tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(row_count, tf.float32))
-    penalty = sum(model._penalties(), tf.zeros(()))
-    _note_loss(model, mean + tf.where(row_count > 0, penalty, 0.0), row_count)
-    return per_worker(model, model.compute_metrics(x, y, y_pred, sample_weight))
-
-
-def _brought_together(
-    per_sample_loss: tf.Tensor,
-    weighted_loss: tf.Tensor,
-    labels: tf.Tensor | None,
-    sample_index: tf.Tensor | None,
-    penalties: list[tf.Tensor],
-) -> _Whole:
+def gather(recorded: Pass) -> Pass:
     """Exchanges what a decision needs: a few numbers a row, as two sums.
 
     Sums, since each replica adds zeros for the rows of the others: that keeps their
@@ -150,9 +119,9 @@ def _brought_together(
     """
     context = tf.distribute.get_replica_context()
     replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-    row_count = tf.size(per_sample_loss)
+    row_count = tf.size(recorded.losses)
     rows = tf.cast(row_count, tf.float64)
-    penalty = tf.cast(sum(penalties, tf.zeros(())), tf.float64)
+    penalty = tf.cast(sum(recorded.penalties, tf.zeros(())), tf.float64)
     penalty = tf.where(row_count > 0, penalty * rows, 0.0)
     own = tf.stack([rows, penalty])[None]
     counted = tf.scatter_nd(tf.reshape(replica, (1, 1)), own, (replicas, 2))
@@ -160,136 +129,112 @@ def _brought_together(
     row_counts = tf.cast(counted[:, 0], tf.int32)
     first_row, total = tf.reduce_sum(row_counts[:replica]), tf.reduce_sum(row_counts)
 
-    columns = [per_sample_loss, weighted_loss, labels, sample_index]
-    given = [tf.cast(c, tf.float64) for c in columns if c is not None]
+    kinds = {
+        "losses": tf.float32,
+        "weighted": tf.float32,
+        "labels": tf.int32,
+        "sample_index": tf.int32,
+    }
+    columns = {name: getattr(recorded, name) for name in kinds}
+    columns = {name: c for name, c in columns.items() if c is not None}
+    given = [tf.cast(column, tf.float64) for column in columns.values()]
     after = total - first_row - row_count
     padded = tf.pad(tf.stack(given), [[0, 0], [first_row, after]])
     whole = context.all_reduce(tf.distribute.ReduceOp.SUM, padded)
-    values = iter(tf.unstack(whole, num=len(given)))
-    kinds = tf.float32, tf.float32, tf.int32, tf.int32
-    return _Whole(
-        *(
-            None if column is None else tf.cast(next(values), kind)
-            for column, kind in zip(columns, kinds, strict=True)
-        ),
-        penalty=tf.cast(
-            tf.reduce_sum(counted[:, 1]) / tf.cast(total, tf.float64), tf.float32
-        ),
+    values = zip(columns, tf.unstack(whole, num=len(given)), strict=True)
+    mean_penalty = tf.reduce_sum(counted[:, 1]) / tf.cast(total, tf.float64)
+    return Pass(
+        **{name: tf.cast(value, kinds[name]) for name, value in values},
+        penalties=[tf.cast(mean_penalty, tf.float32)],
         first_row=first_row,
         row_count=row_count,
     )
 
 
-def _record(model: RSFTModel, whole: _Whole, accept_mask: tf.Tensor) -> None:
-    """Has the first replica of each worker report the whole batch, so each row once."""
-    if model._recorder is None:
-        return
-    require_index(whole.sample_index)
+def speaks_for_its_worker(model: RSFTModel) -> bool:
+    """Says whether this is a worker's first replica, so that each row is told once."""
     local_replicas = len(model.distribute_strategy.extended.worker_devices)
-    replica = tf.get_static_value(
-        tf.distribute.get_replica_context().replica_id_in_sync_group
+    context = tf.distribute.get_replica_context()
+    replica = tf.get_static_value(context.replica_id_in_sync_group)
+    return replica % local_replicas == 0
+
+
+def update_if_accepted(
+    model: RSFTModel, recorded: Pass, whole: Pass, accept_mask: tf.Tensor, data: Data
+) -> None:
+    """Changes the weights, or notes that this batch was rejected by all replicas."""
+    accepts_any = tf.reduce_any(accept_mask)
+    finite = tf.math.is_finite(whole.losses)
+    # Which variables are reached is known once a branch with gradients is traced.
+    targets: list[list[Any]] = []
+
+    def computed(passed: Pass, counted: tf.Tensor) -> _Update:
+        counted = tf.cast(counted, tf.float32)
+        share = tf.reduce_sum(whole.own(counted)) / tf.reduce_sum(counted)
+        found = _contribution(model, passed, whole, accept_mask, share)
+        targets[:] = [[variable for variable, _ in part] for part in found]
+        return [[value for _, value in part] for part in found]
+
+    def update() -> _Update:
+        return computed(recorded, tf.ones_like(finite))
+
+    def repeat() -> _Update:
+        # A replica may have no finite row, and then no share in anything.
+        mask = whole.own(accept_mask)
+        return computed(model._finite_pass(recorded.losses, mask, data), finite)
+
+    def nothing() -> _Update:
+        gradients, averaged, taken = targets or ([], [], [])
+        return [
+            [tf.zeros(v.shape, v.dtype) for v in gradients],
+            [tf.zeros(v.shape) for v in averaged],
+            [tf.zeros(v.shape, v.dtype) for v in taken],
+        ]
+
+    # No branch exchanges anything: TensorFlow cannot do so from within one.
+    values = tf.cond(
+        tf.logical_and(accepts_any, tf.reduce_all(finite)),
+        update,
+        lambda: tf.cond(accepts_any, repeat, nothing),
     )
-    if replica % local_replicas == 0:
-        model._recorder(whole.sample_index, whole.losses, accept_mask)
+    if targets:
+        tf.distribute.get_replica_context().merge_call(
+            functools.partial(_apply_if, model, targets), args=(accepts_any, values)
+        )
+    judged = tf.where(accepts_any, float("inf"), whole.losses)
+    model.reject(whole._replace(losses=judged))
 
 
 def _contribution(
-    model: RSFTModel,
-    whole: _Whole,
-    accept_mask: tf.Tensor,
-    share: tf.Tensor,
-    tape: tf.GradientTape,
-    penalties: list[tf.Tensor],
-    weighted_loss: tf.Tensor,
-    pending: keras.StatelessScope,
-) -> tuple[_Targets, _Update]:
-    """Runs the backward pass of this replica's rows.
+    model: RSFTModel, passed: Pass, whole: Pass, accept_mask: tf.Tensor, share: Any
+) -> tuple[list[tuple[Any, tf.Tensor]], ...]:
+    """Runs this replica's backward pass; returns variables with the parts of `_Update`.
 
-    Args:
-        model: The model.
-        whole: The batch of all replicas.
-        accept_mask: The decision on all its rows.
-        share: This replica's share of what layers add to the loss, and of the
-            statistics that they keep, in [0, 1]. The shares add up to 1.
-        tape: Recorded the forward pass.
-        penalties: What layers add to the loss.
-        weighted_loss: Float32 `(rows,)`, this replica's losses.
-        pending: Holds what the forward pass would change in the model.
-
-    Returns:
-        What to change, and by what: gradients to be summed over the replicas, state
-        to be summed, and state that is the same on all of them.
+    `share` is the replica's of what layers add to the loss, and of the statistics that
+    they keep, in [0, 1].
     """
-    accepted = tf.cast(accept_mask, tf.float32)
-    seeds = [whole.own(accepted) / tf.reduce_sum(accepted)]
-    seeds += [tf.fill(tf.shape(penalty), share) for penalty in penalties]
-    variables = model.trainable_variables
-    gradients = tape.gradient(
-        [weighted_loss, *penalties],
-        [variable.value for variable in variables],
-        output_gradients=[model.optimizer.scale_loss(seed) for seed in seeds],
-    )
-    changed = [(v, pending.get_current_value(v)) for v in model.model.variables]
-    changed = [(v, value) for v, value in changed if value is not None]
-    averaged = [pair for pair in changed if tf.as_dtype(pair[0].dtype).is_floating]
-    taken = [pair for pair in changed if not tf.as_dtype(pair[0].dtype).is_floating]
-    reached = [
-        (v, g) for v, g in zip(variables, gradients, strict=True) if g is not None
-    ]
 
     def own_part(value: Any) -> tf.Tensor:
         # What a replica without rows computes may be 0 / 0.
         value = tf.convert_to_tensor(value)
         return tf.where(share > 0, value, tf.zeros_like(value))
 
-    targets = _Targets(*([v for v, _ in pairs] for pairs in (reached, averaged, taken)))
-    update = _Update(
-        [own_part(gradient) for _, gradient in reached],
-        [own_part(tf.cast(value, tf.float32)) * share for _, value in averaged],
-        [tf.convert_to_tensor(value) for _, value in taken],
+    gradients = model._gradients(passed, whole, accept_mask, share)
+    pairs = zip(model.trainable_variables, gradients, strict=True)
+    changed = model._pending_values(passed)
+    floating = [tf.as_dtype(variable.dtype).is_floating for variable, _ in changed]
+    averaged = [c for c, is_float in zip(changed, floating, strict=True) if is_float]
+    taken = [c for c, is_float in zip(changed, floating, strict=True) if not is_float]
+    return (
+        [(v, own_part(gradient)) for v, gradient in pairs if gradient is not None],
+        [(v, own_part(tf.cast(value, tf.float32)) * share) for v, value in averaged],
+        [(v, tf.convert_to_tensor(value)) for v, value in taken],
     )
-    return targets, update
-
-
-def _update_if_accepted(
-    model: RSFTModel, whole: _Whole, accept_mask: tf.Tensor, update: Any, repeat: Any
-) -> None:
-    """Changes the weights, or notes that this batch was rejected by all replicas."""
-    accepts_any = tf.reduce_any(accept_mask)
-    all_finite = tf.reduce_all(tf.math.is_finite(whole.losses))
-    targets: list[_Targets] = []
-
-    def computed(contribution: Any) -> _Update:
-        found, values = contribution()
-        targets[:] = [found]
-        return values
-
-    def nothing() -> _Update:
-        # Which variables are reached is known once the other branch is traced.
-        parts = targets[0] if targets else _Targets([], [], [])
-        gradients = [tf.zeros(v.shape, v.dtype) for v in parts.gradients]
-        averaged = [tf.zeros(v.shape) for v in parts.averaged]
-        return _Update(
-            gradients, averaged, [tf.zeros(v.shape, v.dtype) for v in parts.taken]
-        )
-
-    # No branch exchanges anything: TensorFlow cannot do so from within one.
-    values = tf.cond(
-        tf.logical_and(accepts_any, all_finite),
-        lambda: computed(update),
-        lambda: tf.cond(accepts_any, lambda: computed(repeat), nothing),
-    )
-    if targets:
-        tf.distribute.get_replica_context().merge_call(
-            functools.partial(_apply_if, model, targets[0]), args=(accepts_any, values)
-        )
-    judged = tf.where(accepts_any, float("inf"), whole.losses)
-    model.selection.note_rejected(judged, model.policy.level)
 
 
 def _apply_if(
     model: RSFTModel,
-    targets: _Targets,
+    targets: list[list[Any]],
     strategy: tf.distribute.Strategy,
     accepts_any: Any,
     values: _Update,
@@ -301,7 +246,7 @@ def _apply_if(
     """
 
     def apply() -> None:
-        with gradients_are_summed(model.optimizer):
+        with _gradients_are_summed(model.optimizer):
             strategy.extended.call_for_each_replica(
                 functools.partial(_apply, model, targets), args=(values,)
             )
@@ -309,30 +254,26 @@ def _apply_if(
     tf.cond(strategy.experimental_local_results(accepts_any)[0], apply, lambda: None)
 
 
-def _apply(model: RSFTModel, targets: _Targets, values: _Update) -> None:
+def _apply(model: RSFTModel, targets: list[list[Any]], values: _Update) -> None:
     """Sums what all replicas have computed, and changes this replica's copies."""
-    context = tf.distribute.get_replica_context()
-    summed = context.all_reduce(
-        tf.distribute.ReduceOp.SUM, [*values.gradients, *values.averaged]
+    gradients, averaged, taken = values
+    summed = tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM, [*gradients, *averaged]
     )
-    gradients = summed[: len(targets.gradients)]
-    averaged = summed[len(targets.gradients) :]
-    states = [*zip(targets.averaged, averaged, strict=True)]
-    states += zip(targets.taken, values.taken, strict=True)
+    count = len(gradients)
+    states = [*zip(targets[1], summed[count:], strict=True)]
+    states += zip(targets[2], taken, strict=True)
     for variable, value in states:
         variable.assign(tf.cast(value, variable.dtype))
-    model.optimizer.apply(gradients, targets.gradients)
+    model.optimizer.apply(summed[:count], targets[0])
 
 
 @contextlib.contextmanager
-def gradients_are_summed(optimizer: Any) -> Iterator[None]:
+def _gradients_are_summed(optimizer: Any) -> Iterator[None]:
     """Keeps a Keras optimizer from summing over the replicas what is summed already.
 
     It would do so after clipping. One device clips the gradient of the whole batch,
     and loss scaling looks for overflow in it: both need the sum first.
-
-    Args:
-        optimizer: A Keras optimizer.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     own = vars(optimizer)
@@ -345,7 +286,44 @@ def gradients_are_summed(optimizer: Any) -> Iterator[None]:
         del own["_all_reduce_sum_gradients"]
 
 
-def _note_loss(model: RSFTModel, shown: tf.Tensor, row_count: tf.Tensor) -> None:
+def test_step(model: RSFTModel, data: Any) -> dict[str, Any]:
+    """Evaluates this replica's rows of a batch, which may be none."""
+    x, y, sample_weight, _ = unpack(data)
+    y_pred = model(x, training=False)
+    losses = model._scorer(y, y_pred, sample_weight)
+    row_count = tf.size(losses)
+    mean = tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(row_count, tf.float32))
+    penalty = sum(model._penalties(), tf.zeros(()))
+    shown = mean + tf.where(row_count > 0, penalty, 0.0)
     for metric in model.metrics:
         if metric.name == "loss":
             metric.update_state(shown, sample_weight=row_count)
+    return per_worker(model, model.compute_metrics(x, y, y_pred, sample_weight))
+
+
+def per_worker(model: RSFTModel, logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns logs in the shape that Keras can reduce over workers: `(1,)`."""
+    several = tf.distribute.MultiWorkerMirroredStrategy
+    if not isinstance(model.distribute_strategy, several):
+        return logs
+    return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
+
+
+def build_on_symbols(model: RSFTModel, element_spec: Any) -> None:
+    """Builds metrics, losses and optimizer from the form of a batch alone.
+
+    Keras takes the mean of a batch over the replicas for that, which fails where they
+    have different numbers of rows, and on several workers.
+    """
+
+    def symbol(spec: Any) -> keras.KerasTensor | None:
+        spec = getattr(spec, "_value_specs", [spec])[0]
+        if not isinstance(spec, tf.TensorSpec):
+            return None
+        shape = (None, *spec.shape[1:])
+        return keras.KerasTensor(shape, keras.backend.standardize_dtype(spec.dtype))
+
+    parts = element_spec if isinstance(element_spec, tuple) else (element_spec,)
+    batch = tuple(keras.tree.map_structure(symbol, part) for part in parts[:3])
+    with model.distribute_strategy.scope():
+        model._symbolic_build(data_batch=batch)

@@ -1,8 +1,6 @@
-"""The model that lets only accepted samples change its weights.
+"""`RSFTModel`: wraps any `keras.Model`, with what that logs, saves and refuses.
 
-Owns `RSFTModel`: a `keras.Model` that wraps any other, with what it logs, saves and
-refuses. Its training step is in `training_step.py`; which samples are accepted is
-decided in `policies`; data, features and run folders are other rooms' business.
+Its training step is in `step.py`; which samples are accepted is decided in `policies`.
 """
 
 from __future__ import annotations
@@ -11,18 +9,31 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras.src.trainers.data_adapters.tf_dataset_adapter import (
+    make_class_weight_map_fn,
+)
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model.backend import BackendStep
-from keras_rsft.model.batch import has_index, symbolic_inputs, weighted_by_class
-from keras_rsft.model.per_sample_loss import LossScorer
-from keras_rsft.model.selection import AcceptanceGuard, SelectionMetric
-from keras_rsft.model.soft_targets import LearnsSoftTargets
+from keras_rsft.model.losses import LossScorer
+from keras_rsft.model.metrics import AcceptanceGuard, SelectionMetric
 from keras_rsft.policies import Policy
+
+_BACKEND = keras.backend.backend()
+if _BACKEND == "tensorflow":
+    from keras_rsft.model.tensorflow import TensorFlowStep as BackendStep
+elif _BACKEND == "jax":
+    from keras_rsft.model.jax import JaxStep as BackendStep
+elif _BACKEND == "torch":
+    from keras_rsft.model.torch import TorchStep as BackendStep
+else:
+    raise ImportError(
+        "keras_rsft trains under Keras's backends tensorflow, jax and torch. Received: "
+        f"{_BACKEND}. Set KERAS_BACKEND=tensorflow, or leave it out."
+    )
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
+class RSFTModel(BackendStep):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
@@ -53,7 +64,6 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
         model: Any `keras.Model`; it is used, not copied, and stays available
             as `.model`.
         policy: A `Policy`, e.g. `LossThreshold(1.5)`.
-        soft_targets: `SoftTargets`: label smoothing and mix-up. Default: none.
 
     Raises:
         TypeError: If `policy` is not a `Policy`, or `model` not a `keras.Model`.
@@ -84,7 +94,7 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
         self.model = model
         self.policy = policy
         self.selection = SelectionMetric()
-        self._scorer: LossScorer | None = None
+        self._scorer = None
         self.built = model.built
 
     @property
@@ -94,7 +104,7 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
 
     def build(self, input_shape: Any) -> None:
         if not self.model.built:
-            self.model(symbolic_inputs(input_shape))
+            self.model(_symbolic_inputs(input_shape))
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -143,8 +153,9 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
-        if class_weight is not None and has_index(x):
-            x, class_weight = weighted_by_class(x, class_weight), None
+        if class_weight is not None and _has_index(x):
+            weighted, class_weight = make_class_weight_map_fn(class_weight), None
+            x = x.map(lambda x, y, weight, index: (*weighted(x, y, weight), index))
         x = self.ready_for_training(x)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             guard = AcceptanceGuard()
@@ -164,7 +175,7 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts like `keras.Model.predict`, also of data with sample indices."""
-        if has_index(x):
+        if _has_index(x):
             x = x.map(lambda inputs, *rest: (inputs, None))
         return super().predict(x, *args, **kwargs)
 
@@ -232,12 +243,28 @@ class RSFTModel(BackendStep, LearnsSoftTargets, keras.Model):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> RSFTModel:
-        config = {"soft_targets": None} | config
-        for part in ("model", "policy", "soft_targets"):
-            config[part] = keras.saving.deserialize_keras_object(
+        parts = {
+            part: keras.saving.deserialize_keras_object(
                 config[part], custom_objects=custom_objects
             )
-        return cls(**config)
+            for part in ("model", "policy")
+        }
+        return cls(**(config | parts))
 
     def _random_states(self) -> list[Any]:
         return [v for v in self.model.variables if v.name == "seed_generator_state"]
+
+
+def _has_index(data: Any) -> bool:
+    """Says whether data are a `tf.data.Dataset` of batches with sample indices."""
+    spec = getattr(data, "element_spec", None)
+    return hasattr(data, "map") and isinstance(spec, tuple) and len(spec) == 4
+
+
+def _symbolic_inputs(shape: Any) -> Any:
+    """Returns symbolic float32 inputs for a shape, or a dict or list of shapes."""
+    if isinstance(shape, dict):
+        return {name: _symbolic_inputs(part) for name, part in shape.items()}
+    if shape and isinstance(shape[0], (list, tuple)):
+        return [_symbolic_inputs(part) for part in shape]
+    return keras.KerasTensor(shape)

@@ -1,8 +1,10 @@
 """Any Keras optimizer with a smaller learning rate for some of the variables.
 
-The gradients stay what they are: Adam and its kin divide by their size, so scaling them
-would change nothing. What is scaled is the learning rate of each variable's update,
-and with it that of its decoupled weight decay.
+`keras.optimizers.MultiOptimizer` clips the gradients of each part apart, and has no
+`learning_rate` for a schedule or callback. The gradients stay what they are: Adam and
+its kin divide by their size, so scaling them would change nothing. What is scaled is
+the learning rate of each variable's update, and with it that of its decoupled weight
+decay.
 """
 
 from __future__ import annotations
@@ -16,14 +18,7 @@ from keras_rsft.errors import InvalidArgument
 
 
 class _TwoRates:
-    """Mixed into an optimizer's class.
-
-    Args:
-        slow_variables: How many of the variables, counted from the first, learn with
-            `slow_rate` times the learning rate, at least 0.
-        slow_rate: Multiple of the learning rate, at least 0.
-        **options: Those of the optimizer.
-    """
+    """Mixed into an optimizer's class: the first variables are the slow ones."""
 
     def __init__(
         self, *, slow_variables: int = 0, slow_rate: float = 1.0, **options: Any
@@ -38,7 +33,7 @@ class _TwoRates:
         super().build(variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        if self._is_slow(variable):
+        if self._var_key(variable) in self._slow:
             learning_rate = learning_rate * self.slow_rate
         super().update_step(gradient, variable, learning_rate)
 
@@ -52,52 +47,34 @@ class _TwoRates:
         decay = self.weight_decay
         if decay is None:
             return
-        super()._apply_weight_decay([v for v in variables if not self._is_slow(v)])
+        slow = [v for v in variables if self._var_key(v) in self._slow]
+        fast = [v for v in variables if self._var_key(v) not in self._slow]
+        super()._apply_weight_decay(fast)
         try:  # It is multiplied by the learning rate of all.
             self.weight_decay = decay * self.slow_rate
-            super()._apply_weight_decay([v for v in variables if self._is_slow(v)])
+            super()._apply_weight_decay(slow)
         finally:
             self.weight_decay = decay
 
-    def _is_slow(self, variable: Any) -> bool:
-        return self._var_key(variable) in self._slow
 
-
-def _with_two_rates() -> dict[type, type]:
-    """Makes such a class of each of Keras's optimizers, so that all can be saved."""
-    excluded = (keras.optimizers.Optimizer, keras.optimizers.LossScaleOptimizer)
-    made = {}
-    for name, optimizer in sorted(vars(keras.optimizers).items()):
-        if (
-            inspect.isclass(optimizer)
-            and issubclass(optimizer, keras.optimizers.Optimizer)
-            and optimizer not in excluded
-        ):
-            two_rates = type(f"TwoRates{name}", (_TwoRates, optimizer), {})
-            register = keras.saving.register_keras_serializable("keras_rsft")
-            made[optimizer] = register(two_rates)
-    return made
-
-
-_TWO_RATES = _with_two_rates()
+# A class of each of Keras's optimizers, so that all can be saved.
+_TWO_RATES = {
+    kind: keras.saving.register_keras_serializable("keras_rsft")(
+        type(f"TwoRates{name}", (_TwoRates, kind), {})
+    )
+    for name, kind in sorted(vars(keras.optimizers).items())
+    if inspect.isclass(kind)
+    and issubclass(kind, keras.optimizers.Optimizer)
+    and kind not in (keras.optimizers.Optimizer, keras.optimizers.LossScaleOptimizer)
+}
 
 
 def with_two_rates(
     optimizer: keras.optimizers.Optimizer, *, slow_variables: int, slow_rate: float
 ) -> keras.optimizers.Optimizer:
-    """Returns an optimizer of the same kind whose first variables learn more slowly.
+    """Returns an unused optimizer's like, under which the first variables learn slowly.
 
-    A schedule or callback that changes `learning_rate` changes both in proportion.
-
-    Args:
-        optimizer: One of Keras's own, not used yet.
-        slow_variables: How many of the model's trainable variables, counted from the
-            first, are slow, at least 0.
-        slow_rate: Their share of the learning rate, at least 0.
-
-    Raises:
-        InvalidArgument: If the optimizer is not one of Keras's own, or a number is
-            negative.
+    At `slow_rate` times the learning rate; what changes that changes both.
     """
     two_rates = _TWO_RATES.get(type(optimizer))
     if two_rates is None:

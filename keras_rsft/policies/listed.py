@@ -11,11 +11,8 @@ import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.examination import Examination
-from keras_rsft.policies.decisions import accept_below, with_class_floor
-from keras_rsft.policies.policy import Policy, is_positive, whole_number
-
-LEAST_OF_A_HARD_CLASS = 0.1
+from keras_rsft.policies.base import Batch, Policy, is_positive
+from keras_rsft.policies.rules import accept_below, accept_listed
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -60,15 +57,11 @@ class AcceptListed(Policy):
             initializer=lambda shape, dtype: ops.convert_to_tensor(accept),
         )
 
-    def decide(
-        self,
-        per_sample_loss: Any,
-        step: Any,
-        labels: Any = None,
-        sample_index: Any = None,
-    ) -> Any:
-        del per_sample_loss, step, labels
-        return _entries(self, self.listed, sample_index)
+    def decide(self, batch: Batch) -> Any:
+        return _entries(self, self.listed, batch)
+
+    def _accepted_in_warmup(self, batch: Batch) -> Any:
+        return _entries(self, self.listed, batch)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"accept": int(self.listed.shape[0])}
@@ -122,16 +115,9 @@ class AcceptReviewed(Policy):
             initializer=lambda shape, dtype: ops.convert_to_tensor(reviewed),
         )
 
-    def decide(
-        self,
-        per_sample_loss: Any,
-        step: Any,
-        labels: Any = None,
-        sample_index: Any = None,
-    ) -> Any:
-        del step
-        accepted = self.policy(per_sample_loss, labels, sample_index)
-        return ops.logical_or(accepted, _entries(self, self.reviewed, sample_index))
+    def decide(self, batch: Batch) -> Any:
+        accepted = self.policy(batch.losses, batch.labels, batch.sample_index)
+        return ops.logical_or(accepted, _entries(self, self.reviewed, batch))
 
     def note_steps_seen(self, steps: int) -> None:
         super().note_steps_seen(steps)
@@ -140,14 +126,13 @@ class AcceptReviewed(Policy):
     def threshold_in_use(self) -> float | None:
         return self.policy.threshold_in_use()
 
-    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
+    def note_losses(self, losses: np.ndarray) -> None:
         """Hands the losses of the epochs so far to a policy that learns from them.
 
         Args:
             losses: Float array `(n,)`, the mean loss of each sample.
-            epochs: Epochs that they cover, at least 1.
         """
-        self.policy.note_losses(losses, epochs)
+        self.policy.note_losses(losses)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
@@ -166,23 +151,24 @@ class AutoPolicy(AcceptListed):
     """Accepts the samples whose label is likely right; the command line's default.
 
     Needs no clean labels and no noise rate, and keeps every sample where nothing
-    looks wrong. `keras_rsft.examination` says how labels are examined.
+    looks wrong.
 
     ```python
     found = rsft.examine_labels(train_features, num_classes)
     print(found.describe())
-    model = rsft.RSFTModel(head, rsft.AutoPolicy(found))
+    policy = rsft.AutoPolicy(found.accept_mask(), loss_limit=found.loss_limit)
+    model = rsft.RSFTModel(head, policy)
     ```
 
     Args:
-        examination: What `examine_labels` found; or the number of samples, to
-            accept all of them.
+        accept: Boolean array of shape `(n,)`, one entry a training sample, such as
+            `Examination.accept_mask` gives; or the number of samples, to accept all
+            of them.
         loss_limit: After the warm-up, a sample must also have a loss below this:
-            `examination.loss_limit` leaves out what a trained head finds no more
+            `Examination.loss_limit` leaves out what a trained head finds no more
             likely than a guess. Of each class in a batch a tenth of the listed, but
             at least one, is accepted even so. Positive. Default: infinity.
-        warmup_steps: Steps at the start in which the loss plays no part, at least
-            0. Default 0; a new head needs an epoch or two.
+        warmup_steps: As for every `Policy`; a new head needs an epoch or two.
 
     Raises:
         InvalidArgument: If an argument is not as above.
@@ -196,63 +182,33 @@ class AutoPolicy(AcceptListed):
         [True, False, True]
     """
 
-    def __init__(
-        self,
-        examination: Examination | int,
-        *,
-        loss_limit: float = math.inf,
-        warmup_steps: int = 0,
-        **kwargs: Any,
-    ):
-        if isinstance(examination, Examination):
-            examination = examination.accept_mask()
-        super().__init__(examination, **kwargs)
+    _arguments = ("loss_limit",)
+
+    def __init__(self, accept: Any, *, loss_limit: float = math.inf, **kwargs: Any):
+        super().__init__(accept, **kwargs)
         if not is_positive(loss_limit):
             raise InvalidArgument(
                 f"`loss_limit` must be positive. Received: loss_limit={loss_limit}. "
                 "Use infinity for no limit."
             )
-        self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.loss_limit = self.add_live_number("loss_limit", loss_limit)
-        self._configured_loss_limit = float(loss_limit)
 
-    def decide(
-        self,
-        per_sample_loss: Any,
-        step: Any,
-        labels: Any = None,
-        sample_index: Any = None,
-    ) -> Any:
-        listed = super().decide(per_sample_loss, step, labels, sample_index)
-        easy = ops.logical_or(
-            accept_below(per_sample_loss, self.loss_limit),
-            ops.less(step, self.warmup_steps),
-        )
-        accept_mask = ops.logical_and(listed, easy)
-        if labels is None or math.isinf(self._configured_loss_limit):
-            return accept_mask
-        # A class that is hard to learn is still learnt from: its easiest samples.
-        losses = ops.where(listed, per_sample_loss, float("inf"))
-        return with_class_floor(accept_mask, losses, labels, LEAST_OF_A_HARD_CLASS)
+    def decide(self, batch: Batch) -> Any:
+        listed = super().decide(batch)
+        if math.isinf(self._configured["loss_limit"]):  # The class floor adds nothing.
+            return ops.logical_and(listed, accept_below(batch.losses, self.loss_limit))
+        return accept_listed(listed, batch.losses, batch.labels, self.loss_limit)
 
-    def threshold_in_use(self) -> float | None:
-        return self.after_warmup(self.loss_limit, self.warmup_steps)
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config["examination"] = config.pop("accept")
-        return config | {
-            "loss_limit": self._configured_loss_limit,
-            "warmup_steps": self.warmup_steps,
-        }
+    def _loss_limit(self) -> Any:
+        return self.loss_limit
 
 
-def _entries(policy: Policy, listed: Any, sample_index: Any) -> Any:
+def _entries(policy: Policy, listed: Any, batch: Batch) -> Any:
     """Returns the entries of a list for the samples of a batch."""
-    if sample_index is None:
+    if batch.sample_index is None:
         raise InvalidArgument(
             f"{type(policy).__name__} must be told which samples a batch holds. "
             "Received: no sample_index. Let the data set yield "
             "(x, y, sample_weight or None, sample_index)."
         )
-    return ops.take(listed.value, sample_index, axis=0)
+    return ops.take(listed.value, batch.sample_index, axis=0)

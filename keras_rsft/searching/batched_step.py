@@ -1,7 +1,7 @@
 """One training step of many heads at once: what is accepted, and what it changes.
 
 Pure functions of tensors, with the trials along an axis of their own. The decisions
-are those of `keras_rsft.policies.decisions`, the updates those of Keras's optimizers.
+are those of `keras_rsft.policies.rules`, the updates those of Keras's optimizers.
 """
 
 from __future__ import annotations
@@ -10,15 +10,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_rsft.policies import (
-    accept_batch_below,
-    accept_below,
-    keep_smallest,
-    ramped_keep_fraction,
-    with_class_floor,
-)
-from keras_rsft.policies.listed import LEAST_OF_A_HARD_CLASS
+from keras_rsft.policies import rules
 from keras_rsft.searching.head_trials import (
+    ACCEPT_ALL,
     BATCH_BELOW,
     BELOW,
     KEEP_SMALLEST,
@@ -32,13 +26,9 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 class HeadState(NamedTuple):
     """Weights and optimizer slots of `k` heads, float32.
 
-    Attributes:
-        kernel: Shape `(dim, classes, k)`, so that all heads are one matrix, and what
-            is done to each head is done to neighbours in memory.
-        bias: Shape `(classes, k)`.
-        kernel_slots: One (`sgd`) or two (`adam`) tensors like `kernel`.
-        bias_slots: As many like `bias`.
-        iterations: Shape `(k,)`, updates so far.
+    The kernel is `(dim, classes, k)`, so that all heads are one matrix, and what is
+    done to each head is done to neighbours in memory; the bias `(classes, k)`. Each has
+    one (`sgd`) or two (`adam`) slots of its shape; `iterations` `(k,)` are updates.
     """
 
     kernel: tf.Tensor
@@ -51,12 +41,9 @@ class HeadState(NamedTuple):
 class Batch(NamedTuple):
     """One batch, which all heads see.
 
-    Attributes:
-        features: Float32, standardised, shape `(batch, dim)`.
-        labels: int32, shape `(batch,)`.
-        listed: bool, shape `(batch,)`, which samples the list of `auto` accepts.
-        reviewed: bool, shape `(batch,)`, whose label a person has found or made right.
-        present: bool, shape `(batch,)`, False for rows that only fill up the batch.
+    Standardised float32 features `(batch, dim)`; int32 labels; and boolean `(batch,)`
+    which samples the list of `auto` accepts, which a person has reviewed, and which are
+    there at all: other rows only fill up the batch.
     """
 
     features: tf.Tensor
@@ -67,36 +54,21 @@ class Batch(NamedTuple):
 
 
 def head_logits(features: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-    """Returns the scores of all heads, `(batch, classes, k)`, by one matrix product.
-
-    Args:
-        features: Float32, shape `(batch, dim)`.
-        kernel: Float32, shape `(dim, classes, k)`.
-        bias: Float32, shape `(classes, k)`.
-    """
+    """Returns the scores of all heads, `(batch, classes, k)`, by one matrix product."""
     dim, classes, trials = kernel.shape
     scores = tf.matmul(features, tf.reshape(kernel, (dim, classes * trials)))
     return tf.reshape(scores, (-1, classes, trials)) + bias
 
 
 def losses_of(likelihoods: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Returns the cross-entropy of each sample under each head, `(batch, k)`.
-
-    Args:
-        likelihoods: Float32, shape `(batch, classes, k)`, from `log_likelihoods`.
-        labels: int32, shape `(batch,)`.
-    """
+    """Returns the cross-entropy of each sample under each head, `(batch, k)`."""
     wanted = tf.one_hot(labels, likelihoods.shape[1], on_value=True, off_value=False)
     chosen = tf.where(wanted[:, :, None], likelihoods, 0.0)
     return -tf.reduce_sum(chosen, axis=1)
 
 
 def log_likelihoods(logits: tf.Tensor) -> tf.Tensor:
-    """Returns the logarithms of the probabilities, shaped like the scores.
-
-    Args:
-        logits: Float32, shape `(batch, classes, k)`.
-    """
+    """Returns the logarithms of the probabilities, `(batch, classes, k)`."""
     shifted = logits - tf.reduce_max(logits, axis=1, keepdims=True)
     normalizer = tf.reduce_sum(tf.exp(shifted), axis=1, keepdims=True)
     return shifted - tf.math.log(normalizer)
@@ -111,21 +83,10 @@ def step_heads(
     update_rule: str,
     groups: dict[int, tf.Tensor],
 ) -> tuple[HeadState, tf.Tensor]:
-    """Takes one step with every head.
+    """Takes one step with every head; `groups` are those of `HeadTrials`.
 
-    A head that accepts nothing keeps its weights, slots and iterations.
-
-    Args:
-        batch: The samples.
-        state: Weights and slots before the step.
-        trials: The arrays of a `HeadTrials`, as tensors.
-        step: int32 scalar, batches judged before this one.
-        update_rule: `"sgd"` or `"adam"`.
-        groups: Which trials accept in which way, see `HeadTrials.groups`.
-
-    Returns:
-        The state after the step, and float32 sums `(5, k)`: samples, accepted ones,
-        summed loss of the accepted, samples with a finite loss, their summed loss.
+    A head that accepts nothing keeps its weights, slots and iterations. Returns the
+    state, and what `_sums` counts.
     """
     usable = tf.reduce_all(tf.math.is_finite(batch.features), axis=-1)
     # A NaN in one row would reach the gradients of all through the product.
@@ -159,76 +120,47 @@ def accepted_by_trials(
     *,
     groups: dict[int, tf.Tensor],
 ) -> tf.Tensor:
-    """Returns which samples each trial accepts, bool `(k, batch)`.
+    """Returns which samples each trial accepts, bool `(k, batch)` like the losses.
 
     Each rule is asked about the trials that go by it alone: to rank losses costs more
     than all the rest of a step.
-
-    Args:
-        losses: Float32, shape `(k, batch)`; infinite for rows that are not present.
-        batch: The samples.
-        trials: The arrays of a `HeadTrials`, as tensors.
-        step: int32 scalar, batches judged before this one.
-        groups: Which trials accept in which way, see `HeadTrials.groups`.
     """
-    rules = {
-        BELOW: _below,
-        BATCH_BELOW: _batch_below,
-        KEEP_SMALLEST: _smallest,
-        LISTED: _listed,
-    }
     accepted = tf.ones_like(losses, dtype=tf.bool)
     for acceptance, places in groups.items():
-        if acceptance not in rules:
+        if acceptance == ACCEPT_ALL:
             continue
         column = {name: tf.gather(v, places)[:, None] for name, v in trials.items()}
-        chosen = rules[acceptance](tf.gather(losses, places), batch, column, step)
+        own = tf.gather(losses, places)
+        chosen = _accepted_by(acceptance, own, batch, column, step)
         if acceptance != BATCH_BELOW:  # As `AcceptReviewed` has it.
             chosen = tf.logical_or(chosen, batch.reviewed)
         accepted = tf.tensor_scatter_nd_update(accepted, places[:, None], chosen)
     return tf.logical_and(accepted, tf.math.is_finite(losses))
 
 
-def _below(
-    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
+def _accepted_by(
+    acceptance: int,
+    losses: tf.Tensor,
+    batch: Batch,
+    column: dict[str, tf.Tensor],
+    step: tf.Tensor,
 ) -> tf.Tensor:
-    del batch
-    warming_up = tf.less(step, column["warmup_steps"])
-    return tf.logical_or(accept_below(losses, column["threshold"]), warming_up)
-
-
-def _batch_below(
-    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
-) -> tf.Tensor:
-    # Rows that only fill up get the mean of the others, which then is the mean.
-    count = tf.reduce_sum(tf.cast(batch.present, tf.float32))
-    shown = tf.where(batch.present, losses, 0.0)
-    mean = tf.reduce_sum(shown, axis=1, keepdims=True) / count
-    judged = tf.where(batch.present, losses, mean)
-    mask = accept_batch_below(judged, column["threshold"])
-    mask = tf.logical_or(mask, tf.less(step, column["warmup_steps"]))
-    all_finite = tf.reduce_all(tf.math.is_finite(judged), axis=1, keepdims=True)
-    return tf.logical_and(mask, all_finite)
-
-
-def _smallest(
-    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
-) -> tf.Tensor:
-    del batch
-    kept = ramped_keep_fraction(step, column["keep_fraction"], column["warmup_steps"])
-    return keep_smallest(losses, kept)
-
-
-def _listed(
-    losses: tf.Tensor, batch: Batch, column: dict[str, tf.Tensor], step: tf.Tensor
-) -> tf.Tensor:
-    below = _below(losses, batch, column, step)
-    return with_class_floor(
-        tf.logical_and(batch.listed, below),
-        tf.where(batch.listed, losses, float("inf")),
-        batch.labels,
-        LEAST_OF_A_HARD_CLASS,
-    )
+    """Decides for the trials of one rule, as its policy does for one."""
+    warmup_steps, threshold = column["warmup_steps"], column["threshold"]
+    if acceptance == KEEP_SMALLEST:
+        share = rules.ramped_keep_fraction(step, column["keep_fraction"], warmup_steps)
+        return rules.keep_smallest(losses, share)
+    in_warmup = tf.ones_like(losses, dtype=tf.bool)
+    if acceptance == BELOW:
+        mask = rules.accept_below(losses, threshold)
+    elif acceptance == LISTED:
+        in_warmup = tf.logical_and(in_warmup, batch.listed)
+        mask = rules.accept_listed(batch.listed, losses, batch.labels, threshold)
+    else:
+        finite = tf.logical_or(tf.math.is_finite(losses), ~batch.present)
+        in_warmup = tf.reduce_all(finite, axis=1, keepdims=True)
+        mask = rules.accept_batch_below(losses, threshold, batch.present)
+    return rules.after_warmup(mask, in_warmup, step, warmup_steps)
 
 
 def _updated(
@@ -239,9 +171,7 @@ def _updated(
     update_rule: str,
 ) -> HeadState:
     """Returns the state after an update of the heads that move, bool `(k,)`."""
-    slots_of, change_of = {"sgd": (_sgd_slots, _sgd), "adam": (_adam_slots, _adam)}[
-        update_rule
-    ]
+    slots_of, change_of = _OPTIMIZERS[update_rule]
     decay = 1.0 - trials["weight_decay"] * trials["learning_rate"]
     iterations = tf.where(moves, state.iterations + 1.0, state.iterations)
     parts = []
@@ -264,7 +194,6 @@ def _updated(
 def _sgd_slots(
     slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
 ) -> tuple[tf.Tensor, ...]:
-    """Gradient descent with momentum, as in `keras.optimizers.SGD`."""
     rate, momentum = trials["learning_rate"], trials["momentum"]
     return (slots[0] * momentum - gradient * rate,)
 
@@ -272,16 +201,12 @@ def _sgd_slots(
 def _sgd(
     slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
 ) -> tf.Tensor:
-    """Returns what is added to the weights."""
-    del trials, iterations
     return slots[0]
 
 
 def _adam_slots(
     slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
 ) -> tuple[tf.Tensor, ...]:
-    """Adam (Kingma and Ba, 2015), as in `keras.optimizers.Adam`."""
-    del trials
     first = slots[0] + (gradient - slots[0]) * (1.0 - BETA_1)
     second = slots[1] + (tf.square(gradient) - slots[1]) * (1.0 - BETA_2)
     return first, second
@@ -290,7 +215,6 @@ def _adam_slots(
 def _adam(
     slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
 ) -> tf.Tensor:
-    """Returns what is added to the weights."""
     # Of a head that has not moved yet, to which nothing is added, it would be 0 / 0.
     steps = tf.maximum(iterations, 1.0)
     rate = trials["learning_rate"] * tf.sqrt(1.0 - BETA_2**steps)
@@ -298,7 +222,12 @@ def _adam(
     return -slots[0] * rate / (tf.sqrt(slots[1]) + EPSILON)
 
 
+# By update rule: new slots, as Keras's optimizers have them, and the weights' change.
+_OPTIMIZERS = {"sgd": (_sgd_slots, _sgd), "adam": (_adam_slots, _adam)}
+
+
 def _sums(losses: tf.Tensor, accepted: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
+    """Counts for each trial, `(5, k)`, what `model.metrics.selection_sums` does."""
     finite = tf.math.is_finite(losses)
     rows = [
         tf.broadcast_to(tf.cast(present, tf.float32), tf.shape(losses)),

@@ -1,10 +1,9 @@
 """What rejection saves where a part of a base learns, and what kept activations do.
 
-Three tables, each as ratios within one run. First, at batch level, the time of a step
+Two tables, each as ratios within one run. First, at batch level, the time of a step
 when no, every second or each batch is rejected, for the last block and for the whole
-base. Then, at sample level, one recorded pass over all samples against a pass that
-decides and a second one over the accepted, at several acceptance rates. Last, an epoch
-on kept activations against one that decodes the images and runs the front again.
+base. Then an epoch on kept activations against one that decodes the images and runs the
+front again.
 
 The base has random weights, which cost what others cost. Rounds are taken in turn and
 the median is shown, without the first, which traces.
@@ -33,7 +32,6 @@ from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.features import FrozenBase
 from keras_rsft.features.image_batches import ImageBatches
 from keras_rsft.finetuning.base_training import FrozenFront
-from keras_rsft.model import second_pass
 
 CLASSES = 10
 
@@ -49,14 +47,14 @@ class Scripted(rsft.Policy):
         self.share = self.add_live_number("share", share)
         self.level = level
 
-    def decide(self, per_sample_loss, step, labels=None, sample_index=None):
+    def decide(self, batch):
         if self.level == "batch":  # Share of 0.5: every second one.
             before, after = (
                 tf.floor(tf.cast(one, tf.float32) * self.share)
-                for one in (step, step + 1)
+                for one in (batch.step, batch.step + 1)
             )
-            return tf.fill(tf.shape(per_sample_loss), after > before)
-        count = tf.size(per_sample_loss)
+            return tf.fill(tf.shape(batch.losses), after > before)
+        count = tf.size(batch.losses)
         accepted = tf.cast(tf.round(tf.cast(count, tf.float32) * self.share), tf.int32)
         return tf.range(count) < accepted
 
@@ -71,10 +69,10 @@ def body(part: TrainablePart) -> keras.Model:
 class Fitted:
     """A model that is compiled and traced, and trains for some steps when called."""
 
-    def __init__(self, kind: type, model: keras.Model, level: str, data, steps: int):
+    def __init__(self, model: keras.Model, level: str, data, steps: int):
         self.policy = Scripted(0.5, level)
         self._data, self._steps = data, steps
-        self._model = kind(model, self.policy)
+        self._model = rsft.RSFTModel(model, self.policy)
         self._model.compile(
             keras.optimizers.SGD(1e-4, momentum=0.9),
             "sparse_categorical_crossentropy",
@@ -128,7 +126,7 @@ def batch_level(bases: dict, options: argparse.Namespace, console: Console) -> N
         data = repeated_batch(part, options.batch_size)
         model = body(part)
         steps = options.steps[name]
-        model = Fitted(rsft.RSFTModel, model, "batch", data, steps)
+        model = Fitted(model, "batch", data, steps)
         runs = {
             f"{100 * (1 - share):.0f} %": model.at(share) for share in (1.0, 0.5, 0.0)
         }
@@ -137,35 +135,6 @@ def batch_level(bases: dict, options: argparse.Namespace, console: Console) -> N
         for rejected, value in seconds.items():
             each, ratio = 1000 * value / steps, value / plain
             table.add_row(name, rejected, f"{each:.0f}", f"{ratio:.2f}")
-    console.print(table)
-
-
-def sample_level(bases: dict, options: argparse.Namespace, console: Console) -> None:
-    """Prints one pass against two."""
-    table = Table(title="Sample level: one pass, two passes", title_justify="left")
-    for column in ("learns", "accepted", "one, ms", "two, ms", "two / one"):
-        table.add_column(column, justify="right")
-    for name, part in bases.items():
-        data = repeated_batch(part, options.batch_size)
-        model = body(part)
-        steps = options.steps[name]
-        one = Fitted(rsft.RSFTModel, model, "sample", data, steps)
-        second_pass.BREAK_EVEN = 2.0  # Two passes always.
-        two = Fitted(rsft.TwoPassRSFTModel, model, "sample", data, steps)
-        console.print(
-            f"{name}: the first two steps, with tracing, take "
-            f"{one.tracing_seconds:.1f} s and {two.tracing_seconds:.1f} s."
-        )
-        runs = {"one": one.at(0.5)}
-        for share in (1.0, 0.75, 0.5, 0.25):
-            runs[f"{share:.0%}"] = two.at(share)
-        seconds = medians(runs, options.rounds)
-        single = 1000 * seconds.pop("one") / steps
-        for label, value in seconds.items():
-            two = 1000 * value / steps
-            table.add_row(
-                name, label, f"{single:.0f}", f"{two:.0f}", f"{two / single:.2f}"
-            )
     console.print(table)
 
 
@@ -188,8 +157,8 @@ def kept_or_anew(part: TrainablePart, options, console: Console) -> None:
         steps = len(kept)
         from_images = anew.dataset.map(lambda x, y, _, index: (x, y))
         runs = {
-            "kept": Fitted(rsft.RSFTModel, rest, "sample", batches.dataset, steps),
-            "anew": Fitted(rsft.RSFTModel, whole, "sample", from_images, steps),
+            "kept": Fitted(rest, "sample", batches.dataset, steps),
+            "anew": Fitted(whole, "sample", from_images, steps),
         }
         runs = {name: one.at(0.5) for name, one in runs.items()}
         seconds = medians(runs, options.rounds)
@@ -215,7 +184,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tables", default="batch,sample,kept")
+    parser.add_argument("--tables", default="batch,kept")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # That nothing is accepted is what is measured.
     console = Console(width=88)
@@ -232,8 +201,6 @@ def main() -> None:
     wanted = options.tables.split(",")
     if "batch" in wanted:
         batch_level(bases, options, console)
-    if "sample" in wanted:
-        sample_level(bases, options, console)
     if "kept" in wanted:
         kept_or_anew(bases["last block"], options, console)
 

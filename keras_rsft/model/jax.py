@@ -1,7 +1,7 @@
 """The training step under JAX: a function of the state, which it returns anew.
 
 Within a step every variable is read from, and written to, a `keras.StatelessScope`, so
-that the code of `training_step.py` serves here too. `recorded` runs the forward pass by
+that the code of `step.py` serves here too. `recorded` runs the forward pass by
 `jax.vjp`; the backward pass is called in a branch of `jax.lax.cond`, so that a batch
 that is rejected runs none.
 """
@@ -14,16 +14,18 @@ from typing import Any
 import jax
 import keras
 
-from keras_rsft.model.batch import unpack
-from keras_rsft.model.recorded_pass import Pass
-from keras_rsft.model.selection import SELECTION_METRICS
-from keras_rsft.model.symbolic_build import SymbolicBuild
-from keras_rsft.model.training_step import TrainingStep
+from keras_rsft.model.step import (
+    Pass,
+    SymbolicBuild,
+    TrainingStep,
+    unpack,
+    without_selection,
+)
 
 State = tuple[list[Any], ...]
 
 
-class JaxStep(SymbolicBuild, TrainingStep):
+class JaxStep(SymbolicBuild):
     """`TrainingStep` for Keras's JAX backend."""
 
     @property
@@ -38,15 +40,16 @@ class JaxStep(SymbolicBuild, TrainingStep):
     def train_step(self, state: State, data: Any) -> tuple[dict[str, Any], State]:
         groups = self._state_variables()
         with _values_in_scope(_flat(groups), _flat(state)) as scope:
-            logs = self.train_on(unpack(data))
+            logs = self.train_on(data)
         return logs, tuple(
             [scope.get_current_value(variable) for variable in group]
             for group in groups
         )
 
     def test_step(self, state: State, data: Any) -> tuple[dict[str, Any], State]:
-        logs, state = super().test_step(state, unpack(data)[:3])
-        return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}, state
+        # Past `TrainingStep`'s, which has no state.
+        logs, state = super(TrainingStep, self).test_step(state, unpack(data)[:3])
+        return without_selection(logs), state
 
     def recorded(self, score: Callable[[], Pass]) -> Pass:
         trained = self.trainable_variables
@@ -90,7 +93,12 @@ class JaxStep(SymbolicBuild, TrainingStep):
         rare: bool = False,
     ) -> None:
         variables = _flat(self._state_variables())
-        changed = self._changed_by_an_update()
+        changed = [  # What the two outcomes may leave different.
+            *self.trainable_variables,
+            *self.model.non_trainable_variables,
+            *self.optimizer.variables,
+            self.selection.lowest,
+        ]
 
         def stateless(run: Callable[[], None]) -> Callable[[], list[Any]]:
             def branch() -> list[Any]:
@@ -130,17 +138,6 @@ class JaxStep(SymbolicBuild, TrainingStep):
             self.optimizer.variables,
             self.metrics_variables,
         )
-
-    def _changed_by_an_update(self) -> list[Any]:
-        """Returns what the two outcomes of a decision may leave different."""
-        soft = self.soft_targets
-        return [
-            *self.trainable_variables,
-            *self.model.non_trainable_variables,
-            *([] if soft is None else soft.variables),
-            *self.optimizer.variables,
-            self.selection.lowest,
-        ]
 
 
 def _values_in_scope(

@@ -1,4 +1,4 @@
-"""Policies whose threshold moves while the model learns."""
+"""Policies that go by a loss threshold, or a share of losses: fixed or moving."""
 
 from __future__ import annotations
 
@@ -11,15 +11,134 @@ import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.policies.decisions import (
-    accept_below,
-    grown_threshold,
-    running_moments,
-    running_percentile,
-    threshold_from_moments,
-    threshold_from_percentile,
-)
-from keras_rsft.policies.policy import Policy, is_positive, whole_number
+from keras_rsft.policies import rules
+from keras_rsft.policies.base import Batch, Policy, is_positive, whole_number
+from keras_rsft.policy_choice import PolicyChoice
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class AcceptAll(Policy):
+    """Plain fine-tuning: every sample with a finite loss is accepted.
+
+    Args:
+        **kwargs: As for every `Policy`; a `class_floor` changes nothing here.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([0.2, 1.6, np.nan], "float32")
+        >>> np.asarray(rsft.AcceptAll()(losses)).tolist()
+        [True, True, False]
+    """
+
+    accepts_every_finite_sample = True
+
+    def decide(self, batch: Batch) -> Any:
+        return ops.ones_like(batch.losses, dtype="bool")
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class LossThreshold(Policy):
+    """Accepts what has a loss strictly below a fixed threshold.
+
+    With `level="batch"` and `warmup_steps=0` this is the rule of the RSFT
+    article: a batch whose mean loss is not below the threshold is skipped.
+    The threshold is live: `policy.threshold.assign(value)` takes effect at the
+    next step.
+
+    Args:
+        threshold: Positive number in the loss's units. A new head on `k`
+            classes starts near `ln(k)`; a threshold below that rejects
+            everything unless there is a warm-up.
+        level: `"sample"` judges each sample by its own loss, `"batch"` all
+            samples of a batch by their mean loss, `"element"` each element of a
+            sample (pixel, box, label) by its own. Default `"sample"`.
+        warmup_steps: As for every `Policy`.
+        class_floor: As for every `Policy`.
+
+    Raises:
+        InvalidArgument: If an argument is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([0.2, 1.6, np.nan], "float32")
+        >>> np.asarray(rsft.LossThreshold(1.5)(losses)).tolist()
+        [True, False, False]
+        >>> by_batch = rsft.LossThreshold(1.5, level="batch")
+        >>> np.asarray(by_batch(losses[:2])).tolist()  # Their mean is 0.9.
+        [True, True]
+    """
+
+    levels = ("sample", "batch", "element")
+    _arguments = ("threshold",)
+
+    def __init__(self, threshold: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        if not is_positive(threshold):
+            raise InvalidArgument(
+                "`threshold` must be a positive number. "
+                f"Received: threshold={threshold}. A new head on k classes "
+                "starts with a loss near ln(k)."
+            )
+        self.threshold = self.add_live_number("threshold", threshold)
+
+    def decide(self, batch: Batch) -> Any:
+        by_batch = self.level == "batch"
+        judge = rules.accept_batch_below if by_batch else rules.accept_below
+        return judge(batch.losses, self.threshold)
+
+    def _loss_limit(self) -> Any:
+        return self.threshold
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class KeepFraction(Policy):
+    """Keeps a fixed share of each batch: the smallest losses.
+
+    Source: Han et al., "Co-teaching: Robust training of deep neural networks
+    with extremely noisy labels", NeurIPS 2018 (the small-loss rule and its
+    ramp, with one network).
+
+    Args:
+        keep_fraction: Share kept after the ramp, in (0, 1]; one minus the
+            share of wrong labels is a good value.
+        ramp_steps: Steps over which the kept share falls from 1 to
+            `keep_fraction`, after the warm-up; at least 0. Default 0: no ramp.
+        warmup_steps: As for every `Policy`.
+        level: `"sample"`, or `"element"` for all elements of the batch together.
+            Default `"sample"`.
+        class_floor: As for every `Policy`.
+
+    Raises:
+        InvalidArgument: If an argument is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> losses = np.array([0.2, 3.0, 0.4, 1.0], "float32")
+        >>> np.asarray(rsft.KeepFraction(0.5)(losses)).tolist()
+        [True, False, True, False]
+    """
+
+    levels = ("sample", "element")
+    _arguments = ("keep_fraction", "ramp_steps")
+
+    def __init__(self, keep_fraction: float, *, ramp_steps: int = 0, **kwargs: Any):
+        super().__init__(**kwargs)
+        if not is_positive(keep_fraction) or keep_fraction > 1:
+            raise InvalidArgument(
+                "`keep_fraction` must be in (0, 1]. "
+                f"Received: keep_fraction={keep_fraction}. "
+                "Use 1.0 to keep every sample."
+            )
+        self.ramp_steps = whole_number("ramp_steps", ramp_steps)
+        self.keep_fraction = self.add_live_number("keep_fraction", keep_fraction)
+
+    def decide(self, batch: Batch) -> Any:
+        since = ops.maximum(batch.step - self.warmup_steps, 0)
+        share = rules.ramped_keep_fraction(since, self.keep_fraction, self.ramp_steps)
+        return rules.keep_smallest(batch.losses, share)
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -34,8 +153,7 @@ class SelfPaced(Policy):
         growth: Factor, at least 1. Default 1.3.
         growth_steps: Steps in which the threshold grows by it, at least 1.
         max_threshold: Where it stops, positive. Default: infinity.
-        warmup_steps: Steps at the start in which every finite sample is accepted,
-            and the threshold does not grow yet. Default 0.
+        warmup_steps: As for every `Policy`; the threshold does not grow yet.
         class_floor: As for every `Policy`.
         level: `"sample"`, or `"element"` for all elements of the batch together.
             Default `"sample"`.
@@ -55,6 +173,7 @@ class SelfPaced(Policy):
     """
 
     levels = ("sample", "element")
+    _arguments = ("threshold", "growth", "growth_steps", "max_threshold")
 
     def __init__(
         self,
@@ -63,7 +182,6 @@ class SelfPaced(Policy):
         growth: float = 1.3,
         growth_steps: int,
         max_threshold: float = math.inf,
-        warmup_steps: int = 0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -80,43 +198,22 @@ class SelfPaced(Policy):
         self.growth = float(growth)
         self.growth_steps = whole_number("growth_steps", growth_steps, least=1)
         self.max_threshold = float(max_threshold)
-        self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.threshold = self.add_live_number("threshold", threshold)
-        self._configured_threshold = float(threshold)
 
-    def decide(
-        self,
-        per_sample_loss: Any,
-        step: Any,
-        labels: Any = None,
-        sample_index: Any = None,
-    ) -> Any:
-        del labels, sample_index
-        accept_mask = accept_below(per_sample_loss, self._threshold_at(step))
-        return ops.logical_or(accept_mask, ops.less(step, self.warmup_steps))
+    def decide(self, batch: Batch) -> Any:
+        return rules.accept_below(batch.losses, self._threshold_at(batch.step))
 
-    def threshold_in_use(self) -> float | None:
-        return self.after_warmup(
-            self._threshold_at(self.steps_seen - 1), self.warmup_steps
-        )
+    def _loss_limit(self) -> Any:
+        return self._threshold_at(self.steps_seen - 1)
 
     def _threshold_at(self, step: Any) -> Any:
-        grown = grown_threshold(
+        grown = rules.grown_threshold(
             ops.maximum(step - self.warmup_steps, 0),
             self.threshold,
             self.growth,
             self.growth_steps,
         )
         return ops.minimum(grown, self.max_threshold)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "threshold": self._configured_threshold,
-            "growth": self.growth,
-            "growth_steps": self.growth_steps,
-            "max_threshold": self.max_threshold,
-            "warmup_steps": self.warmup_steps,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -139,15 +236,14 @@ class RunningThreshold(Policy):
             None, the default, for mean and deviations.
         momentum: Share of the old statistics kept in a step, in [0, 1). Default 0.95.
         num_classes: Number of classes to keep apart, or None for one threshold.
-        warmup_steps: Steps at the start in which every finite sample is accepted;
-            the statistics run meanwhile. Default 0.
+        warmup_steps: As for every `Policy`; the statistics run meanwhile.
         class_floor: As for every `Policy`.
         level: `"sample"`, or `"element"` for all elements of the batch together.
             Default `"sample"`.
 
     Attributes:
-        statistics: Variable of a row for each group, see `running_moments` and
-            `running_percentile`.
+        statistics: Variable of a row for each group: running weight, mean and
+            variance; with `percentile` the running weight and weighted percentile.
 
     Raises:
         InvalidArgument: If an argument is out of its range; when called with
@@ -162,6 +258,7 @@ class RunningThreshold(Policy):
     """
 
     levels = ("sample", "element")
+    _arguments = ("deviations", "percentile", "momentum", "num_classes")
 
     def __init__(
         self,
@@ -170,7 +267,6 @@ class RunningThreshold(Policy):
         percentile: float | None = None,
         momentum: float = 0.95,
         num_classes: int | None = None,
-        warmup_steps: int = 0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -196,7 +292,6 @@ class RunningThreshold(Policy):
         self.percentile = percentile
         self.momentum = float(momentum)
         self.num_classes = num_classes
-        self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         self.statistics = self.add_weight(
             name="statistics",
             shape=(num_classes or 1, 3 if percentile is None else 2),
@@ -208,42 +303,24 @@ class RunningThreshold(Policy):
     def judges_by_class(self) -> bool:
         return super().judges_by_class or self.num_classes is not None
 
-    def decide(
-        self,
-        per_sample_loss: Any,
-        step: Any,
-        labels: Any = None,
-        sample_index: Any = None,
-    ) -> Any:
-        del sample_index
+    def decide(self, batch: Batch) -> Any:
         if self.num_classes is None:
-            groups = ops.zeros_like(per_sample_loss, dtype="int32")
+            groups = ops.zeros_like(batch.losses, dtype="int32")
         else:
-            groups = self.require(labels)
+            groups = self._required_labels(batch)
         members = ops.transpose(ops.one_hot(groups, self.num_classes or 1))
-        thresholds = self._moved_thresholds(per_sample_loss, members)
-        accept_mask = accept_below(per_sample_loss, ops.take(thresholds, groups))
-        return ops.logical_or(accept_mask, ops.less(step, self.warmup_steps))
-
-    def _moved_thresholds(self, per_sample_loss: Any, members: Any) -> Any:
-        """Takes a batch into the statistics; returns each group's threshold."""
-        seen = (self.statistics.value, per_sample_loss, members)
+        seen = (self.statistics.value, batch.losses, members)
         if self.percentile is None:
-            self.statistics.assign(running_moments(*seen, self.momentum))
-            return threshold_from_moments(self.statistics.value, self.deviations)
-        self.statistics.assign(
-            running_percentile(*seen, self.percentile, self.momentum)
-        )
-        return threshold_from_percentile(self.statistics.value)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "deviations": self.deviations,
-            "percentile": self.percentile,
-            "momentum": self.momentum,
-            "num_classes": self.num_classes,
-            "warmup_steps": self.warmup_steps,
-        }
+            self.statistics.assign(rules.running_moments(*seen, self.momentum))
+            limits = rules.threshold_from_moments(
+                self.statistics.value, self.deviations
+            )
+        else:
+            self.statistics.assign(
+                rules.running_percentile(*seen, self.percentile, self.momentum)
+            )
+            limits = rules.threshold_from_percentile(self.statistics.value)
+        return rules.accept_below(batch.losses, ops.take(limits, groups))
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -259,7 +336,8 @@ class LossMixture(Policy):
     Args:
         probability: Least probability of the lower component to accept, in (0, 1).
             Default 0.5.
-        warmup_epochs: Epochs before the first fit, at least 1. Default 2.
+        warmup_steps: As for every `Policy`; nothing is fitted before the end of the
+            epoch in which it ends. Two epochs are a good value.
         class_floor: As for every `Policy`.
 
     Attributes:
@@ -273,16 +351,15 @@ class LossMixture(Policy):
         >>> import keras_rsft as rsft
         >>> policy = rsft.LossMixture()
         >>> losses = np.concatenate([np.linspace(0, 0.5, 20), np.linspace(2, 3, 10)])
-        >>> policy.note_losses(losses, epochs=2)
+        >>> policy.note_losses(losses)
         >>> np.asarray(policy(np.array([0.4, 2.5], "float32"))).tolist()
         [True, False]
     """
 
     needs_ledger = True
+    _arguments = ("probability",)
 
-    def __init__(
-        self, probability: float = 0.5, *, warmup_epochs: int = 2, **kwargs: Any
-    ):
+    def __init__(self, probability: float = 0.5, **kwargs: Any):
         super().__init__(**kwargs)
         if not 0 < probability < 1:
             raise InvalidArgument(
@@ -290,52 +367,28 @@ class LossMixture(Policy):
                 f"Received: probability={probability}. Use 0.5, for example."
             )
         self.probability = float(probability)
-        self.warmup_epochs = whole_number("warmup_epochs", warmup_epochs, least=1)
         self.threshold = self.add_live_number("threshold", math.inf)
 
-    def decide(
-        self,
-        per_sample_loss: Any,
-        step: Any,
-        labels: Any = None,
-        sample_index: Any = None,
-    ) -> Any:
-        del step, labels, sample_index
-        return accept_below(per_sample_loss, self.threshold)
+    def decide(self, batch: Batch) -> Any:
+        return rules.accept_below(batch.losses, self.threshold)
 
-    def threshold_in_use(self) -> float | None:
-        return self.after_warmup(self.threshold, 0)
+    def _loss_limit(self) -> Any:
+        return self.threshold
 
-    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
+    def note_losses(self, losses: np.ndarray) -> None:
         """Moves the threshold by the losses of the epochs so far.
 
         Args:
             losses: Float array `(n,)`, the mean loss of each sample.
-            epochs: Epochs that they cover, at least 1.
         """
-        if epochs >= self.warmup_epochs:
+        if int(ops.convert_to_numpy(self.steps_seen)) >= self.warmup_steps:
             self.threshold.assign(mixture_threshold(losses, self.probability))
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "probability": self.probability,
-            "warmup_epochs": self.warmup_epochs,
-        }
 
 
 def mixture_threshold(losses: np.ndarray, probability: float) -> float:
-    """Fits two Gaussians to losses and finds where the lower one gives way.
+    """Returns the first loss at which the lower of two Gaussians is less probable.
 
-    Args:
-        losses: Float array `(n,)`; what is not finite is left out.
-        probability: Posterior probability of the lower component, in (0, 1).
-
-    Returns:
-        The first loss with less than that probability; infinity, with a warning,
-        where the losses do not fall into two groups.
-
-    Raises:
-        ImportError: Without scikit-learn.
+    Infinity, with a warning, where the losses do not fall into two groups.
     """
     try:
         from sklearn.mixture import GaussianMixture
@@ -365,3 +418,34 @@ def mixture_threshold(losses: np.ndarray, probability: float) -> float:
         )
         return math.inf
     return float(values[given_way[0]])
+
+
+def build_policy(
+    choice: PolicyChoice, *, num_classes: int, steps_per_epoch: int
+) -> Policy:
+    """Returns the policy that a choice by name, not `"auto"`, means for a data set."""
+    warmup_steps = round(choice.warmup_epochs * steps_per_epoch)
+    threshold = choice.threshold
+    if threshold is None:
+        threshold = choice.relative_threshold * math.log(num_classes)
+    floor = {"class_floor": choice.class_floor}
+    options = floor | {"warmup_steps": warmup_steps}
+    makers = {
+        "accept-all": AcceptAll,
+        "loss-threshold": lambda: LossThreshold(
+            threshold, level=choice.level, **options
+        ),
+        "keep-fraction": lambda: KeepFraction(
+            choice.keep_fraction, ramp_steps=warmup_steps, **floor
+        ),
+        "self-paced": lambda: SelfPaced(
+            threshold, growth_steps=steps_per_epoch, **options
+        ),
+        "running-threshold": lambda: RunningThreshold(
+            num_classes=num_classes, **options
+        ),
+        "loss-mixture": lambda: LossMixture(
+            warmup_steps=math.ceil(choice.warmup_epochs) * steps_per_epoch, **floor
+        ),
+    }
+    return makers[choice.name]()

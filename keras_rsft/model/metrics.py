@@ -1,8 +1,4 @@
-"""What a training run shows of the selection: metrics and a guard against stalls.
-
-Owns the counters behind `acceptance_rate` and `accepted_loss`, and the warning
-when an epoch accepts nothing. The decisions themselves are in `policies.py`.
-"""
+"""The counters behind `acceptance_rate` and `accepted_loss`; warns of a stall."""
 
 from __future__ import annotations
 
@@ -13,35 +9,24 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rsft.model.per_sample_loss import LEFT_OUT
-from keras_rsft.variable_updates import add_to
+from keras_rsft.model.losses import LEFT_OUT
 
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
-def selection_sums(per_sample_loss: Any, accept_mask: Any) -> Any:
-    """Sums what a batch adds to the counters, in one reduction.
+def selection_sums(losses: Any, accept_mask: Any) -> Any:
+    """Sums what a batch adds to the counters, in one reduction, float32 `(5,)`.
 
-    Args:
-        per_sample_loss: Float32 tensor of shape `(batch,)`, or `(batch, ...)` with
-            a value an element; elements that are `LEFT_OUT` are not counted.
-        accept_mask: Boolean tensor of the same shape, False where the loss is not
-            finite.
-
-    Returns:
-        Float32 tensor of shape `(5,)`: samples, accepted samples, summed loss of
-        the accepted, samples with a finite loss, and their summed loss; of
-        elements where these are judged.
+    Samples, accepted samples, summed loss of the accepted, samples with a finite loss,
+    and their summed loss; of elements but those `LEFT_OUT`, where these are judged.
     """
-    judged = ops.ones_like(per_sample_loss)
-    if len(per_sample_loss.shape) > 1:
-        judged = ops.cast(ops.not_equal(per_sample_loss, LEFT_OUT), "float32")
-        judged, per_sample_loss = (
-            ops.reshape(one, (-1,)) for one in (judged, per_sample_loss)
-        )
+    judged = ops.ones_like(losses)
+    if len(losses.shape) > 1:
+        judged = ops.cast(ops.not_equal(losses, LEFT_OUT), "float32")
+        judged, losses = (ops.reshape(one, (-1,)) for one in (judged, losses))
     accepted = ops.cast(ops.reshape(accept_mask, (-1,)), "float32")
-    finite = ops.isfinite(per_sample_loss)
-    finite_loss = ops.where(finite, per_sample_loss, 0.0)
+    finite = ops.isfinite(losses)
+    finite_loss = ops.where(finite, losses, 0.0)
     rows = [
         judged,
         accepted,
@@ -72,16 +57,14 @@ class SelectionMetric(keras.metrics.Metric):
 
     def update_state(self, sums: Any) -> None:
         """Adds one batch: a float32 tensor `(5,)` from `selection_sums`."""
-        add_to(self.totals, sums)
+        if keras.backend.backend() == "tensorflow":
+            self.totals.value.assign_add(sums)  # `assign` would copy all of it.
+        else:
+            self.totals.assign(self.totals.value + sums)
 
-    def note_rejected(self, per_sample_loss: Any, level: str) -> None:
-        """Remembers the lowest loss that was judged in a step that accepted nothing.
-
-        Args:
-            per_sample_loss: Float32 tensor of shape `(batch,)` or `(batch, ...)`.
-            level: `"batch"` if their mean was judged, else each was.
-        """
-        judged = ops.mean(per_sample_loss) if level == "batch" else per_sample_loss
+    def note_rejected(self, losses: Any, level: str) -> None:
+        """Remembers the lowest loss that was judged in a step that accepted nothing."""
+        judged = ops.mean(losses) if level == "batch" else losses
         judged = ops.where(ops.isfinite(judged), judged, float("inf"))
         self.lowest.assign(ops.minimum(self.lowest.value, ops.min(judged)))
 
