@@ -13,6 +13,7 @@ from same_run import assert_same_run
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
 from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.trainable_choice import UnfreezeConfig
 
 REGULARISED = {
     "weight decay": {"weight_decay": 0.5},
@@ -162,7 +163,7 @@ class TestWarning:
         ({"label_smoothing": 1.5}, r"in \[0, 1\)"),
         ({"mix_up": -1}, "at least 0"),
         ({"early_stopping": 0}, "at least 1 epoch"),
-        ({"mix_up": 0.4, "trainable_from": 1}, "Leave out `--mix-up`"),
+        ({"mix_up": 0.4, "unfreeze": UnfreezeConfig(1)}, "Leave out `--mix-up`"),
     ],
 )
 def test_settings_that_are_refused(options, message):

@@ -8,16 +8,15 @@ import math
 import pytest
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning.base_time import BaseTime
 from keras_rsft.result_words import strategy_texts
-from keras_rsft.searching.choice import TrialOutcome
-from keras_rsft.searching.names import SearchOptions
-from keras_rsft.searching.strategies import (
+from keras_rsft.searching.backbone_trials import (
     base_learning_rate,
     best_heads,
     planned_trials,
     strategy_rows,
 )
+from keras_rsft.searching.choice import TrialOutcome
+from keras_rsft.searching.names import SearchOptions
 
 
 def head(name, accuracy, acceptance, *, loss=1.0, policy="keep-fraction"):
@@ -99,11 +98,6 @@ def test_names_in_any_order_and_the_frozen_base_among_them():
     assert SearchOptions().of_base == ()
     with pytest.raises(InvalidArgument, match="Did you mean 'last-block'"):
         SearchOptions(trainable=("frozen", "last_block"))
-
-
-def test_the_pass_is_shared_by_all_trainings_of_a_part():
-    assert BaseTime(10.0, 3.0).seconds(2) == 16.0
-    assert BaseTime(10.0, 3.0).seconds(0) == 0.0
 
 
 @pytest.fixture(scope="module")

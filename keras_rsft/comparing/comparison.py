@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_rsft._storage import open_place
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.comparing.comparison_folder import fill_comparison
 from keras_rsft.comparing.method_names import (
@@ -35,8 +36,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
 from keras_rsft.features.image_batches import positions_of
 from keras_rsft.finetuning import NumberedFolder, SplitFeatures, TrainingSettings
-from keras_rsft.finetuning.feature_source import FeatureSource, open_features
-from keras_rsft.finetuning.unfinished import open_place
+from keras_rsft.finetuning.features import FeatureSource, open_features
 from keras_rsft.progress import progress_bar
 
 NOISY_SPLITS = ("train", "validation")

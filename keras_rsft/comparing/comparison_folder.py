@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft._storage import write_csv, write_json
 from keras_rsft.comparing.summary import Outcome
 from keras_rsft.intervals import Interval
-from keras_rsft.result_folder import write_csv, write_json
 
 if TYPE_CHECKING:
     from keras_rsft.comparing.comparison import Comparison

@@ -36,8 +36,7 @@ from keras_rsft.comparing.method_names import (
 from keras_rsft.comparing.summary import Outcome
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
-from keras_rsft.finetuning.early_stopping import best_of_all_epochs
-from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.finetuning.head_training import best_of_all_epochs, head_probabilities
 
 # In multiples of ln(classes).
 ARTICLE_THRESHOLD = 1.5

@@ -13,8 +13,8 @@ import numpy as np
 
 from keras_rsft.examination import Examination
 from keras_rsft.features import FeatureSet
+from keras_rsft.finetuning.features import SplitFeatures
 from keras_rsft.finetuning.judged_validation import validation_judge
-from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.ledger import RejectionLedger
 
 # Of more samples, so many are asked about, the same ones in each epoch.

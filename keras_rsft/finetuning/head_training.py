@@ -16,25 +16,20 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.backbones import build_head
-from keras_rsft.errors import TrainingStalled
+from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, TrainingBatches, batches_of
-from keras_rsft.finetuning.callback_memory import options_of
-from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
-from keras_rsft.finetuning.early_stopping import (
-    early_stopping,
-    kept_epoch,
-    require_validation,
-)
 from keras_rsft.finetuning.epoch_curves import EpochCurves
+from keras_rsft.finetuning.features import SplitFeatures
 from keras_rsft.finetuning.overfitting import Overfitting, find_overfitting
+from keras_rsft.finetuning.resume import TrainingCheckpoint, options_of
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.ledger import Ledger, RejectionLedger
 from keras_rsft.loss_histogram import LossHistogram
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
+from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
 
 MAX_STEPS_PER_EXECUTION = 64
@@ -396,3 +391,121 @@ def _epoch_bar(
         yield keras.callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: advance(1)
         )
+
+
+# --- Early stopping ------------------------------------------------------------------
+
+
+def early_stopping(settings: TrainingSettings) -> list[keras.callbacks.Callback]:
+    """Returns the callback that ends a training early, or none.
+
+    By accuracy rather than loss: under wrong labels the loss of a validation split is
+    ruled by those it gets wrong, while the model that is best on right labels still
+    has the best accuracy on noisy ones (Chen et al., "Robustness of accuracy metric and
+    its inspirations in learning with noisy labels", AAAI 2021).
+    """
+    if settings.early_stopping is None:
+        return []
+    return [
+        keras.callbacks.EarlyStopping(
+            monitor="val_accuracy",
+            mode="max",
+            patience=settings.early_stopping,
+            restore_best_weights=True,
+        )
+    ]
+
+
+def best_of_all_epochs(
+    monitor: str, mode: str, *, epochs: int
+) -> keras.callbacks.Callback:
+    """Returns the callback that ends no training and keeps its best epoch's weights."""
+    return keras.callbacks.EarlyStopping(
+        monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
+    )
+
+
+def kept_epoch(settings: TrainingSettings, history: dict[str, list[float]]) -> int:
+    """Returns which epoch's weights are kept, from 0: the last, or the first best."""
+    if settings.early_stopping is None:
+        return len(history["acceptance_rate"]) - 1
+    return int(np.argmax(history["val_accuracy"]))
+
+
+def require_validation(settings: TrainingSettings, features: SplitFeatures) -> None:
+    """Raises InvalidArgument where early stopping has nothing to go by."""
+    if settings.early_stopping is not None and not len(features.validation):
+        raise InvalidArgument(
+            "Early stopping goes by the validation split, and there is none. Leave out "
+            "`--early-stopping`, or give `--validation-fraction`."
+        )
+
+
+# --- A plain head beside it ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AgainstPlain:
+    """How often a head with rejection and a plain one were right on the same images.
+
+    Attributes:
+        split: `"test"`, or `"validation"` where there is no test split.
+        images: Number of images.
+        both_right: Images that both get right, by the given labels.
+        only_rejection_right: Images that only the head with rejection gets right.
+        only_plain_right: Images that only the plain head gets right.
+        wrong_labels: How many of these labels are known to be wrong; None where the
+            right labels are not known.
+        history: Each logged value of the plain head, one number an epoch.
+        results: Final numbers of the plain head, as in `Run.results`.
+    """
+
+    split: str
+    images: int
+    both_right: int
+    only_rejection_right: int
+    only_plain_right: int
+    wrong_labels: int | None
+    history: dict[str, list[float]]
+    results: dict[str, float]
+
+
+def train_against_plain(
+    features: SplitFeatures,
+    trained: TrainedHead,
+    settings: TrainingSettings,
+    *,
+    progress: bool = True,
+    devices: Devices = ONE_DEVICE,
+) -> AgainstPlain | None:
+    """Trains a head that accepts everything, all else equal, and compares.
+
+    Returns None where the policy accepts everything, or nothing can judge.
+    """
+    parts = {"test": features.test, "validation": features.validation}
+    judged = next(((name, part) for name, part in parts.items() if len(part)), None)
+    if trained.model.policy.accepts_every_finite_sample or judged is None:
+        return None
+    plain = train_head(
+        features,
+        dataclasses.replace(settings, policy=PolicyChoice("accept-all")),
+        progress=progress,
+        devices=devices,
+        curves=True,
+    )
+    name, part = judged
+    right, plain_right = (
+        head_probabilities(model, part).argmax(axis=-1) == part.labels
+        for model in (trained.model, plain.model)
+    )
+    clean = part.clean_labels
+    return AgainstPlain(
+        split=name,
+        images=len(part),
+        both_right=int(np.sum(right & plain_right)),
+        only_rejection_right=int(np.sum(right & ~plain_right)),
+        only_plain_right=int(np.sum(plain_right & ~right)),
+        wrong_labels=None if clean is None else int(np.sum(clean != part.labels)),
+        history=plain.history,
+        results=plain.results,
+    )

@@ -24,13 +24,12 @@ from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
-from keras_rsft.finetuning.feature_source import precision_for
+from keras_rsft.finetuning.features import SplitFeatures, feature_passes, precision_for
 from keras_rsft.finetuning.head_training import (
     head_probabilities,
     train_head,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.split_features import SplitFeatures, feature_passes
 from keras_rsft.intervals import NORMAL_QUANTILE, paired_share_interval
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar

@@ -13,15 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_rsft.data import SampleData
-from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
-from keras_rsft.data.corrections import correction_cells
-from keras_rsft.errors import InvalidArgument
-from keras_rsft.features import near_duplicates, write_excerpts, write_thumbnails
-from keras_rsft.ledger import COLUMNS
-from keras_rsft.loss_histogram import HISTOGRAM_COLUMNS
-from keras_rsft.result_folder import installed_versions, write_csv, write_json
-from keras_rsft.run_files import (
+from keras_rsft._storage import (
     ACCEPTANCE_FILE,
     CLASSES_FILE,
     CONFIG_FILE,
@@ -34,7 +26,17 @@ from keras_rsft.run_files import (
     NEAR_DUPLICATES_FILE,
     RESULTS_FILE,
     SAMPLES_FILE,
+    installed_versions,
+    write_csv,
+    write_json,
 )
+from keras_rsft.data import SampleData
+from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
+from keras_rsft.data.corrections import correction_cells
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.features import near_duplicates, write_excerpts, write_thumbnails
+from keras_rsft.ledger import COLUMNS
+from keras_rsft.loss_histogram import HISTOGRAM_COLUMNS
 
 if TYPE_CHECKING:
     from keras_rsft.finetuning.run import Run

@@ -20,7 +20,7 @@ from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.examination.labels import MIN_NOISE_RATE
 from keras_rsft.features import FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
-from keras_rsft.finetuning.feature_source import precision_for
+from keras_rsft.finetuning.features import precision_for
 from keras_rsft.intervals import NORMAL_QUANTILE
 from keras_rsft.ranking.scores import h_score, kendall_tau, log_me
 

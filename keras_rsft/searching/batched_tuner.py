@@ -12,6 +12,7 @@ import keras_tuner
 import numpy as np
 from keras_tuner.engine.trial import Trial, TrialStatus
 
+from keras_rsft._storage import replaced
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.model import RSFTModel
@@ -20,7 +21,6 @@ from keras_rsft.searching.durable import DurableTuner
 from keras_rsft.searching.head_notes import METRICS
 from keras_rsft.searching.head_trials import stack_trials, update_rule
 from keras_rsft.searching.hypermodel import DIVERGED, RSFTHyperModel
-from keras_rsft.searching.search_folder import replaced
 from keras_rsft.searching.space import settings_of_values
 
 HEAD_FILE = "head.npz"

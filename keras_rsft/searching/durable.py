@@ -14,7 +14,7 @@ from typing import Any
 
 from keras_tuner.engine.trial import TrialStatus
 
-from keras_rsft.searching.search_folder import replaced
+from keras_rsft._storage import replaced
 
 # A trial whose process died so often is likely to be what kills it.
 MOST_DEATHS = 3

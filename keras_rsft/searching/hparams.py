@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from keras_rsft.result_folder import written_whole
+from keras_rsft._storage import written_whole
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
 from keras_rsft.searching.names import SearchOptions
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from keras_rsft._storage import replaced
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
-from keras_rsft.searching.search_folder import replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,6 +12,13 @@ from typing import Any
 import keras
 import keras_tuner
 
+from keras_rsft._storage import (
+    CLASSES_FILE,
+    HEAD_FILE,
+    installed_versions,
+    replaced,
+    write_json,
+)
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.cluster import DEFAULT_PATIENCE
@@ -21,21 +28,21 @@ from keras_rsft.finetuning import (
     SplitFeatures,
     TrainingSettings,
 )
-from keras_rsft.finetuning.feature_source import open_features
-from keras_rsft.finetuning.tuned_run import check_part_can_learn
+from keras_rsft.finetuning.features import open_features
+from keras_rsft.finetuning.unfreezing import (
+    BackboneSource,
+    require_layers_to_train,
+)
 from keras_rsft.model import RSFTModel
-from keras_rsft.result_folder import installed_versions, write_json
-from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE
-from keras_rsft.searching.base_search import (
-    BaseTrials,
+from keras_rsft.searching.backbone_trials import (
+    BackboneTrials,
     chosen_trial,
     keep_model,
     learnable,
     table_of_strategies,
-    train_bases,
+    train_backbones,
     with_frozen,
 )
-from keras_rsft.searching.base_trials import BaseSource
 from keras_rsft.searching.chief import lead_trials
 from keras_rsft.searching.choice import (
     COMPLETED,
@@ -57,7 +64,6 @@ from keras_rsft.searching.search_folder import (
     identity_of,
     note_head_seconds,
     open_search,
-    replaced,
     write_results,
     write_samples,
     write_trials,
@@ -128,7 +134,7 @@ def search(
 
     With `trainable=("frozen", "last-block", "all")` also for how much of the base to
     train: the best plain head and the best one that rejects are trained on with its
-    last block and with all of it, for `base_epochs` of the settings. The base's
+    last block and with all of it, as `unfreeze` of the settings says. The base's
     learning rate is then by default a tenth of the head's, and at most 0.001 with SGD
     and 0.0001 with other optimizers.
 
@@ -181,7 +187,7 @@ def search(
     options = dataclasses.replace(options or SearchOptions(), **changes)
     settings = settings or TrainingSettings()
     if options.of_base:
-        check_part_can_learn(str(backbone), option="--trainable")
+        require_layers_to_train(str(backbone), option="--trainable")
     parts = list(options.trainable)
 
     def check(base: keras.Model) -> None:
@@ -202,7 +208,7 @@ def search(
     )
     if len(parts) < len(options.trainable):
         on_note("The last block is all that can learn of this base: all is left out.")
-    base_source = BaseSource(
+    base_source = BackboneSource(
         judged_data(opened.data, clean_validation=clean_validation),
         opened.float32_base,
         feature_precision,
@@ -247,7 +253,7 @@ def search_features(
     crew: Crew | None = None,
     patience: float = DEFAULT_PATIENCE,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
-    base_source: BaseSource | None = None,
+    base_source: BackboneSource | None = None,
 ) -> Search | None:
     """Searches on features that are kept already.
 
@@ -315,7 +321,7 @@ def search_features(
         bases = None
         if options.of_base:
             outcomes = with_frozen(outcomes)
-            bases = train_bases(tuner, options, outcomes, base_source, folder)
+            bases = train_backbones(tuner, options, outcomes, base_source, folder)
         found, chosen = _concluded(tuner, options, outcomes, bases, folder)
         if bases is not None:
             found.results["strategies"] = table_of_strategies(
@@ -334,7 +340,7 @@ def _concluded(
     tuner: keras_tuner.Tuner,
     options: SearchOptions,
     heads: tuple[TrialOutcome, ...],
-    bases: BaseTrials | None,
+    bases: BackboneTrials | None,
     folder: Path,
 ) -> tuple[Search, ChosenTrial]:
     """Chooses among the trials and writes all but the results, which come last.
