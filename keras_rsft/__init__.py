@@ -50,6 +50,7 @@ _HOMES = {
     "TrainingBatches": "features",
     "TwoPassRSFTModel": "model",
     "TrainingSettings": "finetuning",
+    "UnfreezeConfig": "trainable_choice",
     "add_label_noise": "data",
     "apply_corrections": "data",
     "available_backbones": "backbones",

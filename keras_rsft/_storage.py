@@ -78,7 +78,7 @@ def _file_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def replaced(path: Path, write: Callable[[Path], None]) -> None:
+def replaced(path: Path, write: Callable[[Path], Any]) -> None:
     """Has a file written beside its place, and renames it once it is on the disk."""
     with _file_beside(path) as beside:
         write(beside)

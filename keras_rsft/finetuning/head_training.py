@@ -6,9 +6,8 @@ search walks it many times on the same features.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -43,24 +42,7 @@ Callbacks = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainedHead:
-    """What the training of a head gives.
-
-    Attributes:
-        model: The trained `RSFTModel` over features.
-        history: Each logged value, one number an epoch.
-        results: Accuracies, acceptance rate and rejected shares, as in `Run`.
-        accepted: Boolean array of shape `(n,)`: which training samples the
-            finished model's policy accepts.
-        ledger: What happened to each training sample.
-        acceptance_by_class: Float32 array `(epochs, classes)`: accepted share of each
-            class, NaN for a class without training samples.
-        examination: What `auto` found out about the labels; None for other policies.
-        loss_histograms: The losses of each epoch.
-        recorder: The callback that keeps the ledger, for a training that goes on.
-        callbacks: The user's callbacks, for the same.
-        overfitting: What the curves say; None where there are none, or nothing is to be
-            said, or early stopping kept the weights of the best epoch.
-    """
+    """What the training of a head gives."""
 
     model: RSFTModel
     history: dict[str, list[float]]
@@ -68,9 +50,9 @@ class TrainedHead:
     accepted: np.ndarray
     ledger: Ledger
     acceptance_by_class: np.ndarray
+    recorder: RejectionLedger
     examination: Examination | None = None
     loss_histograms: tuple[LossHistogram, ...] = ()
-    recorder: RejectionLedger | None = None
     callbacks: Sequence[keras.callbacks.Callback] = ()
     overfitting: Overfitting | None = None
 
@@ -85,25 +67,7 @@ def train_head(
     devices: Devices = ONE_DEVICE,
     curves: bool = False,
 ) -> TrainedHead:
-    """Trains a new head on kept features and evaluates it.
-
-    Args:
-        features: Features of the three splits.
-        settings: How to train.
-        callbacks: Further Keras callbacks, or a function that makes them of the
-            `RejectionLedger` of this training.
-        progress: Show a progress bar.
-        checkpoint: Where the training's state is kept, and gone on from. With the
-            same features and settings the result is the same to the last bit.
-            Default: nowhere.
-        devices: What to train on. Default: one device.
-        curves: Have the history tell of accepted and of all samples at the end of each
-            epoch, as `EpochCurves` does. Default False.
-
-    Raises:
-        InvalidArgument: If early stopping has no validation split to go by.
-        TrainingStalled: If the last epoch accepted nothing.
-    """
+    """Trains a new head on kept features and evaluates it."""
     train = features.train
     require_validation(settings, features)
     examination = None
@@ -138,10 +102,29 @@ def train_head(
             )
         )
     remembering = [*early_stopping(settings), *further]
-    history = _fit(
-        model, batches, features, settings, recorder, own, remembering, progress,
-        checkpoint, devices,
-    )  # fmt: skip
+    validation = None
+    if count := len(features.validation):
+        rows = even_batch(count)
+        validation = batches_of(
+            features.validation, batch_size=rows, share=devices.share
+        )
+        validation = devices.distributed(validation, count, rows)
+    history = fit_resumable(
+        model,
+        devices.distributed(batches.dataset, len(train), settings.batch_size),
+        validation,
+        own,
+        remembering,
+        recorder,
+        epochs=settings.epochs,
+        checkpoint=checkpoint,
+        origin={
+            "features": [p.path.parent.name for p in (train, features.validation)],
+            "settings": dataclasses.asdict(settings),
+        },
+        title="Training the head",
+        progress=progress,
+    )
     kept = kept_epoch(settings, history)
     if history["acceptance_rate"][kept] == 0:
         raise TrainingStalled(
@@ -149,7 +132,11 @@ def train_head(
             f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
             "Raise `--threshold` or `--warmup-epochs`, or leave both out."
         )
-    results = _accuracies(model, features)
+    results = {
+        f"{name}_accuracy": float(np.mean(right_answers(model, part)))
+        for name, part in (("validation", features.validation), ("test", features.test))
+        if len(part)
+    }
     results["acceptance_rate"] = history["acceptance_rate"][kept]
     if settings.early_stopping is not None:
         results |= {"best_epoch": kept + 1, "epochs_trained": len(history["loss"])}
@@ -174,48 +161,52 @@ def train_head(
         accepted,
         recorder.ledger,
         np.stack(recorder.acceptance_by_class),
+        recorder,
         examination,
         tuple(recorder.loss_histograms),
-        recorder,
         further,
         found,
     )
 
 
-def _fit(
+def fit_resumable(
     model: RSFTModel,
-    batches: TrainingBatches,
-    features: SplitFeatures,
-    settings: TrainingSettings,
-    recorder: RejectionLedger,
+    train: Any,
+    validation: Any,
     own: Sequence[keras.callbacks.Callback],
     callbacks: Sequence[keras.callbacks.Callback],
-    progress: bool,
+    recorder: RejectionLedger,
+    *,
+    epochs: int,
     checkpoint: TrainingCheckpoint | None,
-    devices: Devices,
+    origin: dict[str, Any],
+    title: str,
+    progress: bool,
+    begin: int = 0,
+    steps: int | None = None,
 ) -> dict[str, list[float]]:
-    """Trains what is left to train; returns the history of all epochs.
+    """Trains the epochs that are left after `begin`; returns the history of all.
 
-    `own` need not be remembered by the checkpoint, `callbacks` are.
+    The checkpoint remembers `callbacks`, and need not remember `own`. A state of
+    another `origin` is not used. The bar shows epochs, or `steps` of each.
     """
-    first, last = 0, settings.epochs
+    first, last = begin, begin + epochs
     if checkpoint is not None:
-        origin = _origin(features, settings, callbacks)
-        checkpoint.open(origin, recorder, callbacks)
-        first = checkpoint.epochs_done
+        options = [options_of(callback) for callback in callbacks]
+        checkpoint.open({**origin, "callbacks": options}, recorder, callbacks)
+        first = max(begin, checkpoint.epochs_done)
         last = first if checkpoint.stopped else last
-    validation = None
-    if count := len(features.validation):
-        rows = even_batch(count)
-        validation = batches_of(
-            features.validation, batch_size=rows, share=devices.share
-        )
-        validation = devices.distributed(validation, count, rows)
-    with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
+    with progress_bar(
+        title,
+        total=epochs * (steps or 1),
+        unit="steps" if steps else "epochs",
+        done=(first - begin) * (steps or 1),
+        visible=progress,
+    ) as advance:
+        moment = "on_train_batch_end" if steps else "on_epoch_end"
+        bar = keras.callbacks.LambdaCallback(**{moment: lambda at, logs: advance(1)})
         history = model.fit(
-            devices.distributed(
-                batches.dataset, len(features.train), settings.batch_size
-            ),
+            train,
             validation_data=validation,
             initial_epoch=first,
             epochs=last,
@@ -227,20 +218,6 @@ def _fit(
     return history if checkpoint is None else checkpoint.history
 
 
-def _origin(
-    features: SplitFeatures,
-    settings: TrainingSettings,
-    callbacks: Sequence[keras.callbacks.Callback],
-) -> dict[str, Any]:
-    """Returns what a checkpoint must be of to be gone on with."""
-    parts = (features.train, features.validation)
-    return {
-        "features": [part.path.parent.name for part in parts],
-        "settings": dataclasses.asdict(settings),
-        "callbacks": [options_of(callback) for callback in callbacks],
-    }
-
-
 def untrained_head(
     features: SplitFeatures,
     settings: TrainingSettings,
@@ -250,15 +227,19 @@ def untrained_head(
 
     Samples that a person has reviewed are accepted whatever the policy says, unless
     it judges whole batches.
-
-    Args:
-        features: Features of the three splits.
-        settings: How it will be trained.
-        examination: What was found out about the labels; `"auto"` needs it.
     """
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    policy = _policy(settings, num_classes, steps, examination)
+    if examination is not None:
+        policy: Policy = AutoPolicy(
+            examination,
+            loss_limit=examination.loss_limit,
+            warmup_steps=round(settings.policy.warmup_epochs * steps),
+        )
+    else:
+        policy = build_policy(
+            settings.policy, num_classes=num_classes, steps_per_epoch=steps
+        )
     if train.reviewed is not None and policy.level == "sample":
         policy = AcceptReviewed(policy, train.reviewed)
     head = build_head(
@@ -277,29 +258,11 @@ def untrained_head(
     return model
 
 
-def _policy(
-    settings: TrainingSettings,
-    num_classes: int,
-    steps: int,
-    examination: Examination | None,
-) -> Policy:
-    if settings.policy.name == "auto":
-        return AutoPolicy(
-            examination,
-            loss_limit=examination.loss_limit,
-            warmup_steps=round(settings.policy.warmup_epochs * steps),
-        )
-    return build_policy(settings.policy, num_classes=num_classes, steps_per_epoch=steps)
-
-
 def even_batch(count: int) -> int:
     """Returns a batch size, at most 256, by which batches are nearly equally large.
 
     Keras takes the loss of an evaluation for the mean over its batches: samples of a
     small last batch would count for more.
-
-    Args:
-        count: Number of samples, at least 1.
     """
     return -(-count // -(-count // VALIDATION_BATCH))
 
@@ -309,42 +272,24 @@ def choose_steps_per_execution(steps: int) -> int:
 
     As many as keep the overhead of a call small, in calls of nearly equal size,
     so that progress is still shown several times in a long epoch.
-
-    Args:
-        steps: Steps per epoch, at least 1.
-
-    Returns:
-        A number in [1, 64].
     """
     calls = -(-steps // MAX_STEPS_PER_EXECUTION)
     return -(-steps // calls)
 
 
-def _accuracies(model: RSFTModel, features: SplitFeatures) -> dict[str, float]:
-    parts = {"validation": features.validation, "test": features.test}
-    return {
-        f"{name}_accuracy": float(
-            np.mean(head_probabilities(model, part).argmax(axis=-1) == part.labels)
-        )
-        for name, part in parts.items()
-        if len(part)
-    }
-
-
 def head_probabilities(
     model: keras.Model, part: FeatureSet, *, chunk_rows: int = 4096
 ) -> np.ndarray:
-    """Returns a head's probabilities for the plain images, `(n, classes)` float32.
-
-    Args:
-        model: Features `(batch, dim)` to probabilities.
-        part: The features.
-        chunk_rows: Rows at a time, at least 1. Default 4096.
-    """
+    """Returns a head's probabilities for the plain images, `(n, classes)` float32."""
     chunks = [
         np.asarray(model(chunk, training=False)) for chunk in part.chunks(chunk_rows)
     ]
     return np.concatenate(chunks)
+
+
+def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
+    """Returns which plain images a head gets right, by the given labels."""
+    return head_probabilities(model, part).argmax(axis=-1) == part.labels
 
 
 def _final_decisions(
@@ -366,12 +311,7 @@ def _final_decisions(
 
 
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
-    """Returns how many wrong labels there are, and which shares were rejected.
-
-    Args:
-        train: Training features whose right labels are known.
-        accepted: Boolean array of shape `(n,)`.
-    """
+    """Returns how many wrong labels there are, and which shares were rejected."""
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
     if wrong.any():
@@ -379,18 +319,6 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
     if not wrong.all():
         shares["right_labels_rejected"] = float(np.mean(~accepted[~wrong]))
     return shares
-
-
-@contextlib.contextmanager
-def _epoch_bar(
-    epochs: int, *, done: int, visible: bool
-) -> Iterator[keras.callbacks.Callback]:
-    with progress_bar(
-        "Training the head", total=epochs, unit="epochs", done=done, visible=visible
-    ) as advance:
-        yield keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: advance(1)
-        )
 
 
 # --- Early stopping ------------------------------------------------------------------
@@ -446,19 +374,7 @@ def require_validation(settings: TrainingSettings, features: SplitFeatures) -> N
 
 @dataclasses.dataclass(frozen=True)
 class AgainstPlain:
-    """How often a head with rejection and a plain one were right on the same images.
-
-    Attributes:
-        split: `"test"`, or `"validation"` where there is no test split.
-        images: Number of images.
-        both_right: Images that both get right, by the given labels.
-        only_rejection_right: Images that only the head with rejection gets right.
-        only_plain_right: Images that only the plain head gets right.
-        wrong_labels: How many of these labels are known to be wrong; None where the
-            right labels are not known.
-        history: Each logged value of the plain head, one number an epoch.
-        results: Final numbers of the plain head, as in `Run.results`.
-    """
+    """How often a head with rejection and a plain one were right on the same images."""
 
     split: str
     images: int
@@ -495,8 +411,7 @@ def train_against_plain(
     )
     name, part = judged
     right, plain_right = (
-        head_probabilities(model, part).argmax(axis=-1) == part.labels
-        for model in (trained.model, plain.model)
+        right_answers(model, part) for model in (trained.model, plain.model)
     )
     clean = part.clean_labels
     return AgainstPlain(

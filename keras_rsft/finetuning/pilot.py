@@ -26,7 +26,7 @@ from keras_rsft.features import FeatureSet, FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
 from keras_rsft.finetuning.features import SplitFeatures, feature_passes, precision_for
 from keras_rsft.finetuning.head_training import (
-    head_probabilities,
+    right_answers,
     train_head,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
@@ -203,14 +203,7 @@ def run_pilot(
 def verdict(
     policy: str, reason: str | None, gain: tuple[float, float, float] | None
 ) -> str:
-    """Says whether rejection is likely to help.
-
-    Args:
-        policy: Name of the policy that was tried.
-        reason: Why `auto` rejects nothing, or None.
-        gain: Difference of the accuracies with the ends of its interval; None where
-            the policy was not tried or accepted nothing.
-    """
+    """Says whether rejection is likely to help."""
     if policy == "auto" and reason is not None:
         return f"Rejection changes nothing here. {reason}: auto keeps every sample."
     if gain is None:
@@ -230,12 +223,7 @@ def verdict(
 
 
 def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float, float]:
-    """Returns how much more often the second is right, with its 95 % interval.
-
-    Args:
-        plain: Boolean, shape `(n,)`.
-        rejecting: Boolean, shape `(n,)`, of the same samples.
-    """
+    """Returns how much more often the second is right, with its 95 % interval."""
     won = int(np.count_nonzero(rejecting & ~plain))
     lost = int(np.count_nonzero(plain & ~rejecting))
     count = len(plain)
@@ -304,8 +292,7 @@ def _cross_tried(
             callbacks=[clock],
             progress=False,
         )
-        predicted = head_probabilities(trained.model, held_out).argmax(axis=1)
-        right[~rows] = predicted == held_out.labels
+        right[~rows] = right_answers(trained.model, held_out)
         steps = math.ceil(len(train) / settings.batch_size)
         clocks.append(clock.times(steps))
         advance(1)
@@ -328,11 +315,7 @@ class _EpochClock(keras.callbacks.Callback):
         self._ends.append(time.perf_counter())
 
     def times(self, steps: int) -> tuple[float, float]:
-        """Returns the seconds of the start, and of a step; the first epoch has both.
-
-        Args:
-            steps: Of an epoch.
-        """
+        """Returns the seconds of the start, and of a step; the first epoch has both."""
         first, last = self._ends[0], self._ends[-1]
         if len(self._ends) == 1:
             return 0.0, (first - self._begin) / steps

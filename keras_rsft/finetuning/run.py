@@ -127,7 +127,8 @@ def finetune(
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
     With `unfreeze` in the settings, a part of the base, or all of it, then learns with
-    the head: under the same policy, or on the accepted samples alone. The activations
+    the head: under the same policy, or on the accepted samples
+    alone (Ahn et al., 2024, TURN). The activations
     before that part are cached like features where the disk has room. The result is
     kept where it gets no fewer validation images right than the head alone.
 

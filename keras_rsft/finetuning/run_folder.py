@@ -43,11 +43,7 @@ if TYPE_CHECKING:
 
 
 def check_new_folder(output: str | os.PathLike) -> Path:
-    """Returns the path of a run folder that can be made.
-
-    Raises:
-        InvalidArgument: If it exists, or its parent is a file.
-    """
+    """Returns the path of a run folder that can be made."""
     folder = Path(output).absolute()
     if folder.exists():
         raise InvalidArgument(
@@ -73,15 +69,7 @@ def fill_run_folder(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes all files of a run into an empty folder.
-
-    Args:
-        folder: The folder.
-        run: The run.
-        data: Its images.
-        cache_dir: Where thumbnails are kept. Default: the user's cache folder.
-        progress: Show progress bars. Default True.
-    """
+    """Writes all files of a run into an empty folder."""
     _fill(folder, run, data)
     _fill_for_the_eye(folder, run, data, cache_dir, progress)
 

@@ -102,6 +102,11 @@ class TrainingSettings:
         return self.unfreeze is not None and not self.unfreeze.accepted_only
 
     @property
+    def unfreezing(self) -> UnfreezeConfig:
+        """How layers are unfrozen, by default where nothing was asked for."""
+        return self.unfreeze or UnfreezeConfig()
+
+    @property
     def all_epochs(self) -> int:
         """Epochs of the head, and of unfrozen layers after it."""
         return self.epochs + (0 if self.unfreeze is None else self.unfreeze.epochs)

@@ -37,9 +37,10 @@ from keras_rsft.features.image_batches import (
 from keras_rsft.finetuning.head_training import (
     SplitFeatures,
     TrainedHead,
+    fit_resumable,
     rejected_shares,
 )
-from keras_rsft.finetuning.resume import TrainingCheckpoint, options_of
+from keras_rsft.finetuning.resume import TrainingCheckpoint
 from keras_rsft.finetuning.settings import NOT_DECAYED, TrainingSettings
 from keras_rsft.ledger import RejectionLedger
 from keras_rsft.model import RSFTModel, TwoPassRSFTModel
@@ -47,7 +48,6 @@ from keras_rsft.model.second_pass import what_forbids_two_passes
 from keras_rsft.model.two_rates import with_two_rates
 from keras_rsft.policies import AcceptAll
 from keras_rsft.policy_choice import PolicyChoice
-from keras_rsft.progress import progress_bar
 from keras_rsft.trainable_choice import UnfreezeConfig
 
 # A head that standardises features of little spread makes the first gradients large
@@ -99,7 +99,7 @@ def unfreeze(
 
     The results of `trained` get the new numbers.
     """
-    base, how = source.base(), settings.unfreeze
+    base, how = source.base(), settings.unfreezing
     head_only = build_classifier(
         base, len(features.class_names), head=trained.model.model
     )
@@ -135,11 +135,11 @@ def tune(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Cuts a copy of the backbone and trains it and the head as the settings say."""
-    if settings.unfreeze.accepted_only:
+    if settings.unfreezing.accepted_only:
         settings, features = _of_accepted(settings, features, trained.accepted)
         model = RSFTModel(trained.model.model, AcceptAll())
         trained = begun_from(model, features)
-    part = cut_backbone(base, settings.unfreeze)
+    part = cut_backbone(base, settings.unfreezing)
     choice_file = None if place is None else place.cache_choice
     return train_unfrozen(
         part,
@@ -171,7 +171,7 @@ def _of_accepted(
         label_smoothing=0.0,
         mix_up=0.0,
         learning_rate=rate,
-        unfreeze=dataclasses.replace(settings.unfreeze, learning_rate=rate),
+        unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
     )
     return settings, dataclasses.replace(
         features,
@@ -325,10 +325,10 @@ def _batches(
             validation = labelled_images(
                 data.validation, features.validation, size, batch_size=batch_size
             )
-        train = ImageBatches(
+        from_images = ImageBatches(
             data.train, features.train, size, batch_size=batch_size, seed=settings.seed
         )
-        return train, validation, []
+        return from_images, validation, []
     views = features.train.views
     extract = functools.partial(
         extract_features,
@@ -373,7 +373,7 @@ def train_unfrozen(
     The part is changed and frozen again; the given head is not changed. Returns the
     model from images to probabilities, and the head's training with the new epochs.
     """
-    how, recorder = settings.unfreeze, trained.recorder
+    how, recorder = settings.unfreezing, trained.recorder
     batch_size = how.batch_size or settings.batch_size
     train, validation, names = _batches(
         part, source, features, settings, batch_size, cached
@@ -385,50 +385,33 @@ def train_unfrozen(
         for own, other in zip(policy.variables, old.variables, strict=True):
             own.assign(other)
         model = _trainable_model(part, head, policy, settings, cached)
-    begin = first = len(trained.history["loss"])
-    last = begin + how.epochs
-    if checkpoint is not None:
-        origin = {
-            "activations": names,
-            "cut": part.cut,
-            "first": begin,
-            "settings": dataclasses.asdict(settings),
-            "callbacks": [options_of(callback) for callback in trained.callbacks],
-        }
-        checkpoint.open(origin, recorder, trained.callbacks)
-        first = max(begin, checkpoint.epochs_done)
-        last = first if checkpoint.stopped else last
-    steps = int(train.dataset.cardinality())
-    with progress_bar(
-        "Training head and base",
-        total=how.epochs * steps,
-        done=(first - begin) * steps,
-        unit="steps",
-        visible=source.progress,
-    ) as advance:
-        bar = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda batch, logs: advance(1)
+    begin = len(trained.history["loss"])
+    try:
+        history = fit_resumable(
+            model,
+            train.dataset,
+            validation,
+            [train.callback, recorder],
+            trained.callbacks,
+            recorder,
+            begin=begin,
+            epochs=how.epochs,
+            steps=int(train.dataset.cardinality()),
+            checkpoint=checkpoint,
+            origin={
+                "activations": names,
+                "cut": part.cut,
+                "first": begin,
+                "settings": dataclasses.asdict(settings),
+            },
+            title="Training head and base",
+            progress=source.progress,
         )
-        callbacks = [train.callback, recorder, bar, *trained.callbacks]
-        # The checkpoint sees what all others have done.
-        callbacks += [] if checkpoint is None else [checkpoint]
-        try:
-            history = model.fit(
-                train.dataset,
-                validation_data=validation,
-                initial_epoch=first,
-                epochs=last,
-                callbacks=callbacks,
-                verbose=0,
-                shuffle=False,
-            ).history
-        except tf.errors.OpError as error:
-            failure = getattr(train, "failure", None)
-            if failure is None:
-                raise
-            raise failure from error
-    if checkpoint is not None:
-        history = checkpoint.history
+    except tf.errors.OpError as error:
+        failure = getattr(train, "failure", None)
+        if failure is None:
+            raise
+        raise failure from error
     part.freeze()
     with built_in_float32():
         classifier = build_classifier(part.base, head.output_shape[-1], head=head)

@@ -62,7 +62,7 @@ from keras_rsft.searching.trials import (
     outcomes_of,
     settings_of_outcome,
 )
-from keras_rsft.trainable_choice import EVERYTHING, Unfreeze, UnfreezeConfig
+from keras_rsft.trainable_choice import EVERYTHING, Unfreeze
 
 BASE_RATE = "base_learning_rate"
 SECONDS, WEIGHTS = "training_seconds", "trainable_weights"
@@ -133,7 +133,7 @@ def learnable(
     base: keras.Model, trainable: Sequence[str], settings: TrainingSettings
 ) -> tuple[str, ...]:
     """Returns what may learn, without `"all"` where the last block is all there is."""
-    how = settings.unfreeze or UnfreezeConfig()
+    how = settings.unfreezing
     layers = {
         name: [
             layer.name
@@ -204,7 +204,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
             f"{_NAMES[name]} from {count} head{'s' if count > 1 else ''}"
             for name, count in Counter(one.trainable for one in left).items()
         )
-        epochs = len(left) * self.settings_of(left[0]).unfreeze.epochs
+        epochs = len(left) * self.settings_of(left[0]).unfreezing.epochs
         self._source.on_note(f"The base learns: {kinds}, {epochs} epochs in all.")
         for number, one in enumerate(left, 1):
             settings = self.settings_of(one)
@@ -235,7 +235,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
     def settings_of(self, planned: PlannedTrial) -> TrainingSettings:
         """Returns how a trial is trained, its head's training first."""
         settings = settings_of_outcome(self._heads, planned.begins_from)
-        how = settings.unfreeze or UnfreezeConfig()
+        how = settings.unfreezing
         rate = how.learning_rate or base_learning_rate(
             settings.learning_rate, settings.optimizer
         )
@@ -300,9 +300,9 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
         options, head_epochs = self._options, planned.begins_from.epochs
         clock = TrainingClock()
         best = best_of_all_epochs(
-            options.objective, options.direction, epochs=settings.unfreeze.epochs
+            options.objective, options.direction, epochs=settings.unfreezing.epochs
         )
-        part = cut_backbone(base, settings.unfreeze)
+        part = cut_backbone(base, settings.unfreezing)
         weights = sum(int(np.prod(v.shape)) for v in part.rest.trainable_variables)
         head = head_of_outcome(self._heads, planned.begins_from)
         begun = begun_from(
@@ -406,7 +406,7 @@ def chosen_trial(
         settings = dataclasses.replace(settings, unfreeze=None)
         return ChosenTrial(chosen, chosen, settings, head, measured)
     tuner = bases.tuner
-    how = tuner.settings_of(PlannedTrial(trainable_of(chosen), begun_from)).unfreeze
+    how = tuner.settings_of(PlannedTrial(trainable_of(chosen), begun_from)).unfreezing
     how = dataclasses.replace(
         how,
         epochs=chosen.epochs - begun_from.epochs,
@@ -434,10 +434,8 @@ def keep_model(
 ) -> None:
     """Keeps the chosen model from images in the search's folder."""
     if chosen.base_model is not None:
-        replaced(
-            folder / MODEL_FILE,
-            lambda beside: shutil.copyfile(chosen.base_model, beside),
-        )
+        trained = chosen.base_model
+        replaced(folder / MODEL_FILE, lambda beside: shutil.copyfile(trained, beside))
     elif whole_model is not None:
         replaced(folder / MODEL_FILE, whole_model(chosen.head.model).save)
 
