@@ -77,7 +77,7 @@ def strategy_texts(row: Mapping[str, Any]) -> list[str]:
     """Returns what a person reads of one strategy.
 
     Args:
-        row: The fields of a `StrategyRow`.
+        row: One of the record's `strategies`.
 
     Returns:
         What learnt, the policy, validation accuracy with its standard error in percent,

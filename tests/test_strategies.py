@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -125,19 +124,25 @@ def rows():
 
 class TestRows:
     def test_from_the_cheapest_on_and_the_choice_among_them(self, rows):
-        assert [row.trial for row in rows] == ["b", "c", "d", "last-block-c", "all-c"]
-        assert [row.chosen for row in rows] == [False, False, True, False, False]
-        assert [row.rejects for row in rows] == [False, True, True, True, True]
+        assert [row["trial"] for row in rows] == [
+            "b",
+            "c",
+            "d",
+            "last-block-c",
+            "all-c",
+        ]
+        assert [row["chosen"] for row in rows] == [False, False, True, False, False]
+        assert [row["rejects"] for row in rows] == [False, True, True, True, True]
 
     def test_numbers(self, rows):
         frozen, last_block, failed = rows[0], rows[3], rows[4]
-        assert frozen.standard_error == pytest.approx(math.sqrt(0.25 / 104))
-        assert (frozen.seconds, frozen.trainable_weights) == (0.25, 30)
-        assert (last_block.seconds, last_block.trainable_weights) == (64.0, 1234)
-        assert failed.validation_accuracy is failed.seconds is None
+        assert frozen["standard_error"] == pytest.approx(math.sqrt(0.25 / 104))
+        assert (frozen["seconds"], frozen["trainable_weights"]) == (0.25, 30)
+        assert (last_block["seconds"], last_block["trainable_weights"]) == (64.0, 1234)
+        assert failed["validation_accuracy"] is failed["seconds"] is None
 
     def test_words(self, rows):
-        texts = [strategy_texts(dataclasses.asdict(row)) for row in rows]
+        texts = [strategy_texts(row) for row in rows]
         assert texts[2] == [
             "frozen", "keep-fraction", "75.0 ± 4.3", "90.0 %", "0.2 s", "30", "chosen",
         ]  # fmt: skip

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -183,10 +183,13 @@ def run_pilot(
     steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
     heads = 1 + (with_plain and settings.policy.name != _PLAIN)
     training = heads * (plain.start_seconds + steps * plain.step_seconds)
+    names, counts = data.class_names, np.bincount(labels, minlength=data.num_classes)
+    most, least = int(counts.argmax()), int(counts.argmin())
     gain = None if rejecting is None else paired_gain(plain.right, rejecting.right)
     return Pilot(
         num_images=len(kept),
-        **_balance(labels, data.class_names),
+        largest_class=(names[most], int(counts[most])),
+        smallest_class=(names[least], int(counts[least])),
         noise_rate=share_interval(1.0 - examination.right_probability),
         reason=examination.reason,
         policy=policy.name,
@@ -235,12 +238,6 @@ def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
     mean = float(np.mean(probabilities, dtype=np.float64))
     half = NORMAL_QUANTILE * math.sqrt(mean * (1 - mean) / len(probabilities))
     return mean, max(mean - half, 0.0), min(mean + half, 1.0)
-
-
-def _balance(labels: np.ndarray, names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    counts = np.bincount(labels, minlength=len(names))
-    ends = {"largest_class": counts.argmax(), "smallest_class": counts.argmin()}
-    return {end: (names[at], int(counts[at])) for end, at in ends.items()}
 
 
 def _try_both(

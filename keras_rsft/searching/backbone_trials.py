@@ -443,37 +443,20 @@ def keep_model(
 # --- Side by side -------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class StrategyRow:
-    """One strategy in numbers; None where a trial failed or a number is not known.
-
-    `seconds` are those of training; a head's are its share of the time of all that were
-    trained together. `standard_error` is that of the validation accuracy.
-    """
-
-    trainable: str
-    rejects: bool
-    trial: str
-    policy: str
-    validation_accuracy: float | None
-    standard_error: float | None
-    acceptance_rate: float | None
-    seconds: float | None
-    trainable_weights: int | None
-    chosen: bool
-    message: str | None = None
-
-
 def strategy_rows(
     outcomes: Sequence[TrialOutcome],
     *,
     chosen: TrialOutcome,
-    policy_of: Callable[[TrialOutcome], str],
+    policy_of: Callable[[TrialOutcome], str | None],
     validation_size: int,
     head_seconds: float | None,
     head_weights: int,
-) -> tuple[StrategyRow, ...]:
-    """Returns one row for each trial that stands for a strategy, and the choice."""
+) -> list[dict[str, Any]]:
+    """Returns one row for each trial that stands for a strategy, and the choice.
+
+    None where a trial failed or a number is not known. The seconds of a head are its
+    share of the time of all that were trained together.
+    """
     ids = {one.trial_id for one in outcomes}
     rows = []
     for one in [*outcomes, *([] if chosen.trial_id in ids else [chosen])]:
@@ -482,23 +465,23 @@ def strategy_rows(
         weights = head_weights if of_head else one.metrics.get(WEIGHTS)
         error = None if accuracy is None else accuracy_error(accuracy, validation_size)
         rows.append(
-            StrategyRow(
-                trainable=trainable_of(one),
-                rejects=policy != "accept-all",
-                trial=one.trial_id,
-                policy=policy,
-                validation_accuracy=accuracy,
-                standard_error=error,
-                acceptance_rate=one.metrics.get("acceptance_rate"),
-                seconds=head_seconds if of_head else one.metrics.get(SECONDS),
-                trainable_weights=None if weights is None else int(weights),
-                chosen=one.trial_id == chosen.trial_id,
-                message=one.message,
-            )
+            {
+                "trainable": trainable_of(one),
+                "rejects": policy != "accept-all",
+                "trial": one.trial_id,
+                "policy": policy,
+                "validation_accuracy": accuracy,
+                "standard_error": error,
+                "acceptance_rate": one.metrics.get("acceptance_rate"),
+                "seconds": head_seconds if of_head else one.metrics.get(SECONDS),
+                "trainable_weights": None if weights is None else int(weights),
+                "chosen": one.trial_id == chosen.trial_id,
+                "message": one.message,
+            }
         )
     order = [FROZEN, LAST_BLOCK, ALL]
-    return tuple(
-        sorted(rows, key=lambda row: (order.index(row.trainable), row.rejects))
+    return sorted(
+        rows, key=lambda row: (order.index(str(row["trainable"])), row["rejects"])
     )
 
 
@@ -510,14 +493,15 @@ def table_of_strategies(
     head_seconds: float | None,
 ) -> list[dict[str, Any]]:
     """Returns the best heads and all trials of the backbone, for the record."""
-    rows = strategy_rows(
+
+    def policy_of(one: TrialOutcome) -> str | None:
+        return settings_of_outcome(heads, bases.head_of(one, outcomes)).policy.name
+
+    return strategy_rows(
         [*bases.best_heads, *bases.outcomes],
         chosen=chosen.outcome,
-        policy_of=lambda one: (
-            settings_of_outcome(heads, bases.head_of(one, outcomes)).policy.name
-        ),
+        policy_of=policy_of,
         validation_size=len(heads.hypermodel.features.validation),
         head_seconds=head_seconds,
         head_weights=_weights_of(chosen.head),
     )
-    return [dataclasses.asdict(row) for row in rows]

@@ -86,7 +86,7 @@ class Search:
         results: The chosen setting and plain fine-tuning side by side, for each its
             `validation_accuracy`, its `test_accuracy` where there is a test split,
             and its `acceptance_rate`; the reason of the choice; the seconds. With a
-            base that learns `strategies`, the fields of a `StrategyRow` each.
+            base that learns `strategies`, one row for each.
         tuner: The Keras Tuner, for `get_best_models` and the like.
         folder: Where the search was written.
         base_tuner: That of the trials in which the base learnt, or None.
