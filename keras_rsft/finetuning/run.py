@@ -127,10 +127,10 @@ def finetune(
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
     With `unfreeze` in the settings, a part of the base, or all of it, then learns with
-    the head: under the same policy, or on the accepted samples
-    alone (Ahn et al., 2024, TURN). The activations
-    before that part are cached like features where the disk has room. The result is
-    kept where it gets no fewer validation images right than the head alone.
+    the head: under the same policy, or on the accepted samples alone (Ahn et al., 2024,
+    TURN). The activations before that part are cached like features where the disk has
+    room. The result is kept where it gets no fewer validation images right than the
+    head alone.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
@@ -146,8 +146,8 @@ def finetune(
         settings: How to train. Default: `TrainingSettings()`.
         strategy: On what the head is trained and the base is run, see `open_devices`:
             `"none"`, one device; `"mirrored"`; `"multiworker"`, where the chief alone
-            writes the run and the others return it without a folder. A stage two has
-            one device. Default `"none"`.
+            writes the run and the others return it without a folder. Unfrozen layers
+            are trained on one device. Default `"none"`.
         output: The run folder, which must not exist, or `NumberedFolder("photos")`
             for the next `runs/photos-N`. Until the run is finished it is called
             `...unfinished`; killed there, the same call goes on with it and ends with
@@ -171,7 +171,7 @@ def finetune(
         DataError: If the data cannot be trained on, or not be corrected so.
         WeightsUnavailable: If the base's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
-            accepts nothing for a stage two to learn from.
+            accepts nothing for unfrozen layers to learn from.
         OSError: If the disk is full; the same call goes on once there is room.
         WorkerLost: If another worker is gone; the same call on all of them goes on.
     """
