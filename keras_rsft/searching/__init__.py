@@ -7,9 +7,8 @@
 `durable.py` keeps their files whole. `trials.py` runs a tuner's trials and compares
 with plain training, `choice.py` chooses among them, `search_run.py` puts it together,
 `search_folder.py` writes it, `pictures.py`, `parallel_coordinates.py` and `hparams.py`
-show it. Where the base learns, `strategies.py` plans from which heads,
-`base_trials.py` trains, `base_search.py` puts that half together; `judged.py` says by
-which labels. With several processes, `roles.py` says which this one is, `chief.py`
+show it. `backbone_trials.py` unfreezes layers, from the best heads on; `judged.py` says
+by which labels. With several processes, `roles.py` says which this one is, `chief.py`
 leads through `oracle_server.py` and `worker_processes.py`, `worker.py` trains through
 `oracle_client.py`. The folder is not called `search`: the function of that name is
 public, and a module would hide it.
