@@ -36,8 +36,8 @@ class UnfreezeConfig:
         InvalidArgument: If a value is out of its range.
 
     Example:
-        >>> from keras_rsft.trainable_choice import UnfreezeConfig
-        >>> UnfreezeConfig("conv_1").layers
+        >>> import keras_rsft as rsft
+        >>> rsft.UnfreezeConfig("conv_1").layers
         ('conv_1',)
     """
 
