@@ -205,7 +205,7 @@ def disk_full_said(error: BaseException, folder: Path) -> BaseException:
         return error
     return OSError(
         errno.ENOSPC,
-        f"{full}. Make room, and run the same command again to go on",
+        f"{full}. Make room, and run the same command again to resume",
         str(error.filename or folder),
     )
 

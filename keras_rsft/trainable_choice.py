@@ -11,7 +11,7 @@ EVERYTHING = "all"
 # A number of blocks, `EVERYTHING`, or names of layers.
 Unfreeze = int | str | tuple[str, ...]
 
-# Of the head's learning rate: what a pretrained backbone knows is soon unlearnt.
+# As a share of the head's: what a pretrained backbone knows is soon unlearnt.
 SHARE_OF_LEARNING_RATE = 0.1
 
 

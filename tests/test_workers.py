@@ -108,7 +108,7 @@ def assert_stopped(process, since):
     assert waited < 4 * SECONDS_UNTIL_LOST  # Its heartbeat, and its own end.
     (*_, said) = err.strip().splitlines()
     assert said.startswith("keras-rsft: Worker"), err
-    assert "Start the same command on all workers again to go on." in said
+    assert "Start the same command on all workers again to resume." in said
     assert "Traceback" not in err
 
 

@@ -1,7 +1,7 @@
 """What a training runs on: one device, all devices, or those of several machines.
 
 Owns TensorFlow's strategies, and what the processes of a multi-worker training tell
-each other beside gradients: the state to go on from, and that all were asked for the
+each other beside gradients: the state to resume from, and that all were asked for the
 same.
 """
 
@@ -23,9 +23,9 @@ from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features.batch_share import BatchShare
 from keras_rsft.strategy_choice import check_strategy
 
-# A worker that says nothing for so long is lost: the others stop.
+# Seconds without a heartbeat after which a worker is lost, and the others stop.
 SECONDS_UNTIL_LOST = 20
-# So long the first worker waits for the last one to start.
+# Seconds that the first worker waits for the last one to start.
 SECONDS_TO_START = 300
 _LOST = (
     tf.errors.UnavailableError,
@@ -138,7 +138,7 @@ class Devices:
             raise WorkerLost(
                 f"Worker {self.cluster.index} of {len(self.cluster)} has lost another "
                 "worker, which was stopped or cannot be reached any more. Start the "
-                "same command on all workers again to go on."
+                "same command on all workers again to resume."
             ) from error
 
     def _chiefs(self, values: np.ndarray) -> np.ndarray:

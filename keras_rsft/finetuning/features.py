@@ -23,7 +23,7 @@ from keras_rsft.features.shared_pass import keep_shares, run_together
 
 @dataclasses.dataclass(frozen=True)
 class SplitFeatures:
-    """The kept features of a data set."""
+    """The cached features of a data set."""
 
     train: FeatureSet
     validation: FeatureSet

@@ -1,4 +1,4 @@
-"""Trains a head on kept features and says how good it is.
+"""Trains a head on cached features and says how good it is.
 
 Owns the shortest way from features to a trained `RSFTModel`; a comparison or a
 search walks it many times on the same features.
@@ -67,7 +67,7 @@ def train_head(
     devices: Devices = ONE_DEVICE,
     curves: bool = False,
 ) -> TrainedHead:
-    """Trains a new head on kept features and evaluates it."""
+    """Trains a new head on cached features and evaluates it."""
     train = features.train
     require_validation(settings, features)
     examination = None
@@ -223,7 +223,7 @@ def untrained_head(
     settings: TrainingSettings,
     examination: Examination | None = None,
 ) -> RSFTModel:
-    """Builds and compiles a new head over kept features, under its policy.
+    """Builds and compiles a new head over cached features, under its policy.
 
     Samples that a person has reviewed are accepted whatever the policy says, unless
     it judges whole batches.
@@ -250,7 +250,7 @@ def untrained_head(
         settings.make_optimizer(),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        # Of several replicas Keras can run one step at a time.
+        # With several replicas Keras can run one step at a time.
         steps_per_execution=(
             1 if tf.distribute.has_strategy() else choose_steps_per_execution(steps)
         ),

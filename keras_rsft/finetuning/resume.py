@@ -27,8 +27,8 @@ from keras_rsft.data import SampleData
 from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
 from keras_rsft.ledger import RejectionLedger
 
-# A state is written when so many seconds have passed since the last one, or so many
-# times the time that writing took: what a kill loses stays small, and so does the cost.
+# Least time between two states, in seconds and as a multiple of the time that writing
+# takes: a kill loses little, and writing costs little.
 SECONDS_BETWEEN = 10.0
 TIMES_ITS_COST = 50.0
 _DESCRIPTION = "description"
@@ -50,7 +50,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     """Keeps the state of a training in a file, and resumes from it.
 
     Goes last among the callbacks, so that it sees and restores what the others have
-    done. Of several workers the chief keeps the file and sends it to the others.
+    done. With several workers the chief keeps the file and sends it to the others.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ def options_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
 def callbacks_identity(callbacks: Any) -> Any:
     """Returns what a run must share of its callbacks, or of a function that makes them.
 
-    Of a function it is the name; what it makes is compared when there is a state.
+    A function counts by its name; its callbacks are compared when there is a state.
     """
     if callable(callbacks):
         return f"{callbacks.__module__}.{callbacks.__qualname__}"

@@ -67,7 +67,7 @@ class Run:
             and the head's `head_validation_accuracy` and `head_test_accuracy`. Where a
             part of the base was trained, the same under names with `unfrozen`.
         config: Everything that is needed to repeat the run.
-        features: The kept features; `.unreadable` names the images left out.
+        features: The cached features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, examination.
         folder: Where the run was written, or None.
         against_plain: Rejection against a plain head, image by image; None where
@@ -150,7 +150,7 @@ def finetune(
             are trained on one device. Default `"none"`.
         output: The run folder, which must not exist, or `NumberedFolder("photos")`
             for the next `runs/photos-N`. Until the run is finished it is called
-            `...unfinished`; killed there, the same call goes on with it and ends with
+            `...unfinished`; killed there, the same call resumes it and ends with
             the same weights. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head, or a function
@@ -160,7 +160,7 @@ def finetune(
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
         on_begin: Called before the work with the run folder to be, and with whether
-            an unfinished run goes on there. Not called without `output`.
+            an unfinished run is resumed there. Not called without `output`.
         on_note: Called with what is decided on the way, in one line.
 
     Returns:
@@ -172,8 +172,8 @@ def finetune(
         WeightsUnavailable: If the base's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for unfrozen layers to learn from.
-        OSError: If the disk is full; the same call goes on once there is room.
-        WorkerLost: If another worker is gone; the same call on all of them goes on.
+        OSError: If the disk is full; the same call resumes once there is room.
+        WorkerLost: If another worker is gone; the same call on all of them resumes.
     """
     require_tensorflow_backend("`finetune`")
     settings = settings or TrainingSettings()

@@ -86,7 +86,7 @@ class TrainingSettings:
         check_soft_targets(self.label_smoothing, self.mix_up)
         if self.mix_up > 0 and self.unfreezes_under_policy:
             raise InvalidArgument(
-                "Mix-up mixes kept features, which a base that learns does not have. "
+                "Mix-up mixes cached features, which a base that learns does not have. "
                 "Leave out `--mix-up`, or `--unfreeze`."
             )
         if self.early_stopping is not None and self.early_stopping < 1:

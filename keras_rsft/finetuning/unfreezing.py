@@ -451,7 +451,7 @@ def _trainable_model(
     )
     optimizer = with_two_rates(
         settings.make_optimizer(largest_gradient=LARGEST_GRADIENT),
-        # Of the layers in their order the head's are the last.
+        # In the order of the layers the head's come last.
         slow_variables=len(part.rest.trainable_variables),
         slow_rate=settings.unfreeze_rate / settings.learning_rate,
     )

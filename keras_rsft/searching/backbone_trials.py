@@ -98,7 +98,7 @@ def best_heads(
 ) -> tuple[TrialOutcome, ...]:
     """Returns the best plain trial and the best one that rejects, as far as there are.
 
-    Of equally good ones it is the one that rejects less.
+    Ties go to the one that rejects less.
     """
     sign = 1.0 if OBJECTIVES[objective] == "max" else -1.0
     completed = [one for one in outcomes if one.status == COMPLETED]
