@@ -345,6 +345,17 @@ class TestGoesOn:
         choose(ANEW)  # Would be chosen now, and is not.
         assert_same_run(fit(tmp_path / "killed", changes=changes), whole)
 
+    @pytest.mark.slow
+    def test_on_accepted_samples_alone(self, fit, tmp_path, stop_at):
+        how = {"accepted_only": True, "epochs": 4, "learning_rate": 1e-4}
+        whole = fit(tmp_path / "whole", how=how)
+        stop_at(3)  # The head has two epochs, and the unfrozen layers count anew.
+        with pytest.raises(KeyboardInterrupt) as stop:
+            fit(tmp_path / "stopped", how=how)
+        assert "5 of 6 epochs are kept" in stop.value.__notes__[0]
+        assert (tmp_path / "stopped.unfinished" / "base_training.npz").exists()
+        assert_same_run(fit(tmp_path / "stopped", how=how), whole)
+
 
 class TestImageBatches:
     @pytest.mark.parametrize("any_order", [True, False])
