@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import types
 
+import keras
 import numpy as np
 import pytest
-from made_bases import network
+from made_bases import save_three_blocks
 
 from keras_rsft.finetuning import unfreezing
 from keras_rsft.finetuning.unfreezing import (
@@ -32,10 +33,11 @@ class Samples:
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
     """Chooses for 10 training and 5 validation images, with so many free bytes."""
+    base = keras.models.load_model(save_three_blocks(tmp_path / "three.keras"))
     features = types.SimpleNamespace(train=Samples(10), validation=Samples(5))
 
     def call(free, *, layers=1, dtype="float32", choice_file=None):
-        part = cut_backbone(network(), UnfreezeConfig(layers))
+        part = cut_backbone(base, UnfreezeConfig(layers))
         needed = 25 * int(np.prod(part.shape)) * np.dtype(dtype).itemsize
         disk = types.SimpleNamespace(free=free(needed))
         monkeypatch.setattr(unfreezing.shutil, "disk_usage", lambda folder: disk)
