@@ -48,6 +48,7 @@ _HOMES = {
     "TextSplit": "data",
     "TrainingBatches": "features",
     "TrainingSettings": "finetuning",
+    "UnfreezeConfig": "trainable_choice",
     "add_label_noise": "data",
     "apply_corrections": "data",
     "available_backbones": "backbones",

@@ -219,12 +219,12 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         methods = check_methods([name.strip() for name in methods.split(",")])
     numbers = policy_choice(arguments)
     _silence_native_libraries()
+    from keras_rsft._storage import check_new_folder
     from keras_rsft.cli_documents import comparison_document
     from keras_rsft.cli_output import output_of, print_comparison, print_data
     from keras_rsft.comparing import compare
     from keras_rsft.data.noise import parse_noise
     from keras_rsft.finetuning import NumberedFolder
-    from keras_rsft.finetuning.run_folder import check_new_folder
 
     settings = training_settings(arguments, numbers)
     if arguments.noise is not None:

@@ -109,9 +109,7 @@ def _rows(pilot: Pilot, settings: TrainingSettings, kind: str) -> list[tuple[str
         images = "kept from before"
     rows.append(("Pass of the base", images))
     training = f"{settings.epochs} epochs, {about(pilot.training_seconds)}"
-    if settings.stage2_epochs:
-        training += ", without the last block"
-    if settings.trainable_from is not None:
+    if settings.unfreeze is not None:
         training += ", without the base"
     rows.append(("Training", training))
     return rows

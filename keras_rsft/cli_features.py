@@ -77,7 +77,7 @@ def run_features(arguments: argparse.Namespace, cluster: Cluster) -> None:
     from keras_rsft.cli_documents import features_document
     from keras_rsft.cli_output import output_of, print_data
     from keras_rsft.features.extraction import default_cache_dir
-    from keras_rsft.finetuning.feature_source import keep_share, open_features
+    from keras_rsft.finetuning.features import keep_share, open_features
 
     folder = arguments.cache_dir or default_cache_dir()
     with output_of(arguments) as output:

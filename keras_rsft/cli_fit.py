@@ -86,11 +86,11 @@ def run_fit(arguments: argparse.Namespace, choice: PolicyChoice) -> None:
         arguments: The parsed command.
         choice: What `policy_choice` returned.
     """
+    from keras_rsft._storage import check_new_folder
     from keras_rsft.cli_documents import run_document
     from keras_rsft.cli_output import output_of, print_data, print_run
     from keras_rsft.finetuning import NumberedFolder, finetune
     from keras_rsft.finetuning.devices import open_devices
-    from keras_rsft.finetuning.run_folder import check_new_folder
     from keras_rsft.report import write_report
 
     _require_fit_for_workers(arguments)

@@ -29,8 +29,8 @@ from keras_rsft.policy_choice import (
     PolicyChoice,
     require_used,
 )
+from keras_rsft.trainable_choice import STAGE2
 
-STAGE2_EPOCHS = 3
 # A file system takes 255 bytes; before and after the name of the data comes more.
 _MAX_NAME_BYTES = 200
 
@@ -149,7 +149,7 @@ def add_policy_options(group: argparse._ArgumentGroup) -> None:
         "--stage2",
         action="store_true",
         help="then fine-tune the last block of the base on the accepted images, for "
-        f"{STAGE2_EPOCHS} epochs; kept where validation is no worse",
+        f"{STAGE2.epochs} epochs; kept where validation is no worse",
     )
 
 
@@ -336,7 +336,7 @@ def training_settings(
         optimizer=arguments.optimizer,
         weight_decay=arguments.weight_decay,
         seed=arguments.seed,
-        stage2_epochs=STAGE2_EPOCHS if getattr(arguments, "stage2", False) else 0,
+        unfreeze=STAGE2 if getattr(arguments, "stage2", False) else None,
     )
 
 

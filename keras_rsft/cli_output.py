@@ -206,14 +206,14 @@ def repeat_command(found: Search, data: str) -> str:
         "weight-decay": settings.weight_decay,
         "seed": settings.seed,
     }
-    if settings.trainable_from is not None:
+    if settings.unfreeze is not None:
         given |= {
-            "unfreeze": settings.trainable_from,
-            "base-epochs": settings.base_epochs,
-            "base-learning-rate": settings.base_rate,
+            "unfreeze": settings.unfreeze.layers,
+            "base-epochs": settings.unfreeze.epochs,
+            "base-learning-rate": settings.unfreeze_rate,
         }
     options = [f"--{name}={v}" for name, v in given.items() if v is not None]
-    if settings.trainable_from is not None and settings.train_batch_norm:
+    if settings.unfreeze is not None and settings.unfreeze.batch_norm:
         options.append("--train-batch-norm")
     return shlex.join(["keras-rsft", "fit", data, *options])
 

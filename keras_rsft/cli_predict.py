@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from keras_rsft.predict import Prediction
 
+from keras_rsft._storage import guarded_cell
 from keras_rsft.cli_options import add_output_options
 from keras_rsft.cli_texts import DEFAULT_TEXT_COLUMN
 from keras_rsft.export.places import check_exists
-from keras_rsft.result_folder import guarded_cell
 
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})

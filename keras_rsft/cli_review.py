@@ -10,9 +10,9 @@ import json
 import webbrowser
 from pathlib import Path
 
+from keras_rsft._storage import REPORT_FILE
 from keras_rsft.cli_options import add_output_options, parsed
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.run_files import REPORT_FILE
 
 
 def add_review(commands: argparse._SubParsersAction) -> None:

@@ -45,6 +45,7 @@ from keras_rsft.searching.names import (
     SearchOptions,
     part_in_search,
 )
+from keras_rsft.trainable_choice import UnfreezeConfig
 
 if TYPE_CHECKING:
     from keras_rsft.searching import SearchSpace
@@ -280,13 +281,14 @@ def run_search(arguments: argparse.Namespace, options: SearchOptions) -> None:
     from keras_rsft.searching.search_folder import next_search_folder
 
     space = search_space(arguments)
+    how = base_training_settings(
+        arguments, asked=bool(options.of_base), option="--trainable"
+    )
     settings = TrainingSettings(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
-        **base_training_settings(
-            arguments, asked=bool(options.of_base), option="--trainable"
-        ),
+        unfreeze=UnfreezeConfig(**how) if options.of_base else None,
     )
     with output_of(arguments) as output:
         data = load_corrected(arguments, noisy_splits=("train", "validation"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras_rsft.cli_options import positive_int
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.trainable_choice import TrainableFrom, parse_trainable
+from keras_rsft.trainable_choice import Unfreeze, UnfreezeConfig, parse_unfreeze
 
 BASE_EPOCHS = 5
 
@@ -58,10 +58,10 @@ def add_base_training_options(
     )
 
 
-def trainable_part(text: str) -> TrainableFrom:
+def trainable_part(text: str) -> Unfreeze:
     """Parses what `--unfreeze` is given."""
     try:
-        return parse_trainable(text)
+        return parse_unfreeze(text)
     except InvalidArgument as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -74,13 +74,20 @@ def unfreeze_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     asked = arguments.unfreeze is not None
     how = base_training_settings(arguments, asked=asked, option="--unfreeze")
-    return {"trainable_from": arguments.unfreeze, **how}
+    if not asked:
+        return {}
+    if getattr(arguments, "stage2", False):
+        raise InvalidArgument(
+            "`--stage2` and `--unfreeze` both train the base after the head. Give one "
+            "of them."
+        )
+    return {"unfreeze": UnfreezeConfig(arguments.unfreeze, **how)}
 
 
 def base_training_settings(
     arguments: argparse.Namespace, *, asked: bool, option: str
 ) -> dict[str, Any]:
-    """Returns what `TrainingSettings` is told about how the base learns.
+    """Returns what `UnfreezeConfig` is told beside the layers.
 
     Args:
         arguments: The parsed command.
@@ -102,7 +109,7 @@ def base_training_settings(
                 f"`{option}`."
             )
     return {
-        "base_epochs": arguments.base_epochs or BASE_EPOCHS,
-        "base_learning_rate": arguments.base_learning_rate,
-        "train_batch_norm": arguments.train_batch_norm,
+        "epochs": arguments.base_epochs or BASE_EPOCHS,
+        "learning_rate": arguments.base_learning_rate,
+        "batch_norm": arguments.train_batch_norm,
     }

@@ -16,7 +16,7 @@ from typing import Any
 from keras_rsft.errors import InvalidArgument
 
 CLUSTER_VARIABLE = "TF_CONFIG"
-# Who says nothing for so many seconds is given up.
+# Seconds without progress after which a worker is given up.
 DEFAULT_PATIENCE = 600.0
 _TASK_TYPES = ("chief", "worker")
 

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft._storage import CLASSES_FILE, MODEL_FILE
 from keras_rsft.backbones import text_tokens  # noqa: F401 -- Lets Keras load it.
 from keras_rsft.data.decode_many import decode_images
 from keras_rsft.data.folder import IMAGE_SUFFIXES
@@ -31,7 +32,6 @@ from keras_rsft.export.places import unusable_model
 from keras_rsft.export.runtimes import load_exported
 from keras_rsft.finetuning.run_folder import read_class_names
 from keras_rsft.model import RSFTModel
-from keras_rsft.run_files import CLASSES_FILE, MODEL_FILE
 
 BATCH_SIZE = 32
 

@@ -20,7 +20,7 @@ from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.examination import MIN_NOISE_RATE, Examination, examine_labels
 from keras_rsft.features import FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
-from keras_rsft.finetuning.feature_source import precision_for
+from keras_rsft.finetuning.features import precision_for
 from keras_rsft.intervals import NORMAL_QUANTILE
 
 DEFAULT_SAMPLE = 1000

@@ -7,6 +7,7 @@ did, and the images it rejected. TensorBoard is optional, and needed to write as
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft._storage import numbered
 from keras_rsft.data import ImageSplit, decode_image
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.ledger import RejectionLedger
@@ -185,11 +187,8 @@ def hparams_of(settings: Mapping[str, Any]) -> dict[str, bool | int | float | st
 
 def free_log_folder(root: str | os.PathLike, name: str) -> Path:
     """Returns `ROOT/NAME`, or the first of `ROOT/NAME-1`, ... that does not exist."""
-    folder, number = Path(root) / name, 0
-    while folder.exists():
-        number += 1
-        folder = Path(root) / f"{name}-{number}"
-    return folder
+    candidates = itertools.chain([Path(root) / name], numbered(root, name))
+    return next(folder for folder in candidates if not folder.exists())
 
 
 def require_tensorboard() -> None:

@@ -226,7 +226,7 @@ def whole_run(fit_photos, tmp_path_factory):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Has training stop after an epoch, once: politely, or killed."""
-    from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+    from keras_rsft.finetuning.resume import TrainingCheckpoint
 
     def stop_at(epoch, error=KeyboardInterrupt):
         end_epoch = TrainingCheckpoint.on_epoch_end

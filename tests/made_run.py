@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from keras_rsft import run_files
+from keras_rsft import _storage
+from keras_rsft._storage import write_csv, write_json
 from keras_rsft.ledger import (
     COLUMNS,
     HISTOGRAM_COLUMNS,
     Ledger,
     loss_histogram,
 )
-from keras_rsft.result_folder import write_csv, write_json
 
 HOSTILE_CLASSES = (
     "<script>document.title='class'</script>",
@@ -63,8 +63,8 @@ def made_run(
         rows += loss_histogram(losses, accepted, 2.5 if epoch > 1 else None).rows(epoch)
     scores = rng.gamma(0.3, 1.0, (count, len(classes))) + 1e-6
     ledger.note_probabilities(scores / scores.sum(axis=1, keepdims=True))
-    write_csv(folder / run_files.LEDGER_FILE, COLUMNS, ledger.rows(classes))
-    write_csv(folder / run_files.HISTOGRAMS_FILE, HISTOGRAM_COLUMNS, rows)
+    write_csv(folder / _storage.LEDGER_FILE, COLUMNS, ledger.rows(classes))
+    write_csv(folder / _storage.HISTOGRAMS_FILE, HISTOGRAM_COLUMNS, rows)
     _write_tables(folder, names, labels, classes, epochs)
     _write_thumbnails(folder, names, picture_side)
     _write_json(folder, classes)
@@ -73,7 +73,7 @@ def made_run(
 
 def _write_tables(folder, names, labels, classes, epochs):
     write_csv(
-        folder / run_files.SAMPLES_FILE,
+        folder / _storage.SAMPLES_FILE,
         ("id", "split", "given_label", "clean_label"),
         [
             *((i, "train", classes[k], "")
@@ -82,19 +82,19 @@ def _write_tables(folder, names, labels, classes, epochs):
         ],
     )  # fmt: skip
     write_csv(
-        folder / run_files.METRICS_FILE,
+        folder / _storage.METRICS_FILE,
         ("epoch", "acceptance_rate", "accuracy", "loss", "val_accuracy"),
         ((e, 0.7, 0.5 + 0.1 * e, 2.0 / e, 0.6) for e in range(1, epochs + 1)),
     )
     write_csv(
-        folder / run_files.ACCEPTANCE_FILE,
+        folder / _storage.ACCEPTANCE_FILE,
         ("epoch", *classes),
         ((e, *(0.9 - 0.1 * (k % 5) for k in range(len(classes))))
          for e in range(1, epochs + 1)),
     )  # fmt: skip
     different = next(n for n in range(1, len(labels)) if labels[n] != labels[0])
     write_csv(
-        folder / run_files.NEAR_DUPLICATES_FILE,
+        folder / _storage.NEAR_DUPLICATES_FILE,
         ("id", "other_id", "similarity"),
         [(str(names[0]), str(names[different]), "0.9500")],
     )
@@ -102,14 +102,14 @@ def _write_tables(folder, names, labels, classes, epochs):
 
 def _write_thumbnails(folder, names, side):
     rows, offset = [], 0
-    with (folder / run_files.THUMBNAILS_FILE).open("wb") as file:
+    with (folder / _storage.THUMBNAILS_FILE).open("wb") as file:
         for number, name in enumerate(names.tolist()):
             encoded = _jpeg(number % 256, side)
             file.write(encoded)
             rows.append((name, offset, len(encoded)))
             offset += len(encoded)
     header = ("id", "offset", "bytes")
-    write_csv(folder / run_files.THUMBNAILS_INDEX_FILE, header, rows)
+    write_csv(folder / _storage.THUMBNAILS_INDEX_FILE, header, rows)
 
 
 @functools.cache
@@ -123,9 +123,9 @@ def _jpeg(seed: int, side: int) -> bytes:
 
 
 def _write_json(folder, classes):
-    write_json(folder / run_files.CLASSES_FILE, list(classes))
+    write_json(folder / _storage.CLASSES_FILE, list(classes))
     write_json(
-        folder / run_files.CONFIG_FILE,
+        folder / _storage.CONFIG_FILE,
         {
             "command": "keras-rsft fit '<b>photos</b>' --epochs 3",
             "data": "<b>photos</b>",
@@ -147,4 +147,4 @@ def _write_json(folder, classes):
             "history": {"val_accuracy": [0.5, 0.5, 0.5]},
         },
     }
-    write_json(folder / run_files.RESULTS_FILE, results)
+    write_json(folder / _storage.RESULTS_FILE, results)

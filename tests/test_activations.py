@@ -1,58 +1,73 @@
-"""Activations are kept where they fit and reading them is faster."""
+"""Activations before unfrozen layers are cached where the disk has room."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
+import types
 
+import keras
+import numpy as np
 import pytest
+from made_bases import save_three_blocks
 
-from keras_rsft.finetuning.activations import (
-    ActivationChoice,
-    ActivationCosts,
-    choose_activations,
-    settled_choice,
+from keras_rsft.finetuning import unfreezing
+from keras_rsft.finetuning.unfreezing import (
+    BackboneSource,
+    cache_activations,
+    cut_backbone,
 )
-
-KEPT = ActivationChoice(True, "kept for the test")
-ANEW = ActivationChoice(False, "computed for the test")
+from keras_rsft.trainable_choice import UnfreezeConfig
 
 
-class TestChoice:
-    costs = ActivationCosts(
-        images=1000, image_bytes=10**6, free_bytes=10**10, front_seconds=0.02, epochs=5
-    )
+class Samples:
+    """As many as there are, with two augmentations each."""
 
-    def test_by_hand(self):
-        # 1 GB: 20 s for the pass and six times 2 s, against five times 20 s.
-        assert self.costs.seconds_kept == pytest.approx(32)
-        assert self.costs.seconds_anew == pytest.approx(100)
+    views = 2
 
-    @pytest.mark.parametrize(
-        ("changes", "keep", "reason"),
-        [
-            ({}, True, "1 GB .1e.03 kB an image., 10 GB are free; 5 epochs take about "
-             "32 s with them, 100 s without"),
-            ({"epochs": 1}, False, "computed anew in each epoch"),
-            ({"front_seconds": 0.002}, False, "14 s with them, 10 s without"),
-            ({"free_bytes": 2 * 10**9}, True, "kept"),
-            ({"free_bytes": 2 * 10**9 - 1}, False, "more than half"),
-            ({"front_is_preprocessing": True}, False, "images are decoded"),
-        ],
-    )  # fmt: skip
-    def test_what_is_faster_and_fits(self, changes, keep, reason):
-        choice = choose_activations(
-            dataclasses.replace(self.costs, **changes), cut="conv"
-        )
-        assert choice.keep == keep
-        assert "\n" not in choice.reason
-        assert "conv" in choice.reason
-        assert re.search(reason, choice.reason), choice.reason
+    def __init__(self, count):
+        self.count = count
 
-    def test_is_made_once(self, tmp_path):
-        path = tmp_path / "choice.json"
-        assert settled_choice(path, lambda: KEPT) == KEPT
-        assert settled_choice(path, lambda: ANEW) == KEPT
-        path.write_text("{")
-        assert settled_choice(path, lambda: ANEW) == ANEW
-        assert settled_choice(None, lambda: KEPT) == KEPT
+    def __len__(self):
+        return self.count
+
+
+@pytest.fixture
+def choose(tmp_path, monkeypatch):
+    """Chooses for 10 training and 5 validation images, with so many free bytes."""
+    base = keras.models.load_model(save_three_blocks(tmp_path / "three.keras"))
+    features = types.SimpleNamespace(train=Samples(10), validation=Samples(5))
+
+    def call(free, *, layers=1, dtype="float32", choice_file=None):
+        part = cut_backbone(base, UnfreezeConfig(layers))
+        needed = 25 * int(np.prod(part.shape)) * np.dtype(dtype).itemsize
+        disk = types.SimpleNamespace(free=free(needed))
+        monkeypatch.setattr(unfreezing.shutil, "disk_usage", lambda folder: disk)
+        notes = []
+        source = BackboneSource(None, None, dtype, tmp_path, False, notes.append)
+        return cache_activations(part, features, source, choice_file), notes
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_half_of_the_free_disk(choose, dtype):
+    cached, (note,) = choose(lambda needed: 2 * needed, dtype=dtype)
+    assert cached
+    assert "are cached" in note
+    cached, (note,) = choose(lambda needed: 2 * needed - 1, dtype=dtype)
+    assert not cached
+    assert "in each epoch" in note
+
+
+def test_nothing_where_nothing_frozen_is_before(choose):
+    cached, (note,) = choose(lambda needed: 10**12, layers="all")
+    assert not cached
+    assert "Nothing frozen" in note
+
+
+def test_is_chosen_once(choose, tmp_path):
+    path = tmp_path / "choice.json"
+    assert choose(lambda needed: 2 * needed, choice_file=path)[0]
+    assert choose(lambda needed: 0, choice_file=path) == (True, [])
+    path.write_text("{")
+    assert choose(lambda needed: 0, choice_file=path)[0] is False
+    assert choose(lambda needed: 2 * needed, choice_file=path)[0] is False

@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 
+from keras_rsft._storage import open_place
 from keras_rsft.comparing import Outcome, compare
 from keras_rsft.comparing import comparison as comparison_module
 from keras_rsft.data import load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import NumberedFolder, TrainingSettings
-from keras_rsft.finetuning.unfinished import open_place
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from made_images import SPLIT_NAMES, all_ids, named_labels
 
+from keras_rsft._storage import guarded_cell, plain_cell, read_csv, write_csv
 from keras_rsft.data import add_label_noise, apply_corrections, load_images
 from keras_rsft.data.corrections import Correction
 from keras_rsft.errors import DataError, InvalidArgument
@@ -24,7 +25,6 @@ from keras_rsft.finetuning import TrainingSettings, finetune
 from keras_rsft.ledger import Ledger
 from keras_rsft.policies import AcceptReviewed, LossMixture, LossThreshold
 from keras_rsft.policy_choice import PolicyChoice
-from keras_rsft.result_folder import guarded_cell, plain_cell, read_csv, write_csv
 
 HEADER = "id,given_label,decision,new_label"
 

@@ -12,10 +12,10 @@ import keras
 import numpy as np
 import pytest
 
+from keras_rsft._storage import write_new_file
 from keras_rsft.backbones import build_classifier, build_head, load_backbone
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import export_litert, export_onnx, export_saved_model
-from keras_rsft.export.places import write_new_file
 from keras_rsft.export.runtimes import load_exported
 
 NAMES = ("blue", "green", "réd")

@@ -14,6 +14,7 @@ from keras_rsft.export.runtimes import load_exported
 from keras_rsft.finetuning import TrainingSettings, finetune
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.predict import predict_files
+from keras_rsft.trainable_choice import STAGE2
 
 SETTINGS = TrainingSettings(
     policy=PolicyChoice("accept-all"), epochs=3, learning_rate=0.05
@@ -125,6 +126,6 @@ def test_a_fixed_number_of_images_is_not_joined(tmp_path):
 
 
 def test_stage_two_is_refused_before_the_work(photo_folder):
-    settings = TrainingSettings(stage2_epochs=1)
+    settings = TrainingSettings(unfreeze=STAGE2)
     with pytest.raises(InvalidArgument, match="no Keras layers"):
         finetune(photo_folder, backbone="onnx:missing.onnx@0:1", settings=settings)

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 DRIVER = textwrap.dedent("""
     import importlib, os, signal, sys
     from keras_rsft import cli
-    from keras_rsft.finetuning import checkpoint
+    from keras_rsft.finetuning import resume
 
-    checkpoint.TIMES_ITS_COST = 0.0
-    checkpoint.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
+    resume.TIMES_ITS_COST = 0.0
+    resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
     place, count = sys.argv[1], int(sys.argv[2])
     if place != "-":
         module, name = place.split(":")
@@ -45,7 +45,7 @@ DRIVER = textwrap.dedent("""
 """)
 MOMENTS = {
     "between features and their index": ("keras_rsft.features.feature_pass:_append", 4),
-    "the second epoch": ("keras_rsft.finetuning.checkpoint:write_state", 2),
+    "the second epoch": ("keras_rsft.finetuning.resume:write_state", 2),
     "a state on its way to the disk": ("os:replace", 2),
     "writing the run": ("keras_rsft.finetuning.run_folder:write_csv", 2),
 }

@@ -13,13 +13,13 @@ from keras_rsft.backbones import load_backbone
 from keras_rsft.data import apply_corrections, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings, pilot, run_pilot
+from keras_rsft.finetuning.features import extract_all
 from keras_rsft.finetuning.pilot import (
     _cross_tried,
     paired_gain,
     share_interval,
     verdict,
 )
-from keras_rsft.finetuning.split_features import extract_all
 from keras_rsft.intervals import paired_share_interval
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.result_words import about

@@ -103,7 +103,7 @@ def test_a_run_read_back(fit, tmp_path, photo_folder):
 
 
 def test_a_run_that_was_stopped_goes_on_in_its_log_folder(fit, tmp_path, monkeypatch):
-    from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
+    from keras_rsft.finetuning.resume import TrainingCheckpoint
 
     end_epoch = TrainingCheckpoint.on_epoch_end
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
+from keras_rsft._storage import plain_cell
 from keras_rsft.report import gallery, write_report
 from keras_rsft.report.run_record import read_run
 from keras_rsft.report.server import ReviewServer
-from keras_rsft.result_folder import plain_cell
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 

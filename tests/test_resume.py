@@ -8,8 +8,8 @@ from same_run import assert_same_run
 
 from keras_rsft.data import apply_corrections
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import checkpoint
-from keras_rsft.finetuning.checkpoint import TrainingCheckpoint, read_state
+from keras_rsft.finetuning import resume
+from keras_rsft.finetuning.resume import TrainingCheckpoint, read_state
 from keras_rsft.policy_choice import PolicyChoice
 
 EPOCHS = 5
@@ -184,7 +184,7 @@ class TestGoesOn:
     def test_killed_it_goes_on_from_the_last_state_on_disk(
         self, fit_photos, whole_run, tmp_path, stop_at, monkeypatch
     ):
-        monkeypatch.setattr(checkpoint, "TIMES_ITS_COST", 0.0)
+        monkeypatch.setattr(resume, "TIMES_ITS_COST", 0.0)
         monkeypatch.setitem(
             TrainingCheckpoint.__init__.__kwdefaults__, "seconds_between", 0.0
         )
@@ -201,7 +201,7 @@ class TestGoesOn:
         def write(*_):
             raise AssertionError("Written after less than ten seconds.")
 
-        monkeypatch.setattr(checkpoint, "write_state", write)
+        monkeypatch.setattr(resume, "write_state", write)
         fit_photos(tmp_path / "run")
 
     def test_a_damaged_state_is_not_read(self, fit_photos, tmp_path, stop_at):
@@ -224,13 +224,13 @@ class TestGoesOn:
         path = tmp_path / "run.unfinished" / "training.npz"
         state = read_state(path)
         state.belongs_to["features"] = ["of", "another base"]
-        checkpoint.write_state(path, state)
+        resume.write_state(path, state)
         losses = []
         note = keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: losses.append(epoch)
         )
         monkeypatch.setattr(
-            "keras_rsft.finetuning.callback_memory.options_of", lambda callback: "none"
+            "keras_rsft.finetuning.resume.options_of", lambda callback: "none"
         )
         with pytest.raises(InvalidArgument, match="with other callbacks"):
             fit_photos(tmp_path / "run", callbacks=[note])

@@ -13,20 +13,18 @@ import pytest
 from made_bases import changed_layers, network, save_three_blocks
 
 from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.trainable_part import trainable_part
 from keras_rsft.cli_output import repeat_command
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings
-from keras_rsft.finetuning.activations import ActivationChoice
-from keras_rsft.finetuning.callback_memory import memory_of
-from keras_rsft.finetuning.training_clock import TrainingClock
+from keras_rsft.finetuning.resume import TrainingClock, memory_of
 from keras_rsft.predict import predict_files
 from keras_rsft.report import write_report
-from keras_rsft.searching import SearchSpace, base_trials, search, search_run
+from keras_rsft.searching import SearchSpace, backbone_trials, search, search_run
 from keras_rsft.searching import trials as trials_module
 from keras_rsft.searching.choice import Choice
+from keras_rsft.trainable_choice import UnfreezeConfig
 
-SETTINGS = TrainingSettings(epochs=3, batch_size=8, base_epochs=2)
+SETTINGS = TrainingSettings(epochs=3, batch_size=8, unfreeze=UnfreezeConfig(epochs=2))
 SPACE = SearchSpace(
     learning_rate=(0.03, 0.1), policies=("accept-all", "keep-fraction"),
     keep_fraction=(0.6, 0.8), warmup_epochs=(0, 0), optimizers=("sgd",),
@@ -64,24 +62,22 @@ def run(noisy_photos, base_file, tmp_path_factory):
 def patched():
     """Changes what this module's fixtures call, for as long as they are made."""
     with pytest.MonkeyPatch.context() as patch:
-        kept = ActivationChoice(True, "kept for the test")
-        patch.setattr(base_trials, "measured_choice", lambda *a, **k: kept)
         yield patch
 
 
 @pytest.fixture(scope="module")
 def counted(patched):
     """Trainings of the base by trial, of which one can be killed before it begins."""
-    called, train_base = [], base_trials.train_base
+    called, train_unfrozen = [], backbone_trials.train_unfrozen
 
     def counting(part, trained, *arguments, **options):
         called.append(trained.model.policy.name)
         if len(called) == counting.dies_at:
             raise Killed
-        return train_base(part, trained, *arguments, **options)
+        return train_unfrozen(part, trained, *arguments, **options)
 
     counting.dies_at, counting.called = None, called
-    patched.setattr(base_trials, "train_base", counting)
+    patched.setattr(backbone_trials, "train_unfrozen", counting)
     return counting
 
 
@@ -115,12 +111,13 @@ def of_base(found):
 def test_it_goes_on_with_what_is_not_there(stopped):
     _, notes, trainings = stopped
     assert trainings == 1
-    assert notes[0].startswith("The base learns: the last block from 2 heads, ")
+    assert notes[0] == "The base learns: the last block from 2 heads, 4 epochs in all."
     assert notes[1].endswith("(accept-all), 1 of 2.")
-    assert notes[2].endswith("(keep-fraction), 2 of 2.")
-    assert notes[3].startswith("The base learns: the last block from 1 head, ")
-    assert notes[4].endswith("(keep-fraction), 1 of 1.")
-    assert len(notes) == 5
+    assert "are cached: " in notes[2]
+    assert notes[3].endswith("(keep-fraction), 2 of 2.")
+    assert notes[4] == "The base learns: the last block from 1 head, 2 epochs in all."
+    assert notes[5].endswith("(keep-fraction), 1 of 1.")
+    assert len(notes) == 6
 
 
 @pytest.mark.slow
@@ -234,7 +231,7 @@ def test_the_folder_has_the_chosen_model(tuned, photo_folder):
     assert tuned.results["plain"]["trial"] != name
     command = shlex.split(repeat_command(tuned, "photos"))
     assert "--unfreeze=1" in command
-    assert f"--base-epochs={tuned.settings.base_epochs}" in command
+    assert f"--base-epochs={tuned.settings.unfreeze.epochs}" in command
 
 
 @pytest.mark.slow
@@ -298,7 +295,7 @@ class TestRefused:
         def fail(*_, **__):
             raise AssertionError("The base was run.")
 
-        monkeypatch.setattr("keras_rsft.finetuning.feature_source.extract_all", fail)
+        monkeypatch.setattr("keras_rsft.finetuning.features.extract_all", fail)
 
     @pytest.mark.parametrize("base", ["onnx:some.onnx@imagenet", "savedmodel:some@0:1"])
     def test_a_base_without_keras_layers(self, run, base, tmp_path):
@@ -324,28 +321,12 @@ class TestRefused:
 
 
 def test_a_last_block_that_is_all_there_is():
-    from keras_rsft.searching.base_search import learnable
+    from keras_rsft.searching.backbone_trials import learnable
 
     base, names = network(), ("frozen", "last-block", "all")
     assert learnable(base, names, SETTINGS) == ("frozen", "last-block")
     assert learnable(base, ("frozen", "all"), SETTINGS) == ("frozen", "all")
     assert learnable(base, ("frozen",), SETTINGS) == ("frozen",)
-
-
-@pytest.mark.slow
-def test_the_time_is_measured(found, base_file):
-    from keras_rsft.finetuning.base_time import measured_time
-
-    source, features = found.base_tuner._source, found.base_tuner._features
-    times = [
-        measured_time(
-            trainable_part(load_backbone(str(base_file)), 1), source.data, features,
-            SETTINGS, keep_activations=keep,
-        )
-        for keep in (True, False)
-    ]  # fmt: skip
-    assert times[0].pass_seconds > times[1].pass_seconds == 0.0
-    assert all(one.training_seconds > 0 for one in times)
 
 
 def test_a_clock_remembers_seconds_alone():
@@ -378,7 +359,7 @@ class TestCommandLine:
         rows = document["results"]["strategies"]
         assert [row["trainable"] for row in rows] == ["frozen", "last-block"]
         settings = json.loads((tmp_path / "run" / "search.json").read_text())
-        assert settings["settings"]["base_epochs"] == 1
+        assert settings["settings"]["unfreeze"]["epochs"] == 1
         assert "The base learns: the last block from 1 head" in err
         assert "How much of the base to train" in err
         assert call("review", "run", "--no-browser")[0] == 0

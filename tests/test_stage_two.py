@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from made_images import png, write
 
 from keras_rsft.backbones import build_head, load_backbone
 from keras_rsft.backbones.last_block import last_block, leaf_layers
 from keras_rsft.cli import main
 from keras_rsft.data import add_label_noise, load_images
-from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
+from keras_rsft.errors import DataError, TrainingStalled
 from keras_rsft.features import FrozenBase, extract_features
-from keras_rsft.finetuning import (
-    TrainingSettings,
-    better_model,
-    feature_source,
-    finetune,
-    stage_two,
+from keras_rsft.finetuning import SplitFeatures, TrainingSettings, finetune, unfreezing
+from keras_rsft.finetuning import features as features_module
+from keras_rsft.finetuning.unfreezing import (
+    BackboneSource,
+    accuracy_on_images,
+    begun_from,
 )
-from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
+from keras_rsft.model import RSFTModel
+from keras_rsft.policies import AcceptAll
 from keras_rsft.predict import predict_files
+from keras_rsft.trainable_choice import STAGE2
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,27 @@ def accepted(kept):
 @pytest.fixture(scope="module")
 def tune(base, head, split, kept, accepted):
     def run(**changes):
-        given = {"split": split, "kept": kept, "accepted": accepted} | changes
-        options = {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "seed": 0}
-        options |= {name: given.pop(name) for name in options if name in given}
-        return fine_tune_last_block(base, head, **given, **options, progress=False)
+        given = {"split": split, "kept": kept, "accepted": accepted, "head": head}
+        given |= {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "seed": 0}
+        given |= changes
+        how = dataclasses.replace(
+            STAGE2, epochs=given["epochs"], learning_rate=given["learning_rate"]
+        )
+        settings = TrainingSettings(
+            batch_size=given["batch_size"], seed=given["seed"], unfreeze=how
+        )
+        nothing = given["split"].take(np.zeros(0, np.int64))
+        data = types.SimpleNamespace(train=given["split"], validation=nothing)
+        source = BackboneSource(
+            data, lambda: base, "float32", kept.path.parent.parent, False, print
+        )
+        empty = given["kept"].take(np.zeros(0, np.int64))
+        features = SplitFeatures(given["kept"], empty, empty, ("a", "b", "c"))
+        model = RSFTModel(given["head"], AcceptAll())
+        trained = dataclasses.replace(
+            begun_from(model, features), accepted=given["accepted"]
+        )
+        return unfreezing.tune(base, source, features, trained, settings)[0]
 
     return run
 
@@ -111,13 +130,11 @@ class TestWhatChanges:
         assert not any(v.trainable for v in base.variables)
         assert len(head.trainable_variables) == 2
 
-    def test_a_huge_gradient_is_clipped(self, base, split, kept, accepted):
+    def test_a_huge_gradient_is_clipped(self, tune, base):
         # Features scaled up a thousand times: so are the gradients.
         head = build_head(6, 3, moments=(np.zeros(6), np.full(6, 1e-6)), seed=1)
         one_step = {"epochs": 1, "batch_size": 100, "learning_rate": 1.0}
-        tuned = fine_tune_last_block(
-            base, head, split, kept, accepted, **one_step, progress=False
-        )
+        tuned = tune(head=head, **one_step)
         before = [*base.get_weights(), *head.get_weights()]
         moved = [
             np.sum(np.square(after - start))
@@ -153,48 +170,17 @@ class TestWhatItLearnsFrom:
         again = tune(split=split.with_labels(other), kept=kept.with_labels(other))
         assert not any(changed(tuned.get_weights(), again.get_weights()))
 
-    def test_labels_of_accepted_samples_do(self, tune, tuned, kept, accepted):
+    def test_labels_of_accepted_samples_do(self, tune, tuned, split, kept, accepted):
         other = kept.labels.copy()
         other[np.flatnonzero(accepted)[0]] = (
             other[np.flatnonzero(accepted)[0]] + 1
         ) % 3
-        again = tune(kept=kept.with_labels(other))
+        again = tune(split=split.with_labels(other), kept=kept.with_labels(other))
         assert any(changed(tuned.get_weights(), again.get_weights()))
 
     def test_the_seed_decides_the_order_and_repeats_it(self, tune, tuned):
         assert not any(changed(tuned.get_weights(), tune().get_weights()))
         assert any(changed(tuned.get_weights(), tune(seed=1).get_weights()))
-
-    def test_parts_that_fit_into_memory_hold_every_sample_once(
-        self, split, kept, accepted, monkeypatch
-    ):
-        monkeypatch.setattr(stage_two, "_SHUFFLED_BYTES", 5 * 16 * 16 * 3 * 4)
-        positions = np.flatnonzero(accepted)
-        labels = np.arange(100, 100 + len(positions))
-        rng = np.random.default_rng(0)
-        rows = list(stage_two._shuffled(split, positions, labels, (16, 16), rng))
-        seen = [int(label) for _, label in rows]
-        assert sorted(seen) == labels.tolist() != seen
-        plain = [image.numpy() for _, image in split.images(16)]
-        for image, label in rows:
-            np.testing.assert_array_equal(image, plain[positions[int(label) - 100]])
-
-    def test_unreadable_images_are_joined_by_id(self, tmp_path):
-        for number in range(4):
-            write(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png", png(number))
-        (tmp_path / "photos" / "a" / "1.png").write_bytes(b"broken")
-        data = load_images(
-            str(tmp_path / "photos"), validation_fraction=0.1, test_fraction=0.1
-        )
-        whole = data.train
-        readable = np.array([not one.endswith("a/1.png") for one in whole.ids])
-        kept = dataclasses.replace(
-            _features_of(whole), ids=whole.ids[readable], labels=whole.labels[readable]
-        )
-        accepted = np.ones(len(kept), bool)
-        positions, labels = stage_two._accepted_samples(whole, kept, accepted)
-        np.testing.assert_array_equal(positions, np.flatnonzero(readable))
-        np.testing.assert_array_equal(labels, whole.labels[readable])
 
 
 def _features_of(split):
@@ -208,24 +194,10 @@ class TestRefused:
         with pytest.raises(TrainingStalled, match="--stage2"):
             tune(accepted=np.zeros_like(accepted))
 
-    @pytest.mark.parametrize("name", ["epochs", "batch_size"])
-    def test_numbers(self, tune, name):
-        with pytest.raises(InvalidArgument, match=name):
-            tune(**{name: 0})
-
-    def test_another_shape_or_type(self, tune, accepted):
-        for wrong in (accepted[1:], accepted.astype(int)):
-            with pytest.raises(InvalidArgument, match="booleans"):
-                tune(accepted=wrong)
-
     def test_features_of_other_images(self, tune, kept):
         other = dataclasses.replace(kept, ids=np.char.add("x", kept.ids))
         with pytest.raises(DataError, match="not in it"):
             tune(kept=other)
-
-    def test_negative_epochs_in_the_settings(self):
-        with pytest.raises(InvalidArgument, match="stage2_epochs"):
-            TrainingSettings(stage2_epochs=-1)
 
 
 class TestTheModel:
@@ -261,7 +233,7 @@ class TestRun:
     def fit(self, photo_folder, tiny_base_file, tmp_path):
         def call(**changes):
             settings = TrainingSettings(
-                epochs=4, batch_size=8, learning_rate=0.05, stage2_epochs=1
+                epochs=4, batch_size=8, learning_rate=0.05, unfreeze=STAGE2
             )
             data = load_images(str(photo_folder), **changes)
             return finetune(
@@ -282,7 +254,7 @@ class TestRun:
         assert 0 <= results["stage2_validation_accuracy"] <= 1
         assert 0 <= results["stage2_test_accuracy"] <= 1
         config = json.loads((done.folder / "config.json").read_text())
-        assert config["stage2_epochs"] == 1
+        assert config["unfreeze"]["accepted_only"]
         (prediction,) = predict_files(done.folder, [photo_folder / "green" / "05.png"])
         assert prediction.label in ("blue", "green", "red")
 
@@ -294,7 +266,7 @@ class TestRun:
             same = np.array_equal(model.get_weights()[0], tiny_base.get_weights()[0])
             return 0.5 if same else tuned_is
 
-        monkeypatch.setattr(better_model, "accuracy_on_images", accuracy)
+        monkeypatch.setattr(unfreezing, "accuracy_on_images", accuracy)
         done = fit()
         results = done.results
         assert results["stage2_kept"] == kept
@@ -310,18 +282,18 @@ class TestRun:
     def test_without_validation_the_head_stays(self, fit, monkeypatch, tiny_base):
         measured = []
         monkeypatch.setattr(
-            better_model,
+            unfreezing,
             "accuracy_on_images",
             lambda model, split: measured.append(split.name) or 1.0,
         )
-        untouched = feature_source.extract_all
+        untouched = features_module.extract_all
 
         def without_validation(base, data, **options):
             features = untouched(base, data, **options)
             empty = _features_of(data.validation.take(np.zeros(0, np.int64)))
             return dataclasses.replace(features, validation=empty)
 
-        monkeypatch.setattr(feature_source, "extract_all", without_validation)
+        monkeypatch.setattr(features_module, "extract_all", without_validation)
         results = fit().results
         assert measured == ["test"]
         assert results["stage2_kept"] == 0.0

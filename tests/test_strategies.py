@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning.base_time import BaseTime
 from keras_rsft.result_words import strategy_texts
-from keras_rsft.searching.choice import TrialOutcome
-from keras_rsft.searching.names import SearchOptions
-from keras_rsft.searching.strategies import (
+from keras_rsft.searching.backbone_trials import (
     base_learning_rate,
     best_heads,
     planned_trials,
     strategy_rows,
 )
+from keras_rsft.searching.choice import TrialOutcome
+from keras_rsft.searching.names import SearchOptions
 
 
 def head(name, accuracy, acceptance, *, loss=1.0, policy="keep-fraction"):
@@ -101,11 +99,6 @@ def test_names_in_any_order_and_the_frozen_base_among_them():
         SearchOptions(trainable=("frozen", "last_block"))
 
 
-def test_the_pass_is_shared_by_all_trainings_of_a_part():
-    assert BaseTime(10.0, 3.0).seconds(2) == 16.0
-    assert BaseTime(10.0, 3.0).seconds(0) == 0.0
-
-
 @pytest.fixture(scope="module")
 def rows():
     metrics = {
@@ -131,19 +124,25 @@ def rows():
 
 class TestRows:
     def test_from_the_cheapest_on_and_the_choice_among_them(self, rows):
-        assert [row.trial for row in rows] == ["b", "c", "d", "last-block-c", "all-c"]
-        assert [row.chosen for row in rows] == [False, False, True, False, False]
-        assert [row.rejects for row in rows] == [False, True, True, True, True]
+        assert [row["trial"] for row in rows] == [
+            "b",
+            "c",
+            "d",
+            "last-block-c",
+            "all-c",
+        ]
+        assert [row["chosen"] for row in rows] == [False, False, True, False, False]
+        assert [row["rejects"] for row in rows] == [False, True, True, True, True]
 
     def test_numbers(self, rows):
         frozen, last_block, failed = rows[0], rows[3], rows[4]
-        assert frozen.standard_error == pytest.approx(math.sqrt(0.25 / 104))
-        assert (frozen.seconds, frozen.trainable_weights) == (0.25, 30)
-        assert (last_block.seconds, last_block.trainable_weights) == (64.0, 1234)
-        assert failed.validation_accuracy is failed.seconds is None
+        assert frozen["standard_error"] == pytest.approx(math.sqrt(0.25 / 104))
+        assert (frozen["seconds"], frozen["trainable_weights"]) == (0.25, 30)
+        assert (last_block["seconds"], last_block["trainable_weights"]) == (64.0, 1234)
+        assert failed["validation_accuracy"] is failed["seconds"] is None
 
     def test_words(self, rows):
-        texts = [strategy_texts(dataclasses.asdict(row)) for row in rows]
+        texts = [strategy_texts(row) for row in rows]
         assert texts[2] == [
             "frozen", "keep-fraction", "75.0 ± 4.3", "90.0 %", "0.2 s", "30", "chosen",
         ]  # fmt: skip

@@ -10,7 +10,7 @@ from keras_rsft.backbones import load_backbone
 from keras_rsft.backbones.last_block import block_starts, leaf_layers
 from keras_rsft.backbones.trainable_part import trainable_part
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.trainable_choice import checked_trainable, parse_trainable
+from keras_rsft.trainable_choice import checked_unfreeze, parse_unfreeze
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def names(layers):
 
 class TestWhatLearns:
     @pytest.mark.parametrize(
-        ("trainable_from", "learning", "cut"),
+        ("unfreeze", "learning", "cut"),
         [
             (1, ["block2_conv", "block2_project"], "block2_conv"),
             ("all", ["stem", "block1_conv", "block1_project", "block2_conv",
@@ -47,11 +47,11 @@ class TestWhatLearns:
             ("block1_conv", ["block1_conv"], "block1_conv"),
         ],
     )  # fmt: skip
-    def test_blocks_and_names(self, residual, trainable_from, learning, cut):
-        part = trainable_part(residual, trainable_from)
+    def test_blocks_and_names(self, residual, unfreeze, learning, cut):
+        part = trainable_part(residual, unfreeze)
         assert names(part.layers) == learning
         assert part.cut == cut
-        assert part.front_is_preprocessing == (trainable_from == "all")
+        assert part.front_is_preprocessing == (unfreeze == "all")
         learnt = {v.path.split("/")[-2] for v in part.rest.trainable_variables}
         assert learnt == set(learning)
         assert not part.front.trainable_variables
@@ -76,7 +76,7 @@ class TestWhatLearns:
 
 class TestRefuses:
     @pytest.mark.parametrize(
-        ("trainable_from", "message"),
+        ("unfreeze", "message"),
         [
             (3, "has 2 blocks. Received: 3"),
             (("block2_con",), "Near it: block2_conv"),
@@ -87,9 +87,9 @@ class TestRefuses:
             (True, "at least 1"),
         ],
     )
-    def test_what_the_base_has_not(self, residual, trainable_from, message):
+    def test_what_the_base_has_not(self, residual, unfreeze, message):
         with pytest.raises(InvalidArgument, match=message):
-            trainable_part(residual, trainable_from)
+            trainable_part(residual, unfreeze)
 
     def test_a_base_without_layers_to_train(self):
         images = keras.Input((4, 4, 3))
@@ -99,15 +99,15 @@ class TestRefuses:
 
 
 def test_what_is_asked_for_in_words():
-    assert parse_trainable("2") == 2
-    assert parse_trainable(" ALL ") == "all"
-    assert parse_trainable("conv5_block3_1_conv, head") == (
+    assert parse_unfreeze("2") == 2
+    assert parse_unfreeze(" ALL ") == "all"
+    assert parse_unfreeze("conv5_block3_1_conv, head") == (
         "conv5_block3_1_conv", "head",
     )  # fmt: skip
-    assert checked_trainable(["a", "b"]) == ("a", "b")
+    assert checked_unfreeze(["a", "b"]) == ("a", "b")
     for wrong in ("0", "-1", "", "a,,b"):
         with pytest.raises(InvalidArgument, match="at least 1"):
-            parse_trainable(wrong)
+            parse_unfreeze(wrong)
 
 
 APPLICATIONS = {

@@ -14,8 +14,8 @@ from same_run import assert_same_run
 from keras_rsft.cli_options import data_name
 from keras_rsft.data import add_label_noise
 from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import NumberedFolder, checkpoint, run_folder
-from keras_rsft.finetuning.checkpoint import read_state
+from keras_rsft.finetuning import NumberedFolder, resume, run_folder
+from keras_rsft.finetuning.resume import read_state
 from keras_rsft.policy_choice import PolicyChoice
 
 EPOCHS = 5
@@ -156,7 +156,7 @@ class TestFullDisk:
 
         stop_at(4)
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, "write_state", half)
+            patched.setattr(resume, "write_state", half)
             with pytest.raises(KeyboardInterrupt):
                 fit_photos(tmp_path / "run")
         assert path.read_bytes() == before

@@ -12,28 +12,30 @@ import pytest
 from made_bases import changed_layers, save_three_blocks
 from same_run import assert_same_run
 
-from keras_rsft.backbones.trainable_part import trainable_part
 from keras_rsft.data.readers import FileReader
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.features.image_batches import ImageBatches
 from keras_rsft.finetuning import (
     TrainingSettings,
-    better_model,
-    checkpoint,
     finetune,
+    resume,
     train_head,
-    tuned_run,
+    unfreezing,
 )
-from keras_rsft.finetuning.activations import ActivationChoice
-from keras_rsft.finetuning.base_training import train_base
-from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
-from keras_rsft.finetuning.feature_source import open_features
+from keras_rsft.finetuning.features import open_features
+from keras_rsft.finetuning.resume import TrainingCheckpoint
+from keras_rsft.finetuning.unfreezing import (
+    BackboneSource,
+    cut_backbone,
+    train_unfrozen,
+)
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.predict import predict_files
+from keras_rsft.trainable_choice import UnfreezeConfig
 
 HEAD_EPOCHS, BASE_EPOCHS = 2, 2
-KEPT = ActivationChoice(True, "kept for the test")
-ANEW = ActivationChoice(False, "computed for the test")
+# Shares of the free disk that activations may take.
+CACHED, ANEW = 1.0, 0.0
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,7 @@ def settings():
         epochs=HEAD_EPOCHS,
         batch_size=8,
         learning_rate=0.05,
-        trainable_from=1,
-        base_epochs=BASE_EPOCHS,
+        unfreeze=UnfreezeConfig(1, epochs=BASE_EPOCHS),
     )
 
 
@@ -67,18 +68,27 @@ def source(noisy_photos, base_file, tmp_path_factory):
 def train(source, settings):
     """Trains a head and then the part, from kept activations or from images."""
 
+    backbone = BackboneSource(
+        source.data, source.float32_base, "float32",
+        source.features.train.path.parent.parent, False, print,
+    )  # fmt: skip
+
     @functools.cache
-    def run(*, keep=True, **changes):
-        how = dataclasses.replace(settings, **changes)
-        trained = train_head(source.features, how, progress=False)
-        part = trainable_part(
-            source.base, how.trainable_from, train_batch_norm=how.train_batch_norm
-        )
-        tuned = train_base(
-            part, trained, source.data, source.features, how, keep_activations=keep,
-            cache_dir=source.features.train.path.parent.parent, progress=False,
+    def run(
+        *, keep=True, optimizer="sgd", learning_rate=0.05, base_rate=None, **changes
+    ):
+        how = dataclasses.replace(
+            settings, optimizer=optimizer, learning_rate=learning_rate,
+            unfreeze=dataclasses.replace(
+                settings.unfreeze, learning_rate=base_rate, **changes
+            ),
         )  # fmt: skip
-        return part, trained, tuned
+        trained = train_head(source.features, how, progress=False)
+        part = cut_backbone(source.base, how.unfreeze)
+        classifier, whole = train_unfrozen(
+            part, trained, backbone, source.features, how, cached=keep
+        )
+        return part, trained, (classifier, whole)
 
     return run
 
@@ -89,6 +99,9 @@ def fit(noisy_photos, base_file, settings, tmp_path_factory):
 
     def run(output, **options):
         changes = options.pop("changes", {})
+        if how := options.pop("how", None):
+            how = dataclasses.replace(settings.unfreeze, **how)
+            changes = changes | {"unfreeze": how}
         return finetune(
             noisy_photos, backbone=str(base_file), output=output, cache_dir=cache,
             settings=dataclasses.replace(settings, **changes), with_plain=False,
@@ -103,14 +116,14 @@ def choose(monkeypatch):
     """Has a run keep activations, or not."""
 
     def chosen(choice):
-        monkeypatch.setattr(tuned_run, "measured_choice", lambda *a, **k: choice)
+        monkeypatch.setattr(unfreezing, "LARGEST_SHARE_OF_DISK", choice)
 
     return chosen
 
 
 class TestWhatLearns:
     @pytest.mark.parametrize(
-        ("trainable_from", "expected"),
+        ("layers", "expected"),
         [
             (1, {"block3_conv"}),
             (2, {"block2_conv", "block3_conv"}),
@@ -122,19 +135,19 @@ class TestWhatLearns:
             ),
         ],
     )
-    def test_the_chosen_layers_alone(self, train, source, trainable_from, expected):
-        changes = {"trainable_from": trainable_from, "keep": trainable_from != "all"}
-        if trainable_from == 2:
+    def test_the_chosen_layers_alone(self, train, source, layers, expected):
+        changes = {"layers": layers, "keep": layers != "all"}
+        if layers == 2:
             changes |= {"optimizer": "adam", "learning_rate": 0.01}
         part, trained, tuned = train(**changes)
         assert changed_layers(source.base, part.base) == expected
-        own_base, own_head = tuned.classifier.layers[1:]
+        own_base, own_head = tuned[0].layers[1:]
         assert own_base is part.base
         assert changed_layers(trained.model.model, own_head) == {"scores"}
         assert not any(v.trainable for v in own_base.variables)
 
     def test_batch_norm_where_it_is_asked_for(self, train, source):
-        part, _, _ = train(train_batch_norm=True, base_epochs=1)
+        part, _, _ = train(batch_norm=True, epochs=1)
         assert changed_layers(source.base, part.base) == {"block3_conv", "block3_bn"}
         norm = part.base.get_layer(part.base.layers[1].name).get_layer("block3_bn")
         assert not np.allclose(norm.moving_mean.numpy(), 0.1)
@@ -142,12 +155,12 @@ class TestWhatLearns:
     @pytest.mark.slow
     def test_a_slow_base_moves_less_and_the_head_as_before(self, train, source):
         def movement(rate):
-            part, trained, tuned = train(base_learning_rate=rate, base_epochs=1)
+            part, trained, tuned = train(epochs=1, base_rate=rate)
             own, given = part.base.get_weights(), source.base.get_weights()
             base = sum(
                 np.abs(one - other).sum() for one, other in zip(own, given, strict=True)
             )
-            head = tuned.classifier.layers[2].get_weights()
+            head = tuned[0].layers[2].get_weights()
             before = trained.model.model.get_weights()
             return base, np.abs(head[-1] - before[-1]).sum()
 
@@ -157,22 +170,22 @@ class TestWhatLearns:
 
     @pytest.mark.slow
     def test_from_images_as_from_kept_activations(self, train):
-        changes = {"trainable_from": 2, "optimizer": "adam", "learning_rate": 0.01}
+        changes = {"layers": 2, "optimizer": "adam", "learning_rate": 0.01}
         _, _, kept = train(**changes, keep=True)
         _, _, anew = train(**changes, keep=False)
         for own, other in zip(
-            kept.classifier.get_weights(), anew.classifier.get_weights(), strict=True
+            kept[0].get_weights(), anew[0].get_weights(), strict=True
         ):
             np.testing.assert_allclose(own, other, atol=1e-4)
-        for name, values in kept.trained.history.items():
-            np.testing.assert_allclose(anew.trained.history[name], values, atol=1e-4)
+        for name, values in kept[1].history.items():
+            np.testing.assert_allclose(anew[1].history[name], values, atol=1e-4)
 
     def test_the_ledger_goes_on(self, train, source):
-        _, trained, tuned = train(trainable_from=1, keep=True)
+        _, trained, tuned = train(layers=1, keep=True)
         epochs = HEAD_EPOCHS + BASE_EPOCHS
-        assert tuned.trained.ledger is trained.ledger
+        assert tuned[1].ledger is trained.ledger
         assert (trained.ledger.seen == epochs).all()
-        whole = tuned.trained
+        whole = tuned[1]
         assert whole.acceptance_by_class.shape == (epochs, 3)
         assert len(whole.loss_histograms) == epochs
         assert {len(values) for values in whole.history.values()} == {epochs}
@@ -183,7 +196,7 @@ class TestWhatLearns:
 
 class TestRun:
     def test_a_base_that_accepts_nothing_is_an_error(self, fit, tmp_path, choose):
-        choose(KEPT)  # The head's epochs are the warm-up, which does not begin again.
+        choose(CACHED)  # The head's epochs are the warm-up, which does not begin again.
         policy = PolicyChoice(threshold=1e-9, warmup_epochs=HEAD_EPOCHS)
         with (
             pytest.warns(UserWarning, match="accepted no sample"),
@@ -194,18 +207,19 @@ class TestRun:
     @pytest.mark.slow
     def test_the_whole_way(self, fit, noisy_photos, photo_folder, tmp_path, choose):
         notes = []
-        choose(KEPT)
+        choose(CACHED)
         # A learning rate at which the base changes and validation is not worse.
         done = fit(tmp_path / "run", on_note=notes.append,
-                   changes={"base_learning_rate": 1e-6})  # fmt: skip
-        assert notes == [KEPT.reason]
+                   how={"learning_rate": 1e-6})  # fmt: skip
+        (note,) = notes
+        assert "are cached: " in note
         results = json.loads((done.folder / "results.json").read_text())
         assert results["unfrozen_kept"] == 1.0
         for name in ("validation_accuracy", "test_accuracy"):
             assert results[name] == results[f"unfrozen_{name}"]
             assert f"head_{name}" in results
         config = json.loads((done.folder / "config.json").read_text())
-        assert config["trainable_from"] == 1
+        assert config["unfreeze"]["layers"] == 1
         rows = (done.folder / "metrics.csv").read_text().splitlines()
         assert len(rows) == 1 + HEAD_EPOCHS + BASE_EPOCHS
         (prediction,) = predict_files(done.folder, [photo_folder / "green" / "05.png"])
@@ -222,25 +236,25 @@ class TestRun:
         def no_pass(*_, **__):
             raise AssertionError("The base was run.")
 
-        monkeypatch.setattr("keras_rsft.finetuning.feature_source.extract_all", no_pass)
+        monkeypatch.setattr("keras_rsft.finetuning.features.extract_all", no_pass)
         with pytest.raises(InvalidArgument, match="Near it: block2_conv"):
-            fit(None, trainable_from=("block2_cnv",))
+            fit(None, how={"layers": ("block2_cnv",)})
         with pytest.raises(InvalidArgument, match="has 3 blocks"):
-            fit(None, trainable_from=7)
+            fit(None, how={"layers": 7})
         for base in ("onnx:some.onnx@imagenet", "savedmodel:some@0:1"):
             with pytest.raises(InvalidArgument, match="no Keras layers"):
                 finetune(noisy_photos, backbone=base, settings=settings)
 
     def test_settings_that_do_not_fit(self, settings):
         for changes, message in (
-            ({"stage2_epochs": 1}, "Give one of them"),
-            ({"base_learning_rate": 0.0}, "positive"),
-            ({"base_epochs": 0}, "at least 1"),
-            ({"trainable_from": -1}, "at least 1"),
+            ({"learning_rate": 0.0}, "positive"),
+            ({"epochs": 0}, "at least 1"),
+            ({"batch_size": 0}, "at least 1"),
+            ({"layers": -1}, "at least 1"),
         ):
             with pytest.raises(InvalidArgument, match=message):
-                dataclasses.replace(settings, **changes)
-        assert settings.base_rate == pytest.approx(0.005)
+                dataclasses.replace(settings.unfreeze, **changes)
+        assert settings.unfreeze_rate == pytest.approx(0.005)
 
     def test_options_without_unfreeze(self, call, photo_folder):
         status, _, error = call("fit", photo_folder, "--base-epochs", 2)
@@ -249,6 +263,9 @@ class TestRun:
         status, _, error = call("fit", photo_folder, "--unfreeze", "0")
         assert status == 2
         assert "at least 1" in error
+        status, _, error = call("fit", photo_folder, "--unfreeze", 1, "--stage2")
+        assert status == 2
+        assert "Give one of them" in error
 
 
 class TestWhichIsKept:
@@ -258,14 +275,14 @@ class TestWhichIsKept:
 
         def judge(accuracy, features=source.features):
             monkeypatch.setattr(
-                better_model,
+                unfreezing,
                 "accuracy_on_images",
                 lambda model, split: 0.5 if model is head_only else accuracy,
             )
             results = {"validation_accuracy": 0.6, "test_accuracy": 0.7}
-            kept = better_model.better_model(
+            kept = unfreezing.better_model(
                 head_only, tuned, source.data, features, results,
-                name="unfrozen", unjudged=True,
+                name="unfrozen",
             )  # fmt: skip
             return kept is tuned, results
 
@@ -303,7 +320,7 @@ class TestGoesOn:
         with pytest.raises(KeyboardInterrupt) as stop:
             fit(tmp_path / "stopped")
         assert "3 of 4 epochs are kept" in stop.value.__notes__[0]
-        choose(KEPT)  # Would be chosen now, and is not.
+        choose(CACHED)  # Would be chosen now, and is not.
         assert_same_run(fit(tmp_path / "stopped"), whole)
 
     @pytest.mark.parametrize(
@@ -312,11 +329,11 @@ class TestGoesOn:
     def test_killed(self, fit, tmp_path, stop_at, choose, monkeypatch, on_disk):
         changes = {"optimizer": "adam"}
         if on_disk:  # The state of each epoch, not only every ten seconds.
-            monkeypatch.setattr(checkpoint, "TIMES_ITS_COST", 0.0)
+            monkeypatch.setattr(resume, "TIMES_ITS_COST", 0.0)
             monkeypatch.setitem(
                 TrainingCheckpoint.__init__.__kwdefaults__, "seconds_between", 0.0
             )
-        choose(KEPT)
+        choose(CACHED)
         whole = fit(tmp_path / "whole", changes=changes)
         stop_at(HEAD_EPOCHS + 1, Killed)
         with pytest.raises(Killed):
@@ -327,6 +344,17 @@ class TestGoesOn:
             assert (unfinished / "base_training.npz").exists()
         choose(ANEW)  # Would be chosen now, and is not.
         assert_same_run(fit(tmp_path / "killed", changes=changes), whole)
+
+    @pytest.mark.slow
+    def test_on_accepted_samples_alone(self, fit, tmp_path, stop_at):
+        how = {"accepted_only": True, "epochs": 4, "learning_rate": 1e-4}
+        whole = fit(tmp_path / "whole", how=how)
+        stop_at(3)  # The head has two epochs, and the unfrozen layers count anew.
+        with pytest.raises(KeyboardInterrupt) as stop:
+            fit(tmp_path / "stopped", how=how)
+        assert "5 of 6 epochs are kept" in stop.value.__notes__[0]
+        assert (tmp_path / "stopped.unfinished" / "base_training.npz").exists()
+        assert_same_run(fit(tmp_path / "stopped", how=how), whole)
 
 
 class TestImageBatches:
@@ -370,8 +398,8 @@ class TestImageBatches:
 
 @pytest.mark.slow
 def test_export_with_verification(fit, call, tmp_path, choose):
-    choose(KEPT)
-    done = fit(tmp_path / "run", changes={"base_learning_rate": 1e-6})
+    choose(CACHED)
+    done = fit(tmp_path / "run", how={"learning_rate": 1e-6})
     assert done.results["unfrozen_kept"] == 1.0
     status, output, error = call("export", done.folder, "--verify")
     assert (status, error) == (0, "")

@@ -27,12 +27,12 @@ SECONDS_UNTIL_LOST = 5
 DRIVER = textwrap.dedent(f"""
     import pathlib, sys, time
     from keras_rsft import cli
-    from keras_rsft.finetuning import checkpoint, devices
+    from keras_rsft.finetuning import resume, devices
 
     devices.SECONDS_UNTIL_LOST = {SECONDS_UNTIL_LOST}
-    checkpoint.TIMES_ITS_COST = 0.0
-    checkpoint.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
-    end_epoch = checkpoint.TrainingCheckpoint.on_epoch_end
+    resume.TIMES_ITS_COST = 0.0
+    resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
+    end_epoch = resume.TrainingCheckpoint.on_epoch_end
     reached = pathlib.Path(sys.argv[1])
 
     def ended(self, epoch, logs=None):
@@ -41,7 +41,7 @@ DRIVER = textwrap.dedent(f"""
             reached.touch()
             time.sleep({{"wait": 600, "pause": 1, "go on": 0}}[sys.argv[2]])
 
-    checkpoint.TrainingCheckpoint.on_epoch_end = ended
+    resume.TrainingCheckpoint.on_epoch_end = ended
     sys.exit(cli.main(sys.argv[3:]))
 """)
 
@@ -108,7 +108,7 @@ def assert_stopped(process, since):
     assert waited < 4 * SECONDS_UNTIL_LOST  # Its heartbeat, and its own end.
     (*_, said) = err.strip().splitlines()
     assert said.startswith("keras-rsft: Worker"), err
-    assert "Start the same command on all workers again to go on." in said
+    assert "Start the same command on all workers again to resume." in said
     assert "Traceback" not in err
 
 

@@ -22,7 +22,7 @@ from keras_rsft.backbones.last_block import (
 )
 from keras_rsft.backbones.own_copy import copy_model, set_trainable
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.trainable_choice import EVERYTHING, TrainableFrom, checked_trainable
+from keras_rsft.trainable_choice import EVERYTHING, Unfreeze, checked_unfreeze
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class _Call:
 
 def trainable_part(
     base: keras.Model,
-    trainable_from: TrainableFrom,
+    unfreeze: Unfreeze,
     *,
     train_batch_norm: bool = False,
 ) -> TrainablePart:
@@ -77,7 +77,7 @@ def trainable_part(
     Args:
         base: From images to features `(batch, dim)` in float32, as `load_backbone`
             gives it. Not changed.
-        trainable_from: How many of the last blocks learn (`block_starts` says what a
+        unfreeze: How many of the last blocks learn (`block_starts` says what a
             block is), at least 1; `"all"`; or names of layers, of which no others do.
         train_batch_norm: Have BatchNorm layers learn too, and normalise by the batch.
             Default False: they are in inference mode.
@@ -88,7 +88,7 @@ def trainable_part(
     """
     with built_in_float32():
         own = copy_model(base)
-        chosen = _chosen(own, checked_trainable(trainable_from), train_batch_norm)
+        chosen = _chosen(own, checked_unfreeze(unfreeze), train_batch_norm)
         set_trainable(own, chosen)
         images = keras.Input(own.input_shape[1:], name="images")
         calls: list[_Call] = []
@@ -121,7 +121,7 @@ def _rest(crossing: keras.KerasTensor, features: keras.KerasTensor) -> keras.Mod
 
 
 def _chosen(
-    base: keras.Model, trainable_from: TrainableFrom, train_batch_norm: bool
+    base: keras.Model, unfreeze: Unfreeze, train_batch_norm: bool
 ) -> list[keras.Layer]:
     found = leaf_layers(base)
     if not any(learns(layer) for layer in found):
@@ -129,17 +129,17 @@ def _chosen(
             f"The base {base.name} has no Keras layer that could learn. Leave all of "
             "it frozen, or use another base."
         )
-    if isinstance(trainable_from, tuple):
-        return [_layer_named(name, found, train_batch_norm) for name in trainable_from]
+    if isinstance(unfreeze, tuple):
+        return [_layer_named(name, found, train_batch_norm) for name in unfreeze]
     start = 0
-    if trainable_from != EVERYTHING:
+    if unfreeze != EVERYTHING:
         starts = block_starts(base)
-        if trainable_from > len(starts):
+        if unfreeze > len(starts):
             raise InvalidArgument(
                 f"The base {base.name} has {len(starts)} blocks. Received: "
-                f"{trainable_from}. Use all to train the layers before them too."
+                f"{unfreeze}. Use all to train the layers before them too."
             )
-        start = starts[-trainable_from]
+        start = starts[-unfreeze]
     return [
         layer
         for layer in found[start:]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_rsft._storage import open_place, write_csv, write_json
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.comparing.method_names import (
     AUTO_WEIGHT_DECAY,
@@ -35,11 +36,9 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
 from keras_rsft.features.image_batches import positions_of
 from keras_rsft.finetuning import NumberedFolder, SplitFeatures, TrainingSettings
-from keras_rsft.finetuning.feature_source import open_features
-from keras_rsft.finetuning.unfinished import open_place
+from keras_rsft.finetuning.features import open_features
 from keras_rsft.intervals import Interval
 from keras_rsft.progress import progress_bar
-from keras_rsft.result_folder import write_csv, write_json
 
 NOISY_SPLITS = ("train", "validation")
 TABLE_FILE = "comparison.csv"

@@ -32,8 +32,8 @@ from keras_rsft.comparing.verdict import Outcome
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.features import TrainingBatches
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
-from keras_rsft.finetuning.early_stopping import best_of_all_epochs
 from keras_rsft.finetuning.head_training import (
+    best_of_all_epochs,
     choose_steps_per_execution,
     head_probabilities,
 )

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from keras_rsft._storage import plain_cell
 from keras_rsft.data.partition import SPLITS
 from keras_rsft.data.samples import SampleData, SampleSplit
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.result_folder import plain_cell
 
 KEEP, RELABEL, DROP = DECISIONS = ("keep", "relabel", "drop")
 COLUMNS = ("id", "given_label", "decision", "new_label")

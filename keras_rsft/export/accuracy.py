@@ -8,12 +8,12 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from keras_rsft._storage import read_csv
 from keras_rsft.data import ImageData, ImageSplit
 from keras_rsft.errors import DataError
 from keras_rsft.export.from_run import Export, FinishedRun
 from keras_rsft.export.runtimes import load_exported
 from keras_rsft.progress import progress_bar
-from keras_rsft.result_folder import read_csv
 
 BATCH_SIZE = 32
 

@@ -13,7 +13,7 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-from keras_rsft.result_folder import replaced
+from keras_rsft._storage import replaced
 
 GRAPH_FILE = "saved_model.pb"
 _SHAPES = "_output_shapes"

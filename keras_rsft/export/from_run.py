@@ -13,6 +13,13 @@ from typing import Any
 
 import keras
 
+from keras_rsft._storage import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    RESULTS_FILE,
+    SEARCH_FILE,
+    write_new_file,
+)
 from keras_rsft.backbones import text_tokens  # noqa: F401 -- Lets Keras load it.
 from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backend_in_use import require_tensorflow_backend
@@ -26,12 +33,10 @@ from keras_rsft.export.places import (
     free_version,
     model_folder,
     turn_in,
-    write_new_file,
 )
 from keras_rsft.export.saved_model import export_saved_model
 from keras_rsft.export.settings import ExportSettings
 from keras_rsft.finetuning.run_folder import read_class_names
-from keras_rsft.run_files import CONFIG_FILE, MODEL_FILE, RESULTS_FILE, SEARCH_FILE
 
 
 @dataclasses.dataclass(frozen=True)

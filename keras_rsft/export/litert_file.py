@@ -15,9 +15,10 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from keras_rsft._storage import write_new_file
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.export.places import check_file, write_new_file
+from keras_rsft.export.places import check_file
 from keras_rsft.export.saved_model import check_class_names
 from keras_rsft.export.serving_graph import ForwardPass
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft._storage import LEDGER_FILE, RESULTS_FILE, SAMPLES_FILE, read_csv
 from keras_rsft.backbones.weights_licence import licence_of_weights
 from keras_rsft.intervals import proportion_interval
-from keras_rsft.result_folder import read_csv
-from keras_rsft.run_files import LEDGER_FILE, RESULTS_FILE, SAMPLES_FILE
 
 if TYPE_CHECKING:
     from keras_rsft.export.from_run import FinishedRun

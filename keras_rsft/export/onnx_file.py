@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import keras
 import tensorflow as tf
 
+from keras_rsft._storage import write_new_file
 from keras_rsft.backbones.frozen_graph import freeze
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.export.onnx_join import join_head, onnx_base
-from keras_rsft.export.places import check_file, write_new_file
+from keras_rsft.export.places import check_file
 from keras_rsft.export.saved_model import check_class_names
 from keras_rsft.export.serving_graph import ForwardPass
 

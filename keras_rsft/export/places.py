@@ -10,15 +10,14 @@ which the server passes over.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from keras_rsft._storage import MODEL_FILE, highest_number, locked
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.run_files import MODEL_FILE
 
 MODELS_CONFIG = "models.config"
 BATCHING_CONFIG = "batching.config"
@@ -115,7 +114,7 @@ def free_version(directory: Path, version: int | None) -> int:
         InvalidArgument: If it is below 1 or exists.
     """
     if version is None:
-        return _highest(directory, r"(\d+)") + 1
+        return highest_number(directory, r"(\d+)") + 1
     if version < 1 or (directory / str(version)).exists():
         raise InvalidArgument(
             "The version must be a number of at least 1 that does not exist yet. "
@@ -126,7 +125,7 @@ def free_version(directory: Path, version: int | None) -> int:
 
 def free_file(directory: Path, suffix: str) -> Path:
     """Returns the first free `model-N.SUFFIX` after the highest."""
-    number = _highest(directory, rf"model-(\d+)\.{suffix}") + 1
+    number = highest_number(directory, rf"model-(\d+)\.{suffix}") + 1
     return directory / f"model-{number}.{suffix}"
 
 
@@ -141,54 +140,13 @@ def turn_in(directory: Path) -> Iterator[None]:
         directory: The model's folder; made if it does not exist.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # On the folder itself: it is the server's too, and needs no file of ours.
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # Not every network's disk has locks.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            for left in directory.glob(".[0-9]*-*"):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
+    # Beside the folder, which is the server's too.
+    lock = directory.with_name(f".{directory.name}.lock")
+    with locked(lock, needed=False):
+        for left in directory.glob(".[0-9]*-*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _highest(directory: Path, pattern: str) -> int:
-    if not directory.is_dir():
-        return 0
-    matches = (re.fullmatch(pattern, path.name) for path in directory.iterdir())
-    return max((int(match[1]) for match in matches if match), default=0)
-
-
-def write_new_file(path: Path, content: bytes) -> None:
-    """Writes a file whole, beside its place first; never over one that exists.
-
-    Raises:
-        InvalidArgument: If it exists.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        _rename_new(partial, path)
-    except FileExistsError:
-        raise InvalidArgument(
-            f"{path} exists, and nothing is overwritten. Choose another name."
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _rename_new(partial: Path, path: Path) -> None:
-    """Gives a file its name; raises FileExistsError where that is taken."""
-    try:
-        os.link(partial, path)  # Unlike a rename, fails where the target exists.
-    except FileExistsError:
-        raise
-    except OSError:  # No hard links on FAT and on some network file systems.
-        path.open("xb").close()  # Takes the name; what is replaced is our own.
-        partial.replace(path)
 
 
 def check_file(path: str | os.PathLike, suffix: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from keras_rsft._storage import written_whole
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export import tf_serving
@@ -21,7 +22,6 @@ from keras_rsft.export.places import (
     turn_in,
 )
 from keras_rsft.export.serving_graph import ForwardPass, ServingGraph
-from keras_rsft.result_folder import written_whole
 
 WEIGHT_DTYPES = ("float32", "float16")
 

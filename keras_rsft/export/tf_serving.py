@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from keras_rsft.export.places import BATCHING_CONFIG, MODELS_CONFIG, write_new_file
+from keras_rsft._storage import write_new_file
+from keras_rsft.export.places import BATCHING_CONFIG, MODELS_CONFIG
 
 WARMUP_FILE = Path("assets.extra") / "tf_serving_warmup_requests"
 WARMUP_BATCHES = (1, 8)

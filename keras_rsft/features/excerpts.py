@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_rsft._storage import TEXTS_FILE
 from keras_rsft.data import TextSplit
 from keras_rsft.errors import DataError
 from keras_rsft.features.thumbnails import MAX_THUMBNAILS, most_suspicious
-from keras_rsft.run_files import TEXTS_FILE
 
 MAX_CHARACTERS = 600
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from filelock import FileLock
 
+from keras_rsft._storage import locked, write_json
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.data import SampleSplit
@@ -34,7 +34,6 @@ from keras_rsft.features.frozen_base import FrozenBase
 from keras_rsft.features.share_joining import join_parts, publish
 from keras_rsft.features.shares import Part, finished_parts
 from keras_rsft.policy_choice import require_known
-from keras_rsft.result_folder import write_json
 
 # Part of every key: raise it when decoding, resizing, the format, or how a base is told
 # from another changes.
@@ -174,7 +173,7 @@ def feature_key(
 
 def run_alone(work: FeaturePass) -> None:
     """Makes a pass, or what is left of it; where another process does, waits for it."""
-    with FileLock(f"{work.folder}.lock"):
+    with locked(f"{work.folder}.lock"):
         if not work.is_done:
             _run_pass(work)
 

@@ -176,7 +176,7 @@ def labelled_images(
     )
 
 
-def positions_of(kept: FeatureSet, split: ImageSplit) -> np.ndarray:
+def positions_of(kept: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
     """Returns where the samples of a feature set are in their split, int64 `(n,)`.
 
     Raises:

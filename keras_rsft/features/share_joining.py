@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from keras_rsft._storage import write_json
 from keras_rsft.errors import DataError
 from keras_rsft.features.feature_set import (
     FEATURES_FILE,
@@ -31,7 +32,6 @@ from keras_rsft.features.shares import (
     size_of,
 )
 from keras_rsft.progress import progress_bar
-from keras_rsft.result_folder import write_json
 
 CHECKSUM = "blake2b"
 _COPIED_BYTES = 2**24

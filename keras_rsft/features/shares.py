@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_rsft._storage import locked, replaced, write_json
 from keras_rsft.cluster import Cluster
 from keras_rsft.errors import WorkerLost
 from keras_rsft.features.feature_set import (
@@ -26,7 +26,6 @@ from keras_rsft.features.feature_set import (
     read_meta,
 )
 from keras_rsft.progress import progress_bar
-from keras_rsft.result_folder import replaced, write_json
 
 _SHARE_FILE = "share.json"
 LOCK_FILE = ".lock"
@@ -173,31 +172,14 @@ def joining_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.joining")
 
 
-@contextlib.contextmanager
-def held(path: Path, patience: float) -> Iterator[None]:
-    """Holds a lock on a file, where the file system has locks.
-
-    Raises:
-        WorkerLost: If another process holds it for longer than the patience.
-    """
+def held(path: Path, patience: float) -> contextlib.AbstractContextManager[None]:
+    """Holds a lock, where the file system has locks; WorkerLost if others do."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise WorkerLost(
-                        f"Another process has held {path.parent} for {patience:.0f} s. "
-                        "Each worker must have an index of its own; end the other one."
-                    ) from None
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                continue
-            except OSError:  # Not every network's disk has locks.
-                pass
-            break
-        yield
+    lost = WorkerLost(
+        f"Another process has held {path.parent} for {patience:.0f} s. "
+        "Each worker must have an index of its own; end the other one."
+    )
+    return locked(path, timeout=patience, taken=lost, needed=False)
 
 
 def size_of(path: Path) -> int:

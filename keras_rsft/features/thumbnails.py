@@ -15,14 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from filelock import FileLock
 
+from keras_rsft._storage import (
+    THUMBNAILS_FILE,
+    THUMBNAILS_INDEX_FILE,
+    locked,
+    write_csv,
+    written_whole,
+)
 from keras_rsft.data import ImageSplit, SampleSplit
 from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.features.extraction import default_cache_dir
 from keras_rsft.progress import progress_bar
-from keras_rsft.result_folder import write_csv, written_whole
-from keras_rsft.run_files import THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE
 
 SIZE = 96
 QUALITY = 75
@@ -61,7 +65,7 @@ def write_thumbnails(
     if split.before_review is not None:
         split = split.before_review  # Those that were kept before serve still.
     kept = root / f"thumbnails-{_key(split)}"
-    with FileLock(f"{kept}.lock"):
+    with locked(f"{kept}.lock"):
         if not kept.exists():
             for left in root.glob(f".{kept.name}-*"):  # By one that was killed.
                 shutil.rmtree(left, ignore_errors=True)

@@ -1,20 +1,18 @@
 """One run, from data to a trained model and its folder; what `keras-rsft fit` calls.
 
-`settings.py` is what the user chooses, `devices.py` what it runs on,
-`head_training.py` trains a head on kept features, `pilot.py` looks ahead on a sample,
-`run.py` puts a run together, `run_folder.py` writes and reads it. `unfinished.py` is
-its place until then, `checkpoint.py` the state of the training there.
-`base_training.py` trains a part of the base after the head, `tuned_run.py` is that half
-of a run, `base_time.py` says how long it will take. The folder is not called
-`finetune`: the function of that name is public, and a module would hide it.
+`features.py` gets cached features, `head_training.py` trains a head on them,
+`unfreezing.py` unfrozen layers after it, `resume.py` is the state of both on disk,
+`run.py` puts a run together, `run_folder.py` writes it. `pilot.py` looks ahead on a
+sample. The folder is not called `finetune`: the function of that name is public, and a
+module would hide it.
 """
 
+from keras_rsft._storage import NumberedFolder
+from keras_rsft.finetuning.features import SplitFeatures, extract_all
 from keras_rsft.finetuning.head_training import TrainedHead, train_head
 from keras_rsft.finetuning.pilot import Pilot, run_pilot
 from keras_rsft.finetuning.run import Run, finetune
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.split_features import SplitFeatures, extract_all
-from keras_rsft.finetuning.unfinished import NumberedFolder
 
 __all__ = [
     "NumberedFolder",

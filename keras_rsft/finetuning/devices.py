@@ -1,7 +1,7 @@
 """What a training runs on: one device, all devices, or those of several machines.
 
 Owns TensorFlow's strategies, and what the processes of a multi-worker training tell
-each other beside gradients: the state to go on from, and that all were asked for the
+each other beside gradients: the state to resume from, and that all were asked for the
 same.
 """
 
@@ -23,9 +23,9 @@ from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features.batch_share import BatchShare
 from keras_rsft.strategy_choice import check_strategy
 
-# A worker that says nothing for so long is lost: the others stop.
+# Seconds without a heartbeat after which a worker is lost, and the others stop.
 SECONDS_UNTIL_LOST = 20
-# So long the first worker waits for the last one to start.
+# Seconds that the first worker waits for the last one to start.
 SECONDS_TO_START = 300
 _LOST = (
     tf.errors.UnavailableError,
@@ -37,13 +37,7 @@ _LOST = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Devices:
-    """Where a training runs.
-
-    Attributes:
-        name: The strategy's name, one of `STRATEGY_NAMES`.
-        strategy: TensorFlow's strategy; None for one device.
-        cluster: The processes that train together, and which of them this is.
-    """
+    """Where a training runs."""
 
     name: str = "none"
     strategy: tf.distribute.Strategy | None = None
@@ -69,14 +63,7 @@ class Devices:
         return BatchShare(replicas, first=self.cluster.index * count, count=count)
 
     def require_trainable(self, *, base_learns: bool) -> None:
-        """Refuses what is trained on one device where there are several.
-
-        Args:
-            base_learns: Whether a part of the base is trained.
-
-        Raises:
-            InvalidArgument: If there is a strategy, and it is.
-        """
+        """Refuses to train the backbone on several devices."""
         if self.strategy is not None and base_learns:
             raise InvalidArgument(
                 "A part of the base is trained on one device. Received: the strategy "
@@ -102,13 +89,7 @@ class Devices:
         )
 
     def distributed(self, dataset: tf.data.Dataset, samples: int, batch: int) -> Any:
-        """Returns what `fit` takes of batches that `share` was heeded in.
-
-        Args:
-            dataset: One element for each replica of this process and step.
-            samples: Number of samples of all processes.
-            batch: How many of them a step has.
-        """
+        """Returns what `fit` takes of batches that `share` was heeded in."""
         if self.strategy is None:
             return dataset
         shared = self.strategy.distribute_datasets_from_function(lambda _: dataset)
@@ -129,11 +110,7 @@ class Devices:
         return self._chiefs(padded).tobytes()[:length]
 
     def require_same(self, identity: Any) -> None:
-        """Raises InvalidArgument where this process was asked for another run.
-
-        Args:
-            identity: What the trained weights depend on, as JSON. All must call it.
-        """
+        """Raises InvalidArgument where this process was asked for another run."""
         text = json.dumps(identity, sort_keys=True).encode()
         own = hashlib.blake2b(text, digest_size=16).digest()
         if self.from_chief(own) != own:
@@ -145,11 +122,7 @@ class Devices:
 
     @contextlib.contextmanager
     def heeding_loss(self) -> Iterator[None]:
-        """Turns TensorFlow's errors for a lost worker into one that says what to do.
-
-        Raises:
-            WorkerLost: If another process of this training is gone.
-        """
+        """Turns TensorFlow's errors for a lost worker into one that says what to do."""
         try:
             yield
         except _LOST as error:
@@ -158,7 +131,7 @@ class Devices:
             raise WorkerLost(
                 f"Worker {self.cluster.index} of {len(self.cluster)} has lost another "
                 "worker, which was stopped or cannot be reached any more. Start the "
-                "same command on all workers again to go on."
+                "same command on all workers again to resume."
             ) from error
 
     def _chiefs(self, values: np.ndarray) -> np.ndarray:
@@ -175,18 +148,7 @@ ONE_DEVICE = Devices()
 
 
 def open_devices(name: str) -> Devices:
-    """Makes a strategy ready; for several workers, waits for all of them.
-
-    Args:
-        name: `"none"`: one device. `"mirrored"`: all GPUs of this machine, or else all
-            its logical CPUs. `"multiworker"`: those of all processes that `TF_CONFIG`
-            names; it must be opened before anything else is done with TensorFlow.
-
-    Raises:
-        InvalidArgument: If the name is unknown, `TF_CONFIG` cannot be used, or it is
-            too late for several workers.
-        WorkerLost: If a worker was not started within five minutes.
-    """
+    """Makes a strategy ready; for several workers, waits for all of them."""
     cluster = check_strategy(name)
     if name == "none":
         return ONE_DEVICE

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_rsft.features import FeatureSet
-from keras_rsft.finetuning.split_features import SplitFeatures
+from keras_rsft.finetuning.features import SplitFeatures
 from keras_rsft.ledger import RejectionLedger
 
 # At most this many samples per split, the same ones in each epoch.

@@ -1,4 +1,4 @@
-"""Trains a head on kept features and says how good it is.
+"""Trains a head on cached features and says how good it is.
 
 Owns the shortest way from features to a trained `RSFTModel`; a comparison or a
 search walks it many times on the same features.
@@ -6,9 +6,8 @@ search walks it many times on the same features.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -16,24 +15,19 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.backbones import build_head
-from keras_rsft.errors import TrainingStalled
+from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, TrainingBatches, batches_of
-from keras_rsft.finetuning.callback_memory import options_of
-from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
-from keras_rsft.finetuning.early_stopping import (
-    early_stopping,
-    kept_epoch,
-    require_validation,
-)
 from keras_rsft.finetuning.epoch_curves import EpochCurves
+from keras_rsft.finetuning.features import SplitFeatures
 from keras_rsft.finetuning.overfitting import Overfitting, find_overfitting
+from keras_rsft.finetuning.resume import TrainingCheckpoint, options_of
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.ledger import Ledger, LossHistogram, RejectionLedger
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
+from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
 
 MAX_STEPS_PER_EXECUTION = 64
@@ -47,24 +41,7 @@ Callbacks = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainedHead:
-    """What the training of a head gives.
-
-    Attributes:
-        model: The trained `RSFTModel` over features.
-        history: Each logged value, one number an epoch.
-        results: Accuracies, acceptance rate and rejected shares, as in `Run`.
-        accepted: Boolean array of shape `(n,)`: which training samples the
-            finished model's policy accepts.
-        ledger: What happened to each training sample.
-        acceptance_by_class: Float32 array `(epochs, classes)`: accepted share of each
-            class, NaN for a class without training samples.
-        examination: What `auto` found out about the labels; None for other policies.
-        loss_histograms: The losses of each epoch.
-        recorder: The callback that keeps the ledger, for a training that goes on.
-        callbacks: The user's callbacks, for the same.
-        overfitting: What the curves say; None where there are none, or nothing is to be
-            said, or early stopping kept the weights of the best epoch.
-    """
+    """What the training of a head gives."""
 
     model: RSFTModel
     history: dict[str, list[float]]
@@ -72,9 +49,9 @@ class TrainedHead:
     accepted: np.ndarray
     ledger: Ledger
     acceptance_by_class: np.ndarray
+    recorder: RejectionLedger
     examination: Examination | None = None
     loss_histograms: tuple[LossHistogram, ...] = ()
-    recorder: RejectionLedger | None = None
     callbacks: Sequence[keras.callbacks.Callback] = ()
     overfitting: Overfitting | None = None
 
@@ -89,25 +66,7 @@ def train_head(
     devices: Devices = ONE_DEVICE,
     curves: bool = False,
 ) -> TrainedHead:
-    """Trains a new head on kept features and evaluates it.
-
-    Args:
-        features: Features of the three splits.
-        settings: How to train.
-        callbacks: Further Keras callbacks, or a function that makes them of the
-            `RejectionLedger` of this training.
-        progress: Show a progress bar.
-        checkpoint: Where the training's state is kept, and gone on from. With the
-            same features and settings the result is the same to the last bit.
-            Default: nowhere.
-        devices: What to train on. Default: one device.
-        curves: Have the history tell of accepted and of all samples at the end of each
-            epoch, as `EpochCurves` does. Default False.
-
-    Raises:
-        InvalidArgument: If early stopping has no validation split to go by.
-        TrainingStalled: If the last epoch accepted nothing.
-    """
+    """Trains a new head on cached features and evaluates it."""
     train = features.train
     require_validation(settings, features)
     examination = None
@@ -133,10 +92,29 @@ def train_head(
     if curves:
         own.append(EpochCurves(features, recorder, settings.seed))
     remembering = [*early_stopping(settings), *further]
-    history = _fit(
-        model, batches, features, settings, recorder, own, remembering, progress,
-        checkpoint, devices,
-    )  # fmt: skip
+    validation = None
+    if count := len(features.validation):
+        rows = even_batch(count)
+        validation = batches_of(
+            features.validation, batch_size=rows, share=devices.share
+        )
+        validation = devices.distributed(validation, count, rows)
+    history = fit_resumable(
+        model,
+        devices.distributed(batches.dataset, len(train), settings.batch_size),
+        validation,
+        own,
+        remembering,
+        recorder,
+        epochs=settings.epochs,
+        checkpoint=checkpoint,
+        origin={
+            "features": [p.path.parent.name for p in (train, features.validation)],
+            "settings": dataclasses.asdict(settings),
+        },
+        title="Training the head",
+        progress=progress,
+    )
     kept = kept_epoch(settings, history)
     if history["acceptance_rate"][kept] == 0:
         raise TrainingStalled(
@@ -144,7 +122,11 @@ def train_head(
             f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
             "Raise `--threshold` or `--warmup-epochs`, or leave both out."
         )
-    results = _accuracies(model, features)
+    results = {
+        f"{name}_accuracy": float(np.mean(right_answers(model, part)))
+        for name, part in (("validation", features.validation), ("test", features.test))
+        if len(part)
+    }
     results["acceptance_rate"] = history["acceptance_rate"][kept]
     if settings.early_stopping is not None:
         results |= {"best_epoch": kept + 1, "epochs_trained": len(history["loss"])}
@@ -169,48 +151,52 @@ def train_head(
         accepted,
         recorder.ledger,
         np.stack(recorder.acceptance_by_class),
+        recorder,
         examination,
         tuple(recorder.loss_histograms),
-        recorder,
         further,
         found,
     )
 
 
-def _fit(
+def fit_resumable(
     model: RSFTModel,
-    batches: TrainingBatches,
-    features: SplitFeatures,
-    settings: TrainingSettings,
-    recorder: RejectionLedger,
+    train: Any,
+    validation: Any,
     own: Sequence[keras.callbacks.Callback],
     callbacks: Sequence[keras.callbacks.Callback],
-    progress: bool,
+    recorder: RejectionLedger,
+    *,
+    epochs: int,
     checkpoint: TrainingCheckpoint | None,
-    devices: Devices,
+    origin: dict[str, Any],
+    title: str,
+    progress: bool,
+    begin: int = 0,
+    steps: int | None = None,
 ) -> dict[str, list[float]]:
-    """Trains what is left to train; returns the history of all epochs.
+    """Trains the epochs that are left after `begin`; returns the history of all.
 
-    `own` need not be remembered by the checkpoint, `callbacks` are.
+    The checkpoint remembers `callbacks`, and need not remember `own`. A state of
+    another `origin` is not used. The bar shows epochs, or `steps` of each.
     """
-    first, last = 0, settings.epochs
+    first, last = begin, begin + epochs
     if checkpoint is not None:
-        origin = _origin(features, settings, callbacks)
-        checkpoint.open(origin, recorder, callbacks)
-        first = checkpoint.epochs_done
+        options = [options_of(callback) for callback in callbacks]
+        checkpoint.open({**origin, "callbacks": options}, recorder, callbacks)
+        first = max(begin, checkpoint.epochs_done)
         last = first if checkpoint.stopped else last
-    validation = None
-    if count := len(features.validation):
-        rows = even_batch(count)
-        validation = batches_of(
-            features.validation, batch_size=rows, share=devices.share
-        )
-        validation = devices.distributed(validation, count, rows)
-    with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
+    with progress_bar(
+        title,
+        total=epochs * (steps or 1),
+        unit="steps" if steps else "epochs",
+        done=(first - begin) * (steps or 1),
+        visible=progress,
+    ) as advance:
+        moment = "on_train_batch_end" if steps else "on_epoch_end"
+        bar = keras.callbacks.LambdaCallback(**{moment: lambda at, logs: advance(1)})
         history = model.fit(
-            devices.distributed(
-                batches.dataset, len(features.train), settings.batch_size
-            ),
+            train,
             validation_data=validation,
             initial_epoch=first,
             epochs=last,
@@ -222,38 +208,28 @@ def _fit(
     return history if checkpoint is None else checkpoint.history
 
 
-def _origin(
-    features: SplitFeatures,
-    settings: TrainingSettings,
-    callbacks: Sequence[keras.callbacks.Callback],
-) -> dict[str, Any]:
-    """Returns what a checkpoint must be of to be gone on with."""
-    parts = (features.train, features.validation)
-    return {
-        "features": [part.path.parent.name for part in parts],
-        "settings": dataclasses.asdict(settings),
-        "callbacks": [options_of(callback) for callback in callbacks],
-    }
-
-
 def untrained_head(
     features: SplitFeatures,
     settings: TrainingSettings,
     examination: Examination | None = None,
 ) -> RSFTModel:
-    """Builds and compiles a new head over kept features, under its policy.
+    """Builds and compiles a new head over cached features, under its policy.
 
     Samples that a person has reviewed are accepted whatever the policy says, unless
     it judges whole batches.
-
-    Args:
-        features: Features of the three splits.
-        settings: How it will be trained.
-        examination: What was found out about the labels; `"auto"` needs it.
     """
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    policy = _policy(settings, num_classes, steps, examination)
+    if examination is not None:
+        policy: Policy = AutoPolicy(
+            examination.accept_mask(),
+            loss_limit=examination.loss_limit,
+            warmup_steps=round(settings.policy.warmup_epochs * steps),
+        )
+    else:
+        policy = build_policy(
+            settings.policy, num_classes=num_classes, steps_per_epoch=steps
+        )
     if train.reviewed is not None and policy.level == "sample":
         policy = AcceptReviewed(policy, train.reviewed)
     head = build_head(
@@ -264,7 +240,7 @@ def untrained_head(
         settings.make_optimizer(),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        # Of several replicas Keras can run one step at a time.
+        # With several replicas Keras can run one step at a time.
         steps_per_execution=(
             1 if tf.distribute.has_strategy() else choose_steps_per_execution(steps)
         ),
@@ -272,29 +248,11 @@ def untrained_head(
     return model
 
 
-def _policy(
-    settings: TrainingSettings,
-    num_classes: int,
-    steps: int,
-    examination: Examination | None,
-) -> Policy:
-    if settings.policy.name == "auto":
-        return AutoPolicy(
-            examination.accept_mask(),
-            loss_limit=examination.loss_limit,
-            warmup_steps=round(settings.policy.warmup_epochs * steps),
-        )
-    return build_policy(settings.policy, num_classes=num_classes, steps_per_epoch=steps)
-
-
 def even_batch(count: int) -> int:
     """Returns a batch size, at most 256, by which batches are nearly equally large.
 
     Keras takes the loss of an evaluation for the mean over its batches: samples of a
     small last batch would count for more.
-
-    Args:
-        count: Number of samples, at least 1.
     """
     return -(-count // -(-count // VALIDATION_BATCH))
 
@@ -304,42 +262,24 @@ def choose_steps_per_execution(steps: int) -> int:
 
     As many as keep the overhead of a call small, in calls of nearly equal size,
     so that progress is still shown several times in a long epoch.
-
-    Args:
-        steps: Steps per epoch, at least 1.
-
-    Returns:
-        A number in [1, 64].
     """
     calls = -(-steps // MAX_STEPS_PER_EXECUTION)
     return -(-steps // calls)
 
 
-def _accuracies(model: RSFTModel, features: SplitFeatures) -> dict[str, float]:
-    parts = {"validation": features.validation, "test": features.test}
-    return {
-        f"{name}_accuracy": float(
-            np.mean(head_probabilities(model, part).argmax(axis=-1) == part.labels)
-        )
-        for name, part in parts.items()
-        if len(part)
-    }
-
-
 def head_probabilities(
     model: keras.Model, part: FeatureSet, *, chunk_rows: int = 4096
 ) -> np.ndarray:
-    """Returns a head's probabilities for the plain images, `(n, classes)` float32.
-
-    Args:
-        model: Features `(batch, dim)` to probabilities.
-        part: The features.
-        chunk_rows: Rows at a time, at least 1. Default 4096.
-    """
+    """Returns a head's probabilities for the plain images, `(n, classes)` float32."""
     chunks = [
         np.asarray(model(chunk, training=False)) for chunk in part.chunks(chunk_rows)
     ]
     return np.concatenate(chunks)
+
+
+def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
+    """Returns which plain images a head gets right, by the given labels."""
+    return head_probabilities(model, part).argmax(axis=-1) == part.labels
 
 
 def _final_decisions(
@@ -361,12 +301,7 @@ def _final_decisions(
 
 
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
-    """Returns how many wrong labels there are, and which shares were rejected.
-
-    Args:
-        train: Training features whose right labels are known.
-        accepted: Boolean array of shape `(n,)`.
-    """
+    """Returns how many wrong labels there are, and which shares were rejected."""
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
     if wrong.any():
@@ -376,13 +311,106 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
     return shares
 
 
-@contextlib.contextmanager
-def _epoch_bar(
-    epochs: int, *, done: int, visible: bool
-) -> Iterator[keras.callbacks.Callback]:
-    with progress_bar(
-        "Training the head", total=epochs, unit="epochs", done=done, visible=visible
-    ) as advance:
-        yield keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: advance(1)
+# --- Early stopping ------------------------------------------------------------------
+
+
+def early_stopping(settings: TrainingSettings) -> list[keras.callbacks.Callback]:
+    """Returns the callback that ends a training early, or none.
+
+    By accuracy rather than loss: under wrong labels the loss of a validation split is
+    ruled by those it gets wrong, while the model that is best on right labels still
+    has the best accuracy on noisy ones (Chen et al., "Robustness of accuracy metric and
+    its inspirations in learning with noisy labels", AAAI 2021).
+    """
+    if settings.early_stopping is None:
+        return []
+    return [
+        keras.callbacks.EarlyStopping(
+            monitor="val_accuracy",
+            mode="max",
+            patience=settings.early_stopping,
+            restore_best_weights=True,
         )
+    ]
+
+
+def best_of_all_epochs(
+    monitor: str, mode: str, *, epochs: int
+) -> keras.callbacks.Callback:
+    """Returns the callback that ends no training and keeps its best epoch's weights."""
+    return keras.callbacks.EarlyStopping(
+        monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
+    )
+
+
+def kept_epoch(settings: TrainingSettings, history: dict[str, list[float]]) -> int:
+    """Returns which epoch's weights are kept, from 0: the last, or the first best."""
+    if settings.early_stopping is None:
+        return len(history["acceptance_rate"]) - 1
+    return int(np.argmax(history["val_accuracy"]))
+
+
+def require_validation(settings: TrainingSettings, features: SplitFeatures) -> None:
+    """Raises InvalidArgument where early stopping has nothing to go by."""
+    if settings.early_stopping is not None and not len(features.validation):
+        raise InvalidArgument(
+            "Early stopping goes by the validation split, and there is none. Leave out "
+            "`--early-stopping`, or give `--validation-fraction`."
+        )
+
+
+# --- A plain head beside it ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AgainstPlain:
+    """How often a head with rejection and a plain one were right on the same images."""
+
+    split: str
+    images: int
+    both_right: int
+    only_rejection_right: int
+    only_plain_right: int
+    wrong_labels: int | None
+    history: dict[str, list[float]]
+    results: dict[str, float]
+
+
+def train_against_plain(
+    features: SplitFeatures,
+    trained: TrainedHead,
+    settings: TrainingSettings,
+    *,
+    progress: bool = True,
+    devices: Devices = ONE_DEVICE,
+) -> AgainstPlain | None:
+    """Trains a head that accepts everything, all else equal, and compares.
+
+    Returns None where the policy accepts everything, or nothing can judge.
+    """
+    parts = {"test": features.test, "validation": features.validation}
+    judged = next(((name, part) for name, part in parts.items() if len(part)), None)
+    if trained.model.policy.accepts_every_finite_sample or judged is None:
+        return None
+    plain = train_head(
+        features,
+        dataclasses.replace(settings, policy=PolicyChoice("accept-all")),
+        progress=progress,
+        devices=devices,
+        curves=True,
+    )
+    name, part = judged
+    right, plain_right = (
+        right_answers(model, part) for model in (trained.model, plain.model)
+    )
+    clean = part.clean_labels
+    return AgainstPlain(
+        split=name,
+        images=len(part),
+        both_right=int(np.sum(right & plain_right)),
+        only_rejection_right=int(np.sum(right & ~plain_right)),
+        only_plain_right=int(np.sum(plain_right & ~right)),
+        wrong_labels=None if clean is None else int(np.sum(clean != part.labels)),
+        history=plain.history,
+        results=plain.results,
+    )

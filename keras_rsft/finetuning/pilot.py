@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -24,13 +24,12 @@ from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, FrozenBase, extract_features
 from keras_rsft.features.timing import seconds_per_image
-from keras_rsft.finetuning.feature_source import precision_for
+from keras_rsft.finetuning.features import SplitFeatures, feature_passes, precision_for
 from keras_rsft.finetuning.head_training import (
-    head_probabilities,
+    right_answers,
     train_head,
 )
 from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.split_features import SplitFeatures, feature_passes
 from keras_rsft.intervals import NORMAL_QUANTILE, paired_share_interval
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
@@ -184,10 +183,13 @@ def run_pilot(
     steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
     heads = 1 + (with_plain and settings.policy.name != _PLAIN)
     training = heads * (plain.start_seconds + steps * plain.step_seconds)
+    names, counts = data.class_names, np.bincount(labels, minlength=data.num_classes)
+    most, least = int(counts.argmax()), int(counts.argmin())
     gain = None if rejecting is None else paired_gain(plain.right, rejecting.right)
     return Pilot(
         num_images=len(kept),
-        **_balance(labels, data.class_names),
+        largest_class=(names[most], int(counts[most])),
+        smallest_class=(names[least], int(counts[least])),
         noise_rate=share_interval(1.0 - examination.right_probability),
         reason=examination.reason,
         policy=policy.name,
@@ -204,14 +206,7 @@ def run_pilot(
 def verdict(
     policy: str, reason: str | None, gain: tuple[float, float, float] | None
 ) -> str:
-    """Says whether rejection is likely to help.
-
-    Args:
-        policy: Name of the policy that was tried.
-        reason: Why `auto` rejects nothing, or None.
-        gain: Difference of the accuracies with the ends of its interval; None where
-            the policy was not tried or accepted nothing.
-    """
+    """Says whether rejection is likely to help."""
     if policy == "auto" and reason is not None:
         return f"Rejection changes nothing here. {reason}: auto keeps every sample."
     if gain is None:
@@ -231,12 +226,7 @@ def verdict(
 
 
 def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float, float]:
-    """Returns how much more often the second is right, with its 95 % interval.
-
-    Args:
-        plain: Boolean, shape `(n,)`.
-        rejecting: Boolean, shape `(n,)`, of the same samples.
-    """
+    """Returns how much more often the second is right, with its 95 % interval."""
     won = int(np.count_nonzero(rejecting & ~plain))
     lost = int(np.count_nonzero(plain & ~rejecting))
     count = len(plain)
@@ -248,12 +238,6 @@ def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
     mean = float(np.mean(probabilities, dtype=np.float64))
     half = NORMAL_QUANTILE * math.sqrt(mean * (1 - mean) / len(probabilities))
     return mean, max(mean - half, 0.0), min(mean + half, 1.0)
-
-
-def _balance(labels: np.ndarray, names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    counts = np.bincount(labels, minlength=len(names))
-    ends = {"largest_class": counts.argmax(), "smallest_class": counts.argmin()}
-    return {end: (names[at], int(counts[at])) for end, at in ends.items()}
 
 
 def _try_both(
@@ -305,8 +289,7 @@ def _cross_tried(
             callbacks=[clock],
             progress=False,
         )
-        predicted = head_probabilities(trained.model, held_out).argmax(axis=1)
-        right[~rows] = predicted == held_out.labels
+        right[~rows] = right_answers(trained.model, held_out)
         steps = math.ceil(len(train) / settings.batch_size)
         clocks.append(clock.times(steps))
         advance(1)
@@ -329,11 +312,7 @@ class _EpochClock(keras.callbacks.Callback):
         self._ends.append(time.perf_counter())
 
     def times(self, steps: int) -> tuple[float, float]:
-        """Returns the seconds of the start, and of a step; the first epoch has both.
-
-        Args:
-            steps: Of an epoch.
-        """
+        """Returns the seconds of the start, and of a step; the first epoch has both."""
         first, last = self._ends[0], self._ends[-1]
         if len(self._ends) == 1:
             return 0.0, (first - self._begin) / steps

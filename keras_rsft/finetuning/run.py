@@ -12,38 +12,41 @@ from typing import Any
 
 import keras
 
+from keras_rsft._storage import (
+    NumberedFolder,
+    RunPlace,
+    check_new_folder,
+    disk_full_said,
+    open_place,
+)
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import SampleData, apply_corrections, load_images
 from keras_rsft.errors import WorkerLost
-from keras_rsft.finetuning.better_model import better_model
-from keras_rsft.finetuning.callback_memory import identity_of
-from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.devices import Devices, open_devices
-from keras_rsft.finetuning.feature_source import FeatureSource, open_features
-from keras_rsft.finetuning.head_training import Callbacks, TrainedHead, train_head
-from keras_rsft.finetuning.overfitting import Overfitting
-from keras_rsft.finetuning.plain_head import AgainstPlain, train_against_plain
-from keras_rsft.finetuning.run_folder import check_new_folder, fill_run_folder
-from keras_rsft.finetuning.settings import TrainingSettings
-from keras_rsft.finetuning.split_features import SplitFeatures
-from keras_rsft.finetuning.stage_two import check_base_can_learn, fine_tune_last_block
-from keras_rsft.finetuning.tuned_run import (
-    BaseTrainingPlace,
-    Unfreezing,
-    check_part_can_learn,
-    part_to_train,
-    unfreeze,
+from keras_rsft.finetuning.features import SplitFeatures, open_features
+from keras_rsft.finetuning.head_training import (
+    AgainstPlain,
+    Callbacks,
+    TrainedHead,
+    train_against_plain,
+    train_head,
 )
-from keras_rsft.finetuning.unfinished import (
-    NumberedFolder,
-    RunPlace,
-    open_place,
+from keras_rsft.finetuning.overfitting import Overfitting
+from keras_rsft.finetuning.resume import (
+    TrainingCheckpoint,
+    callbacks_identity,
     run_identity,
 )
+from keras_rsft.finetuning.run_folder import fill_run_folder
+from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.unfreezing import (
+    BackboneSource,
+    cut_backbone,
+    require_layers_to_train,
+    unfreeze,
+)
 from keras_rsft.model import RSFTModel
-from keras_rsft.result_folder import disk_full_said
-from keras_rsft.trainable_choice import TrainableFrom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Run:
             and the head's `head_validation_accuracy` and `head_test_accuracy`. Where a
             part of the base was trained, the same under names with `unfrozen`.
         config: Everything that is needed to repeat the run.
-        features: The kept features; `.unreadable` names the images left out.
+        features: The cached features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, examination.
         folder: Where the run was written, or None.
         against_plain: Rejection against a plain head, image by image; None where
@@ -119,18 +122,15 @@ def finetune(
     progress: bool = True,
     command: str | None = None,
     on_begin: Callable[[Path, bool], None] | None = None,
-    trainable_from: TrainableFrom | None = None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Fine-tunes a new head on a frozen base and writes a run folder.
 
-    With `stage2_epochs` in the settings, the base's last block is then fine-tuned
-    with the head on the accepted images (Ahn et al., 2024, TURN). That is kept where
-    it gets no fewer validation images right than the head alone.
-
-    With `trainable_from`, a part of the base, or all of it, then learns with the head
-    under the same policy, for `base_epochs`. The activations in front of that part are
-    kept like features where that pays. The result is kept by the same rule.
+    With `unfreeze` in the settings, a part of the base, or all of it, then learns with
+    the head: under the same policy, or on the accepted samples alone (Ahn et al., 2024,
+    TURN). The activations before that part are cached like features where the disk has
+    room. The result is kept where it gets no fewer validation images right than the
+    head alone.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
@@ -146,11 +146,11 @@ def finetune(
         settings: How to train. Default: `TrainingSettings()`.
         strategy: On what the head is trained and the base is run, see `open_devices`:
             `"none"`, one device; `"mirrored"`; `"multiworker"`, where the chief alone
-            writes the run and the others return it without a folder. A stage two has
-            one device. Default `"none"`.
+            writes the run and the others return it without a folder. Unfrozen layers
+            are trained on one device. Default `"none"`.
         output: The run folder, which must not exist, or `NumberedFolder("photos")`
             for the next `runs/photos-N`. Until the run is finished it is called
-            `...unfinished`; killed there, the same call goes on with it and ends with
+            `...unfinished`; killed there, the same call resumes it and ends with
             the same weights. Default: none is written.
         cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head, or a function
@@ -160,9 +160,7 @@ def finetune(
         progress: Show progress bars. Default True.
         command: The command line that asked for this run, for the record.
         on_begin: Called before the work with the run folder to be, and with whether
-            an unfinished run goes on there. Not called without `output`.
-        trainable_from: In the place of the settings': how many of the base's last
-            blocks learn, `"all"`, or names of layers.
+            an unfinished run is resumed there. Not called without `output`.
         on_note: Called with what is decided on the way, in one line.
 
     Returns:
@@ -173,20 +171,19 @@ def finetune(
         DataError: If the data cannot be trained on, or not be corrected so.
         WeightsUnavailable: If the base's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
-            accepts nothing for a stage two to learn from.
-        OSError: If the disk is full; the same call goes on once there is room.
-        WorkerLost: If another worker is gone; the same call on all of them goes on.
+            accepts nothing for unfrozen layers to learn from.
+        OSError: If the disk is full; the same call resumes once there is room.
+        WorkerLost: If another worker is gone; the same call on all of them resumes.
     """
     require_tensorflow_backend("`finetune`")
     settings = settings or TrainingSettings()
-    if trainable_from is not None:
-        settings = dataclasses.replace(settings, trainable_from=trainable_from)
     devices = open_devices(strategy) if isinstance(strategy, str) else strategy
-    devices.require_trainable(base_learns=settings.trainable_from is not None)
-    if settings.stage2_epochs:
-        check_base_can_learn(str(backbone))
-    if settings.trainable_from is not None:
-        check_part_can_learn(str(backbone))
+    devices.require_trainable(base_learns=settings.unfreezes_under_policy)
+    if settings.unfreeze is not None:
+        require_layers_to_train(
+            str(backbone),
+            option="--unfreeze" if settings.unfreezes_under_policy else "--stage2",
+        )
     options = {
         "backbone": backbone,
         "weights": weights,
@@ -218,7 +215,7 @@ def finetune(
         **options,
         settings=dataclasses.asdict(settings),
         strategy=devices.name,
-        callbacks=identity_of(callbacks),
+        callbacks=callbacks_identity(callbacks),
         with_plain=with_plain,
     )
     devices.require_same(identity)
@@ -230,7 +227,7 @@ def finetune(
         return run
     with open_place(output, identity) as place:
         if on_begin is not None:
-            on_begin(place.folder, place.went_on)
+            on_begin(place.folder, place.resumed)
         run = _run_at(place, data, work)
     devices.from_chief(b"")
     return run
@@ -252,16 +249,16 @@ class _Work:
 
     def check(self, base: keras.Model) -> None:
         """Raises where the part of the base that shall learn is not in it."""
-        if self.settings.trainable_from is not None:
-            part_to_train(base, self.settings)
+        if self.settings.unfreeze is not None:
+            cut_backbone(base, self.settings.unfreeze)
 
 
 def _run_at(place: RunPlace, data: SampleData, work: _Work) -> Run:
     """Makes a run and its folder; keeps the training's state where that fails."""
     checkpoint = TrainingCheckpoint(place.checkpoint, devices=work.devices)
-    of_base = BaseTrainingPlace.at(place)
+    of_base = TrainingCheckpoint(place.unfreeze_checkpoint)
     try:
-        run = _run(data, work, checkpoint, of_base)
+        run = _run(data, work, checkpoint, of_base, place)
         run = dataclasses.replace(run, folder=place.folder)
         place.write(
             lambda folder: fill_run_folder(
@@ -269,14 +266,16 @@ def _run_at(place: RunPlace, data: SampleData, work: _Work) -> Run:
             )
         )
     except (KeyboardInterrupt, OSError, WorkerLost) as error:
-        for state in (checkpoint, of_base.checkpoint):
+        for state in (checkpoint, of_base):
             with contextlib.suppress(OSError):  # The disk may be full.
                 state.flush()
         if isinstance(error, KeyboardInterrupt) and checkpoint.epochs_done:
-            done = max(checkpoint.epochs_done, of_base.checkpoint.epochs_done)
+            done = of_base.epochs_done
+            if not work.settings.unfreezes_under_policy:  # Those count from 0 again.
+                done += checkpoint.epochs_done
             error.add_note(
-                f"{done} of {work.settings.all_epochs} epochs are kept "
-                f"in {place.unfinished}."
+                f"{max(done, checkpoint.epochs_done)} of {work.settings.all_epochs} "
+                f"epochs are kept in {place.unfinished}."
             )
         said = disk_full_said(error, place.unfinished)
         if said is error:
@@ -289,7 +288,8 @@ def _run(
     data: SampleData,
     work: _Work,
     checkpoint: TrainingCheckpoint | None = None,
-    of_base: BaseTrainingPlace | None = None,
+    of_base: TrainingCheckpoint | None = None,
+    place: RunPlace | None = None,
 ) -> Run:
     started = time.perf_counter()
     settings, progress, devices = work.settings, work.progress, work.devices
@@ -315,9 +315,24 @@ def _run(
             curves=True,
         )
     head, results = trained.model, trained.results
-    if checkpoint is not None and settings.trainable_from is not None:
-        checkpoint.flush()  # What comes now takes longer than all before.
-    model, trained = _with_base(source, trained, work, of_base)
+    if settings.unfreeze is None or not devices.is_chief:
+        model = build_classifier(
+            source.float32_base(), data.num_classes, head=head.model
+        )
+    else:
+        if checkpoint is not None:
+            checkpoint.flush()  # What comes now takes longer than all before.
+        backbone = BackboneSource(
+            data,
+            source.float32_base,
+            work.options["feature_precision"],
+            work.cache_dir,
+            progress,
+            work.on_note,
+        )
+        model, trained = unfreeze(
+            backbone, features, trained, settings, place=place, checkpoint=of_base
+        )
     against_plain = None
     if work.with_plain:
         with devices.heeding_loss():
@@ -340,53 +355,4 @@ def _run(
         features=features,
         trained=trained,
         against_plain=against_plain,
-    )
-
-
-def _with_base(
-    source: FeatureSource,
-    trained: TrainedHead,
-    work: _Work,
-    of_base: BaseTrainingPlace | None,
-) -> tuple[keras.Model, TrainedHead]:
-    """Returns the whole model, and the training with what the base has learnt in it."""
-    settings, base, data = work.settings, source.float32_base(), source.data
-    model = build_classifier(base, data.num_classes, head=trained.model.model)
-    if settings.stage2_epochs and work.devices.is_chief:
-        model = _stage_two(model, base, data, source.features, trained, work)
-    if settings.trainable_from is None:
-        return model, trained
-    how = Unfreezing(
-        settings,
-        work.options["feature_precision"],
-        work.cache_dir,
-        work.progress,
-        work.on_note,
-    )
-    return unfreeze(model, base, data, source.features, trained, how, of_base)
-
-
-def _stage_two(
-    head_only: keras.Model,
-    base: keras.Model,
-    data: SampleData,
-    features: SplitFeatures,
-    trained: TrainedHead,
-    work: _Work,
-) -> keras.Model:
-    """Returns the better of two models by validation, and notes both in the results."""
-    settings = work.settings
-    tuned = fine_tune_last_block(
-        base,
-        trained.model.model,
-        data.train,
-        features.train,
-        trained.accepted,
-        epochs=settings.stage2_epochs,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        progress=work.progress,
-    )
-    return better_model(
-        head_only, tuned, data, features, trained.results, name="stage2"
     )

@@ -1,8 +1,4 @@
-"""A run on disk: what `fit` leaves behind, and how `predict` finds it again.
-
-`unfinished.py` has it written beside its final place and renamed, so that a run folder
-is always whole. Nothing that exists is ever overwritten.
-"""
+"""A run on disk: what `fit` leaves behind, and how `predict` finds it again."""
 
 from __future__ import annotations
 
@@ -13,14 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_rsft.data import SampleData
-from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
-from keras_rsft.data.corrections import correction_cells
-from keras_rsft.errors import InvalidArgument
-from keras_rsft.features import near_duplicates, write_excerpts, write_thumbnails
-from keras_rsft.ledger import COLUMNS, HISTOGRAM_COLUMNS
-from keras_rsft.result_folder import installed_versions, write_csv, write_json
-from keras_rsft.run_files import (
+from keras_rsft._storage import (
     ACCEPTANCE_FILE,
     CLASSES_FILE,
     CONFIG_FILE,
@@ -33,28 +22,18 @@ from keras_rsft.run_files import (
     NEAR_DUPLICATES_FILE,
     RESULTS_FILE,
     SAMPLES_FILE,
+    installed_versions,
+    write_csv,
+    write_json,
 )
+from keras_rsft.data import SampleData
+from keras_rsft.data.corrections import COLUMNS as CORRECTION_COLUMNS
+from keras_rsft.data.corrections import correction_cells
+from keras_rsft.features import near_duplicates, write_excerpts, write_thumbnails
+from keras_rsft.ledger import COLUMNS, HISTOGRAM_COLUMNS
 
 if TYPE_CHECKING:
     from keras_rsft.finetuning.run import Run
-
-
-def check_new_folder(output: str | os.PathLike) -> Path:
-    """Returns the path of a run folder that can be made.
-
-    Raises:
-        InvalidArgument: If it exists, or its parent is a file.
-    """
-    folder = Path(output).absolute()
-    if folder.exists():
-        raise InvalidArgument(
-            f"The run folder must not exist yet. Received: {output}. "
-            "Nothing is overwritten: choose another `--output`."
-        )
-    blocked = next((p for p in folder.parents if p.exists() and not p.is_dir()), None)
-    if blocked is not None:
-        raise InvalidArgument(f"{blocked} is a file, so {output} cannot be made.")
-    return folder
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
@@ -70,20 +49,7 @@ def fill_run_folder(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes all files of a run into an empty folder.
-
-    Args:
-        folder: The folder.
-        run: The run.
-        data: Its images.
-        cache_dir: Where thumbnails are kept. Default: the user's cache folder.
-        progress: Show progress bars. Default True.
-    """
-    _fill(folder, run, data)
-    _fill_for_the_eye(folder, run, data, cache_dir, progress)
-
-
-def _fill(folder: Path, run: Run, data: SampleData) -> None:
+    """Writes all files of a run into an empty folder."""
     run.model.save(folder / MODEL_FILE)
     run.head.save(folder / HEAD_FILE)
     described = {"finding": run.finding, "versions": installed_versions()}
@@ -123,28 +89,7 @@ def _fill(folder: Path, run: Run, data: SampleData) -> None:
     )
     if run.features.unreadable:
         write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
-
-
-def results_of(run: Run) -> dict[str, Any]:
-    """Returns what `results.json` holds."""
-    found = run.overfitting
-    results = run.results | {"overfitting": None}
-    if found is not None:
-        described = dataclasses.asdict(found) | {"sentence": found.sentence}
-        results["overfitting"] = described
-    if run.against_plain is None:
-        return results
-    return results | {"against_plain": dataclasses.asdict(run.against_plain)}
-
-
-def _fill_for_the_eye(
-    folder: Path,
-    run: Run,
-    data: SampleData,
-    cache_dir: str | os.PathLike | None,
-    progress: bool,
-) -> None:
-    """Writes what a person looks at: pairs of near duplicates, and the samples."""
+    # What a person looks at: pairs of near duplicates, and the samples.
     train, suspicion = run.features.train, run.trained.ledger.suspicion
     write_csv(
         folder / NEAR_DUPLICATES_FILE,
@@ -160,6 +105,18 @@ def _fill_for_the_eye(
         write_excerpts(data.train, by_id, folder)
         return
     write_thumbnails(data.train, by_id, folder, cache_dir=cache_dir, progress=progress)
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """Returns what `results.json` holds."""
+    found = run.overfitting
+    results = run.results | {"overfitting": None}
+    if found is not None:
+        described = dataclasses.asdict(found) | {"sentence": found.sentence}
+        results["overfitting"] = described
+    if run.against_plain is None:
+        return results
+    return results | {"against_plain": dataclasses.asdict(run.against_plain)}
 
 
 def _sample_rows(data: SampleData) -> Iterable[list[str]]:

@@ -8,10 +8,8 @@ import keras
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policy_choice import PolicyChoice
-from keras_rsft.trainable_choice import TrainableFrom, checked_trainable
+from keras_rsft.trainable_choice import SHARE_OF_LEARNING_RATE, UnfreezeConfig
 
-# Of the head's learning rate: what a pretrained base knows is soon unlearnt.
-BASE_SHARE_OF_LEARNING_RATE = 0.1
 # Parts of the names of variables that weight decay leaves alone: a bias, and the scale
 # and offset of a normalisation, do not make a function any wilder.
 NOT_DECAYED = ("bias", "gamma", "beta")
@@ -19,7 +17,7 @@ NOT_DECAYED = ("bias", "gamma", "beta")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """How a head is trained, and after it perhaps the base's last block.
+    """How a head is trained, and after it perhaps a part of the backbone.
 
     Attributes:
         policy: What may update the weights. Default: `PolicyChoice()`.
@@ -36,17 +34,8 @@ class TrainingSettings:
             which the training of the head ends; the weights of the best epoch are
             kept. Default None: all epochs, and the weights of the last.
         seed: Seed of the initial weights and of the order. Default 0.
-        stage2_epochs: Passes over the accepted images in which the last block of
-            the base is fine-tuned with the head, at least 0. Default 0: none.
-        trainable_from: Which part of the base learns with the head once that has been
-            trained for `epochs`: how many of the last blocks, `"all"`, or names of
-            layers. Default None: none.
-        base_epochs: Passes over the training images in which it does, at least 1.
-            Default 5.
-        base_learning_rate: The base's own, positive. Default None: a tenth of
-            `learning_rate`.
-        train_batch_norm: Have the BatchNorm layers of that part learn and normalise
-            by the batch. Default False: they are in inference mode.
+        unfreeze: Which layers of the backbone learn with the head once that has been
+            trained for `epochs`, and how. Default None: none.
 
     Raises:
         InvalidArgument: If a value is out of its range or unknown.
@@ -67,29 +56,19 @@ class TrainingSettings:
     weight_decay: float | None = None
     early_stopping: int | None = None
     seed: int = 0
-    stage2_epochs: int = 0
-    trainable_from: TrainableFrom | None = None
-    base_epochs: int = 5
-    base_learning_rate: float | None = None
-    train_batch_norm: bool = False
+    unfreeze: UnfreezeConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "base_epochs"):
+        for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(
                     f"`{name}` must be at least 1. Received: {getattr(self, name)}."
                 )
-        if self.stage2_epochs < 0:
-            raise InvalidArgument(
-                "`stage2_epochs` must be at least 0; 0 leaves the base as it is. "
-                f"Received: {self.stage2_epochs}."
-            )
         if not 0 < self.learning_rate < float("inf"):
             raise InvalidArgument(
                 "`learning_rate` must be a positive number. "
                 f"Received: {self.learning_rate}."
             )
-        self._check_base()
         if not 0 <= self.momentum <= 1:
             raise InvalidArgument(
                 f"`momentum` must be in [0, 1]. Received: {self.momentum}."
@@ -106,32 +85,26 @@ class TrainingSettings:
         self.make_optimizer()
 
     @property
-    def all_epochs(self) -> int:
-        """Epochs of the head, and of the base after it if that learns."""
-        return self.epochs + (0 if self.trainable_from is None else self.base_epochs)
+    def unfreezes_under_policy(self) -> bool:
+        """Whether unfrozen layers continue the head's training, under its policy."""
+        return self.unfreeze is not None and not self.unfreeze.accepted_only
 
     @property
-    def base_rate(self) -> float:
-        """The base's learning rate."""
-        if self.base_learning_rate is None:
-            return BASE_SHARE_OF_LEARNING_RATE * self.learning_rate
-        return self.base_learning_rate
+    def unfreezing(self) -> UnfreezeConfig:
+        """How layers are unfrozen, by default where nothing was asked for."""
+        return self.unfreeze or UnfreezeConfig()
 
-    def _check_base(self) -> None:
-        if not 0 < self.base_rate < float("inf"):
-            raise InvalidArgument(
-                "`base_learning_rate` must be a positive number. "
-                f"Received: {self.base_learning_rate}."
-            )
-        if self.trainable_from is None:
-            return
-        checked = checked_trainable(self.trainable_from)
-        object.__setattr__(self, "trainable_from", checked)
-        if self.stage2_epochs:
-            raise InvalidArgument(
-                "`--stage2` and `--unfreeze` both train the base after the head. Give "
-                "one of them."
-            )
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of the head, and of unfrozen layers after it."""
+        return self.epochs + (0 if self.unfreeze is None else self.unfreeze.epochs)
+
+    @property
+    def unfreeze_rate(self) -> float:
+        """The unfrozen layers' learning rate."""
+        if self.unfreeze is None or self.unfreeze.learning_rate is None:
+            return SHARE_OF_LEARNING_RATE * self.learning_rate
+        return self.unfreeze.learning_rate
 
     def make_optimizer(
         self, *, largest_gradient: float | None = None

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from keras_rsft import run_files
+from keras_rsft import _storage
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.intervals import paired_share_interval, proportion_interval
 from keras_rsft.report import charts
@@ -68,7 +68,7 @@ def write_report(
             "Give `finetune` an `output`."
         )
     record = read_run(Path(folder))
-    path = record.folder / run_files.REPORT_FILE if path is None else Path(path)
+    path = record.folder / _storage.REPORT_FILE if path is None else Path(path)
     _require_own(path)
     beside = path.with_name(f".partial-{path.name}")
     beside.write_text(render_page(record), encoding="utf-8")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_rsft import run_files
+from keras_rsft import _storage
+from keras_rsft._storage import read_csv
 from keras_rsft.backbones.base_name import takes_texts
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.result_folder import read_csv
 
 TRIALS_FILE, HEAT_MAP_FILE = "trials.csv", "heatmap.svg"
 PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
@@ -90,7 +90,7 @@ class RunRecord:
     def identity(self) -> str:
         """16 hexadecimal digits that tell this run from others."""
         digest = hashlib.sha256(json.dumps(self.config, default=str).encode())
-        for name in (run_files.LEDGER_FILE, run_files.RESULTS_FILE):
+        for name in (_storage.LEDGER_FILE, _storage.RESULTS_FILE):
             path = self.folder / name
             digest.update(path.read_bytes() if path.exists() else b"")
         return digest.hexdigest()[:16]
@@ -98,7 +98,7 @@ class RunRecord:
     @functools.cached_property
     def thumbnail_places(self) -> dict[str, tuple[int, int]]:
         """Offset and length in bytes of each sample's thumbnail, by id."""
-        rows = _rows(self.folder / run_files.THUMBNAILS_INDEX_FILE)
+        rows = _rows(self.folder / _storage.THUMBNAILS_INDEX_FILE)
         return {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
 
     def thumbnail(self, sample_id: str) -> bytes | None:
@@ -106,14 +106,14 @@ class RunRecord:
         place = self.thumbnail_places.get(sample_id)
         if place is None:
             return None
-        with (self.folder / run_files.THUMBNAILS_FILE).open("rb") as file:
+        with (self.folder / _storage.THUMBNAILS_FILE).open("rb") as file:
             file.seek(place[0])
             return file.read(place[1])
 
     @functools.cached_property
     def texts(self) -> dict[str, str]:
         """The beginnings of the samples by id; empty where they are images."""
-        path = self.folder / run_files.TEXTS_FILE
+        path = self.folder / _storage.TEXTS_FILE
         if not path.is_file():
             return {}
         with path.open(encoding="utf-8") as lines:
@@ -140,13 +140,21 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run folder, or the folder of a finished search."""
-    has_ledger = (folder / run_files.LEDGER_FILE).is_file()
-    is_search = (folder / run_files.SEARCH_FILE).is_file()
-    if not (folder / run_files.RESULTS_FILE).is_file() or not (has_ledger or is_search):
+    """Reads a run folder, or the folder of a finished search.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InvalidArgument: If it is neither.
+        DataError: If one of its files cannot be understood.
+    """
+    has_ledger = (folder / _storage.LEDGER_FILE).is_file()
+    is_search = (folder / _storage.SEARCH_FILE).is_file()
+    if not (folder / _storage.RESULTS_FILE).is_file() or not (has_ledger or is_search):
         raise InvalidArgument(
             "Expected a run folder, as `keras-rsft fit` leaves it, with "
-            f"{run_files.RESULTS_FILE} and {run_files.LEDGER_FILE}. Received: {folder}."
+            f"{_storage.RESULTS_FILE} and {_storage.LEDGER_FILE}. Received: {folder}."
         )
     try:
         return _read(folder, is_search=not has_ledger)
@@ -159,19 +167,19 @@ def read_run(folder: Path) -> RunRecord:
 
 def _read(folder: Path, *, is_search: bool) -> RunRecord:
     config = _json(
-        folder / (run_files.SEARCH_FILE if is_search else run_files.CONFIG_FILE)
+        folder / (_storage.SEARCH_FILE if is_search else _storage.CONFIG_FILE)
     )
-    classes = folder / run_files.CLASSES_FILE
+    classes = folder / _storage.CLASSES_FILE
     if is_search and not classes.exists():  # Every trial failed: there is no model.
         class_names = tuple(config["data"]["classes"])
     else:
         class_names = tuple(_json(classes))
-    metrics = list(_rows(folder / run_files.METRICS_FILE))
+    metrics = list(_rows(folder / _storage.METRICS_FILE))
     return RunRecord(
         folder=folder,
         class_names=class_names,
         config=config,
-        results=_json(folder / run_files.RESULTS_FILE),
+        results=_json(folder / _storage.RESULTS_FILE),
         metrics={
             name: [_number(row[name]) for row in metrics]
             for name in (metrics[0] if metrics else {})
@@ -181,7 +189,7 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
         acceptance=_acceptance(folder),
         pairs=tuple(
             (row["id"], row["other_id"], float(row["similarity"]))
-            for row in _rows(folder / run_files.NEAR_DUPLICATES_FILE)
+            for row in _rows(folder / _storage.NEAR_DUPLICATES_FILE)
         ),
         split_sizes=_split_sizes(folder),
         trials=tuple(_rows(folder / TRIALS_FILE)),
@@ -190,7 +198,7 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
 
 def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
     place = {name: index for index, name in enumerate(class_names)} | {"": -1}
-    rows = list(_rows(folder / run_files.LEDGER_FILE))
+    rows = list(_rows(folder / _storage.LEDGER_FILE))
 
     def labels(column: str) -> np.ndarray:
         return np.array([place[row[column]] for row in rows], np.int32)
@@ -213,7 +221,7 @@ def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
 def _losses(folder: Path) -> tuple[EpochLosses, ...]:
     bins: dict[int, list[tuple[float, float, int, int]]] = {}
     thresholds: dict[int, float | None] = {}
-    for row in _rows(folder / run_files.HISTOGRAMS_FILE):
+    for row in _rows(folder / _storage.HISTOGRAMS_FILE):
         epoch = int(row["epoch"])
         counts = (int(row["accepted"]), int(row["rejected"]))
         one = (float(row["low"]), float(row["high"]), *counts)
@@ -226,7 +234,7 @@ def _losses(folder: Path) -> tuple[EpochLosses, ...]:
 
 
 def _acceptance(folder: Path) -> np.ndarray | None:
-    path = folder / run_files.ACCEPTANCE_FILE
+    path = folder / _storage.ACCEPTANCE_FILE
     if not path.exists():
         return None
     with path.open(newline="", encoding="utf-8") as file:
@@ -236,7 +244,7 @@ def _acceptance(folder: Path) -> np.ndarray | None:
 
 def _split_sizes(folder: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for row in _rows(folder / run_files.SAMPLES_FILE):
+    for row in _rows(folder / _storage.SAMPLES_FILE):
         sizes[row["split"]] = sizes.get(row["split"], 0) + 1
     return sizes
 

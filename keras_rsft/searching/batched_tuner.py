@@ -12,10 +12,10 @@ import keras_tuner
 import numpy as np
 from keras_tuner.engine.trial import Trial
 
+from keras_rsft._storage import replaced
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.model import RSFTModel
-from keras_rsft.result_folder import replaced
 from keras_rsft.searching.batched_heads import METRICS, BatchedHeads
 from keras_rsft.searching.durable import OnEpoch, TrialsTuner
 from keras_rsft.searching.head_trials import stack_trials, update_rule

@@ -15,7 +15,7 @@ from typing import Any
 import keras_tuner
 from keras_tuner.engine.trial import Trial, TrialStatus
 
-from keras_rsft.result_folder import replaced
+from keras_rsft._storage import replaced
 
 STATE_FILE = "oracle.json"
 # Keras Tuner's protocol drops why a trial failed, so a worker leaves it here.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_rsft._storage import replaced
 from keras_rsft.report.charts import (
     UNUSED,
     Axis,
@@ -16,7 +17,6 @@ from keras_rsft.report.charts import (
     parallel_coordinates_svg,
 )
 from keras_rsft.report.run_record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
-from keras_rsft.result_folder import replaced
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
 from keras_rsft.searching.names import TRAINABLE_NAMES, SearchOptions
 

@@ -14,15 +14,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import keras_tuner
 import numpy as np
 
+from keras_rsft._storage import (
+    RESULTS_FILE,
+    SAMPLES_FILE,
+    SEARCH_FILE,
+    check_new_folder,
+    locked,
+    numbered,
+    replaced,
+    write_csv,
+    write_json,
+    written_whole,
+)
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.finetuning import SplitFeatures
-from keras_rsft.finetuning.run_folder import check_new_folder
-from keras_rsft.result_folder import replaced, write_csv, write_json, written_whole
-from keras_rsft.run_files import RESULTS_FILE, SAMPLES_FILE, SEARCH_FILE
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
 from keras_rsft.searching.hypermodel import RSFTHyperModel
 from keras_rsft.searching.names import SearchOptions
@@ -65,23 +73,18 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
             write_json(partial / SEARCH_FILE, identity)
     else:
         _check_same(folder, identity)
-    lock = filelock.FileLock(folder / _LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise InvalidArgument(
-            f"Another process is searching in {folder}. Wait for it, or choose another "
-            "`--output`."
-        ) from error
-    try:
-        yield folder
-    except BaseException:
-        if is_new and not any(folder.glob("*/trial_*")):
-            # It has not begun: what is left would refuse a command that was mended.
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
+    busy = InvalidArgument(
+        f"Another process is searching in {folder}. Wait for it, or choose another "
+        "`--output`."
+    )
+    with locked(folder / _LOCK_FILE, timeout=0, taken=busy):
+        try:
+            yield folder
+        except BaseException:
+            if is_new and not any(folder.glob("*/trial_*")):
+                # It has not begun: what is left would refuse a command that was mended.
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def join_search(
@@ -104,12 +107,13 @@ def join_search(
 
 def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
     """Returns the first `ROOT/search-NAME-N` that does not exist or is not finished."""
-    number = 1
-    while (folder := Path(root) / f"search-{name}-{number}").exists() and (
-        (folder / RESULTS_FILE).exists() or not (folder / SEARCH_FILE).exists()
-    ):
-        number += 1
-    return folder
+
+    def is_taken(folder: Path) -> bool:
+        is_search = (folder / SEARCH_FILE).exists()
+        return folder.exists() and (not is_search or (folder / RESULTS_FILE).exists())
+
+    folders = numbered(root, f"search-{name}")
+    return next(folder for folder in folders if not is_taken(folder))
 
 
 def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:

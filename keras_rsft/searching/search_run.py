@@ -13,26 +13,37 @@ from typing import Any
 import keras
 import keras_tuner
 
+from keras_rsft._storage import (
+    CLASSES_FILE,
+    HEAD_FILE,
+    RESULTS_FILE,
+    installed_versions,
+    replaced,
+    write_json,
+)
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import ImageData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings
-from keras_rsft.finetuning.feature_source import open_features
-from keras_rsft.finetuning.tuned_run import check_part_can_learn
+from keras_rsft.finetuning import (
+    SplitFeatures,
+    TrainingSettings,
+)
+from keras_rsft.finetuning.features import open_features
+from keras_rsft.finetuning.unfreezing import (
+    BackboneSource,
+    require_layers_to_train,
+)
 from keras_rsft.model import RSFTModel
-from keras_rsft.result_folder import installed_versions, replaced, write_json
-from keras_rsft.run_files import CLASSES_FILE, HEAD_FILE, RESULTS_FILE
-from keras_rsft.searching.base_search import (
-    BaseTrials,
+from keras_rsft.searching.backbone_trials import (
+    BackboneTrials,
     chosen_trial,
     keep_model,
     learnable,
     table_of_strategies,
-    train_bases,
+    train_backbones,
     with_frozen,
 )
-from keras_rsft.searching.base_trials import BaseSource
 from keras_rsft.searching.choice import (
     COMPLETED,
     Choice,
@@ -72,7 +83,7 @@ class Search:
         results: The chosen setting and plain fine-tuning side by side, for each its
             `validation_accuracy`, its `test_accuracy` where there is a test split,
             and its `acceptance_rate`; the reason of the choice; the seconds. With a
-            base that learns `strategies`, the fields of a `StrategyRow` each.
+            base that learns `strategies`, one row for each.
         tuner: The Keras Tuner, for `get_best_models` and the like.
         folder: Where the search was written.
         base_tuner: That of the trials in which the base learnt, or None.
@@ -120,7 +131,7 @@ def search(
 
     With `trainable=("frozen", "last-block", "all")` also for how much of the base to
     train: the best plain head and the best one that rejects are trained on with its
-    last block and with all of it, for `base_epochs` of the settings. The base's
+    last block and with all of it, as `unfreeze` of the settings says. The base's
     learning rate is then by default a tenth of the head's, and at most 0.001 with SGD
     and 0.0001 with other optimizers.
 
@@ -173,7 +184,7 @@ def search(
     options = dataclasses.replace(options or SearchOptions(), **changes)
     settings = settings or TrainingSettings()
     if options.of_base:
-        check_part_can_learn(str(backbone), option="--trainable")
+        require_layers_to_train(str(backbone), option="--trainable")
     parts = list(options.trainable)
 
     def check(base: keras.Model) -> None:
@@ -194,7 +205,7 @@ def search(
     )
     if len(parts) < len(options.trainable):
         on_note("The last block is all that can learn of this base: all is left out.")
-    base_source = BaseSource(
+    base_source = BackboneSource(
         judged_data(opened.data, clean_validation=clean_validation),
         opened.float32_base,
         feature_precision,
@@ -239,7 +250,7 @@ def search_features(
     worker_commands: Sequence[Sequence[str]] = (),
     worker_timeout: float = DEFAULT_TIMEOUT,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
-    base_source: BaseSource | None = None,
+    base_source: BackboneSource | None = None,
 ) -> Search | None:
     """Searches on features that are kept already.
 
@@ -307,7 +318,7 @@ def search_features(
         bases = None
         if options.of_base and base_source is not None:
             outcomes = with_frozen(outcomes)
-            bases = train_bases(tuner, options, outcomes, base_source, folder)
+            bases = train_backbones(tuner, options, outcomes, base_source, folder)
         found, chosen = _concluded(tuner, options, outcomes, bases, folder)
         if bases is not None:
             found.results["strategies"] = table_of_strategies(
@@ -356,7 +367,7 @@ def _concluded(
     tuner: keras_tuner.Tuner,
     options: SearchOptions,
     heads: tuple[TrialOutcome, ...],
-    bases: BaseTrials | None,
+    bases: BackboneTrials | None,
     folder: Path,
 ) -> tuple[Search, ChosenTrial]:
     """Chooses among the trials and writes all but the results, which come last."""

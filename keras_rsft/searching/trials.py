@@ -18,8 +18,7 @@ import numpy as np
 
 from keras_rsft.features import FeatureSet
 from keras_rsft.finetuning import TrainingSettings, train_head
-from keras_rsft.finetuning.early_stopping import best_of_all_epochs
-from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.finetuning.head_training import best_of_all_epochs, head_probabilities
 from keras_rsft.model import RSFTModel
 from keras_rsft.progress import progress_bar
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome, trainable_of

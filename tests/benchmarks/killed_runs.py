@@ -33,8 +33,8 @@ EXPORT = ["export", "runs/digits-1", "--name", "photos"]
 PROGRAM = """
 import sys
 from keras_rsft import cli
-from keras_rsft.finetuning import checkpoint
-checkpoint.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.2
+from keras_rsft.finetuning import resume
+resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.2
 sys.exit(cli.main())
 """
 

@@ -31,7 +31,7 @@ from keras_rsft.backbones.trainable_part import TrainablePart, trainable_part
 from keras_rsft.data.pipeline import without_autotuning
 from keras_rsft.features import FrozenBase
 from keras_rsft.features.image_batches import ImageBatches
-from keras_rsft.finetuning.base_training import FrozenFront
+from keras_rsft.finetuning.unfreezing import FrozenFront
 
 CLASSES = 10
 

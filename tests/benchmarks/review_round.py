@@ -19,7 +19,7 @@ import numpy as np
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.features import FeatureSet
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
-from keras_rsft.finetuning.feature_source import open_features
+from keras_rsft.finetuning.features import open_features
 from keras_rsft.intervals import mean_interval, paired_interval
 from keras_rsft.policy_choice import PolicyChoice
 

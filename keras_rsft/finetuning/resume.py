@@ -1,33 +1,34 @@
-"""The state of a head's training on disk, so that a killed run goes on.
+"""The state of a training on disk, so that a killed run resumes to the last bit.
 
-Goes on to the last bit: beside the weights there are the optimizer's slots, the
-policy's numbers, the ledger, the history and what the callbacks remember, and the
-order of the samples depends on the seed and the epoch's number alone. A state is that
-of the end of an epoch. Plain arrays and JSON, nothing that is executed.
+Beside the weights there are the optimizer's slots, the policy's numbers, the ledger,
+the history and the memory of the callbacks; the order of the samples depends on the
+seed and the epoch's number alone. A state is that of the end of an epoch. Plain arrays
+and JSON, nothing that is executed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import keras
 import numpy as np
 
-from keras_rsft.finetuning.callback_memory import decoded, encoded, memory_of
+from keras_rsft import _storage
+from keras_rsft.data import SampleData
 from keras_rsft.finetuning.devices import ONE_DEVICE, Devices
 from keras_rsft.ledger import RejectionLedger
-from keras_rsft.result_folder import replaced
 
-# A state is written when so many seconds have passed since the last one, or so many
-# times the time that writing took: what a kill loses stays small, and so does the cost.
+# Least time between two states, in seconds and as a multiple of the time that writing
+# takes: a kill loses little, and writing costs little.
 SECONDS_BETWEEN = 10.0
 TIMES_ITS_COST = 50.0
 _DESCRIPTION = "description"
@@ -35,16 +36,7 @@ _DESCRIPTION = "description"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingState:
-    """What the end of an epoch leaves.
-
-    Attributes:
-        belongs_to: What it must be used with, as JSON can hold it.
-        epochs_done: Number of finished epochs, at least 1.
-        stopped: True where a callback ended the training in that epoch.
-        history: Each logged value, one number an epoch.
-        callbacks: What each of the user's callbacks remembers.
-        arrays: Values of the variables and of the ledger by name.
-    """
+    """What the end of an epoch leaves, with the variables and the ledger by name."""
 
     belongs_to: Any
     epochs_done: int
@@ -55,21 +47,10 @@ class TrainingState:
 
 
 class TrainingCheckpoint(keras.callbacks.Callback):
-    """Keeps the state of a training in a file, and begins where the file ends.
+    """Keeps the state of a training in a file, and resumes from it.
 
     Goes last among the callbacks, so that it sees and restores what the others have
-    done.
-
-    Args:
-        path: The file; its folder must exist.
-        seconds_between: Least time between two states on disk. Default 10.
-        devices: What is trained on. The chief of several workers keeps the file, and
-            tells the others what is in it. Default: one device.
-
-    Attributes:
-        epochs_done: Finished epochs, those of an earlier process included.
-        stopped: True where a callback ended the training.
-        history: Each logged value, one number for each of these epochs.
+    done. With several workers the chief keeps the file and sends it to the others.
     """
 
     def __init__(
@@ -94,7 +75,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     @property
     def epochs_done(self) -> int:
-        """Finished epochs."""
+        """Finished epochs, those of an earlier process included."""
         return 0 if self._latest is None else self._latest.epochs_done
 
     @property
@@ -108,13 +89,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         recorder: RejectionLedger,
         others: Sequence[keras.callbacks.Callback],
     ) -> None:
-        """Says what is trained, and reads the state of it if there is one.
-
-        Args:
-            belongs_to: What a state must be of to be gone on with, as JSON.
-            recorder: The ledger's callback.
-            others: The user's callbacks, whose memory is part of the state.
-        """
+        """Reads the state of this training, and the memory of its callbacks."""
         self._belongs_to = json.loads(json.dumps(belongs_to))
         self._recorder, self._others = recorder, others
         state = self._kept_state()
@@ -143,7 +118,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if not self._devices.is_chief:
             return
         state, started = self._latest, time.monotonic()
-        replaced(self._path, lambda beside: write_state(beside, state))
+        _storage.replaced(self._path, lambda beside: write_state(beside, state))
         self._on_disk, self._written_at = state, time.monotonic()
         self._cost = self._written_at - started
 
@@ -219,3 +194,132 @@ def read_state(file: Path | BinaryIO) -> TrainingState | None:
         callbacks = decoded(description.pop("callbacks"), arrays)
         return TrainingState(**description, callbacks=callbacks, arrays=arrays)
     return None
+
+
+# --- What a callback remembers -----------------------------------------------------
+
+_ARRAY = "array"
+
+
+def memory_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """Returns what a callback has learnt: plain attributes that are no options.
+
+    Plain are None, bool, number, text, array, and lists of these; models, files and
+    functions are not. An option has the name of a constructor's parameter: it stays as
+    it was given, since some callbacks make others of them on their first epoch
+    (Keras turns the sign of `min_delta`).
+    """
+    options = _parameters(type(callback))
+    return {n: v for n, v in _plain_attributes(callback).items() if n not in options}
+
+
+def options_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """Returns the class and plain options of a callback that was not used yet."""
+    options = _parameters(type(callback))
+    attributes = sorted(_plain_attributes(callback).items())
+    return {
+        "class": type(callback).__qualname__,
+        "options": {name: repr(v) for name, v in attributes if name in options},
+    }
+
+
+def callbacks_identity(callbacks: Any) -> Any:
+    """Returns what a run must share of its callbacks, or of a function that makes them.
+
+    A function counts by its name; its callbacks are compared when there is a state.
+    """
+    if callable(callbacks):
+        return f"{callbacks.__module__}.{callbacks.__qualname__}"
+    return [options_of(callback) for callback in callbacks]
+
+
+def encoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """Returns plain values as JSON can hold them, and adds their arrays to `arrays`."""
+    if isinstance(value, dict):
+        return {name: encoded(item, arrays) for name, item in value.items()}
+    if isinstance(value, list):
+        return [encoded(item, arrays) for item in value]
+    if isinstance(value, np.ndarray):
+        name = f"{_ARRAY}/{len(arrays)}"
+        arrays[name] = value
+        return {_ARRAY: name}
+    return value
+
+
+def decoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """Returns what `encoded` was given."""
+    if isinstance(value, list):
+        return [decoded(item, arrays) for item in value]
+    if isinstance(value, dict) and set(value) == {_ARRAY}:
+        return arrays[value[_ARRAY]]
+    if isinstance(value, dict):
+        return {name: decoded(item, arrays) for name, item in value.items()}
+    return value
+
+
+def _plain_attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    attributes = vars(callback).items()
+    return {name: _copied(value) for name, value in attributes if _is_plain(value)}
+
+
+def _parameters(kind: type) -> set[str]:
+    constructors = (base.__init__ for base in kind.__mro__ if "__init__" in vars(base))
+    return {
+        name
+        for constructor in constructors
+        for name in inspect.signature(constructor).parameters
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufSU"
+    return value is None or isinstance(value, bool | int | float | str | np.generic)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return np.array(value)  # A scalar too keeps its type and its empty shape.
+    return value
+
+
+def run_identity(data: SampleData, **choices: Any) -> dict[str, Any]:
+    """Returns what two runs on the same data must share to be the same run."""
+
+    def samples() -> Iterator[bytes]:
+        for split in (data.train, data.validation, data.test):
+            yield "\n".join(split.ids.tolist()).encode()
+            # What was reviewed is accepted whatever the policy says.
+            for values in (split.labels, split.clean_labels, split.reviewed):
+                yield b"-" if values is None else b"+"
+                if values is not None:
+                    yield np.ascontiguousarray(values).tobytes()
+
+    return _storage.run_identity(data.source, data.class_names, samples(), **choices)
+
+
+class TrainingClock(keras.callbacks.Callback):
+    """Adds up the seconds of the epochs, those before a kill included."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = 0.0
+        self._lap = _Lap()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self.seconds += self._lap.seconds()
+
+
+class _Lap:
+    """A clock of this process: no number that a checkpoint would take for its own."""
+
+    def __init__(self):
+        self._from = time.perf_counter()
+
+    def seconds(self) -> float:
+        begun, self._from = self._from, time.perf_counter()
+        return self._from - begun

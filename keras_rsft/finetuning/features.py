@@ -1,7 +1,4 @@
-"""Where kept features come from: images, a base, and how the two were brought together.
-
-The first step of a run, of a comparison and of a search.
-"""
+"""The cached features of a data set's splits: from images, a base and one pass."""
 
 from __future__ import annotations
 
@@ -17,26 +14,93 @@ from keras_rsft.backbones.base_name import is_fixed_network, require_takes
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
 from keras_rsft.data import SampleData, load_images
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.features import FeatureSet, FrozenBase
+from keras_rsft.features.extraction import make_pass, open_kept, run_alone
+from keras_rsft.features.feature_pass import FeaturePass
 from keras_rsft.features.precision import choose_precision
-from keras_rsft.features.shared_pass import keep_shares
-from keras_rsft.finetuning.split_features import (
-    SplitFeatures,
-    extract_all,
-    feature_passes,
-)
+from keras_rsft.features.shared_pass import keep_shares, run_together
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFeatures:
+    """The cached features of a data set."""
+
+    train: FeatureSet
+    validation: FeatureSet
+    test: FeatureSet
+    class_names: tuple[str, ...]
+
+    @property
+    def unreadable(self) -> tuple[tuple[str, str], ...]:
+        """`(id, reason)` of every image that could not be read."""
+        parts = (self.train, self.validation, self.test)
+        return tuple(pair for part in parts for pair in part.unreadable)
+
+
+def extract_all(
+    base: keras.Model,
+    data: SampleData,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    cluster: Cluster | None = None,
+    patience: float = DEFAULT_PATIENCE,
+    device_names: Sequence[str] = (),
+) -> SplitFeatures:
+    """Runs the base over all splits, or reads the cached features.
+
+    With a `cluster`, its processes call this together, each for its share, on a
+    `cache_dir` that all of them see; raises WorkerLost where one makes no progress for
+    `patience` seconds. `device_names` are the devices of this process to use.
+    """
+    passes = feature_passes(
+        base,
+        data,
+        views=views,
+        seed=seed,
+        feature_precision=feature_precision,
+        cache_dir=cache_dir,
+        progress=progress,
+        device_names=device_names,
+    )
+    if cluster is not None and not cluster.is_alone:
+        run_together(passes, cluster, patience=patience)
+    else:
+        for work in passes:
+            run_alone(work)
+    splits = (data.train, data.validation, data.test)
+    kept = {
+        split.name: open_kept(work.folder, split)
+        for split, work in zip(splits, passes, strict=True)
+    }
+    return SplitFeatures(**kept, class_names=data.class_names)
+
+
+def feature_passes(
+    base: keras.Model | FrozenBase,
+    data: SampleData,
+    *,
+    views: int,
+    device_names: Sequence[str] = (),
+    **options: Any,
+) -> list[FeaturePass]:
+    """Returns the passes that `extract_all` makes, over a base or `FrozenBase`."""
+    splits = (data.train, data.validation, data.test)
+    num_images = sum(map(len, splits)) + (views - 1) * len(data.train)
+    if not isinstance(base, FrozenBase):
+        base = FrozenBase(base, num_images=num_images, device_names=device_names)
+    return [
+        make_pass(base, split, views=views if split is data.train else 1, **options)
+        for split in splits
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSource:
-    """Features, and what they were computed from.
-
-    Attributes:
-        data: The images, or texts.
-        base: The frozen base, in the precision of the pass.
-        features: The kept features of the splits.
-        origin: Data, corrections if there are any, backbone, weights, image size,
-            precision and views, for the record.
-    """
+    """Features, what they were computed from, and its record."""
 
     data: SampleData
     base: keras.Model
@@ -73,27 +137,7 @@ def open_features(
 ) -> FeatureSource:
     """Lists the images, loads the base, and computes or reads the features.
 
-    Args:
-        data: Loaded images or texts, or what `load_images` takes.
-        backbone: As in `load_backbone`.
-        weights: As in `load_backbone`.
-        image_size: As in `load_backbone`.
-        precision: `"float32"`, `"bfloat16"`, or `"auto"`.
-        views: Views of each training image, at least 1.
-        seed: Seed of the random views.
-        cache_dir: Where features are kept; None: the user's cache folder.
-        progress: Show progress bars.
-        feature_precision: How features are kept, `"float32"` or `"float16"`.
-        cluster: Processes that compute them together, as in `extract_all`.
-        patience: How long to wait for a worker of it, as in `extract_all`.
-        on_base: Called with the base before it is run, to refuse it.
-        device_names: As in `extract_all`.
-
-    Raises:
-        InvalidArgument: If an argument cannot be used.
-        DataError: If the data cannot be trained on.
-        WeightsUnavailable: If the base's weights cannot be had.
-        WorkerLost: If another worker does not do its part.
+    `on_base` is called with the base before it is run, to refuse it.
     """
     data, base, precision = _loaded(
         data, backbone, weights, image_size, precision, views
@@ -136,25 +180,7 @@ def keep_share(
     patience: float = DEFAULT_PATIENCE,
     **options: Any,
 ) -> None:
-    """Computes one process's share of the features, and waits for nobody.
-
-    Once all shares are there, whoever asks for the features gets them.
-
-    Args:
-        data: As in `open_features`, like the others.
-        backbone: The base.
-        weights: Its weights.
-        image_size: Side of its images.
-        precision: Of its pass.
-        cluster: How many shares there are, and which is this process's.
-        patience: How long to wait for another process with the same share.
-        **options: `views`, `seed`, `feature_precision`, `cache_dir` and `progress`.
-
-    Raises:
-        InvalidArgument: If an argument cannot be used.
-        WeightsUnavailable: If the base's weights cannot be had.
-        WorkerLost: If another process computes the same share for that long.
-    """
+    """Computes one process's share of the features, and waits for nobody."""
     views = options["views"]
     data, base, _ = _loaded(data, backbone, weights, image_size, precision, views)
     keep_shares(feature_passes(base, data, **options), cluster, patience=patience)

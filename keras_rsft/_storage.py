@@ -1,0 +1,443 @@
+"""Files and folders of results: whole or not at all, never over what exists.
+
+Atomic writers, JSON and CSV, locks, numbered folders, and the folder of an unfinished
+run. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import glob
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
+
+# --- Names of files -----------------------------------------------------------------
+
+MODEL_FILE = "model.keras"
+HEAD_FILE = "head.keras"
+CONFIG_FILE = "config.json"
+RESULTS_FILE = "results.json"
+CLASSES_FILE = "classes.json"
+METRICS_FILE = "metrics.csv"
+SAMPLES_FILE = "samples.csv"
+LEDGER_FILE = "ledger.csv"
+ACCEPTANCE_FILE = "acceptance_by_class.csv"
+HISTOGRAMS_FILE = "loss_histograms.csv"
+NEAR_DUPLICATES_FILE = "near_duplicates.csv"
+THUMBNAILS_FILE = "thumbnails.bin"
+THUMBNAILS_INDEX_FILE = "thumbnails.csv"
+TEXTS_FILE = "texts.jsonl"
+CORRECTIONS_FILE = "corrections.csv"
+REPORT_FILE = "report.html"
+SEARCH_FILE = "search.json"
+
+# --- Whole or not at all ------------------------------------------------------------
+
+_PARTIAL = ".partial-"
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Gives an empty hidden folder beside `target`, renamed to it in the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _file_beside(path: Path) -> Iterator[Path]:
+    """Gives a path of the same name in a new private folder: no link can be there."""
+    folder = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
+    try:
+        yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replaced(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has a file written beside its place, and renames it once it is on the disk."""
+    with _file_beside(path) as beside:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+def write_new_file(path: Path, content: bytes) -> None:
+    """Writes a file whole; raises InvalidArgument where it exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _file_beside(path) as beside:
+            beside.write_bytes(content)
+            try:
+                os.link(beside, path)  # Unlike a rename, fails where the target exists.
+            except FileExistsError:
+                raise
+            except OSError:  # No hard links on FAT and on some network file systems.
+                path.open("xb").close()  # Takes the name; what is replaced is our own.
+                beside.replace(path)
+    except FileExistsError:
+        raise InvalidArgument(
+            f"{path} exists, and nothing is overwritten. Choose another name."
+        ) from None
+
+
+# --- JSON and CSV -------------------------------------------------------------------
+
+# What starts a formula in a spreadsheet; the quote itself, to tell it from a guard.
+_GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes readable JSON; what it does not know is written as text."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds, or None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Writes a CSV file that is safe to open in a spreadsheet, for `read_csv`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([guarded_cell(name) for name in header])
+        writer.writerows([guarded_cell(value) for value in row] for row in rows)
+
+
+def read_csv(path: Path) -> Iterator[dict[str, str]]:
+    """Yields the rows of what `write_csv` wrote, by column, the guards taken off."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            yield {plain_cell(name): plain_cell(cell) for name, cell in row.items()}
+
+
+def guarded_cell(value: Any) -> Any:
+    """Puts a quote before a text that a spreadsheet would run as a formula.
+
+    A file or a class may be named `=HYPERLINK(...)`. Numbers stay as they are, also
+    negative ones.
+    """
+    if not isinstance(value, str) or not value.startswith(_GUARDED):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def plain_cell(cell: str) -> str:
+    """Takes the quote off again that `guarded_cell` puts before a text."""
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_GUARDED) else cell
+
+
+# --- Locks --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(
+    path: str | os.PathLike,
+    *,
+    timeout: float = -1.0,
+    taken: Exception | None = None,
+    needed: bool = True,
+) -> Iterator[None]:
+    """Holds a lock file; where it is not free within `timeout` seconds, raises `taken`.
+
+    By default waits without end. Not every network file system has locks: with
+    `needed=False` there is none then.
+    """
+    lock = filelock.FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise (taken or TimeoutError(f"{path} is locked.")) from None
+    except (OSError, NotImplementedError):
+        if needed:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- Errors and versions ------------------------------------------------------------
+
+_PACKAGES = ("keras_rsft", "keras", "tensorflow", "numpy")
+
+
+def disk_full_said(error: BaseException, folder: Path) -> BaseException:
+    """Returns an error that says what to do about a full disk, or the error itself."""
+    full = os.strerror(errno.ENOSPC)
+    if not isinstance(error, OSError) or not (
+        error.strerror == full or f"errno = {errno.ENOSPC}" in str(error)
+    ):
+        return error
+    return OSError(
+        errno.ENOSPC,
+        f"{full}. Make room, and run the same command again to resume",
+        str(error.filename or folder),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions that trained weights depend on, by name."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def installed_versions() -> dict[str, str]:
+    """Returns the same with Python and the platform, for the record."""
+    python = {"python": sys.version.split()[0], "platform": platform.platform()}
+    return package_versions() | python
+
+
+# --- Numbered folders ---------------------------------------------------------------
+
+
+def check_new_folder(output: str | os.PathLike) -> Path:
+    """Returns the path of a folder that can be made; else raises InvalidArgument."""
+    folder = Path(output).absolute()
+    if folder.exists():
+        raise InvalidArgument(
+            f"The run folder must not exist yet. Received: {output}. "
+            "Nothing is overwritten: choose another `--output`."
+        )
+    blocked = next((p for p in folder.parents if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise InvalidArgument(f"{blocked} is a file, so {output} cannot be made.")
+    return folder
+
+
+def numbered(root: str | os.PathLike, name: str) -> Iterator[Path]:
+    """Yields `ROOT/NAME-1`, `ROOT/NAME-2` and so on."""
+    return (Path(root) / f"{name}-{number}" for number in itertools.count(1))
+
+
+def highest_number(directory: Path, pattern: str) -> int:
+    """Returns the highest number in names that fully match a pattern's group, or 0."""
+    if not directory.is_dir():
+        return 0
+    matches = (re.fullmatch(pattern, path.name) for path in directory.iterdir())
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberedFolder:
+    """Asks for `ROOT/NAME-N`: an unfinished run of the same kind, or the first free N.
+
+    Attributes:
+        name: Name before the number.
+        root: Folder of runs. Default `runs`.
+    """
+
+    name: str
+    root: str | os.PathLike = "runs"
+
+
+# --- Unfinished runs ----------------------------------------------------------------
+# A run `photos-1` begins as the folder `photos-1.unfinished` beside its final place,
+# which one living process holds. There are its identity and its checkpoints.
+
+_SUFFIX = ".unfinished"
+_IDENTITY_FILE = "identity.json"
+_LOCK_FILE = ".lock"
+_RUN_FOLDER = "run"
+# What an unfinished run knows beside its identity, and another one must not.
+_STATE_FILES = ("training.npz", "base_training.npz", "activations.json")
+_OWN_NAMES = {_IDENTITY_FILE, _LOCK_FILE, _RUN_FOLDER, *_STATE_FILES}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlace:
+    """The folder of a run to be, and the unfinished one that this process holds.
+
+    `resumed` is True where a run of the same identity was begun there before.
+    """
+
+    folder: Path
+    unfinished: Path
+    resumed: bool
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the state of the head's training."""
+        return self.unfinished / _STATE_FILES[0]
+
+    @property
+    def unfreeze_checkpoint(self) -> Path:
+        """File of the state of the backbone's training."""
+        return self.unfinished / _STATE_FILES[1]
+
+    @property
+    def cache_choice(self) -> Path:
+        """File of whether that training caches activations."""
+        return self.unfinished / _STATE_FILES[2]
+
+    def write(self, fill: Callable[[Path], None]) -> None:
+        """Has the run filled in, and renames it to its final place."""
+        run = self.unfinished / _RUN_FOLDER
+        shutil.rmtree(run, ignore_errors=True)  # Of a run that was killed here.
+        run.mkdir()
+        try:
+            fill(run)
+            run.rename(self.folder)
+        except BaseException:
+            shutil.rmtree(run, ignore_errors=True)
+            raise
+
+
+class _Taken(InvalidArgument):
+    """This folder cannot be had; another one may."""
+
+
+def run_identity(
+    source: Any, classes: Sequence[str], samples: Iterable[bytes], **choices: Any
+) -> dict[str, Any]:
+    """Returns what two runs must share to be the same run, as JSON can hold it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in samples:
+        digest.update(part)
+    data = [source, list(classes), digest.hexdigest()]
+    identity = {"data": data, **choices, "versions": package_versions()}
+    return json.loads(json.dumps(identity, default=str))
+
+
+@contextlib.contextmanager
+def open_place(
+    output: str | os.PathLike | NumberedFolder, identity: dict[str, Any]
+) -> Iterator[RunPlace]:
+    """Holds the place of a run: a new one, or an unfinished one of this identity.
+
+    Where the run fails, its place is kept if there is a checkpoint to resume from and
+    trying again may help, as after Ctrl-C or on a full disk. Raises InvalidArgument
+    where the folder exists, is held, or has an unfinished run of another identity.
+    """
+    with contextlib.ExitStack() as stack:
+        place = _claimed(output, identity, stack)
+        try:
+            yield place
+        except (DataError, InvalidArgument, TrainingStalled):
+            shutil.rmtree(place.unfinished, ignore_errors=True)
+            raise
+        finally:
+            if place.folder.exists() or not place.checkpoint.exists():
+                shutil.rmtree(place.unfinished, ignore_errors=True)
+
+
+def _claimed(
+    output: str | os.PathLike | NumberedFolder,
+    identity: dict[str, Any],
+    stack: contextlib.ExitStack,
+) -> RunPlace:
+    if not isinstance(output, NumberedFolder):
+        return _claim(check_new_folder(output), identity, stack)
+    root = Path(output.root).absolute()
+    found = sorted(root.glob(f"{glob.escape(output.name)}-*{_SUFFIX}"))
+    same = []
+    for unfinished in found:
+        folder = unfinished.with_name(unfinished.name.removesuffix(_SUFFIX))
+        if folder.exists():  # Killed between finished and cleared.
+            with contextlib.suppress(_Taken), _held(unfinished):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        elif read_json(unfinished / _IDENTITY_FILE) == identity:
+            same.append(folder)
+    candidates = itertools.chain(same, numbered(root, output.name))
+    while True:  # There always is a next number.
+        folder = next(candidates)
+        if not folder.exists():
+            with contextlib.suppress(_Taken):
+                return _claim(check_new_folder(folder), identity, stack)
+
+
+def _claim(
+    folder: Path, identity: dict[str, Any], stack: contextlib.ExitStack
+) -> RunPlace:
+    unfinished = folder.with_name(f"{folder.name}{_SUFFIX}")
+    with contextlib.ExitStack() as own:
+        own.enter_context(_held(unfinished))
+        if folder.exists():  # Finished by another process just now.
+            raise _Taken(f"{folder} exists. Nothing is overwritten.")
+        before = read_json(unfinished / _IDENTITY_FILE)
+        place = RunPlace(folder, unfinished, resumed=before == identity)
+        if before not in (None, identity) and place.checkpoint.exists():
+            raise _Taken(_other_run(unfinished, before, identity))
+        for left in unfinished.glob(f"{_PARTIAL}*"):  # By a process that was killed.
+            shutil.rmtree(left, ignore_errors=True)
+        if not place.resumed:
+            for name in _STATE_FILES:  # Nobody knows of which run.
+                (unfinished / name).unlink(missing_ok=True)
+            replaced(
+                unfinished / _IDENTITY_FILE, lambda path: write_json(path, identity)
+            )
+        stack.push(own.pop_all())
+    return place
+
+
+@contextlib.contextmanager
+def _held(unfinished: Path) -> Iterator[None]:
+    """Makes and locks an unfinished folder; refuses one that is somebody else's."""
+    if unfinished.exists():
+        found = list(unfinished.iterdir()) if unfinished.is_dir() else [unfinished]
+        names = {path.name for path in found} - _OWN_NAMES
+        if not all(name.startswith(_PARTIAL) for name in names):
+            raise _Taken(
+                f"{unfinished} exists and is no unfinished run. Nothing is "
+                "overwritten: choose another `--output`."
+            )
+    busy = _Taken(
+        f"Another process is working on {unfinished}. Wait for it, or choose another "
+        "`--output`."
+    )
+    with contextlib.ExitStack() as stack:
+        while True:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            lock = locked(unfinished / _LOCK_FILE, timeout=0, taken=busy)
+            try:
+                stack.enter_context(lock)
+                break
+            except FileNotFoundError:  # Its last owner is done and removed the folder.
+                continue
+        yield
+
+
+def _other_run(unfinished: Path, kept: dict[str, Any], identity: dict[str, Any]) -> str:
+    names = sorted(
+        name
+        for name in kept.keys() | identity.keys()
+        if kept.get(name) != identity.get(name)
+    )
+    return (
+        f"{unfinished} is a run that was not finished, with other "
+        f"{' and '.join(names)}. Repeat its command to resume it, remove it, or "
+        "choose another `--output`."
+    )
