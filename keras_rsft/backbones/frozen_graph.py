@@ -30,14 +30,7 @@ _NOT_NUMBERS = {tf.string.as_datatype_enum, tf.variant.as_datatype_enum}
 
 
 def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, list[str]]:
-    """Returns a concrete function's graph with its variables as constants.
-
-    Args:
-        traced: A `ConcreteFunction`.
-
-    Returns:
-        The graph, and the names of its outputs, such as `"Identity:0"`.
-    """
+    """Returns a concrete function's graph with its variables as constants."""
     from tensorflow.python.framework.convert_to_constants import (
         convert_variables_to_constants_v2,
     )
@@ -62,11 +55,9 @@ def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, list[str]]:
 
 
 def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
-    """Returns the operations of a graph that do more than compute, sorted.
-
-    Those with a state (`WriteFile`, `PyFunc`, lookup tables, random numbers), those
-    on text (`ReadFile`), and those that this TensorFlow does not know.
-    """
+    """Returns the operations of a graph that do more than compute, sorted."""
+    # Those with a state (`WriteFile`, `PyFunc`, lookup tables, random numbers), those
+    # on text (`ReadFile`), and those that this TensorFlow does not know.
     return sorted({node.op for node in _nodes(graph) if not _is_pure(node.op)})
 
 

@@ -29,21 +29,7 @@ def build(
     image_size: tuple[int, int] | None,
     precision: str,
 ) -> Base:
-    """Loads a preset: one by name, which KerasHub downloads, or a folder.
-
-    Args:
-        name: The preset, and the scale of the pixels where its image converter does
-            not say it or is to be overruled.
-        weights: `"imagenet"` for the preset's own weights, or `"none"`.
-        image_size: Height and width. None: what the network or its image converter
-            says, else 224.
-        precision: `"float32"` or `"bfloat16"`: what the network computes in.
-
-    Raises:
-        InvalidArgument: There is no such preset, or it takes no images.
-        WeightsUnavailable: It cannot be downloaded or read.
-        ImportError: Without the extra `hub`.
-    """
+    """Loads a preset: one by name, which KerasHub downloads, or a folder."""
     try:
         import keras_hub
     except ImportError as error:

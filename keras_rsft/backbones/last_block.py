@@ -23,42 +23,17 @@ _UPSAMPLING = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTran
 
 
 def last_block(body: keras.Model) -> list[keras.Layer]:
-    """Returns the layers of the last block of a base, and all that come after it.
-
-    Args:
-        body: As in `block_starts`.
-
-    Returns:
-        The model's own layers, without nested models, in the model's order. Empty
-        where the model has no layer to train.
-    """
+    """Returns the layers of the last block of a base, and all that come after it."""
     starts = block_starts(body)
     return leaf_layers(body)[starts[-1] :] if starts else []
 
 
 def block_starts(body: keras.Model) -> list[int]:
-    """Returns where the blocks of a base begin, as positions in `leaf_layers`.
-
-    A block begins, by the first of these rules that gives a block with a layer to
-    train in it:
-
-    1. Where layers are named as in `keras.applications` (`conv5_block3_1_conv`,
-       `block7a_expand_conv`, `stage3_block2_conv`, `block_16_expand`,
-       `expanded_conv_10_project`, `conv_dw_13`): at the first layer of each name.
-    2. Behind each layer that halves height and width (`strides` above 1).
-    3. At each layer to train.
-
-    A layer to train is one with weights that is neither BatchNorm nor
-    normalisation of the input: those keep still in a fine-tuning of few steps.
-
-    Args:
-        body: Any functional or sequential model. Models nested in it are entered,
-            so that a backbone of `load_backbone` can be given as it is.
-
-    Returns:
-        Increasing positions. The last block ends with the model. Empty where the
-        model has no layer to train.
-    """
+    """Returns where the blocks of a base begin, as positions in `leaf_layers`."""
+    # A block begins, by the first of these that gives one with a layer to train in it,
+    # 1. where layers are named as in `keras.applications`, at the first of each name,
+    # 2. behind each layer that halves height and width,
+    # 3. at each layer to train.
     found = leaf_layers(body)
     for starts in (_named_starts(found), _halved_starts(found)):
         ends = [*starts, len(found)][1:]

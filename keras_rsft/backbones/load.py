@@ -153,11 +153,7 @@ def _require_precision(precision: str) -> None:
 
 
 def check_backbone_name(name: str | os.PathLike[str]) -> None:
-    """Refuses a name that no base can have, without loading anything.
-
-    Raises:
-        InvalidArgument: If it is not known, or its path does not exist.
-    """
+    """Refuses a name that no base can have, without loading anything."""
     name = os.fspath(name)
     if takes_texts(name):
         return

@@ -17,17 +17,11 @@ def copy_model(model: keras.Model) -> keras.Model:
 
 
 def set_trainable(base: keras.Model, chosen: Sequence[keras.Layer]) -> None:
-    """Lets some layers of a base learn and freezes all others.
-
-    Layer by layer, as a model that has the value already does not pass it on. The
-    base itself stays frozen, which has no say in what a model around it trains. A
-    BatchNorm layer that is not trainable runs in inference mode; one inside of a
-    chosen layer is not trainable either.
-
-    Args:
-        base: The base.
-        chosen: Which of its `leaf_layers` learn; none for a frozen base.
-    """
+    """Lets some layers of a base learn and freezes all others."""
+    # Layer by layer, as a model that has the value already does not pass it on. The
+    # base itself stays frozen, which has no say in what a model around it trains. A
+    # BatchNorm layer that is not trainable runs in inference mode; one inside of a
+    # chosen layer is not trainable either.
     learning = {id(layer) for layer in chosen}
     for layer in leaf_layers(base):
         layer.trainable = id(layer) in learning

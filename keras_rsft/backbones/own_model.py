@@ -27,17 +27,7 @@ _OUTPUT_RANKS = (2, 4)
 
 
 def build(path: str | Path, *, image_size: tuple[int, int] | None) -> Base:
-    """Loads a `.keras` file; the preprocessing must be inside it.
-
-    Args:
-        path: The file.
-        image_size: Height and width; needed where the file leaves them open, and
-            if given where it does not, the same.
-
-    Raises:
-        InvalidArgument: There is no such file, or it is not such a model.
-        WeightsUnavailable: The file is damaged.
-    """
+    """Loads a `.keras` file; the preprocessing must be inside it."""
     model = _load(Path(path))
     size = _input_size(model, image_size, path)
     _check_output(model, path)

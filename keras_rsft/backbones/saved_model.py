@@ -56,27 +56,7 @@ class GraphNetwork(ForeignNetwork):
 
 
 def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
-    """Loads the folder of a SavedModel.
-
-    The function is the signature `serving_default`, or another one, or the object's
-    own call, as TensorFlow Hub's models have it: the first of these that takes a batch
-    of colour images and nothing else. A call is made with `training=False` where it
-    takes that.
-
-    Args:
-        path: The folder with `saved_model.pb`.
-        image_size: Height and width; needed where the SavedModel leaves them open,
-            and if given where it does not, the same.
-
-    Returns:
-        A model of one layer, from scaled images `(batch, height, width, 3)` to
-        features `(batch, dim)`.
-
-    Raises:
-        InvalidArgument: There is no such folder, or it has no such function, or that
-            does more than compute.
-        WeightsUnavailable: The SavedModel is damaged.
-    """
+    """Loads the folder of a SavedModel."""
     if not (path / "saved_model.pb").is_file():
         raise InvalidArgument(
             f"A SavedModel is a folder with saved_model.pb in it. Received: {path}."
@@ -98,11 +78,7 @@ def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
 
 
 def graph_function(content: bytes) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns the function from images to features that a graph holds.
-
-    Raises:
-        DataError: If it does more than compute.
-    """
+    """Returns the function from images to features that a graph holds."""
     graph = tf.compat.v1.GraphDef.FromString(content)
     impure = impure_operations(graph)
     if impure:

@@ -26,18 +26,7 @@ MAX_CHARACTERS = 32_768
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class TextTokens(KeptFile):
-    """Cuts texts into the pieces that an encoder knows, and numbers them.
-
-    Special tokens, such as `[SEP]`, are text like any other where a text has them.
-
-    Args:
-        max_tokens: Most pieces of a text, those at its ends with them; the rest of it
-            is left out.
-        digest: Of the tokenizer's file.
-        content: The tokenizer as `tokenizer.json` has it, or None where `load_assets`
-            will bring it.
-        **options: Those of `keras.Layer`.
-    """
+    """Cuts texts into the pieces that an encoder knows, and numbers them."""
 
     file_name = "tokenizer.json"
     is_tensorflow = False
@@ -91,12 +80,7 @@ class TextTokens(KeptFile):
 
 
 def open_tokenizer(content: bytes, max_tokens: int) -> Any:
-    """Returns the tokenizer of a `tokenizer.json`, cutting at a number of pieces.
-
-    Raises:
-        ImportError: Without the extra `text`.
-        WeightsUnavailable: If the file is damaged.
-    """
+    """Returns the tokenizer of a `tokenizer.json`, cutting at a number of pieces."""
     try:
         import tokenizers
     except ImportError as error:

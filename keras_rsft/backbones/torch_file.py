@@ -80,22 +80,7 @@ class _Tensor:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads the named tensors of a legacy (before 1.6) PyTorch file.
-
-    Safe on files from anywhere: a file that is truncated, holds anything but plain
-    tensors, or asks for any code, is refused, and nothing of it runs.
-
-    Args:
-        path: A file written by `torch.save(model.state_dict(), path)` with the
-            legacy format.
-
-    Returns:
-        Tensor names to arrays that own their memory, in the file's order, with the
-        file's shapes and dtypes.
-
-    Raises:
-        WeightsUnavailable: The file cannot be read, or is not such a file.
-    """
+    """Reads the named tensors of a legacy (before 1.6) PyTorch file."""
     path = Path(path)
     try:
         content = path.read_bytes()

@@ -27,19 +27,7 @@ from keras_rsft.trainable_choice import EVERYTHING, TrainableFrom, checked_train
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainablePart:
-    """A copy of a base, and the same layers as two models one after the other.
-
-    Attributes:
-        base: The whole copy, images to features `(batch, dim)`. What `rest` learns is
-            in it.
-        front: From images to the activations before the cut, flattened to
-            `(batch, values)`, float32. Nothing in it is trainable.
-        rest: From such activations to the features.
-        layers: The layers that learn, in order.
-        cut: Name of the first layer behind the cut.
-        shape: Shape of an image's activations before they are flattened.
-        front_is_preprocessing: True where nothing that was learnt is in the front.
-    """
+    """A copy of a base, and the same layers as two models one after the other."""
 
     base: keras.Model
     front: keras.Model
@@ -69,23 +57,7 @@ def trainable_part(
     *,
     train_batch_norm: bool = False,
 ) -> TrainablePart:
-    """Cuts a base at the latest place before the first layer that shall learn.
-
-    A cut is possible where a single tensor crosses: behind a whole residual or dense
-    block, say, but not within one.
-
-    Args:
-        base: From images to features `(batch, dim)` in float32, as `load_backbone`
-            gives it. Not changed.
-        trainable_from: How many of the last blocks learn (`block_starts` says what a
-            block is), at least 1; `"all"`; or names of layers, of which no others do.
-        train_batch_norm: Have BatchNorm layers learn too, and normalise by the batch.
-            Default False: they are in inference mode.
-
-    Raises:
-        InvalidArgument: If there are not so many blocks, a layer is not known or has
-            nothing to learn, or the base is not made of Keras layers.
-    """
+    """Cuts a base at the latest place before the first layer that shall learn."""
     with built_in_float32():
         own = copy_model(base)
         chosen = _chosen(own, checked_trainable(trainable_from), train_batch_norm)
@@ -217,11 +189,9 @@ def _latest_cut(
     features: keras.KerasTensor,
     chosen: list[keras.Layer],
 ) -> tuple[int, keras.KerasTensor]:
-    """Returns before which call to cut, and the one tensor that crosses there.
-
-    The calls are in an order in which each comes after what it needs, so a tensor
-    that all ways from images to features lead through is alone at its place.
-    """
+    """Returns before which call to cut, and the one tensor that crosses there."""
+    # The calls are in an order in which each comes after what it needs, so a tensor
+    # that all ways from images to features lead through is alone at its place.
     learning = {id(layer) for layer in chosen}
     last = next(at for at, call in enumerate(calls) if id(call.operation) in learning)
     last_use = {id(features): len(calls)}

@@ -22,17 +22,7 @@ _SUFFIXES = (".h5", ".keras")
 
 
 def load_weights_file(model: keras.Model, path: str | Path) -> None:
-    """Loads `.weights.h5`, `.h5` (legacy) or `.keras` weights into `model`.
-
-    Args:
-        model: A built model; changed in place.
-        path: The file.
-
-    Raises:
-        InvalidArgument: No such file, another kind of file, or the weights of
-            another model.
-        WeightsUnavailable: The file is damaged.
-    """
+    """Loads `.weights.h5`, `.h5` (legacy) or `.keras` weights into `model`."""
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise InvalidArgument(

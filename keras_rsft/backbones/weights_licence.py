@@ -31,15 +31,7 @@ _OF_APPLICATIONS = {
 
 
 def licence_of_weights(backbone: str, weights: str) -> str:
-    """Says in a sentence under which licence a base's weights are.
-
-    Args:
-        backbone: Name of the base, as `load_backbone` takes it.
-        weights: `"imagenet"`, `"none"` or the path of a file.
-
-    Returns:
-        The licence with where it is stated; or that none is stated.
-    """
+    """Says in a sentence under which licence a base's weights are."""
     if weights == "none":
         return "The base began with random weights, not with published ones."
     name = re.sub(r"[_-]", "", backbone.lower())

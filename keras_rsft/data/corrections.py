@@ -28,14 +28,7 @@ COLUMNS = ("id", "given_label", "decision", "new_label")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Correction:
-    """What was decided about one image.
-
-    Attributes:
-        id: The sample's id.
-        given_label: Name of the class that the data gave it.
-        decision: `"keep"` (the label is right), `"relabel"` or `"drop"`.
-        new_label: Name of the right class for `"relabel"`, else empty.
-    """
+    """What was decided about one image."""
 
     id: str
     given_label: str
@@ -117,12 +110,7 @@ def apply_corrections(
 
 
 def read_corrections(file: str | os.PathLike) -> tuple[Correction, ...]:
-    """Reads a file of corrections and checks all that can be checked without data.
-
-    Raises:
-        InvalidArgument: If there is no such file.
-        DataError: If it is not a table of corrections.
-    """
+    """Reads a file of corrections and checks all that can be checked without data."""
     return tuple(row for _, row in _numbered_rows(Path(file)))
 
 
@@ -313,11 +301,9 @@ def _refuse_empty_class(before: SampleData, after: SampleData, file: Path) -> No
 def _merged(
     before: Corrections | None, rows: Sequence[Correction]
 ) -> tuple[Correction, ...]:
-    """Adds a file's rows to those of the files before, one for each image.
-
-    The given label stays the one that the data were loaded with, so that the result
-    is a file of corrections in its own right.
-    """
+    """Adds a file's rows to those of the files before, one for each image."""
+    # The given label stays the one that the data were loaded with, so that the result
+    # is a file of corrections in its own right.
     merged = {row.id: row for row in (before.rows if before is not None else ())}
     for row in rows:
         loaded = merged[row.id].given_label if row.id in merged else row.given_label

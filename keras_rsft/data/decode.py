@@ -35,26 +35,11 @@ JPEG_RATIOS = (1, 2, 4)
 
 
 def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Tensor:
-    """Decodes one image, crops its centre and resizes it.
-
-    Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF (the first
-    frame), BMP (8, 24 and 32 bits) and WebP (not animated), told apart by their
-    first bytes. Transparency is dropped. The centre is cropped
-    to the target's aspect ratio, then resized with antialiased bilinear
-    interpolation.
-
-    Args:
-        encoded: The image file's bytes, a string scalar tensor.
-        image_size: Height and width of the result, or one number for a square.
-
-    Returns:
-        Float32 tensor of shape `(height, width, 3)`, RGB, in [0, 255].
-
-    Raises:
-        InvalidArgument: If `image_size` is not one or two positive integers.
-        tf.errors.InvalidArgumentError: When run, if the bytes are not such an
-            image, are truncated, or hold more than `MAX_PIXELS` pixels.
-    """
+    """Decodes one image, crops its centre and resizes it."""
+    # Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF (the first frame),
+    # BMP (8, 24 and 32 bits) and WebP (not animated), told apart by their first bytes.
+    # Transparency is dropped. The centre is cropped to the target's aspect ratio, then
+    # resized with antialiased bilinear interpolation.
     size = checked_size(image_size)
     return centre_resize(decode_pixels(encoded, smallest=size), size)
 
@@ -67,23 +52,7 @@ def decode_views(
     seed: int,
     index: tf.Tensor,
 ) -> tf.Tensor:
-    """Decodes one image into its plain view and random flips and crops of it.
-
-    Args:
-        encoded: The image file's bytes, a string scalar tensor.
-        image_size: Height and width of the result, or one number for a square.
-        views: How many views, the plain one counted.
-        seed: Chooses the random views, together with `index` and the view.
-        index: The image's number in its split, an int64 scalar tensor.
-
-    Returns:
-        Float32 tensor of shape `(views, height, width, 3)`, RGB, in [0, 255].
-        View 0 is `decode_image(encoded, image_size)`.
-
-    Raises:
-        InvalidArgument: If `image_size` is not one or two positive integers.
-        tf.errors.InvalidArgumentError: When run, as for `decode_image`.
-    """
+    """Decodes one image into its plain view and random flips and crops of it."""
     size = checked_size(image_size)
     pixels = decode_pixels(encoded, smallest=size)
     random = [
@@ -96,19 +65,7 @@ def decode_views(
 def decode_pixels(
     encoded: tf.Tensor, *, smallest: tuple[int, int] | None = None
 ) -> tf.Tensor:
-    """Decodes one image at its own size, or not far above `smallest`.
-
-    Args:
-        encoded: The image file's bytes, a string scalar tensor.
-        smallest: Height and width that the pixels will be resized to. A JPEG
-            that is many times larger is decoded at 1/2 or 1/4 of its size.
-
-    Returns:
-        Uint8 tensor of shape `(height, width, 3)`, RGB.
-
-    Raises:
-        tf.errors.InvalidArgumentError: When run, as for `decode_image`.
-    """
+    """Decodes one image at its own size, or not far above `smallest`."""
     head = headers.head_bytes(encoded)
     branches = (
         lambda: _refuse_unknown(encoded),
@@ -123,17 +80,7 @@ def decode_pixels(
 
 
 def checked_size(image_size: Any) -> tuple[int, int]:
-    """Returns height and width.
-
-    Args:
-        image_size: One positive integer, or a pair of them.
-
-    Returns:
-        Height and width.
-
-    Raises:
-        InvalidArgument: If it is anything else.
-    """
+    """Returns height and width."""
     pair = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
     try:
         height, width = (operator.index(side) for side in pair)
@@ -180,16 +127,7 @@ def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Ten
 def jpeg_ratio_index(
     width: tf.Tensor, height: tf.Tensor, smallest: tuple[int, int]
 ) -> tf.Tensor:
-    """Returns by which of `JPEG_RATIOS` a JPEG of that size is decoded smaller.
-
-    Args:
-        width: Int64 tensor of any shape.
-        height: The same.
-        smallest: Height and width that the pixels will be resized to.
-
-    Returns:
-        Int32 tensor of that shape.
-    """
+    """Returns by which of `JPEG_RATIOS` a JPEG of that size is decoded smaller."""
     scale = tf.minimum(height // smallest[0], width // smallest[1])
     return tf.add_n(
         [tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32) for r in JPEG_RATIOS[1:]]

@@ -35,20 +35,7 @@ _UNKNOWN = headers.KINDS.index("unknown")
 def decode_images(
     encoded: tf.Tensor, image_size: int | tuple[int, int]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes what can be decoded; the rest is black and not valid.
-
-    Args:
-        encoded: The image files' bytes, a string tensor of shape `(batch,)`; the
-            batch may be empty.
-        image_size: Height and width of the results, or one number for a square.
-
-    Returns:
-        Images, float32 of shape `(batch, height, width, 3)` in [0, 255], each equal to
-        what `decode_image` gives; and bool of shape `(batch,)`: which are valid.
-
-    Raises:
-        InvalidArgument: If `image_size` is not one or two positive integers.
-    """
+    """Decodes what can be decoded; the rest is black and not valid."""
     size = checked_size(image_size)
     heads = headers.head_bytes(encoded)
     kinds = headers.image_kind(heads)
@@ -158,11 +145,7 @@ def _run(
     chosen: tf.Tensor,
     function: Callable[[tf.Tensor], tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Runs a function on the chosen files; leaves out those on which it fails.
-
-    Returns:
-        The positions of the others in the batch, and the results, in any order.
-    """
+    """Runs a function on the chosen files; leaves out those on which it fails."""
     index = tf.where(chosen)[:, 0]
     files = tf.gather(encoded, index)
     # One that always works: there must be a batch, even if all of them fail.

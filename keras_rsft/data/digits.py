@@ -11,17 +11,7 @@ _BRIGHTEST = 16
 
 
 def list_digits(*, source: str) -> Listing:
-    """Lists the digits, as "digits/0000" to "digits/1796".
-
-    Args:
-        source: What to call them in messages.
-
-    Returns:
-        The listing. Grey values 0 to 16 are scaled to 0 to 255 and rounded.
-
-    Raises:
-        ImportError: If scikit-learn is not installed.
-    """
+    """Lists the digits, as "digits/0000" to "digits/1796"."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -26,24 +26,7 @@ def list_folder(
     suffixes: frozenset[str] = IMAGE_SUFFIXES,
     kind: str = "images",
 ) -> Listing:
-    """Lists the images, or texts, of a folder of class folders.
-
-    Files may lie deeper than their class folder. Links are followed. Hidden
-    files, and files with another suffix, are ignored and counted.
-
-    Args:
-        root: The folder, which must exist.
-        source: What to call it in messages.
-        suffixes: Of the files to take, in lower case. Default: those of images.
-        kind: What is in them, in the plural, for messages. Default "images".
-
-    Returns:
-        The listing; ids are paths relative to the folder.
-
-    Raises:
-        DataError: If there is no class folder, or one without a file, or a
-            name that is not UTF-8.
-    """
+    """Lists the images, or texts, of a folder of class folders."""
     root = os.path.abspath(root)
     samples: list[NamedSample] = []
     layout, ignored = _split_folders(root)
@@ -68,10 +51,7 @@ def list_folder(
 
 
 def _split_folders(root: str) -> tuple[list[tuple[str, str]], int]:
-    """Returns each split's folder, and how many other entries lie beside them.
-
-    Where there are class folders it is the root itself, and nothing beside it.
-    """
+    """Returns each split's folder, and how many other entries lie beside them."""
     folders, others = _visible(root)
     splits = [SPLIT_ALIASES.get(name.lower()) for name in folders]
     if "train" not in splits or None in splits:
@@ -117,11 +97,7 @@ def _files_below(
 def _descend(
     entry: os.DirEntry, name: str, chain: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields the folder, unless it links back to one that it lies in.
-
-    `chain` holds the real places of the class folder and of every link followed
-    on the way here; a loop must come back to one of them or to its parents.
-    """
+    """Yields the folder, unless it links back to one that it lies in."""
     if not entry.is_symlink():
         yield name, chain
         return

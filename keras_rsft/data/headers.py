@@ -25,20 +25,13 @@ Size = tuple[tf.Tensor, tf.Tensor]  # width, height; int64 scalars
 
 
 def head_bytes(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns the first 54 bytes as int64 numbers, zeros where there are fewer.
-
-    Of many files at once, the numbers have shape `(files, 54)`; `image_kind` and
-    `png_size` then answer for each.
-    """
+    """Returns the first 54 bytes as int64 numbers, zeros where there are fewer."""
     head = tf.io.decode_raw(encoded, tf.uint8, fixed_length=_HEAD_BYTES)
     return tf.cast(head, tf.int64)
 
 
 def image_kind(head: tf.Tensor) -> tf.Tensor:
-    """Returns the position in `KINDS` as int32, by signature only.
-
-    The file's name has no say: a PNG called `.jpg` is a PNG.
-    """
+    """Returns the position in `KINDS` as int32, by signature only."""
     signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
     start = head[..., None, : signatures.shape[1]]
     same = (start == signatures) | (signatures == ord("."))
@@ -102,29 +95,18 @@ def webp_has_alpha(head: tf.Tensor) -> tf.Tensor:
 
 
 def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """Returns a part of the bytes, as far as they reach.
-
-    Unlike `tf.strings.substr` it has no error for a start behind the end: that
-    error's message holds the bytes themselves, which Python fails to decode.
-    """
+    """Returns a part of the bytes, as far as they reach."""
+    # Unlike `tf.strings.substr` it has no error for a start behind the end: that
+    # error's message holds the bytes themselves, which Python fails to decode.
     length = tf.cast(tf.strings.length(encoded), tf.int64)
     start = tf.minimum(tf.cast(start, tf.int64), length)
     return tf.strings.substr(encoded, start, tf.cast(count, tf.int64))
 
 
 def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
-    """Cuts a GIF file down to its first frame.
-
-    TensorFlow's decoder unpacks every frame before it returns the first, so an
-    animation would cost the time and the memory of all of them.
-
-    Args:
-        encoded: The file's bytes, a string scalar.
-
-    Returns:
-        A GIF file of one frame, placed at the origin, and that frame's size.
-        Of a damaged file, bytes that the decoder refuses.
-    """
+    """Cuts a GIF file down to its first frame."""
+    # TensorFlow's decoder unpacks every frame before it returns the first, so an
+    # animation would cost the time and the memory of all of them.
     raw = tf.cast(tf.io.decode_raw(encoded, tf.uint8), tf.int32)
     # Zeros end every walk; no step below reaches further behind the end.
     raw = tf.pad(raw, [[0, 1024]])
@@ -152,11 +134,9 @@ def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
 
 
 def _block_jumps(raw: tf.Tensor) -> tf.Tensor:
-    """For each byte, where 32 data blocks further would be if one began there.
-
-    A GIF's data lies in blocks of a length byte and up to 255 bytes; following
-    them one at a time in a graph loop would take longer than decoding.
-    """
+    """For each byte, where 32 data blocks further would be if one began there."""
+    # A GIF's data lies in blocks of a length byte and up to 255 bytes; following them
+    # one at a time in a graph loop would take longer than decoding.
     here = tf.range(tf.size(raw))
     last = tf.size(raw) - 1
     jump = tf.where(raw == 0, here, tf.minimum(here + raw + 1, last))

@@ -37,21 +37,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Listing:
-    """All samples of a source, before the missing splits are cut.
-
-    Attributes:
-        ids: Shape `(n,)`, strings, each once, in their final order.
-        labels: Shape `(n,)`, int32.
-        clean_labels: Shape `(n,)`, int32, or None.
-        splits: Shape `(n,)`, int8, positions in `SPLITS`. Samples without a
-            split of their own count as training samples.
-        class_names: The classes' names.
-        reader: Fetches the samples, in the order of `ids`.
-        source: Where the data are from, as it was asked for.
-        ignored_files: How many files were not taken.
-        groups: Shape `(n,)`, strings: samples with the same one are copies, which no
-            cut tells apart. None: each sample is a group, named by its id.
-    """
+    """All samples of a source, before the missing splits are cut."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -81,22 +67,7 @@ def list_named(
     source: str,
     ignored_files: int = 0,
 ) -> Listing:
-    """Sorts samples by id and numbers their classes.
-
-    Args:
-        samples: The samples, in any order, each id once. Either all have a
-            clean label or none has.
-        reader_of: Makes a reader of the sorted ids.
-        source: Where the data are from, as it was asked for.
-        ignored_files: How many files were not taken.
-
-    Returns:
-        The listing. Its classes are those of the training samples, sorted by
-        name; by value, if all are numbers.
-
-    Raises:
-        DataError: If a label is not among the training samples' labels.
-    """
+    """Sorts samples by id and numbers their classes."""
     samples = sorted(samples, key=lambda sample: sample.id)
     names = sorted_names({s.label for s in samples if s.split == "train"})
     number = {name: position for position, name in enumerate(names)}
@@ -127,25 +98,7 @@ def cut_splits(
     split_seed: int,
     data_type: type[SampleData] = ImageData,
 ) -> SampleData:
-    """Makes three splits of a listing; a split that it has is left alone.
-
-    Args:
-        listing: All samples of a source.
-        validation_fraction: Share of the training samples that a missing
-            validation split takes, in [0, 1).
-        test_fraction: The same for the test split. Both are shares of the
-            training samples as the source has them; their sum is below 1.
-        split_seed: Chooses which samples are taken.
-        data_type: What the samples are. Default: images.
-
-    Returns:
-        The data set.
-
-    Raises:
-        InvalidArgument: If a fraction is out of its range.
-        DataError: If the training samples have fewer than two classes, or a
-            label of another split is not among theirs.
-    """
+    """Makes three splits of a listing; a split that it has is left alone."""
     check_fractions(validation_fraction, test_fraction)
     _check_classes(listing)
     splits = listing.splits.copy()
@@ -181,26 +134,11 @@ def assign_splits(
     test_fraction: float,
     split_seed: int,
 ) -> np.ndarray:
-    """Assigns samples to splits, class by class, and copies of one together.
-
-    The groups of a class are ordered by a hash of seed and name; the first go to
-    test, the last to validation. So a sample's split depends neither on the
-    order of the samples nor, but for those at the borders, on which others
-    there are. A group with several labels counts as one of the smallest.
-
-    Args:
-        groups: Shape `(n,)`, strings: an id for each sample, or a name that it shares
-            with its copies.
-        labels: Shape `(n,)`, integers.
-        validation_fraction: Share of each class, in [0, 1).
-        test_fraction: Share of each class, in [0, 1).
-        split_seed: Any integer.
-
-    Returns:
-        Shape `(n,)`, int8: positions in `SPLITS`. Each class keeps at least one
-        training sample. A group that is too large for the rest of a split's share is
-        left to the next.
-    """
+    """Assigns samples to splits, class by class, and copies of one together."""
+    # The groups of a class are ordered by a hash of seed and name; the first go to
+    # test, the last to validation. So a sample's split depends neither on the order of
+    # the samples nor, but for those at the borders, on which others there are. A group
+    # with several labels counts as one of the smallest.
     names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     classes = np.full(len(names), np.iinfo(np.int64).max)
     np.minimum.at(classes, group_of, labels)
@@ -233,10 +171,7 @@ def _cut(
 def _take(
     sizes: list[int], positions: Sequence[int], wanted: int, *, spare: int
 ) -> list[int]:
-    """Returns the groups, taken in order, that have nearest to `wanted` samples.
-
-    At least one is taken of a class of enough groups, and `spare` are left.
-    """
+    """Returns the groups, taken in order, that have nearest to `wanted` samples."""
     taken: list[int] = []
     missing = wanted
     for position in positions:
@@ -252,18 +187,7 @@ def _take(
 def split_counts(
     count: int, validation_fraction: float, test_fraction: float
 ) -> tuple[int, int]:
-    """Returns how many samples of a class go to validation and to test.
-
-    Args:
-        count: How many samples the class has.
-        validation_fraction: In [0, 1).
-        test_fraction: In [0, 1).
-
-    Returns:
-        The two counts, rounded to the nearest, halves upwards. A split that is
-        wanted gets at least one of a class of three or more; one sample always
-        remains for training.
-    """
+    """Returns how many samples of a class go to validation and to test."""
     validation, test = (
         _share(count, fraction) for fraction in (validation_fraction, test_fraction)
     )
@@ -284,15 +208,7 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Refuses fractions that cannot be cut.
-
-    Args:
-        validation_fraction: Should be in [0, 1).
-        test_fraction: Should be in [0, 1), their sum below 1.
-
-    Raises:
-        InvalidArgument: If they are not.
-    """
+    """Refuses fractions that cannot be cut."""
     fractions = (validation_fraction, test_fraction)
     if not all(0 <= fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
         raise InvalidArgument(

@@ -16,19 +16,12 @@ import tensorflow as tf
 
 
 class Reader(Protocol):
-    """What an `ImageSplit` asks of the place where its images are.
-
-    Attributes:
-        any_order: True where `take` may be given positions in any order.
-    """
+    """What an `ImageSplit` asks of the place where its images are."""
 
     any_order: bool
 
     def entries(self, start: int) -> tf.data.Dataset:
-        """Returns `(index, key)` pairs in index order from `start` on.
-
-        The index is an int64 scalar; the key is whatever `load` takes.
-        """
+        """Returns `(index, key)` pairs in index order from `start` on."""
 
     def load(self, key: tf.Tensor) -> tf.Tensor:
         """Turns a key into an image file's bytes, as a graph op."""
@@ -44,13 +37,7 @@ class Reader(Protocol):
 
 
 class FileReader:
-    """Reads image files below one folder.
-
-    Args:
-        root: The folder, as an absolute path.
-        ids: The files' paths relative to it with `/` between the parts, shape
-            `(n,)`, strings.
-    """
+    """Reads image files below one folder."""
 
     any_order = True
 
@@ -87,13 +74,7 @@ class FileReader:
 
 
 class ArrayReader:
-    """Reads images from an array in memory, for data sets of a few megabytes.
-
-    Args:
-        ids: The images' names, shape `(n,)`, strings.
-        pixels: Shape `(n, height, width, channels)`, uint8, with 1 (grey) or
-            3 channels.
-    """
+    """Reads images from an array in memory, for data sets of a few megabytes."""
 
     any_order = True
 

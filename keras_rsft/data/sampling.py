@@ -8,22 +8,7 @@ from keras_rsft.errors import InvalidArgument
 
 
 def stratified_sample(labels: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
-    """Chooses some samples at random, as many of each class as it has in all.
-
-    Shares are rounded by the largest remainder, and each class that is there keeps
-    at least one sample, if there is room for so many.
-
-    Args:
-        labels: Integers, shape `(n,)`.
-        count: How many to choose, at least 1; all if there are no more.
-        seed: Of the choice. Default 0.
-
-    Returns:
-        Int64 array of shape `(min(count, n),)`: positions, increasing.
-
-    Raises:
-        InvalidArgument: If `count` is below 1.
-    """
+    """Chooses some samples at random, as many of each class as it has in all."""
     if count < 1:
         raise InvalidArgument(f"`count` must be at least 1. Received: {count}.")
     labels = np.asarray(labels)

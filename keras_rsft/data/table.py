@@ -25,11 +25,7 @@ _MAX_CELL = 10_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The names of the columns to read; None for one that is not wanted.
-
-    `path` is the column of what is classified: a path, or the text itself; `further`
-    ones must be there too.
-    """
+    """The names of the columns to read; None for one that is not wanted."""
 
     path: str = "path"
     label: str = "label"
@@ -39,22 +35,7 @@ class Columns:
 
 
 def list_table(file: str, columns: Columns, *, source: str) -> Listing:
-    """Lists the images of a CSV file (UTF-8, comma-separated, with a header).
-
-    Args:
-        file: The CSV file, which must exist.
-        columns: Which columns to read. The default split column may be absent,
-            and any split value empty: such rows count as training samples.
-        source: What to call the file in messages.
-
-    Returns:
-        The listing; ids are the paths, normalised. A file that is missing is
-        listed: it counts as an image that cannot be read.
-
-    Raises:
-        DataError: If a column or a value is missing, a split is unknown, a path
-            is outside the folder or listed twice, or no file exists at all.
-    """
+    """Lists the images of a CSV file (UTF-8, comma-separated, with a header)."""
     folder = os.path.dirname(os.path.abspath(file))
     locate = _Locator(folder)
     samples = [
@@ -72,17 +53,7 @@ def list_table(file: str, columns: Columns, *, source: str) -> Listing:
 
 
 def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, dict]]:
-    """Yields each row of a CSV file with the number of its line.
-
-    Args:
-        file: The file, in UTF-8.
-        columns: Which columns it must have.
-        source: What to call the file in messages.
-
-    Raises:
-        DataError: If it cannot be read, a column is missing, or a row has more cells
-            than the header.
-    """
+    """Yields each row of a CSV file with the number of its line."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
@@ -134,17 +105,7 @@ def _located_sample(
 
 
 def named_sample(row: dict, columns: Columns, name: str, place: str) -> NamedSample:
-    """Returns the sample of a row.
-
-    Args:
-        row: The row.
-        columns: Which columns it has.
-        name: The sample's id.
-        place: What to call the row in messages.
-
-    Raises:
-        DataError: If a value is missing, or the split is unknown.
-    """
+    """Returns the sample of a row."""
     clean = columns.clean_label
     return NamedSample(
         id=name,

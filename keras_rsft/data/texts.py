@@ -176,11 +176,7 @@ def load_texts(
 
 
 def text_of(encoded: bytes) -> str:
-    """Returns the text of a file's bytes.
-
-    Raises:
-        DataError: If it is not UTF-8, empty, or longer than 1 MB.
-    """
+    """Returns the text of a file's bytes."""
     if len(encoded) > MAX_BYTES:
         raise DataError(f"The text has more than {MAX_BYTES // 1_000_000} MB.")
     try:
@@ -201,18 +197,7 @@ def _checked(encoded: bytes) -> bytes:
 def read_texts(
     file: str | os.PathLike, columns: Columns
 ) -> list[tuple[int, str, dict[str, str]]]:
-    """Reads the rows of a CSV file with a column of texts.
-
-    Args:
-        file: The file.
-        columns: Which columns it must have; `path` is that of the texts.
-
-    Returns:
-        For each row the number of its line, its text as it is, and its cells.
-
-    Raises:
-        DataError: If it is no such table, or a row has more cells than the header.
-    """
+    """Reads the rows of a CSV file with a column of texts."""
     name = os.fspath(file)
     rows = []
     for line, row in table_rows(name, columns, name):
@@ -278,12 +263,7 @@ def _reader_of(texts: dict[str, bytes], ids: np.ndarray) -> TextReader:
 
 
 class TextReader:
-    """Reads texts from memory.
-
-    Args:
-        ids: The texts' names, shape `(n,)`, strings.
-        texts: Shape `(n,)`, bytes objects: the texts in UTF-8.
-    """
+    """Reads texts from memory."""
 
     any_order = True
 

@@ -29,16 +29,7 @@ _NO_LABEL = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsReader:
-    """Reads samples of TFDS splits, one split after the other.
-
-    Attributes:
-        builder: A prepared builder.
-        image_key: The feature that holds the image.
-        ids: Shape `(n,)`, strings: the TFDS ids.
-        splits: Shape `(n,)`, strings: the TFDS split of each sample.
-        positions: Shape `(n,)`, int64: the sample's position in its split,
-            increasing within a split.
-    """
+    """Reads samples of TFDS splits, one split after the other."""
 
     builder: DatasetBuilder
     image_key: str
@@ -98,24 +89,7 @@ def list_tfds(
     data_dir: str | Path | None,
     source: str,
 ) -> Listing:
-    """Lists the samples of a TFDS data set, which is downloaded if need be.
-
-    Args:
-        name: The data set's name, with config and version where wanted.
-        label_key: The feature that holds the given labels.
-        clean_label_key: The feature that holds the right labels, or None.
-        data_dir: Where prepared data are kept; None for TFDS's own place.
-        source: What to call the data set in messages.
-
-    Returns:
-        The listing, in the order on disk. Splits other than train, validation
-        and test are left out; if none is called train, all are training samples.
-
-    Raises:
-        InvalidArgument: If the name or a key is unknown.
-        DataError: If the data cannot be downloaded or prepared, or a label is
-            missing.
-    """
+    """Lists the samples of a TFDS data set, which is downloaded if need be."""
     builder = _prepared_builder(name, data_dir, source)
     image_key = _image_key(builder, source)
     given = _class_label(builder, label_key, "label_key", source)

@@ -20,14 +20,7 @@ BATCH_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyCheck:
-    """What narrower weights cost on the validation split.
-
-    Attributes:
-        run: Accuracy of the run's model, in [0, 1].
-        exported: Accuracy of the exported model.
-        images: How many images were judged.
-        largest_difference: Largest difference of any probability.
-    """
+    """What narrower weights cost on the validation split."""
 
     run: float
     exported: float
@@ -36,15 +29,7 @@ class AccuracyCheck:
 
 
 def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
-    """Returns the images that the run was validated on.
-
-    Args:
-        run: The run.
-        data: Its data, read again.
-
-    Raises:
-        DataError: If the run had none, or the data have others now.
-    """
+    """Returns the images that the run was validated on."""
     known, found = set(_validation_labels(run)), data.validation.ids.tolist()
     if not known or not known <= set(found):
         raise DataError(
@@ -58,17 +43,7 @@ def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
 def check_accuracy(
     run: FinishedRun, export: Export, validation: ImageSplit, *, progress: bool = True
 ) -> AccuracyCheck:
-    """Compares an export with its run on the validation images and their labels.
-
-    Args:
-        run: The run that was exported.
-        export: What `export_run` returned.
-        validation: What `validation_split` returned.
-        progress: Show a progress bar. Default True.
-
-    Raises:
-        DataError: If none of the images can be read.
-    """
+    """Compares an export with its run on the validation images and their labels."""
     labels = _validation_labels(run)
     given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
     exported = load_exported(export.path)

@@ -20,11 +20,7 @@ _SHAPES = "_output_shapes"
 
 
 def compact_saved_model(folder: Path) -> None:
-    """Shortens the names inside the functions of a SavedModel that was just written.
-
-    Args:
-        folder: The SavedModel. Its graph and its fingerprint are replaced.
-    """
+    """Shortens the names inside the functions of a SavedModel that was just written."""
     from tensorflow.core.protobuf import saved_model_pb2
     from tensorflow.python.saved_model import fingerprinting_utils
 
@@ -40,12 +36,7 @@ def compact_saved_model(folder: Path) -> None:
 
 
 def shorten_names(function: Any) -> None:
-    """Renames the operations of a function, and forgets the shapes found in it.
-
-    Args:
-        function: A `FunctionDef`, changed in place. The names of its arguments and of
-            its results stay.
-    """
+    """Renames the operations of a function, and forgets the shapes found in it."""
     free = _short_names({argument.name for argument in function.signature.input_arg})
     new_names = {node.name: next(free) for node in function.node_def}
 

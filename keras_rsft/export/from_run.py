@@ -36,15 +36,7 @@ from keras_rsft.run_files import CONFIG_FILE, MODEL_FILE, RESULTS_FILE, SEARCH_F
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run read back from its folder.
-
-    Attributes:
-        folder: Where it lies.
-        model: Images in [0, 255] to probabilities.
-        class_names: Names in the order of the probabilities.
-        config: What `config.json` says, or what a search has chosen, under the same
-            names; empty where neither is recorded.
-    """
+    """A run read back from its folder."""
 
     folder: Path
     model: keras.Model
@@ -72,12 +64,7 @@ class Export:
 
 
 def read_run(folder: str | os.PathLike) -> FinishedRun:
-    """Reads a run folder back.
-
-    Raises:
-        InvalidArgument: If it is no run folder.
-        DataError: If its model, with the base in it, cannot be read.
-    """
+    """Reads a run folder back."""
     folder = Path(folder)
     check_run_folder(folder)
     try:

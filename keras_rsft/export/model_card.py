@@ -26,12 +26,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 def model_card(run: FinishedRun, name: str) -> str:
-    """Returns the card of a run's model.
-
-    Args:
-        run: The run; what its folder does not hold is left out of the card.
-        name: The model's name.
-    """
+    """Returns the card of a run's model."""
     results = _read_results(run.folder)
     samples = _read_rows(run.folder / SAMPLES_FILE)
     sizes = {s: sum(row.get("split") == s for row in samples) for s in _SPLITS}

@@ -63,11 +63,7 @@ def export_onnx(
 
 
 def require_tf2onnx() -> types.ModuleType:
-    """Returns the converter.
-
-    Raises:
-        ImportError: If the extra `onnx` is not installed.
-    """
+    """Returns the converter."""
     try:
         import tf2onnx
     except ImportError as error:

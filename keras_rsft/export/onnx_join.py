@@ -39,15 +39,7 @@ def onnx_base(model: keras.Model) -> OnnxNetwork | None:
 
 
 def join_head(model: keras.Model) -> onnx.ModelProto:
-    """Returns one ONNX model from `images` to `probabilities`.
-
-    Args:
-        model: On an ONNX base, as `build_classifier` makes it.
-
-    Raises:
-        InvalidArgument: If the base's file fixes the number of images, or is of an
-            opset before 13.
-    """
+    """Returns one ONNX model from `images` to `probabilities`."""
     import onnx
     from onnx import compose
 

@@ -27,12 +27,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 def check_name(name: str) -> str:
-    """Returns a model's name that is safe as a folder, in a URL and in a config.
-
-    Raises:
-        InvalidArgument: If it has other characters than letters, digits, `_`, `.` and
-            `-`, or does not begin with one of the first three.
-    """
+    """Returns a model's name that is safe as a folder, in a URL and in a config."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
             "A model's name has letters, digits, `_`, `.` and `-` only, no path "
@@ -70,27 +65,13 @@ def check_run_folder(folder: Path) -> None:
 def model_folder(
     run: str | os.PathLike, name: str | None, directory: str | os.PathLike
 ) -> Path:
-    """Returns the folder for a run's exports; it need not exist.
-
-    Args:
-        run: The run folder, whose name is the model's where `name` is None.
-        name: The model's name, or None.
-        directory: Folder of exported models.
-
-    Raises:
-        InvalidArgument: If the name is not safe or the folder cannot be used.
-    """
+    """Returns the folder for a run's exports; it need not exist."""
     name = Path(run).absolute().name if name is None else name
     return check_model_folder(Path(directory) / check_name(name))
 
 
 def check_model_folder(directory: str | os.PathLike) -> Path:
-    """Returns the folder of a model's versions; it need not exist.
-
-    Raises:
-        InvalidArgument: If it is not a folder, holds something else than exports, or
-            cannot be written to.
-    """
+    """Returns the folder of a model's versions; it need not exist."""
     directory = Path(directory).absolute()
     if _check_writable(directory):
         others = sorted(p.name for p in directory.iterdir() if not _is_ours(p))
@@ -109,11 +90,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def free_version(directory: Path, version: int | None) -> int:
-    """Returns the version to write: the one asked for, or one more than the highest.
-
-    Raises:
-        InvalidArgument: If it is below 1 or exists.
-    """
+    """Returns the version to write: the one asked for, or one more than the highest."""
     if version is None:
         return _highest(directory, r"(\d+)") + 1
     if version < 1 or (directory / str(version)).exists():
@@ -132,14 +109,9 @@ def free_file(directory: Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def turn_in(directory: Path) -> Iterator[None]:
-    """Waits until no other export writes into a model's folder, then holds it.
-
-    So two exports of one name get two versions, and what a killed one left half
-    written can be told from what is being written, and is removed.
-
-    Args:
-        directory: The model's folder; made if it does not exist.
-    """
+    """Waits until no other export writes into a model's folder, then holds it."""
+    # So two exports of one name get two versions, and what a killed one left half
+    # written can be told from what is being written, and is removed.
     directory.mkdir(parents=True, exist_ok=True)
     # On the folder itself: it is the server's too, and needs no file of ours.
     descriptor = os.open(directory, os.O_RDONLY)
@@ -162,11 +134,7 @@ def _highest(directory: Path, pattern: str) -> int:
 
 
 def write_new_file(path: Path, content: bytes) -> None:
-    """Writes a file whole, beside its place first; never over one that exists.
-
-    Raises:
-        InvalidArgument: If it exists.
-    """
+    """Writes a file whole, beside its place first; never over one that exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -192,12 +160,7 @@ def _rename_new(partial: Path, path: Path) -> None:
 
 
 def check_file(path: str | os.PathLike, suffix: str) -> Path:
-    """Returns the path of a file that can be written.
-
-    Raises:
-        InvalidArgument: If it exists, its name ends otherwise, or its folder cannot be
-            written to.
-    """
+    """Returns the path of a file that can be written."""
     path = Path(path).absolute()
     if path.suffix != f".{suffix}":
         raise InvalidArgument(

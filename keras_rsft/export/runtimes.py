@@ -22,14 +22,7 @@ from keras_rsft.export.onnx_file import CLASS_NAMES_KEY
 
 @dataclasses.dataclass(frozen=True)
 class ExportedModel:
-    """An exported model, ready to run.
-
-    Attributes:
-        image_size: Height and width that it takes.
-        class_names: Names in the order of the probabilities.
-        probabilities: From float32 images `(batch, height, width, 3)` in [0, 255] to
-            float32 `(batch, classes)`.
-    """
+    """An exported model, ready to run."""
 
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
@@ -37,13 +30,7 @@ class ExportedModel:
 
 
 def load_exported(path: str | os.PathLike) -> ExportedModel:
-    """Loads a SavedModel's version, a `.tflite` or an `.onnx` file.
-
-    Raises:
-        InvalidArgument: If the path is none of these.
-        DataError: If it was not written by this package.
-        ImportError: If its runtime is not installed.
-    """
+    """Loads a SavedModel's version, a `.tflite` or an `.onnx` file."""
     path = Path(path)
     if path.suffix == ".tflite" and path.is_file():
         return _load_litert(path)

@@ -99,12 +99,7 @@ def export_saved_model(
 
 
 def check_class_names(model: keras.Model, class_names: Sequence[str]) -> None:
-    """Refuses names that do not fit the model.
-
-    Raises:
-        InvalidArgument: If there are more or fewer than classes, or one of them has
-            a line break, which `labels.txt` could not hold.
-    """
+    """Refuses names that do not fit the model."""
     if len(class_names) != model.output_shape[-1]:
         raise InvalidArgument(
             f"The model has {model.output_shape[-1]} classes. "

@@ -29,21 +29,7 @@ Outputs = dict[str, tf.Tensor]
 
 
 class ForwardPass(tf.Module):
-    """A Keras model as a function of images, with each weight held once.
-
-    Args:
-        model: Images `(batch, height, width, 3)`, float32 in [0, 255], to
-            probabilities `(batch, classes)`.
-        float16: Store kernels as float16; they are widened again when the graph runs.
-            Default False.
-        pack: Store small weights in one variable, for a smaller graph. Default False.
-
-    Attributes:
-        image_size: Height and width.
-
-    Raises:
-        InvalidArgument: If the model has an ONNX base.
-    """
+    """A Keras model as a function of images, with each weight held once."""
 
     def __init__(
         self, model: keras.Model, *, float16: bool = False, pack: bool = False
@@ -127,14 +113,7 @@ def _fits_float16(weight: tf.Variable) -> bool:
 
 
 class ServingGraph(tf.Module):
-    """The functions that TF Serving calls, with what they need.
-
-    Args:
-        forward: The model.
-        class_names: Names in the order of the probabilities.
-        labels_file: Text file with a name a line, kept as an asset.
-        top_k: How many of the most probable classes to name, or None.
-    """
+    """The functions that TF Serving calls, with what they need."""
 
     def __init__(
         self,

@@ -25,14 +25,7 @@ def warmup_available() -> bool:
 
 
 def warmup_requests(model_name: str) -> list[bytes]:
-    """Returns serialised `PredictionLog` messages for `serving_default`.
-
-    They hold a generated photo-like JPEG, in batches of 1 and 8: what is shipped
-    to a server should not carry anybody's training images.
-
-    Raises:
-        ImportError: If the extra `serving` is not installed.
-    """
+    """Returns serialised `PredictionLog` messages for `serving_default`."""
     try:
         from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
     except ImportError as error:
@@ -77,12 +70,7 @@ def write_configs(directory: Path) -> None:
 
 
 def models_config(name: str) -> str:
-    """Returns a `ModelServerConfig` that serves the newest version of one model.
-
-    Args:
-        name: The model's name; its folder is `/models/NAME`, as in the server's
-            Docker image.
-    """
+    """Returns a `ModelServerConfig` that serves the newest version of one model."""
     return f"""\
 model_config_list {{
   config {{
@@ -95,10 +83,7 @@ model_config_list {{
 
 
 def batching_config() -> str:
-    """Returns `BatchingParameters`: requests that arrive together are run together.
-
-    The number of threads is left to the server, which takes its number of cores.
-    """
+    """Returns `BatchingParameters`: requests that arrive together are run together."""
     return f"""\
 max_batch_size {{ value: {MAX_REQUEST} }}
 enable_large_batch_splitting {{ value: true }}

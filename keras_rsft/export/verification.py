@@ -36,19 +36,7 @@ _IMAGES, _PROBABILITIES, _VALID, _SECONDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What a fresh process answered, against the run's model in this one.
-
-    Attributes:
-        images: Number of images that can be decoded.
-        generated: Whether they were made for this, rather than the run's own.
-        same_labels: How many of them got the label that the run's model gives.
-        largest_difference: Largest difference of any probability.
-        allowed_difference: What the format may differ by; None where weights were
-            narrowed, which a difference cannot judge.
-        broken_refused: Whether the broken image was found not valid and the others
-            valid; None for a format that takes decoded images.
-        load_seconds: How long the fresh process took to load the export.
-    """
+    """What a fresh process answered, against the run's model in this one."""
 
     images: int
     generated: bool
@@ -76,18 +64,7 @@ def verify_export(
     *,
     progress: bool = True,
 ) -> Verification:
-    """Loads an export in a fresh process and compares its answers with the run's.
-
-    Args:
-        run: The run that was exported.
-        export: What `export_run` returned.
-        images: Encoded images, at least one. Default: generated ones.
-        progress: Show a progress bar. Default True.
-
-    Raises:
-        DataError: If none of the images can be decoded, or the fresh process fails;
-            the message has its last line.
-    """
+    """Loads an export in a fresh process and compares its answers with the run's."""
     encoded = list(generated_images() if images is None else images)
     encoded.append(encoded[0][: len(encoded[0]) // 2])
     with (
@@ -120,10 +97,7 @@ def verify_export(
 
 
 def sample_of(split: ImageSplit) -> list[bytes]:
-    """Returns image files of a split, `MOST_IMAGES` at most, evenly spread.
-
-    Files that cannot be opened any more are left out.
-    """
+    """Returns image files of a split, `MOST_IMAGES` at most, evenly spread."""
     count = min(len(split), MOST_IMAGES)
     encoded = []
     for at in np.linspace(0, len(split) - 1, count).round().astype(int):
@@ -149,11 +123,7 @@ def generated_images() -> list[bytes]:
 def _expect(
     run: FinishedRun, encoded: list[bytes], place: Path, advance: Callable[..., None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Writes files and pixels for the fresh process; returns what the run says.
-
-    Returns:
-        Probabilities, and which files can be decoded.
-    """
+    """Writes files and pixels for the fresh process; returns what the run says."""
     size = tuple(run.model.input_shape[1:3])
     images, valid = _decoded(encoded, size)
     if not valid.any():

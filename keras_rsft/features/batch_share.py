@@ -12,27 +12,14 @@ from keras_rsft.errors import InvalidArgument
 
 @dataclasses.dataclass(frozen=True)
 class BatchShare:
-    """The rows of each batch that the replicas of one process take.
-
-    The rows of a batch go to the replicas in their order, in nearly equal parts. A
-    last, smaller batch is dealt out alike: its last replicas may have none.
-
-    Attributes:
-        replicas: Number of replicas in all processes, at least 1.
-        first: The first one of this process.
-        count: How many are in this process, at least 1.
-    """
+    """The rows of each batch that the replicas of one process take."""
 
     replicas: int
     first: int
     count: int
 
     def row_counts(self, batch_size: int) -> list[int]:
-        """Returns how many rows of a full batch each replica of this process takes.
-
-        Raises:
-            InvalidArgument: If a batch has fewer rows than there are replicas.
-        """
+        """Returns how many rows of a full batch each replica of this process takes."""
         if batch_size < self.replicas:
             raise InvalidArgument(
                 "`batch_size` counts the samples of all replicas and must be at least "
@@ -44,12 +31,7 @@ class BatchShare:
     def of_order(
         self, order: tuple[tf.Tensor, ...], batch_size: int
     ) -> tuple[tf.Tensor, ...]:
-        """Returns what this process takes of the samples and rows of an epoch.
-
-        Args:
-            order: Tensors `(n,)`, all batches one after the other.
-            batch_size: Rows of a full batch.
-        """
+        """Returns what this process takes of the samples and rows of an epoch."""
         edges = self._edges(batch_size)
         place = tf.range(tf.size(order[0])) % batch_size
         ours = (place >= edges[0]) & (place < edges[-1])

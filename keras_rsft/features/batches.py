@@ -148,16 +148,7 @@ class TrainingBatches:
 def batches_of(
     features: FeatureSet, *, batch_size: int = 256, share: BatchShare | None = None
 ) -> tf.data.Dataset:
-    """Returns the plain images' features in order, for evaluation.
-
-    Args:
-        features: The features.
-        batch_size: Samples per batch, at least 1. Default 256.
-        share: As in `TrainingBatches`. Default: whole batches.
-
-    Returns:
-        `tf.data.Dataset` of `(features (batch, dim), labels (batch,))`.
-    """
+    """Returns the plain images' features in order, for evaluation."""
     samples = tf.range(len(features), dtype=tf.int64)
     order = (samples, samples * features.views)
     return _gathered(features, lambda: order, batch_size, _without_index, share)
@@ -191,13 +182,11 @@ def _gathered(
     columns: Columns,
     share: BatchShare | None = None,
 ) -> tf.data.Dataset:
-    """Returns batches of the samples and rows that `order` names.
-
-    A batch is what `columns` makes of features, labels and the samples themselves.
-    Rows are gathered for many batches at once, and no data set is made inside of
-    another, since functions of `tf.data` cost more than the copying: some 30
-    microseconds a call, some 5 milliseconds each time that an epoch begins.
-    """
+    """Returns batches of the samples and rows that `order` names."""
+    # A batch is what `columns` makes of features, labels and the samples themselves.
+    # Rows are gathered for many batches at once, and no data set is made inside of
+    # another, since functions of `tf.data` cost more than the copying: some 30
+    # microseconds a call, some 5 milliseconds each time that an epoch begins.
     labels = tf.constant(features.labels)
     block_rows = batch_size * max(1, BLOCK_BYTES // (4 * features.dim * batch_size))
     rows = tf.data.Dataset.range(1).map(
@@ -230,19 +219,9 @@ def _gathered(
 def shuffled_by_stretches(
     count: int, seed: tf.Tensor, *, stretch_rows: int, window_rows: int
 ) -> tf.Tensor:
-    """Returns a random order of samples that can be read in few pieces.
-
-    Stretches of neighbours are shuffled, then the samples in each window of the result.
-
-    Args:
-        count: Number of samples.
-        seed: int32 tensor `(2,)`.
-        stretch_rows: Neighbours that stay in the same window, at least 1.
-        window_rows: Samples that are shuffled at once, at least 1.
-
-    Returns:
-        int64 tensor `(count,)`, a permutation.
-    """
+    """Returns a random order of samples that can be read in few pieces."""
+    # Stretches of neighbours are shuffled, then the samples in each window of the
+    # result.
     stretches = _shuffled(-(-count // stretch_rows), seed)
     within = tf.range(stretch_rows, dtype=tf.int64)
     samples = tf.reshape(stretches[:, None] * stretch_rows + within, (-1,))
@@ -276,11 +255,9 @@ def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]
 
 
 def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk.
-
-    Neighbours in the file are read together, each row right to its place. A memory
-    map would count its pages as ours, and bring in many more than were asked for.
-    """
+    """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk."""
+    # Neighbours in the file are read together, each row right to its place. A memory
+    # map would count its pages as ours, and bring in many more than were asked for.
     file = features.path.open("rb", buffering=0)
     _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")  # It need not read ahead.
     precision, row_bytes = np.dtype(features.precision), features.row_bytes

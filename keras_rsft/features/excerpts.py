@@ -21,15 +21,7 @@ MAX_CHARACTERS = 600
 
 
 def write_excerpts(split: TextSplit, suspicion: dict[str, float], folder: Path) -> None:
-    """Puts the beginnings of the texts that can be read into a folder.
-
-    Of more than 100,000 texts the most suspicious are taken.
-
-    Args:
-        split: The texts.
-        suspicion: By id; texts without count as not suspicious.
-        folder: An existing folder.
-    """
+    """Puts the beginnings of the texts that can be read into a folder."""
     chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
     with (folder / TEXTS_FILE).open("w", encoding="utf-8") as file:
         for sample_id, text in _readable(split, chosen):

@@ -115,10 +115,7 @@ def make_pass(
     called: str = "Features",
     progress: bool = True,
 ) -> FeaturePass:
-    """Says which pass `extract_features` with these arguments would make, if any.
-
-    The folder for kept features is made.
-    """
+    """Says which pass `extract_features` with these arguments would make, if any."""
     while split.before_review is not None:
         split = split.before_review
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -150,15 +147,7 @@ def feature_key(
     seed: int = 0,
     feature_precision: str = "float32",
 ) -> str:
-    """Names the features of these images under this base, with its weights.
-
-    Depends on the architecture (with its preprocessing, image size and
-    precision), on every weight, on the images, on the views and on how features are
-    kept; not on labels, on layer names, nor on where the data lies.
-
-    Returns:
-        32 hexadecimal digits.
-    """
+    """Names the features of these images under this base, with its weights."""
     described = [
         FORMAT_VERSION,
         base.fingerprint,
@@ -192,11 +181,7 @@ def _run_pass(work: FeaturePass) -> None:
 
 
 def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> None:
-    """Makes one set of finished parts, as `join_parts` does.
-
-    Raises:
-        DataError: If no image could be read, or a part is damaged.
-    """
+    """Makes one set of finished parts, as `join_parts` does."""
     require_rows(sum(part.rows for part in parts), work.split)
     join_parts(
         work.folder,
@@ -209,12 +194,7 @@ def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> N
 
 
 def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
-    """Returns the features in a finished folder, with the labels of the split.
-
-    Args:
-        folder: The folder.
-        split: The images, also some that a review has left of them.
-    """
+    """Returns the features in a finished folder, with the labels of the split."""
     if split.before_review is not None:
         return _left_over(open_kept(folder, split.before_review), split)
     meta = read_meta(folder)

@@ -29,19 +29,7 @@ from keras_rsft.progress import progress_bar
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeaturePass:
-    """One pass of a base over a split, as `extract_features` was asked for it.
-
-    Attributes:
-        base: The base.
-        split: The images, as they were loaded.
-        folder: Where the features will be.
-        batch_size: Images per step.
-        views: Views of each image.
-        seed: Of the random views.
-        feature_precision: How features are kept.
-        called: What the progress bar calls them.
-        progress: Show progress bars.
-    """
+    """One pass of a base over a split, as `extract_features` was asked for it."""
 
     base: FrozenBase
     split: SampleSplit
@@ -86,20 +74,7 @@ class FeaturePass:
 def append_rows(
     work: FeaturePass, partial: Path, stretch: range
 ) -> tuple[int, dict[str, str]]:
-    """Computes the features of a stretch of the split, after those that are there.
-
-    Args:
-        work: The pass.
-        partial: Folder of what is computed; made if it does not exist.
-        stretch: Positions in the split, beginning with a whole batch.
-
-    Returns:
-        The number of rows, and each file's checksum.
-
-    Raises:
-        OSError: If the disk has no room, or a sample was left out that can be read. The
-            same call goes on before that sample.
-    """
+    """Computes the features of a stretch of the split, after those that are there."""
     split, base = work.split, work.base
     partial.mkdir(parents=True, exist_ok=True)
     rows, next_index = _truncate_to_whole_batches(
@@ -171,15 +146,8 @@ def require_rows(rows: int, split: SampleSplit) -> None:
 def _require_unreadable(
     work: FeaturePass, stretch: range, index: Sequence[int] | np.ndarray
 ) -> None:
-    """Raises OSError if a sample that a pass has left out can be read after all.
-
-    A disk that failed for a moment must not cost a sample for good.
-
-    Args:
-        work: The pass.
-        stretch: Positions in the split that it has gone through.
-        index: Those of the samples that it has read.
-    """
+    """Raises OSError if a sample that a pass has left out can be read after all."""
+    # A disk that failed for a moment must not cost a sample for good.
     split = work.split
     for left_out in np.setdiff1d(stretch, index).tolist():
         if split.read_error(left_out) is not None:
@@ -230,14 +198,9 @@ def _digest_of(path: Path) -> Any:
 def _truncate_to_whole_batches(
     partial: Path, row_bytes: int, batch_size: int, first: int
 ) -> tuple[int, int]:
-    """Drops what a killed run left half-written.
-
-    Whole batches stay, so that all later ones hold the images that they would have
-    held: the last bits of a feature may depend on what it is computed together with.
-
-    Returns:
-        The number of whole rows, and the index of the first sample after them.
-    """
+    """Drops what a killed run left half-written."""
+    # Whole batches stay, so that all later ones hold the images that they would have
+    # held: the last bits of a feature may depend on what it is computed together with.
     features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
     for path in (features_path, index_path):
         path.touch()

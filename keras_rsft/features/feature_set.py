@@ -214,11 +214,7 @@ class FeatureSet:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """Returns sizes and precision of a finished folder, or None if there is none.
-
-    A folder whose files do not have the size that `meta.json` says is treated
-    as absent.
-    """
+    """Returns sizes and precision of a finished folder, or None if there is none."""
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         rows, views, dim = (int(meta[key]) for key in ("rows", "views", "dim"))

@@ -136,25 +136,16 @@ class FrozenBase:
 
 
 def _nameless_config(backbone: keras.Model) -> Any:
-    """Returns the config without the layers' names.
-
-    Keras numbers its automatic names through a process: the second load of a
-    base differs from the first in nothing else.
-    """
+    """Returns the config without the layers' names."""
+    # Keras numbers its automatic names through a process: the second load of a base
+    # differs from the first in nothing else.
     config = json.loads(backbone.to_json())
     config.pop("build_config", None)
     return _nameless(config, {})
 
 
 def _nameless(node: Any, places: Mapping[str, int]) -> Any:
-    """Returns a part of a config, in which layers are called by their places.
-
-    What only looks like a layer's name stays: an activation, a padding, a precision.
-
-    Args:
-        node: The part, as JSON gives it.
-        places: Of each layer of the model that this is a part of, by name.
-    """
+    """Returns a part of a config, in which layers are called by their places."""
     if isinstance(node, list):
         return [_nameless(child, places) for child in node]
     if not isinstance(node, dict):

@@ -25,26 +25,7 @@ _BYTES_PER_PIXEL = 3 * 4
 
 
 class ImageBatches:
-    """Shuffled batches of a split's images; pass both parts to `fit`.
-
-    Args:
-        split: The images.
-        kept: Features of its readable images: the samples, their labels and views.
-        image_size: Height and width in pixels.
-        batch_size: Samples per step, at least 1; the last batch of an epoch may
-            be smaller.
-        seed: Seed of the order and of the views.
-
-    Raises:
-        InvalidArgument: If the batch size is below 1.
-
-    Attributes:
-        dataset: `tf.data.Dataset` of `(images (batch, height, width, 3) float32,
-            labels (batch,) int32, None, indices (batch,) int32)`, one epoch long.
-        callback: Tells the data set which epoch begins.
-        failure: Why an epoch ended early, of which TensorFlow says only that it did:
-            an image that can no longer be read. Else None.
-    """
+    """Shuffled batches of a split's images; pass both parts to `fit`."""
 
     def __init__(
         self,
@@ -118,10 +99,7 @@ class ImageBatches:
         self._require_all(np.zeros(0, np.int64), positions, done, at_the_end=True)
 
     def _by_windows(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
-        """Yields windows of images that their source gives in one order only.
-
-        Further views depend on the place in the window, and so on seed and epoch.
-        """
+        """Yields windows of images that their source gives in one order only."""
         for start in range(0, len(samples), window):
             positions = self._positions[samples[start : start + window]]
             inside = np.sort(positions)
@@ -156,17 +134,7 @@ class ImageBatches:
 def labelled_images(
     split: ImageSplit, kept: FeatureSet, image_size: tuple[int, int], *, batch_size: int
 ) -> tf.data.Dataset:
-    """Returns a split's readable images in order, for evaluation.
-
-    Args:
-        split: The images.
-        kept: Features of those that can be read.
-        image_size: Height and width in pixels.
-        batch_size: Samples per batch, at least 1.
-
-    Returns:
-        `tf.data.Dataset` of `(images (batch, height, width, 3), labels (batch,))`.
-    """
+    """Returns a split's readable images in order, for evaluation."""
     labels = tf.constant(split.labels)
     batches = split.images(image_size).batch(batch_size)
     batches = batches.map(lambda index, images: (images, tf.gather(labels, index)))
@@ -177,11 +145,7 @@ def labelled_images(
 
 
 def positions_of(kept: FeatureSet, split: ImageSplit) -> np.ndarray:
-    """Returns where the samples of a feature set are in their split, int64 `(n,)`.
-
-    Raises:
-        DataError: If one of them is not in it.
-    """
+    """Returns where the samples of a feature set are in their split, int64 `(n,)`."""
     position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
     positions = [position_of.get(sample_id, -1) for sample_id in kept.ids.tolist()]
     if -1 in positions:

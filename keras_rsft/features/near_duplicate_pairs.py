@@ -24,13 +24,7 @@ _BLOCK_VALUES = 8_000_000
 
 @dataclasses.dataclass(frozen=True)
 class NearDuplicate:
-    """Two images of different given labels.
-
-    Attributes:
-        first: Row of one image in the features.
-        second: Row of the other.
-        similarity: Cosine of their standardised features, at most 1.
-    """
+    """Two images of different given labels."""
 
     first: int
     second: int
@@ -46,23 +40,11 @@ def near_duplicates(
     max_queries: int = MAX_QUERIES,
     progress: bool = True,
 ) -> list[NearDuplicate]:
-    """Returns pairs of near duplicates with different labels, most alike first.
-
-    Each of the most suspicious samples is compared with all samples of other labels.
-    A random projection to 128 numbers (Johnson and Lindenstrauss, 1984) finds its most
-    alike, the features themselves decide. The work grows with `n`, not with its square;
-    memory is 512 bytes a sample and one block of 32 MB.
-
-    Args:
-        features: The training features.
-        suspicion: Float array `(n,)`; the highest are looked up.
-        min_similarity: Least cosine of the standardised features, in (0, 1].
-            Default 0.75.
-        max_pairs: How many pairs to return, at least 1. Default 200. A sample is in
-            one pair at most.
-        max_queries: How many samples to look up, at least 1. Default 20,000.
-        progress: Show a progress bar. Default True.
-    """
+    """Returns pairs of near duplicates with different labels, most alike first."""
+    # Each of the most suspicious samples is compared with all samples of other labels.
+    # A random projection to 128 numbers (Johnson and Lindenstrauss, 1984) finds its
+    # most alike, the features themselves decide. The work grows with `n`, not with its
+    # square; memory is 512 bytes a sample and one block of 32 MB.
     count = len(features)
     mean, variance = features.moments()
     scale = 1.0 / np.sqrt(variance)

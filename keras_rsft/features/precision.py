@@ -19,15 +19,7 @@ _FIRST_GPU_WITH_BFLOAT16 = (8, 0)
 
 
 def choose_precision(precision: str = "auto") -> str:
-    """Returns `"float32"` or `"bfloat16"`.
-
-    Args:
-        precision: `"auto"` takes bfloat16 where a GPU or, without one, the
-            processor computes it in hardware; the others are taken as they are.
-
-    Raises:
-        InvalidArgument: If it is none of these.
-    """
+    """Returns `"float32"` or `"bfloat16"`."""
     if precision not in PRECISIONS:
         raise InvalidArgument(
             f"`precision` must be one of {', '.join(PRECISIONS)}. "

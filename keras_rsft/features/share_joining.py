@@ -46,24 +46,10 @@ def join_parts(
     patience: float,
     progress: bool,
 ) -> None:
-    """Puts finished parts together, verifies the set, and gives it its name.
-
-    Verified are each part's checksums against those of what its worker wrote, the
-    number of its rows, and that its samples are of its share, in order, none twice.
-    Afterwards all parts are removed.
-
-    Args:
-        folder: Where the set will be.
-        parts: All of them, in order, finished.
-        meta: What `meta.json` says beside the number of rows.
-        name: Of the split, for messages.
-        patience: Seconds to wait for another process that does the same.
-        progress: Show a progress bar.
-
-    Raises:
-        DataError: If a part is damaged. It is removed.
-        WorkerLost: If another process does the same for that long.
-    """
+    """Puts finished parts together, verifies the set, and gives it its name."""
+    # Verified are each part's checksums against those of what its worker wrote, the
+    # number of its rows, and that its samples are of its share, in order, none twice.
+    # Afterwards all parts are removed.
     with held(shares_folder(folder) / LOCK_FILE, patience):
         if read_meta(folder) is None:
             joining = joining_folder(folder)
@@ -76,10 +62,7 @@ def join_parts(
 
 
 def publish(filled: Path, folder: Path) -> None:
-    """Gives a complete folder its final name; a damaged one there is removed.
-
-    Where another process has just done the same, its folder stays: they are equal.
-    """
+    """Gives a complete folder its final name; a damaged one there is removed."""
     if read_meta(folder) is None:
         shutil.rmtree(folder, ignore_errors=True)  # Only ever a damaged one.
         try:
@@ -92,13 +75,7 @@ def publish(filled: Path, folder: Path) -> None:
 
 
 def index_fault(index: np.ndarray, stretch: range, rows: int) -> str | None:
-    """Says what is wrong with the samples of a part, or None.
-
-    Args:
-        index: int64 array `(rows,)`: which sample each row belongs to.
-        stretch: The share.
-        rows: How many rows its worker wrote.
-    """
+    """Says what is wrong with the samples of a part, or None."""
     if len(index) != rows:
         return f"it has {len(index)} rows and should have {rows}"
     if np.any(np.diff(index) <= 0):

@@ -26,21 +26,7 @@ def run_together(
     *,
     patience: float = DEFAULT_PATIENCE,
 ) -> None:
-    """Makes passes together with other processes that are called in the same way.
-
-    Each may be killed at any moment and goes on with its share when it is started
-    again. Nobody waits for ever: who waits for a worker that does nothing ends with an
-    error that names it, and nothing that was computed is lost.
-
-    Args:
-        passes: The same ones, in the same order, in all processes.
-        cluster: The processes, and which of them this one is.
-        patience: Seconds without progress after which another worker is given up.
-
-    Raises:
-        WorkerLost: If another worker does not do its part.
-        DataError: If no image of a split can be read, or a part is damaged.
-    """
+    """Makes passes together with other processes that are called in the same way."""
     keep_shares(passes, cluster, patience=patience)
     # All of them before the first is put together: the chief may be the last.
     for work in passes:
@@ -71,18 +57,7 @@ def keep_shares(
     *,
     patience: float = DEFAULT_PATIENCE,
 ) -> None:
-    """Computes this process's share of each pass, and waits for nobody.
-
-    When all shares are finished, `extract_features` makes one set of them.
-
-    Args:
-        passes: The passes.
-        cluster: The processes, and which of them this one is.
-        patience: Seconds to wait for another process that computes the same share.
-
-    Raises:
-        WorkerLost: If another one computes the same share for that long.
-    """
+    """Computes this process's share of each pass, and waits for nobody."""
     for work in passes:
         parts = _parts(work, cluster)
         if work.is_done or cluster.index >= len(parts):

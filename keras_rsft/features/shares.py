@@ -34,23 +34,10 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
-    """Returns which samples are a worker's share.
-
-    All shares have the same number of batches, give or take one.
-
-    Whole batches of the whole split, so that each sample is computed together with
-    those that it would have been computed with by one process.
-
-    Args:
-        count: Samples of the split, at least 0.
-        batch_size: At least 1.
-        shares: How many there are, at least 1.
-        index: Which one, in [0, shares).
-
-    Returns:
-        A stretch of positions. All shares are disjoint, in order, and hold every
-        sample; where there are fewer batches than shares, the last ones are empty.
-    """
+    """Returns which samples are a worker's share."""
+    # All shares have the same number of batches, give or take one.
+    # Whole batches of the whole split, so that each sample is computed together with
+    # those that it would have been computed with by one process.
     each, more = divmod(-(-count // batch_size), shares)
     start, stop = (
         min(count, batch_size * (number * each + min(number, more)))
@@ -60,16 +47,7 @@ def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
 
 
 def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
-    """Returns stretches that hold each of `count` positions once, in order.
-
-    Args:
-        stretches: Some that are there, also such as do not fit to others.
-        count: At least 0.
-
-    Returns:
-        The chain from 0 to `count`, at each place the longest that begins there; None
-        if there is no such chain.
-    """
+    """Returns stretches that hold each of `count` positions once, in order."""
     longest: dict[int, range] = {}
     for stretch in sorted(stretches, key=len):
         longest[stretch.start] = stretch
@@ -85,12 +63,7 @@ def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one worker has of its share.
-
-    Attributes:
-        path: Folder of the part.
-        stretch: Positions in the split.
-    """
+    """What one worker has of its share."""
 
     path: Path
     stretch: range
@@ -110,12 +83,7 @@ class Part:
             return None
 
     def finish(self, rows: int, checksums: Mapping[str, str]) -> None:
-        """Says that the part is whole.
-
-        Args:
-            rows: How many it has.
-            checksums: Hexadecimal digest of each of its two files, as written.
-        """
+        """Says that the part is whole."""
         said = {"rows": rows, "checksums": dict(checksums)}
         replaced(self.path / _SHARE_FILE, lambda path: write_json(path, said))
 
@@ -135,14 +103,7 @@ class Part:
 
 
 def parts_of(folder: Path, count: int, batch_size: int, shares: int) -> list[Part]:
-    """Returns the parts of all shares, in order, those of empty ones left out.
-
-    Args:
-        folder: Where the finished set will be.
-        count: As in `share_of`, like the other two.
-        batch_size: Samples of a batch.
-        shares: How many shares.
-    """
+    """Returns the parts of all shares, in order, those of empty ones left out."""
     stretches = (
         share_of(count, batch_size=batch_size, shares=shares, index=index)
         for index in range(shares)
@@ -175,11 +136,7 @@ def joining_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def held(path: Path, patience: float) -> Iterator[None]:
-    """Holds a lock on a file, where the file system has locks.
-
-    Raises:
-        WorkerLost: If another process holds it for longer than the patience.
-    """
+    """Holds a lock on a file, where the file system has locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     with path.open("ab") as file:
@@ -209,23 +166,14 @@ def size_of(path: Path) -> int:
 
 
 class Watch:
-    """Tells who has not moved for too long.
-
-    Args:
-        patience: Seconds without any change after which somebody counts as lost.
-    """
+    """Tells who has not moved for too long."""
 
     def __init__(self, patience: float):
         self._patience = patience
         self._last: dict[int, tuple[int, float]] = {}
 
     def lost(self, reached: Mapping[int, int], now: float) -> list[int]:
-        """Returns whose number has been the same for longer than the patience.
-
-        Args:
-            reached: For each who is waited for, how far it has come.
-            now: Seconds of a clock that never goes back.
-        """
+        """Returns whose number has been the same for longer than the patience."""
         for who, value in reached.items():
             if self._last.get(who, (None, now))[0] != value:
                 self._last[who] = (value, now)
@@ -241,19 +189,7 @@ def wait_for_parts(
     patience: float,
     progress: bool,
 ) -> None:
-    """Waits until all parts are finished, or put together already.
-
-    Args:
-        folder: Where the set will be.
-        parts: Of all shares that are not empty, by the worker's index.
-        cluster: The workers.
-        name: Of the split, for messages.
-        patience: Seconds without progress after which a worker is given up.
-        progress: Show a progress bar.
-
-    Raises:
-        WorkerLost: If a worker whose part is missing adds nothing to it for that long.
-    """
+    """Waits until all parts are finished, or put together already."""
     watch = Watch(patience)
     total, done = sum(len(part.stretch) for part in parts), 0
     label = f"Features of {name}, all workers"
@@ -276,17 +212,7 @@ def wait_for_parts(
 
 
 def wait_for_set(folder: Path, cluster: Cluster, *, name: str, patience: float) -> None:
-    """Waits until the chief has put finished parts together.
-
-    Args:
-        folder: Where the set will be.
-        cluster: The workers.
-        name: Of the split, for messages.
-        patience: Seconds without progress after which the chief is given up.
-
-    Raises:
-        WorkerLost: If it does not get on with it for that long.
-    """
+    """Waits until the chief has put finished parts together."""
     watch = Watch(patience)
     while read_meta(folder) is None:
         reached = {0: size_of(joining_folder(folder) / FEATURES_FILE)}

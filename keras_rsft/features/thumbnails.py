@@ -39,19 +39,7 @@ def write_thumbnails(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Puts a pack of thumbnails into a folder; kept ones if there are any.
-
-    Each shows what the base sees: the centre of the image, 96 pixels square. Of
-    more than 100,000 images the most suspicious get one.
-
-    Args:
-        split: The images.
-        suspicion: By id; images without count as not suspicious.
-        folder: An existing folder.
-        cache_dir: Where packs are kept. Default: beside the features in the user's
-            cache folder.
-        progress: Show a progress bar. Default True.
-    """
+    """Puts a pack of thumbnails into a folder; kept ones if there are any."""
     if len(split) > MAX_THUMBNAILS:
         chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
         _render(split.take(chosen), folder, progress)
@@ -74,13 +62,7 @@ def write_thumbnails(
 def most_suspicious(
     split: SampleSplit, suspicion: dict[str, float], most: int
 ) -> np.ndarray:
-    """Returns the positions of the most suspicious samples, in increasing order.
-
-    Args:
-        split: The samples.
-        suspicion: By id; samples without count as not suspicious.
-        most: How many to return at most.
-    """
+    """Returns the positions of the most suspicious samples, in increasing order."""
     values = np.array([suspicion.get(str(one), -1.0) for one in split.ids])
     return np.sort(np.argsort(-values, kind="stable")[:most])
 

@@ -17,22 +17,7 @@ _MOST_BATCHES = 20
 def seconds_per_image(
     base: FrozenBase, split: SampleSplit, *, batch_size: int = 32
 ) -> float:
-    """Measures the pass: reading and decoding images, and the base on them.
-
-    The first batch is not counted. As many follow as a second needs, over and over
-    the same images if there are few, at least one and at most 20.
-
-    Args:
-        base: The base.
-        split: Images, of which the first are read.
-        batch_size: Images per step. Default 32.
-
-    Returns:
-        Seconds, positive.
-
-    Raises:
-        DataError: If no image can be read.
-    """
+    """Measures the pass: reading and decoding images, and the base on them."""
     images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
     _require_an_image(base, split)
     batches = iter(images)
