@@ -13,7 +13,6 @@ import tensorflow as tf
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export import tf_serving
-from keras_rsft.export.compact_graph import compact_saved_model
 from keras_rsft.export.places import (
     check_model_folder,
     check_name,
@@ -89,7 +88,6 @@ def export_saved_model(
             labels.write_text("\n".join(class_names) + "\n", encoding="utf-8")
             graph = ServingGraph(forward, class_names, labels, top_k=top_k)
             tf.saved_model.save(graph, str(partial), signatures=graph.signatures())
-            compact_saved_model(partial)
             if requests is not None:
                 tf_serving.write_warmup(partial, requests)
             if model_card is not None:
