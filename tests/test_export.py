@@ -252,11 +252,9 @@ def test_predict_refuses_what_is_no_model(tmp_path):
 
 @pytest.mark.slow
 def test_an_export_is_at_most_a_tenth_larger_than_weights_over_10_mb(tmp_path):
-    base = rsft.load_backbone("efficientnet_lite0", weights="none")
-    model = rsft.build_classifier(base, 2)
-    folder = rsft.export_saved_model(
-        model, tmp_path / "whole", class_names=["cat", "dog"]
-    )
+    base = load_backbone("efficientnet_lite0", weights="none")
+    model = build_classifier(base, 2)
+    folder = export_saved_model(model, tmp_path / "whole", class_names=["cat", "dog"])
     weights = sum(weight.numpy().nbytes for weight in model.variables)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert 10_000_000 < weights < written <= 1.1 * weights
