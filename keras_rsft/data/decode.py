@@ -7,7 +7,6 @@ the exported serving graph, so that training and serving cannot differ.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import re
@@ -176,13 +175,7 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     message = tf.constant("An animated WebP, which TensorFlow cannot read.")
     encoded = _require(encoded, still, message)
     encoded = _require_within_limit(encoded, *headers.webp_size(head))
-    # The decoder wants to be told the number of channels that it will find.
-    decode = functools.partial(tf.io.decode_image, encoded, expand_animations=False)
-    return tf.cond(
-        headers.webp_has_alpha(head),
-        lambda: decode(channels=4)[..., :3],
-        lambda: decode(channels=3),
-    )
+    return tf.io.decode_image(encoded, expand_animations=False)[..., :3]
 
 
 def _require_within_limit(

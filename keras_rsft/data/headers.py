@@ -87,13 +87,6 @@ def webp_is_animated(head: tf.Tensor) -> tf.Tensor:
     return _has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1)
 
 
-def webp_has_alpha(head: tf.Tensor) -> tf.Tensor:
-    """Says whether a WebP file's header announces transparency."""
-    extended = _has(head, 12, b"VP8X") & (head[20] // 16 % 2 == 1)
-    lossless = _has(head, 12, b"VP8L") & (head[24] // 16 % 2 == 1)
-    return extended | lossless
-
-
 def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     """Returns a part of the bytes, as far as they reach."""
     # Unlike `tf.strings.substr` it has no error for a start behind the end: that
