@@ -56,7 +56,12 @@ def built_in_float32() -> Iterator[None]:
 
 def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
     """Puts preprocessing before a network, pooling behind it, and freezes it."""
-    _hold_still(base.body)
+    # The `training=False` that a call bakes into a functional model gives way when the
+    # model around it is called with `training=True`, so the layers themselves have to
+    # hold still. BatchNorm does so where it is not trainable.
+    for layer in _leaves(base.body):
+        if isinstance(layer, _DROPOUT):
+            layer.rate = 0.0
     if precision == "bfloat16":
         compute_in_bfloat16(base.body)
     shape = (*base.image_size, _IMAGE_CHANNELS)
@@ -68,16 +73,6 @@ def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
     backbone = keras.Model(images, features, name=name)
     backbone.trainable = False
     return backbone
-
-
-def _hold_still(body: keras.Model) -> None:
-    """Takes the chance out of layers that act at random in training."""
-    # The `training=False` that a call bakes into a functional model gives way when the
-    # model around it is called with `training=True`, so the layers themselves have to
-    # hold still. BatchNorm does so where it is not trainable.
-    for layer in _leaves(body):
-        if isinstance(layer, _DROPOUT):
-            layer.rate = 0.0
 
 
 def compute_in_bfloat16(body: keras.Model) -> None:

@@ -43,7 +43,12 @@ def build(
             f"ones. Received: {weights!r}"
         )
     body = _load_body(keras_hub, name.place, weights == "imagenet", precision)
-    shape = _image_shape(body, name.place)
+    inputs, outputs = keras.tree.flatten(body.input), keras.tree.flatten(body.output)
+    shape = tuple(inputs[0].shape)
+    takes_images = len(inputs) == 1 and len(shape) == 4 and shape[3] == 3
+    if not takes_images or len(outputs) != 1 or outputs[0].shape[-1] is None:
+        found = f"{[one.shape for one in inputs]} to {[one.shape for one in outputs]}"
+        raise InvalidArgument(f"{_EXPECTED} Received: hub:{name.place}, from {found}.")
     converter = _load_converter(keras_hub, name.place)
     scale = name.scale or _scale_of(converter, name.place)
     size = image_size or _size_of(shape, converter)
@@ -73,16 +78,6 @@ def _load_body(
             f"The KerasHub preset {preset} {kind}: {first_line(error)}. Without a "
             "network, fetch its folder elsewhere and use hub:FOLDER."
         ) from error
-
-
-def _image_shape(body: keras.Model, preset: str) -> tuple[int | None, ...]:
-    inputs, outputs = keras.tree.flatten(body.input), keras.tree.flatten(body.output)
-    shape = tuple(inputs[0].shape)
-    takes_images = len(inputs) == 1 and len(shape) == 4 and shape[3] == 3
-    if not takes_images or len(outputs) != 1 or outputs[0].shape[-1] is None:
-        found = f"{[one.shape for one in inputs]} to {[one.shape for one in outputs]}"
-        raise InvalidArgument(f"{_EXPECTED} Received: hub:{preset}, from {found}.")
-    return shape
 
 
 def _load_converter(keras_hub: Any, preset: str) -> Any | None:

@@ -61,19 +61,13 @@ def build(
         compute_in_bfloat16(encoder)
     texts = keras.Input((), dtype="string", name="texts")
     tokens = tokenizer(texts)
-    features = sentence_features(encoder(tokens), tokens)
+    vectors = encoder(tokens)
+    pooling = layers.GlobalAveragePooling1D(dtype="float32", name="pooling")
+    mean = pooling(vectors, mask=ops.not_equal(tokens, PADDING))
+    features = layers.UnitNormalization(dtype="float32", name="features")(mean)
     backbone = keras.Model(texts, features, name="minilm_backbone")
     backbone.trainable = False
     return backbone
-
-
-def sentence_features(
-    vectors: keras.KerasTensor, tokens: keras.KerasTensor
-) -> keras.KerasTensor:
-    """Returns one vector of length 1 a text, the mean over its pieces."""
-    pooling = layers.GlobalAveragePooling1D(dtype="float32", name="pooling")
-    mean = pooling(vectors, mask=ops.not_equal(tokens, PADDING))
-    return layers.UnitNormalization(dtype="float32", name="features")(mean)
 
 
 def build_encoder() -> keras.Model:

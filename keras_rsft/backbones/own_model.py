@@ -29,7 +29,10 @@ _OUTPUT_RANKS = (2, 4)
 def build(path: str | Path, *, image_size: tuple[int, int] | None) -> Base:
     """Loads a `.keras` file; the preprocessing must be inside it."""
     model = _load(Path(path))
-    size = _input_size(model, image_size, path)
+    shape = _only_shape(getattr(model, "inputs", None))
+    if len(shape) != _IMAGE_RANK or (shape[0], shape[3]) != (None, _IMAGE_CHANNELS):
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
+    size = agreed_size(shape[1:3], image_size, path)
     _check_output(model, path)
     return Base(model, _unchanged, size)
 
@@ -56,15 +59,6 @@ def _load(path: Path) -> keras.Model:
             f"The backbone file {path} could not be loaded in safe mode: "
             f"{first_line(error)}. Save it with stock Keras layers only."
         ) from error
-
-
-def _input_size(
-    model: keras.Model, wanted: tuple[int, int] | None, path: str | Path
-) -> tuple[int, int]:
-    shape = _only_shape(getattr(model, "inputs", None))
-    if len(shape) != _IMAGE_RANK or (shape[0], shape[3]) != (None, _IMAGE_CHANNELS):
-        raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
-    return agreed_size(shape[1:3], wanted, path)
 
 
 def _check_output(model: keras.Model, path: str | Path) -> None:

@@ -52,7 +52,20 @@ class GraphNetwork(ForeignNetwork):
 
     @functools.cached_property
     def _function(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        return graph_function(self.content)
+        graph = tf.compat.v1.GraphDef.FromString(self.content)
+        impure = impure_operations(graph)
+        if impure:
+            raise DataError(
+                f"The graph does more than compute: {', '.join(impure)}. It is not run."
+            )
+
+        @tf.function(autograph=False)
+        def run(images: tf.Tensor) -> tf.Tensor:
+            return tf.graph_util.import_graph_def(
+                graph, {"images:0": images}, [f"{_OUTPUT}:0"], name="network"
+            )[0]
+
+        return run
 
 
 def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
@@ -75,24 +88,6 @@ def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
     images = keras.Input((*size, _CHANNELS), dtype="float32")
     layer = GraphNetwork(dim=dim, digest=_source_digest(path), content=content)
     return keras.Model(images, layer(images), name="savedmodel")
-
-
-def graph_function(content: bytes) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns the function from images to features that a graph holds."""
-    graph = tf.compat.v1.GraphDef.FromString(content)
-    impure = impure_operations(graph)
-    if impure:
-        raise DataError(
-            f"The graph does more than compute: {', '.join(impure)}. It is not run."
-        )
-
-    @tf.function(autograph=False)
-    def run(images: tf.Tensor) -> tf.Tensor:
-        return tf.graph_util.import_graph_def(
-            graph, {"images:0": images}, [f"{_OUTPUT}:0"], name="network"
-        )[0]
-
-    return run
 
 
 def _source_digest(path: Path) -> str:

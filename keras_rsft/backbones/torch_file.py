@@ -205,17 +205,6 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
             "`torch.save(..., _use_new_zipfile_serialization=False)`"
         )
     stream = io.BytesIO(content)
-    _check_header(stream)
-    tensors = _check_tensors(_load_pickle(stream))
-    keys = _load_pickle(stream)
-    storages = _cut_storages(memoryview(content)[stream.tell() :], keys, tensors)
-    return {
-        name: _as_array(tensor, storages[tensor.storage.key])
-        for name, tensor in tensors.items()
-    }
-
-
-def _check_header(stream: io.BytesIO) -> None:
     if _load_pickle(stream) != _MAGIC_NUMBER:
         raise _MalformedError("it does not begin with PyTorch's magic number")
     if _load_pickle(stream) != _PROTOCOL_VERSION:
@@ -223,6 +212,13 @@ def _check_header(stream: io.BytesIO) -> None:
     system = _load_pickle(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise _MalformedError("it was not written on a little-endian machine")
+    tensors = _check_tensors(_load_pickle(stream))
+    keys = _load_pickle(stream)
+    storages = _cut_storages(memoryview(content)[stream.tell() :], keys, tensors)
+    return {
+        name: _as_array(tensor, storages[tensor.storage.key])
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_tensors(value: Any) -> dict[str, _Tensor]:

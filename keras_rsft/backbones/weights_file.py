@@ -35,7 +35,8 @@ def load_weights_file(model: keras.Model, path: str | Path) -> None:
             f"There is no file {path}."
         )
     try:
-        _load_without_warnings(model, path)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            model.load_weights(str(path))
     except DAMAGED as error:
         raise WeightsUnavailable(
             f"The weights file {path} is damaged or not a weights file: "
@@ -46,12 +47,6 @@ def load_weights_file(model: keras.Model, path: str | Path) -> None:
             f"The weights in {path} do not fit {model.name} without its classes "
             f"(include_top=False): {first_line(error)}"
         ) from error
-
-
-def _load_without_warnings(model: keras.Model, path: Path) -> None:
-    """Spares the reader a warning for each layer before the one error that counts."""
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        model.load_weights(str(path))
 
 
 def first_line(error: BaseException) -> str:
