@@ -193,7 +193,21 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
         )
     saved = _saved_model_folder(path)
     if saved is not None:
-        return _saved_model_classifier(saved)
+        loaded = tf.saved_model.load(str(saved))
+        serve = loaded.signatures.get("serving_default")
+        inputs = {} if serve is None else serve.structured_input_signature[1]
+        if "image_bytes" not in inputs:
+            raise InvalidArgument(
+                f"{saved} has no signature from `image_bytes`: "
+                "it was not written by `export_saved_model`."
+            )
+
+        def classify(encoded: list[bytes]) -> Answers:
+            served = serve(image_bytes=tf.constant(encoded, tf.string))
+            labels = [label.decode() for label in served["label"].numpy()]
+            return labels, served["score"].numpy(), _image_errors(served["valid"])
+
+        return Classifier("images", classify)
     raise unusable_model(model)
 
 
@@ -207,7 +221,16 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
         model = model.model
     names = class_names or [str(i) for i in range(model.output_shape[-1])]
     if model.inputs[0].dtype == "string":
-        return _texts_classifier(names, model.predict_on_batch)
+
+        def classify(encoded: list[bytes]) -> Answers:
+            texts, errors = zip(*map(_text_or_error, encoded), strict=True)
+            probabilities = np.asarray(
+                model.predict_on_batch(tf.constant(texts, tf.string))
+            )
+            labels = [names[best] for best in probabilities.argmax(axis=-1)]
+            return labels, probabilities.max(axis=-1), list(errors)
+
+        return Classifier("texts", classify)
     if len(getattr(model, "input_shape", ())) != 4:
         raise InvalidArgument(
             f"The model must take images or texts. Received: {path}, which does not: "
@@ -215,18 +238,6 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
         )
     size = tuple(model.input_shape[1:3])
     return _images_classifier(size, names, model.predict_on_batch)
-
-
-def _texts_classifier(
-    names: Sequence[str], probabilities_of: Callable[[tf.Tensor], np.ndarray]
-) -> Classifier:
-    def classify(encoded: list[bytes]) -> Answers:
-        texts, errors = zip(*map(_text_or_error, encoded), strict=True)
-        probabilities = np.asarray(probabilities_of(tf.constant(texts, tf.string)))
-        labels = [names[best] for best in probabilities.argmax(axis=-1)]
-        return labels, probabilities.max(axis=-1), list(errors)
-
-    return Classifier("texts", classify)
 
 
 def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
@@ -268,24 +279,6 @@ def _saved_model_folder(path: Path) -> Path | None:
     versions = [child for child in path.iterdir() if child.name.isdigit()]
     versions = [child for child in versions if (child / "saved_model.pb").is_file()]
     return max(versions, key=lambda child: int(child.name), default=None)
-
-
-def _saved_model_classifier(folder: Path) -> Classifier:
-    loaded = tf.saved_model.load(str(folder))
-    serve = loaded.signatures.get("serving_default")
-    inputs = {} if serve is None else serve.structured_input_signature[1]
-    if "image_bytes" not in inputs:
-        raise InvalidArgument(
-            f"{folder} has no signature from `image_bytes`: "
-            "it was not written by `export_saved_model`."
-        )
-
-    def classify(encoded: list[bytes]) -> Answers:
-        served = serve(image_bytes=tf.constant(encoded, tf.string))
-        labels = [label.decode() for label in served["label"].numpy()]
-        return labels, served["score"].numpy(), _image_errors(served["valid"])
-
-    return Classifier("images", classify)
 
 
 def _predict_batch(

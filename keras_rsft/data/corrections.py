@@ -139,7 +139,14 @@ def _numbered_rows(file: Path) -> list[tuple[int, Correction]]:
         ) from error
     if not rows:
         raise DataError(f"{file} has a header and no decision below it.")
-    _refuse_repeated(rows, file)
+    line_of: dict[str, int] = {}
+    for line, row in rows:
+        first = line_of.setdefault(row.id, line)
+        if first != line:
+            raise DataError(
+                f"{file} decides twice about {row.id!r}: in lines {first} and {line}. "
+                "Leave one of them."
+            )
     return rows
 
 
@@ -187,17 +194,6 @@ def _row(raw: dict[str | None, Any], line: int) -> Correction:
     return row
 
 
-def _refuse_repeated(rows: Sequence[tuple[int, Correction]], file: Path) -> None:
-    line_of: dict[str, int] = {}
-    for line, row in rows:
-        first = line_of.setdefault(row.id, line)
-        if first != line:
-            raise DataError(
-                f"{file} decides twice about {row.id!r}: in lines {first} and {line}. "
-                "Leave one of them."
-            )
-
-
 def _applied(data: SampleData, file: Path) -> SampleData:
     rows = _numbered_rows(file)
     places = {
@@ -217,7 +213,13 @@ def _applied(data: SampleData, file: Path) -> SampleData:
         if pairs
     }
     corrected = dataclasses.replace(data, **changed)
-    _refuse_empty_class(data, corrected, file)
+    emptied = np.setdiff1d(data.train.labels, corrected.train.labels)
+    if len(emptied):
+        names = ", ".join(repr(data.class_names[label]) for label in emptied[:10])
+        raise DataError(
+            f"{file} would leave no training image of {names}. Keep at least one, or "
+            "leave the class out of the data."
+        )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     merged = _merged(data.corrections, [row for _, row in rows])
     files = () if data.corrections is None else data.corrections.files
@@ -286,16 +288,6 @@ def _corrected(
         corrected.take(np.flatnonzero(remains)),
         before_review=split if split.before_review is None else split.before_review,
     )
-
-
-def _refuse_empty_class(before: SampleData, after: SampleData, file: Path) -> None:
-    emptied = np.setdiff1d(before.train.labels, after.train.labels)
-    if len(emptied):
-        names = ", ".join(repr(before.class_names[label]) for label in emptied[:10])
-        raise DataError(
-            f"{file} would leave no training image of {names}. Keep at least one, or "
-            "leave the class out of the data."
-        )
 
 
 def _merged(

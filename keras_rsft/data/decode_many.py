@@ -39,23 +39,6 @@ def decode_images(
     size = checked_size(image_size)
     heads = headers.head_bytes(encoded)
     kinds = headers.image_kind(heads)
-    width, height = _sizes(encoded, heads, kinds)
-    ratio = jpeg_ratio_index(width, height, size)
-    ratio = tf.where(kinds == _JPEG, ratio, 0)
-    readable = (width > 0) & (height > 0) & within_limit(width, height)
-    pixels = tf.where(readable, width * height // 4 ** tf.cast(ratio, tf.int64), 0)
-    quick = readable & (tf.cumsum(pixels) <= PIXEL_BUDGET)
-    slow = (readable & ~quick) | ((kinds != _JPEG) & (kinds != _PNG))
-    serialised = _decode_quickly(encoded, quick, kinds, ratio)
-    images = _resize_all(serialised, size)
-    found = tf.strings.length(serialised) > 0
-    return _add_others(encoded, slow & (kinds != _UNKNOWN), images, found, size)
-
-
-def _sizes(
-    encoded: tf.Tensor, heads: tf.Tensor, kinds: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns widths and heights of JPEG and PNG files, 0 of others and bad ones."""
     shapes = _caught(
         encoded,
         kinds == _JPEG,
@@ -65,7 +48,31 @@ def _sizes(
     width, height = headers.png_size(heads)
     is_png = kinds == _PNG
     jpeg_height, jpeg_width = tf.unstack(tf.cast(shapes[:, :2], tf.int64), axis=1)
-    return tf.where(is_png, width, jpeg_width), tf.where(is_png, height, jpeg_height)
+    width, height = (
+        tf.where(is_png, width, jpeg_width),
+        tf.where(is_png, height, jpeg_height),
+    )
+    ratio = jpeg_ratio_index(width, height, size)
+    ratio = tf.where(kinds == _JPEG, ratio, 0)
+    readable = (width > 0) & (height > 0) & within_limit(width, height)
+    pixels = tf.where(readable, width * height // 4 ** tf.cast(ratio, tf.int64), 0)
+    quick = readable & (tf.cumsum(pixels) <= PIXEL_BUDGET)
+    slow = (readable & ~quick) | ((kinds != _JPEG) & (kinds != _PNG))
+    serialised = _decode_quickly(encoded, quick, kinds, ratio)
+    images = _resize_all(serialised, size)
+    found = tf.strings.length(serialised) > 0
+    chosen = slow & (kinds != _UNKNOWN)
+
+    def decode_others() -> tuple[tf.Tensor, tf.Tensor]:
+        index, decoded = _run(encoded, chosen, lambda one: decode_image(one, size))
+        marks = tf.ones_like(index, tf.bool)
+        place = index[:, None]
+        return (
+            tf.tensor_scatter_nd_update(images, place, decoded),
+            tf.tensor_scatter_nd_update(found, place, marks),
+        )
+
+    return tf.cond(tf.reduce_any(chosen), decode_others, lambda: (images, found))
 
 
 def _decode_quickly(
@@ -102,27 +109,6 @@ def _resize_all(serialised: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
         fn_output_signature=tf.TensorSpec((*size, 3), tf.float32),
         parallel_iterations=32,
     )
-
-
-def _add_others(
-    encoded: tf.Tensor,
-    chosen: tf.Tensor,
-    images: tf.Tensor,
-    found: tf.Tensor,
-    size: tuple[int, int],
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes the chosen files by `decode_image` itself."""
-
-    def decode_others() -> tuple[tf.Tensor, tf.Tensor]:
-        index, decoded = _run(encoded, chosen, lambda one: decode_image(one, size))
-        marks = tf.ones_like(index, tf.bool)
-        place = index[:, None]
-        return (
-            tf.tensor_scatter_nd_update(images, place, decoded),
-            tf.tensor_scatter_nd_update(found, place, marks),
-        )
-
-    return tf.cond(tf.reduce_any(chosen), decode_others, lambda: (images, found))
 
 
 def _caught(

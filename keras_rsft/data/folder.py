@@ -45,7 +45,14 @@ def list_folder(
             _refuse_empty(os.path.join(root, below), ids, others, suffixes, kind)
             samples += [NamedSample(id=id_, label=name, split=split) for id_ in ids]
             ignored += others
-    _refuse_undecodable(samples)
+    for sample in samples:
+        try:
+            sample.id.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "File names must be valid UTF-8. "
+                f"Received: {sample.id!r}. Rename the file or its folder."
+            ) from error
     reader_of = functools.partial(FileReader, root)
     return list_named(samples, reader_of, source=source, ignored_files=ignored)
 
@@ -141,14 +148,3 @@ def _refuse_empty(
             f"{', '.join(sorted(suffixes))}."
             " Add some or remove the folder."
         )
-
-
-def _refuse_undecodable(samples: list[NamedSample]) -> None:
-    for sample in samples:
-        try:
-            sample.id.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                "File names must be valid UTF-8. "
-                f"Received: {sample.id!r}. Rename the file or its folder."
-            ) from error

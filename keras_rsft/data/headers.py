@@ -103,7 +103,14 @@ def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
     raw = tf.cast(tf.io.decode_raw(encoded, tf.uint8), tf.int32)
     # Zeros end every walk; no step below reaches further behind the end.
     raw = tf.pad(raw, [[0, 1024]])
-    jump = _block_jumps(raw)
+    # For each byte, where 32 data blocks further would be if one began there.
+    # A GIF's data lies in blocks of a length byte and up to 255 bytes; following them
+    # one at a time in a graph loop would take longer than decoding.
+    here = tf.range(tf.size(raw))
+    last = tf.size(raw) - 1
+    jump = tf.where(raw == 0, here, tf.minimum(here + raw + 1, last))
+    for _ in range(5):
+        jump = tf.gather(jump, jump)
     extension, palette_flag = 0x21, 0x80
     start = 13 + _palette_bytes(raw[10], palette_flag)
     (frame,) = tf.while_loop(
@@ -124,18 +131,6 @@ def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
         _little_endian(size, 0, 2),
         _little_endian(size, 2, 2),
     )
-
-
-def _block_jumps(raw: tf.Tensor) -> tf.Tensor:
-    """For each byte, where 32 data blocks further would be if one began there."""
-    # A GIF's data lies in blocks of a length byte and up to 255 bytes; following them
-    # one at a time in a graph loop would take longer than decoding.
-    here = tf.range(tf.size(raw))
-    last = tf.size(raw) - 1
-    jump = tf.where(raw == 0, here, tf.minimum(here + raw + 1, last))
-    for _ in range(5):
-        jump = tf.gather(jump, jump)
-    return jump
 
 
 def _after_blocks(jump: tf.Tensor, start: tf.Tensor) -> tf.Tensor:

@@ -100,7 +100,22 @@ def cut_splits(
 ) -> SampleData:
     """Makes three splits of a listing; a split that it has is left alone."""
     check_fractions(validation_fraction, test_fraction)
-    _check_classes(listing)
+    trained = set(np.unique(listing.labels[listing.splits == TRAIN]).tolist())
+    if not trained:
+        raise DataError(f"There is no training sample in {listing.source}.")
+    pairs = zip(listing.labels.tolist(), listing.splits.tolist(), strict=True)
+    stray = {pair for pair in pairs if pair[0] not in trained}
+    _refuse_stray(
+        ((listing.class_names[label], SPLITS[split]) for label, split in stray),
+        {},
+        listing.source,
+    )
+    if len(trained) < 2:
+        only = listing.class_names[trained.pop()]
+        raise DataError(
+            "Training needs samples of two classes or more. "
+            f"Received: only {only!r} in {listing.source}."
+        )
     splits = listing.splits.copy()
     pool = np.flatnonzero(splits == TRAIN)
     groups = listing.ids if listing.groups is None else listing.groups
@@ -143,7 +158,11 @@ def assign_splits(
     classes = np.full(len(names), np.iinfo(np.int64).max)
     np.minimum.at(classes, group_of, labels)
     splits = np.full(len(names), TRAIN, np.int8)
-    order = np.lexsort((_hashes(names, split_seed), classes))
+    digests = b"".join(
+        hashlib.blake2b(f"{split_seed}:{name}".encode(), digest_size=8).digest()
+        for name in names
+    )
+    order = np.lexsort((np.frombuffer(digests, dtype="<u8"), classes))
     borders = np.flatnonzero(np.diff(classes[order])) + 1
     for members in np.split(order, borders) if len(order) else []:
         test, validation = _cut(
@@ -224,14 +243,6 @@ def _share(count: int, fraction: float) -> int:
     return max(rounded, 1) if wanted else rounded
 
 
-def _hashes(names: np.ndarray, split_seed: int) -> np.ndarray:
-    digests = b"".join(
-        hashlib.blake2b(f"{split_seed}:{name}".encode(), digest_size=8).digest()
-        for name in names
-    )
-    return np.frombuffer(digests, dtype="<u8")
-
-
 def _refuse_stray(
     labels: Iterable[tuple[str, str]], known: dict[str, int], source: str
 ) -> None:
@@ -243,22 +254,3 @@ def _refuse_stray(
         f"Every class must have a sample in the training split of {source}. "
         f"Without one: {listed}. Add training samples, or leave these out."
     )
-
-
-def _check_classes(listing: Listing) -> None:
-    trained = set(np.unique(listing.labels[listing.splits == TRAIN]).tolist())
-    if not trained:
-        raise DataError(f"There is no training sample in {listing.source}.")
-    pairs = zip(listing.labels.tolist(), listing.splits.tolist(), strict=True)
-    stray = {pair for pair in pairs if pair[0] not in trained}
-    _refuse_stray(
-        ((listing.class_names[label], SPLITS[split]) for label, split in stray),
-        {},
-        listing.source,
-    )
-    if len(trained) < 2:
-        only = listing.class_names[trained.pop()]
-        raise DataError(
-            "Training needs samples of two classes or more. "
-            f"Received: only {only!r} in {listing.source}."
-        )

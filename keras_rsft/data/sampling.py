@@ -15,16 +15,6 @@ def stratified_sample(labels: np.ndarray, count: int, *, seed: int = 0) -> np.nd
     if count >= len(labels):
         return np.arange(len(labels))
     classes, sizes = np.unique(labels, return_counts=True)
-    taken = _rounded_shares(sizes, count)
-    rng = np.random.default_rng(seed)
-    chosen = [
-        rng.permutation(np.flatnonzero(labels == label))[:number]
-        for label, number in zip(classes, taken, strict=True)
-    ]
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
-
-
-def _rounded_shares(sizes: np.ndarray, count: int) -> np.ndarray:
     exact = sizes * (count / sizes.sum())
     least = 1 if len(sizes) <= count else 0
     shares = np.maximum(np.floor(exact), least).astype(int)
@@ -34,4 +24,10 @@ def _rounded_shares(sizes: np.ndarray, count: int) -> np.ndarray:
         shares[np.argmax(excess)] -= 1
     for place in np.argsort(shares - exact, kind="stable")[: count - shares.sum()]:
         shares[place] += 1
-    return shares
+    taken = shares
+    rng = np.random.default_rng(seed)
+    chosen = [
+        rng.permutation(np.flatnonzero(labels == label))[:number]
+        for label, number in zip(classes, taken, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)

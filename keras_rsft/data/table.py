@@ -107,10 +107,17 @@ def _located_sample(
 def named_sample(row: dict, columns: Columns, name: str, place: str) -> NamedSample:
     """Returns the sample of a row."""
     clean = columns.clean_label
+    given = (row.get(columns.split) or "train").strip() or "train"
+    split = SPLIT_ALIASES.get(given.lower())
+    if split is None:
+        raise DataError(
+            f"The split must be one of {', '.join(SPLIT_ALIASES)} or empty. "
+            f"Received: {given!r} in {place}."
+        )
     return NamedSample(
         id=name,
         label=_value(row, columns.label, place),
-        split=_split(row, columns.split, place),
+        split=split,
         clean_label=None if clean is None else _value(row, clean, place),
     )
 
@@ -120,17 +127,6 @@ def _value(row: dict, column: str, place: str) -> str:
     if not value:
         raise DataError(f"Expected a value in column {column!r} of {place}.")
     return value
-
-
-def _split(row: dict, column: str | None, place: str) -> str:
-    given = (row.get(column) or "train").strip() or "train"
-    split = SPLIT_ALIASES.get(given.lower())
-    if split is None:
-        raise DataError(
-            f"The split must be one of {', '.join(SPLIT_ALIASES)} or empty. "
-            f"Received: {given!r} in {place}."
-        )
-    return split
 
 
 class _Locator:

@@ -97,7 +97,12 @@ def list_tfds(
     names = tuple(given.names)
     if clean_label_key is not None:
         clean = _class_label(builder, clean_label_key, "clean_label_key", source)
-        names = _better_names(given, clean)
+        # Prefers the clean label's names where the given one has mere numbers.
+        numbers = [str(number) for number in range(given.num_classes)]
+        same_count = given.num_classes == clean.num_classes
+        names = tuple(
+            clean.names if same_count and given.names == numbers else given.names
+        )
         keys.append(clean_label_key)
     ids, labels, origins, positions = _gather_all(builder, image_key, keys)
     splits = _split_codes(origins)
@@ -174,18 +179,6 @@ def _class_label(
     return labels[key]
 
 
-def _better_names(given: ClassLabel, clean: ClassLabel) -> tuple[str, ...]:
-    """Prefers the clean label's names where the given one has mere numbers."""
-    numbers = [str(number) for number in range(given.num_classes)]
-    same_count = given.num_classes == clean.num_classes
-    return tuple(clean.names if same_count and given.names == numbers else given.names)
-
-
-def _wanted_splits(builder: DatasetBuilder) -> list[str]:
-    splits = list(builder.info.splits)
-    return [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
-
-
 def _split_codes(origins: np.ndarray) -> np.ndarray:
     """Maps TFDS splits to positions in `SPLITS`; without a train, all are train."""
     if "train" not in origins:
@@ -216,7 +209,8 @@ def _gather_all(
     builder: DatasetBuilder, image_key: str, keys: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns ids, labels, TFDS splits and positions in them, of all splits."""
-    splits = _wanted_splits(builder)
+    splits = list(builder.info.splits)
+    splits = [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
     parts = [_gather(builder, split, image_key, keys) for split in splits]
     sizes = [len(ids) for ids, _ in parts]
     return (

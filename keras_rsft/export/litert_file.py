@@ -60,12 +60,7 @@ def export_litert(
             f"LiteRT's `weight_dtype` must be one of {', '.join(LITERT_WEIGHT_DTYPES)}."
             f" Received: {weight_dtype!r}."
         )
-    content = _convert(ForwardPass(model), weight_dtype)
-    write_new_file(path, _with_labels(content, class_names))
-    return path
-
-
-def _convert(forward: ForwardPass, weight_dtype: str) -> bytes:
+    forward = ForwardPass(model)
     module = tf.Module()
     module.forward = forward
     module.serve = tf.function(
@@ -79,7 +74,9 @@ def _convert(forward: ForwardPass, weight_dtype: str) -> bytes:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if weight_dtype == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    return converter.convert()
+    content = converter.convert()
+    write_new_file(path, _with_labels(content, class_names))
+    return path
 
 
 def _with_labels(content: bytes, class_names: Sequence[str]) -> bytes:

@@ -48,7 +48,16 @@ def model_card(run: FinishedRun, name: str) -> str:
     data = Path(str(config.get("data", "unknown"))).name
     policy = config.get("policy")
     backbone = str(config.get("backbone", "unknown"))
-    template = _environment().get_template("model_card.md")
+    environment = jinja2.Environment(  # noqa: S701 - `finalize` escapes, for Markdown.
+        loader=jinja2.PackageLoader("keras_rsft.export"),
+        finalize=_text,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["raw"] = _Escaped
+    environment.filters["code"] = _code
+    environment.filters["tojson_line"] = lambda value: _Escaped(json.dumps(value))
+    template = environment.get_template("model_card.md")
     return template.render(
         head=_head(name, data, results.get("test_accuracy")),
         name=name,
@@ -86,19 +95,6 @@ def _head(name: str, data: str, accuracy: float | None) -> dict[str, Any]:
 
 class _Escaped(str):
     """Text that is printed as it is."""
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(  # noqa: S701 - `finalize` escapes, for Markdown.
-        loader=jinja2.PackageLoader("keras_rsft.export"),
-        finalize=_text,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["raw"] = _Escaped
-    environment.filters["code"] = _code
-    environment.filters["tojson_line"] = lambda value: _Escaped(json.dumps(value))
-    return environment
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -57,7 +57,9 @@ def export_onnx(
         converted = (
             join_head(model) if onnx_base(model) else _converted(ForwardPass(model))
         )
-    _name_classes(converted, class_names)
+    entry = converted.metadata_props.add()
+    entry.key = CLASS_NAMES_KEY
+    entry.value = json.dumps(list(class_names), ensure_ascii=False)
     write_new_file(path, converted.SerializeToString())
     return path
 
@@ -87,12 +89,6 @@ def _converted(forward: ForwardPass) -> onnx.ModelProto:
         tensors_to_rename={"images:0": "images", output: "probabilities"},
     )
     return converted
-
-
-def _name_classes(converted, class_names: Sequence[str]) -> None:
-    entry = converted.metadata_props.add()
-    entry.key = CLASS_NAMES_KEY
-    entry.value = json.dumps(list(class_names), ensure_ascii=False)
 
 
 @contextlib.contextmanager

@@ -139,24 +139,19 @@ def write_new_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         partial.write_bytes(content)
-        _rename_new(partial, path)
+        try:
+            os.link(partial, path)  # Unlike a rename, fails where the target exists.
+        except FileExistsError:
+            raise
+        except OSError:  # No hard links on FAT and on some network file systems.
+            path.open("xb").close()  # Takes the name; what is replaced is our own.
+            partial.replace(path)
     except FileExistsError:
         raise InvalidArgument(
             f"{path} exists, and nothing is overwritten. Choose another name."
         ) from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _rename_new(partial: Path, path: Path) -> None:
-    """Gives a file its name; raises FileExistsError where that is taken."""
-    try:
-        os.link(partial, path)  # Unlike a rename, fails where the target exists.
-    except FileExistsError:
-        raise
-    except OSError:  # No hard links on FAT and on some network file systems.
-        path.open("xb").close()  # Takes the name; what is replaced is our own.
-        partial.replace(path)
 
 
 def check_file(path: str | os.PathLike, suffix: str) -> Path:

@@ -35,29 +35,50 @@ def load_exported(path: str | os.PathLike) -> ExportedModel:
     if path.suffix == ".tflite" and path.is_file():
         return _load_litert(path)
     if path.suffix == ".onnx" and path.is_file():
-        return _load_onnx(path)
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                "Running an ONNX model needs the package onnxruntime. Install it with: "
+                'pip install "keras_rsft[onnx]".'
+            ) from error
+        errors = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            session = onnxruntime.InferenceSession(
+                path, providers=["CPUExecutionProvider"]
+            )
+        except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        metadata = session.get_modelmeta().custom_metadata_map
+        if CLASS_NAMES_KEY not in metadata:
+            raise DataError(f"{path} has no class names in its metadata.")
+        height, width = session.get_inputs()[0].shape[1:3]
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            return session.run(["probabilities"], {"images": images})[0]
+
+        names = tuple(json.loads(metadata[CLASS_NAMES_KEY]))
+        return ExportedModel((height, width), names, probabilities)
     if (path / "saved_model.pb").is_file():
-        return _load_saved_model(path)
+        loaded = tf.saved_model.load(str(path))
+        serve = loaded.signatures.get("serving_images")
+        labels = path / "assets" / "labels.txt"
+        if serve is None or not labels.is_file():
+            raise DataError(f"{path} has no signature `serving_images`, or no labels.")
+        shape = serve.structured_input_signature[1]["images"].shape
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            # Keeps the loaded object alive: a signature alone loses its variables.
+            signature = loaded.signatures["serving_images"]
+            return signature(images=tf.constant(images))["probabilities"].numpy()
+
+        return ExportedModel(
+            tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities
+        )
     raise InvalidArgument(
         "An exported model is the folder of a SavedModel's version, a .tflite or an "
         f".onnx file. Received: {path}."
     )
-
-
-def _load_saved_model(folder: Path) -> ExportedModel:
-    loaded = tf.saved_model.load(str(folder))
-    serve = loaded.signatures.get("serving_images")
-    labels = folder / "assets" / "labels.txt"
-    if serve is None or not labels.is_file():
-        raise DataError(f"{folder} has no signature `serving_images`, or no labels.")
-    shape = serve.structured_input_signature[1]["images"].shape
-
-    def probabilities(images: np.ndarray) -> np.ndarray:
-        # Keeps the loaded object alive: a signature alone loses its variables.
-        signature = loaded.signatures["serving_images"]
-        return signature(images=tf.constant(images))["probabilities"].numpy()
-
-    return ExportedModel(tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities)
 
 
 def _load_litert(path: Path) -> ExportedModel:
@@ -85,31 +106,6 @@ def _load_litert(path: Path) -> ExportedModel:
         return interpreter.get_tensor(given[0]["index"])
 
     height, width = (int(side) for side in taken["shape"][1:3])
-    return ExportedModel((height, width), names, probabilities)
-
-
-def _load_onnx(path: Path) -> ExportedModel:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            "Running an ONNX model needs the package onnxruntime. Install it with: "
-            'pip install "keras_rsft[onnx]".'
-        ) from error
-    errors = onnxruntime.capi.onnxruntime_pybind11_state
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    metadata = session.get_modelmeta().custom_metadata_map
-    if CLASS_NAMES_KEY not in metadata:
-        raise DataError(f"{path} has no class names in its metadata.")
-    height, width = session.get_inputs()[0].shape[1:3]
-
-    def probabilities(images: np.ndarray) -> np.ndarray:
-        return session.run(["probabilities"], {"images": images})[0]
-
-    names = tuple(json.loads(metadata[CLASS_NAMES_KEY]))
     return ExportedModel((height, width), names, probabilities)
 
 

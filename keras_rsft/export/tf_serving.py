@@ -34,7 +34,14 @@ def warmup_requests(model_name: str) -> list[bytes]:
             'with: pip install "keras_rsft[serving]".'
         ) from error
 
-    image = _generated_jpeg()
+    height, width = WARMUP_IMAGE_SIZE
+    down = tf.linspace(0.0, 3.0, height)[:, None, None]
+    right = tf.linspace(0.0, 3.0, width)[None, :, None]
+    colour = tf.constant([1.0, 1.7, 2.3])
+    waves = 127.5 + 60.0 * (tf.sin(down * colour) + tf.cos(right * colour * colour))
+    pixels = tf.cast(waves, tf.uint8)
+    # A few kilobytes: they are stored once for each image of each request.
+    image = tf.io.encode_jpeg(pixels, quality=20, optimize_size=True).numpy()
     logs = []
     for count in WARMUP_BATCHES:
         request = predict_pb2.PredictRequest()
@@ -91,14 +98,3 @@ max_execution_batch_size {{ value: {MAX_BATCH} }}
 batch_timeout_micros {{ value: 2000 }}
 max_enqueued_batches {{ value: 100 }}
 """
-
-
-def _generated_jpeg() -> bytes:
-    height, width = WARMUP_IMAGE_SIZE
-    down = tf.linspace(0.0, 3.0, height)[:, None, None]
-    right = tf.linspace(0.0, 3.0, width)[None, :, None]
-    colour = tf.constant([1.0, 1.7, 2.3])
-    waves = 127.5 + 60.0 * (tf.sin(down * colour) + tf.cos(right * colour * colour))
-    pixels = tf.cast(waves, tf.uint8)
-    # A few kilobytes: they are stored once for each image of each request.
-    return tf.io.encode_jpeg(pixels, quality=20, optimize_size=True).numpy()

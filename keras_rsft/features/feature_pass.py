@@ -80,7 +80,15 @@ def append_rows(
     rows, next_index = _truncate_to_whole_batches(
         partial, work.row_bytes, work.batch_size, stretch.start
     )
-    _require_disk_space(partial, work.row_bytes * (stretch.stop - next_index))
+    needed = work.row_bytes * (stretch.stop - next_index)
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"The features need {needed / 1e9:.2f} GB and the disk has "
+            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
+            str(partial),
+        )
     samples = work.inputs(next_index, stretch.stop)
     samples = samples.batch(work.batch_size).prefetch(2)
     done = next_index - stretch.start
@@ -213,14 +221,3 @@ def _truncate_to_whole_batches(
     if rows == 0:
         return 0, first
     return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
-
-
-def _require_disk_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"The features need {needed / 1e9:.2f} GB and the disk has "
-            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
-            str(folder),
-        )

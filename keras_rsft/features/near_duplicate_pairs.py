@@ -48,7 +48,15 @@ def near_duplicates(
     count = len(features)
     mean, variance = features.moments()
     scale = 1.0 / np.sqrt(variance)
-    sketches = _sketches(features, mean, scale)
+    projection = None
+    if features.dim > _SKETCH_DIM:
+        rng = np.random.default_rng(0)
+        projection = rng.normal(size=(features.dim, _SKETCH_DIM)).astype(np.float32)
+    parts = []
+    for chunk in features.chunks():
+        values = (chunk - mean) * scale
+        parts.append(_unit(values if projection is None else values @ projection))
+    sketches = np.concatenate(parts)
     queries = np.argsort(-suspicion, kind="stable")[:max_queries]
     block = max(1, _BLOCK_VALUES // max(count, 1))
     limit = min_similarity - _SKETCH_SLACK
@@ -71,19 +79,6 @@ def near_duplicates(
             )
             advance(len(rows))
     return _most_alike(found, max_pairs)
-
-
-def _sketches(features: FeatureSet, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Returns unit vectors `(n, 128)`, or of all features where they are fewer."""
-    projection = None
-    if features.dim > _SKETCH_DIM:
-        rng = np.random.default_rng(0)
-        projection = rng.normal(size=(features.dim, _SKETCH_DIM)).astype(np.float32)
-    parts = []
-    for chunk in features.chunks():
-        values = (chunk - mean) * scale
-        parts.append(_unit(values if projection is None else values @ projection))
-    return np.concatenate(parts)
 
 
 def _verified(

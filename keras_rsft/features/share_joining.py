@@ -55,7 +55,36 @@ def join_parts(
             joining = joining_folder(folder)
             shutil.rmtree(joining, ignore_errors=True)  # Of one that was killed.
             joining.mkdir(parents=True)
-            rows = _join(joining, parts, name, progress)
+            # Appends all parts to one set, and returns its number of rows.
+            files = (FEATURES_FILE, INDEX_FILE)
+            total = sum(size_of(part.path / file) for part in parts for file in files)
+            rows = 0
+            with contextlib.ExitStack() as stack:
+                targets = {
+                    file: stack.enter_context((joining / file).open("wb"))
+                    for file in files
+                }
+                advance = stack.enter_context(
+                    progress_bar(
+                        f"{name}: putting shares together",
+                        total=-(-total // 2**20), unit="MiB", visible=progress,
+                    )
+                )  # fmt: skip
+                for part in parts:
+                    said = part.finished() or {"rows": -1, "checksums": {}}
+                    index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
+                    fault = index_fault(index, part.stretch, said["rows"])
+                    for file, target in targets.items():
+                        checksum = append_file(part.path / file, target, advance)
+                        if fault is None and checksum != said["checksums"].get(file):
+                            fault = f"{file} is not what was written"
+                    if fault is not None:
+                        shutil.rmtree(part.path, ignore_errors=True)
+                        raise DataError(_damaged(part, name, fault))
+                    rows += len(index)
+                for target in targets.values():
+                    target.flush()
+                    os.fsync(target.fileno())
             write_json(joining / META_FILE, {"rows": rows, **meta})
             publish(joining, folder)
         shutil.rmtree(shares_folder(folder), ignore_errors=True)
@@ -83,39 +112,6 @@ def index_fault(index: np.ndarray, stretch: range, rows: int) -> str | None:
     if rows and not (index[0] in stretch and index[-1] in stretch):
         return "it has a sample of another share"
     return None
-
-
-def _join(joining: Path, parts: Sequence[Part], name: str, progress: bool) -> int:
-    """Appends all parts to one set, and returns its number of rows."""
-    files = (FEATURES_FILE, INDEX_FILE)
-    total = sum(size_of(part.path / file) for part in parts for file in files)
-    rows = 0
-    with contextlib.ExitStack() as stack:
-        targets = {
-            file: stack.enter_context((joining / file).open("wb")) for file in files
-        }
-        advance = stack.enter_context(
-            progress_bar(
-                f"{name}: putting shares together",
-                total=-(-total // 2**20), unit="MiB", visible=progress,
-            )
-        )  # fmt: skip
-        for part in parts:
-            said = part.finished() or {"rows": -1, "checksums": {}}
-            index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
-            fault = index_fault(index, part.stretch, said["rows"])
-            for file, target in targets.items():
-                checksum = append_file(part.path / file, target, advance)
-                if fault is None and checksum != said["checksums"].get(file):
-                    fault = f"{file} is not what was written"
-            if fault is not None:
-                shutil.rmtree(part.path, ignore_errors=True)
-                raise DataError(_damaged(part, name, fault))
-            rows += len(index)
-        for target in targets.values():
-            target.flush()
-            os.fsync(target.fileno())
-    return rows
 
 
 def append_file(

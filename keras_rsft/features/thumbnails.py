@@ -48,7 +48,9 @@ def write_thumbnails(
     root.mkdir(parents=True, exist_ok=True)
     if split.before_review is not None:
         split = split.before_review  # Those that were kept before serve still.
-    kept = root / f"thumbnails-{_key(split)}"
+    described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
+    encoded = json.dumps(described).encode()
+    kept = root / f"thumbnails-{hashlib.blake2b(encoded, digest_size=16).hexdigest()}"
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
             for left in root.glob(f".{kept.name}-*"):  # By one that was killed.
@@ -56,7 +58,12 @@ def write_thumbnails(
             with written_whole(kept) as partial:
                 _render(split, partial, progress)
     for name in (THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE):
-        _link_or_copy(kept / name, folder / name)
+        source = kept / name
+        target = folder / name
+        try:
+            os.link(source, target)  # No second copy on the same disk.
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 def most_suspicious(
@@ -65,12 +72,6 @@ def most_suspicious(
     """Returns the positions of the most suspicious samples, in increasing order."""
     values = np.array([suspicion.get(str(one), -1.0) for one in split.ids])
     return np.sort(np.argsort(-values, kind="stable")[:most])
-
-
-def _key(split: ImageSplit) -> str:
-    described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
-    encoded = json.dumps(described).encode()
-    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
 def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
@@ -98,10 +99,3 @@ def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
 def _encode(index: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     pixels = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
     return index, tf.io.encode_jpeg(pixels, quality=QUALITY, optimize_size=True)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)  # No second copy on the same disk.
-    except OSError:
-        shutil.copyfile(source, target)

@@ -19,7 +19,10 @@ def seconds_per_image(
 ) -> float:
     """Measures the pass: reading and decoding images, and the base on them."""
     images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
-    _require_an_image(base, split)
+    if next(iter(split.inputs(base.sample_shape).take(1)), None) is None:
+        raise DataError(
+            f"None of the {len(split)} {split.kind} of {split.name!r} can be read."
+        )
     batches = iter(images)
     started, counted = 0.0, 0
     for number in range(_MOST_BATCHES + 1):
@@ -33,10 +36,3 @@ def seconds_per_image(
         if now - started >= _LEAST_SECONDS:
             break
     return (now - started) / counted
-
-
-def _require_an_image(base: FrozenBase, split: SampleSplit) -> None:
-    if next(iter(split.inputs(base.sample_shape).take(1)), None) is None:
-        raise DataError(
-            f"None of the {len(split)} {split.kind} of {split.name!r} can be read."
-        )
