@@ -17,12 +17,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.backbones import text_tokens  # noqa: F401 -- Lets Keras load it.
-from keras_rsft.data.decode_many import decode_images
-from keras_rsft.data.folder import IMAGE_SUFFIXES
-from keras_rsft.data.table import Columns
-from keras_rsft.data.texts import (
+from keras_rsft.data.decode import decode_images
+from keras_rsft.data.sources import (
     DEFAULT_TEXT_COLUMN,
+    IMAGE_SUFFIXES,
     TEXT_SUFFIXES,
+    Columns,
     read_texts,
     text_of,
 )

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_rsft.backbones import build_classifier, build_head
 from keras_rsft.data import load_images
-from keras_rsft.data.readers import FileReader
+from keras_rsft.data.samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import (
     FeatureSet,
@@ -25,7 +25,6 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
     extraction,
-    feature_pass,
     frozen_base,
     precision,
 )
@@ -90,7 +89,7 @@ class TestExtraction:
     ):
         whole = extract_features(tiny_base, data.train, cache_dir=tmp_path / "whole")
         written = []
-        append = feature_pass._append
+        append = extraction._append
 
         def fail_after_six(file, values):
             if len(written) == 6:  # Three batches of features and of indices.
@@ -100,11 +99,11 @@ class TestExtraction:
             written.append(len(values))
             append(file, values)
 
-        monkeypatch.setattr(feature_pass, "_append", fail_after_six)
+        monkeypatch.setattr(extraction, "_append", fail_after_six)
         cut = tmp_path / "cut"
         with pytest.raises(KeyboardInterrupt):
             extract_features(tiny_base, data.train, cache_dir=cut, batch_size=4)
-        monkeypatch.setattr(feature_pass, "_append", append)
+        monkeypatch.setattr(extraction, "_append", append)
         seen = []
         images = type(data.train).images
 
@@ -124,16 +123,15 @@ class TestExtraction:
     ):
         program = textwrap.dedent(f"""
             import os, sys
-            from keras_rsft.features import feature_pass
             from keras_rsft import extract_features, load_backbone, load_images
-            append, calls = feature_pass._append, []
+            append, calls = extraction._append, []
             def kill_half_way(file, values):
                 calls.append(1)
                 if len(calls) == 4:
                     file.write(values.tobytes()[:5]); file.flush()
                     os.kill(os.getpid(), 9)
                 append(file, values)
-            feature_pass._append = kill_half_way
+            extraction._append = kill_half_way
             extract_features(load_backbone({str(tiny_base_file)!r}),
                 load_images({str(photo_folder)!r}).train,
                 cache_dir={str(tmp_path)!r}, batch_size=4)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from keras_rsft.data.sampling import stratified_sample
+from keras_rsft.data.partition import stratified_sample
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.ranking.scores import h_score, kendall_tau, ledoit_wolf, log_me
 

@@ -20,8 +20,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_rsft.backbones.assembly import Base
-from keras_rsft.backbones.weights_file import first_line, load_weights_file
+from keras_rsft.backbones.assembly import Base, first_line, load_weights_file
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 # For the networks that declare no size of their own.

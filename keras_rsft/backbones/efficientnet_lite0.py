@@ -17,8 +17,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_rsft.backbones.assembly import first_line, load_weights_file
 from keras_rsft.backbones.torch_file import read_state_dict
-from keras_rsft.backbones.weights_file import first_line, load_weights_file
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 NAME = "efficientnet_lite0"

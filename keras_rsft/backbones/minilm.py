@@ -16,10 +16,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_rsft.backbones.assembly import compute_in_bfloat16
+from keras_rsft.backbones.assembly import compute_in_bfloat16, first_line
 from keras_rsft.backbones.foreign import digest_of
 from keras_rsft.backbones.text_tokens import PADDING, TextTokens
-from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 MAX_TOKENS = 256

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones.assembly import first_line
 from keras_rsft.backbones.foreign import (
     ForeignNetwork,
     agreed_size,
@@ -22,7 +23,6 @@ from keras_rsft.backbones.foreign import (
     digest_of,
     pooled,
 )
-from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 _EXPECTED = (

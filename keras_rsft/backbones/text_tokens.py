@@ -15,8 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones.assembly import first_line
 from keras_rsft.backbones.foreign import KeptFile
-from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import WeightsUnavailable
 
 PADDING = 0

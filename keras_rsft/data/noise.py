@@ -13,8 +13,7 @@ import math
 import numpy as np
 
 from keras_rsft.data.partition import SPLITS
-from keras_rsft.data.samples import SampleData
-from keras_rsft.data.splits import ImageSplit
+from keras_rsft.data.samples import ImageSplit, SampleData
 from keras_rsft.errors import InvalidArgument
 
 SYMMETRIC = "symmetric"

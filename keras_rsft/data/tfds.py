@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.data.partition import SPLIT_ALIASES, SPLITS, TRAIN, Listing
-from keras_rsft.data.readers import digest
+from keras_rsft.data.samples import digest
 from keras_rsft.errors import DataError, InvalidArgument
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
 from keras_rsft.export.onnx_file import export_onnx, require_tf2onnx
 from keras_rsft.export.places import (
+    ExportSettings,
     check_run_folder,
     free_file,
     free_version,
@@ -29,7 +30,6 @@ from keras_rsft.export.places import (
     write_new_file,
 )
 from keras_rsft.export.saved_model import export_saved_model
-from keras_rsft.export.settings import ExportSettings
 from keras_rsft.finetuning.run_folder import read_class_names
 from keras_rsft.run_files import CONFIG_FILE, MODEL_FILE, RESULTS_FILE, SEARCH_FILE
 

@@ -18,8 +18,7 @@ import tensorflow as tf
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export.places import check_file, write_new_file
-from keras_rsft.export.saved_model import check_class_names
-from keras_rsft.export.serving_graph import ForwardPass
+from keras_rsft.export.saved_model import ForwardPass, check_class_names
 
 LITERT_WEIGHT_DTYPES = ("float32", "float16", "int8")
 LABELS_MEMBER = "labels.txt"

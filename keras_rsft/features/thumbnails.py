@@ -11,18 +11,20 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from filelock import FileLock
 
-from keras_rsft.data import ImageSplit, SampleSplit
-from keras_rsft.data.pipeline import without_autotuning
+from keras_rsft.data import ImageSplit, SampleSplit, TextSplit
+from keras_rsft.data.decode import without_autotuning
+from keras_rsft.errors import DataError
 from keras_rsft.features.extraction import default_cache_dir
 from keras_rsft.progress import progress_bar
 from keras_rsft.result_folder import write_csv, written_whole
-from keras_rsft.run_files import THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE
+from keras_rsft.run_files import TEXTS_FILE, THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE
 
 SIZE = 96
 QUALITY = 75
@@ -99,3 +101,31 @@ def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
 def _encode(index: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     pixels = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
     return index, tf.io.encode_jpeg(pixels, quality=QUALITY, optimize_size=True)
+
+
+MAX_CHARACTERS = 600
+
+
+def write_excerpts(split: TextSplit, suspicion: dict[str, float], folder: Path) -> None:
+    """Puts the beginnings of the texts that can be read into a folder."""
+    chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
+    with (folder / TEXTS_FILE).open("w", encoding="utf-8") as file:
+        for sample_id, text in _readable(split, chosen):
+            line = {"id": sample_id, "text": excerpt_of(text)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def excerpt_of(text: str) -> str:
+    """Returns the beginning of a text, 600 characters at most, in one paragraph."""
+    flat = " ".join(text[: 10 * MAX_CHARACTERS].split())
+    if len(flat) <= MAX_CHARACTERS and len(text) <= 10 * MAX_CHARACTERS:
+        return flat
+    return f"{flat[: MAX_CHARACTERS - 1]}…"
+
+
+def _readable(split: TextSplit, chosen: np.ndarray) -> Iterator[tuple[str, str]]:
+    for index in chosen.tolist():
+        try:
+            yield str(split.ids[index]), split.text(index)
+        except (DataError, OSError):  # It is in unreadable.csv, or gone since.
+            continue

@@ -16,7 +16,7 @@ from keras_rsft.backbones.assembly import built_in_float32
 from keras_rsft.backbones.trainable_part import TrainablePart
 from keras_rsft.data import ImageData
 from keras_rsft.features import FrozenBase
-from keras_rsft.features.timing import seconds_per_image
+from keras_rsft.features.extraction import seconds_per_image
 from keras_rsft.finetuning.base_training import LARGEST_GRADIENT
 from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.split_features import SplitFeatures

@@ -21,13 +21,11 @@ import tensorflow as tf
 
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backbones.assembly import built_in_float32
-from keras_rsft.backbones.own_copy import copy_model
-from keras_rsft.backbones.trainable_part import TrainablePart
+from keras_rsft.backbones.trainable_part import TrainablePart, copy_model
 from keras_rsft.data import ImageData
 from keras_rsft.features import FrozenBase, TrainingBatches, batches_of
-from keras_rsft.features.extraction import extract_features
-from keras_rsft.features.image_batches import ImageBatches, labelled_images
-from keras_rsft.features.timing import seconds_per_image
+from keras_rsft.features.batches import ImageBatches, labelled_images
+from keras_rsft.features.extraction import extract_features, seconds_per_image
 from keras_rsft.finetuning.activations import (
     ActivationChoice,
     ActivationCosts,

@@ -17,8 +17,7 @@ from keras_rsft.backbones.base_name import is_fixed_network, require_takes
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
 from keras_rsft.data import SampleData, load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.features.precision import choose_precision
-from keras_rsft.features.shared_pass import keep_shares
+from keras_rsft.features.extraction import choose_precision, keep_shares
 from keras_rsft.finetuning.split_features import (
     SplitFeatures,
     extract_all,

@@ -12,9 +12,13 @@ import keras
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
 from keras_rsft.data import SampleData
 from keras_rsft.features import FeatureSet, FrozenBase
-from keras_rsft.features.extraction import make_pass, open_kept, run_alone
-from keras_rsft.features.feature_pass import FeaturePass
-from keras_rsft.features.shared_pass import run_together
+from keras_rsft.features.extraction import (
+    FeaturePass,
+    make_pass,
+    open_kept,
+    run_alone,
+    run_together,
+)
 
 
 @dataclasses.dataclass(frozen=True)

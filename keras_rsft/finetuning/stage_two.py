@@ -15,12 +15,16 @@ import tensorflow as tf
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backbones.assembly import built_in_float32
 from keras_rsft.backbones.base_name import is_fixed_network, require_base_can_learn
-from keras_rsft.backbones.last_block import last_block, learns
-from keras_rsft.backbones.own_copy import copy_model, set_trainable
-from keras_rsft.data.splits import ImageSplit
+from keras_rsft.backbones.trainable_part import (
+    copy_model,
+    last_block,
+    learns,
+    set_trainable,
+)
+from keras_rsft.data.samples import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features import FeatureSet
-from keras_rsft.features.image_batches import positions_of
+from keras_rsft.features.batches import positions_of
 from keras_rsft.finetuning.base_training import LARGEST_GRADIENT
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll

@@ -14,12 +14,12 @@ from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backbones.load import check_backbone_name, load_backbone
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import SampleData, SampleSplit, load_images
-from keras_rsft.data.sampling import stratified_sample
+from keras_rsft.data.partition import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.examination.labels import MIN_NOISE_RATE
 from keras_rsft.features import FrozenBase, extract_features
-from keras_rsft.features.timing import seconds_per_image
+from keras_rsft.features.extraction import seconds_per_image
 from keras_rsft.finetuning.feature_source import precision_for
 from keras_rsft.intervals import NORMAL_QUANTILE
 from keras_rsft.ranking.scores import h_score, kendall_tau, log_me
