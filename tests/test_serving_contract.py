@@ -88,7 +88,7 @@ def test_warmup_can_be_left_out(tiny_base_file, tmp_path, monkeypatch):
     classifier = build_classifier(load_backbone(str(tiny_base_file)), 3)
     options = {"class_names": NAMES}
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
-    monkeypatch.setattr(tf_serving, "warmup_available", lambda: False)
+    monkeypatch.setattr(saved_model, "warmup_available", lambda: False)
     written = export_saved_model(classifier, tmp_path / "x", **options)
     assert not (written / "assets.extra").exists()
     with pytest.raises(ImportError, match=r"keras_rsft\[serving\]"):

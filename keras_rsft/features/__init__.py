@@ -1,8 +1,8 @@
 """One pass of a frozen base over the images, kept on disk, fed to a head.
 
-`extraction.py` runs the base, `shares.py` lets several processes do so, `feature_set.py`
-is what is kept, `batches.py` feeds it to training, `thumbnails.py` keeps small pictures
-and the beginnings of texts, `near_duplicate_pairs.py` compares.
+`extraction.py` runs the base, `shares.py` lets several processes do so,
+`feature_set.py` is what is kept, `batches.py` feeds it to training, `thumbnails.py`
+keeps small pictures and the beginnings of texts, `near_duplicate_pairs.py` compares.
 """
 
 from keras_rsft.features.batches import TrainingBatches, batches_of
