@@ -144,7 +144,36 @@ def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
     function, declared = _image_function(_load(path), path)
     size = agreed_size(declared, image_size, path)
     try:
-        content, dim = _frozen(function, size, path)
+        outputs = _named(function(tf.zeros((1, *size, _CHANNELS))))
+        ranks = {name: value.shape.rank for name, value in outputs.items()}
+        chosen = choose_output(ranks)
+        if chosen is None or not 2 <= ranks[chosen] <= 4:
+            shapes = {name: tuple(value.shape) for name, value in outputs.items()}
+            raise InvalidArgument(
+                "The features must be the SavedModel's only output, or its only one of "
+                f"shape (batch, dim). Received: {path} with {shapes}."
+            )
+        shape = (None, *outputs[chosen].shape[1:])
+
+        def features(images: tf.Tensor) -> tf.Tensor:
+            values = _named(function(images))[chosen]
+            values.set_shape(shape)
+            return tf.cast(pooled(values), tf.float32)
+
+        spec = tf.TensorSpec((None, *size, _CHANNELS), tf.float32, name="images")
+        traced = tf.function(features, autograph=False).get_concrete_function(spec)
+        graph, (output,) = freeze(traced)
+        features_node = graph.node.add(name=_OUTPUT, op="Identity", input=[output])
+        features_node.attr["T"].type = tf.float32.as_datatype_enum
+        impure = impure_operations(graph)
+        if impure:
+            raise InvalidArgument(
+                f"A backbone may only compute. Received: {path}, which also uses "
+                f"{', '.join(impure)}."
+            )
+        if graph.ByteSize() > _MOST_BYTES:
+            raise InvalidArgument(f"{path} is too large: a graph can hold 2 GB.")
+        content, dim = graph.SerializeToString(deterministic=True), int(shape[-1])
     except (ValueError, TypeError, tf.errors.OpError) as error:
         if isinstance(error, InvalidArgument):
             raise
@@ -221,42 +250,6 @@ def _call_object(loaded: Any, images: tf.Tensor) -> Any:
         return loaded(images, training=False)
     except (TypeError, ValueError):  # It has no such argument.
         return loaded(images)
-
-
-def _frozen(
-    function: ImageFunction, size: tuple[int, int], path: Path
-) -> tuple[bytes, int]:
-    """Returns the graph from images to features, and the number of features."""
-    outputs = _named(function(tf.zeros((1, *size, _CHANNELS))))
-    ranks = {name: value.shape.rank for name, value in outputs.items()}
-    chosen = choose_output(ranks)
-    if chosen is None or not 2 <= ranks[chosen] <= 4:
-        shapes = {name: tuple(value.shape) for name, value in outputs.items()}
-        raise InvalidArgument(
-            "The features must be the SavedModel's only output, or its only one of "
-            f"shape (batch, dim). Received: {path} with {shapes}."
-        )
-    shape = (None, *outputs[chosen].shape[1:])
-
-    def features(images: tf.Tensor) -> tf.Tensor:
-        values = _named(function(images))[chosen]
-        values.set_shape(shape)
-        return tf.cast(pooled(values), tf.float32)
-
-    spec = tf.TensorSpec((None, *size, _CHANNELS), tf.float32, name="images")
-    traced = tf.function(features, autograph=False).get_concrete_function(spec)
-    graph, (output,) = freeze(traced)
-    features_node = graph.node.add(name=_OUTPUT, op="Identity", input=[output])
-    features_node.attr["T"].type = tf.float32.as_datatype_enum
-    impure = impure_operations(graph)
-    if impure:
-        raise InvalidArgument(
-            f"A backbone may only compute. Received: {path}, which also uses "
-            f"{', '.join(impure)}."
-        )
-    if graph.ByteSize() > _MOST_BYTES:
-        raise InvalidArgument(f"{path} is too large: a graph can hold 2 GB.")
-    return graph.SerializeToString(deterministic=True), int(shape[-1])
 
 
 def _named(outputs: Any) -> dict[str, tf.Tensor]:

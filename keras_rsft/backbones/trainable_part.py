@@ -170,7 +170,28 @@ def trainable_part(
         images = keras.Input(own.input_shape[1:], name="images")
         calls: list[_Call] = []
         features = _replayed(own, images, calls)
-        at, crossing = _latest_cut(calls, images, features, chosen)
+        # The calls are in an order in which each comes after what it needs, so a tensor
+        # that all ways from images to features lead through is alone at its place.
+        learning = {id(layer) for layer in chosen}
+        last = next(
+            at for at, call in enumerate(calls) if id(call.operation) in learning
+        )
+        last_use = {id(features): len(calls)}
+        for at, call in enumerate(calls):
+            for name in call.inputs:
+                last_use[name] = max(at, last_use.get(name, -1))
+        alive = {id(images): images}
+        best = (0, images)
+        for at, call in enumerate(calls[: last + 1]):
+            alive = {name: one for name, one in alive.items() if last_use[name] >= at}
+            if len(alive) == 1:
+                (crossing,) = alive.values()
+                if None not in crossing.shape[1:]:
+                    best = (at, crossing)
+            for output in call.outputs:
+                if id(output) in last_use:
+                    alive[id(output)] = output
+        at, crossing = best
         flatten = keras.layers.Flatten(dtype="float32", name="activations")
         front = keras.Model(images, flatten(crossing), name="front")
         shape = tuple(crossing.shape[1:])
@@ -286,32 +307,3 @@ def _tensors(structure: Any) -> Iterator[keras.KerasTensor]:
     for value in keras.tree.flatten(structure):
         if isinstance(value, keras.KerasTensor):
             yield value
-
-
-def _latest_cut(
-    calls: list[_Call],
-    images: keras.KerasTensor,
-    features: keras.KerasTensor,
-    chosen: list[keras.Layer],
-) -> tuple[int, keras.KerasTensor]:
-    """Returns before which call to cut, and the one tensor that crosses there."""
-    # The calls are in an order in which each comes after what it needs, so a tensor
-    # that all ways from images to features lead through is alone at its place.
-    learning = {id(layer) for layer in chosen}
-    last = next(at for at, call in enumerate(calls) if id(call.operation) in learning)
-    last_use = {id(features): len(calls)}
-    for at, call in enumerate(calls):
-        for name in call.inputs:
-            last_use[name] = max(at, last_use.get(name, -1))
-    alive = {id(images): images}
-    best = (0, images)
-    for at, call in enumerate(calls[: last + 1]):
-        alive = {name: one for name, one in alive.items() if last_use[name] >= at}
-        if len(alive) == 1:
-            (crossing,) = alive.values()
-            if None not in crossing.shape[1:]:
-                best = (at, crossing)
-        for output in call.outputs:
-            if id(output) in last_use:
-                alive[id(output)] = output
-    return best

@@ -30,16 +30,6 @@ def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def without_tuning_or_rewriting(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns the same data set, to be run as it is."""
-    # For those that a served graph runs anew on each request: looking for a better form
-    # of the pipeline takes longer there than the pipeline.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    options.experimental_optimization.apply_default_optimizations = False
-    return dataset.with_options(options)
-
-
 KINDS = ("unknown", "JPEG", "PNG", "GIF", "BMP", "WebP")
 # A dot stands for any byte.
 _SIGNATURES = (
@@ -87,15 +77,6 @@ def bmp_size(head: tf.Tensor) -> Size:
     return _little_endian(head, 18, 4), height
 
 
-def bmp_layout(head: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns a BMP file's header size, bits per pixel and compression number."""
-    return (
-        _little_endian(head, 14, 4),
-        _little_endian(head, 28, 2),
-        _little_endian(head, 30, 4),
-    )
-
-
 def webp_size(head: tf.Tensor) -> Size:
     """Returns the size of a WebP file: lossy, lossless or extended."""
     lossless_bits = _little_endian(head, 21, 4)
@@ -110,11 +91,6 @@ def webp_size(head: tf.Tensor) -> Size:
         width = tf.where(match, case_width, width)
         height = tf.where(match, case_height, height)
     return width, height
-
-
-def webp_is_animated(head: tf.Tensor) -> tf.Tensor:
-    """Says whether a WebP file's header announces an animation."""
-    return _has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1)
 
 
 def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
@@ -320,7 +296,11 @@ def _decode_gif(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-    header_size, bits, compression = bmp_layout(head)
+    header_size, bits, compression = (
+        _little_endian(head, 14, 4),
+        _little_endian(head, 28, 2),
+        _little_endian(head, 30, 4),
+    )
     # TensorFlow would take compressed bytes for pixels. 3 means colour masks,
     # which 32-bit files with transparency have; they are in the usual order.
     plain = (compression == 0) | ((compression == 3) & (bits == 32))
@@ -347,7 +327,7 @@ def _look_up_colours(
 
 def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     # An animated WebP has aborted the whole process in TensorFlow 2.21.
-    still = ~webp_is_animated(head)
+    still = ~(_has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1))
     message = tf.constant("An animated WebP, which TensorFlow cannot read.")
     encoded = _require(encoded, still, message)
     encoded = _require_within_limit(encoded, *webp_size(head))
@@ -551,6 +531,11 @@ def _run(
         deterministic=False,
     )
     data = data.ignore_errors().batch(tf.size(index, tf.int64))
-    index, results = without_tuning_or_rewriting(data).get_single_element()
+    # For those that a served graph runs anew on each request: looking for a better form
+    # of the pipeline takes longer there than the pipeline.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
+    index, results = data.with_options(options).get_single_element()
     kept = index >= 0
     return tf.boolean_mask(index, kept), tf.boolean_mask(results, kept)

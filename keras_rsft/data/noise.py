@@ -57,7 +57,15 @@ def add_label_noise(
         0.3
     """
     kind, rate = parse_noise(spec)
-    _check(seed, splits)
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise InvalidArgument(
+            f"`seed` must be an integer in [0, 2**63). Received: seed={seed!r}."
+        )
+    if isinstance(splits, str) or not set(splits) <= set(SPLITS):
+        raise InvalidArgument(
+            f"`splits` must be a tuple of names out of {SPLITS}. "
+            f"Received: splits={splits!r}."
+        )
     if kind == INSTANCE and data.kind != "images":
         raise InvalidArgument(
             f"Noise of the kind {INSTANCE} is made of images. Received: {data.kind}. "
@@ -164,15 +172,3 @@ _NOISES = {
     ASYMMETRIC: asymmetric_noise,
     INSTANCE: instance_noise,
 }
-
-
-def _check(seed: int, splits: tuple[str, ...]) -> None:
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-        raise InvalidArgument(
-            f"`seed` must be an integer in [0, 2**63). Received: seed={seed!r}."
-        )
-    if isinstance(splits, str) or not set(splits) <= set(SPLITS):
-        raise InvalidArgument(
-            f"`splits` must be a tuple of names out of {SPLITS}. "
-            f"Received: splits={splits!r}."
-        )

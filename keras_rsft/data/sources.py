@@ -191,24 +191,6 @@ class Columns:
     further: tuple[str, ...] = ()
 
 
-def list_table(file: str, columns: Columns, *, source: str) -> Listing:
-    """Lists the images of a CSV file (UTF-8, comma-separated, with a header)."""
-    folder = os.path.dirname(os.path.abspath(file))
-    locate = _Locator(folder)
-    samples = [
-        _located_sample(row, columns, locate, f"{source}, line {line}")
-        for line, row in table_rows(file, columns, source)
-    ]
-    if not samples:
-        raise DataError(f"There is no row below the header in {source}.")
-    if locate.found == 0:
-        raise DataError(
-            f"None of the {len(samples)} files listed in {source} exists, such as "
-            f"{samples[0].id!r}. Paths are relative to the CSV's folder, {folder}."
-        )
-    return list_named(samples, functools.partial(FileReader, folder), source=source)
-
-
 def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, dict]]:
     """Yields each row of a CSV file with the number of its line."""
     try:
@@ -717,7 +699,21 @@ def _list_path(name: str, columns: Columns) -> Listing:
         raise InvalidArgument(
             f"`source` must be {_KNOWN}. Received: {name!r}, another kind of file."
         )
-    return list_table(name, columns, source=name)
+    # Lists the images of a CSV file (UTF-8, comma-separated, with a header).
+    folder = os.path.dirname(os.path.abspath(name))
+    locate = _Locator(folder)
+    samples = [
+        _located_sample(row, columns, locate, f"{name}, line {line}")
+        for line, row in table_rows(name, columns, name)
+    ]
+    if not samples:
+        raise DataError(f"There is no row below the header in {name}.")
+    if locate.found == 0:
+        raise DataError(
+            f"None of the {len(samples)} files listed in {name} exists, such as "
+            f"{samples[0].id!r}. Paths are relative to the CSV's folder, {folder}."
+        )
+    return list_named(samples, functools.partial(FileReader, folder), source=name)
 
 
 _KNOWN = 'a folder, a .csv file, "tfds:NAME" or "digits"'
