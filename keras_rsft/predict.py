@@ -1,8 +1,4 @@
-"""Uses a trained model on files of images or texts.
-
-A room of its own since it is the one way back from a run or an export to
-answers; it trains nothing and writes nothing.
-"""
+"""Uses a trained model on files of images or texts."""
 
 from __future__ import annotations
 
@@ -128,7 +124,6 @@ def predict_samples(
 
 
 def _text_samples(files: Sequence[Sample], text_column: str) -> Iterator[Sample]:
-    """Puts the rows of CSV files in their place."""
     columns = Columns(path=text_column, label=text_column, split=None)
     for file in files:
         if not file.name.lower().endswith(".csv"):
@@ -168,7 +163,6 @@ def find_files(
 
 
 def _files_below(folder: str, suffixes: frozenset[str]) -> list[str]:
-    """Returns the files of these kinds, without what is hidden, as `fit` takes them."""
     found = []
     for file in Path(folder).rglob("*"):
         hidden = any(part[0] == "." for part in file.relative_to(folder).parts)

@@ -25,8 +25,6 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
     extraction,
-    frozen_base,
-    precision,
 )
 from keras_rsft.features.extraction import feature_key
 from keras_rsft.model import RSFTModel
@@ -64,7 +62,7 @@ class TestExtraction:
     def test_weights_as_constants_give_the_same_features(
         self, tiny_base, data, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(frozen_base, "MIN_IMAGES_FOR_CONSTANTS", 10)
+        monkeypatch.setattr(extraction, "MIN_IMAGES_FOR_CONSTANTS", 10)
         assert len(data.train) > 10
         kept = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         np.testing.assert_allclose(
@@ -393,23 +391,23 @@ def test_kept_features_train_like_end_to_end(tiny_base, data, tmp_path):
 
 class TestPrecision:
     def test_what_is_asked_for_is_taken(self):
-        assert precision.choose_precision("bfloat16") == "bfloat16"
-        assert precision.choose_precision("float32") == "float32"
+        assert extraction.choose_precision("bfloat16") == "bfloat16"
+        assert extraction.choose_precision("float32") == "float32"
 
     def test_auto_follows_the_hardware(self, monkeypatch):
-        monkeypatch.setattr(precision, "_has_bfloat16", lambda: True)
-        assert precision.choose_precision("auto") == "bfloat16"
-        monkeypatch.setattr(precision, "_has_bfloat16", lambda: False)
-        assert precision.choose_precision("auto") == "float32"
+        monkeypatch.setattr(extraction, "_has_bfloat16", lambda: True)
+        assert extraction.choose_precision("auto") == "bfloat16"
+        monkeypatch.setattr(extraction, "_has_bfloat16", lambda: False)
+        assert extraction.choose_precision("auto") == "float32"
 
     def test_unknown(self):
         with pytest.raises(InvalidArgument, match="float16"):
-            precision.choose_precision("float16")
+            extraction.choose_precision("float16")
 
     def test_reading_the_flags(self, monkeypatch):
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: [])
         for flags, expected in [("fpu amx_bf16 sse", True), ("fpu sse", False)]:
             monkeypatch.setattr(
-                precision.Path, "read_text", lambda *_, flags=flags, **__: flags
+                extraction.Path, "read_text", lambda *_, flags=flags, **__: flags
             )
-            assert precision._has_bfloat16() is expected
+            assert extraction._has_bfloat16() is expected

@@ -1,9 +1,4 @@
-"""The pretrained networks of `keras.applications`, with ImageNet or other weights.
-
-Owns finding them and their preprocessing in the package itself, so that a network
-that Keras adds is offered without a change here, and saying what to do where the
-weights cannot be downloaded. Making a backbone of them is left to `assembly.py`.
-"""
+"""The pretrained networks of `keras.applications`, with ImageNet or other weights."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Turns a pretrained network into a backbone: images in, frozen features out.
-
-Owns what all backbones have in common: preprocessing inside the model, pooling,
-freezing, and the precision of the arithmetic. Where the network and its weights
-come from is left to the other modules of this room.
-"""
+"""Turns a pretrained network into a backbone: images in, frozen features out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The name of a base: where its network comes from, and what pixel values it wants.
-
-Pure text and numbers, so that the command line can refuse a name before anything
-heavy is imported.
-"""
+"""The name of a base: where its network comes from, and what pixel values it wants."""
 
 from __future__ import annotations
 
@@ -35,7 +31,6 @@ class PixelScale:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether pixels stay as they are."""
         return self == PixelScale()
 
 

@@ -1,8 +1,7 @@
 """EfficientNet-Lite0 in stock Keras layers, with weights that a package brings.
 
-Owns the architecture (Tan and Le, 2019, "EfficientNet"; the Lite variants leave
-out squeeze-and-excitation and use ReLU6) and the translation of a PyTorch state
-dict into it. Reading the file is left to `torch_file.py`.
+Tan and Le, 2019, "EfficientNet"; the Lite variants leave out squeeze-and-excitation
+and use ReLU6.
 """
 
 from __future__ import annotations
@@ -144,7 +143,6 @@ def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
 
 
 def _read_state(weights: str | Path) -> dict[str, np.ndarray] | None:
-    """The tensors of a PyTorch file; None where `weights` names no such file."""
     if weights == "imagenet":
         # Finds the package's data file without importing the package.
         spec = importlib.util.find_spec(_PACKAGE)

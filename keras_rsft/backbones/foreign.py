@@ -33,7 +33,6 @@ class KeptFile(keras.Layer):
 
     @property
     def content(self) -> bytes:
-        """The bytes."""
         if self._content is None:
             raise DataError(
                 f"The layer {self.name!r} was made without its {self.file_name}, which "
@@ -48,13 +47,11 @@ class KeptFile(keras.Layer):
         return config | {"digest": self.digest}
 
     def save_assets(self, directory: str) -> None:
-        """Writes the bytes into a `.keras` file; called by Keras."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.file_name).write_bytes(self.content)
 
     def load_assets(self, directory: str) -> None:
-        """Reads the bytes from a `.keras` file; called by Keras."""
         self._content = (Path(directory) / self.file_name).read_bytes()
 
 
@@ -71,7 +68,6 @@ class ForeignNetwork(KeptFile):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the network."""
         return len(self.content)
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:

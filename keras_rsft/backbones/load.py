@@ -1,8 +1,4 @@
-"""Pretrained bases by name: what the rest of the package calls.
-
-Owns names, options and their errors; building is left to the module of each kind
-of base, and what all have in common to `assembly.py`.
-"""
+"""Pretrained bases by name: what the rest of the package calls."""
 
 from __future__ import annotations
 
@@ -45,24 +41,26 @@ _EXPECTED = (
     "A backbone file must map images (None, height, width, 3) in [0, 255] to "
     "(None, dim) or (None, h, w, dim)."
 )
-_IMAGE_RANK = 4
-_IMAGE_CHANNELS = 3
-_OUTPUT_RANKS = (2, 4)
+_EXPECTED_OF_HUB = (
+    "A KerasHub backbone must map images (None, height, width, 3) to features."
+)
+_USUAL_IMAGE_SIZE = (224, 224)
+_DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+_UNKNOWN = "Unknown preset"
+_OWN_MODEL_SUFFIX = ".keras"
 
 
 def build_own_model(path: str | Path, *, image_size: tuple[int, int] | None) -> Base:
     """Loads a `.keras` file; the preprocessing must be inside it."""
     model = _load_own_model(Path(path))
     shape = _only_shape(getattr(model, "inputs", None))
-    if len(shape) != _IMAGE_RANK or (shape[0], shape[3]) != (None, _IMAGE_CHANNELS):
+    if len(shape) != 4 or (shape[0], shape[3]) != (None, 3):
         raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
     size = agreed_size(shape[1:3], image_size, path)
-    _check_output(model, path)
-    return Base(model, _unchanged, size)
-
-
-def _unchanged(images: keras.KerasTensor) -> keras.KerasTensor:
-    return images
+    shape = _only_shape(model.outputs)
+    if len(shape) not in (2, 4) or shape[-1] is None:
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with output {shape}.")
+    return Base(model, lambda images: images, size)
 
 
 def _load_own_model(path: Path) -> keras.Model:
@@ -85,23 +83,8 @@ def _load_own_model(path: Path) -> keras.Model:
         ) from error
 
 
-def _check_output(model: keras.Model, path: str | Path) -> None:
-    shape = _only_shape(model.outputs)
-    if len(shape) not in _OUTPUT_RANKS or shape[-1] is None:
-        raise InvalidArgument(f"{_EXPECTED} Received: {path} with output {shape}.")
-
-
 def _only_shape(tensors: Any) -> tuple[int | None, ...]:
-    """The shape of the one tensor, or () where there is none or more than one."""
     return tuple(tensors[0].shape) if tensors and len(tensors) == 1 else ()
-
-
-_EXPECTED_OF_HUB = (
-    "A KerasHub backbone must map images (None, height, width, 3) to features."
-)
-_USUAL_IMAGE_SIZE = (224, 224)
-_DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
-_UNKNOWN = "Unknown preset"
 
 
 def build_preset(
@@ -196,9 +179,6 @@ def _size_of(shape: tuple[int | None, ...], converter: Any) -> tuple[int, int]:
     return tuple(wanted)
 
 
-_OWN_MODEL_SUFFIX = ".keras"
-
-
 def available_backbones() -> tuple[str, ...]:
     """The names that `load_backbone` knows, sorted.
 
@@ -267,10 +247,21 @@ def load_backbone(
         ImportError: `efficientnet_lite0` without the package of its weights, or a
             base of an extra that is not installed.
     """
+    if precision not in PRECISIONS:
+        raise InvalidArgument(
+            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
+        )
     if takes_texts(name):
-        return _text_encoder(weights, image_size, precision)
+        if image_size is not None:
+            raise InvalidArgument(
+                "A text encoder has no image size. Received: "
+                f"image_size={image_size!r}. Leave it out."
+            )
+        from keras_rsft.backbones import minilm
+
+        with built_in_float32():
+            return minilm.build(weights=weights or "imagenet", precision=precision)
     size = _parse_image_size(image_size)
-    _require_precision(precision)
     if keras.config.image_data_format() != "channels_last":
         raise InvalidArgument(
             'Backbones need Keras\'s image data format "channels_last". Received: '
@@ -279,36 +270,10 @@ def load_backbone(
     name = os.fspath(name)
     parsed = parse_base_name(name)
     with built_in_float32():
-        if parsed is None:
-            base = _build(name, weights, size)
-        else:
-            base = _build_by_kind(parsed, name, weights, size, precision)
+        base = _build(parsed, name, weights, size, precision)
+        if parsed is not None:
             precision = "float32"  # Of what is not yet in the wanted one.
         return assemble(base, name=f"{base.body.name}_backbone", precision=precision)
-
-
-def _text_encoder(
-    weights: str | os.PathLike[str] | None,
-    image_size: int | tuple[int, int] | None,
-    precision: str,
-) -> keras.Model:
-    if image_size is not None:
-        raise InvalidArgument(
-            "A text encoder has no image size. Received: "
-            f"image_size={image_size!r}. Leave it out."
-        )
-    from keras_rsft.backbones import minilm
-
-    _require_precision(precision)
-    with built_in_float32():
-        return minilm.build(weights=weights or "imagenet", precision=precision)
-
-
-def _require_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise InvalidArgument(
-            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
-        )
 
 
 def check_backbone_name(name: str | os.PathLike[str]) -> None:
@@ -325,17 +290,30 @@ def check_backbone_name(name: str | os.PathLike[str]) -> None:
         raise InvalidArgument(f"There is no backbone file {place}.")
 
 
-def _build_by_kind(
-    parsed: BaseName,
+def _build(
+    parsed: BaseName | None,
     name: str,
     weights: str | os.PathLike[str] | None,
     size: tuple[int, int] | None,
     precision: str,
 ) -> Base:
+    own = parsed is not None or name.endswith(_OWN_MODEL_SUFFIX)
+    random_preset = parsed is not None and parsed.kind == "hub" and weights == "none"
+    if own and not random_preset and weights not in ("imagenet", None):
+        raise InvalidArgument(
+            f"`weights` cannot be given with your own backbone file {name}, whose "
+            f"weights are in it. Received: weights={weights!r}"
+        )
+    if parsed is None:
+        return (
+            build_own_model(name, image_size=size)
+            if own
+            else _build_known(name, weights, size)
+        )
     if parsed.kind == "hub":
-        own = weights if weights == "none" else _only_default(weights, name)
-        return build_preset(parsed, weights=own, image_size=size, precision=precision)
-    _only_default(weights, name)
+        return build_preset(
+            parsed, weights=weights or "imagenet", image_size=size, precision=precision
+        )
     if precision != "float32":
         raise InvalidArgument(
             f"{name} computes as it was made: `precision` must be float32 (or auto, "
@@ -348,23 +326,17 @@ def _build_by_kind(
     )
 
 
-def _only_default(weights: str | os.PathLike[str] | None, name: str) -> str:
-    if weights not in ("imagenet", None):
-        raise InvalidArgument(
-            f"`weights` cannot be given with your own backbone file {name}, whose "
-            f"weights are in it. Received: weights={weights!r}"
-        )
-    return "imagenet"
-
-
-def _build(
+def _build_known(
     name: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
 ) -> Base:
-    if name.endswith(_OWN_MODEL_SUFFIX):
-        _only_default(weights, name)
-        return build_own_model(name, image_size=size)
     known = _resolve(name)
-    weights = _parse_weights(weights)
+    if weights not in ("imagenet", "none"):
+        if weights is None or not Path(weights).is_file():
+            raise InvalidArgument(
+                '`weights` must be "imagenet", "none" or the path of a weights file. '
+                f"Received: {weights!r}, which is not a file."
+            )
+        weights = Path(weights)
     if known == efficientnet_lite0.NAME:
         size = size or efficientnet_lite0.IMAGE_SIZE
         body = efficientnet_lite0.build(weights=weights, image_size=size)
@@ -374,7 +346,6 @@ def _build(
 
 
 def _resolve(name: str) -> str:
-    """The name as `available_backbones` writes it."""
     known = {plain_name(each): each for each in available_backbones()}
     plain = plain_name(name)
     if plain not in known:
@@ -386,17 +357,6 @@ def _resolve(name: str) -> str:
             f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
         )
     return known[plain]
-
-
-def _parse_weights(weights: str | os.PathLike[str] | None) -> str | Path:
-    if weights in ("imagenet", "none"):
-        return str(weights)
-    if weights is None or not Path(weights).is_file():
-        raise InvalidArgument(
-            '`weights` must be "imagenet", "none" or the path of a weights file. '
-            f"Received: {weights!r}, which is not a file."
-        )
-    return Path(weights)
 
 
 def _parse_image_size(

@@ -1,8 +1,6 @@
-"""MiniLM, a small sentence encoder, in stock Keras layers with the published weights.
+"""MiniLM, a small sentence encoder, in stock Keras layers: `all-MiniLM-L6-v2`.
 
-Owns the architecture of `all-MiniLM-L6-v2` (Wang et al., 2020, "MiniLM"; Reimers and
-Gurevych, 2019, "Sentence-BERT") and the translation of its safetensors file into it.
-The way from texts to numbers is `text_tokens.py`.
+Wang et al., 2020, "MiniLM"; Reimers and Gurevych, 2019, "Sentence-BERT".
 """
 
 from __future__ import annotations
@@ -128,7 +126,6 @@ def _folder_of(weights: str | Path) -> Path:
 
 
 def _packaged_folder() -> Path:
-    """Finds the package's data without importing the package."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
@@ -150,7 +147,6 @@ def _read(path: Path) -> bytes:
 
 
 def _load_weights(encoder: keras.Model, path: Path) -> None:
-    """Gives an encoder the weights of a safetensors file, which holds numbers only."""
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import load

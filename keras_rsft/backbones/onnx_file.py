@@ -1,8 +1,4 @@
-"""An ONNX file as the network of a backbone, run by ONNX Runtime.
-
-For models that were exported from Torchvision, timm or any other library. Owns how
-such a file takes images and which of its outputs are features.
-"""
+"""An ONNX file as the network of a backbone, run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -182,7 +178,6 @@ def _chosen_output(outputs: dict[str, np.ndarray]) -> str:
 
 
 def _whole_file(path: Path) -> bytes:
-    """Returns a file with the weights that large models keep in files beside it."""
     try:
         import onnx
     except ImportError as error:

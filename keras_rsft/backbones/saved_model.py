@@ -1,8 +1,4 @@
-"""A SavedModel, from TensorFlow Hub or any other, as the network of a backbone.
-
-Owns finding the function that maps images to features. What is kept of the SavedModel
-is that function alone, without variables, and only if it does nothing but compute.
-"""
+"""A SavedModel, from TensorFlow Hub or any other, as the network of a backbone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Texts to numbers of word pieces, as a Keras layer.
-
-The tokenizer is the package `tokenizers`, its vocabulary the file that comes with an
-encoder's weights. It works on the host: a model that begins with this layer takes texts
-in Keras, and cannot become a SavedModel.
-"""
+"""Texts to numbers of word pieces, as a Keras layer."""
 
 from __future__ import annotations
 

@@ -173,7 +173,6 @@ def _require_texts(keys: list[Any]) -> None:
 
 
 def _load_pickle(stream: io.BytesIO) -> Any:
-    """Reads one pickle and leaves `stream` behind its end."""
     try:
         return _Unpickler(stream).load()
     except _MALFORMED as error:

@@ -1,8 +1,4 @@
-"""Cuts a base in two: a front that stays as it is, and a rest in which layers learn.
-
-Owns which layers are chosen and where the cut is. How the parts are trained is left
-to the room `finetuning/`.
-"""
+"""Cuts a base in two: a front that stays as it is, and a rest in which layers learn."""
 
 from __future__ import annotations
 
@@ -143,7 +139,6 @@ class TrainablePart:
     front_is_preprocessing: bool
 
     def freeze(self) -> None:
-        """Makes the base frozen again, as a base is that nobody trains."""
         set_trainable(self.base, [])
 
 

@@ -1,8 +1,4 @@
-"""Under which licence a base's weights were published, as far as that is stated.
-
-Owns looking it up, for those who pass a model on. What is stated nowhere is called
-not stated; nothing is guessed.
-"""
+"""Under which licence a base's weights were published, as far as that is stated."""
 
 from __future__ import annotations
 

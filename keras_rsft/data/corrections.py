@@ -236,7 +236,6 @@ def _check_against(
     places: dict[str, tuple[str, int]],
     file: Path,
 ) -> None:
-    """Refuses ids, given labels and new labels that the data do not have."""
     unknown = [(line, row.id) for line, row in rows if row.id not in places]
     if unknown:
         line, sample_id = unknown[0]

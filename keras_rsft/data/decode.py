@@ -1,8 +1,7 @@
 """Turns an encoded image file into pixels of the size that a model takes.
 
-TensorFlow ops only: the very same functions run in the input pipeline and in
-the exported serving graph, so that training and serving cannot differ.
-`py` reads sizes; where the bytes come from is `readers.py`'s matter.
+TensorFlow ops only: the same functions run in training and in the exported graph. Sizes
+are read from the first bytes: what is too large is refused before a decoder sees it.
 """
 
 from __future__ import annotations
@@ -384,7 +383,6 @@ def _random_resize(
 def _largest_crop(
     height: tf.Tensor, width: tf.Tensor, aspect: Any
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the largest height and width of the given width-to-height ratio."""
     fitting_height = _scaled(width, 1 / aspect)
     fitting_width = _scaled(height, aspect)
     return tf.minimum(height, fitting_height), tf.minimum(width, fitting_width)

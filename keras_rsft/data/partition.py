@@ -1,9 +1,4 @@
-"""Decides which sample goes to which split.
-
-A source hands over a `Listing` of all its samples; what the source has no
-split for is cut from the training samples, class by class. Where samples come
-from is left to the modules of the sources.
-"""
+"""Decides which sample goes to which split."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What all kinds of data have in common: samples with ids and labels, in splits.
-
-A kind of data is a `SampleSplit` that says how its samples are read and which input
-they are for a base: `splits.py` for images, `texts.py` for texts.
-"""
+"""What all kinds of data have in common: samples with ids and labels, in splits."""
 
 from __future__ import annotations
 
@@ -12,16 +8,12 @@ import functools
 import hashlib
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.errors import InvalidArgument
-
-if TYPE_CHECKING:
-    from keras_rsft.data.corrections import Corrections
 from keras_rsft.data.decode import (
     checked_size,
     decode_image,
@@ -30,6 +22,10 @@ from keras_rsft.data.decode import (
     readable_reason,
     without_autotuning,
 )
+from keras_rsft.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from keras_rsft.data.corrections import Corrections
 
 
 class Reader(Protocol):
@@ -90,31 +86,38 @@ class FileReader:
         return f"{status.st_size} {status.st_mtime_ns}"
 
 
-class ArrayReader:
-    """Reads images from an array in memory, for data sets of a few megabytes."""
+class MemoryReader:
+    """Reads what is in memory, for data sets of a few megabytes."""
 
     any_order = True
 
-    def __init__(self, ids: np.ndarray, pixels: np.ndarray):
+    def __init__(self, ids: np.ndarray, items: np.ndarray):
         self._ids = ids
-        self._pixels = pixels
+        self._items = items
 
     def entries(self, start: int) -> tf.data.Dataset:
         indices = np.arange(start, len(self._ids), dtype=np.int64)
-        return tf.data.Dataset.from_tensor_slices((indices, self._pixels[start:]))
+        return tf.data.Dataset.from_tensor_slices((indices, self._items[start:]))
+
+    def load(self, key: tf.Tensor) -> tf.Tensor:
+        return key
+
+    def take(self, indices: np.ndarray) -> Self:
+        return type(self)(self._ids[indices], self._items[indices])
+
+
+class ArrayReader(MemoryReader):
+    """Reads images, uint8 `(n, height, width, channels)`, from memory."""
 
     def load(self, key: tf.Tensor) -> tf.Tensor:
         return tf.io.encode_png(key)
 
     def encoded(self, index: int) -> bytes:
-        return self.load(tf.constant(self._pixels[index])).numpy()
+        return self.load(tf.constant(self._items[index])).numpy()
 
     def fingerprint(self) -> str:
-        named = zip(self._ids, self._pixels, strict=True)
+        named = zip(self._ids, self._items, strict=True)
         return digest(f"{name}\0".encode() + image.tobytes() for name, image in named)
-
-    def take(self, indices: np.ndarray) -> ArrayReader:
-        return ArrayReader(self._ids[indices], self._pixels[indices])
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -274,16 +277,24 @@ class SampleSplit(abc.ABC):
             reviewed,
         )
 
-    def stretch(self, start: int, stop: int | None) -> tuple[int, int]:
-        """Returns the two ends of a part of the split.
-
-        Raises:
-            InvalidArgument: If they are out of range.
-        """
+    def mapped(
+        self,
+        function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+        start: int,
+        stop: int | None,
+    ) -> tf.data.Dataset:
+        """Returns what a function makes of index and bytes, where it can."""
         require_in_range("start", start, 0, len(self))
         stop = len(self) if stop is None else stop
         require_in_range("stop", stop, start, len(self))
-        return start, stop
+
+        @tf.autograph.experimental.do_not_convert
+        def run(index: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return index, function(index, self.reader.load(key))
+
+        entries = self.reader.entries(start).take(stop - start)
+        made = entries.map(run, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return without_autotuning(made.ignore_errors(log_warning=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -408,25 +419,15 @@ class ImageSplit(SampleSplit):
             InvalidArgument: If an argument is out of its range.
         """
         size = checked_size(image_size)
-        start, stop = self.stretch(start, stop)
         require_in_range("views", views, 1, 2**16 - 1)
         require_in_range("seed", seed, -(2**63), 2**63 - 1)
 
-        @tf.autograph.experimental.do_not_convert
-        def render(index: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            encoded = self.reader.load(key)
+        def render(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
             if views == 1:
-                return index, decode_image(encoded, size)
-            return index, decode_views(
-                encoded, size, views=views, seed=seed, index=index
-            )
+                return decode_image(encoded, size)
+            return decode_views(encoded, size, views=views, seed=seed, index=index)
 
-        images = (
-            self.reader.entries(start)
-            .take(stop - start)
-            .map(render, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        )
-        return without_autotuning(images.ignore_errors(log_warning=False))
+        return self.mapped(render, start, stop)
 
     def read_error(self, index: int) -> str | None:
         """Says why an image cannot be read.

@@ -10,14 +10,13 @@ import functools
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data.decode import without_autotuning
 from keras_rsft.data.partition import (
     SPLIT_ALIASES,
     TRAIN,
@@ -31,6 +30,7 @@ from keras_rsft.data.samples import (
     ArrayReader,
     FileReader,
     ImageData,
+    MemoryReader,
     SampleData,
     SampleSplit,
     digest,
@@ -66,7 +66,13 @@ def list_folder(
         for name in folders:
             below = os.path.join(prefix, name)
             ids, others = _files_below(root, below, suffixes)
-            _refuse_empty(os.path.join(root, below), ids, others, suffixes, kind)
+            if not ids:
+                raise DataError(
+                    f"Expected {kind} in the class folder {os.path.join(root, below)}. "
+                    f"Received: none, and {others} other files. {kind.capitalize()} "
+                    f"end in {', '.join(sorted(suffixes))}. Add some or remove the "
+                    "folder."
+                )
             samples += [NamedSample(id=id_, label=name, split=split) for id_ in ids]
             ignored += others
     for sample in samples:
@@ -96,7 +102,6 @@ def _split_folders(root: str) -> tuple[list[tuple[str, str]], int]:
 
 
 def _visible(folder: str) -> tuple[list[str], int]:
-    """Returns the names of the folders that are not hidden, and counts the rest."""
     entries = _entries(folder)
     folders = [e.name for e in entries if _is_dir(e) and not e.name.startswith(".")]
     return folders, len(entries) - len(folders)
@@ -105,7 +110,6 @@ def _visible(folder: str) -> tuple[list[str], int]:
 def _files_below(
     root: str, below: str, suffixes: frozenset[str]
 ) -> tuple[list[str], int]:
-    """Returns the ids of all files to take in a folder, and counts the others."""
     ids: list[str] = []
     others = 0
     start = os.path.join(root, below)
@@ -118,7 +122,9 @@ def _files_below(
                 others += 1
             elif _is_dir(entry):
                 waiting += _descend(entry, name, chain)
-            elif _is_taken(entry, suffixes):
+            elif os.path.splitext(entry.name)[1].lower() in suffixes and os.path.isfile(
+                entry
+            ):
                 ids.append(name.replace(os.sep, "/"))
             else:
                 others += 1
@@ -144,14 +150,6 @@ def _is_dir(entry: os.DirEntry) -> bool:
         return False
 
 
-def _is_taken(entry: os.DirEntry, suffixes: frozenset[str]) -> bool:
-    suffix = os.path.splitext(entry.name)[1].lower()
-    try:
-        return suffix in suffixes and entry.is_file()
-    except OSError:
-        return False
-
-
 def _entries(folder: str) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
@@ -160,18 +158,6 @@ def _entries(folder: str) -> list[os.DirEntry]:
         raise DataError(
             f"Cannot read the folder {folder}: {error.strerror}."
         ) from error
-
-
-def _refuse_empty(
-    folder: str, ids: list[str], others: int, suffixes: frozenset[str], kind: str
-) -> None:
-    if not ids:
-        raise DataError(
-            f"Expected {kind} in the class folder {folder}. Received: none, and "
-            f"{others} other files. {kind.capitalize()} end in "
-            f"{', '.join(sorted(suffixes))}."
-            " Add some or remove the folder."
-        )
 
 
 DEFAULT_SPLIT_COLUMN = "split"
@@ -234,13 +220,6 @@ def _require_columns(found: list[str], columns: Columns, source: str) -> None:
             f"{source} has no column {', '.join(map(repr, missing))}. "
             f"It has: {', '.join(map(repr, found)) or 'none'}."
         )
-
-
-def _located_sample(
-    row: dict, columns: Columns, locate: Callable[[str, str], str], place: str
-) -> NamedSample:
-    found = locate(_value(row, columns.path, place), place)
-    return named_sample(row, columns, found, place)
 
 
 def named_sample(row: dict, columns: Columns, name: str, place: str) -> NamedSample:
@@ -375,21 +354,14 @@ class TextSplit(SampleSplit):
             raise InvalidArgument(
                 f"A text has one view. Received: views={views}. Leave out `--views`."
             )
-        start, stop = self.stretch(start, stop)
 
-        @tf.autograph.experimental.do_not_convert
-        def read(index: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            encoded = self.reader.load(key)
-            return index, tf.ensure_shape(
-                tf.numpy_function(_checked, [encoded], tf.string), ()
-            )
+        def checked(encoded: bytes) -> bytes:
+            return text_of(encoded).encode()
 
-        texts = (
-            self.reader.entries(start)
-            .take(stop - start)
-            .map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        )
-        return without_autotuning(texts.ignore_errors(log_warning=False))
+        def read(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(tf.numpy_function(checked, [encoded], tf.string), ())
+
+        return self.mapped(read, start, stop)
 
     def text(self, index: int) -> str:
         """Returns a text.
@@ -500,10 +472,6 @@ def text_of(encoded: bytes) -> str:
     return text
 
 
-def _checked(encoded: bytes) -> bytes:
-    return text_of(encoded).encode()
-
-
 def read_texts(
     file: str | os.PathLike, columns: Columns
 ) -> list[tuple[int, str, dict[str, str]]]:
@@ -518,17 +486,33 @@ def read_texts(
 
 
 def _list_table(file: str, columns: Columns, id_column: str | None) -> Listing:
-    name_of = _names_of_texts() if id_column is None else _names_in(id_column)
-    samples, texts = [], {}
+    samples: list[NamedSample] = []
+    texts: dict[str, bytes] = {}
+    repeated: collections.Counter[str] = collections.Counter()
     wanted = dataclasses.replace(columns, further=(id_column,) if id_column else ())
     for line, text, row in read_texts(file, wanted):
-        place = f"{file}, line {line}"
-        sample = named_sample(row, columns, name_of(text, row, place), place)
-        samples.append(sample)
-        texts[sample.id] = text.encode("utf-8", "surrogatepass")
+        place, encoded = f"{file}, line {line}", text.encode("utf-8", "surrogatepass")
+        if id_column is None:  # The same wherever the row lies.
+            name = hashlib.sha256(encoded).hexdigest()[:_ID_DIGITS]
+            repeated[name] += 1
+            if repeated[name] > 1:
+                name = f"{name}-{repeated[name]}"
+        else:
+            name = (row[id_column] or "").strip()
+            if not name or name in texts:
+                raise DataError(
+                    f"Each text must have an id of its own in column {id_column!r}. "
+                    f"Received: {name!r} in {place}."
+                )
+        samples.append(named_sample(row, columns, name, place))
+        texts[name] = encoded
     if not any(text.strip() for text in texts.values()):
         raise DataError(f"The column {columns.path!r} of {file} has no text.")
-    listing = list_named(samples, functools.partial(_reader_of, texts), source=file)
+
+    def reader_of(ids: np.ndarray) -> TextReader:
+        return TextReader(ids, np.array([texts[one] for one in ids.tolist()], object))
+
+    listing = list_named(samples, reader_of, source=file)
     first: dict[bytes | str, str] = {}  # Texts without a word are no copies.
     groups = [
         first.setdefault(texts[one].strip() or one, one) for one in listing.ids.tolist()
@@ -536,68 +520,15 @@ def _list_table(file: str, columns: Columns, id_column: str | None) -> Listing:
     return dataclasses.replace(listing, groups=np.array(groups, np.str_))
 
 
-def _names_of_texts():
-    """Returns a function that makes an id of a text, and tells repeated texts apart."""
-    seen: collections.Counter[str] = collections.Counter()
-
-    def name_of(text: str, row: dict[str, str], place: str) -> str:
-        del row, place
-        encoded = text.encode("utf-8", "surrogatepass")
-        name = hashlib.sha256(encoded).hexdigest()[:_ID_DIGITS]
-        seen[name] += 1
-        return name if seen[name] == 1 else f"{name}-{seen[name]}"
-
-    return name_of
-
-
-def _names_in(column: str):
-    """Returns a function that reads an id from a row, each of which comes once."""
-    seen: set[str] = set()
-
-    def name_of(text: str, row: dict[str, str], place: str) -> str:
-        del text
-        name = (row[column] or "").strip()
-        if not name or name in seen:
-            raise DataError(
-                f"Each text must have an id of its own in column {column!r}. "
-                f"Received: {name!r} in {place}."
-            )
-        seen.add(name)
-        return name
-
-    return name_of
-
-
-def _reader_of(texts: dict[str, bytes], ids: np.ndarray) -> TextReader:
-    return TextReader(ids, np.array([texts[one] for one in ids.tolist()], object))
-
-
-class TextReader:
-    """Reads texts from memory."""
-
-    any_order = True
-
-    def __init__(self, ids: np.ndarray, texts: np.ndarray):
-        self._ids = ids
-        self._texts = texts
-
-    def entries(self, start: int) -> tf.data.Dataset:
-        indices = np.arange(start, len(self._ids), dtype=np.int64)
-        texts = tf.constant(self._texts[start:].tolist(), tf.string)
-        return tf.data.Dataset.from_tensor_slices((indices, texts))
-
-    def load(self, key: tf.Tensor) -> tf.Tensor:
-        return key
+class TextReader(MemoryReader):
+    """Reads texts, bytes in UTF-8, from memory."""
 
     def encoded(self, index: int) -> bytes:
-        return self._texts[index]
+        return self._items[index]
 
     def fingerprint(self) -> str:
-        named = zip(self._ids, self._texts, strict=True)
+        named = zip(self._ids, self._items, strict=True)
         return digest(f"{name}\0{len(text)}\0".encode() + text for name, text in named)
-
-    def take(self, indices: np.ndarray) -> TextReader:
-        return TextReader(self._ids[indices], self._texts[indices])
 
 
 TFDS_PREFIX = "tfds:"
@@ -702,10 +633,11 @@ def _list_path(name: str, columns: Columns) -> Listing:
     # Lists the images of a CSV file (UTF-8, comma-separated, with a header).
     folder = os.path.dirname(os.path.abspath(name))
     locate = _Locator(folder)
-    samples = [
-        _located_sample(row, columns, locate, f"{name}, line {line}")
-        for line, row in table_rows(name, columns, name)
-    ]
+    samples = []
+    for line, row in table_rows(name, columns, name):
+        place = f"{name}, line {line}"
+        found = locate(_value(row, columns.path, place), place)
+        samples.append(named_sample(row, columns, found, place))
     if not samples:
         raise DataError(f"There is no row below the header in {name}.")
     if locate.found == 0:

@@ -1,8 +1,4 @@
-"""Reads image classification data sets of TensorFlow Datasets.
-
-Labels and ids are gathered in one pass; images are streamed from the shards in
-their order, as the files' bytes, and never kept.
-"""
+"""Reads image classification data sets of TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -208,7 +204,6 @@ def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Datase
 def _gather_all(
     builder: DatasetBuilder, image_key: str, keys: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ids, labels, TFDS splits and positions in them, of all splits."""
     splits = list(builder.info.splits)
     splits = [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
     parts = [_gather(builder, split, image_key, keys) for split in splits]
@@ -224,7 +219,6 @@ def _gather_all(
 def _gather(
     builder: DatasetBuilder, split: str, image_key: str, keys: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a split's ids, and its labels of shape `(n, len(keys))`."""
     rows = _read(builder, split, image_key).map(
         lambda sample: (sample["tfds_id"], [sample[key] for key in keys]),
         num_parallel_calls=tf.data.AUTOTUNE,

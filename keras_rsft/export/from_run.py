@@ -1,7 +1,4 @@
-"""Exports the model of a run folder.
-
-Owns reading a run back for that purpose, and the choice of the format.
-"""
+"""Exports the model of a run folder."""
 
 from __future__ import annotations
 
@@ -82,7 +79,6 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Returns the settings of a run, or those that a search has chosen."""
     if not (folder / SEARCH_FILE).is_file():
         return _read_json(folder / CONFIG_FILE)
     results = _read_json(folder / RESULTS_FILE)

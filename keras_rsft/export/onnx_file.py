@@ -145,7 +145,6 @@ def _add_constants(base: onnx.ModelProto, values: dict[str, np.ndarray]) -> None
 
 
 def _scale_of(backbone: keras.Model) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what pixels are multiplied by, and what is added then; one a channel."""
     for layer in backbone.layers:
         if isinstance(layer, keras.layers.Rescaling):
             return np.float32(layer.scale), np.float32(layer.offset)
@@ -153,7 +152,6 @@ def _scale_of(backbone: keras.Model) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _head_model(head: keras.Model, opset: int, ir_version: int) -> Any:
-    """Returns a Keras head as an ONNX model in the opset of the base."""
     import onnx
     import tf2onnx
 

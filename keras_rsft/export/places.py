@@ -1,11 +1,4 @@
-"""Where exports go: names, free numbers, and folders that may be written to.
-
-Loads nothing heavy, so that the command line can refuse a place at once.
-
-Owns the layout `DIRECTORY/NAME/`: a folder of digits for each version of the
-SavedModel, as TF Serving wants it, and files `model-N.tflite` and `model-N.onnx`,
-which the server passes over.
-"""
+"""Where exports go: names, free numbers, and folders that may be written to."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Runs exported models of any format, on decoded images.
-
-What each runtime calls its inputs and outputs stays in here.
-"""
+"""Runs exported models of any format, on decoded images."""
 
 from __future__ import annotations
 

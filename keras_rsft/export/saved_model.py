@@ -70,7 +70,6 @@ class ForwardPass(tf.Module):
         return self._predict(images)
 
     def images_spec(self, batch: int | None = None) -> tf.TensorSpec:
-        """Returns what the pass takes: float32 `(batch, height, width, 3)`."""
         return tf.TensorSpec((batch, *self.image_size, 3), tf.float32, name="images")
 
 
@@ -82,7 +81,6 @@ class _Pack:
     values: tf.Variable
 
     def unpacked(self) -> list[tuple[keras.Variable, tf.Tensor]]:
-        """Returns each weight with its part of the values."""
         shapes = [tuple(variable.shape) for variable in self.variables]
         parts = tf.split(self.values, [math.prod(shape) for shape in shapes])
         shaped = (
@@ -141,7 +139,6 @@ class ServingGraph(tf.Module):
         self._top_k = top_k
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        """Traces `serving_default` and `serving_images`."""
         encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
         images = self._forward.images_spec()
         # Not attributes: those would be traced, and saved, once more.

@@ -1,9 +1,4 @@
-"""Checks a finished export: loaded in a fresh process, compared with its run.
-
-The run's model sees the images decoded one by one, as in training; the fresh process
-gets the files themselves. A broken one is among them. Run as a program, this module is
-that fresh process.
-"""
+"""Checks a finished export: loaded in a fresh process, compared with its run."""
 
 from __future__ import annotations
 
@@ -114,7 +109,6 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether all is as it must be."""
         if self.broken_refused is False:
             return False
         if self.allowed_difference is None:

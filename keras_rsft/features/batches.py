@@ -47,7 +47,6 @@ class BatchShare:
     def of_order(
         self, order: tuple[tf.Tensor, ...], batch_size: int
     ) -> tuple[tf.Tensor, ...]:
-        """Returns what this process takes of the samples and rows of an epoch."""
         edges = self._edges(batch_size)
         place = tf.range(tf.size(order[0])) % batch_size
         ours = (place >= edges[0]) & (place < edges[-1])
@@ -404,7 +403,6 @@ class ImageBatches:
         )
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields images and their samples, in the order of the epoch."""
         samples, rows = (part.numpy() for part in self._order_of.epoch_order())
         views = self._kept.views
         image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
@@ -419,7 +417,6 @@ class ImageBatches:
             yield images, samples[part]
 
     def _streamed(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
-        """Yields images as they are decoded, in any order that is asked for."""
         positions = self._positions[samples]
         images = self._split.images_in_order(
             positions, self._image_size, views=self._kept.views, seed=self._seed

@@ -1,8 +1,4 @@
-"""Runs the frozen base once over a split and keeps what comes out.
-
-Owns the key under which features are kept, and that they are computed once. The pass
-itself is `feature_pass.py`, one that several processes share `shared_pass.py`.
-"""
+"""Runs the frozen base once over a split and keeps what comes out."""
 
 from __future__ import annotations
 
@@ -43,10 +39,11 @@ from keras_rsft.features.shares import (
     Part,
     finished_parts,
     join_parts,
+    joining_folder,
     parts_of,
     publish,
-    wait_for_parts,
-    wait_for_set,
+    size_of,
+    wait_until,
 )
 from keras_rsft.policy_choice import require_known
 from keras_rsft.progress import progress_bar
@@ -106,7 +103,6 @@ class FrozenBase:
 
     @functools.cached_property
     def forward(self) -> tf.types.experimental.PolymorphicFunction:
-        """Function from inputs to float32 features `(batch, dim)`, traced once."""
         return self._traced(())
 
     def over(
@@ -307,17 +303,14 @@ class FeaturePass:
 
     @property
     def is_done(self) -> bool:
-        """Whether the features are kept already, so that there is nothing to run."""
         return read_meta(self.folder) is not None
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of all views of one image."""
         return np.dtype(self.feature_precision).itemsize * self.views * self.base.dim
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What `meta.json` says beside the number of rows."""
         return {
             "views": self.views,
             "dim": self.base.dim,
@@ -325,14 +318,8 @@ class FeaturePass:
         }
 
     def inputs(self, start: int, stop: int) -> tf.data.Dataset:
-        """Returns what `SampleSplit.inputs` gives of a stretch of the split."""
-        return self.split.inputs(
-            self.base.sample_shape,
-            start=start,
-            stop=stop,
-            views=self.views,
-            seed=self.seed,
-        )
+        shape, views, seed = self.base.sample_shape, self.views, self.seed
+        return self.split.inputs(shape, start=start, stop=stop, views=views, seed=seed)
 
 
 def append_rows(
@@ -402,7 +389,6 @@ class _RowFiles:
             self._digests[name].update(_bytes_of(array))
 
     def checksums(self) -> dict[str, str]:
-        """Returns the checksum of each file."""
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
 
@@ -435,7 +421,6 @@ def _require_unreadable(
 
 
 def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
-    """Returns float32 features in the precision of the file."""
     if precision == "float32":
         return values
     largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
@@ -462,7 +447,6 @@ def _bytes_of(values: np.ndarray) -> memoryview:
 
 
 def _digest_of(path: Path) -> Any:
-    """Returns the digest of what a file has, to be gone on with."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, CHECKSUM)
 
@@ -670,7 +654,6 @@ def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
 
 
 def _left_over(before_review: FeatureSet, split: SampleSplit) -> FeatureSet:
-    """Returns what remains of a split's features, with the labels that it has now."""
     at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
     ids = before_review.ids.tolist()
     remains = np.array([sample_id in at for sample_id in ids], bool)
@@ -695,14 +678,7 @@ def run_together(
     keep_shares(passes, cluster, patience=patience)
     # All of them before the first is put together: the chief may be the last.
     for work in passes:
-        wait_for_parts(
-            work.folder,
-            _parts(work, cluster),
-            cluster,
-            name=work.split.name,
-            patience=patience,
-            progress=work.progress,
-        )
+        _wait_for_parts(work, cluster, patience)
     for work in passes:
         parts = _parts(work, cluster)
         rows = sum(part.rows for part in parts)  # First: they go when the set is there.
@@ -711,9 +687,59 @@ def run_together(
         require_rows(rows, work.split)
         if cluster.is_chief:
             join_pass(work, parts, patience=patience)
-        else:
-            name = work.split.name
-            wait_for_set(work.folder, cluster, name=name, patience=patience)
+            continue
+        joining = joining_folder(work.folder) / FEATURES_FILE
+        text = (
+            f"All shares of {work.split.name} are finished, and {cluster.named(0)} has "
+            f"not put them together for {patience:.0f} s. Start the same command there "
+            "again, and here: all that was computed is kept."
+        )
+        wait_until(
+            lambda work=work: work.is_done,
+            lambda joining=joining: {0: size_of(joining)},
+            patience,
+            lambda lost, reached, text=text: text,
+        )
+
+
+def _wait_for_parts(work: FeaturePass, cluster: Cluster, patience: float) -> None:
+    """Waits until all parts are finished, or put together already."""
+    parts, name = _parts(work, cluster), work.split.name
+    total, shown = sum(len(part.stretch) for part in parts), 0
+
+    def missing() -> dict[int, int]:
+        nonlocal shown
+        unfinished = [at for at, part in enumerate(parts) if part.finished() is None]
+        rows = {at: parts[at].reached() for at in unfinished}
+        done = total - sum(len(parts[at].stretch) - rows[at] for at in unfinished)
+        advance(max(0, done - shown))
+        shown = max(done, shown)
+        return rows
+
+    def message(lost: Sequence[int], reached: Mapping[int, int]) -> str:
+        said = [
+            f"{cluster.named(who)} has {reached[who]} of the images "
+            f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
+            for who in lost
+        ]
+        text = (
+            f"Features of {name} are missing, and nothing is added any more: "
+            f"{'; '.join(said)}. Start the same command there again, and here: all "
+            "that was computed is kept."
+        )
+        if not all(parts[who].path.exists() for who in lost):
+            text += (
+                " If it is running, it is computing other features: all workers need "
+                "the same folder of features, the same images, with the same times of "
+                "change, the same base and the same `--precision`."
+            )
+        return text
+
+    with progress_bar(
+        f"Features of {name}, all workers",
+        total=total, unit="images", visible=work.progress,
+    ) as advance:  # fmt: skip
+        wait_until(lambda: work.is_done or not missing(), missing, patience, message)
 
 
 def keep_shares(

@@ -88,7 +88,6 @@ def _verified(
     seconds: np.ndarray,
     min_similarity: float,
 ) -> list[NearDuplicate]:
-    """Returns those candidates whose own features are alike."""
     mean, scale = moments
     found = []
     step = max(1, _BLOCK_VALUES // (2 * features.dim))
@@ -107,7 +106,6 @@ def _verified(
 
 
 def _most_alike(found: list[NearDuplicate], max_pairs: int) -> list[NearDuplicate]:
-    """Returns the most alike pairs in which no sample is twice."""
     taken: set[int] = set()
     kept = []
     for pair in sorted(found, key=lambda one: (-one.similarity, one.first)):

@@ -4,7 +4,6 @@ A share is a stretch of the split, whole batches of it. Its part is append-only,
 folder that all processes see, and none of them writes into another's. No connection is
 needed: a file that appears by a rename says that a part is finished, and whoever waits
 looks at files. Locks are used where the file system has them, and not relied on.
-Running the base is `extraction.py`'s business, making one set `share_joining.py`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from keras_rsft.cluster import Cluster
 from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features.feature_set import (
     FEATURES_FILE,
@@ -37,6 +35,8 @@ from keras_rsft.result_folder import replaced, write_json
 _SHARE_FILE = "share.json"
 LOCK_FILE = ".lock"
 SECONDS_BETWEEN_LOOKS = 0.2
+CHECKSUM = "blake2b"
+_COPIED_BYTES = 2**24
 
 
 def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
@@ -89,13 +89,11 @@ class Part:
             return None
 
     def finish(self, rows: int, checksums: Mapping[str, str]) -> None:
-        """Says that the part is whole."""
         said = {"rows": rows, "checksums": dict(checksums)}
         replaced(self.path / _SHARE_FILE, lambda path: write_json(path, said))
 
     @property
     def rows(self) -> int:
-        """The number of rows of a finished part, else 0."""
         said = self.finished()
         return 0 if said is None else said["rows"]
 
@@ -186,79 +184,20 @@ class Watch:
         return [who for who in reached if now - self._last[who][1] > self._patience]
 
 
-def wait_for_parts(
-    folder: Path,
-    parts: Sequence[Part],
-    cluster: Cluster,
-    *,
-    name: str,
+def wait_until(
+    done: Callable[[], bool],
+    reached: Callable[[], Mapping[int, int]],
     patience: float,
-    progress: bool,
+    message: Callable[[Sequence[int], Mapping[int, int]], str],
 ) -> None:
-    """Waits until all parts are finished, or put together already."""
+    """Waits, and raises WorkerLost where one that is waited for does not get on."""
     watch = Watch(patience)
-    total, done = sum(len(part.stretch) for part in parts), 0
-    label = f"Features of {name}, all workers"
-    with progress_bar(label, total=total, unit="images", visible=progress) as advance:
-        while True:
-            missing = {
-                index: part.reached()
-                for index, part in enumerate(parts)
-                if part.finished() is None
-            }
-            if not missing or read_meta(folder) is not None:
-                return
-            lost = watch.lost(missing, time.monotonic())
-            if lost:
-                raise WorkerLost(_parts_missing(lost, missing, parts, cluster, name))
-            left = sum(len(parts[who].stretch) - rows for who, rows in missing.items())
-            advance(max(0, total - left - done))
-            done = max(done, total - left)
-            time.sleep(min(SECONDS_BETWEEN_LOOKS, patience))
-
-
-def wait_for_set(folder: Path, cluster: Cluster, *, name: str, patience: float) -> None:
-    """Waits until the chief has put finished parts together."""
-    watch = Watch(patience)
-    while read_meta(folder) is None:
-        reached = {0: size_of(joining_folder(folder) / FEATURES_FILE)}
-        if watch.lost(reached, time.monotonic()):
-            raise WorkerLost(
-                f"All shares of {name} are finished, and {cluster.named(0)} has not "
-                f"put them together for {patience:.0f} s. Start the same command there "
-                "again, and here: all that was computed is kept."
-            )
+    while not done():
+        now = reached()
+        lost = watch.lost(now, time.monotonic())
+        if lost:
+            raise WorkerLost(message(lost, now))
         time.sleep(min(SECONDS_BETWEEN_LOOKS, patience))
-
-
-def _parts_missing(
-    lost: Sequence[int],
-    reached: Mapping[int, int],
-    parts: Sequence[Part],
-    cluster: Cluster,
-    name: str,
-) -> str:
-    said = [
-        f"{cluster.named(who)} has {reached[who]} of the images "
-        f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
-        for who in lost
-    ]
-    text = (
-        f"Features of {name} are missing, and nothing is added any more: "
-        f"{'; '.join(said)}. Start the same command there again, and here: all that "
-        "was computed is kept."
-    )
-    if not all(parts[who].path.exists() for who in lost):
-        text += (
-            " If it is running, it is computing other features: all workers need the "
-            "same folder of features, the same images, with the same times of change, "
-            "the same base and the same `--precision`."
-        )
-    return text
-
-
-CHECKSUM = "blake2b"
-_COPIED_BYTES = 2**24
 
 
 def join_parts(
@@ -304,7 +243,13 @@ def join_parts(
                             fault = f"{file} is not what was written"
                     if fault is not None:
                         shutil.rmtree(part.path, ignore_errors=True)
-                        raise DataError(_damaged(part, name, fault))
+                        first, last = part.stretch.start, part.stretch.stop - 1
+                        raise DataError(
+                            f"The share of {name} from image {first} to {last} is "
+                            f"damaged: {fault}. It was removed. Run the same command "
+                            "again, on all workers; see that each has an index of its "
+                            "own."
+                        )
                     rows += len(index)
                 for target in targets.values():
                     target.flush()
@@ -349,11 +294,3 @@ def append_file(
             target.write(piece)
             advance(len(piece) / 2**20)
     return digest.hexdigest()
-
-
-def _damaged(part: Part, name: str, fault: str) -> str:
-    return (
-        f"The share of {name} from image {part.stretch.start} to "
-        f"{part.stretch.stop - 1} is damaged: {fault}. It was removed. Run the same "
-        "command again, on all workers; see that each has an index of its own."
-    )
