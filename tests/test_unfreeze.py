@@ -333,7 +333,7 @@ class TestImageBatches:
     @pytest.mark.parametrize("any_order", [True, False])
     def test_order_of_kept_features(self, source, monkeypatch, any_order):
         monkeypatch.setattr(
-            "keras_rsft.features.batches.WINDOW_BYTES", 16 * 16 * 16 * 3 * 4
+            "keras_rsft.features.batches.IMAGE_WINDOW_BYTES", 16 * 16 * 16 * 3 * 4
         )
         monkeypatch.setattr(FileReader, "any_order", any_order)
         kept, split = source.features.train, source.data.train

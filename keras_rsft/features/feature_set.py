@@ -2,7 +2,7 @@
 
 Owns the file format: `features.bin` (float32 or float16, row after row), `index.bin`
 (int64, which sample of the split each row belongs to) and `meta.json` (sizes).
-Writing them is `feature_pass.py`'s business.
+Writing them is `extraction.py`'s business.
 """
 
 from __future__ import annotations
