@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from keras_rsft.comparing import Comparison
     from keras_rsft.data import ImageData
     from keras_rsft.demo import DemoResult
-    from keras_rsft.export.accuracy import AccuracyCheck
     from keras_rsft.export.from_run import Export
-    from keras_rsft.export.verification import Verification
+    from keras_rsft.export.verification import AccuracyCheck, Verification
     from keras_rsft.finetuning import Run, SplitFeatures
     from keras_rsft.finetuning.pilot import Pilot
     from keras_rsft.rank import BackboneRanking

@@ -12,17 +12,22 @@ from typing import TYPE_CHECKING
 
 from keras_rsft.cli_options import add_output_options, load_data, positive_int
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.export.places import check_run_folder, free_version, model_folder
-from keras_rsft.export.settings import FORMATS, WEIGHT_DTYPES, ExportSettings
+from keras_rsft.export.places import (
+    FORMATS,
+    WEIGHT_DTYPES,
+    ExportSettings,
+    check_run_folder,
+    free_version,
+    model_folder,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from keras_rsft.cli_output import Output
     from keras_rsft.data import ImageData, ImageSplit
-    from keras_rsft.export.accuracy import AccuracyCheck
     from keras_rsft.export.from_run import Export, FinishedRun
-    from keras_rsft.export.verification import Verification
+    from keras_rsft.export.verification import AccuracyCheck, Verification
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -172,7 +177,7 @@ def _validation_images(
     run: FinishedRun, parser: argparse.ArgumentParser
 ) -> tuple[ImageSplit | None, str]:
     """Returns what the run was validated on, or None and why that is gone."""
-    from keras_rsft.export.accuracy import validation_split
+    from keras_rsft.export.verification import validation_split
 
     try:
         return validation_split(run, _data_of(run, parser)), ""
@@ -190,7 +195,7 @@ def _check_accuracy(
     """Prints and returns the accuracy on the validation split, if it can be had."""
     from rich.markup import escape
 
-    from keras_rsft.export.accuracy import check_accuracy
+    from keras_rsft.export.verification import check_accuracy
 
     try:
         if images is None:

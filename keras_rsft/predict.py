@@ -1,8 +1,4 @@
-"""Uses a trained model on files of images or texts.
-
-A room of its own since it is the one way back from a run or an export to
-answers; it trains nothing and writes nothing.
-"""
+"""Uses a trained model on files of images or texts."""
 
 from __future__ import annotations
 
@@ -18,12 +14,12 @@ import tensorflow as tf
 
 from keras_rsft._storage import CLASSES_FILE, MODEL_FILE
 from keras_rsft.backbones import text_tokens  # noqa: F401 -- Lets Keras load it.
-from keras_rsft.data.decode_many import decode_images
-from keras_rsft.data.folder import IMAGE_SUFFIXES
-from keras_rsft.data.table import Columns
-from keras_rsft.data.texts import (
+from keras_rsft.data.decode import decode_images
+from keras_rsft.data.sources import (
     DEFAULT_TEXT_COLUMN,
+    IMAGE_SUFFIXES,
     TEXT_SUFFIXES,
+    Columns,
     read_texts,
     text_of,
 )
@@ -59,13 +55,7 @@ Answers = tuple[list[str], np.ndarray, list[str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model, ready to answer.
-
-    Attributes:
-        takes: "images" or "texts".
-        classify: From samples as the bytes of files to their labels, scores, and why
-            one cannot be read, or None.
-    """
+    """A model, ready to answer."""
 
     takes: str
     classify: Callable[[list[bytes]], Answers]
@@ -73,12 +63,7 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What is asked about.
-
-    Attributes:
-        name: A file, or the place of a text in one.
-        content: Its bytes where they are known; None has the file read.
-    """
+    """What is asked about."""
 
     name: str
     content: bytes | None = None
@@ -123,16 +108,7 @@ def predict_files(
 def samples_in(
     files: Sequence[str | os.PathLike], classifier: Classifier, *, text_column: str
 ) -> list[Sample]:
-    """Returns what the files hold: themselves, or the rows of CSV files of texts.
-
-    Args:
-        files: As in `predict_files`.
-        classifier: Whose samples they are.
-        text_column: As in `predict_files`.
-
-    Raises:
-        DataError: If a CSV file cannot be read or has no such column.
-    """
+    """Returns what the files hold: themselves, or the rows of CSV files of texts."""
     samples = [Sample(os.fspath(file)) for file in files]
     if classifier.takes != "texts":
         return samples
@@ -148,7 +124,6 @@ def predict_samples(
 
 
 def _text_samples(files: Sequence[Sample], text_column: str) -> Iterator[Sample]:
-    """Puts the rows of CSV files in their place."""
     columns = Columns(path=text_column, label=text_column, split=None)
     for file in files:
         if not file.name.lower().endswith(".csv"):
@@ -171,21 +146,7 @@ def find_texts(paths: Sequence[str | os.PathLike]) -> list[str]:
 def find_files(
     paths: Sequence[str | os.PathLike], suffixes: frozenset[str], kind: str
 ) -> list[str]:
-    """Replaces folders and patterns by the files in them, sorted.
-
-    Args:
-        paths: Files, which are kept as they are; folders, searched to any depth for
-            names with one of the suffixes; and patterns with `*`, `?`, `[...]`, or
-            `**` for folders of any depth.
-        suffixes: In lower case.
-        kind: What the files are called in a message.
-
-    Returns:
-        The files, each once.
-
-    Raises:
-        DataError: If a folder or pattern has none.
-    """
+    """Replaces folders and patterns by the files in them, sorted."""
     found: dict[str, None] = {}
     for path in map(os.fspath, paths):
         if os.path.isdir(path):
@@ -202,7 +163,6 @@ def find_files(
 
 
 def _files_below(folder: str, suffixes: frozenset[str]) -> list[str]:
-    """Returns the files of these kinds, without what is hidden, as `fit` takes them."""
     found = []
     for file in Path(folder).rglob("*"):
         hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
@@ -227,7 +187,21 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
         )
     saved = _saved_model_folder(path)
     if saved is not None:
-        return _saved_model_classifier(saved)
+        loaded = tf.saved_model.load(str(saved))
+        serve = loaded.signatures.get("serving_default")
+        inputs = {} if serve is None else serve.structured_input_signature[1]
+        if "image_bytes" not in inputs:
+            raise InvalidArgument(
+                f"{saved} has no signature from `image_bytes`: "
+                "it was not written by `export_saved_model`."
+            )
+
+        def classify(encoded: list[bytes]) -> Answers:
+            served = serve(image_bytes=tf.constant(encoded, tf.string))
+            labels = [label.decode() for label in served["label"].numpy()]
+            return labels, served["score"].numpy(), _image_errors(served["valid"])
+
+        return Classifier("images", classify)
     raise unusable_model(model)
 
 
@@ -241,7 +215,16 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
         model = model.model
     names = class_names or [str(i) for i in range(model.output_shape[-1])]
     if model.inputs[0].dtype == "string":
-        return _texts_classifier(names, model.predict_on_batch)
+
+        def classify(encoded: list[bytes]) -> Answers:
+            texts, errors = zip(*map(_text_or_error, encoded), strict=True)
+            probabilities = np.asarray(
+                model.predict_on_batch(tf.constant(texts, tf.string))
+            )
+            labels = [names[best] for best in probabilities.argmax(axis=-1)]
+            return labels, probabilities.max(axis=-1), list(errors)
+
+        return Classifier("texts", classify)
     if len(getattr(model, "input_shape", ())) != 4:
         raise InvalidArgument(
             f"The model must take images or texts. Received: {path}, which does not: "
@@ -249,18 +232,6 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
         )
     size = tuple(model.input_shape[1:3])
     return _images_classifier(size, names, model.predict_on_batch)
-
-
-def _texts_classifier(
-    names: Sequence[str], probabilities_of: Callable[[tf.Tensor], np.ndarray]
-) -> Classifier:
-    def classify(encoded: list[bytes]) -> Answers:
-        texts, errors = zip(*map(_text_or_error, encoded), strict=True)
-        probabilities = np.asarray(probabilities_of(tf.constant(texts, tf.string)))
-        labels = [names[best] for best in probabilities.argmax(axis=-1)]
-        return labels, probabilities.max(axis=-1), list(errors)
-
-    return Classifier("texts", classify)
 
 
 def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
@@ -302,24 +273,6 @@ def _saved_model_folder(path: Path) -> Path | None:
     versions = [child for child in path.iterdir() if child.name.isdigit()]
     versions = [child for child in versions if (child / "saved_model.pb").is_file()]
     return max(versions, key=lambda child: int(child.name), default=None)
-
-
-def _saved_model_classifier(folder: Path) -> Classifier:
-    loaded = tf.saved_model.load(str(folder))
-    serve = loaded.signatures.get("serving_default")
-    inputs = {} if serve is None else serve.structured_input_signature[1]
-    if "image_bytes" not in inputs:
-        raise InvalidArgument(
-            f"{folder} has no signature from `image_bytes`: "
-            "it was not written by `export_saved_model`."
-        )
-
-    def classify(encoded: list[bytes]) -> Answers:
-        served = serve(image_bytes=tf.constant(encoded, tf.string))
-        labels = [label.decode() for label in served["label"].numpy()]
-        return labels, served["score"].numpy(), _image_errors(served["valid"])
-
-    return Classifier("images", classify)
 
 
 def _predict_batch(

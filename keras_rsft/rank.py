@@ -15,11 +15,11 @@ from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backbones.load import check_backbone_name, load_backbone
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import SampleData, load_images
-from keras_rsft.data.sampling import stratified_sample
+from keras_rsft.data.partition import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.examination import MIN_NOISE_RATE, Examination, examine_labels
 from keras_rsft.features import FrozenBase, extract_features
-from keras_rsft.features.timing import seconds_per_image
+from keras_rsft.features.extraction import seconds_per_image
 from keras_rsft.finetuning.features import precision_for
 from keras_rsft.intervals import NORMAL_QUANTILE
 

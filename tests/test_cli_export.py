@@ -16,9 +16,13 @@ from keras_rsft import cli
 from keras_rsft.data import load_images
 from keras_rsft.errors import DataError
 from keras_rsft.export import from_run, verification
-from keras_rsft.export.accuracy import validation_split
 from keras_rsft.export.from_run import export_run, read_run
-from keras_rsft.export.verification import Verification, sample_of, verify_export
+from keras_rsft.export.verification import (
+    Verification,
+    sample_of,
+    validation_split,
+    verify_export,
+)
 from keras_rsft.finetuning import TrainingSettings, finetune
 
 

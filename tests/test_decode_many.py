@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_decode import FILES, encode, png_header
 
-from keras_rsft.data import decode, decode_image, decode_many
-from keras_rsft.data.decode_many import decode_images
+from keras_rsft.data import decode, decode_image
+from keras_rsft.data.decode import decode_images
 
 SIZE = (24, 32)
 LARGE = {
@@ -83,7 +83,7 @@ def test_nothing_good(decode_batch, files):
 
 
 def test_what_is_beyond_the_budget_is_decoded_too(monkeypatch):
-    monkeypatch.setattr(decode_many, "PIXEL_BUDGET", 40_000)
+    monkeypatch.setattr(decode, "PIXEL_BUDGET", 40_000)
     files = [*GOOD.values(), BAD["cut PNG"]]
     images, valid = decode_images(tf.constant(files), SIZE)
     assert valid.numpy().tolist() == [True] * len(GOOD) + [False]

@@ -248,3 +248,13 @@ def test_predict_refuses_what_is_no_model(tmp_path):
         list(predict_files(tmp_path / "nothing", ["a.png"]))
     with pytest.raises(InvalidArgument, match="run folder"):
         list(predict_files(tmp_path, ["a.png"]))
+
+
+@pytest.mark.slow
+def test_an_export_is_at_most_a_tenth_larger_than_weights_over_10_mb(tmp_path):
+    base = load_backbone("efficientnet_lite0", weights="none")
+    model = build_classifier(base, 2)
+    folder = export_saved_model(model, tmp_path / "whole", class_names=["cat", "dog"])
+    weights = sum(weight.numpy().nbytes for weight in model.variables)
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert 10_000_000 < weights < written <= 1.1 * weights

@@ -180,7 +180,7 @@ def test_exporting_imports_no_optional_package(tmp_path):
                      "tensorflow_serving"):
             sys.modules[name] = None  # Any import of it fails.
         import keras_rsft
-        import keras_rsft.export.from_run, keras_rsft.export.accuracy
+        import keras_rsft.export.from_run, keras_rsft.export.verification
         print(keras_rsft.export_litert.__name__)
     """)
     result = subprocess.run(

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_rsft.backbones import build_classifier, build_head
 from keras_rsft.data import load_images
-from keras_rsft.data.readers import FileReader
+from keras_rsft.data.samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import (
     FeatureSet,
@@ -25,9 +25,6 @@ from keras_rsft.features import (
     batches_of,
     extract_features,
     extraction,
-    feature_pass,
-    frozen_base,
-    precision,
 )
 from keras_rsft.features.extraction import feature_key
 from keras_rsft.model import RSFTModel
@@ -65,7 +62,7 @@ class TestExtraction:
     def test_weights_as_constants_give_the_same_features(
         self, tiny_base, data, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(frozen_base, "MIN_IMAGES_FOR_CONSTANTS", 10)
+        monkeypatch.setattr(extraction, "MIN_IMAGES_FOR_CONSTANTS", 10)
         assert len(data.train) > 10
         kept = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         np.testing.assert_allclose(
@@ -90,7 +87,7 @@ class TestExtraction:
     ):
         whole = extract_features(tiny_base, data.train, cache_dir=tmp_path / "whole")
         written = []
-        append = feature_pass._append
+        append = extraction._append
 
         def fail_after_six(file, values):
             if len(written) == 6:  # Three batches of features and of indices.
@@ -100,11 +97,11 @@ class TestExtraction:
             written.append(len(values))
             append(file, values)
 
-        monkeypatch.setattr(feature_pass, "_append", fail_after_six)
+        monkeypatch.setattr(extraction, "_append", fail_after_six)
         cut = tmp_path / "cut"
         with pytest.raises(KeyboardInterrupt):
             extract_features(tiny_base, data.train, cache_dir=cut, batch_size=4)
-        monkeypatch.setattr(feature_pass, "_append", append)
+        monkeypatch.setattr(extraction, "_append", append)
         seen = []
         images = type(data.train).images
 
@@ -124,16 +121,15 @@ class TestExtraction:
     ):
         program = textwrap.dedent(f"""
             import os, sys
-            from keras_rsft.features import feature_pass
             from keras_rsft import extract_features, load_backbone, load_images
-            append, calls = feature_pass._append, []
+            append, calls = extraction._append, []
             def kill_half_way(file, values):
                 calls.append(1)
                 if len(calls) == 4:
                     file.write(values.tobytes()[:5]); file.flush()
                     os.kill(os.getpid(), 9)
                 append(file, values)
-            feature_pass._append = kill_half_way
+            extraction._append = kill_half_way
             extract_features(load_backbone({str(tiny_base_file)!r}),
                 load_images({str(photo_folder)!r}).train,
                 cache_dir={str(tmp_path)!r}, batch_size=4)
@@ -395,23 +391,23 @@ def test_kept_features_train_like_end_to_end(tiny_base, data, tmp_path):
 
 class TestPrecision:
     def test_what_is_asked_for_is_taken(self):
-        assert precision.choose_precision("bfloat16") == "bfloat16"
-        assert precision.choose_precision("float32") == "float32"
+        assert extraction.choose_precision("bfloat16") == "bfloat16"
+        assert extraction.choose_precision("float32") == "float32"
 
     def test_auto_follows_the_hardware(self, monkeypatch):
-        monkeypatch.setattr(precision, "_has_bfloat16", lambda: True)
-        assert precision.choose_precision("auto") == "bfloat16"
-        monkeypatch.setattr(precision, "_has_bfloat16", lambda: False)
-        assert precision.choose_precision("auto") == "float32"
+        monkeypatch.setattr(extraction, "_has_bfloat16", lambda: True)
+        assert extraction.choose_precision("auto") == "bfloat16"
+        monkeypatch.setattr(extraction, "_has_bfloat16", lambda: False)
+        assert extraction.choose_precision("auto") == "float32"
 
     def test_unknown(self):
         with pytest.raises(InvalidArgument, match="float16"):
-            precision.choose_precision("float16")
+            extraction.choose_precision("float16")
 
     def test_reading_the_flags(self, monkeypatch):
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: [])
         for flags, expected in [("fpu amx_bf16 sse", True), ("fpu sse", False)]:
             monkeypatch.setattr(
-                precision.Path, "read_text", lambda *_, flags=flags, **__: flags
+                extraction.Path, "read_text", lambda *_, flags=flags, **__: flags
             )
-            assert precision._has_bfloat16() is expected
+            assert extraction._has_bfloat16() is expected

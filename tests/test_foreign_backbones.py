@@ -11,8 +11,7 @@ from made_bases import DIM, SIDE, Reusable, save_onnx, save_signature
 
 from keras_rsft.backbones import build_classifier, load_backbone
 from keras_rsft.backbones.foreign import weights_bytes
-from keras_rsft.backbones.frozen_graph import impure_operations
-from keras_rsft.backbones.saved_model import GraphNetwork
+from keras_rsft.backbones.saved_model import GraphNetwork, impure_operations
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.features import FrozenBase
 

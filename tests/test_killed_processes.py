@@ -44,7 +44,7 @@ DRIVER = textwrap.dedent("""
     sys.exit(cli.main(sys.argv[3:]))
 """)
 MOMENTS = {
-    "between features and their index": ("keras_rsft.features.feature_pass:_append", 4),
+    "between features and their index": ("keras_rsft.features.extraction:_append", 4),
     "the second epoch": ("keras_rsft.finetuning.resume:write_state", 2),
     "a state on its way to the disk": ("os:replace", 2),
     "writing the run": ("keras_rsft.finetuning.run_folder:write_csv", 2),

@@ -7,7 +7,7 @@ import pytest
 from keras import layers
 
 from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.last_block import last_block, leaf_layers
+from keras_rsft.backbones.trainable_part import last_block, leaf_layers
 
 
 def names(model):

@@ -15,7 +15,7 @@ from keras_rsft.data.noise import (
     symmetric_noise,
     thumbnails_of,
 )
-from keras_rsft.data.readers import ArrayReader
+from keras_rsft.data.samples import ArrayReader
 from keras_rsft.errors import InvalidArgument
 
 

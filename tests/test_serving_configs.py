@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keras_rsft.export import tf_serving
+from keras_rsft.export import saved_model
 
 
 def test_the_models_config_parses():
@@ -12,7 +12,7 @@ def test_the_models_config_parses():
     from google.protobuf import text_format
     from tensorflow_serving.config import model_server_config_pb2
 
-    text = tf_serving.models_config("photos")
+    text = saved_model.models_config("photos")
     config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
     (model,) = config.model_config_list.config
     assert (model.name, model.base_path) == ("photos", "/models/photos")
@@ -59,12 +59,12 @@ def _batching_parameters():
 
 def test_the_batching_config_parses_and_fits_together():
     text_format = pytest.importorskip("google.protobuf.text_format")
-    text = tf_serving.batching_config()
+    text = saved_model.batching_config()
     found = text_format.Parse(text, _batching_parameters())
     assert found.enable_large_batch_splitting.value
     # The server refuses batches that are run larger than they may be sent.
     assert 1 <= found.max_execution_batch_size.value <= found.max_batch_size.value
-    assert found.max_batch_size.value >= max(tf_serving.WARMUP_BATCHES)
+    assert found.max_batch_size.value >= max(saved_model.WARMUP_BATCHES)
     assert found.batch_timeout_micros.value < 10_000
     assert found.max_enqueued_batches.value > 0
     with pytest.raises(text_format.ParseError):

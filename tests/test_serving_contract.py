@@ -24,13 +24,13 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft.backbones import build_classifier, load_backbone
-from keras_rsft.export import export_saved_model, tf_serving
+from keras_rsft.export import export_saved_model, saved_model
 
 NAMES = ("blue", "green", "réd")
 CLIENT = Path(__file__).parents[1] / "examples" / "serving_client.py"
 C_PROGRAM = Path(__file__).with_name("load_saved_model.c")
 NEEDS_SERVING = pytest.mark.skipif(
-    not tf_serving.warmup_available(), reason="needs the extra serving"
+    not saved_model.warmup_available(), reason="needs the extra serving"
 )
 
 
@@ -69,7 +69,7 @@ def expected(serve, files):
 def test_warmup_requests_are_what_the_server_replays(version, serve):
     from tensorflow_serving.apis import prediction_log_pb2
 
-    records = tf.data.TFRecordDataset(str(version / tf_serving.WARMUP_FILE))
+    records = tf.data.TFRecordDataset(str(version / saved_model.WARMUP_FILE))
     sizes = []
     for record in records.as_numpy_iterator():
         log = prediction_log_pb2.PredictionLog.FromString(record)
@@ -81,14 +81,14 @@ def test_warmup_requests_are_what_the_server_replays(version, serve):
         served = serve(image_bytes=tf.constant(images))
         assert served["valid"].numpy().all()
         sizes.append(len(images))
-    assert sizes == list(tf_serving.WARMUP_BATCHES)
+    assert sizes == list(saved_model.WARMUP_BATCHES)
 
 
 def test_warmup_can_be_left_out(tiny_base_file, tmp_path, monkeypatch):
     classifier = build_classifier(load_backbone(str(tiny_base_file)), 3)
     options = {"class_names": NAMES}
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
-    monkeypatch.setattr(tf_serving, "warmup_available", lambda: False)
+    monkeypatch.setattr(saved_model, "warmup_available", lambda: False)
     written = export_saved_model(classifier, tmp_path / "x", **options)
     assert not (written / "assets.extra").exists()
     with pytest.raises(ImportError, match=r"keras_rsft\[serving\]"):

@@ -22,12 +22,15 @@ from keras_rsft.backbones import load_backbone
 from keras_rsft.cluster import Cluster
 from keras_rsft.data import load_images
 from keras_rsft.errors import DataError, WorkerLost
-from keras_rsft.features import FrozenBase, extract_features, extraction, feature_pass
-from keras_rsft.features.extraction import make_pass, open_kept
+from keras_rsft.features import FrozenBase, extract_features, extraction
+from keras_rsft.features.extraction import (
+    keep_shares,
+    make_pass,
+    open_kept,
+    run_together,
+)
 from keras_rsft.features.feature_set import FEATURES_FILE, INDEX_FILE, META_FILE
-from keras_rsft.features.share_joining import index_fault
-from keras_rsft.features.shared_pass import keep_shares, run_together
-from keras_rsft.features.shares import Watch, chain_of, parts_of, share_of
+from keras_rsft.features.shares import Watch, chain_of, index_fault, parts_of, share_of
 
 sizes = {
     "count": st.integers(0, 500),
@@ -193,7 +196,7 @@ class TestTogether:
         assert not list(root.glob("*.shares"))
 
     def test_a_share_goes_on_after_whole_batches(self, work, split, alone, monkeypatch):
-        append, calls = feature_pass._append, []
+        append, calls = extraction._append, []
 
         def fail_at_the_fourth(file, values):
             calls.append(1)
@@ -202,7 +205,7 @@ class TestTogether:
                 raise KeyboardInterrupt
             append(file, values)
 
-        monkeypatch.setattr(feature_pass, "_append", fail_at_the_fourth)
+        monkeypatch.setattr(extraction, "_append", fail_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             keep_shares([work], workers(2, 1))
         keep_shares([work], workers(2, 1))
@@ -292,9 +295,8 @@ class TestLost:
 DRIVER = textwrap.dedent("""
     import os, signal, sys
     from keras_rsft import cli
-    from keras_rsft.features import feature_pass
 
-    append, left = feature_pass._append, int(sys.argv[1])
+    append, left = extraction._append, int(sys.argv[1])
 
     def killing(file, values):
         global left
@@ -304,7 +306,7 @@ DRIVER = textwrap.dedent("""
             os.kill(os.getpid(), signal.SIGKILL)
         append(file, values)
 
-    feature_pass._append = killing
+    extraction._append = killing
     sys.exit(cli.main(sys.argv[2:]))
 """)
 

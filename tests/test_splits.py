@@ -139,7 +139,7 @@ class TestFingerprint:
     def test_of_digits_changes_with_the_pixels(self):
         train = load_images("digits").train
         reader = train.reader
-        pixels = reader._pixels.copy()
+        pixels = reader._items.copy()
         pixels[3, 0, 0] += 1
         changed = dataclasses.replace(train, reader=type(reader)(train.ids, pixels))
         assert changed.fingerprint != train.fingerprint

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from keras_rsft.backbones import build_head, load_backbone
-from keras_rsft.backbones.last_block import last_block, leaf_layers
+from keras_rsft.backbones.trainable_part import last_block, leaf_layers
 from keras_rsft.cli import main
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.errors import DataError, TrainingStalled

@@ -195,6 +195,16 @@ HOSTILE = {
     "call-of-a-text": with_tensor(text("os.system") + b")R"),
     "ordered-dict-of-items": with_tensor(ORDERED_DICT[:-2] + wholes([1]) + b"R"),
     "build-on-a-tensor": with_tensor(tensor() + b"}b"),
+    "build-on-a-storage": with_tensor(storage() + b"}b"),
+    "build-on-a-name": with_tensor(REBUILD + b"}b"),
+    "build-on-a-dict": with_tensor(b"}" + b"}b"),
+    "memo-far": HEADER + PROTO + b"}r\xff\xff\xff\xffj\xfe\xff\xff\xff" + STOP,
+    "deep-key": HEADER + PROTO + b"})" + b"\x85" * 300_000 + b"Ns" + STOP,
+    "deep-key-of-a-call": HEADER
+    + PROTO
+    + ORDERED_DICT[:-2]
+    + b"])\x85\x85a\x85R"
+    + STOP,
     "not-a-tensor": with_tensor(text("weight")),
     "not-a-dict": HEADER + PROTO + b"]" + STOP + key_list("0") + SIX,
     "number-as-name": HEADER + PROTO + b"}" + whole(1) + b"Ns" + STOP + key_list(),

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.last_block import block_starts, leaf_layers
-from keras_rsft.backbones.trainable_part import trainable_part
+from keras_rsft.backbones.trainable_part import (
+    block_starts,
+    leaf_layers,
+    trainable_part,
+)
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.trainable_choice import checked_unfreeze, parse_unfreeze
 

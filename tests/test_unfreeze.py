@@ -12,9 +12,9 @@ import pytest
 from made_bases import changed_layers, save_three_blocks
 from same_run import assert_same_run
 
-from keras_rsft.data.readers import FileReader
+from keras_rsft.data.samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
-from keras_rsft.features.image_batches import ImageBatches
+from keras_rsft.features.batches import ImageBatches
 from keras_rsft.finetuning import (
     TrainingSettings,
     finetune,
@@ -361,7 +361,7 @@ class TestImageBatches:
     @pytest.mark.parametrize("any_order", [True, False])
     def test_order_of_kept_features(self, source, monkeypatch, any_order):
         monkeypatch.setattr(
-            "keras_rsft.features.image_batches.WINDOW_BYTES", 16 * 16 * 16 * 3 * 4
+            "keras_rsft.features.batches.IMAGE_WINDOW_BYTES", 16 * 16 * 16 * 3 * 4
         )
         monkeypatch.setattr(FileReader, "any_order", any_order)
         kept, split = source.features.train, source.data.train

@@ -1,16 +1,9 @@
 """Pretrained bases by name, each with its preprocessing inside.
 
-Owns turning a name and some weights into a frozen model from images in [0, 255] to
-features, and joining it to a new head. Running it over a data set is left to
-`features/`.
-
 `load.py` is what the other rooms call, `base_name.py` what a name means,
-`assembly.py` what all bases have in common. A module for each source of networks:
-`applications.py`, `efficientnet_lite0.py`, `own_model.py`, `hub.py`, and, of
-`foreign.py`'s kind, `saved_model.py` and `onnx_file.py`.
-
-The names below are loaded when they are first used, so that the command line can
-check the name of a base before anything heavy is imported.
+`assembly.py` what all bases have in common, `trainable_part.py` what may learn. The
+names below are loaded when they are first used, so that the command line can check the
+name of a base before anything heavy is imported.
 """
 
 import importlib
@@ -18,8 +11,8 @@ from typing import Any
 
 _HOMES = {
     "available_backbones": "load",
-    "build_classifier": "classifier",
-    "build_head": "classifier",
+    "build_classifier": "assembly",
+    "build_head": "assembly",
     "load_backbone": "load",
 }
 

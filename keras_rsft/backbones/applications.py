@@ -1,9 +1,4 @@
-"""The pretrained networks of `keras.applications`, with ImageNet or other weights.
-
-Owns finding them and their preprocessing in the package itself, so that a network
-that Keras adds is offered without a change here, and saying what to do where the
-weights cannot be downloaded. Making a backbone of them is left to `assembly.py`.
-"""
+"""The pretrained networks of `keras.applications`, with ImageNet or other weights."""
 
 from __future__ import annotations
 
@@ -20,8 +15,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_rsft.backbones.assembly import Base
-from keras_rsft.backbones.weights_file import first_line, load_weights_file
+from keras_rsft.backbones.assembly import Base, first_line, load_weights_file
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 # For the networks that declare no size of their own.
@@ -41,11 +35,7 @@ class Application:
 
 @functools.cache
 def applications() -> dict[str, Application]:
-    """Finds the model functions of `keras.applications`.
-
-    Returns:
-        Lower-case names, such as `"resnet50"`, to applications, sorted by name.
-    """
+    """Finds the model functions of `keras.applications`."""
     members = vars(keras.applications)
     functions = {name: f for name, f in members.items() if inspect.isfunction(f)}
     found = {}
@@ -63,18 +53,7 @@ def build(
     weights: str | Path,
     image_size: tuple[int, int] | None,
 ) -> Base:
-    """Builds one of them, without its classes and with average pooling.
-
-    Args:
-        application: Which.
-        weights: `"imagenet"`, `"none"` or the path of a Keras weights file.
-        image_size: Height and width, or None for the size that the network was
-            made for.
-
-    Raises:
-        InvalidArgument: The size or the weights do not fit the network.
-        WeightsUnavailable: The weights cannot be downloaded or read.
-    """
+    """Builds one of them, without its classes and with average pooling."""
     image_size = image_size or default_image_size(application)
     if weights == "imagenet":
         body = _with_imagenet_weights(application, image_size)
@@ -87,11 +66,9 @@ def build(
 
 
 def default_image_size(application: Application) -> tuple[int, int]:
-    """The height and width that a network of `keras.applications` was made for.
-
-    Keras names it at once when it refuses another, which spares building the
-    network with all its classes (up to four seconds) only to ask for its input.
-    """
+    """The height and width that a network of `keras.applications` was made for."""
+    # Keras names it at once when it refuses another, which spares building the network
+    # with all its classes (up to four seconds) only to ask for its input.
     try:
         application.function(
             weights="imagenet", include_top=True, input_shape=(1, 1, 3)
@@ -171,13 +148,11 @@ def _two_ways_out(application: Application, error: Exception) -> str:
 
 
 def _correct_variance(body: keras.Model) -> None:
-    """Makes EfficientNet weights from a file mean what they mean as "imagenet".
-
-    The published files of EfficientNet B0 to B7 hold the standard deviation of
-    ImageNet where `Normalization` expects its square. Keras makes up for it with
-    one more layer, but only for `weights="imagenet"`. Squaring it here gives the
-    same numbers.
-    """
+    """Makes EfficientNet weights from a file mean what they mean as "imagenet"."""
+    # The published files of EfficientNet B0 to B7 hold the standard deviation of
+    # ImageNet where `Normalization` expects its square. Keras makes up for it with one
+    # more layer, but only for `weights="imagenet"`. Squaring it here gives the same
+    # numbers.
     for layer in body.layers:
         if not isinstance(layer, keras.layers.Normalization) or not layer.weights:
             continue

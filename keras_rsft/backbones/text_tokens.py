@@ -1,9 +1,4 @@
-"""Texts to numbers of word pieces, as a Keras layer.
-
-The tokenizer is the package `tokenizers`, its vocabulary the file that comes with an
-encoder's weights. It works on the host: a model that begins with this layer takes texts
-in Keras, and cannot become a SavedModel.
-"""
+"""Texts to numbers of word pieces, as a Keras layer."""
 
 from __future__ import annotations
 
@@ -15,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones.assembly import first_line
 from keras_rsft.backbones.foreign import KeptFile
-from keras_rsft.backbones.weights_file import first_line
 from keras_rsft.errors import WeightsUnavailable
 
 PADDING = 0
@@ -26,18 +21,7 @@ MAX_CHARACTERS = 32_768
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class TextTokens(KeptFile):
-    """Cuts texts into the pieces that an encoder knows, and numbers them.
-
-    Special tokens, such as `[SEP]`, are text like any other where a text has them.
-
-    Args:
-        max_tokens: Most pieces of a text, those at its ends with them; the rest of it
-            is left out.
-        digest: Of the tokenizer's file.
-        content: The tokenizer as `tokenizer.json` has it, or None where `load_assets`
-            will bring it.
-        **options: Those of `keras.Layer`.
-    """
+    """Cuts texts into the pieces that an encoder knows, and numbers them."""
 
     file_name = "tokenizer.json"
     is_tensorflow = False
@@ -91,12 +75,7 @@ class TextTokens(KeptFile):
 
 
 def open_tokenizer(content: bytes, max_tokens: int) -> Any:
-    """Returns the tokenizer of a `tokenizer.json`, cutting at a number of pieces.
-
-    Raises:
-        ImportError: Without the extra `text`.
-        WeightsUnavailable: If the file is damaged.
-    """
+    """Returns the tokenizer of a `tokenizer.json`, cutting at a number of pieces."""
     try:
         import tokenizers
     except ImportError as error:

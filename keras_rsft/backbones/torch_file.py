@@ -1,10 +1,9 @@
 """Reads the tensors of a legacy PyTorch weights file without PyTorch.
 
-Owns the file format that `torch.save` wrote before version 1.6: five pickle
-streams (magic number, protocol, byte order, names to tensors, storage keys),
-then each storage as an int64 element count and little-endian numbers. The pickle
-streams are interpreted here, opcode by opcode, over a whitelist: nothing of the
-file is ever imported, called or executed. What the tensors mean is left to others.
+`torch.save` wrote before version 1.6 five pickles (magic number, protocol, byte order,
+names to tensors, storage keys), then each storage as an int64 element count and
+little-endian numbers. The standard library unpickles, in Python: opcodes and names are
+those of a list, and what a name stands for is ours. Nothing of the file is executed.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import dataclasses
 import io
 import math
 import os
+import pickle
 import pickletools
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,38 +31,33 @@ _COUNT = struct.Struct("<q")
 _MAX_OPCODES = 1_000_000
 _MAX_RANK = 32
 _NO_VIEW = ((), (None,))
-
-_ORDERED_DICT = "collections OrderedDict"
-_REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
-_STORAGE_DTYPES = {
-    "torch DoubleStorage": np.dtype("<f8"),
-    "torch FloatStorage": np.dtype("<f4"),
-    "torch HalfStorage": np.dtype("<f2"),
-    "torch LongStorage": np.dtype("<i8"),
-    "torch IntStorage": np.dtype("<i4"),
-    "torch ShortStorage": np.dtype("<i2"),
-    "torch CharStorage": np.dtype("i1"),
-    "torch ByteStorage": np.dtype("u1"),
+_STORAGE_DTYPES: dict[str, np.dtype] = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
 }
-_ALLOWED_GLOBALS = {_ORDERED_DICT, _REBUILD_TENSOR, *_STORAGE_DTYPES}
-
-
-_Handler: TypeAlias = Callable[["_PickleMachine", Any], None]
+# PROTO MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE EMPTY_DICT
+# EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS
+# BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL BINPERSID REDUCE BUILD STOP
+_OPCODES = b"\x80(N\x88\x89JKM\x8aX}])t\x85\x86\x87aesuqrhjcQRb."
+_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+_RUN: dict[int, Any] = {**pickle._Unpickler.dispatch}
+_MALFORMED = (
+    *(pickle.UnpicklingError, AttributeError, EOFError, LookupError, TypeError),
+    *(ValueError, struct.error),
+)
 
 
 class _MalformedError(Exception):
     """Something in the file is not as it should be; the text says what."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Global:
-    """A whitelisted name of the file; a label here, never the thing it names."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
     length: int
@@ -71,31 +65,122 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lies in its storage; offset and strides count elements."""
+    """What `_rebuild_tensor_v2` is called with; offset and strides count elements."""
 
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    requires_grad: Any
+    hooks: Any
+
+    def __post_init__(self):
+        storage, offset, shape, strides = (
+            self.storage, self.offset, self.shape, self.strides,
+        )  # fmt: skip
+        if not isinstance(storage, _Storage) or not _are_counts((offset,)):
+            raise _MalformedError("a tensor is not described as PyTorch does")
+        if not _are_counts(shape) or not _are_counts(strides):
+            raise _MalformedError("a tensor's shape is not a tuple of counts")
+        if len(shape) != len(strides) or len(shape) > _MAX_RANK:
+            raise _MalformedError("a tensor's shape and strides do not fit together")
+        # The size is checked too: with strides of zero a small storage can look huge.
+        if not 0 < math.prod(shape) <= storage.length:
+            raise _MalformedError("a tensor is empty or larger than its storage")
+        steps = zip(shape, strides, strict=True)
+        last = offset + sum((length - 1) * stride for length, stride in steps)
+        if last >= storage.length:
+            raise _MalformedError("a tensor reaches beyond its storage")
+
+    def __setstate__(self, state: Any) -> None:
+        raise _MalformedError("a tensor has attributes of its own")
+
+
+class _OrderedDict(dict):
+    def __init__(self):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Passes over the attributes, which are version numbers."""
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(v) is int and v >= 0 for v in values)
+
+
+class _Dispatch(dict):
+    """What each opcode does, of a pickle with not too many of them."""
+
+    left = 0
+
+    def __getitem__(self, code: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise _MalformedError(f"it has more than {_MAX_OPCODES} pickle opcodes")
+        if code not in _OPCODES:
+            name = _OPCODE_NAMES.get(code, hex(code))
+            raise _MalformedError(f"the pickle opcode {name} is not allowed")
+        return super().__getitem__(code)
+
+
+class _Unpickler(pickle._Unpickler):  # The one in C would hash any key, for ever.
+    stack: list[Any]
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream)
+        dispatch = _Dispatch(_RUN)
+        dispatch.left = _MAX_OPCODES
+        dispatch[pickle.SETITEM[0]] = _Unpickler._set_item
+        dispatch[pickle.SETITEMS[0]] = _Unpickler._set_items
+        self.dispatch = dispatch  # type: ignore[misc]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return _OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _Tensor
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return name
+        wanted = f"{module} {name}"[:80]
+        raise _MalformedError(f"it asks for `{wanted}`, which is not allowed")
+
+    def persistent_load(self, value: Any) -> _Storage:
+        # A sixth item, other than None, would make it a view into another storage.
+        if not isinstance(value, tuple) or len(value) < 5 or value[5:] not in _NO_VIEW:
+            raise _MalformedError("a storage is not described as PyTorch does")
+        tag, kind, key, _, length = value[:5]
+        if tag != "storage" or not isinstance(key, str) or not _are_counts((length,)):
+            raise _MalformedError("a storage is not described as PyTorch does")
+        if not isinstance(kind, str) or kind not in _STORAGE_DTYPES:
+            raise _MalformedError("a storage holds numbers of an unknown type")
+        return _Storage(key, _STORAGE_DTYPES[kind], length)
+
+    def _set_item(self) -> None:
+        _require_texts(self.stack[-2:-1])
+        _RUN[pickle.SETITEM[0]](self)
+
+    def _set_items(self) -> None:
+        if len(self.stack) % 2:
+            raise _MalformedError("a dictionary key has no value")
+        _require_texts(self.stack[::2])
+        _RUN[pickle.SETITEMS[0]](self)
+
+
+def _require_texts(keys: list[Any]) -> None:
+    # Strings only: the hash of tuples within tuples can take for ever.
+    if not all(isinstance(key, str) for key in keys):
+        raise _MalformedError("a dictionary key is not a string")
+
+
+def _load_pickle(stream: io.BytesIO) -> Any:
+    try:
+        return _Unpickler(stream).load()
+    except _MALFORMED as error:
+        raise _MalformedError("it ends early or is damaged") from error
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads the named tensors of a legacy (before 1.6) PyTorch file.
-
-    Safe on files from anywhere: a file that is truncated, holds anything but plain
-    tensors, or asks for any code, is refused, and nothing of it runs.
-
-    Args:
-        path: A file written by `torch.save(model.state_dict(), path)` with the
-            legacy format.
-
-    Returns:
-        Tensor names to arrays that own their memory, in the file's order, with the
-        file's shapes and dtypes.
-
-    Raises:
-        WeightsUnavailable: The file cannot be read, or is not such a file.
-    """
+    """Reads the named tensors of a legacy (before 1.6) PyTorch file, in its order."""
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -119,17 +204,6 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
             "`torch.save(..., _use_new_zipfile_serialization=False)`"
         )
     stream = io.BytesIO(content)
-    _check_header(stream)
-    tensors = _check_tensors(_load_pickle(stream))
-    keys = _load_pickle(stream)
-    storages = _cut_storages(memoryview(content)[stream.tell() :], keys, tensors)
-    return {
-        name: _as_array(tensor, storages[tensor.storage.key])
-        for name, tensor in tensors.items()
-    }
-
-
-def _check_header(stream: io.BytesIO) -> None:
     if _load_pickle(stream) != _MAGIC_NUMBER:
         raise _MalformedError("it does not begin with PyTorch's magic number")
     if _load_pickle(stream) != _PROTOCOL_VERSION:
@@ -137,6 +211,13 @@ def _check_header(stream: io.BytesIO) -> None:
     system = _load_pickle(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise _MalformedError("it was not written on a little-endian machine")
+    tensors = _check_tensors(_load_pickle(stream))
+    keys = _load_pickle(stream)
+    storages = _cut_storages(memoryview(content)[stream.tell() :], keys, tensors)
+    return {
+        name: _as_array(tensor, storages[tensor.storage.key])
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_tensors(value: Any) -> dict[str, _Tensor]:
@@ -193,193 +274,3 @@ def _as_array(tensor: _Tensor, data: memoryview) -> np.ndarray:
         strides=[s * dtype.itemsize if length > 1 else 0 for length, s in steps],
     )
     return view.copy()
-
-
-def _load_pickle(stream: io.BytesIO) -> Any:
-    """Interprets one pickle stream and leaves `stream` behind its end."""
-    machine = _PickleMachine()
-    operations = pickletools.genops(stream)
-    for _ in range(_MAX_OPCODES):
-        handler = _next_handler(stream)
-        try:
-            opcode, argument, _position = next(operations)
-        # A warning where the user makes errors of them: an escape in a name.
-        except (ValueError, LookupError, struct.error, Warning) as error:
-            raise _MalformedError("it ends early or is damaged") from error
-        if opcode.name == "STOP":
-            return machine.pop()
-        handler(machine, argument)
-    raise _MalformedError(f"it has more than {_MAX_OPCODES} pickle opcodes")
-
-
-def _next_handler(stream: io.BytesIO) -> _Handler:
-    """Looks at the next opcode, before `pickletools` reads its argument."""
-    code = stream.read(1)
-    stream.seek(-len(code), io.SEEK_CUR)
-    name = _OPCODE_NAMES.get(code)
-    if name is None:
-        raise _MalformedError("it ends early or is damaged")
-    if name not in _HANDLERS:
-        raise _MalformedError(f"the pickle opcode {name} is not allowed")
-    return _HANDLERS[name]
-
-
-class _PickleMachine:
-    """The stack and the memo of the interpreter; each opcode is a method."""
-
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._outer_stacks: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
-
-    def push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def pop(self) -> Any:
-        if not self._stack:
-            raise _MalformedError("a pickle opcode finds nothing to work on")
-        return self._stack.pop()
-
-    def top(self, kind: type) -> Any:
-        if not self._stack or not isinstance(self._stack[-1], kind):
-            raise _MalformedError(f"a pickle opcode finds no {kind.__name__}")
-        return self._stack[-1]
-
-    def mark(self, _: Any) -> None:
-        self._outer_stacks.append(self._stack)
-        self._stack = []
-
-    def pop_to_mark(self) -> list[Any]:
-        if not self._outer_stacks:
-            raise _MalformedError("a pickle opcode finds no mark")
-        items, self._stack = self._stack, self._outer_stacks.pop()
-        return items
-
-    def append(self, items: list[Any]) -> None:
-        self.top(list).extend(items)
-
-    def put(self, index: int) -> None:
-        self._memo[index] = self.top(object)
-
-    def get(self, index: int) -> None:
-        if index not in self._memo:
-            raise _MalformedError("a pickle opcode asks for a value it never stored")
-        self.push(self._memo[index])
-
-    def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(items)))
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.top(dict)
-        if len(items) % 2:
-            raise _MalformedError("a dictionary key has no value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Strings only: the hash of tuples within tuples can take for ever.
-            if not isinstance(key, str):
-                raise _MalformedError("a dictionary key is not a string")
-            target[key] = value
-
-    def set_item(self, _: Any) -> None:
-        value = self.pop()
-        self.set_items([self.pop(), value])
-
-    def load_global(self, name: str) -> None:
-        if name not in _ALLOWED_GLOBALS:
-            raise _MalformedError(f"it asks for `{name[:80]}`, which is not allowed")
-        self.push(_Global(name))
-
-    def load_storage(self, _: Any) -> None:
-        self.push(_storage_from(self.pop()))
-
-    def reduce(self, _: Any) -> None:
-        arguments = self.pop()
-        function = self.pop()
-        if function == _Global(_ORDERED_DICT) and arguments == ():
-            self.push({})
-        elif function == _Global(_REBUILD_TENSOR):
-            self.push(_tensor_from(arguments))
-        else:
-            raise _MalformedError("it asks for a call that is not allowed")
-
-    def build(self, _: Any) -> None:
-        # The attributes of an OrderedDict: version numbers, of no use here.
-        self.pop()
-        self.top(dict)
-
-
-def _storage_from(value: Any) -> _Storage:
-    # A sixth item, other than None, would make it a view into another storage.
-    if not isinstance(value, tuple) or len(value) < 5 or value[5:] not in _NO_VIEW:
-        raise _MalformedError("a storage is not described as PyTorch does")
-    tag, kind, key, _, length = value[:5]
-    if tag != "storage" or not isinstance(key, str) or not _is_count(length):
-        raise _MalformedError("a storage is not described as PyTorch does")
-    if not isinstance(kind, _Global) or kind.name not in _STORAGE_DTYPES:
-        raise _MalformedError("a storage holds numbers of an unknown type")
-    return _Storage(key, _STORAGE_DTYPES[kind.name], length)
-
-
-def _tensor_from(value: Any) -> _Tensor:
-    # (storage, offset, shape, strides, requires_grad, hooks); the last two are
-    # for training.
-    if not isinstance(value, tuple) or len(value) != 6:
-        raise _MalformedError("a tensor is not described as PyTorch does")
-    storage, offset, shape, strides = value[:4]
-    if not isinstance(storage, _Storage) or not _is_count(offset):
-        raise _MalformedError("a tensor is not described as PyTorch does")
-    if not _are_counts(shape) or not _are_counts(strides):
-        raise _MalformedError("a tensor's shape is not a tuple of counts")
-    if len(shape) != len(strides) or len(shape) > _MAX_RANK:
-        raise _MalformedError("a tensor's shape and strides do not fit together")
-    # The size is checked too: with strides of zero a small storage can look huge.
-    if not 0 < math.prod(shape) <= storage.length:
-        raise _MalformedError("a tensor is empty or larger than its storage")
-    steps = zip(shape, strides, strict=True)
-    last = offset + sum((length - 1) * stride for length, stride in steps)
-    if last >= storage.length:
-        raise _MalformedError("a tensor reaches beyond its storage")
-    return _Tensor(storage, offset, shape, strides)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, tuple) and all(_is_count(item) for item in value)
-
-
-_OPCODE_NAMES = {op.code.encode("latin-1"): op.name for op in pickletools.opcodes}
-_HANDLERS: dict[str, _Handler] = {
-    "PROTO": lambda machine, version: None,
-    "MARK": _PickleMachine.mark,
-    "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    "BININT": _PickleMachine.push,
-    "BININT1": _PickleMachine.push,
-    "BININT2": _PickleMachine.push,
-    "LONG1": _PickleMachine.push,
-    "BINUNICODE": _PickleMachine.push,
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "APPEND": lambda machine, _: machine.append([machine.pop()]),
-    "APPENDS": lambda machine, _: machine.append(machine.pop_to_mark()),
-    "SETITEM": _PickleMachine.set_item,
-    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
-    "BINPUT": _PickleMachine.put,
-    "LONG_BINPUT": _PickleMachine.put,
-    "BINGET": _PickleMachine.get,
-    "LONG_BINGET": _PickleMachine.get,
-    "GLOBAL": _PickleMachine.load_global,
-    "BINPERSID": _PickleMachine.load_storage,
-    "REDUCE": _PickleMachine.reduce,
-    "BUILD": _PickleMachine.build,
-    "STOP": lambda machine, _: None,
-}

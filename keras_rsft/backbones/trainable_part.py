@@ -1,45 +1,134 @@
-"""Cuts a base in two: a front that stays as it is, and a rest in which layers learn.
-
-Owns which layers are chosen and where the cut is. How the parts are trained is left
-to the room `finetuning/`.
-"""
+"""Cuts a base in two: a front that stays as it is, and a rest in which layers learn."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import layers
 
 from keras_rsft.backbones.assembly import built_in_float32
-from keras_rsft.backbones.last_block import (
-    block_starts,
-    is_batch_norm,
-    leaf_layers,
-    learns,
-)
-from keras_rsft.backbones.own_copy import copy_model, set_trainable
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.trainable_choice import EVERYTHING, Unfreeze, checked_unfreeze
+
+# What the layers of one block have in common, in the names of keras.applications:
+# conv5_block3_, block7a_, block_16_, stage_3_block_2_, block8_10_, expanded_conv_10_.
+_BLOCK_NAME = re.compile(
+    r"(block\d+_\d+|.*?block_?\d+[a-z]?|expanded_conv_\d+)(?=_|$)", re.IGNORECASE
+)
+# MobileNet numbers the two halves of a block: conv_dw_13, conv_pw_13.
+_SEPARABLE_NAME = re.compile(r"conv_(?:pad|dw|pw)_(\d+)(?=_|$)")
+_NOT_LEARNT = (layers.BatchNormalization, layers.Normalization)
+_UPSAMPLING = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+
+
+def last_block(body: keras.Model) -> list[keras.Layer]:
+    """Returns the layers of the last block of a base, and all that come after it."""
+    starts = block_starts(body)
+    return leaf_layers(body)[starts[-1] :] if starts else []
+
+
+def block_starts(body: keras.Model) -> list[int]:
+    """Returns where the blocks of a base begin, as positions in `leaf_layers`."""
+    # A block begins, by the first of these that gives one with a layer to train in it,
+    # 1. where layers are named as in `keras.applications`, at the first of each name,
+    # 2. behind each layer that halves height and width,
+    # 3. at each layer to train.
+    found = leaf_layers(body)
+    for starts in (_named_starts(found), _halved_starts(found)):
+        ends = [*starts, len(found)][1:]
+        blocks = [
+            start
+            for start, end in zip(starts, ends, strict=True)
+            if any(learns(layer) for layer in found[start:end])
+        ]
+        if blocks:
+            return blocks
+    return [at for at, layer in enumerate(found) if learns(layer)]
+
+
+def leaf_layers(model: keras.Model) -> list[keras.Layer]:
+    """Returns a model's layers in order, those of nested models in their place."""
+    found: list[keras.Layer] = []
+    for layer in model.layers:
+        found += leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def learns(layer: keras.Layer) -> bool:
+    """Says whether a layer has weights that are not those of a normalisation."""
+    return bool(layer.weights) and not isinstance(layer, _NOT_LEARNT)
+
+
+def is_batch_norm(layer: keras.Layer) -> bool:
+    """Says whether a layer is a BatchNorm."""
+    return isinstance(layer, layers.BatchNormalization)
+
+
+def _named_starts(found: list[keras.Layer]) -> list[int]:
+    blocks = [_block_of(layer.name) for layer in found]
+    names = dict.fromkeys(block for block in blocks if block is not None)
+    return sorted(blocks.index(name) for name in names)
+
+
+def _halved_starts(found: list[keras.Layer]) -> list[int]:
+    return [at + 1 for at, layer in enumerate(found) if _halves(layer)]
+
+
+def _block_of(layer_name: str) -> str | None:
+    match = _BLOCK_NAME.match(layer_name) or _SEPARABLE_NAME.match(layer_name)
+    return match[1] if match else None
+
+
+def _halves(layer: keras.Layer) -> bool:
+    if isinstance(layer, _UPSAMPLING):
+        return False
+    strides = getattr(layer, "strides", 1)
+    return max(strides if isinstance(strides, (tuple, list)) else (strides,)) > 1
+
+
+def copy_model(model: keras.Model) -> keras.Model:
+    """Returns a model of the same layers and weights that shares nothing with it."""
+    copy = keras.models.clone_model(model)
+    _copy_weights(model, copy)
+    return copy
+
+
+def set_trainable(base: keras.Model, chosen: Sequence[keras.Layer]) -> None:
+    """Lets some layers of a base learn and freezes all others."""
+    # Layer by layer, as a model that has the value already does not pass it on. The
+    # base itself stays frozen, which has no say in what a model around it trains. A
+    # BatchNorm layer that is not trainable runs in inference mode; one inside of a
+    # chosen layer is not trainable either.
+    learning = {id(layer) for layer in chosen}
+    for layer in leaf_layers(base):
+        layer.trainable = id(layer) in learning
+        for part in layer._flatten_layers(include_self=False):
+            if is_batch_norm(part):
+                part.trainable = False
+
+
+def _copy_weights(source: keras.Model, target: keras.Model) -> None:
+    """Copies layer by layer: a clone may list parallel layers in another order."""
+    for layer in source.layers:
+        if not layer.weights:  # A clone may call its input otherwise.
+            continue
+        own = target.get_layer(layer.name)
+        if isinstance(layer, keras.Model):
+            _copy_weights(layer, own)
+            continue
+        own.set_weights(layer.get_weights())
+        if isinstance(own, keras.layers.Normalization):
+            own.finalize_state()  # It computes with what it derives from weights.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainablePart:
-    """A copy of a base, and the same layers as two models one after the other.
-
-    Attributes:
-        base: The whole copy, images to features `(batch, dim)`. What `rest` learns is
-            in it.
-        front: From images to the activations before the cut, flattened to
-            `(batch, values)`, float32. Nothing in it is trainable.
-        rest: From such activations to the features.
-        layers: The layers that learn, in order.
-        cut: Name of the first layer behind the cut.
-        shape: Shape of an image's activations before they are flattened.
-        front_is_preprocessing: True where nothing that was learnt is in the front.
-    """
+    """A copy of a base, and the same layers as two models one after the other."""
 
     base: keras.Model
     front: keras.Model
@@ -50,7 +139,6 @@ class TrainablePart:
     front_is_preprocessing: bool
 
     def freeze(self) -> None:
-        """Makes the base frozen again, as a base is that nobody trains."""
         set_trainable(self.base, [])
 
 
@@ -69,23 +157,7 @@ def trainable_part(
     *,
     train_batch_norm: bool = False,
 ) -> TrainablePart:
-    """Cuts a base at the latest place before the first layer that shall learn.
-
-    A cut is possible where a single tensor crosses: behind a whole residual or dense
-    block, say, but not within one.
-
-    Args:
-        base: From images to features `(batch, dim)` in float32, as `load_backbone`
-            gives it. Not changed.
-        unfreeze: How many of the last blocks learn (`block_starts` says what a
-            block is), at least 1; `"all"`; or names of layers, of which no others do.
-        train_batch_norm: Have BatchNorm layers learn too, and normalise by the batch.
-            Default False: they are in inference mode.
-
-    Raises:
-        InvalidArgument: If there are not so many blocks, a layer is not known or has
-            nothing to learn, or the base is not made of Keras layers.
-    """
+    """Cuts a base at the latest place before the first layer that shall learn."""
     with built_in_float32():
         own = copy_model(base)
         chosen = _chosen(own, checked_unfreeze(unfreeze), train_batch_norm)
@@ -93,7 +165,28 @@ def trainable_part(
         images = keras.Input(own.input_shape[1:], name="images")
         calls: list[_Call] = []
         features = _replayed(own, images, calls)
-        at, crossing = _latest_cut(calls, images, features, chosen)
+        # The calls are in an order in which each comes after what it needs, so a tensor
+        # that all ways from images to features lead through is alone at its place.
+        learning = {id(layer) for layer in chosen}
+        last = next(
+            at for at, call in enumerate(calls) if id(call.operation) in learning
+        )
+        last_use = {id(features): len(calls)}
+        for at, call in enumerate(calls):
+            for name in call.inputs:
+                last_use[name] = max(at, last_use.get(name, -1))
+        alive = {id(images): images}
+        best = (0, images)
+        for at, call in enumerate(calls[: last + 1]):
+            alive = {name: one for name, one in alive.items() if last_use[name] >= at}
+            if len(alive) == 1:
+                (crossing,) = alive.values()
+                if None not in crossing.shape[1:]:
+                    best = (at, crossing)
+            for output in call.outputs:
+                if id(output) in last_use:
+                    alive[id(output)] = output
+        at, crossing = best
         flatten = keras.layers.Flatten(dtype="float32", name="activations")
         front = keras.Model(images, flatten(crossing), name="front")
         shape = tuple(crossing.shape[1:])
@@ -209,34 +302,3 @@ def _tensors(structure: Any) -> Iterator[keras.KerasTensor]:
     for value in keras.tree.flatten(structure):
         if isinstance(value, keras.KerasTensor):
             yield value
-
-
-def _latest_cut(
-    calls: list[_Call],
-    images: keras.KerasTensor,
-    features: keras.KerasTensor,
-    chosen: list[keras.Layer],
-) -> tuple[int, keras.KerasTensor]:
-    """Returns before which call to cut, and the one tensor that crosses there.
-
-    The calls are in an order in which each comes after what it needs, so a tensor
-    that all ways from images to features lead through is alone at its place.
-    """
-    learning = {id(layer) for layer in chosen}
-    last = next(at for at, call in enumerate(calls) if id(call.operation) in learning)
-    last_use = {id(features): len(calls)}
-    for at, call in enumerate(calls):
-        for name in call.inputs:
-            last_use[name] = max(at, last_use.get(name, -1))
-    alive = {id(images): images}
-    best = (0, images)
-    for at, call in enumerate(calls[: last + 1]):
-        alive = {name: one for name, one in alive.items() if last_use[name] >= at}
-        if len(alive) == 1:
-            (crossing,) = alive.values()
-            if None not in crossing.shape[1:]:
-                best = (at, crossing)
-        for output in call.outputs:
-            if id(output) in last_use:
-                alive[id(output)] = output
-    return best

@@ -1,8 +1,4 @@
-"""Under which licence a base's weights were published, as far as that is stated.
-
-Owns looking it up, for those who pass a model on. What is stated nowhere is called
-not stated; nothing is guessed.
-"""
+"""Under which licence a base's weights were published, as far as that is stated."""
 
 from __future__ import annotations
 
@@ -31,15 +27,7 @@ _OF_APPLICATIONS = {
 
 
 def licence_of_weights(backbone: str, weights: str) -> str:
-    """Says in a sentence under which licence a base's weights are.
-
-    Args:
-        backbone: Name of the base, as `load_backbone` takes it.
-        weights: `"imagenet"`, `"none"` or the path of a file.
-
-    Returns:
-        The licence with where it is stated; or that none is stated.
-    """
+    """Says in a sentence under which licence a base's weights are."""
     if weights == "none":
         return "The base began with random weights, not with published ones."
     name = re.sub(r"[_-]", "", backbone.lower())

@@ -34,7 +34,7 @@ from keras_rsft.data import SampleData, add_label_noise
 from keras_rsft.data.noise import parse_noise
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
-from keras_rsft.features.image_batches import positions_of
+from keras_rsft.features.batches import positions_of
 from keras_rsft.finetuning import NumberedFolder, SplitFeatures, TrainingSettings
 from keras_rsft.finetuning.features import open_features
 from keras_rsft.intervals import Interval

@@ -28,14 +28,7 @@ COLUMNS = ("id", "given_label", "decision", "new_label")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Correction:
-    """What was decided about one image.
-
-    Attributes:
-        id: The sample's id.
-        given_label: Name of the class that the data gave it.
-        decision: `"keep"` (the label is right), `"relabel"` or `"drop"`.
-        new_label: Name of the right class for `"relabel"`, else empty.
-    """
+    """What was decided about one image."""
 
     id: str
     given_label: str
@@ -117,12 +110,7 @@ def apply_corrections(
 
 
 def read_corrections(file: str | os.PathLike) -> tuple[Correction, ...]:
-    """Reads a file of corrections and checks all that can be checked without data.
-
-    Raises:
-        InvalidArgument: If there is no such file.
-        DataError: If it is not a table of corrections.
-    """
+    """Reads a file of corrections and checks all that can be checked without data."""
     return tuple(row for _, row in _numbered_rows(Path(file)))
 
 
@@ -151,7 +139,14 @@ def _numbered_rows(file: Path) -> list[tuple[int, Correction]]:
         ) from error
     if not rows:
         raise DataError(f"{file} has a header and no decision below it.")
-    _refuse_repeated(rows, file)
+    line_of: dict[str, int] = {}
+    for line, row in rows:
+        first = line_of.setdefault(row.id, line)
+        if first != line:
+            raise DataError(
+                f"{file} decides twice about {row.id!r}: in lines {first} and {line}. "
+                "Leave one of them."
+            )
     return rows
 
 
@@ -199,17 +194,6 @@ def _row(raw: dict[str | None, Any], line: int) -> Correction:
     return row
 
 
-def _refuse_repeated(rows: Sequence[tuple[int, Correction]], file: Path) -> None:
-    line_of: dict[str, int] = {}
-    for line, row in rows:
-        first = line_of.setdefault(row.id, line)
-        if first != line:
-            raise DataError(
-                f"{file} decides twice about {row.id!r}: in lines {first} and {line}. "
-                "Leave one of them."
-            )
-
-
 def _applied(data: SampleData, file: Path) -> SampleData:
     rows = _numbered_rows(file)
     places = {
@@ -229,7 +213,13 @@ def _applied(data: SampleData, file: Path) -> SampleData:
         if pairs
     }
     corrected = dataclasses.replace(data, **changed)
-    _refuse_empty_class(data, corrected, file)
+    emptied = np.setdiff1d(data.train.labels, corrected.train.labels)
+    if len(emptied):
+        names = ", ".join(repr(data.class_names[label]) for label in emptied[:10])
+        raise DataError(
+            f"{file} would leave no training image of {names}. Keep at least one, or "
+            "leave the class out of the data."
+        )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     merged = _merged(data.corrections, [row for _, row in rows])
     files = () if data.corrections is None else data.corrections.files
@@ -246,7 +236,6 @@ def _check_against(
     places: dict[str, tuple[str, int]],
     file: Path,
 ) -> None:
-    """Refuses ids, given labels and new labels that the data do not have."""
     unknown = [(line, row.id) for line, row in rows if row.id not in places]
     if unknown:
         line, sample_id = unknown[0]
@@ -300,24 +289,12 @@ def _corrected(
     )
 
 
-def _refuse_empty_class(before: SampleData, after: SampleData, file: Path) -> None:
-    emptied = np.setdiff1d(before.train.labels, after.train.labels)
-    if len(emptied):
-        names = ", ".join(repr(before.class_names[label]) for label in emptied[:10])
-        raise DataError(
-            f"{file} would leave no training image of {names}. Keep at least one, or "
-            "leave the class out of the data."
-        )
-
-
 def _merged(
     before: Corrections | None, rows: Sequence[Correction]
 ) -> tuple[Correction, ...]:
-    """Adds a file's rows to those of the files before, one for each image.
-
-    The given label stays the one that the data were loaded with, so that the result
-    is a file of corrections in its own right.
-    """
+    """Adds a file's rows to those of the files before, one for each image."""
+    # The given label stays the one that the data were loaded with, so that the result
+    # is a file of corrections in its own right.
     merged = {row.id: row for row in (before.rows if before is not None else ())}
     for row in rows:
         loaded = merged[row.id].given_label if row.id in merged else row.given_label

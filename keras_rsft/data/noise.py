@@ -13,8 +13,7 @@ import math
 import numpy as np
 
 from keras_rsft.data.partition import SPLITS
-from keras_rsft.data.samples import SampleData
-from keras_rsft.data.splits import ImageSplit
+from keras_rsft.data.samples import ImageSplit, SampleData
 from keras_rsft.errors import InvalidArgument
 
 SYMMETRIC = "symmetric"
@@ -58,7 +57,15 @@ def add_label_noise(
         0.3
     """
     kind, rate = parse_noise(spec)
-    _check(seed, splits)
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise InvalidArgument(
+            f"`seed` must be an integer in [0, 2**63). Received: seed={seed!r}."
+        )
+    if isinstance(splits, str) or not set(splits) <= set(SPLITS):
+        raise InvalidArgument(
+            f"`splits` must be a tuple of names out of {SPLITS}. "
+            f"Received: splits={splits!r}."
+        )
     if kind == INSTANCE and data.kind != "images":
         raise InvalidArgument(
             f"Noise of the kind {INSTANCE} is made of images. Received: {data.kind}. "
@@ -78,21 +85,7 @@ def add_label_noise(
 
 
 def parse_noise(spec: str) -> tuple[str, float]:
-    """Reads "symmetric:0.3", "asymmetric:0.3" or "instance:0.3".
-
-    Args:
-        spec: The text.
-
-    Returns:
-        The kind, one of `KINDS`, and the rate in (0, 1).
-
-    Raises:
-        InvalidArgument: If it is anything else.
-
-    Example:
-        >>> parse_noise("asymmetric:0.3")
-        ('asymmetric', 0.3)
-    """
+    """Reads "symmetric:0.3", "asymmetric:0.3" or "instance:0.3"."""
     kind, _, text = str(spec).partition(":")
     try:
         rate = float(text)
@@ -110,17 +103,7 @@ def parse_noise(spec: str) -> tuple[str, float]:
 def symmetric_noise(
     labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Moves round(rate x n) labels, each to one of the other classes.
-
-    Args:
-        labels: Shape `(n,)`, integers in [0, num_classes).
-        rate: In (0, 1).
-        num_classes: Two or more.
-        rng: Chooses the labels and their new classes, uniformly.
-
-    Returns:
-        New labels of the same shape and dtype.
-    """
+    """Moves round(rate x n) labels, each to one of the other classes."""
     noisy = labels.copy()
     moved = rng.choice(len(labels), size=round(rate * len(labels)), replace=False)
     steps = rng.integers(1, num_classes, size=len(moved))
@@ -131,17 +114,7 @@ def symmetric_noise(
 def asymmetric_noise(
     labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Moves round(rate x n) labels of each class to the class that follows.
-
-    Args:
-        labels: Shape `(n,)`, integers in [0, num_classes).
-        rate: In (0, 1).
-        num_classes: Two or more; class 0 follows the last.
-        rng: Chooses the labels, uniformly.
-
-    Returns:
-        New labels of the same shape and dtype.
-    """
+    """Moves round(rate x n) labels of each class to the class that follows."""
     noisy = labels.copy()
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
@@ -159,28 +132,14 @@ def instance_noise(
     thumbnails: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Moves round(rate x n) labels, each to a class that its image decides.
-
-    Source: Xia et al., "Part-dependent label noise: towards instance-dependent
-    label noise", NeurIPS 2020, appendix. A sample's own flip rate comes from a
-    normal distribution around `rate` with deviation 0.1, cut to [0, 1]; its wrong
-    class from the softmax of its image times a random matrix of its class, without
-    its own class. Simplified: the image is one part, a thumbnail; and exactly
-    round(rate x n) samples move, drawn with their flip rates as weights, so that a
-    measured rate is the rate asked for.
-
-    Args:
-        labels: Shape `(n,)`, integers in [0, num_classes).
-        rate: In (0, 1).
-        num_classes: Two or more.
-        rng: Chooses the samples and draws their new classes.
-        thumbnails: Float array of shape `(n, values)`, as `thumbnails_of` gives.
-        seed: Of the random matrices; splits with the same seed share them, so
-            that the same image gets the same wrong class in each.
-
-    Returns:
-        New labels of the same shape and dtype.
-    """
+    """Moves round(rate x n) labels, each to a class that its image decides."""
+    # Source: Xia et al., "Part-dependent label noise: towards instance-dependent label
+    # noise", NeurIPS 2020, appendix. A sample's own flip rate comes from a normal
+    # distribution around `rate` with deviation 0.1, cut to [0, 1]; its wrong class from
+    # the softmax of its image times a random matrix of its class, without its own
+    # class. Simplified: the image is one part, a thumbnail; and exactly round(rate x n)
+    # samples move, drawn with their flip rates as weights, so that a measured rate is
+    # the rate asked for.
     noisy = labels.copy()
     size = round(rate * len(labels))
     if size == 0:
@@ -199,12 +158,7 @@ def instance_noise(
 
 
 def thumbnails_of(split: ImageSplit) -> np.ndarray:
-    """Returns each image as 8 x 8 x 3 values with mean 0 and deviation 1.
-
-    Returns:
-        Float32 array of shape `(n, 192)`; zeros for an image without contrast or
-        one that cannot be read.
-    """
+    """Returns each image as 8 x 8 x 3 values with mean 0 and deviation 1."""
     thumbnails = np.zeros((len(split), THUMBNAIL_SIZE**2 * 3), np.float32)
     for index, image in split.images(THUMBNAIL_SIZE):
         values = image.numpy().reshape(-1)
@@ -218,15 +172,3 @@ _NOISES = {
     ASYMMETRIC: asymmetric_noise,
     INSTANCE: instance_noise,
 }
-
-
-def _check(seed: int, splits: tuple[str, ...]) -> None:
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-        raise InvalidArgument(
-            f"`seed` must be an integer in [0, 2**63). Received: seed={seed!r}."
-        )
-    if isinstance(splits, str) or not set(splits) <= set(SPLITS):
-        raise InvalidArgument(
-            f"`splits` must be a tuple of names out of {SPLITS}. "
-            f"Received: splits={splits!r}."
-        )

@@ -1,9 +1,4 @@
-"""Decides which sample goes to which split.
-
-A source hands over a `Listing` of all its samples; what the source has no
-split for is cut from the training samples, class by class. Where samples come
-from is left to the modules of the sources.
-"""
+"""Decides which sample goes to which split."""
 
 from __future__ import annotations
 
@@ -15,9 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from keras_rsft.data.readers import Reader
-from keras_rsft.data.samples import SampleData
-from keras_rsft.data.splits import ImageData
+from keras_rsft.data.samples import ImageData, Reader, SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 
 SPLITS = ("train", "validation", "test")
@@ -37,21 +30,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Listing:
-    """All samples of a source, before the missing splits are cut.
-
-    Attributes:
-        ids: Shape `(n,)`, strings, each once, in their final order.
-        labels: Shape `(n,)`, int32.
-        clean_labels: Shape `(n,)`, int32, or None.
-        splits: Shape `(n,)`, int8, positions in `SPLITS`. Samples without a
-            split of their own count as training samples.
-        class_names: The classes' names.
-        reader: Fetches the samples, in the order of `ids`.
-        source: Where the data are from, as it was asked for.
-        ignored_files: How many files were not taken.
-        groups: Shape `(n,)`, strings: samples with the same one are copies, which no
-            cut tells apart. None: each sample is a group, named by its id.
-    """
+    """All samples of a source, before the missing splits are cut."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -81,22 +60,7 @@ def list_named(
     source: str,
     ignored_files: int = 0,
 ) -> Listing:
-    """Sorts samples by id and numbers their classes.
-
-    Args:
-        samples: The samples, in any order, each id once. Either all have a
-            clean label or none has.
-        reader_of: Makes a reader of the sorted ids.
-        source: Where the data are from, as it was asked for.
-        ignored_files: How many files were not taken.
-
-    Returns:
-        The listing. Its classes are those of the training samples, sorted by
-        name; by value, if all are numbers.
-
-    Raises:
-        DataError: If a label is not among the training samples' labels.
-    """
+    """Sorts samples by id and numbers their classes."""
     samples = sorted(samples, key=lambda sample: sample.id)
     names = sorted_names({s.label for s in samples if s.split == "train"})
     number = {name: position for position, name in enumerate(names)}
@@ -127,27 +91,24 @@ def cut_splits(
     split_seed: int,
     data_type: type[SampleData] = ImageData,
 ) -> SampleData:
-    """Makes three splits of a listing; a split that it has is left alone.
-
-    Args:
-        listing: All samples of a source.
-        validation_fraction: Share of the training samples that a missing
-            validation split takes, in [0, 1).
-        test_fraction: The same for the test split. Both are shares of the
-            training samples as the source has them; their sum is below 1.
-        split_seed: Chooses which samples are taken.
-        data_type: What the samples are. Default: images.
-
-    Returns:
-        The data set.
-
-    Raises:
-        InvalidArgument: If a fraction is out of its range.
-        DataError: If the training samples have fewer than two classes, or a
-            label of another split is not among theirs.
-    """
+    """Makes three splits of a listing; a split that it has is left alone."""
     check_fractions(validation_fraction, test_fraction)
-    _check_classes(listing)
+    trained = set(np.unique(listing.labels[listing.splits == TRAIN]).tolist())
+    if not trained:
+        raise DataError(f"There is no training sample in {listing.source}.")
+    pairs = zip(listing.labels.tolist(), listing.splits.tolist(), strict=True)
+    stray = {pair for pair in pairs if pair[0] not in trained}
+    _refuse_stray(
+        ((listing.class_names[label], SPLITS[split]) for label, split in stray),
+        {},
+        listing.source,
+    )
+    if len(trained) < 2:
+        only = listing.class_names[trained.pop()]
+        raise DataError(
+            "Training needs samples of two classes or more. "
+            f"Received: only {only!r} in {listing.source}."
+        )
     splits = listing.splits.copy()
     pool = np.flatnonzero(splits == TRAIN)
     groups = listing.ids if listing.groups is None else listing.groups
@@ -181,31 +142,20 @@ def assign_splits(
     test_fraction: float,
     split_seed: int,
 ) -> np.ndarray:
-    """Assigns samples to splits, class by class, and copies of one together.
-
-    The groups of a class are ordered by a hash of seed and name; the first go to
-    test, the last to validation. So a sample's split depends neither on the
-    order of the samples nor, but for those at the borders, on which others
-    there are. A group with several labels counts as one of the smallest.
-
-    Args:
-        groups: Shape `(n,)`, strings: an id for each sample, or a name that it shares
-            with its copies.
-        labels: Shape `(n,)`, integers.
-        validation_fraction: Share of each class, in [0, 1).
-        test_fraction: Share of each class, in [0, 1).
-        split_seed: Any integer.
-
-    Returns:
-        Shape `(n,)`, int8: positions in `SPLITS`. Each class keeps at least one
-        training sample. A group that is too large for the rest of a split's share is
-        left to the next.
-    """
+    """Assigns samples to splits, class by class, and copies of one together."""
+    # The groups of a class are ordered by a hash of seed and name; the first go to
+    # test, the last to validation. So a sample's split depends neither on the order of
+    # the samples nor, but for those at the borders, on which others there are. A group
+    # with several labels counts as one of the smallest.
     names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     classes = np.full(len(names), np.iinfo(np.int64).max)
     np.minimum.at(classes, group_of, labels)
     splits = np.full(len(names), TRAIN, np.int8)
-    order = np.lexsort((_hashes(names, split_seed), classes))
+    digests = b"".join(
+        hashlib.blake2b(f"{split_seed}:{name}".encode(), digest_size=8).digest()
+        for name in names
+    )
+    order = np.lexsort((np.frombuffer(digests, dtype="<u8"), classes))
     borders = np.flatnonzero(np.diff(classes[order])) + 1
     for members in np.split(order, borders) if len(order) else []:
         test, validation = _cut(
@@ -233,10 +183,7 @@ def _cut(
 def _take(
     sizes: list[int], positions: Sequence[int], wanted: int, *, spare: int
 ) -> list[int]:
-    """Returns the groups, taken in order, that have nearest to `wanted` samples.
-
-    At least one is taken of a class of enough groups, and `spare` are left.
-    """
+    """Returns the groups, taken in order, that have nearest to `wanted` samples."""
     taken: list[int] = []
     missing = wanted
     for position in positions:
@@ -252,18 +199,7 @@ def _take(
 def split_counts(
     count: int, validation_fraction: float, test_fraction: float
 ) -> tuple[int, int]:
-    """Returns how many samples of a class go to validation and to test.
-
-    Args:
-        count: How many samples the class has.
-        validation_fraction: In [0, 1).
-        test_fraction: In [0, 1).
-
-    Returns:
-        The two counts, rounded to the nearest, halves upwards. A split that is
-        wanted gets at least one of a class of three or more; one sample always
-        remains for training.
-    """
+    """Returns how many samples of a class go to validation and to test."""
     validation, test = (
         _share(count, fraction) for fraction in (validation_fraction, test_fraction)
     )
@@ -284,15 +220,7 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Refuses fractions that cannot be cut.
-
-    Args:
-        validation_fraction: Should be in [0, 1).
-        test_fraction: Should be in [0, 1), their sum below 1.
-
-    Raises:
-        InvalidArgument: If they are not.
-    """
+    """Refuses fractions that cannot be cut."""
     fractions = (validation_fraction, test_fraction)
     if not all(0 <= fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
         raise InvalidArgument(
@@ -308,14 +236,6 @@ def _share(count: int, fraction: float) -> int:
     return max(rounded, 1) if wanted else rounded
 
 
-def _hashes(names: np.ndarray, split_seed: int) -> np.ndarray:
-    digests = b"".join(
-        hashlib.blake2b(f"{split_seed}:{name}".encode(), digest_size=8).digest()
-        for name in names
-    )
-    return np.frombuffer(digests, dtype="<u8")
-
-
 def _refuse_stray(
     labels: Iterable[tuple[str, str]], known: dict[str, int], source: str
 ) -> None:
@@ -329,20 +249,27 @@ def _refuse_stray(
     )
 
 
-def _check_classes(listing: Listing) -> None:
-    trained = set(np.unique(listing.labels[listing.splits == TRAIN]).tolist())
-    if not trained:
-        raise DataError(f"There is no training sample in {listing.source}.")
-    pairs = zip(listing.labels.tolist(), listing.splits.tolist(), strict=True)
-    stray = {pair for pair in pairs if pair[0] not in trained}
-    _refuse_stray(
-        ((listing.class_names[label], SPLITS[split]) for label, split in stray),
-        {},
-        listing.source,
-    )
-    if len(trained) < 2:
-        only = listing.class_names[trained.pop()]
-        raise DataError(
-            "Training needs samples of two classes or more. "
-            f"Received: only {only!r} in {listing.source}."
-        )
+def stratified_sample(labels: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
+    """Chooses some samples at random, as many of each class as it has in all."""
+    if count < 1:
+        raise InvalidArgument(f"`count` must be at least 1. Received: {count}.")
+    labels = np.asarray(labels)
+    if count >= len(labels):
+        return np.arange(len(labels))
+    classes, sizes = np.unique(labels, return_counts=True)
+    exact = sizes * (count / sizes.sum())
+    least = 1 if len(sizes) <= count else 0
+    shares = np.maximum(np.floor(exact), least).astype(int)
+    # Once the small classes have their one, the larger ones may have too many.
+    while shares.sum() > count:
+        excess = np.where(shares > least, shares - exact, -np.inf)
+        shares[np.argmax(excess)] -= 1
+    for place in np.argsort(shares - exact, kind="stable")[: count - shares.sum()]:
+        shares[place] += 1
+    taken = shares
+    rng = np.random.default_rng(seed)
+    chosen = [
+        rng.permutation(np.flatnonzero(labels == label))[:number]
+        for label, number in zip(classes, taken, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)

@@ -1,8 +1,4 @@
-"""Reads image classification data sets of TensorFlow Datasets.
-
-Labels and ids are gathered in one pass; images are streamed from the shards in
-their order, as the files' bytes, and never kept.
-"""
+"""Reads image classification data sets of TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.data.partition import SPLIT_ALIASES, SPLITS, TRAIN, Listing
-from keras_rsft.data.readers import digest
+from keras_rsft.data.samples import digest
 from keras_rsft.errors import DataError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -29,16 +25,7 @@ _NO_LABEL = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsReader:
-    """Reads samples of TFDS splits, one split after the other.
-
-    Attributes:
-        builder: A prepared builder.
-        image_key: The feature that holds the image.
-        ids: Shape `(n,)`, strings: the TFDS ids.
-        splits: Shape `(n,)`, strings: the TFDS split of each sample.
-        positions: Shape `(n,)`, int64: the sample's position in its split,
-            increasing within a split.
-    """
+    """Reads samples of TFDS splits, one split after the other."""
 
     builder: DatasetBuilder
     image_key: str
@@ -98,24 +85,7 @@ def list_tfds(
     data_dir: str | Path | None,
     source: str,
 ) -> Listing:
-    """Lists the samples of a TFDS data set, which is downloaded if need be.
-
-    Args:
-        name: The data set's name, with config and version where wanted.
-        label_key: The feature that holds the given labels.
-        clean_label_key: The feature that holds the right labels, or None.
-        data_dir: Where prepared data are kept; None for TFDS's own place.
-        source: What to call the data set in messages.
-
-    Returns:
-        The listing, in the order on disk. Splits other than train, validation
-        and test are left out; if none is called train, all are training samples.
-
-    Raises:
-        InvalidArgument: If the name or a key is unknown.
-        DataError: If the data cannot be downloaded or prepared, or a label is
-            missing.
-    """
+    """Lists the samples of a TFDS data set, which is downloaded if need be."""
     builder = _prepared_builder(name, data_dir, source)
     image_key = _image_key(builder, source)
     given = _class_label(builder, label_key, "label_key", source)
@@ -123,7 +93,12 @@ def list_tfds(
     names = tuple(given.names)
     if clean_label_key is not None:
         clean = _class_label(builder, clean_label_key, "clean_label_key", source)
-        names = _better_names(given, clean)
+        # Prefers the clean label's names where the given one has mere numbers.
+        numbers = [str(number) for number in range(given.num_classes)]
+        same_count = given.num_classes == clean.num_classes
+        names = tuple(
+            clean.names if same_count and given.names == numbers else given.names
+        )
         keys.append(clean_label_key)
     ids, labels, origins, positions = _gather_all(builder, image_key, keys)
     splits = _split_codes(origins)
@@ -200,18 +175,6 @@ def _class_label(
     return labels[key]
 
 
-def _better_names(given: ClassLabel, clean: ClassLabel) -> tuple[str, ...]:
-    """Prefers the clean label's names where the given one has mere numbers."""
-    numbers = [str(number) for number in range(given.num_classes)]
-    same_count = given.num_classes == clean.num_classes
-    return tuple(clean.names if same_count and given.names == numbers else given.names)
-
-
-def _wanted_splits(builder: DatasetBuilder) -> list[str]:
-    splits = list(builder.info.splits)
-    return [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
-
-
 def _split_codes(origins: np.ndarray) -> np.ndarray:
     """Maps TFDS splits to positions in `SPLITS`; without a train, all are train."""
     if "train" not in origins:
@@ -241,8 +204,8 @@ def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Datase
 def _gather_all(
     builder: DatasetBuilder, image_key: str, keys: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ids, labels, TFDS splits and positions in them, of all splits."""
-    splits = _wanted_splits(builder)
+    splits = list(builder.info.splits)
+    splits = [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
     parts = [_gather(builder, split, image_key, keys) for split in splits]
     sizes = [len(ids) for ids, _ in parts]
     return (
@@ -256,7 +219,6 @@ def _gather_all(
 def _gather(
     builder: DatasetBuilder, split: str, image_key: str, keys: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a split's ids, and its labels of shape `(n, len(keys))`."""
     rows = _read(builder, split, image_key).map(
         lambda sample: (sample["tfds_id"], [sample[key] for key in keys]),
         num_parallel_calls=tf.data.AUTOTUNE,

@@ -1,14 +1,10 @@
 """A trained model -> what TF Serving, LiteRT and ONNX Runtime load.
 
-`serving_graph.py` owns the graph from encoded images to labels; `saved_model.py`
-writes it, with what `tf_serving.py` lays beside it for the server. `litert_file.py` and
-`onnx_file.py` write models that take decoded images; `runtimes.py` runs all three.
-`places.py` knows which names are free, `settings.py` what can be asked for,
-`from_run.py` starts from a run folder, `model_card.py` describes it, `accuracy.py` and
-`verification.py` compare with the run.
-
-The names below are loaded when they are first used, so that the command line can
-check the settings before anything heavy is imported.
+`saved_model.py` is for a server and takes encoded images, `litert_file.py` and
+`onnx_file.py` take decoded ones; `runtimes.py` runs all three. `places.py` knows what
+can be asked for and which names are free, `from_run.py` starts from a run folder,
+`model_card.py` describes it, `verification.py` compares with the run. The names below
+are loaded when they are first used, so that the command line imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from typing import Any
 
 _HOMES = {
     "Export": "from_run",
-    "ExportSettings": "settings",
+    "ExportSettings": "places",
     "export_litert": "litert_file",
     "export_onnx": "onnx_file",
     "export_run": "from_run",

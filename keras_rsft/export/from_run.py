@@ -1,7 +1,4 @@
-"""Exports the model of a run folder.
-
-Owns reading a run back for that purpose, and the choice of the format.
-"""
+"""Exports the model of a run folder."""
 
 from __future__ import annotations
 
@@ -28,6 +25,7 @@ from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
 from keras_rsft.export.onnx_file import export_onnx, require_tf2onnx
 from keras_rsft.export.places import (
+    ExportSettings,
     check_run_folder,
     free_file,
     free_version,
@@ -35,21 +33,12 @@ from keras_rsft.export.places import (
     turn_in,
 )
 from keras_rsft.export.saved_model import export_saved_model
-from keras_rsft.export.settings import ExportSettings
 from keras_rsft.finetuning.run_folder import read_class_names
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run read back from its folder.
-
-    Attributes:
-        folder: Where it lies.
-        model: Images in [0, 255] to probabilities.
-        class_names: Names in the order of the probabilities.
-        config: What `config.json` says, or what a search has chosen, under the same
-            names; empty where neither is recorded.
-    """
+    """A run read back from its folder."""
 
     folder: Path
     model: keras.Model
@@ -77,12 +66,7 @@ class Export:
 
 
 def read_run(folder: str | os.PathLike) -> FinishedRun:
-    """Reads a run folder back.
-
-    Raises:
-        InvalidArgument: If it is no run folder.
-        DataError: If its model, with the base in it, cannot be read.
-    """
+    """Reads a run folder back."""
     folder = Path(folder)
     check_run_folder(folder)
     try:
@@ -100,7 +84,6 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Returns the settings of a run, or those that a search has chosen."""
     if not (folder / SEARCH_FILE).is_file():
         return _read_json(folder / CONFIG_FILE)
     results = _read_json(folder / RESULTS_FILE)

@@ -19,8 +19,7 @@ from keras_rsft._storage import write_new_file
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export.places import check_file
-from keras_rsft.export.saved_model import check_class_names
-from keras_rsft.export.serving_graph import ForwardPass
+from keras_rsft.export.saved_model import ForwardPass, check_class_names
 
 LITERT_WEIGHT_DTYPES = ("float32", "float16", "int8")
 LABELS_MEMBER = "labels.txt"
@@ -61,12 +60,7 @@ def export_litert(
             f"LiteRT's `weight_dtype` must be one of {', '.join(LITERT_WEIGHT_DTYPES)}."
             f" Received: {weight_dtype!r}."
         )
-    content = _convert(ForwardPass(model), weight_dtype)
-    write_new_file(path, _with_labels(content, class_names))
-    return path
-
-
-def _convert(forward: ForwardPass, weight_dtype: str) -> bytes:
+    forward = ForwardPass(model)
     module = tf.Module()
     module.forward = forward
     module.serve = tf.function(
@@ -80,7 +74,9 @@ def _convert(forward: ForwardPass, weight_dtype: str) -> bytes:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if weight_dtype == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    return converter.convert()
+    content = converter.convert()
+    write_new_file(path, _with_labels(content, class_names))
+    return path
 
 
 def _with_labels(content: bytes, class_names: Sequence[str]) -> bytes:

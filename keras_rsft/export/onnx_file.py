@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.backbones.foreign import foreign_layers
+from keras_rsft.backbones.onnx_file import (
+    OnnxInput,
+    OnnxNetwork,
+    describe_input,
+    features_output,
+    open_session,
+)
+from keras_rsft.backbones.saved_model import freeze
+from keras_rsft.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import onnx
 import contextlib
 import json
 import logging
@@ -11,19 +30,156 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import keras
-import tensorflow as tf
-
 from keras_rsft._storage import write_new_file
-from keras_rsft.backbones.frozen_graph import freeze
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.export.onnx_join import join_head, onnx_base
 from keras_rsft.export.places import check_file
-from keras_rsft.export.saved_model import check_class_names
-from keras_rsft.export.serving_graph import ForwardPass
+from keras_rsft.export.saved_model import ForwardPass, check_class_names
 
 if TYPE_CHECKING:
     import onnx
+
+
+# Opsets that tf2onnx writes. The nodes added here mean the same in all from the first
+# on, but for ReduceMean.
+_OLDEST, _NEWEST_OF_TF2ONNX = 13, 18
+_PREFIX = "base/"
+
+
+def onnx_base(model: keras.Model) -> OnnxNetwork | None:
+    """Returns the ONNX base of a model, or None."""
+    found = [one for one in foreign_layers(model) if isinstance(one, OnnxNetwork)]
+    return found[0] if found else None
+
+
+def join_head(model: keras.Model) -> onnx.ModelProto:
+    """Returns one ONNX model from `images` to `probabilities`."""
+    import onnx
+    from onnx import compose
+
+    content = onnx_base(model).content
+    session = open_session(content)
+    taken = describe_input(session)
+    base = onnx.load_model_from_string(content)
+    opset = next(one.version for one in base.opset_import if not one.domain)
+    if taken.batch is not None or opset < _OLDEST:
+        raise InvalidArgument(
+            "To be exported, an ONNX base must leave the number of images open and be "
+            f"of opset {_OLDEST} or later. Received: {taken.batch or 'any number of'} "
+            f"images, opset {opset}. `keras-rsft predict` takes the run as it is."
+        )
+    output, rank = features_output(session, model.input_shape[1:3])
+    base = compose.add_prefix(base, _PREFIX)
+    backbone, head = model.layers[-2:]
+    _prepend(base, taken, backbone)
+    _append(base, output, rank, channels_first=taken.channels_first, opset=opset)
+    joined = compose.merge_models(
+        base,
+        _head_model(head, opset, base.ir_version),
+        io_map=[("features", "head_features")],
+        outputs=["probabilities"],
+    )
+    onnx.checker.check_model(joined)
+    return joined
+
+
+def _prepend(base: onnx.ModelProto, taken: OnnxInput, backbone: keras.Model) -> None:
+    """Adds scaling and the order of the axes in front of the base."""
+    from onnx import TensorProto, helper
+
+    factor, offset = _scale_of(backbone)
+    _add_constants(base, {"scale_factor": factor, "scale_offset": offset})
+    nodes = [
+        helper.make_node("Mul", ["images", "scale_factor"], ["multiplied"]),
+        helper.make_node("Add", ["multiplied", "scale_offset"], ["scaled"]),
+    ]
+    if taken.channels_first:
+        nodes.append(
+            helper.make_node("Transpose", ["scaled"], ["turned"], perm=[0, 3, 1, 2])
+        )
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(taken.dtype))
+    last = nodes[-1].output[0]
+    nodes.append(helper.make_node("Cast", [last], [_PREFIX + taken.name], to=kind))
+    old = [*nodes, *base.graph.node]
+    del base.graph.node[:]
+    base.graph.node.extend(old)
+    del base.graph.input[:]
+    shape = ("batch", *backbone.input_shape[1:])
+    base.graph.input.append(
+        helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)
+    )
+
+
+def _append(
+    base: onnx.ModelProto, output: str, rank: int, *, channels_first: bool, opset: int
+) -> None:
+    """Adds behind the base what `pooled` does."""
+    from onnx import TensorProto, helper
+
+    source = _PREFIX + output
+    base.graph.node.append(
+        helper.make_node("Cast", [source], ["floats"], to=TensorProto.FLOAT)
+    )
+    first = 2 if channels_first and rank == 4 else 1
+    axes = list(range(first, first + rank - 2))
+    if not axes:
+        node = helper.make_node("Identity", ["floats"], ["features"])
+    elif opset < 18:
+        node = helper.make_node(
+            "ReduceMean", ["floats"], ["features"], axes=axes, keepdims=0
+        )
+    else:
+        _add_constants(base, {"axes": np.array(axes, np.int64)})
+        node = helper.make_node("ReduceMean", ["floats", "axes"], ["features"])
+        node.attribute.append(helper.make_attribute("keepdims", 0))
+    base.graph.node.append(node)
+    del base.graph.output[:]
+    base.graph.output.append(
+        helper.make_tensor_value_info("features", TensorProto.FLOAT, None)
+    )
+
+
+def _add_constants(base: onnx.ModelProto, values: dict[str, np.ndarray]) -> None:
+    from onnx import numpy_helper
+
+    tensors = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    base.graph.initializer.extend(tensors)
+
+
+def _scale_of(backbone: keras.Model) -> tuple[np.ndarray, np.ndarray]:
+    for layer in backbone.layers:
+        if isinstance(layer, keras.layers.Rescaling):
+            return np.float32(layer.scale), np.float32(layer.offset)
+    return np.ones(3, np.float32), np.zeros(3, np.float32)
+
+
+def _head_model(head: keras.Model, opset: int, ir_version: int) -> Any:
+    import onnx
+    import tf2onnx
+
+    spec = tf.TensorSpec((None, head.input_shape[-1]), tf.float32, name="head_features")
+    function = tf.function(
+        lambda head_features: head(head_features, training=False), autograph=False
+    )
+    graph, (output,) = freeze(function.get_concrete_function(spec))
+    converted, _ = tf2onnx.convert.from_graph_def(
+        graph,
+        input_names=["head_features:0"],
+        output_names=[output],
+        opset=min(opset, _NEWEST_OF_TF2ONNX),
+        tensors_to_rename={
+            "head_features:0": "head_features",
+            output: "probabilities",
+        },
+    )
+    if opset > _NEWEST_OF_TF2ONNX:
+        converted = onnx.version_converter.convert_version(converted, opset)
+    # Domains that no node of the head uses.
+    extra = [one for one in converted.opset_import if one.domain]
+    for one in extra:
+        converted.opset_import.remove(one)
+    converted.ir_version = ir_version
+    return converted
+
 
 OPSET = 17
 CLASS_NAMES_KEY = "class_names"
@@ -58,17 +214,15 @@ def export_onnx(
         converted = (
             join_head(model) if onnx_base(model) else _converted(ForwardPass(model))
         )
-    _name_classes(converted, class_names)
+    entry = converted.metadata_props.add()
+    entry.key = CLASS_NAMES_KEY
+    entry.value = json.dumps(list(class_names), ensure_ascii=False)
     write_new_file(path, converted.SerializeToString())
     return path
 
 
 def require_tf2onnx() -> types.ModuleType:
-    """Returns the converter.
-
-    Raises:
-        ImportError: If the extra `onnx` is not installed.
-    """
+    """Returns the converter."""
     try:
         import tf2onnx
     except ImportError as error:
@@ -92,12 +246,6 @@ def _converted(forward: ForwardPass) -> onnx.ModelProto:
         tensors_to_rename={"images:0": "images", output: "probabilities"},
     )
     return converted
-
-
-def _name_classes(converted, class_names: Sequence[str]) -> None:
-    entry = converted.metadata_props.add()
-    entry.key = CLASS_NAMES_KEY
-    entry.value = json.dumps(list(class_names), ensure_ascii=False)
 
 
 @contextlib.contextmanager

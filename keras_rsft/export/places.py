@@ -1,15 +1,9 @@
-"""Where exports go: names, free numbers, and folders that may be written to.
-
-Loads nothing heavy, so that the command line can refuse a place at once.
-
-Owns the layout `DIRECTORY/NAME/`: a folder of digits for each version of the
-SavedModel, as TF Serving wants it, and files `model-N.tflite` and `model-N.onnx`,
-which the server passes over.
-"""
+"""Where exports go: names, free numbers, and folders that may be written to."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -19,6 +13,54 @@ from pathlib import Path
 from keras_rsft._storage import MODEL_FILE, highest_number, locked
 from keras_rsft.errors import InvalidArgument
 
+WEIGHT_DTYPES_OF_FORMAT = {
+    "saved-model": ("float32", "float16"),
+    "litert": ("float32", "float16", "int8"),
+    "onnx": ("float32",),
+}
+FORMATS = tuple(WEIGHT_DTYPES_OF_FORMAT)
+WEIGHT_DTYPES = ("float32", "float16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """The format of an export and its options.
+
+    Attributes:
+        file_format: `"saved-model"`, `"litert"` or `"onnx"`.
+        weight_dtype: `"float32"`; `"float16"` for the first two; `"int8"`
+            (dynamic-range quantisation) for LiteRT.
+        version: Version of a SavedModel, at least 1. None: the next free one.
+        top_k: How many classes a SavedModel names in `top_labels`, or None.
+
+    Raises:
+        InvalidArgument: If the options do not fit the format.
+    """
+
+    file_format: str = "saved-model"
+    weight_dtype: str = "float32"
+    version: int | None = None
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if self.file_format not in FORMATS:
+            raise InvalidArgument(
+                f"The format must be one of {', '.join(FORMATS)}. "
+                f"Received: {self.file_format!r}."
+            )
+        known = WEIGHT_DTYPES_OF_FORMAT[self.file_format]
+        if self.weight_dtype not in known:
+            raise InvalidArgument(
+                f"The format {self.file_format} stores weights as {' or '.join(known)}."
+                f" Received: {self.weight_dtype!r}."
+            )
+        if self.file_format != "saved-model" and (self.version or self.top_k):
+            raise InvalidArgument(
+                "A version and the most probable classes can be chosen for the format "
+                f"saved-model only. Received: the format {self.file_format}."
+            )
+
+
 MODELS_CONFIG = "models.config"
 BATCHING_CONFIG = "batching.config"
 _OURS = re.compile(rf"\d+|model-\d+\.[\w.]+|{MODELS_CONFIG}|{BATCHING_CONFIG}|\..*")
@@ -26,12 +68,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 def check_name(name: str) -> str:
-    """Returns a model's name that is safe as a folder, in a URL and in a config.
-
-    Raises:
-        InvalidArgument: If it has other characters than letters, digits, `_`, `.` and
-            `-`, or does not begin with one of the first three.
-    """
+    """Returns a model's name that is safe as a folder, in a URL and in a config."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
             "A model's name has letters, digits, `_`, `.` and `-` only, no path "
@@ -69,27 +106,13 @@ def check_run_folder(folder: Path) -> None:
 def model_folder(
     run: str | os.PathLike, name: str | None, directory: str | os.PathLike
 ) -> Path:
-    """Returns the folder for a run's exports; it need not exist.
-
-    Args:
-        run: The run folder, whose name is the model's where `name` is None.
-        name: The model's name, or None.
-        directory: Folder of exported models.
-
-    Raises:
-        InvalidArgument: If the name is not safe or the folder cannot be used.
-    """
+    """Returns the folder for a run's exports; it need not exist."""
     name = Path(run).absolute().name if name is None else name
     return check_model_folder(Path(directory) / check_name(name))
 
 
 def check_model_folder(directory: str | os.PathLike) -> Path:
-    """Returns the folder of a model's versions; it need not exist.
-
-    Raises:
-        InvalidArgument: If it is not a folder, holds something else than exports, or
-            cannot be written to.
-    """
+    """Returns the folder of a model's versions; it need not exist."""
     directory = Path(directory).absolute()
     if _check_writable(directory):
         others = sorted(p.name for p in directory.iterdir() if not _is_ours(p))
@@ -108,11 +131,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def free_version(directory: Path, version: int | None) -> int:
-    """Returns the version to write: the one asked for, or one more than the highest.
-
-    Raises:
-        InvalidArgument: If it is below 1 or exists.
-    """
+    """Returns the version to write: the one asked for, or one more than the highest."""
     if version is None:
         return highest_number(directory, r"(\d+)") + 1
     if version < 1 or (directory / str(version)).exists():
@@ -131,14 +150,9 @@ def free_file(directory: Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def turn_in(directory: Path) -> Iterator[None]:
-    """Waits until no other export writes into a model's folder, then holds it.
-
-    So two exports of one name get two versions, and what a killed one left half
-    written can be told from what is being written, and is removed.
-
-    Args:
-        directory: The model's folder; made if it does not exist.
-    """
+    """Waits until no other export writes into a model's folder, then holds it."""
+    # So two exports of one name get two versions, and what a killed one left half
+    # written can be told from what is being written, and is removed.
     directory.mkdir(parents=True, exist_ok=True)
     # Beside the folder, which is the server's too.
     lock = directory.with_name(f".{directory.name}.lock")
@@ -150,12 +164,7 @@ def turn_in(directory: Path) -> Iterator[None]:
 
 
 def check_file(path: str | os.PathLike, suffix: str) -> Path:
-    """Returns the path of a file that can be written.
-
-    Raises:
-        InvalidArgument: If it exists, its name ends otherwise, or its folder cannot be
-            written to.
-    """
+    """Returns the path of a file that can be written."""
     path = Path(path).absolute()
     if path.suffix != f".{suffix}":
         raise InvalidArgument(

@@ -1,7 +1,4 @@
-"""Runs exported models of any format, on decoded images.
-
-What each runtime calls its inputs and outputs stays in here.
-"""
+"""Runs exported models of any format, on decoded images."""
 
 from __future__ import annotations
 
@@ -22,14 +19,7 @@ from keras_rsft.export.onnx_file import CLASS_NAMES_KEY
 
 @dataclasses.dataclass(frozen=True)
 class ExportedModel:
-    """An exported model, ready to run.
-
-    Attributes:
-        image_size: Height and width that it takes.
-        class_names: Names in the order of the probabilities.
-        probabilities: From float32 images `(batch, height, width, 3)` in [0, 255] to
-            float32 `(batch, classes)`.
-    """
+    """An exported model, ready to run."""
 
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
@@ -37,40 +27,55 @@ class ExportedModel:
 
 
 def load_exported(path: str | os.PathLike) -> ExportedModel:
-    """Loads a SavedModel's version, a `.tflite` or an `.onnx` file.
-
-    Raises:
-        InvalidArgument: If the path is none of these.
-        DataError: If it was not written by this package.
-        ImportError: If its runtime is not installed.
-    """
+    """Loads a SavedModel's version, a `.tflite` or an `.onnx` file."""
     path = Path(path)
     if path.suffix == ".tflite" and path.is_file():
         return _load_litert(path)
     if path.suffix == ".onnx" and path.is_file():
-        return _load_onnx(path)
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                "Running an ONNX model needs the package onnxruntime. Install it with: "
+                'pip install "keras_rsft[onnx]".'
+            ) from error
+        errors = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            session = onnxruntime.InferenceSession(
+                path, providers=["CPUExecutionProvider"]
+            )
+        except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        metadata = session.get_modelmeta().custom_metadata_map
+        if CLASS_NAMES_KEY not in metadata:
+            raise DataError(f"{path} has no class names in its metadata.")
+        height, width = session.get_inputs()[0].shape[1:3]
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            return session.run(["probabilities"], {"images": images})[0]
+
+        names = tuple(json.loads(metadata[CLASS_NAMES_KEY]))
+        return ExportedModel((height, width), names, probabilities)
     if (path / "saved_model.pb").is_file():
-        return _load_saved_model(path)
+        loaded = tf.saved_model.load(str(path))
+        serve = loaded.signatures.get("serving_images")
+        labels = path / "assets" / "labels.txt"
+        if serve is None or not labels.is_file():
+            raise DataError(f"{path} has no signature `serving_images`, or no labels.")
+        shape = serve.structured_input_signature[1]["images"].shape
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            # Keeps the loaded object alive: a signature alone loses its variables.
+            signature = loaded.signatures["serving_images"]
+            return signature(images=tf.constant(images))["probabilities"].numpy()
+
+        return ExportedModel(
+            tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities
+        )
     raise InvalidArgument(
         "An exported model is the folder of a SavedModel's version, a .tflite or an "
         f".onnx file. Received: {path}."
     )
-
-
-def _load_saved_model(folder: Path) -> ExportedModel:
-    loaded = tf.saved_model.load(str(folder))
-    serve = loaded.signatures.get("serving_images")
-    labels = folder / "assets" / "labels.txt"
-    if serve is None or not labels.is_file():
-        raise DataError(f"{folder} has no signature `serving_images`, or no labels.")
-    shape = serve.structured_input_signature[1]["images"].shape
-
-    def probabilities(images: np.ndarray) -> np.ndarray:
-        # Keeps the loaded object alive: a signature alone loses its variables.
-        signature = loaded.signatures["serving_images"]
-        return signature(images=tf.constant(images))["probabilities"].numpy()
-
-    return ExportedModel(tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities)
 
 
 def _load_litert(path: Path) -> ExportedModel:
@@ -98,31 +103,6 @@ def _load_litert(path: Path) -> ExportedModel:
         return interpreter.get_tensor(given[0]["index"])
 
     height, width = (int(side) for side in taken["shape"][1:3])
-    return ExportedModel((height, width), names, probabilities)
-
-
-def _load_onnx(path: Path) -> ExportedModel:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            "Running an ONNX model needs the package onnxruntime. Install it with: "
-            'pip install "keras_rsft[onnx]".'
-        ) from error
-    errors = onnxruntime.capi.onnxruntime_pybind11_state
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    metadata = session.get_modelmeta().custom_metadata_map
-    if CLASS_NAMES_KEY not in metadata:
-        raise DataError(f"{path} has no class names in its metadata.")
-    height, width = session.get_inputs()[0].shape[1:3]
-
-    def probabilities(images: np.ndarray) -> np.ndarray:
-        return session.run(["probabilities"], {"images": images})[0]
-
-    names = tuple(json.loads(metadata[CLASS_NAMES_KEY]))
     return ExportedModel((height, width), names, probabilities)
 
 

@@ -1,9 +1,4 @@
-"""Checks a finished export: loaded in a fresh process, compared with its run.
-
-The run's model sees the images decoded one by one, as in training; the fresh process
-gets the files themselves. A broken one is among them. Run as a program, this module is
-that fresh process.
-"""
+"""Checks a finished export: loaded in a fresh process, compared with its run."""
 
 from __future__ import annotations
 
@@ -16,14 +11,80 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data import ImageSplit, decode_image
+from keras_rsft._storage import read_csv
+from keras_rsft.data import ImageData, ImageSplit, decode_image
 from keras_rsft.errors import DataError
 from keras_rsft.export.from_run import Export, FinishedRun
 from keras_rsft.export.runtimes import load_exported
 from keras_rsft.progress import progress_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyCheck:
+    """What narrower weights cost on the validation split."""
+
+    run: float
+    exported: float
+    images: int
+    largest_difference: float
+
+
+def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
+    """Returns the images that the run was validated on."""
+    known, found = set(_validation_labels(run)), data.validation.ids.tolist()
+    if not known or not known <= set(found):
+        raise DataError(
+            f"the run was validated on {len(known)} images, and the data now have "
+            f"{len(found)} with other ids."
+        )
+    # Corrections may have dropped some.
+    return data.validation.take(np.flatnonzero([one in known for one in found]))
+
+
+def check_accuracy(
+    run: FinishedRun, export: Export, validation: ImageSplit, *, progress: bool = True
+) -> AccuracyCheck:
+    """Compares an export with its run on the validation images and their labels."""
+    labels = _validation_labels(run)
+    given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
+    exported = load_exported(export.path)
+    forward = _forward_of(run.model)
+    hits, exported_hits, images, largest = 0, 0, 0, 0.0
+    with progress_bar(
+        "Validation", total=len(validation), unit="images", visible=progress
+    ) as advance:
+        batches = validation.images(run.model.input_shape[1:3]).batch(BATCH_SIZE)
+        for index, batch in batches.as_numpy_iterator():
+            expected, received = forward(batch), exported.probabilities(batch)
+            hits += int(np.sum(expected.argmax(axis=-1) == given[index]))
+            exported_hits += int(np.sum(received.argmax(axis=-1) == given[index]))
+            images += len(index)
+            largest = max(largest, float(np.abs(expected - received).max()))
+            advance(len(index))
+    if images == 0:
+        raise DataError("none of the validation images can be read.")
+    return AccuracyCheck(hits / images, exported_hits / images, images, largest)
+
+
+def _forward_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda images: np.asarray(model.predict_on_batch(images), np.float32)
+
+
+def _validation_labels(run: FinishedRun) -> dict[str, int]:
+    numbers = {name: number for number, name in enumerate(run.class_names)}
+    samples = run.folder / "samples.csv"
+    if not samples.is_file():
+        return {}
+    return {
+        row["id"]: numbers[row["given_label"]]
+        for row in read_csv(samples)
+        if row["split"] == "validation"
+    }
+
 
 MOST_IMAGES, BATCH_SIZE = 128, 32
 SIZES = ((20, 30), (64, 64), (97, 61), (300, 400), (480, 640), (1200, 900))
@@ -36,19 +97,7 @@ _IMAGES, _PROBABILITIES, _VALID, _SECONDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What a fresh process answered, against the run's model in this one.
-
-    Attributes:
-        images: Number of images that can be decoded.
-        generated: Whether they were made for this, rather than the run's own.
-        same_labels: How many of them got the label that the run's model gives.
-        largest_difference: Largest difference of any probability.
-        allowed_difference: What the format may differ by; None where weights were
-            narrowed, which a difference cannot judge.
-        broken_refused: Whether the broken image was found not valid and the others
-            valid; None for a format that takes decoded images.
-        load_seconds: How long the fresh process took to load the export.
-    """
+    """What a fresh process answered, against the run's model in this one."""
 
     images: int
     generated: bool
@@ -60,7 +109,6 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether all is as it must be."""
         if self.broken_refused is False:
             return False
         if self.allowed_difference is None:
@@ -76,18 +124,7 @@ def verify_export(
     *,
     progress: bool = True,
 ) -> Verification:
-    """Loads an export in a fresh process and compares its answers with the run's.
-
-    Args:
-        run: The run that was exported.
-        export: What `export_run` returned.
-        images: Encoded images, at least one. Default: generated ones.
-        progress: Show a progress bar. Default True.
-
-    Raises:
-        DataError: If none of the images can be decoded, or the fresh process fails;
-            the message has its last line.
-    """
+    """Loads an export in a fresh process and compares its answers with the run's."""
     encoded = list(generated_images() if images is None else images)
     encoded.append(encoded[0][: len(encoded[0]) // 2])
     with (
@@ -120,10 +157,7 @@ def verify_export(
 
 
 def sample_of(split: ImageSplit) -> list[bytes]:
-    """Returns image files of a split, `MOST_IMAGES` at most, evenly spread.
-
-    Files that cannot be opened any more are left out.
-    """
+    """Returns image files of a split, `MOST_IMAGES` at most, evenly spread."""
     count = min(len(split), MOST_IMAGES)
     encoded = []
     for at in np.linspace(0, len(split) - 1, count).round().astype(int):
@@ -149,11 +183,7 @@ def generated_images() -> list[bytes]:
 def _expect(
     run: FinishedRun, encoded: list[bytes], place: Path, advance: Callable[..., None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Writes files and pixels for the fresh process; returns what the run says.
-
-    Returns:
-        Probabilities, and which files can be decoded.
-    """
+    """Writes files and pixels for the fresh process; returns what the run says."""
     size = tuple(run.model.input_shape[1:3])
     images, valid = _decoded(encoded, size)
     if not valid.any():

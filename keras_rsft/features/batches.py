@@ -10,18 +10,52 @@ window, from thousands of stretches, are shuffled once more.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data.pipeline import without_autotuning
-from keras_rsft.errors import InvalidArgument
-from keras_rsft.features.batch_share import BatchShare
+from keras_rsft.data import ImageSplit
+from keras_rsft.data.decode import without_autotuning
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features.feature_set import FeatureSet
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShare:
+    """The rows of each batch that the replicas of one process take."""
+
+    replicas: int
+    first: int
+    count: int
+
+    def row_counts(self, batch_size: int) -> list[int]:
+        """Returns how many rows of a full batch each replica of this process takes."""
+        if batch_size < self.replicas:
+            raise InvalidArgument(
+                "`batch_size` counts the samples of all replicas and must be at least "
+                f"their number, {self.replicas}. Received: batch_size={batch_size}."
+            )
+        edges = self._edges(batch_size)
+        return [end - begin for begin, end in itertools.pairwise(edges)]
+
+    def of_order(
+        self, order: tuple[tf.Tensor, ...], batch_size: int
+    ) -> tuple[tf.Tensor, ...]:
+        edges = self._edges(batch_size)
+        place = tf.range(tf.size(order[0])) % batch_size
+        ours = (place >= edges[0]) & (place < edges[-1])
+        return tuple(tf.boolean_mask(part, ours) for part in order)
+
+    def _edges(self, batch_size: int) -> list[int]:
+        numbers = range(self.first, self.first + self.count + 1)
+        return [batch_size * number // self.replicas for number in numbers]
+
 
 # Above this, rows are read from disk.
 MAX_BYTES_IN_MEMORY = 2**28
@@ -148,16 +182,7 @@ class TrainingBatches:
 def batches_of(
     features: FeatureSet, *, batch_size: int = 256, share: BatchShare | None = None
 ) -> tf.data.Dataset:
-    """Returns the plain images' features in order, for evaluation.
-
-    Args:
-        features: The features.
-        batch_size: Samples per batch, at least 1. Default 256.
-        share: As in `TrainingBatches`. Default: whole batches.
-
-    Returns:
-        `tf.data.Dataset` of `(features (batch, dim), labels (batch,))`.
-    """
+    """Returns the plain images' features in order, for evaluation."""
     samples = tf.range(len(features), dtype=tf.int64)
     order = (samples, samples * features.views)
     return _gathered(features, lambda: order, batch_size, _without_index, share)
@@ -191,13 +216,11 @@ def _gathered(
     columns: Columns,
     share: BatchShare | None = None,
 ) -> tf.data.Dataset:
-    """Returns batches of the samples and rows that `order` names.
-
-    A batch is what `columns` makes of features, labels and the samples themselves.
-    Rows are gathered for many batches at once, and no data set is made inside of
-    another, since functions of `tf.data` cost more than the copying: some 30
-    microseconds a call, some 5 milliseconds each time that an epoch begins.
-    """
+    """Returns batches of the samples and rows that `order` names."""
+    # A batch is what `columns` makes of features, labels and the samples themselves.
+    # Rows are gathered for many batches at once, and no data set is made inside of
+    # another, since functions of `tf.data` cost more than the copying: some 30
+    # microseconds a call, some 5 milliseconds each time that an epoch begins.
     labels = tf.constant(features.labels)
     block_rows = batch_size * max(1, BLOCK_BYTES // (4 * features.dim * batch_size))
     rows = tf.data.Dataset.range(1).map(
@@ -230,19 +253,9 @@ def _gathered(
 def shuffled_by_stretches(
     count: int, seed: tf.Tensor, *, stretch_rows: int, window_rows: int
 ) -> tf.Tensor:
-    """Returns a random order of samples that can be read in few pieces.
-
-    Stretches of neighbours are shuffled, then the samples in each window of the result.
-
-    Args:
-        count: Number of samples.
-        seed: int32 tensor `(2,)`.
-        stretch_rows: Neighbours that stay in the same window, at least 1.
-        window_rows: Samples that are shuffled at once, at least 1.
-
-    Returns:
-        int64 tensor `(count,)`, a permutation.
-    """
+    """Returns a random order of samples that can be read in few pieces."""
+    # Stretches of neighbours are shuffled, then the samples in each window of the
+    # result.
     stretches = _shuffled(-(-count // stretch_rows), seed)
     within = tf.range(stretch_rows, dtype=tf.int64)
     samples = tf.reshape(stretches[:, None] * stretch_rows + within, (-1,))
@@ -276,11 +289,9 @@ def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]
 
 
 def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk.
-
-    Neighbours in the file are read together, each row right to its place. A memory
-    map would count its pages as ours, and bring in many more than were asked for.
-    """
+    """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk."""
+    # Neighbours in the file are read together, each row right to its place. A memory
+    # map would count its pages as ours, and bring in many more than were asked for.
     file = features.path.open("rb", buffering=0)
     _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")  # It need not read ahead.
     precision, row_bytes = np.dtype(features.precision), features.row_bytes
@@ -337,3 +348,140 @@ def _read_into(descriptor: int, places: list[np.ndarray], offset: int) -> None:
             count -= len(places.pop(0))
         if count:  # A network's disk may give less than it was asked for.
             places[0] = places[0][count:]
+
+
+# Decoded images that are in memory at once, where the source gives them in one order
+# only. Three times as much is: one window is decoded, one waits, one is trained on.
+IMAGE_WINDOW_BYTES = 2**28
+_IMAGES_A_PART = 32
+_BYTES_PER_PIXEL = 3 * 4
+
+
+class ImageBatches:
+    """Shuffled batches of a split's images; pass both parts to `fit`."""
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        kept: FeatureSet,
+        image_size: tuple[int, int],
+        *,
+        batch_size: int,
+        seed: int,
+    ):
+        self._kept = kept
+        self._image_size = image_size
+        self._seed = seed
+        self._positions = positions_of(kept, split)
+        self._split = split
+        self._order_of = TrainingBatches(kept, batch_size=batch_size, seed=seed)
+        self.callback = self._order_of.callback
+        self.failure: DataError | None = None
+        self.dataset = self._make_dataset(batch_size)
+
+    def _make_dataset(self, batch_size: int) -> tf.data.Dataset:
+        windows = tf.data.Dataset.from_generator(
+            self._parts,
+            output_signature=(
+                tf.TensorSpec((None, *self._image_size, 3), tf.float32),
+                tf.TensorSpec((None,), tf.int64),
+            ),
+        )
+        labels = tf.constant(self._kept.labels)
+        batches = windows.prefetch(1).rebatch(batch_size)
+        batches = batches.map(
+            lambda images, sample: (
+                images,
+                tf.gather(labels, sample),
+                None,
+                tf.cast(sample, tf.int32),
+            )
+        )
+        steps = -(-len(self._kept) // batch_size)
+        return without_autotuning(
+            batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(1)
+        )
+
+    def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        samples, rows = (part.numpy() for part in self._order_of.epoch_order())
+        views = self._kept.views
+        image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
+        read = self._streamed if self._split.reader.any_order else self._by_windows
+        at = 0
+        for images in read(samples, max(1, IMAGE_WINDOW_BYTES // image_bytes)):
+            part = slice(at, at + len(images))
+            at += len(images)
+            if views > 1:
+                view = rows[part] - samples[part] * views
+                images = images[np.arange(len(images)), view]
+            yield images, samples[part]
+
+    def _streamed(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
+        positions = self._positions[samples]
+        images = self._split.images_in_order(
+            positions, self._image_size, views=self._kept.views, seed=self._seed
+        )
+        done = 0
+        parts = images.batch(min(window, _IMAGES_A_PART)).prefetch(2)
+        for index, values in parts.as_numpy_iterator():
+            self._require_all(index, positions, done)
+            done += len(index)
+            yield values
+        self._require_all(np.zeros(0, np.int64), positions, done, at_the_end=True)
+
+    def _by_windows(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
+        """Yields windows of images that their source gives in one order only."""
+        for start in range(0, len(samples), window):
+            positions = self._positions[samples[start : start + window]]
+            inside = np.sort(positions)
+            images = self._split.take(inside).images(
+                self._image_size, views=self._kept.views, seed=self._seed
+            )
+            decoded = images.batch(len(inside)).as_numpy_iterator()
+            index, values = next(decoded, (np.zeros(0, np.int64), None))
+            self._require_all(index, inside, 0, at_the_end=True)
+            yield values[np.searchsorted(inside, positions)]
+
+    def _require_all(
+        self,
+        index: np.ndarray,
+        positions: np.ndarray,
+        done: int,
+        *,
+        at_the_end: bool = False,
+    ) -> None:
+        """Raises where an image is left out: it could be read for its features."""
+        last = len(positions) if at_the_end else done + len(index)
+        missing = np.setdiff1d(np.arange(done, last), index)
+        if len(missing):
+            position = int(positions[missing[0]])
+            self.failure = DataError(
+                f"{self._split.ids[position]} could be read before and now cannot: "
+                f"{self._split.read_error(position)}"
+            )
+            raise self.failure
+
+
+def labelled_images(
+    split: ImageSplit, kept: FeatureSet, image_size: tuple[int, int], *, batch_size: int
+) -> tf.data.Dataset:
+    """Returns a split's readable images in order, for evaluation."""
+    labels = tf.constant(split.labels)
+    batches = split.images(image_size).batch(batch_size)
+    batches = batches.map(lambda index, images: (images, tf.gather(labels, index)))
+    steps = -(-len(kept) // batch_size)
+    return without_autotuning(
+        batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
+    )
+
+
+def positions_of(kept: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
+    """Returns where the samples of a feature set are in their split, int64 `(n,)`."""
+    position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
+    positions = [position_of.get(sample_id, -1) for sample_id in kept.ids.tolist()]
+    if -1 in positions:
+        raise DataError(
+            "The features must be of the images of the split. Received: features of "
+            f"{kept.ids[positions.index(-1)]!r}, which is not in it."
+        )
+    return np.array(positions, np.int64)

@@ -1,27 +1,31 @@
-"""Runs the frozen base once over a split and keeps what comes out.
-
-Owns the key under which features are kept, and that they are computed once. The pass
-itself is `feature_pass.py`, one that several processes share `shared_pass.py`.
-"""
+"""Runs the frozen base once over a split and keeps what comes out."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_rsft._storage import locked, write_json
+from keras_rsft.backbones import assembly
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.cluster import DEFAULT_PATIENCE
+from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
 from keras_rsft.data import SampleSplit
-from keras_rsft.features.feature_pass import FeaturePass, append_rows, require_rows
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features.feature_set import (
     FEATURE_PRECISIONS,
     FEATURES_FILE,
@@ -30,10 +34,441 @@ from keras_rsft.features.feature_set import (
     FeatureSet,
     read_meta,
 )
-from keras_rsft.features.frozen_base import FrozenBase
-from keras_rsft.features.share_joining import join_parts, publish
-from keras_rsft.features.shares import Part, finished_parts
+from keras_rsft.features.shares import (
+    CHECKSUM,
+    Part,
+    finished_parts,
+    join_parts,
+    joining_folder,
+    parts_of,
+    publish,
+    size_of,
+    wait_until,
+)
 from keras_rsft.policy_choice import require_known
+from keras_rsft.progress import progress_bar
+
+# Weights as constants are folded once (BatchNorm into convolutions, casts to
+# bfloat16): a tenth faster for ResNet50, after four seconds of folding, which pays
+# from some 1,500 images on. A graph can hold 2 GB, and is copied while it is folded.
+MIN_IMAGES_FOR_CONSTANTS = 2000
+MAX_BYTES_AS_CONSTANTS = 2**28
+
+
+class FrozenBase:
+    """A base as it is now; what is done to its weights later goes unnoticed.
+
+    Args:
+        backbone: Model from images `(batch, height, width, 3)`, float32 in
+            [0, 255], or from texts `(batch,)`, to features `(batch, dim)`.
+        num_images: How many images it will be run on, for the choice of the
+            faster way. Default 0.
+        device_names: Devices that `over` shares the batches among. Default:
+            TensorFlow's own choice of one.
+
+    Attributes:
+        sample_shape: Shape of one input: `(height, width, 3)`, or `()` for a text.
+        image_size: Height and width in pixels; `()` for a base that takes texts.
+        dim: Number of features of an image.
+    """
+
+    def __init__(
+        self,
+        backbone: keras.Model,
+        *,
+        num_images: int = 0,
+        device_names: Sequence[str] = (),
+    ):
+        self._backbone = backbone
+        self._device_names = tuple(device_names)
+        self._num_images = num_images
+        self.sample_shape = tuple(backbone.input_shape[1:])
+        self.image_size = self.sample_shape[:2]
+        self.dim = int(backbone.output_shape[-1])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: the architecture and every weight.
+
+        The architecture includes preprocessing, image size and precision, but no
+        layer's name.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        config = json.dumps(_nameless_config(self._backbone), sort_keys=True)
+        digest.update(config.encode())
+        for weight in self._backbone.weights:
+            digest.update(np.ascontiguousarray(weight.numpy()).data)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def forward(self) -> tf.types.experimental.PolymorphicFunction:
+        return self._traced(())
+
+    def over(
+        self, batches: Iterable[tuple[Any, tf.Tensor]]
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """Runs the base over batches, each on one device, all devices at once.
+
+        Args:
+            batches: Pairs of anything and inputs `(batch, *sample_shape)`.
+
+        Yields:
+            What came with the inputs, and their features `(batch, dim)`, in order.
+        """
+        if len(self._device_names) < 2:
+            for number, images in batches:
+                yield number, self.forward(images).numpy()
+            return
+        functions = [self._on_device(name) for name in self._device_names]
+        waiting: collections.deque = collections.deque()
+        with ThreadPoolExecutor(len(functions)) as threads:
+            for at, (number, images) in enumerate(batches):
+                run = functions[at % len(functions)]
+                waiting.append((number, threads.submit(run, images)))
+                if len(waiting) == len(functions):
+                    number, features = waiting.popleft()
+                    yield number, features.result()
+            for number, features in waiting:
+                yield number, features.result()
+
+    def _on_device(self, name: str) -> Any:
+        """Returns a function from images to an array, with the weights on a device."""
+        with tf.device(name):
+            copies = [(v, tf.identity(v.value)) for v in self._backbone.variables]
+            run = self._traced(copies).get_concrete_function()
+
+        def on_device(images: tf.Tensor) -> np.ndarray:
+            with tf.device(name):
+                return run(tf.identity(images)).numpy()
+
+        return on_device
+
+    def _traced(self, copies: Sequence[tuple[Any, tf.Tensor]]) -> Any:
+        backbone, weights = self._backbone, []
+        if self._num_images >= MIN_IMAGES_FOR_CONSTANTS:
+            weights = [(variable, variable.numpy()) for variable in backbone.variables]
+        if sum(value.nbytes for _, value in weights) > MAX_BYTES_AS_CONSTANTS:
+            weights = []
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec((None, *self.sample_shape), backbone.inputs[0].dtype)
+            ]
+        )
+        def forward(images: tf.Tensor) -> tf.Tensor:
+            constants = [(variable, tf.constant(value)) for variable, value in weights]
+            constants = constants or copies
+            with keras.StatelessScope(state_mapping=constants):
+                return tf.cast(backbone(images, training=False), tf.float32)
+
+        return forward
+
+
+def _nameless_config(backbone: keras.Model) -> Any:
+    """Returns the config without the layers' names."""
+    # Keras numbers its automatic names through a process: the second load of a base
+    # differs from the first in nothing else.
+    config = json.loads(backbone.to_json())
+    config.pop("build_config", None)
+    return _nameless(config, {})
+
+
+def _nameless(node: Any, places: Mapping[str, int]) -> Any:
+    """Returns a part of a config, in which layers are called by their places."""
+    if isinstance(node, list):
+        return [_nameless(child, places) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if _is_model(node):
+        layers = node["layers"]
+        places = {_name_of(layer): at for at, layer in enumerate(layers)}
+        ends = {
+            key: _placed(node[key], places)
+            for key in ("input_layers", "output_layers")
+            if key in node
+        }
+        node = node | ends | {"layers": [_unnamed_layer(layer) for layer in layers]}
+    if "keras_history" in node:
+        history = _placed(node["keras_history"], places)
+        node = node | {"keras_history": history}
+    if "trainable" in node:  # Also of a layer within another one.
+        node = _unnamed(node)
+    return {key: _nameless(value, places) for key, value in node.items()}
+
+
+def _is_model(config: dict[str, Any]) -> bool:
+    layers = config.get("layers")
+    return isinstance(layers, list) and all(
+        isinstance(layer, dict) and isinstance(layer.get("config"), dict)
+        for layer in layers
+    )
+
+
+def _name_of(layer: dict[str, Any]) -> str:
+    return layer.get("name", layer["config"].get("name"))
+
+
+def _unnamed_layer(layer: dict[str, Any]) -> dict[str, Any]:
+    return _unnamed(layer) | {"config": _unnamed(layer["config"])}
+
+
+def _unnamed(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "name"}
+
+
+def _placed(references: Any, places: Mapping[str, int]) -> Any:
+    """Returns references to layers, nested in any way, by place instead of name."""
+    if isinstance(references, dict):
+        return {key: _placed(value, places) for key, value in references.items()}
+    if not isinstance(references, list):
+        return references
+    if references and isinstance(references[0], str):
+        name, *rest = references
+        return [places.get(name, name), *rest]
+    return [_placed(one, places) for one in references]
+
+
+PRECISIONS = ("auto", *assembly.PRECISIONS)
+_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+_FIRST_GPU_WITH_BFLOAT16 = (8, 0)
+
+
+def choose_precision(precision: str = "auto") -> str:
+    """Returns `"float32"` or `"bfloat16"`."""
+    if precision not in PRECISIONS:
+        raise InvalidArgument(
+            f"`precision` must be one of {', '.join(PRECISIONS)}. "
+            f"Received: {precision!r}."
+        )
+    if precision != "auto":
+        return precision
+    return "bfloat16" if _has_bfloat16() else "float32"
+
+
+def _has_bfloat16() -> bool:
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        details = tf.config.experimental.get_device_details(gpus[0])
+        capability = details.get("compute_capability", (0, 0))
+        return tuple(capability) >= _FIRST_GPU_WITH_BFLOAT16
+    try:
+        description = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # Not Linux: nothing to ask, so nothing is assumed.
+        return False
+    return bool(_CPU_FLAGS & set(description.split()))
+
+
+_LEAST_SECONDS = 1.0
+_MOST_BATCHES = 20
+
+
+def seconds_per_image(
+    base: FrozenBase, split: SampleSplit, *, batch_size: int = 32
+) -> float:
+    """Measures the pass: reading and decoding images, and the base on them."""
+    images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
+    if next(iter(split.inputs(base.sample_shape).take(1)), None) is None:
+        raise DataError(
+            f"None of the {len(split)} {split.kind} of {split.name!r} can be read."
+        )
+    batches = iter(images)
+    started, counted = 0.0, 0
+    for number in range(_MOST_BATCHES + 1):
+        _, batch = next(batches)
+        base.forward(tf.reshape(batch, (-1, *base.sample_shape))).numpy()
+        now = time.perf_counter()
+        if number == 0:
+            started = now
+            continue
+        counted += len(batch)
+        if now - started >= _LEAST_SECONDS:
+            break
+    return (now - started) / counted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeaturePass:
+    """One pass of a base over a split, as `extract_features` was asked for it."""
+
+    base: FrozenBase
+    split: SampleSplit
+    folder: Path
+    batch_size: int
+    views: int
+    seed: int
+    feature_precision: str
+    called: str
+    progress: bool
+
+    @property
+    def is_done(self) -> bool:
+        return read_meta(self.folder) is not None
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.feature_precision).itemsize * self.views * self.base.dim
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {
+            "views": self.views,
+            "dim": self.base.dim,
+            "precision": self.feature_precision,
+        }
+
+    def inputs(self, start: int, stop: int) -> tf.data.Dataset:
+        shape, views, seed = self.base.sample_shape, self.views, self.seed
+        return self.split.inputs(shape, start=start, stop=stop, views=views, seed=seed)
+
+
+def append_rows(
+    work: FeaturePass, partial: Path, stretch: range
+) -> tuple[int, dict[str, str]]:
+    """Computes the features of a stretch of the split, after those that are there."""
+    split, base = work.split, work.base
+    partial.mkdir(parents=True, exist_ok=True)
+    rows, next_index = _truncate_to_whole_batches(
+        partial, work.row_bytes, work.batch_size, stretch.start
+    )
+    needed = work.row_bytes * (stretch.stop - next_index)
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"The features need {needed / 1e9:.2f} GB and the disk has "
+            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
+            str(partial),
+        )
+    samples = work.inputs(next_index, stretch.stop)
+    samples = samples.batch(work.batch_size).prefetch(2)
+    done = next_index - stretch.start
+    with (
+        (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
+        (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
+        progress_bar(
+            f"{work.called} of {split.name}", total=len(stretch), unit=split.kind,
+            done=done, visible=work.progress,
+        ) as advance,
+        ThreadPoolExecutor(1) as writer,
+    ):  # fmt: skip
+        rows_file = _RowFiles(features_file, index_file, partial)
+        writing: Future | None = None
+        views_in_a_row = (
+            (index.numpy(), tf.reshape(batch, (-1, *base.sample_shape)))
+            for index, batch in samples
+        )
+        for index, features in base.over(views_in_a_row):
+            _require_unreadable(work, range(next_index, int(index[-1])), index)
+            values = _kept_as(work.feature_precision, features)
+            if writing is not None:
+                writing.result()
+            # The disk is waited for while the base is busy with the next batch.
+            writing = writer.submit(rows_file.append, values, index)
+            rows += len(index)
+            reached = int(index[-1]) + 1
+            advance(reached - next_index)
+            next_index = reached
+        if writing is not None:
+            writing.result()
+        _require_unreadable(work, range(next_index, stretch.stop), ())
+    return rows, rows_file.checksums()
+
+
+class _RowFiles:
+    """Appends batches to the two files of a pass, and takes their checksums."""
+
+    def __init__(self, features_file: Any, index_file: Any, folder: Path):
+        self._files = {FEATURES_FILE: features_file, INDEX_FILE: index_file}
+        self._digests = {name: _digest_of(folder / name) for name in self._files}
+
+    def append(self, values: np.ndarray, index: np.ndarray) -> None:
+        # The index only after its features are safe.
+        for name, array in ((FEATURES_FILE, values), (INDEX_FILE, index)):
+            _append(self._files[name], array)
+            self._digests[name].update(_bytes_of(array))
+
+    def checksums(self) -> dict[str, str]:
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+
+def require_rows(rows: int, split: SampleSplit) -> None:
+    """Raises DataError if none of a split's samples could be read."""
+    if rows == 0 and len(split) > 0:
+        raise DataError(
+            f"None of the {len(split)} {split.kind} of {split.name!r} can be read; "
+            f"the first, {split.ids[0]!r}: {split.read_error(0)}."
+        )
+
+
+def _require_unreadable(
+    work: FeaturePass, stretch: range, index: Sequence[int] | np.ndarray
+) -> None:
+    """Raises OSError if a sample that a pass has left out can be read after all."""
+    # A disk that failed for a moment must not cost a sample for good.
+    split = work.split
+    for left_out in np.setdiff1d(stretch, index).tolist():
+        if split.read_error(left_out) is not None:
+            continue
+        if any(True for _ in work.inputs(left_out, left_out + 1)):
+            raise OSError(
+                errno.EIO,
+                f"Could not be read for the features of {split.name}, and could on a "
+                "second try. See to the disk that it is on, and run the same command "
+                "again: it goes on from here",
+                str(split.ids[left_out]),
+            )
+
+
+def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
+    if precision == "float32":
+        return values
+    largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
+    if largest > np.finfo(precision).max:
+        raise DataError(
+            f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
+            "Keep its features in float32: leave out `--feature-precision`."
+        )
+    return values.astype(precision)
+
+
+def _append(file: Any, values: np.ndarray) -> None:
+    rest = _bytes_of(values)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:  # Which says nothing of the file.
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def _bytes_of(values: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(values).data.cast("B")
+
+
+def _digest_of(path: Path) -> Any:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, CHECKSUM)
+
+
+def _truncate_to_whole_batches(
+    partial: Path, row_bytes: int, batch_size: int, first: int
+) -> tuple[int, int]:
+    """Drops what a killed run left half-written."""
+    # Whole batches stay, so that all later ones hold the images that they would have
+    # held: the last bits of a feature may depend on what it is computed together with.
+    features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
+    for path in (features_path, index_path):
+        path.touch()
+    rows = min(
+        index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
+    )
+    rows -= rows % batch_size
+    os.truncate(index_path, 8 * rows)
+    os.truncate(features_path, row_bytes * rows)
+    if rows == 0:
+        return 0, first
+    return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
+
 
 # Part of every key: raise it when decoding, resizing, the format, or how a base is told
 # from another changes.
@@ -114,10 +549,7 @@ def make_pass(
     called: str = "Features",
     progress: bool = True,
 ) -> FeaturePass:
-    """Says which pass `extract_features` with these arguments would make, if any.
-
-    The folder for kept features is made.
-    """
+    """Says which pass `extract_features` with these arguments would make, if any."""
     while split.before_review is not None:
         split = split.before_review
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -149,15 +581,7 @@ def feature_key(
     seed: int = 0,
     feature_precision: str = "float32",
 ) -> str:
-    """Names the features of these images under this base, with its weights.
-
-    Depends on the architecture (with its preprocessing, image size and
-    precision), on every weight, on the images, on the views and on how features are
-    kept; not on labels, on layer names, nor on where the data lies.
-
-    Returns:
-        32 hexadecimal digits.
-    """
+    """Names the features of these images under this base, with its weights."""
     described = [
         FORMAT_VERSION,
         base.fingerprint,
@@ -191,11 +615,7 @@ def _run_pass(work: FeaturePass) -> None:
 
 
 def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> None:
-    """Makes one set of finished parts, as `join_parts` does.
-
-    Raises:
-        DataError: If no image could be read, or a part is damaged.
-    """
+    """Makes one set of finished parts, as `join_parts` does."""
     require_rows(sum(part.rows for part in parts), work.split)
     join_parts(
         work.folder,
@@ -208,12 +628,7 @@ def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> N
 
 
 def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
-    """Returns the features in a finished folder, with the labels of the split.
-
-    Args:
-        folder: The folder.
-        split: The images, also some that a review has left of them.
-    """
+    """Returns the features in a finished folder, with the labels of the split."""
     if split.before_review is not None:
         return _left_over(open_kept(folder, split.before_review), split)
     meta = read_meta(folder)
@@ -238,7 +653,6 @@ def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
 
 
 def _left_over(before_review: FeatureSet, split: SampleSplit) -> FeatureSet:
-    """Returns what remains of a split's features, with the labels that it has now."""
     at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
     ids = before_review.ids.tolist()
     remains = np.array([sample_id in at for sample_id in ids], bool)
@@ -251,3 +665,98 @@ def _left_over(before_review: FeatureSet, split: SampleSplit) -> FeatureSet:
         before_review=before_review,
         unreadable=tuple(pair for pair in before_review.unreadable if pair[0] in at),
     )
+
+
+def run_together(
+    passes: Sequence[FeaturePass],
+    cluster: Cluster,
+    *,
+    patience: float = DEFAULT_PATIENCE,
+) -> None:
+    """Makes passes together with other processes that are called in the same way."""
+    keep_shares(passes, cluster, patience=patience)
+    # All of them before the first is put together: the chief may be the last.
+    for work in passes:
+        _wait_for_parts(work, cluster, patience)
+    for work in passes:
+        parts = _parts(work, cluster)
+        rows = sum(part.rows for part in parts)  # First: they go when the set is there.
+        if work.is_done:
+            continue
+        require_rows(rows, work.split)
+        if cluster.is_chief:
+            join_pass(work, parts, patience=patience)
+            continue
+        joining = joining_folder(work.folder) / FEATURES_FILE
+        text = (
+            f"All shares of {work.split.name} are finished, and {cluster.named(0)} has "
+            f"not put them together for {patience:.0f} s. Start the same command there "
+            "again, and here: all that was computed is kept."
+        )
+        wait_until(
+            lambda work=work: work.is_done,
+            lambda joining=joining: {0: size_of(joining)},
+            patience,
+            lambda lost, reached, text=text: text,
+        )
+
+
+def _wait_for_parts(work: FeaturePass, cluster: Cluster, patience: float) -> None:
+    """Waits until all parts are finished, or put together already."""
+    parts, name = _parts(work, cluster), work.split.name
+    total, shown = sum(len(part.stretch) for part in parts), 0
+
+    def missing() -> dict[int, int]:
+        nonlocal shown
+        unfinished = [at for at, part in enumerate(parts) if part.finished() is None]
+        rows = {at: parts[at].reached() for at in unfinished}
+        done = total - sum(len(parts[at].stretch) - rows[at] for at in unfinished)
+        advance(max(0, done - shown))
+        shown = max(done, shown)
+        return rows
+
+    def message(lost: Sequence[int], reached: Mapping[int, int]) -> str:
+        said = [
+            f"{cluster.named(who)} has {reached[who]} of the images "
+            f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
+            for who in lost
+        ]
+        text = (
+            f"Features of {name} are missing, and nothing is added any more: "
+            f"{'; '.join(said)}. Start the same command there again, and here: all "
+            "that was computed is kept."
+        )
+        if not all(parts[who].path.exists() for who in lost):
+            text += (
+                " If it is running, it is computing other features: all workers need "
+                "the same folder of features, the same images, with the same times of "
+                "change, the same base and the same `--precision`."
+            )
+        return text
+
+    with progress_bar(
+        f"Features of {name}, all workers",
+        total=total, unit="images", visible=work.progress,
+    ) as advance:  # fmt: skip
+        wait_until(lambda: work.is_done or not missing(), missing, patience, message)
+
+
+def keep_shares(
+    passes: Sequence[FeaturePass],
+    cluster: Cluster,
+    *,
+    patience: float = DEFAULT_PATIENCE,
+) -> None:
+    """Computes this process's share of each pass, and waits for nobody."""
+    for work in passes:
+        parts = _parts(work, cluster)
+        if work.is_done or cluster.index >= len(parts):
+            continue
+        part = parts[cluster.index]
+        with part.held(patience):
+            if part.finished() is None and not work.is_done:
+                part.finish(*append_rows(work, part.path, part.stretch))
+
+
+def _parts(work: FeaturePass, cluster: Cluster) -> list[Part]:
+    return parts_of(work.folder, len(work.split), work.batch_size, len(cluster))

@@ -2,7 +2,7 @@
 
 Owns the file format: `features.bin` (float32 or float16, row after row), `index.bin`
 (int64, which sample of the split each row belongs to) and `meta.json` (sizes).
-Writing them is `feature_pass.py`'s business.
+Writing them is `extraction.py`'s business.
 """
 
 from __future__ import annotations
@@ -214,11 +214,7 @@ class FeatureSet:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """Returns sizes and precision of a finished folder, or None if there is none.
-
-    A folder whose files do not have the size that `meta.json` says is treated
-    as absent.
-    """
+    """Returns sizes and precision of a finished folder, or None if there is none."""
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         rows, views, dim = (int(meta[key]) for key in ("rows", "views", "dim"))

@@ -24,13 +24,7 @@ _BLOCK_VALUES = 8_000_000
 
 @dataclasses.dataclass(frozen=True)
 class NearDuplicate:
-    """Two images of different given labels.
-
-    Attributes:
-        first: Row of one image in the features.
-        second: Row of the other.
-        similarity: Cosine of their standardised features, at most 1.
-    """
+    """Two images of different given labels."""
 
     first: int
     second: int
@@ -46,27 +40,23 @@ def near_duplicates(
     max_queries: int = MAX_QUERIES,
     progress: bool = True,
 ) -> list[NearDuplicate]:
-    """Returns pairs of near duplicates with different labels, most alike first.
-
-    Each of the most suspicious samples is compared with all samples of other labels.
-    A random projection to 128 numbers (Johnson and Lindenstrauss, 1984) finds its most
-    alike, the features themselves decide. The work grows with `n`, not with its square;
-    memory is 512 bytes a sample and one block of 32 MB.
-
-    Args:
-        features: The training features.
-        suspicion: Float array `(n,)`; the highest are looked up.
-        min_similarity: Least cosine of the standardised features, in (0, 1].
-            Default 0.75.
-        max_pairs: How many pairs to return, at least 1. Default 200. A sample is in
-            one pair at most.
-        max_queries: How many samples to look up, at least 1. Default 20,000.
-        progress: Show a progress bar. Default True.
-    """
+    """Returns pairs of near duplicates with different labels, most alike first."""
+    # Each of the most suspicious samples is compared with all samples of other labels.
+    # A random projection to 128 numbers (Johnson and Lindenstrauss, 1984) finds its
+    # most alike, the features themselves decide. The work grows with `n`, not with its
+    # square; memory is 512 bytes a sample and one block of 32 MB.
     count = len(features)
     mean, variance = features.moments()
     scale = 1.0 / np.sqrt(variance)
-    sketches = _sketches(features, mean, scale)
+    projection = None
+    if features.dim > _SKETCH_DIM:
+        rng = np.random.default_rng(0)
+        projection = rng.normal(size=(features.dim, _SKETCH_DIM)).astype(np.float32)
+    parts = []
+    for chunk in features.chunks():
+        values = (chunk - mean) * scale
+        parts.append(_unit(values if projection is None else values @ projection))
+    sketches = np.concatenate(parts)
     queries = np.argsort(-suspicion, kind="stable")[:max_queries]
     block = max(1, _BLOCK_VALUES // max(count, 1))
     limit = min_similarity - _SKETCH_SLACK
@@ -91,19 +81,6 @@ def near_duplicates(
     return _most_alike(found, max_pairs)
 
 
-def _sketches(features: FeatureSet, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Returns unit vectors `(n, 128)`, or of all features where they are fewer."""
-    projection = None
-    if features.dim > _SKETCH_DIM:
-        rng = np.random.default_rng(0)
-        projection = rng.normal(size=(features.dim, _SKETCH_DIM)).astype(np.float32)
-    parts = []
-    for chunk in features.chunks():
-        values = (chunk - mean) * scale
-        parts.append(_unit(values if projection is None else values @ projection))
-    return np.concatenate(parts)
-
-
 def _verified(
     features: FeatureSet,
     moments: tuple[np.ndarray, np.ndarray],
@@ -111,7 +88,6 @@ def _verified(
     seconds: np.ndarray,
     min_similarity: float,
 ) -> list[NearDuplicate]:
-    """Returns those candidates whose own features are alike."""
     mean, scale = moments
     found = []
     step = max(1, _BLOCK_VALUES // (2 * features.dim))
@@ -130,7 +106,6 @@ def _verified(
 
 
 def _most_alike(found: list[NearDuplicate], max_pairs: int) -> list[NearDuplicate]:
-    """Returns the most alike pairs in which no sample is twice."""
     taken: set[int] = set()
     kept = []
     for pair in sorted(found, key=lambda one: (-one.similarity, one.first)):

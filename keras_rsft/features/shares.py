@@ -4,25 +4,29 @@ A share is a stretch of the split, whole batches of it. Its part is append-only,
 folder that all processes see, and none of them writes into another's. No connection is
 needed: a file that appears by a rename says that a part is finished, and whoever waits
 looks at files. Locks are used where the file system has them, and not relied on.
-Running the base is `extraction.py`'s business, making one set `share_joining.py`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from keras_rsft._storage import locked, replaced, write_json
-from keras_rsft.cluster import Cluster
-from keras_rsft.errors import WorkerLost
+from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features.feature_set import (
     FEATURES_FILE,
     INDEX_FILE,
+    META_FILE,
     read_meta,
 )
 from keras_rsft.progress import progress_bar
@@ -30,26 +34,15 @@ from keras_rsft.progress import progress_bar
 _SHARE_FILE = "share.json"
 LOCK_FILE = ".lock"
 SECONDS_BETWEEN_LOOKS = 0.2
+CHECKSUM = "blake2b"
+_COPIED_BYTES = 2**24
 
 
 def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
-    """Returns which samples are a worker's share.
-
-    All shares have the same number of batches, give or take one.
-
-    Whole batches of the whole split, so that each sample is computed together with
-    those that it would have been computed with by one process.
-
-    Args:
-        count: Samples of the split, at least 0.
-        batch_size: At least 1.
-        shares: How many there are, at least 1.
-        index: Which one, in [0, shares).
-
-    Returns:
-        A stretch of positions. All shares are disjoint, in order, and hold every
-        sample; where there are fewer batches than shares, the last ones are empty.
-    """
+    """Returns which samples are a worker's share."""
+    # All shares have the same number of batches, give or take one.
+    # Whole batches of the whole split, so that each sample is computed together with
+    # those that it would have been computed with by one process.
     each, more = divmod(-(-count // batch_size), shares)
     start, stop = (
         min(count, batch_size * (number * each + min(number, more)))
@@ -59,16 +52,7 @@ def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
 
 
 def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
-    """Returns stretches that hold each of `count` positions once, in order.
-
-    Args:
-        stretches: Some that are there, also such as do not fit to others.
-        count: At least 0.
-
-    Returns:
-        The chain from 0 to `count`, at each place the longest that begins there; None
-        if there is no such chain.
-    """
+    """Returns stretches that hold each of `count` positions once, in order."""
     longest: dict[int, range] = {}
     for stretch in sorted(stretches, key=len):
         longest[stretch.start] = stretch
@@ -84,12 +68,7 @@ def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one worker has of its share.
-
-    Attributes:
-        path: Folder of the part.
-        stretch: Positions in the split.
-    """
+    """What one worker has of its share."""
 
     path: Path
     stretch: range
@@ -109,18 +88,11 @@ class Part:
             return None
 
     def finish(self, rows: int, checksums: Mapping[str, str]) -> None:
-        """Says that the part is whole.
-
-        Args:
-            rows: How many it has.
-            checksums: Hexadecimal digest of each of its two files, as written.
-        """
         said = {"rows": rows, "checksums": dict(checksums)}
         replaced(self.path / _SHARE_FILE, lambda path: write_json(path, said))
 
     @property
     def rows(self) -> int:
-        """The number of rows of a finished part, else 0."""
         said = self.finished()
         return 0 if said is None else said["rows"]
 
@@ -134,14 +106,7 @@ class Part:
 
 
 def parts_of(folder: Path, count: int, batch_size: int, shares: int) -> list[Part]:
-    """Returns the parts of all shares, in order, those of empty ones left out.
-
-    Args:
-        folder: Where the finished set will be.
-        count: As in `share_of`, like the other two.
-        batch_size: Samples of a batch.
-        shares: How many shares.
-    """
+    """Returns the parts of all shares, in order, those of empty ones left out."""
     stretches = (
         share_of(count, batch_size=batch_size, shares=shares, index=index)
         for index in range(shares)
@@ -191,117 +156,127 @@ def size_of(path: Path) -> int:
 
 
 class Watch:
-    """Tells who has not moved for too long.
-
-    Args:
-        patience: Seconds without any change after which somebody counts as lost.
-    """
+    """Tells who has not moved for too long."""
 
     def __init__(self, patience: float):
         self._patience = patience
         self._last: dict[int, tuple[int, float]] = {}
 
     def lost(self, reached: Mapping[int, int], now: float) -> list[int]:
-        """Returns whose number has been the same for longer than the patience.
-
-        Args:
-            reached: For each who is waited for, how far it has come.
-            now: Seconds of a clock that never goes back.
-        """
+        """Returns whose number has been the same for longer than the patience."""
         for who, value in reached.items():
             if self._last.get(who, (None, now))[0] != value:
                 self._last[who] = (value, now)
         return [who for who in reached if now - self._last[who][1] > self._patience]
 
 
-def wait_for_parts(
+def wait_until(
+    done: Callable[[], bool],
+    reached: Callable[[], Mapping[int, int]],
+    patience: float,
+    message: Callable[[Sequence[int], Mapping[int, int]], str],
+) -> None:
+    """Waits, and raises WorkerLost where one that is waited for does not get on."""
+    watch = Watch(patience)
+    while not done():
+        now = reached()
+        lost = watch.lost(now, time.monotonic())
+        if lost:
+            raise WorkerLost(message(lost, now))
+        time.sleep(min(SECONDS_BETWEEN_LOOKS, patience))
+
+
+def join_parts(
     folder: Path,
     parts: Sequence[Part],
-    cluster: Cluster,
+    meta: Mapping[str, Any],
     *,
     name: str,
     patience: float,
     progress: bool,
 ) -> None:
-    """Waits until all parts are finished, or put together already.
-
-    Args:
-        folder: Where the set will be.
-        parts: Of all shares that are not empty, by the worker's index.
-        cluster: The workers.
-        name: Of the split, for messages.
-        patience: Seconds without progress after which a worker is given up.
-        progress: Show a progress bar.
-
-    Raises:
-        WorkerLost: If a worker whose part is missing adds nothing to it for that long.
-    """
-    watch = Watch(patience)
-    total, done = sum(len(part.stretch) for part in parts), 0
-    label = f"Features of {name}, all workers"
-    with progress_bar(label, total=total, unit="images", visible=progress) as advance:
-        while True:
-            missing = {
-                index: part.reached()
-                for index, part in enumerate(parts)
-                if part.finished() is None
-            }
-            if not missing or read_meta(folder) is not None:
-                return
-            lost = watch.lost(missing, time.monotonic())
-            if lost:
-                raise WorkerLost(_parts_missing(lost, missing, parts, cluster, name))
-            left = sum(len(parts[who].stretch) - rows for who, rows in missing.items())
-            advance(max(0, total - left - done))
-            done = max(done, total - left)
-            time.sleep(min(SECONDS_BETWEEN_LOOKS, patience))
-
-
-def wait_for_set(folder: Path, cluster: Cluster, *, name: str, patience: float) -> None:
-    """Waits until the chief has put finished parts together.
-
-    Args:
-        folder: Where the set will be.
-        cluster: The workers.
-        name: Of the split, for messages.
-        patience: Seconds without progress after which the chief is given up.
-
-    Raises:
-        WorkerLost: If it does not get on with it for that long.
-    """
-    watch = Watch(patience)
-    while read_meta(folder) is None:
-        reached = {0: size_of(joining_folder(folder) / FEATURES_FILE)}
-        if watch.lost(reached, time.monotonic()):
-            raise WorkerLost(
-                f"All shares of {name} are finished, and {cluster.named(0)} has not "
-                f"put them together for {patience:.0f} s. Start the same command there "
-                "again, and here: all that was computed is kept."
-            )
-        time.sleep(min(SECONDS_BETWEEN_LOOKS, patience))
+    """Puts finished parts together, verifies the set, and gives it its name."""
+    # Verified are each part's checksums against those of what its worker wrote, the
+    # number of its rows, and that its samples are of its share, in order, none twice.
+    # Afterwards all parts are removed.
+    with held(shares_folder(folder) / LOCK_FILE, patience):
+        if read_meta(folder) is None:
+            joining = joining_folder(folder)
+            shutil.rmtree(joining, ignore_errors=True)  # Of one that was killed.
+            joining.mkdir(parents=True)
+            # Appends all parts to one set, and returns its number of rows.
+            files = (FEATURES_FILE, INDEX_FILE)
+            total = sum(size_of(part.path / file) for part in parts for file in files)
+            rows = 0
+            with contextlib.ExitStack() as stack:
+                targets = {
+                    file: stack.enter_context((joining / file).open("wb"))
+                    for file in files
+                }
+                advance = stack.enter_context(
+                    progress_bar(
+                        f"{name}: putting shares together",
+                        total=-(-total // 2**20), unit="MiB", visible=progress,
+                    )
+                )  # fmt: skip
+                for part in parts:
+                    said = part.finished() or {"rows": -1, "checksums": {}}
+                    index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
+                    fault = index_fault(index, part.stretch, said["rows"])
+                    for file, target in targets.items():
+                        checksum = append_file(part.path / file, target, advance)
+                        if fault is None and checksum != said["checksums"].get(file):
+                            fault = f"{file} is not what was written"
+                    if fault is not None:
+                        shutil.rmtree(part.path, ignore_errors=True)
+                        first, last = part.stretch.start, part.stretch.stop - 1
+                        raise DataError(
+                            f"The share of {name} from image {first} to {last} is "
+                            f"damaged: {fault}. It was removed. Run the same command "
+                            "again, on all workers; see that each has an index of its "
+                            "own."
+                        )
+                    rows += len(index)
+                for target in targets.values():
+                    target.flush()
+                    os.fsync(target.fileno())
+            write_json(joining / META_FILE, {"rows": rows, **meta})
+            publish(joining, folder)
+        shutil.rmtree(shares_folder(folder), ignore_errors=True)
 
 
-def _parts_missing(
-    lost: Sequence[int],
-    reached: Mapping[int, int],
-    parts: Sequence[Part],
-    cluster: Cluster,
-    name: str,
+def publish(filled: Path, folder: Path) -> None:
+    """Gives a complete folder its final name; a damaged one there is removed."""
+    if read_meta(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)  # Only ever a damaged one.
+        try:
+            filled.rename(folder)
+            return
+        except OSError:
+            if read_meta(folder) is None:
+                raise
+    shutil.rmtree(filled, ignore_errors=True)
+
+
+def index_fault(index: np.ndarray, stretch: range, rows: int) -> str | None:
+    """Says what is wrong with the samples of a part, or None."""
+    if len(index) != rows:
+        return f"it has {len(index)} rows and should have {rows}"
+    if np.any(np.diff(index) <= 0):
+        return "it has a sample twice, or out of order"
+    if rows and not (index[0] in stretch and index[-1] in stretch):
+        return "it has a sample of another share"
+    return None
+
+
+def append_file(
+    source: Path, target: BinaryIO, advance: Callable[[float], None]
 ) -> str:
-    said = [
-        f"{cluster.named(who)} has {reached[who]} of the images "
-        f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
-        for who in lost
-    ]
-    text = (
-        f"Features of {name} are missing, and nothing is added any more: "
-        f"{'; '.join(said)}. Start the same command there again, and here: all that "
-        "was computed is kept."
-    )
-    if not all(parts[who].path.exists() for who in lost):
-        text += (
-            " If it is running, it is computing other features: all workers need the "
-            "same folder of features, the same images, with the same times of change, "
-            "the same base and the same `--precision`."
-        )
-    return text
+    """Copies a file to the end of another, and returns its checksum."""
+    digest = hashlib.new(CHECKSUM)
+    with source.open("rb") as file:
+        while piece := file.read(_COPIED_BYTES):
+            digest.update(piece)
+            target.write(piece)
+            advance(len(piece) / 2**20)
+    return digest.hexdigest()

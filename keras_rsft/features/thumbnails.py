@@ -11,20 +11,23 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
 from keras_rsft._storage import (
+    TEXTS_FILE,
     THUMBNAILS_FILE,
     THUMBNAILS_INDEX_FILE,
     locked,
     write_csv,
     written_whole,
 )
-from keras_rsft.data import ImageSplit, SampleSplit
-from keras_rsft.data.pipeline import without_autotuning
+from keras_rsft.data import ImageSplit, SampleSplit, TextSplit
+from keras_rsft.data.decode import without_autotuning
+from keras_rsft.errors import DataError
 from keras_rsft.features.extraction import default_cache_dir
 from keras_rsft.progress import progress_bar
 
@@ -43,19 +46,7 @@ def write_thumbnails(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Puts a pack of thumbnails into a folder; kept ones if there are any.
-
-    Each shows what the base sees: the centre of the image, 96 pixels square. Of
-    more than 100,000 images the most suspicious get one.
-
-    Args:
-        split: The images.
-        suspicion: By id; images without count as not suspicious.
-        folder: An existing folder.
-        cache_dir: Where packs are kept. Default: beside the features in the user's
-            cache folder.
-        progress: Show a progress bar. Default True.
-    """
+    """Puts a pack of thumbnails into a folder; kept ones if there are any."""
     if len(split) > MAX_THUMBNAILS:
         chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
         _render(split.take(chosen), folder, progress)
@@ -64,7 +55,9 @@ def write_thumbnails(
     root.mkdir(parents=True, exist_ok=True)
     if split.before_review is not None:
         split = split.before_review  # Those that were kept before serve still.
-    kept = root / f"thumbnails-{_key(split)}"
+    described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
+    encoded = json.dumps(described).encode()
+    kept = root / f"thumbnails-{hashlib.blake2b(encoded, digest_size=16).hexdigest()}"
     with locked(f"{kept}.lock"):
         if not kept.exists():
             for left in root.glob(f".{kept.name}-*"):  # By one that was killed.
@@ -72,27 +65,20 @@ def write_thumbnails(
             with written_whole(kept) as partial:
                 _render(split, partial, progress)
     for name in (THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE):
-        _link_or_copy(kept / name, folder / name)
+        source = kept / name
+        target = folder / name
+        try:
+            os.link(source, target)  # No second copy on the same disk.
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 def most_suspicious(
     split: SampleSplit, suspicion: dict[str, float], most: int
 ) -> np.ndarray:
-    """Returns the positions of the most suspicious samples, in increasing order.
-
-    Args:
-        split: The samples.
-        suspicion: By id; samples without count as not suspicious.
-        most: How many to return at most.
-    """
+    """Returns the positions of the most suspicious samples, in increasing order."""
     values = np.array([suspicion.get(str(one), -1.0) for one in split.ids])
     return np.sort(np.argsort(-values, kind="stable")[:most])
-
-
-def _key(split: ImageSplit) -> str:
-    described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
-    encoded = json.dumps(described).encode()
-    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
 def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
@@ -122,8 +108,29 @@ def _encode(index: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return index, tf.io.encode_jpeg(pixels, quality=QUALITY, optimize_size=True)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)  # No second copy on the same disk.
-    except OSError:
-        shutil.copyfile(source, target)
+MAX_CHARACTERS = 600
+
+
+def write_excerpts(split: TextSplit, suspicion: dict[str, float], folder: Path) -> None:
+    """Puts the beginnings of the texts that can be read into a folder."""
+    chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
+    with (folder / TEXTS_FILE).open("w", encoding="utf-8") as file:
+        for sample_id, text in _readable(split, chosen):
+            line = {"id": sample_id, "text": excerpt_of(text)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def excerpt_of(text: str) -> str:
+    """Returns the beginning of a text, 600 characters at most, in one paragraph."""
+    flat = " ".join(text[: 10 * MAX_CHARACTERS].split())
+    if len(flat) <= MAX_CHARACTERS and len(text) <= 10 * MAX_CHARACTERS:
+        return flat
+    return f"{flat[: MAX_CHARACTERS - 1]}…"
+
+
+def _readable(split: TextSplit, chosen: np.ndarray) -> Iterator[tuple[str, str]]:
+    for index in chosen.tolist():
+        try:
+            yield str(split.ids[index]), split.text(index)
+        except (DataError, OSError):  # It is in unreadable.csv, or gone since.
+            continue

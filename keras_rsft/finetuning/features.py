@@ -15,10 +15,15 @@ from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
 from keras_rsft.data import SampleData, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features import FeatureSet, FrozenBase
-from keras_rsft.features.extraction import make_pass, open_kept, run_alone
-from keras_rsft.features.feature_pass import FeaturePass
-from keras_rsft.features.precision import choose_precision
-from keras_rsft.features.shared_pass import keep_shares, run_together
+from keras_rsft.features.extraction import (
+    FeaturePass,
+    choose_precision,
+    keep_shares,
+    make_pass,
+    open_kept,
+    run_alone,
+    run_together,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ from keras_rsft.backbones import load_backbone
 from keras_rsft.backbones.base_name import require_takes
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.data import SampleData
-from keras_rsft.data.sampling import stratified_sample
+from keras_rsft.data.partition import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, FrozenBase, extract_features
-from keras_rsft.features.timing import seconds_per_image
+from keras_rsft.features.extraction import seconds_per_image
 from keras_rsft.finetuning.features import SplitFeatures, feature_passes, precision_for
 from keras_rsft.finetuning.head_training import (
     right_answers,

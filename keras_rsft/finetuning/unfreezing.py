@@ -23,17 +23,16 @@ from keras_rsft._storage import RunPlace, read_json, replaced, write_json
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backbones.assembly import built_in_float32
 from keras_rsft.backbones.base_name import is_fixed_network, require_base_can_learn
-from keras_rsft.backbones.own_copy import copy_model
-from keras_rsft.backbones.trainable_part import TrainablePart, trainable_part
+from keras_rsft.backbones.trainable_part import (
+    TrainablePart,
+    copy_model,
+    trainable_part,
+)
 from keras_rsft.data import ImageData, ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features import FrozenBase, TrainingBatches, batches_of
+from keras_rsft.features.batches import ImageBatches, labelled_images, positions_of
 from keras_rsft.features.extraction import default_cache_dir, extract_features
-from keras_rsft.features.image_batches import (
-    ImageBatches,
-    labelled_images,
-    positions_of,
-)
 from keras_rsft.finetuning.head_training import (
     SplitFeatures,
     TrainedHead,

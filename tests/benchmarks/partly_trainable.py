@@ -28,9 +28,9 @@ from rich.table import Table
 
 import keras_rsft as rsft
 from keras_rsft.backbones.trainable_part import TrainablePart, trainable_part
-from keras_rsft.data.pipeline import without_autotuning
+from keras_rsft.data.decode import without_autotuning
 from keras_rsft.features import FrozenBase
-from keras_rsft.features.image_batches import ImageBatches
+from keras_rsft.features.batches import ImageBatches
 from keras_rsft.finetuning.unfreezing import FrozenFront
 
 CLASSES = 10

@@ -224,7 +224,7 @@ def computed_images(base, split) -> float:
 
 def disk_rates(folder: Path, pieces: int = 16) -> tuple[float, float]:
     """Returns bytes a second written, and put together with checksums, both synced."""
-    from keras_rsft.features.share_joining import append_file
+    from keras_rsft.features.shares import append_file
 
     content = os.urandom(2**24)
     started = time.perf_counter()
