@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from keras_rsft.config import STRATEGY_NAMES, require_known
 from keras_rsft.errors import InvalidArgument
 
 CLUSTER_VARIABLE = "TF_CONFIG"
@@ -105,6 +106,22 @@ def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
     if kind == "worker":
         index += len(chiefs)
     return Cluster((*chiefs, *workers), index)
+
+
+def check_strategy(name: str, environment: Mapping[str, str] = os.environ) -> Cluster:
+    """Returns the processes that train together: this one alone but for `multiworker`.
+
+    Raises InvalidArgument if the name is unknown, or `TF_CONFIG` is missing or wrong.
+    """
+    require_known("strategy", name, STRATEGY_NAMES)
+    if name != "multiworker":
+        return Cluster()
+    if not environment.get(CLUSTER_VARIABLE, "").strip():
+        raise InvalidArgument(
+            f"The strategy multiworker needs the variable {CLUSTER_VARIABLE}, which "
+            "names all workers and says which one this is. Received: none."
+        )
+    return cluster_of(environment)
 
 
 def _addresses(config: Any, text: str) -> dict[str, list[str]]:

@@ -31,9 +31,11 @@ RESULT_NAMES = {
 TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Base trained too"}
 
 
-def share_text(share: float | None) -> str:
-    """Returns a share in percent, a dash for None."""
-    return "-" if share is None else f"{100 * share:.1f} %"
+def share_text(share: float | None, digits: int = 1) -> str:
+    """Returns a share in percent, a dash for None and NaN."""
+    if share is None or math.isnan(share):
+        return "-"
+    return f"{100 * share:.{digits}f} %"
 
 
 def interval_text(interval: Interval | None, sign: str = "") -> str:

@@ -84,7 +84,7 @@ def test_a_name_is_refused_before_anything_heavy_is_imported():
         import sys
         from keras_rsft import cli
         try:
-            cli.main(["fit", "photos", "--backbone", "onnx:a.onnx@torch"])
+            sys.exit(cli.main(["fit", "photos", "--backbone", "onnx:a.onnx@torch"]))
         finally:
             print(sorted({"keras", "tensorflow", "numpy"} & set(sys.modules)))
     """)

@@ -14,6 +14,7 @@ from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning import TrainingSettings, finetune
 from keras_rsft.finetuning.head_training import choose_steps_per_execution
+from keras_rsft.finetuning.settings import make_optimizer
 from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
 from keras_rsft.policy_choice import POLICY_NAMES, PolicyChoice
 from keras_rsft.predict import predict_files
@@ -223,8 +224,8 @@ class TestSettings:
             TrainingSettings(**wrong)
 
     def test_sgd_has_momentum_and_the_others_their_defaults(self):
-        assert TrainingSettings().make_optimizer().momentum == 0.9
-        adam = TrainingSettings(optimizer="Adam", learning_rate=0.5).make_optimizer()
+        assert make_optimizer(TrainingSettings()).momentum == 0.9
+        adam = make_optimizer(TrainingSettings(optimizer="Adam", learning_rate=0.5))
         assert isinstance(adam, keras.optimizers.Adam)
         assert float(adam.learning_rate) == 0.5
 

@@ -56,6 +56,19 @@ def test_what_is_left_open_is_taken_from_the_settings():
     assert settings.policy == GIVEN.policy
 
 
+def test_an_absolute_threshold_and_epochs():
+    space = SearchSpace(
+        threshold=(0.5, 2.5), epochs=(5, 20), policies=("loss-threshold", "article")
+    )
+    values, hp = sampled(
+        space, policy="loss-threshold", optimizer="sgd", threshold=1.5, epochs=7
+    )
+    settings = settings_of_values(values, GIVEN)
+    assert settings.policy.name == "loss-threshold"
+    assert (settings.policy.threshold, settings.epochs) == (1.5, 7)
+    assert "relative_threshold" not in {one.name for one in hp.space}
+
+
 def test_a_range_of_one_value_is_fixed():
     space = SearchSpace(
         learning_rate=(0.01, 0.01), warmup_epochs=(2, 2), policies=("keep-fraction",)
@@ -91,6 +104,8 @@ def test_every_sample_can_be_trained():
         ({"policies": "auto"}, "one or more names"),
         ({"policies": ("keep-fractoin",)}, "Did you mean 'keep-fraction'"),
         ({"optimizers": ("sdg",)}, "sdg"),
+        ({"threshold": (0.0, 1.0)}, "above 0"),
+        ({"epochs": (1, 2.5)}, "whole numbers"),
     ],
 )
 def test_contradictory_ranges_are_refused(wrong, message):

@@ -205,7 +205,7 @@ def _features_of(split):
 
 class TestRefused:
     def test_nothing_accepted(self, tune, accepted):
-        with pytest.raises(TrainingStalled, match="--stage2"):
+        with pytest.raises(TrainingStalled, match="--unfreeze last-block"):
             tune(accepted=np.zeros_like(accepted))
 
     @pytest.mark.parametrize("name", ["epochs", "batch_size"])
@@ -330,5 +330,5 @@ class TestRun:
 
 def test_the_flag_belongs_to_fit_alone(photo_folder, capsys):
     with pytest.raises(SystemExit):
-        main(["compare", str(photo_folder), "--stage2"])
-    assert "--stage2" in capsys.readouterr().err
+        main(["compare", str(photo_folder), "--unfreeze", "last-block"])
+    assert "--unfreeze" in capsys.readouterr().err

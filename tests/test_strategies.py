@@ -92,13 +92,13 @@ def test_the_rate_of_the_base(head_rate, optimizer, expected):
 
 
 def test_names_in_any_order_and_the_frozen_base_among_them():
-    assert SearchOptions(trainable=("all", "last-block")).trainable == (
+    assert SearchOptions(unfreeze=("all", "last-block")).unfreeze == (
         "frozen", "last-block", "all",
     )  # fmt: skip
-    assert SearchOptions(trainable="all").of_base == ("all",)
+    assert SearchOptions(unfreeze="all").of_base == ("all",)
     assert SearchOptions().of_base == ()
     with pytest.raises(InvalidArgument, match="Did you mean 'last-block'"):
-        SearchOptions(trainable=("frozen", "last_block"))
+        SearchOptions(unfreeze=("frozen", "last_block"))
 
 
 def test_the_pass_is_shared_by_all_trainings_of_a_part():

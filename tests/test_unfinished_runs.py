@@ -11,7 +11,7 @@ import filelock
 import pytest
 from same_run import assert_same_run
 
-from keras_rsft.cli_options import data_name
+from keras_rsft.cli._options import data_name
 from keras_rsft.data import add_label_noise
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning import NumberedFolder, checkpoint, run_folder

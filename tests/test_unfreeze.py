@@ -243,7 +243,7 @@ class TestRun:
         assert settings.base_rate == pytest.approx(0.005)
 
     def test_options_without_unfreeze(self, call, photo_folder):
-        status, _, error = call("fit", photo_folder, "--base-epochs", 2)
+        status, _, error = call("fit", photo_folder, "--set", "unfreeze_epochs=2")
         assert status == 2
         assert "--unfreeze" in error
         status, _, error = call("fit", photo_folder, "--unfreeze", "0")

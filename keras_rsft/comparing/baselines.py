@@ -20,6 +20,7 @@ from keras_rsft.finetuning.head_training import (
     choose_steps_per_execution,
     head_probabilities,
 )
+from keras_rsft.finetuning.settings import make_optimizer
 from keras_rsft.policies import keep_smallest, ramped_keep_fraction
 
 GCE_Q = 0.7
@@ -78,7 +79,7 @@ def train_co_teaching(
         )
         for seed in seeds
     ]
-    optimizers = [settings.make_optimizer() for _ in heads]
+    optimizers = [make_optimizer(settings) for _ in heads]
     for head, optimizer in zip(heads, optimizers, strict=True):
         optimizer.build(head.trainable_variables)
     batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
@@ -228,7 +229,7 @@ def _train_stock(
     )
     steps = -(-len(train) // settings.batch_size)
     head.compile(
-        settings.make_optimizer(),
+        make_optimizer(settings),
         loss,
         steps_per_execution=choose_steps_per_execution(steps),
     )

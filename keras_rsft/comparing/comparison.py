@@ -113,8 +113,8 @@ def compare(
         feature_precision: How features are kept: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
-            those of the methods that are policies. Without label smoothing, mix-up
-            and early stopping, which are methods. Default: `TrainingSettings()`.
+            those of the methods that are policies. Without early stopping, which is
+            a method. Default: `TrainingSettings()`.
         output: Folder of the comparison, which must not exist, or
             `NumberedFolder("compare-photos")` for the next number. It is taken at once
             and appears whole at the end. Default: none is written.
@@ -313,13 +313,11 @@ def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, s
 
 
 def _check_settings(settings: TrainingSettings) -> None:
-    if settings.make_soft_targets() is None and settings.early_stopping is None:
-        return
-    raise InvalidArgument(
-        "A comparison has label smoothing, mix-up and early stopping as methods of "
-        "their own. Leave `label_smoothing`, `mix_up` and `early_stopping` out of the "
-        "settings."
-    )
+    if settings.early_stopping is not None:
+        raise InvalidArgument(
+            "A comparison has early stopping as a method of its own. Leave "
+            "`early_stopping` out of the settings."
+        )
 
 
 def _check_counts(first_seed: int, seeds: int, views: int) -> None:

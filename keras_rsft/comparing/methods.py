@@ -27,8 +27,6 @@ from keras_rsft.comparing.method_names import (
     CLEAN_SUBSET,
     CLEANLAB,
     EARLY_STOPPING,
-    LABEL_SMOOTHING,
-    MIX_UP,
     PLAIN,
     WEIGHT_DECAY,
     WITH_AUTO,
@@ -46,8 +44,6 @@ ARTICLE_THRESHOLD = 1.5
 # alpha is that of DivideMix.
 STRENGTHS = {
     WEIGHT_DECAY: {"weight_decay": 3.0},
-    LABEL_SMOOTHING: {"label_smoothing": 0.1},
-    MIX_UP: {"mix_up": 4.0},
 }
 
 

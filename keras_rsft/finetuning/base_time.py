@@ -18,7 +18,7 @@ from keras_rsft.data import ImageData
 from keras_rsft.features import FrozenBase
 from keras_rsft.features.timing import seconds_per_image
 from keras_rsft.finetuning.base_training import LARGEST_GRADIENT
-from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.settings import TrainingSettings, make_optimizer
 from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll
@@ -93,7 +93,7 @@ def _step_seconds(
         inputs = keras.Input(part.rest.input_shape[1:], name="activations")
         model = RSFTModel(keras.Model(inputs, head(part.rest(inputs))), AcceptAll())
     model.compile(
-        settings.make_optimizer(largest_gradient=LARGEST_GRADIENT),
+        make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
         "sparse_categorical_crossentropy",
         jit_compile=False,
     )

@@ -37,7 +37,11 @@ from keras_rsft.finetuning.activations import (
 from keras_rsft.finetuning.callback_memory import options_of
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint
 from keras_rsft.finetuning.head_training import SplitFeatures, TrainedHead
-from keras_rsft.finetuning.settings import NOT_DECAYED, TrainingSettings
+from keras_rsft.finetuning.settings import (
+    NOT_DECAYED,
+    TrainingSettings,
+    make_optimizer,
+)
 from keras_rsft.model import RSFTModel, TwoPassRSFTModel
 from keras_rsft.model.second_pass import what_forbids_two_passes
 from keras_rsft.model.two_rates import with_two_rates
@@ -252,11 +256,9 @@ def _trainable_model(
     body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
     judges_samples = policy.level == "sample" and not policy.accepts_every_finite_sample
     two_passes = judges_samples and what_forbids_two_passes(body) is None
-    model = (TwoPassRSFTModel if two_passes else RSFTModel)(
-        body, policy, soft_targets=settings.make_soft_targets()
-    )
+    model = (TwoPassRSFTModel if two_passes else RSFTModel)(body, policy)
     optimizer = with_two_rates(
-        settings.make_optimizer(largest_gradient=LARGEST_GRADIENT),
+        make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
         # Of the layers in their order the head's are the last.
         slow_variables=len(part.rest.trainable_variables),
         slow_rate=settings.base_rate / settings.learning_rate,

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.cluster import Cluster
+from keras_rsft.cluster import Cluster, check_strategy
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features.batch_share import BatchShare
-from keras_rsft.strategy_choice import check_strategy
 
 # A worker that says nothing for so long is lost: the others stop.
 SECONDS_UNTIL_LOST = 20
@@ -68,15 +67,14 @@ class Devices:
         replicas = self.strategy.num_replicas_in_sync
         return BatchShare(replicas, first=self.cluster.index * count, count=count)
 
-    def require_trainable(self, *, base_learns: bool, softens: bool) -> None:
+    def require_trainable(self, *, base_learns: bool) -> None:
         """Refuses what is trained on one device where there are several.
 
         Args:
             base_learns: Whether a part of the base is trained.
-            softens: Whether there are label smoothing or mix-up.
 
         Raises:
-            InvalidArgument: If there is a strategy, and either of them.
+            InvalidArgument: If there is a strategy, and it is.
         """
         if self.strategy is None:
             return
@@ -84,11 +82,6 @@ class Devices:
             raise InvalidArgument(
                 "A part of the base is trained on one device. Received: the strategy "
                 f"{self.name}. Leave out `--strategy`, or `--unfreeze`."
-            )
-        if softens:
-            raise InvalidArgument(
-                "Label smoothing and mix-up train on one device. Received: the "
-                f"strategy {self.name}. Leave out `--strategy`, or both of them."
             )
 
     def describe(self) -> str:

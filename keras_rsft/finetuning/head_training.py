@@ -29,7 +29,7 @@ from keras_rsft.finetuning.early_stopping import (
 )
 from keras_rsft.finetuning.epoch_curves import EpochCurves
 from keras_rsft.finetuning.overfitting import Overfitting, find_overfitting
-from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.settings import TrainingSettings, make_optimizer
 from keras_rsft.finetuning.split_features import SplitFeatures
 from keras_rsft.ledger import Ledger, RejectionLedger
 from keras_rsft.loss_histogram import LossHistogram
@@ -89,6 +89,7 @@ def train_head(
     checkpoint: TrainingCheckpoint | None = None,
     devices: Devices = ONE_DEVICE,
     curves: bool = False,
+    called: str | None = None,
 ) -> TrainedHead:
     """Trains a new head on kept features and evaluates it.
 
@@ -104,6 +105,7 @@ def train_head(
         devices: What to train on. Default: one device.
         curves: Have the history tell of accepted and of all samples at the end of each
             epoch, as `EpochCurves` does. Default False.
+        called: What the progress bar says. Default: with which policy.
 
     Raises:
         InvalidArgument: If early stopping has no validation split to go by.
@@ -145,7 +147,7 @@ def train_head(
     remembering = [*early_stopping(settings), *further]
     history = _fit(
         model, batches, features, settings, recorder, own, remembering, progress,
-        checkpoint, devices,
+        checkpoint, devices, called or f"Training the head with {settings.policy.name}",
     )  # fmt: skip
     kept = kept_epoch(settings, history)
     if history["acceptance_rate"][kept] == 0:
@@ -198,6 +200,7 @@ def _fit(
     progress: bool,
     checkpoint: TrainingCheckpoint | None,
     devices: Devices,
+    called: str,
 ) -> dict[str, list[float]]:
     """Trains what is left to train; returns the history of all epochs.
 
@@ -216,7 +219,7 @@ def _fit(
             features.validation, batch_size=rows, share=devices.share
         )
         validation = devices.distributed(validation, count, rows)
-    with _epoch_bar(settings.epochs, done=first, visible=progress) as bar:
+    with _epoch_bar(called, settings.epochs, done=first, visible=progress) as bar:
         history = model.fit(
             devices.distributed(
                 batches.dataset, len(features.train), settings.batch_size
@@ -269,9 +272,9 @@ def untrained_head(
     head = build_head(
         train.dim, num_classes, moments=train.moments(), seed=settings.seed
     )
-    model = RSFTModel(head, policy, soft_targets=settings.make_soft_targets())
+    model = RSFTModel(head, policy)
     model.compile(
-        settings.make_optimizer(),
+        make_optimizer(settings),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
         # Of several replicas Keras can run one step at a time.
@@ -388,10 +391,10 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
 
 @contextlib.contextmanager
 def _epoch_bar(
-    epochs: int, *, done: int, visible: bool
+    called: str, epochs: int, *, done: int, visible: bool
 ) -> Iterator[keras.callbacks.Callback]:
     with progress_bar(
-        "Training the head", total=epochs, unit="epochs", done=done, visible=visible
+        called, total=epochs, unit="epochs", done=done, visible=visible
     ) as advance:
         yield keras.callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: advance(1)

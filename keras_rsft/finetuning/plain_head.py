@@ -72,6 +72,7 @@ def train_against_plain(
         features,
         dataclasses.replace(settings, policy=PolicyChoice("accept-all")),
         progress=progress,
+        called="Training the plain head for comparison",
         devices=devices,
         curves=True,
     )

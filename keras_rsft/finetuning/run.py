@@ -182,10 +182,7 @@ def finetune(
     if trainable_from is not None:
         settings = dataclasses.replace(settings, trainable_from=trainable_from)
     devices = open_devices(strategy) if isinstance(strategy, str) else strategy
-    devices.require_trainable(
-        base_learns=settings.trainable_from is not None,
-        softens=settings.make_soft_targets() is not None,
-    )
+    devices.require_trainable(base_learns=settings.trainable_from is not None)
     if settings.stage2_epochs:
         check_base_can_learn(str(backbone))
     if settings.trainable_from is not None:

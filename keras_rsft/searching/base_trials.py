@@ -205,7 +205,7 @@ class BaseTrialsTuner(DurableTuner, keras_tuner.Tuner):
         head = self._heads.oracle.trials[planned.begins_from.trial_id]
         hp = head.hyperparameters.copy()
         hp.values = dict(planned.begins_from.values)
-        hp.Choice(TRAINABLE, list(self._options.trainable))
+        hp.Choice(TRAINABLE, list(self._options.unfreeze))
         hp.Fixed(BASE_RATE, settings.base_rate)
         hp.Fixed(_HEAD_TRIAL, planned.begins_from.trial_id)
         hp.values |= {

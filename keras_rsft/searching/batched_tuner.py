@@ -139,11 +139,12 @@ class BatchedTuner(DurableTuner, keras_tuner.Tuner):
         return taken
 
     def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
-        groups: dict[str, list[tuple[Trial, TrainingSettings]]] = {}
+        groups: dict[tuple[str, int], list[tuple[Trial, TrainingSettings]]] = {}
         for trial in trials:
             try:
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
-                group = groups.setdefault(update_rule(settings), [])
+                rule = (update_rule(settings), settings.epochs)
+                group = groups.setdefault(rule, [])
             except Exception as error:  # Of a user's space: this trial's fault alone.
                 self._fail(trial, f"{type(error).__name__}: {error}")
                 continue
@@ -169,7 +170,7 @@ class BatchedTuner(DurableTuner, keras_tuner.Tuner):
                     self.hypermodel.examination.loss_limit if lists else math.inf
                 ),
             ),
-            epochs=self.hypermodel.settings.epochs,
+            epochs=settings[0].epochs,
             objective=self.oracle.objective.name,
             direction=self.oracle.objective.direction,
             halvings=self._halvings,

@@ -129,8 +129,8 @@ def update_rule(settings: TrainingSettings) -> str:
         refused = f"the policy {policy.name} ({', '.join(BATCHED_POLICIES)})"
     elif policy.class_floor > 0:
         refused = f"a class floor of {policy.class_floor} (0)"
-    elif settings.label_smoothing or settings.mix_up or settings.early_stopping:
-        refused = "label smoothing, mix-up or early stopping (none of these)"
+    elif settings.early_stopping:
+        refused = "early stopping (none)"
     if refused is not None:
         what, known = refused.rsplit(" (", 1)
         raise InvalidArgument(

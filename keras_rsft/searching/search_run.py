@@ -126,7 +126,7 @@ def search(
 ) -> Search | None:
     """Searches for the policy, its threshold and the learning rate of a new head.
 
-    With `trainable=("frozen", "last-block", "all")` also for how much of the base to
+    With `unfreeze=("frozen", "last-block", "all")` also for how much of the base to
     train: the best plain head and the best one that rejects are trained on with its
     last block and with all of it, for `base_epochs` of the settings. The base's
     learning rate is then by default a tenth of the head's, and at most 0.001 with SGD
@@ -181,11 +181,11 @@ def search(
     options = dataclasses.replace(options or SearchOptions(), **changes)
     settings = settings or TrainingSettings()
     if options.of_base:
-        check_part_can_learn(str(backbone), option="--trainable")
-    parts = list(options.trainable)
+        check_part_can_learn(str(backbone), option="--unfreeze")
+    parts = list(options.unfreeze)
 
     def check(base: keras.Model) -> None:
-        parts[:] = learnable(base, options.trainable, settings)
+        parts[:] = learnable(base, options.unfreeze, settings)
 
     opened = open_features(
         data,
@@ -200,7 +200,7 @@ def search(
         progress=progress,
         on_base=check,
     )
-    if len(parts) < len(options.trainable):
+    if len(parts) < len(options.unfreeze):
         on_note("The last block is all that can learn of this base: all is left out.")
     base_source = BaseSource(
         judged_data(opened.data, clean_validation=clean_validation),
@@ -219,7 +219,7 @@ def search(
     return search_features(
         opened.features,
         output=output,
-        options=dataclasses.replace(options, trainable=tuple(parts)),
+        options=dataclasses.replace(options, unfreeze=tuple(parts)),
         space=space,
         clean_validation=clean_validation,
         settings=settings,
@@ -283,7 +283,7 @@ def search_features(
     if options.of_base and base_source is None:
         raise InvalidArgument(
             "Features alone cannot train a base. Received: "
-            f"trainable={options.trainable}. Use `search`, which has the images."
+            f"unfreeze={options.unfreeze}. Use `search`, which has the images."
         )
     role = role_of()
     features = judged_features(features, clean_validation=clean_validation)
