@@ -234,8 +234,8 @@ class FeatureConfig:
 
     Example:
         >>> import keras_rsft as rsft
-        >>> rsft.FeatureConfig("resnet50", image_size=160).backbone_for("images")
-        'resnet50'
+        >>> rsft.FeatureConfig("efficientnet_lite0", image_size=160).dtype
+        'auto'
     """
 
     backbone: str | None = option(
@@ -275,15 +275,12 @@ class FeatureConfig:
         require_known("dtype", self.dtype, DTYPES)
         require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
 
-    def backbone_for(self, kind: str) -> str:
-        """The backbone for `"images"` or `"texts"`: the given one, or the default.
 
-        Raises:
-            InvalidArgument: If the given one takes the other kind.
-        """
-        name = self.backbone or DEFAULT_BACKBONES[kind]
-        require_takes(name, kind)
-        return name
+def backbone_for(features: FeatureConfig, kind: str) -> str:
+    """Returns the backbone for `"images"` or `"texts"`: given or default."""
+    name = features.backbone or DEFAULT_BACKBONES[kind]
+    require_takes(name, kind)
+    return name
 
 
 # === Policies ===

@@ -32,6 +32,7 @@ from keras_rsft.config import (
     TrainableFrom,
     TrainConfig,
     UnfreezeConfig,
+    backbone_for,
     nearest_name_hint,
     option,
     parse_trainable,
@@ -450,7 +451,7 @@ def feature_options(arguments: argparse.Namespace) -> dict[str, Any]:
     config_of(arguments, DataConfig)  # Refused before anything heavy is imported.
     features = config_of(arguments, FeatureConfig)
     return {
-        "backbone": features.backbone_for(kind_of(arguments)),
+        "backbone": backbone_for(features, kind_of(arguments)),
         "weights": features.weights,
         "image_size": features.image_size,
         "precision": features.dtype,

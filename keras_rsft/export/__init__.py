@@ -3,7 +3,7 @@
 `serving_graph.py` owns the graph from encoded images to labels; `saved_model.py`
 writes it, with what `tf_serving.py` lays beside it for the server. `litert_file.py` and
 `onnx_file.py` write models that take decoded images; `runtimes.py` runs all three.
-`places.py` knows which names are free, `settings.py` what can be asked for,
+`places.py` knows which names are free,
 `from_run.py` starts from a run folder, `model_card.py` describes it, `accuracy.py` and
 `verification.py` compare with the run.
 

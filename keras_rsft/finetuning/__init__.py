@@ -1,6 +1,6 @@
 """One run, from data to a trained model and its folder; what `keras-rsft fit` calls.
 
-`settings.py` is what the user chooses, `devices.py` what it runs on,
+`settings.py` makes optimizers, `devices.py` is what it runs on,
 `head_training.py` trains a head on kept features, `pilot.py` looks ahead on a sample,
 `run.py` puts a run together, `run_folder.py` writes and reads it. `unfinished.py` is
 its place until then, `checkpoint.py` the state of the training there.

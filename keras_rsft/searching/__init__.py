@@ -1,6 +1,6 @@
 """Searches the threshold and the learning rate with Keras Tuner.
 
-`names.py` is what the command line may know, `space.py` what is searched,
+`space.py` declares what is searched,
 `hypermodel.py` makes and trains the model of one trial. `head_trials.py`,
 `batched_step.py`, `head_notes.py` and `batched_heads.py` train many heads together,
 `batched_tuner.py` does so for any oracle, `oracles.py` makes tuners by name,
