@@ -4,7 +4,8 @@ Owns turning a name and some weights into a frozen model from images in [0, 255]
 features, and joining it to a new head. Running it over a data set is left to
 `features/`.
 
-`load.py` is what the other rooms call, `assembly.py` what all bases have in common. A module for each source of networks:
+`load.py` is what the other rooms call, `assembly.py` what all bases have in common. A
+module for each source of networks:
 `applications.py`, `efficientnet_lite0.py`, `own_model.py`, `hub.py`, and, of
 `foreign.py`'s kind, `saved_model.py` and `onnx_file.py`.
 

@@ -1,6 +1,7 @@
 """Several methods on one data set, side by side, on the same kept features.
 
-`methods.py` is what each method is, `baselines.py` trains those that are no policy, `summary.py` turns outcomes into
+`methods.py` is what each method is, `baselines.py` trains those that are no policy,
+`summary.py` turns outcomes into
 means and a verdict, `comparison.py` puts it together, `comparison_folder.py` writes it.
 The folder is not called `compare`: the function of that name is public, and a module
 would hide it.
