@@ -79,8 +79,8 @@ def write_table(path: Path, samples: int | None) -> None:
 
 def train(data, policy: str, seed: int, epochs: int, **options) -> rsft.Run:
     """Trains a new head on the kept features under a policy."""
-    settings = rsft.TrainingSettings(
-        policy=rsft.PolicyChoice(policy), epochs=epochs, seed=seed
+    settings = rsft.TrainConfig(
+        policy=rsft.PolicyConfig(policy), epochs=epochs, seed=seed
     )
     return rsft.finetune(
         data, backbone="minilm", settings=settings, progress=False, **options

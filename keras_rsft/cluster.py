@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from keras_rsft.config import STRATEGY_NAMES, require_known
 from keras_rsft.errors import InvalidArgument
 
 CLUSTER_VARIABLE = "TF_CONFIG"
@@ -107,6 +108,22 @@ def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
     return Cluster((*chiefs, *workers), index)
 
 
+def check_strategy(name: str, environment: Mapping[str, str] = os.environ) -> Cluster:
+    """Returns the processes that train together: this one alone but for `multiworker`.
+
+    Raises InvalidArgument if the name is unknown, or `TF_CONFIG` is missing or wrong.
+    """
+    require_known("strategy", name, STRATEGY_NAMES)
+    if name != "multiworker":
+        return Cluster()
+    if not environment.get(CLUSTER_VARIABLE, "").strip():
+        raise InvalidArgument(
+            f"The strategy multiworker needs the variable {CLUSTER_VARIABLE}, which "
+            "names all workers and says which one this is. Received: none."
+        )
+    return cluster_of(environment)
+
+
 def _addresses(config: Any, text: str) -> dict[str, list[str]]:
     """Returns the addresses of each type of task."""
     cluster = config.get("cluster", {}) if isinstance(config, dict) else None
@@ -158,3 +175,30 @@ def _invalid(reason: str, text: str) -> InvalidArgument:
         '{"cluster": {"worker": ["host-a:2222", "host-b:2222"]}, "task": {"type": '
         f'"worker", "index": 0}}}}. Received: {text}'
     )
+
+
+# Keras Tuner's own variables of a search by several processes.
+TUNER_ID = "KERASTUNER_TUNER_ID"
+ORACLE_HOST = "KERASTUNER_ORACLE_IP"
+ORACLE_PORT = "KERASTUNER_ORACLE_PORT"
+# Tells a worker which process started it, and that it must not outlive it.
+PARENT = "KERAS_RSFT_PARENT"
+DEFAULT_TIMEOUT = 600.0
+
+
+def part_in_search(given: Mapping[str, str] = os.environ) -> str:
+    """Returns `"alone"`, `"chief"` or `"worker"`, as Keras Tuner's variables say."""
+    if ORACLE_HOST not in given and ORACLE_PORT not in given:
+        return "alone"
+    names = (ORACLE_HOST, ORACLE_PORT, TUNER_ID)
+    if missing := [name for name in names if not given.get(name)]:
+        raise InvalidArgument(
+            f"A search by chief and workers needs {', '.join(names)}, and the "
+            f"environment does not set {' and '.join(missing)}. Set all or none."
+        )
+    port = given[ORACLE_PORT]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise InvalidArgument(
+            f"{ORACLE_PORT} must be a port, from 1 to 65535. Received: {port!r}."
+        )
+    return "chief" if "chief" in given[TUNER_ID] else "worker"

@@ -379,7 +379,7 @@ def _not_finite_message(features: FeatureSet) -> str:
     named = ", ".join(map(str, features.ids[bad][:3]))
     return (
         f"The features of {np.count_nonzero(bad)} of {len(features)} images are NaN or "
-        f"infinite, for example {named}. Try `--precision float32`, or another base."
+        f"infinite, for example {named}. Try `--set dtype=float32`, or another base."
     )
 
 

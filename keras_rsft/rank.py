@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.backbones.base_name import require_takes
 from keras_rsft.backbones.foreign import weights_bytes
 from keras_rsft.backbones.load import check_backbone_name, load_backbone
 from keras_rsft.backend_in_use import require_tensorflow_backend
+from keras_rsft.config import require_takes
 from keras_rsft.data import SampleData, load_images
 from keras_rsft.data.partition import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable

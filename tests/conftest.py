@@ -192,8 +192,8 @@ def noisy_photos(photo_folder):
 @pytest.fixture(scope="session")
 def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
     """Fine-tunes on 36 photos for five epochs, into the run folder that it is given."""
-    from keras_rsft.finetuning import TrainingSettings, finetune
-    from keras_rsft.policy_choice import PolicyChoice
+    from keras_rsft.config import PolicyConfig, TrainConfig
+    from keras_rsft.finetuning import finetune
 
     cache = tmp_path_factory.mktemp("cache")
 
@@ -206,10 +206,10 @@ def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
         with_plain=False,
         **changes,
     ):
-        options = {"policy": PolicyChoice(threshold=0.8), "epochs": 5}
+        options = {"policy": PolicyConfig(threshold=0.8), "epochs": 5}
         options |= {"batch_size": 8, "learning_rate": 0.05} | changes
         return finetune(
-            data, backbone=str(tiny_base_file), settings=TrainingSettings(**options),
+            data, backbone=str(tiny_base_file), settings=TrainConfig(**options),
             output=output, cache_dir=cache, progress=False, callbacks=callbacks,
             on_begin=on_begin, with_plain=with_plain,
         )  # fmt: skip

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from made_bases import save_three_blocks
 
+from keras_rsft.config import UnfreezeConfig
 from keras_rsft.finetuning import unfreezing
 from keras_rsft.finetuning.unfreezing import (
     BackboneSource,
     cache_activations,
     cut_backbone,
 )
-from keras_rsft.trainable_choice import UnfreezeConfig
 
 
 class Samples:

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from keras_rsft.backbones.base_name import (
+from keras_rsft.config import (
     PixelScale,
     is_fixed_network,
     parse_base_name,
@@ -84,7 +84,7 @@ def test_a_name_is_refused_before_anything_heavy_is_imported():
         import sys
         from keras_rsft import cli
         try:
-            cli.main(["fit", "photos", "--backbone", "onnx:a.onnx@torch"])
+            sys.exit(cli.main(["fit", "photos", "--backbone", "onnx:a.onnx@torch"]))
         finally:
             print(sorted({"keras", "tensorflow", "numpy"} & set(sys.modules)))
     """)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from made_features import CLASSES, DIM, feature_set, split_features
 
+from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.examination import examine_labels
-from keras_rsft.finetuning import TrainingSettings, train_head
-from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.finetuning import train_head
 from keras_rsft.searching import BatchedHeads, stack_trials
 
 BATCH = 16
@@ -24,19 +24,19 @@ def features(tmp_path_factory):
     return split_features(tmp_path_factory.mktemp("features"))
 
 
-SETTINGS = TrainingSettings(epochs=5, batch_size=BATCH, learning_rate=0.02)
+SETTINGS = TrainConfig(epochs=5, batch_size=BATCH, learning_rate=0.02)
 POLICIES = {
-    "accept-all": PolicyChoice("accept-all"),
-    "below": PolicyChoice("loss-threshold", threshold=1.0, warmup_epochs=0),
-    "below, warm-up": PolicyChoice("loss-threshold", threshold=0.6, warmup_epochs=1.5),
-    "article": PolicyChoice(
+    "accept-all": PolicyConfig("accept-all"),
+    "below": PolicyConfig("loss-threshold", threshold=1.0, warmup_epochs=0),
+    "below, warm-up": PolicyConfig("loss-threshold", threshold=0.6, warmup_epochs=1.5),
+    "article": PolicyConfig(
         "loss-threshold", threshold=1.5, level="batch", warmup_epochs=0
     ),
-    "article, warm-up": PolicyChoice(
+    "article, warm-up": PolicyConfig(
         "loss-threshold", threshold=1.3, level="batch", warmup_epochs=1
     ),
-    "keep-fraction": PolicyChoice("keep-fraction", keep_fraction=0.6),
-    "auto": PolicyChoice("auto"),
+    "keep-fraction": PolicyConfig("keep-fraction", keep_fraction=0.6),
+    "auto": PolicyConfig("auto"),
 }
 OPTIMIZERS = {
     "sgd": {},
@@ -150,7 +150,7 @@ def test_blocks_of_an_epoch_follow_each_other(features, monkeypatch):
 
 
 def test_a_head_that_accepts_nothing_stays_as_it_was(features):
-    hopeless = PolicyChoice("loss-threshold", threshold=1e-6, warmup_epochs=0)
+    hopeless = PolicyConfig("loss-threshold", threshold=1e-6, warmup_epochs=0)
     settings = [
         dataclasses.replace(SETTINGS, policy=policy, weight_decay=0.1)
         for policy in (hopeless, POLICIES["accept-all"])
@@ -227,8 +227,8 @@ def test_halving_drops_the_worse_half(features):
     "changes, what",
     [
         ({"optimizer": "rmsprop"}, "the optimizer rmsprop, only sgd, adam, adamw"),
-        ({"policy": PolicyChoice("self-paced")}, "the policy self-paced"),
-        ({"policy": PolicyChoice("accept-all", class_floor=0.1)}, "class floor of 0.1"),
+        ({"policy": PolicyConfig("self-paced")}, "the policy self-paced"),
+        ({"policy": PolicyConfig("accept-all", class_floor=0.1)}, "class floor of 0.1"),
     ],
 )
 def test_what_cannot_be_batched_names_a_tuner_that_can(changes, what):

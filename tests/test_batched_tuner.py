@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from made_features import split_features
 
+from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.finetuning import TrainingSettings, train_head
-from keras_rsft.searching import BatchedTuner, RSFTHyperModel, SearchSpace, durable
+from keras_rsft.finetuning import train_head
+from keras_rsft.searching import BatchedTuner, RSFTHyperModel, durable
 from keras_rsft.searching.hypermodel import DIVERGED
-from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.oracles import GridOracle, make_tuner
 
 SLOW_TUNERS = ("bayesian", "hyperband", "grid")
-SETTINGS = TrainingSettings(epochs=3, batch_size=16)
+SETTINGS = TrainConfig(epochs=3, batch_size=16)
 SPACE = SearchSpace(learning_rate=(1e-3, 1e-1), optimizers=("sgd", "adamw"))
 
 
@@ -158,7 +158,7 @@ def test_a_kill_while_a_file_is_written_loses_no_trial(
 ):
     """Trials are handed out, and each write from one on is cut in the middle."""
     space = SearchSpace(policies=("accept-all", "keep-fraction"), optimizers=("sgd",))
-    options = SearchOptions(tuner=name, max_trials=4)
+    options = SearchConfig(tuner=name, max_trials=4)
 
     def tuner():
         return make_tuner(hypermodel_of(features, space), options, tmp_path)
@@ -182,7 +182,7 @@ def test_a_kill_while_a_file_is_written_loses_no_trial(
 def test_a_trial_of_which_the_oracle_does_not_know_is_handed_out_anew(
     features, tmp_path
 ):
-    options = SearchOptions(max_trials=2)
+    options = SearchConfig(max_trials=2)
     first = make_tuner(hypermodel_of(features), options, tmp_path)
     first.on_search_begin()
     first.oracle.create_trial("a")
@@ -223,7 +223,7 @@ def test_trials_that_diverge_fail_alone(features, tmp_path):
 )
 def test_keras_tuners_own_tuners(features, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "tensorboard.plugins.hparams", None)
-    options = SearchOptions(tuner=name, max_trials=2)
+    options = SearchConfig(tuner=name, max_trials=2)
     space = SearchSpace(policies=("accept-all", "keep-fraction"), optimizers=("sgd",))
     tuner = make_tuner(hypermodel_of(features, space), options, tmp_path)
     tuner.search(verbose=0)
@@ -242,7 +242,7 @@ def test_rules_that_no_batch_of_heads_can_train_are_tried_alone(features, tmp_pa
     def space(hp):
         return {"policy": hp.Choice("policy", names)}
 
-    options = SearchOptions(tuner="grid")
+    options = SearchConfig(tuner="grid")
     tuner = make_tuner(hypermodel_of(features, space), options, tmp_path)
     tuner.search(verbose=0)
     trials = tuner.oracle.trials.values()
@@ -274,7 +274,7 @@ def test_a_single_trial_that_diverges_says_so(features, tmp_path, capfd):
         }
 
     tuner = make_tuner(
-        hypermodel_of(features, space), SearchOptions(tuner="grid"), tmp_path
+        hypermodel_of(features, space), SearchConfig(tuner="grid"), tmp_path
     )
     tuner.search(verbose=0)
     failed, completed = tuner.oracle.trials.values()
@@ -286,7 +286,7 @@ def test_a_single_trial_that_diverges_says_so(features, tmp_path, capfd):
 def test_an_exception_in_a_single_trial_is_kept(features, tmp_path):
     hypermodel = hypermodel_of(features)
     hypermodel.build = lambda hp: {}["gone"]
-    options = SearchOptions(tuner="random", max_trials=1)
+    options = SearchConfig(tuner="random", max_trials=1)
     tuner = make_tuner(hypermodel_of(features), options, tmp_path)
     tuner.hypermodel = hypermodel
     tuner.search(verbose=0)

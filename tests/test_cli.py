@@ -82,7 +82,7 @@ class TestMistakes:
             (["--noise", "symmetric"], 2, "symmetric:"),
             (["--noise", "symmetric:2"], 2, "symmetric:2"),
             (["--validation-fraction", "1"], 2, "(0, 1)"),
-            (["--precision", "float8"], 2, "float8"),
+            (["--set", "dtype=float8"], 2, "float8"),
             (["--image-size", "-5"], 2, "at least 1"),
             (["--thershold", "1"], 2, "Did you mean '--threshold'?"),
             (["--epohcs=3"], 2, "Did you mean '--epochs'?"),
@@ -93,6 +93,12 @@ class TestMistakes:
             (["--backbone", "nosuch"], 2, "Received: 'nosuch'.\n"),
             (["-x"], 2, "arguments: -x.\nOptions: keras-rsft fit --help\n"),
             (["more"], 2, "arguments: more.\n"),
+            (["--dtype", "float32"], 2, "Use `--set dtype=VALUE`"),
+            (["--set", "dtpe=float32"], 2, "Did you mean 'dtype'?"),
+            (["--set", "augmentations=x"], 2, "whole number"),
+            (["--set", "unfreeze_epochs=3"], 2, "`--unfreeze`"),
+            (["--unfreeze", "0"], 2, "at least 1"),
+            (["--unfreeze", "last-block", "--set", "train_batch_norm=true"], 2, "1:"),
         ],
     )
     def test_in_an_option(self, fit, arguments, status, message):
@@ -231,7 +237,7 @@ def test_nothing_but_our_own_words_reaches_the_terminal(
     )  # fmt: skip
     assert result.returncode == 0
     assert result.stderr == ""
-    assert result.stdout.startswith("3 classes; images: ")
+    assert result.stdout.startswith("3 classes (blue, green, red); images: ")
 
 
 @pytest.mark.slow

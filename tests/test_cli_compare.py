@@ -11,8 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from keras_rsft import cli
-from keras_rsft.comparing import method_names
+from keras_rsft import cli, config
 
 
 @pytest.fixture
@@ -58,9 +57,9 @@ def test_a_table_a_verdict_and_a_folder(compare, photo_folder, tmp_path):
     }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["verdict"]["sentence"] in out
-    config = json.loads((folder / "config.json").read_text())
-    assert config["command"].startswith("keras-rsft compare ")
-    assert config["policy"]["threshold"] == 0.000001
+    written = json.loads((folder / "config.json").read_text())
+    assert written["command"].startswith("keras-rsft compare ")
+    assert written["policy"]["threshold"] == 0.000001
 
 
 def test_without_noise_what_cannot_run_is_noted(compare, monkeypatch, tmp_path):
@@ -88,7 +87,7 @@ def test_without_noise_what_cannot_run_is_noted(compare, monkeypatch, tmp_path):
     "arguments, message",
     [
         (["--methods", "co-teeching"], "Did you mean 'co-teaching'?"),
-        (["--methods", ""], "one of plain"),
+        (["--methods", ""], "names separated by commas"),
         (["--seeds", "0"], "at least 1"),
         (["--noise", "instance"], '"instance:RATE"'),
         (["--keep-fraction", "2"], "in (0, 1]"),
@@ -106,7 +105,7 @@ def test_what_a_method_asked_for_by_name_lacks(compare, monkeypatch):
     status, _, err = compare("--methods", "clean-subset", "--seeds", 1)
     assert status == 1
     assert "the right labels are not known" in err
-    monkeypatch.setattr(method_names, "has_cleanlab", lambda: False)
+    monkeypatch.setattr(config, "has_cleanlab", lambda: False)
     status, _, err = compare("--methods", "cleanlab")
     assert status == 1
     assert 'pip install "keras_rsft[compare]"' in err

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft import cli
+from keras_rsft.config import TrainConfig
 from keras_rsft.data import load_images
 from keras_rsft.errors import DataError
 from keras_rsft.export import from_run, verification
@@ -23,7 +24,7 @@ from keras_rsft.export.verification import (
     validation_split,
     verify_export,
 )
-from keras_rsft.finetuning import TrainingSettings, finetune
+from keras_rsft.finetuning import finetune
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def run_folder(photo_folder, tiny_base_file, tmp_path_factory):
     run = finetune(
         str(photo_folder),
         backbone=str(tiny_base_file),
-        settings=TrainingSettings(epochs=2, batch_size=8),
+        settings=TrainConfig(epochs=2, batch_size=8),
         output=root / "photos-1",
         cache_dir=root / "cache",
         progress=False,

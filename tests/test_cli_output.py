@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_rsft.cli_documents import json_value
-from keras_rsft.cli_output import Output
+from keras_rsft.cli._render import Output, json_value
 from keras_rsft.intervals import Interval
 
 PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
@@ -96,7 +95,7 @@ class TestJson:
     def test_what_a_library_prints_stays_out(self, capsys):
         with Output(as_json=True) as output:
             print("chatter")
-            output.console.print("a table")
+            output.say("a table")
             output.finish({"a": 1}, "last")
         captured = capsys.readouterr()
         assert parsed(captured.out) == {"a": 1}
@@ -131,7 +130,7 @@ class TestQuiet:
     def test_chatter(self, capsys):
         with Output(quiet=True) as output:
             print("chatter")
-            output.console.print("a table")
+            output.say("a table")
             output.finish({"a": 1}, "last")
         assert capsys.readouterr() == ("last\n", "")
 
@@ -164,7 +163,7 @@ def on_a_terminal(command, *, cwd, **environment):
 def test_on_a_terminal(base, photo_folder, tmp_path):
     fit = [*PROGRAM, "fit", photo_folder, *base, "--epochs", "2"]
     plain = on_a_terminal(fit, cwd=tmp_path, NO_COLOR="1")
-    assert "Training the head" in plain
+    assert "Training the head with auto" in plain
     assert "Accuracy on the test split" in plain
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)
     quiet = on_a_terminal([*fit, "--quiet"], cwd=tmp_path)

@@ -26,7 +26,7 @@ def test_tables_a_reason_and_a_command_that_trains_the_same(
 ):
     status, out, err = search(
         "--policies", "loss-threshold", "--optimizers", "adamw",
-        "--relative-threshold", "1.2:3", "--warmup-epochs", "1:1",
+        "--range", "relative_threshold=1.2:3", "--range", "warmup_epochs=1:1",
     )  # fmt: skip
     assert status == 0, err
     assert err == ""
@@ -35,10 +35,7 @@ def test_tables_a_reason_and_a_command_that_trains_the_same(
     assert results["reason"] in out.replace("\n", " ")
     assert "plain fine-tuning" in out
     command = re.search(r"^  keras-rsft (fit .*)$", out, re.MULTILINE)[1]
-    status, out, err = call(
-        *shlex.split(command), "--backbone", tiny_base_file,
-        "--cache-dir", tmp_path / "kept", "--output", tmp_path / "again",
-    )  # fmt: skip
+    status, out, err = call(*shlex.split(command), "--output", tmp_path / "again")
     assert status == 0, err
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     for name in ("validation_accuracy", "test_accuracy", "acceptance_rate"):
@@ -73,9 +70,13 @@ def test_a_search_that_was_stopped_goes_on(search, tmp_path, photo_folder, monke
         (["--tuner", "bayes"], "Did you mean 'bayesian'?"),
         (["--objective", "accuracy"], "Did you mean 'val_accuracy'?"),
         (["--max-trials", "0"], "at least 1"),
-        (["--learning-rate", "0.1:0.01"], "two numbers LOW:HIGH"),
-        (["--warmup-epochs", "0.5:1"], "two whole numbers"),
-        (["--keep-fraction", "0.5:2"], "at most 1"),
+        (["--range", "learning_rate=0.1:0.01"], "two numbers LOW:HIGH"),
+        (["--range", "warmup_epochs=0.5:1"], "two whole numbers"),
+        (["--range", "keep_fraction=0.5:2"], "at most 1"),
+        (["--range", "epochs=0:2"], "at least 1"),
+        (["--range", "treshold=1:2"], "Did you mean 'threshold'?"),
+        (["--unfreeze", "last"], "Did you mean 'last-block'?"),
+        (["--set", "unfreeze_epochs=3"], "Say which ones with `--unfreeze`"),
         (["--policies", "auto,keep"], "Did you mean 'keep-fraction'?"),
         (["--policies", "self-paced"], "use the tuner random"),
         (["--clean-validation"], "--clean-label-column"),

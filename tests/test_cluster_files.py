@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from keras_rsft.cli import build_parser
-from keras_rsft.cli_features import features_cluster
+from keras_rsft.cli._commands import features_cluster
+from keras_rsft.cli._main import build_parser
 from keras_rsft.cluster import Cluster, cluster_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -9,20 +9,19 @@ import keras
 import numpy as np
 import pytest
 
+from keras_rsft import config
 from keras_rsft.comparing import (
     Outcome,
     compare,
     compare_features,
-    method_names,
     methods,
 )
 from keras_rsft.comparing import comparison as comparison_module
-from keras_rsft.comparing.method_names import METHOD_NAMES, check_methods
+from keras_rsft.config import METHOD_NAMES, PolicyConfig, TrainConfig, check_methods
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet, TrainingBatches
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
+from keras_rsft.finetuning import SplitFeatures, train_head
 from keras_rsft.finetuning.head_training import head_probabilities
-from keras_rsft.policy_choice import PolicyChoice
 
 CLASSES = 3
 DIM = 6
@@ -56,8 +55,8 @@ def noisy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings():
-    return TrainingSettings(
-        policy=PolicyChoice(threshold=0.9, warmup_epochs=1),
+    return TrainConfig(
+        policy=PolicyConfig(threshold=0.9, warmup_epochs=1),
         epochs=4,
         batch_size=16,
         learning_rate=0.05,
@@ -73,7 +72,7 @@ class TestBaselines:
     def test_early_stopping_restores_the_best_epoch(self, trial, monkeypatch):
         """Epoch by epoch the same as plain; then the weights of the best one."""
         settings = dataclasses.replace(
-            trial.settings, policy=PolicyChoice("accept-all"), epochs=6
+            trial.settings, policy=PolicyConfig("accept-all"), epochs=6
         )
         weights, seen = [], []
 
@@ -234,7 +233,7 @@ class TestBaselines:
 class TestComparison:
     def test_a_stall_is_a_result(self, noisy, settings):
         """A threshold far below ln(3) rejects every batch of the article's rule."""
-        hopeless = dataclasses.replace(settings, policy=PolicyChoice(threshold=1e-6))
+        hopeless = dataclasses.replace(settings, policy=PolicyConfig(threshold=1e-6))
         result = compare_features(
             noisy, methods=["article"], seeds=2, settings=hopeless, progress=False
         )
@@ -335,7 +334,7 @@ class TestComparison:
             compare_features(noisy, settings=changed, progress=False)
 
     def test_cleanlab_by_name_needs_the_extra(self, monkeypatch):
-        monkeypatch.setattr(method_names, "has_cleanlab", lambda: False)
+        monkeypatch.setattr(config, "has_cleanlab", lambda: False)
         with pytest.raises(ImportError, match=r"keras_rsft\[compare\]"):
             check_methods(["cleanlab"])
 
@@ -350,7 +349,7 @@ class TestComparison:
         with pytest.raises(InvalidArgument, match="seeds"):
             compare("digits", seeds=0)
         with pytest.raises(InvalidArgument, match=r"2\*\*31"):
-            compare("digits", settings=TrainingSettings(seed=2**31 - 4))
+            compare("digits", settings=TrainConfig(seed=2**31 - 4))
 
     def test_noise_reaches_the_features_by_id(self, noisy):
         class Data:

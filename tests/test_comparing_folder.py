@@ -11,9 +11,10 @@ import pytest
 from keras_rsft._storage import open_place
 from keras_rsft.comparing import Outcome, compare
 from keras_rsft.comparing import comparison as comparison_module
+from keras_rsft.config import TrainConfig
 from keras_rsft.data import load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import NumberedFolder, TrainingSettings
+from keras_rsft.finetuning import NumberedFolder
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def written(photo_folder, tiny_base_file, tmp_path_factory):
             seeds=2,
             noise="symmetric:0.25",
             backbone=str(tiny_base_file),
-            settings=TrainingSettings(epochs=2, batch_size=8, seed=3),
+            settings=TrainConfig(epochs=2, batch_size=8, seed=3),
             output=output,
             cache_dir=cache,
             progress=False,

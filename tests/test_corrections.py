@@ -12,6 +12,7 @@ import pytest
 from made_images import SPLIT_NAMES, all_ids, named_labels
 
 from keras_rsft._storage import guarded_cell, plain_cell, read_csv, write_csv
+from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.data import add_label_noise, apply_corrections, load_images
 from keras_rsft.data.corrections import Correction
 from keras_rsft.errors import DataError, InvalidArgument
@@ -21,10 +22,9 @@ from keras_rsft.features import (
     TrainingBatches,
     extract_features,
 )
-from keras_rsft.finetuning import TrainingSettings, finetune
+from keras_rsft.finetuning import finetune
 from keras_rsft.ledger import Ledger
 from keras_rsft.policies import AcceptReviewed, LossMixture, LossThreshold
-from keras_rsft.policy_choice import PolicyChoice
 
 HEADER = "id,given_label,decision,new_label"
 
@@ -324,8 +324,8 @@ class TestTrust:
 class TestRound:
     @pytest.fixture
     def settings(self):
-        return TrainingSettings(
-            policy=PolicyChoice(threshold=0.8), epochs=12, batch_size=8,
+        return TrainConfig(
+            policy=PolicyConfig(threshold=0.8), epochs=12, batch_size=8,
             learning_rate=0.05,
         )  # fmt: skip
 
@@ -374,12 +374,12 @@ class TestRound:
     def test_what_was_reviewed_is_accepted(self, fit, photo_folder, file, settings):
         data = load_images(photo_folder)
         rows = [f"{i},{name},keep," for i, name in named_labels(data, "train").items()]
-        strict = TrainingSettings(
-            policy=PolicyChoice(threshold=1e-6, warmup_epochs=0), epochs=2
+        strict = TrainConfig(
+            policy=PolicyConfig(threshold=1e-6, warmup_epochs=0), epochs=2
         )
         trusted = fit(data, "strict", corrections=file(*rows), settings=strict)
         assert trusted.results["acceptance_rate"] == 1
-        auto = TrainingSettings(epochs=2, batch_size=8)
+        auto = TrainConfig(epochs=2, batch_size=8)
         run = fit(data, "auto", corrections=file(*rows), settings=auto)
         assert run.trained.examination.noise_rate == 0
         with (run.folder / "ledger.csv").open(encoding="utf-8") as lines:

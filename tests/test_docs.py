@@ -18,13 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from keras_rsft.cli import build_parser
-from keras_rsft.cli_features import features_cluster
-from keras_rsft.cli_options import policy_choice
-from keras_rsft.cli_search import search_options
-from keras_rsft.comparing.method_names import check_methods
+from keras_rsft.cli._commands import features_cluster, search_space
+from keras_rsft.cli._main import build_parser
+from keras_rsft.cli._options import config_of, policy_of, unfreezing
+from keras_rsft.cluster import check_strategy
+from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig, check_methods
 from keras_rsft.data.noise import parse_noise
-from keras_rsft.strategy_choice import check_strategy
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -151,13 +150,19 @@ def test_a_command_is_understood(page, words, monkeypatch):
         monkeypatch.setenv("TF_CONFIG", TWO_WORKERS)
     arguments = build_parser().parse_args(words)  # Exits where it is not understood.
     checks = {
-        "compare": [policy_choice, lambda a: check_methods(a.methods)],
+        "compare": [policy_of, lambda a: check_methods(a.methods)],
         "features": [features_cluster],
-        "fit": [policy_choice, lambda a: check_strategy(a.strategy)],
-        "search": [search_options],
+        "fit": [
+            policy_of,
+            lambda a: unfreezing(a, a.unfreeze),
+            lambda a: check_strategy(a.strategy),
+        ],
+        "search": [search_space, lambda a: config_of(a, SearchConfig)],
     }
     for check in checks.get(arguments.command, []):
         check(arguments)
+    for config in (FeatureConfig, TrainConfig):
+        config_of(arguments, config)
     if getattr(arguments, "noise", None) is not None:
         parse_noise(arguments.noise)
 

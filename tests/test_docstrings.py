@@ -31,7 +31,7 @@ MAIN_NAMES = (
     *("AcceptAll", "AcceptListed", "AutoPolicy", "KeepFraction", "LossMixture"),
     *("LossThreshold", "Policy", "RunningThreshold", "SelfPaced", "RSFTModel"),
     *("FeatureSet", "RejectionLedger", "SearchSpace", "TrainingBatches"),
-    *("TrainingSettings", "PolicyChoice", "add_label_noise", "build_head"),
+    *("TrainConfig", "PolicyConfig", "add_label_noise", "build_head"),
     *("cluster_of", "examine_labels", "load_images"),
 )
 # Methods of others: each names the paper.

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from made_features import split_features
 
-from keras_rsft.finetuning import TrainingSettings, train_head
+from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.finetuning import epoch_curves as curves_module
+from keras_rsft.finetuning import train_head
 from keras_rsft.finetuning.head_training import even_batch, head_probabilities
-from keras_rsft.policy_choice import PolicyChoice
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,13 @@ def features(tmp_path_factory):
 
 def trained(features, policy, **changes):
     options = {"epochs": 4, "batch_size": 16, "learning_rate": 0.02} | changes
-    settings = TrainingSettings(policy=policy, **options)
+    settings = TrainConfig(policy=policy, **options)
     return train_head(features, settings, progress=False, curves=True)
 
 
 class TestCurves:
     def test_they_are_of_the_weights_at_the_end_of_the_epoch(self, features):
-        run = trained(features, PolicyChoice(threshold=0.6, warmup_epochs=1))
+        run = trained(features, PolicyConfig(threshold=0.6, warmup_epochs=1))
         history = run.history
         scores = head_probabilities(run.model, features.train)
         labels = features.train.labels
@@ -51,7 +51,7 @@ class TestCurves:
             assert history[name][-1] == pytest.approx(value, rel=1e-5), name
 
     def test_where_everything_is_accepted_both_are_equal(self, features):
-        history = trained(features, PolicyChoice("accept-all")).history
+        history = trained(features, PolicyConfig("accept-all")).history
         for name in ("accuracy", "loss"):
             assert history[f"train_{name}"] == history[f"train_accepted_{name}"]
 
@@ -62,9 +62,9 @@ class TestCurves:
         assert even_batch(count) == rows
 
     def test_training_is_the_same_with_and_without_them(self, features):
-        policy = PolicyChoice("running-threshold", warmup_epochs=1)
+        policy = PolicyConfig("running-threshold", warmup_epochs=1)
         with_them = trained(features, policy)
-        settings = TrainingSettings(
+        settings = TrainConfig(
             policy=policy, epochs=4, batch_size=16, learning_rate=0.02
         )
         without = train_head(features, settings, progress=False)
@@ -77,15 +77,15 @@ class TestCurves:
     def test_without_validation_there_are_those_of_training(self, features):
         none = features.validation.take(np.arange(0))
         history = trained(
-            dataclasses.replace(features, validation=none), PolicyChoice(threshold=0.8)
+            dataclasses.replace(features, validation=none), PolicyConfig(threshold=0.8)
         ).history
         assert "train_accepted_loss" in history
         assert not any(name.startswith("val_") for name in history)
 
     def test_of_many_samples_some_are_looked_at(self, features, monkeypatch):
-        whole = trained(features, PolicyChoice("auto")).history
+        whole = trained(features, PolicyConfig("auto")).history
         monkeypatch.setattr(curves_module, "MOST_SAMPLES", 20)
-        some = trained(features, PolicyChoice("auto")).history
+        some = trained(features, PolicyConfig("auto")).history
         assert some["val_loss"] == whole["val_loss"]
         for name in ("train_loss", "val_loss_error"):
             assert some[name] != whole[name]

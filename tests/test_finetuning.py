@@ -10,12 +10,13 @@ import keras
 import numpy as np
 import pytest
 
+from keras_rsft.config import POLICY_NAMES, PolicyConfig, TrainConfig
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import TrainingSettings, finetune
+from keras_rsft.finetuning import finetune
 from keras_rsft.finetuning.head_training import choose_steps_per_execution
+from keras_rsft.finetuning.settings import make_optimizer
 from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
-from keras_rsft.policy_choice import POLICY_NAMES, PolicyChoice
 from keras_rsft.predict import predict_files
 
 
@@ -26,8 +27,8 @@ def noisy(photo_folder):
 
 @pytest.fixture(scope="module")
 def settings():
-    return TrainingSettings(
-        policy=PolicyChoice(threshold=0.8), epochs=12, batch_size=8, learning_rate=0.05
+    return TrainConfig(
+        policy=PolicyConfig(threshold=0.8), epochs=12, batch_size=8, learning_rate=0.05
     )
 
 
@@ -80,7 +81,7 @@ class TestRun:
         assert 0 <= recall <= 1
 
     def test_auto_examines_first_and_says_what_it_found(self, fit_to, noisy):
-        settings = TrainingSettings(epochs=4, batch_size=8, learning_rate=0.05)
+        settings = TrainConfig(epochs=4, batch_size=8, learning_rate=0.05)
         run = fit_to(settings=settings)
         examination = run.trained.examination
         assert run.finding == examination.describe()
@@ -112,7 +113,7 @@ class TestRun:
         right = paired.both_right + paired.only_rejection_right
         images = len(noisy.test)
         assert right / images == pytest.approx(run.results["test_accuracy"])
-        alone = dataclasses.replace(settings, policy=PolicyChoice("accept-all"))
+        alone = dataclasses.replace(settings, policy=PolicyConfig("accept-all"))
         plain = fit_to(settings=alone)
         assert paired.results["test_accuracy"] == plain.results["test_accuracy"]
         assert paired.history == plain.history
@@ -124,7 +125,7 @@ class TestRun:
         assert fit_to(settings=short).against_plain is None
         run = fit_to(tmp_path / "one", settings=short, with_plain=False)
         assert run.against_plain is None
-        every = dataclasses.replace(short, policy=PolicyChoice("accept-all"))
+        every = dataclasses.replace(short, policy=PolicyConfig("accept-all"))
         assert fit_to(tmp_path / "other", settings=every).against_plain is None
 
     def test_samples_say_which_labels_are_wrong(self, run, noisy):
@@ -158,7 +159,7 @@ class TestRun:
             again.model.get_weights(), run.model.get_weights(), strict=True
         ):
             np.testing.assert_array_equal(one, other)
-        other_seed = fit_to(settings=TrainingSettings(epochs=1, seed=1))
+        other_seed = fit_to(settings=TrainConfig(epochs=1, seed=1))
         assert other_seed.history["loss"][0] != run.history["loss"][0]
 
     def test_the_head_is_saved_with_its_policy(self, run, noisy, settings):
@@ -185,8 +186,8 @@ class TestRun:
             fit_to(tmp_path / "file" / "run")
 
     def test_a_run_that_accepts_nothing_is_an_error(self, fit_to):
-        hopeless = TrainingSettings(
-            policy=PolicyChoice(threshold=1e-6, warmup_epochs=0), epochs=2
+        hopeless = TrainConfig(
+            policy=PolicyConfig(threshold=1e-6, warmup_epochs=0), epochs=2
         )
         with (
             pytest.warns(UserWarning, match="accepted no sample"),
@@ -199,12 +200,12 @@ class TestRun:
         note = keras.callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: seen.append(sorted(logs))
         )
-        fit_to(settings=TrainingSettings(epochs=2), callbacks=[note])
+        fit_to(settings=TrainConfig(epochs=2), callbacks=[note])
         assert len(seen) == 2
         assert {"acceptance_rate", "loss", "val_accuracy"} <= set(seen[0])
 
     def test_views_train(self, fit_to):
-        assert len(fit_to(views=2, settings=TrainingSettings(epochs=1)).history) > 0
+        assert len(fit_to(views=2, settings=TrainConfig(epochs=1)).history) > 0
 
 
 class TestSettings:
@@ -220,11 +221,11 @@ class TestSettings:
     )
     def test_refused(self, wrong, message):
         with pytest.raises(InvalidArgument, match=message):
-            TrainingSettings(**wrong)
+            TrainConfig(**wrong)
 
     def test_sgd_has_momentum_and_the_others_their_defaults(self):
-        assert TrainingSettings().make_optimizer().momentum == 0.9
-        adam = TrainingSettings(optimizer="Adam", learning_rate=0.5).make_optimizer()
+        assert make_optimizer(TrainConfig()).momentum == 0.9
+        adam = make_optimizer(TrainConfig(optimizer="Adam", learning_rate=0.5))
         assert isinstance(adam, keras.optimizers.Adam)
         assert float(adam.learning_rate) == 0.5
 
@@ -244,7 +245,7 @@ class TestPolicyChoice:
     )
     def test_refused(self, wrong, message):
         with pytest.raises(InvalidArgument, match=message):
-            PolicyChoice(**wrong)
+            PolicyConfig(**wrong)
 
     @pytest.mark.parametrize(
         "numbers, name",
@@ -257,23 +258,23 @@ class TestPolicyChoice:
         ],
     )
     def test_a_number_names_its_policy(self, numbers, name):
-        assert PolicyChoice(**numbers).name == name
+        assert PolicyConfig(**numbers).name == name
 
     @pytest.mark.parametrize("name", [n for n in POLICY_NAMES if n != "auto"])
     def test_every_name_makes_a_policy_with_the_floor(self, name):
-        choice = PolicyChoice(name, class_floor=0.2)
+        choice = PolicyConfig(name, class_floor=0.2)
         policy = build_policy(choice, num_classes=3, steps_per_epoch=5)
         floor = 0.0 if name == "accept-all" else 0.2
         assert policy.class_floor == floor
 
     def test_epochs_become_steps_and_the_threshold_follows_the_classes(self):
-        choice = PolicyChoice("loss-threshold")
+        choice = PolicyConfig("loss-threshold")
         policy = build_policy(choice, num_classes=10, steps_per_epoch=7)
         assert isinstance(policy, LossThreshold)
         assert policy.warmup_steps == 14
         assert float(policy.threshold) == pytest.approx(0.65 * np.log(10))
         kept = build_policy(
-            PolicyChoice("keep-fraction", keep_fraction=0.6, warmup_epochs=1.5),
+            PolicyConfig("keep-fraction", keep_fraction=0.6, warmup_epochs=1.5),
             num_classes=2,
             steps_per_epoch=4,
         )

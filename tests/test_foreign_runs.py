@@ -7,18 +7,15 @@ import pytest
 from made_bases import save_onnx, save_signature
 
 from keras_rsft import cli
+from keras_rsft.config import ExportConfig, PolicyConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.data import load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.export import ExportSettings, export_onnx, export_run
+from keras_rsft.export import export_onnx, export_run
 from keras_rsft.export.runtimes import load_exported
-from keras_rsft.finetuning import TrainingSettings, finetune
-from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.finetuning import finetune
 from keras_rsft.predict import predict_files
-from keras_rsft.trainable_choice import STAGE2
 
-SETTINGS = TrainingSettings(
-    policy=PolicyChoice("accept-all"), epochs=3, learning_rate=0.05
-)
+SETTINGS = TrainConfig(policy=PolicyConfig("accept-all"), epochs=3, learning_rate=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def files(photo_folder):
 def test_a_run_on_an_onnx_base_answers_and_becomes_one_onnx_file(
     onnx_run, files, tmp_path
 ):
-    settings = ExportSettings(file_format="onnx")
+    settings = ExportConfig(file_format="onnx")
     exported = export_run(onnx_run.folder, directory=tmp_path, settings=settings)
     assert_same_answers(onnx_run.folder, exported.path, files)
 
@@ -85,7 +82,7 @@ def test_a_run_on_a_saved_model_is_exported_as_any_other(
 ):
     pytest.importorskip("tf2onnx")
     for file_format in ("saved-model", "onnx"):
-        settings = ExportSettings(file_format=file_format)
+        settings = ExportConfig(file_format=file_format)
         exported = export_run(
             saved_model_run.folder, directory=tmp_path, settings=settings
         )
@@ -126,6 +123,6 @@ def test_a_fixed_number_of_images_is_not_joined(tmp_path):
 
 
 def test_stage_two_is_refused_before_the_work(photo_folder):
-    settings = TrainingSettings(unfreeze=STAGE2)
+    settings = TrainConfig(unfreeze=UnfreezeConfig())
     with pytest.raises(InvalidArgument, match="no Keras layers"):
         finetune(photo_folder, backbone="onnx:missing.onnx@0:1", settings=settings)

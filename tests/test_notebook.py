@@ -9,14 +9,15 @@ import pytest
 from made_features import split_features
 
 from keras_rsft.comparing.comparison import compare_features
-from keras_rsft.finetuning import TrainingSettings, finetune
+from keras_rsft.config import SearchConfig, TrainConfig
+from keras_rsft.finetuning import finetune
 from keras_rsft.report.notebook import table_html
 from keras_rsft.report.summary import Table
-from keras_rsft.searching import SearchOptions, search_features
+from keras_rsft.searching import search_features
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=a>', "$\\frac{<b>")
-SETTINGS = TrainingSettings(epochs=2, batch_size=16, learning_rate=0.05)
+SETTINGS = TrainConfig(epochs=2, batch_size=16, learning_rate=0.05)
 
 
 def well_formed(text):
@@ -91,7 +92,7 @@ def test_a_search(features, tmp_path):
     found = search_features(
         features,
         output=tmp_path / "search",
-        options=SearchOptions(max_trials=3),
+        options=SearchConfig(max_trials=3),
         settings=SETTINGS,
         progress=False,
     )

@@ -13,7 +13,7 @@ import pytest
 
 from keras_rsft import cli
 from keras_rsft.backbones import build_classifier, load_backbone
-from keras_rsft.cli_predict import answer_writer
+from keras_rsft.cli._commands import answer_writer
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import export_litert, export_onnx, export_saved_model
 from keras_rsft.model import RSFTModel

@@ -10,9 +10,9 @@ import pytest
 from made_features import feature_set, split_features
 from same_run import assert_same_run
 
+from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
-from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.finetuning import SplitFeatures, train_head
 
 REGULARISED = {
     "weight decay": {"weight_decay": 0.5},
@@ -20,7 +20,7 @@ REGULARISED = {
     "all of them": {
         "weight_decay": 0.5,
         "early_stopping": 2,
-        "policy": PolicyChoice("auto"),
+        "policy": PolicyConfig("auto"),
         "optimizer": "adam",
     },
 }
@@ -32,8 +32,8 @@ def features(tmp_path_factory):
 
 
 def train(features, **changes):
-    options = {"policy": PolicyChoice("accept-all"), "epochs": 6, "batch_size": 16}
-    settings = TrainingSettings(**options | {"learning_rate": 0.05} | changes)
+    options = {"policy": PolicyConfig("accept-all"), "epochs": 6, "batch_size": 16}
+    settings = TrainConfig(**options | {"learning_rate": 0.05} | changes)
     return train_head(features, settings, progress=False, curves=True)
 
 
@@ -81,8 +81,8 @@ class TestWeightDecay:
         """One step without a gradient: the learning rate times the decay."""
         from keras_rsft.finetuning.head_training import untrained_head
 
-        settings = TrainingSettings(
-            policy=PolicyChoice("accept-all"), learning_rate=0.1, weight_decay=0.5
+        settings = TrainConfig(
+            policy=PolicyConfig("accept-all"), learning_rate=0.1, weight_decay=0.5
         )
         model = untrained_head(features, settings)
         kernel, bias = model.trainable_variables
@@ -148,20 +148,20 @@ class TestWarning:
 
     def test_a_run_that_does_not_overfit_does_not_warn(self, features):
         assert (
-            train(features, epochs=20, policy=PolicyChoice("auto")).overfitting is None
+            train(features, epochs=20, policy=PolicyConfig("auto")).overfitting is None
         )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"weight_decay": -1}, "at least 0"),
-        ({"early_stopping": 0}, "at least 1 epoch"),
+        ({"weight_decay": -1.0}, "at least 0"),
+        ({"early_stopping": 0}, "at least 1"),
     ],
 )
 def test_settings_that_are_refused(options, message):
     with pytest.raises(InvalidArgument, match=message):
-        TrainingSettings(**options)
+        TrainConfig(**options)
 
 
 class TestCommand:
@@ -205,8 +205,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--weight-decay", "-1"], "at least 0"),
-            (["--early-stopping", "0"], "a whole number, at least 1"),
+            (["--weight-decay", "-2"], "at least 0"),
+            (["--early-stopping", "0"], "at least 1"),
         ],
     )
     def test_mistakes(self, fit, arguments, message):

@@ -273,9 +273,10 @@ def test_the_server_shows_what_the_file_left_out(
 def test_from_wrong_labels_to_a_better_model(
     open_page, photo_folder, tiny_base_file, tmp_path
 ):
+    from keras_rsft.config import TrainConfig
     from keras_rsft.data import add_label_noise, load_images
     from keras_rsft.data.corrections import read_corrections
-    from keras_rsft.finetuning import TrainingSettings, finetune
+    from keras_rsft.finetuning import finetune
 
     noisy = add_label_noise(load_images(str(photo_folder)), "symmetric:0.4", seed=2)
 
@@ -283,7 +284,7 @@ def test_from_wrong_labels_to_a_better_model(
         return finetune(
             noisy,
             backbone=str(tiny_base_file),
-            settings=TrainingSettings(epochs=12, batch_size=8, learning_rate=0.02),
+            settings=TrainConfig(epochs=12, batch_size=8, learning_rate=0.02),
             output=tmp_path / name,
             cache_dir=tmp_path / "cache",
             progress=False,

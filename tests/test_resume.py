@@ -6,11 +6,11 @@ import keras
 import pytest
 from same_run import assert_same_run
 
+from keras_rsft.config import PolicyConfig
 from keras_rsft.data import apply_corrections
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import resume
 from keras_rsft.finetuning.resume import TrainingCheckpoint, read_state
-from keras_rsft.policy_choice import PolicyChoice
 
 EPOCHS = 5
 
@@ -59,10 +59,10 @@ class TestGoesOn:
     @pytest.mark.parametrize(
         "policy",
         [
-            PolicyChoice("auto"),
-            PolicyChoice("loss-mixture", warmup_epochs=1),
-            PolicyChoice("running-threshold", warmup_epochs=1),
-            PolicyChoice("keep-fraction", warmup_epochs=4),
+            PolicyConfig("auto"),
+            PolicyConfig("loss-mixture", warmup_epochs=1),
+            PolicyConfig("running-threshold", warmup_epochs=1),
+            PolicyConfig("keep-fraction", warmup_epochs=4),
         ],
         ids=lambda choice: choice.name,
     )
@@ -90,7 +90,7 @@ class TestGoesOn:
     def test_after_a_review(self, fit_photos, reviewed, tmp_path, stop_at):
         changes = {
             "data": reviewed("keep", "drop"),
-            "policy": PolicyChoice("loss-mixture", warmup_epochs=1),
+            "policy": PolicyConfig("loss-mixture", warmup_epochs=1),
         }
         whole = fit_photos(tmp_path / "whole", **changes)
         stop_at(3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import shlex
 
 import keras
 import numpy as np
@@ -13,18 +12,17 @@ import pytest
 from made_bases import changed_layers, network, save_three_blocks
 
 from keras_rsft.backbones import load_backbone
-from keras_rsft.cli_output import repeat_command
+from keras_rsft.cli._commands import chosen_words
+from keras_rsft.config import SearchSpace, TrainConfig, UnfreezeConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.finetuning.resume import TrainingClock, memory_of
 from keras_rsft.predict import predict_files
 from keras_rsft.report import write_report
-from keras_rsft.searching import SearchSpace, backbone_trials, search, search_run
+from keras_rsft.searching import backbone_trials, search, search_run
 from keras_rsft.searching import trials as trials_module
 from keras_rsft.searching.choice import Choice
-from keras_rsft.trainable_choice import UnfreezeConfig
 
-SETTINGS = TrainingSettings(epochs=3, batch_size=8, unfreeze=UnfreezeConfig(epochs=2))
+SETTINGS = TrainConfig(epochs=3, batch_size=8, unfreeze=UnfreezeConfig(epochs=2))
 SPACE = SearchSpace(
     learning_rate=(0.03, 0.1), policies=("accept-all", "keep-fraction"),
     keep_fraction=(0.6, 0.8), warmup_epochs=(0, 0), optimizers=("sgd",),
@@ -229,18 +227,18 @@ def test_the_folder_has_the_chosen_model(tuned, photo_folder):
     assert chosen["trainable"] == "last-block"
     assert 0 <= chosen["test_accuracy"] <= 1
     assert tuned.results["plain"]["trial"] != name
-    command = shlex.split(repeat_command(tuned, "photos"))
+    command = chosen_words(tuned)
     assert "--unfreeze=1" in command
-    assert f"--base-epochs={tuned.settings.unfreeze.epochs}" in command
+    assert f"unfreeze_epochs={tuned.settings.unfreeze.epochs}" in command
 
 
 @pytest.mark.slow
 def test_the_command_trains_the_same_model(
     tuned, call, photo_folder, base_file, tmp_path
 ):
-    command = shlex.split(repeat_command(tuned, str(photo_folder)))
     status, _, err = call(
-        *command[1:], "--noise", "symmetric:0.25", "--backbone", base_file,
+        "fit", photo_folder, *chosen_words(tuned), "--noise", "symmetric:0.25",
+        "--backbone", base_file,
         "--cache-dir", tmp_path / "kept", "--output", tmp_path / "again",
     )  # fmt: skip
     assert status == 0, err
@@ -277,8 +275,8 @@ def test_all_of_the_base_is_added_later(found, run, counted, stop_at, base_file)
     plain = next(r for r in found.results["strategies"] if not r["rejects"])
     stop_at(heads[plain["trial"]] + 1)
     with pytest.raises(KeyboardInterrupt):
-        run(found.folder, trainable=names)
-    more = run(found.folder, trainable=names)
+        run(found.folder, unfreeze=names)
+    more = run(found.folder, unfreeze=names)
     assert len(counted.called) - begun == 3  # One of them was stopped half way.
     assert more.outcomes[:6] == found.outcomes
     given = load_backbone(str(base_file))
@@ -299,7 +297,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("base", ["onnx:some.onnx@imagenet", "savedmodel:some@0:1"])
     def test_a_base_without_keras_layers(self, run, base, tmp_path):
-        with pytest.raises(InvalidArgument, match=r"no Keras layers.*--trainable"):
+        with pytest.raises(InvalidArgument, match=r"no Keras layers.*--unfreeze"):
             run(tmp_path / "run", backbone=base)
         assert not (tmp_path / "run").exists()
 
@@ -315,7 +313,7 @@ class TestRefused:
             search_run.search_features(
                 found.tuner.hypermodel.features, output=found.folder,
                 options=dataclasses.replace(
-                    search_run.SearchOptions(), trainable=("all",)
+                    search_run.SearchConfig(), unfreeze=("all",)
                 ),
             )  # fmt: skip
 
@@ -351,8 +349,8 @@ class TestCommandLine:
 
     def test_end_to_end(self, search, call, tmp_path):
         status, out, err = search(
-            "--trainable", "last-block", "--base-epochs", 1, "--json",
-            "--base-learning-rate", 1e-4, "--output", "run",
+            "--unfreeze", "last-block", "--set", "unfreeze_epochs=1", "--json",
+            "--set", "unfreeze_learning_rate=1e-4", "--output", "run",
         )  # fmt: skip
         assert status == 0, err
         document = json.loads(out)
@@ -367,10 +365,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--trainable", "last"], "Did you mean 'last-block'?"),
-            (["--base-epochs", "2"], "with `--trainable`"),
-            (["--trainable", "all", "--base-epochs", "0"], "at least 1"),
-            (["--trainable", "all", "--backbone", "onnx:x@0:1"], "`--trainable`"),
+            (["--unfreeze", "last"], "Did you mean 'last-block'?"),
+            (["--set", "unfreeze_epochs=2"], "with `--unfreeze`"),
+            (["--unfreeze", "all", "--set", "unfreeze_epochs=0"], "at least 1"),
+            (["--unfreeze", "all", "--backbone", "onnx:x@0:1"], "`--unfreeze`"),
         ],
     )
     def test_mistakes(self, search, arguments, message):

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from keras_rsft.config import SearchConfig
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.report.charts import rate_ticks
 from keras_rsft.searching.choice import TrialOutcome, choose_trial
-from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.pictures import heat_map, write_pictures
 
 
@@ -160,7 +160,7 @@ class TestHeatMap:
         assert np.histogram2d(*points, edges)[0].sum() == 50
 
     def test_the_pictures_are_written(self, tmp_path):
-        write_pictures(self.TRIALS, self.TRIALS, SearchOptions(), tmp_path)
+        write_pictures(self.TRIALS, self.TRIALS, SearchConfig(), tmp_path)
         names = ["heatmap.svg", "parallel_coordinates.svg"]
         assert sorted(p.name for p in tmp_path.iterdir()) == names
         for name in names:
@@ -184,5 +184,5 @@ class TestHeatMap:
         assert rate_ticks(low, high) == ticks
 
     def test_nothing_to_draw(self, tmp_path):
-        write_pictures([FAILED], [FAILED], SearchOptions(), tmp_path)
+        write_pictures([FAILED], [FAILED], SearchConfig(), tmp_path)
         assert list(tmp_path.iterdir()) == []

@@ -6,17 +6,11 @@ import keras_tuner
 import numpy as np
 import pytest
 
+from keras_rsft.config import PolicyConfig, SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import TrainingSettings
-from keras_rsft.policy_choice import PolicyChoice
-from keras_rsft.searching.names import SearchOptions
-from keras_rsft.searching.space import (
-    SearchSpace,
-    check_space,
-    settings_of_values,
-)
+from keras_rsft.searching.space import check_space, settings_of_values
 
-GIVEN = TrainingSettings(policy=PolicyChoice("keep-fraction", keep_fraction=0.6))
+GIVEN = TrainConfig(policy=PolicyConfig("keep-fraction", keep_fraction=0.6))
 
 
 def sampled(space, **values):
@@ -56,6 +50,19 @@ def test_what_is_left_open_is_taken_from_the_settings():
     assert settings.policy == GIVEN.policy
 
 
+def test_an_absolute_threshold_and_epochs():
+    space = SearchSpace(
+        threshold=(0.5, 2.5), epochs=(5, 20), policies=("loss-threshold", "article")
+    )
+    values, hp = sampled(
+        space, policy="loss-threshold", optimizer="sgd", threshold=1.5, epochs=7
+    )
+    settings = settings_of_values(values, GIVEN)
+    assert settings.policy.name == "loss-threshold"
+    assert (settings.policy.threshold, settings.epochs) == (1.5, 7)
+    assert "relative_threshold" not in {one.name for one in hp.space}
+
+
 def test_a_range_of_one_value_is_fixed():
     space = SearchSpace(
         learning_rate=(0.01, 0.01), warmup_epochs=(2, 2), policies=("keep-fraction",)
@@ -91,6 +98,8 @@ def test_every_sample_can_be_trained():
         ({"policies": "auto"}, "one or more names"),
         ({"policies": ("keep-fractoin",)}, "Did you mean 'keep-fraction'"),
         ({"optimizers": ("sdg",)}, "sdg"),
+        ({"threshold": (0.0, 1.0)}, "above 0"),
+        ({"epochs": (1, 2.5)}, "whole numbers"),
     ],
 )
 def test_contradictory_ranges_are_refused(wrong, message):
@@ -130,4 +139,4 @@ def test_a_space_of_ones_own_is_tried_before_the_first_trial(space, message):
 )
 def test_options_are_checked(wrong, message):
     with pytest.raises(InvalidArgument, match=message):
-        SearchOptions(**wrong)
+        SearchConfig(**wrong)

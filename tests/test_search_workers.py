@@ -14,23 +14,17 @@ import pytest
 from keras_tuner.src.distribute import oracle_client
 from made_features import split_features
 
+from keras_rsft.cluster import ORACLE_HOST, ORACLE_PORT, TUNER_ID, part_in_search
+from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument, WorkerLost
-from keras_rsft.finetuning import TrainingSettings
-from keras_rsft.searching import RSFTHyperModel, SearchSpace, workers
-from keras_rsft.searching.names import (
-    ORACLE_HOST,
-    ORACLE_PORT,
-    TUNER_ID,
-    SearchOptions,
-    part_in_search,
-)
+from keras_rsft.searching import RSFTHyperModel, workers
 from keras_rsft.searching.oracles import make_tuner
 from keras_rsft.searching.search_folder import join_search, open_search
 from keras_rsft.searching.trials import outcomes_of, run_trials
 
-SETTINGS = TrainingSettings(epochs=1, batch_size=16)
+SETTINGS = TrainConfig(epochs=1, batch_size=16)
 SPACE = SearchSpace(policies=("accept-all", "keep-fraction"), optimizers=("sgd",))
-OPTIONS = SearchOptions(max_trials=4, parallel_trials=1)
+OPTIONS = SearchConfig(max_trials=4, parallel_trials=1)
 
 
 GIVEN = {ORACLE_HOST: "10.0.0.1", ORACLE_PORT: "8000", TUNER_ID: "w0"}

@@ -12,14 +12,14 @@ import pytest
 import tensorflow as tf
 from made_features import split_features
 
+from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import TrainingSettings, train_head
-from keras_rsft.searching import SearchSpace, search, search_features
+from keras_rsft.finetuning import train_head
+from keras_rsft.searching import search, search_features
 from keras_rsft.searching import trials as trials_module
-from keras_rsft.searching.names import SearchOptions
 from keras_rsft.searching.search_folder import next_search_folder, open_search
 
-SETTINGS = TrainingSettings(epochs=3, batch_size=16)
+SETTINGS = TrainConfig(epochs=3, batch_size=16)
 SPACE = SearchSpace(
     learning_rate=(1e-3, 1e-1), policies=("accept-all", "loss-threshold"),
     optimizers=("sgd",), warmup_epochs=(1, 1),
@@ -39,7 +39,7 @@ def run(features):
         }
         return search_features(
             features, output=output, space=space, settings=settings, progress=False,
-            options=SearchOptions(**({"max_trials": 8} | options)), **others,
+            options=SearchConfig(**({"max_trials": 8} | options)), **others,
         )  # fmt: skip
 
     return call
@@ -103,7 +103,7 @@ def test_a_search_has_not_ended_before_its_model_is_kept(features, tmp_path):
     folder = next_search_folder("x", tmp_path)
     arguments = {
         "output": folder, "space": SPACE, "settings": SETTINGS, "progress": False,
-        "options": SearchOptions(max_trials=2),
+        "options": SearchConfig(max_trials=2),
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         search_features(features, whole_model=killed, **arguments)

@@ -331,7 +331,7 @@ def test_two_processes_one_of_them_killed(many_photos, tiny_base_file, tmp_path)
         command = [
             sys.executable, "-c", DRIVER, kill_at, "features", many_photos,
             "--backbone", tiny_base_file, "--cache-dir", tmp_path / "kept", "--json",
-            "--precision", "float32",
+            "--set", "dtype=float32",
         ]  # fmt: skip
         return subprocess.Popen(
             [str(part) for part in command], text=True, stdout=subprocess.PIPE,

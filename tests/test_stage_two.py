@@ -14,10 +14,11 @@ import pytest
 from keras_rsft.backbones import build_head, load_backbone
 from keras_rsft.backbones.trainable_part import last_block, leaf_layers
 from keras_rsft.cli import main
+from keras_rsft.config import TrainConfig, UnfreezeConfig
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.errors import DataError, TrainingStalled
 from keras_rsft.features import FrozenBase, extract_features
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings, finetune, unfreezing
+from keras_rsft.finetuning import SplitFeatures, finetune, unfreezing
 from keras_rsft.finetuning import features as features_module
 from keras_rsft.finetuning.unfreezing import (
     BackboneSource,
@@ -27,7 +28,6 @@ from keras_rsft.finetuning.unfreezing import (
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll
 from keras_rsft.predict import predict_files
-from keras_rsft.trainable_choice import STAGE2
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,11 @@ def tune(base, head, split, kept, accepted):
         given |= {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "seed": 0}
         given |= changes
         how = dataclasses.replace(
-            STAGE2, epochs=given["epochs"], learning_rate=given["learning_rate"]
+            UnfreezeConfig(),
+            epochs=given["epochs"],
+            learning_rate=given["learning_rate"],
         )
-        settings = TrainingSettings(
+        settings = TrainConfig(
             batch_size=given["batch_size"], seed=given["seed"], unfreeze=how
         )
         nothing = given["split"].take(np.zeros(0, np.int64))
@@ -191,7 +193,7 @@ def _features_of(split):
 
 class TestRefused:
     def test_nothing_accepted(self, tune, accepted):
-        with pytest.raises(TrainingStalled, match="--stage2"):
+        with pytest.raises(TrainingStalled, match="--unfreeze last-block"):
             tune(accepted=np.zeros_like(accepted))
 
     def test_features_of_other_images(self, tune, kept):
@@ -232,8 +234,8 @@ class TestRun:
     @pytest.fixture
     def fit(self, photo_folder, tiny_base_file, tmp_path):
         def call(**changes):
-            settings = TrainingSettings(
-                epochs=4, batch_size=8, learning_rate=0.05, unfreeze=STAGE2
+            settings = TrainConfig(
+                epochs=4, batch_size=8, learning_rate=0.05, unfreeze=UnfreezeConfig()
             )
             data = load_images(str(photo_folder), **changes)
             return finetune(
@@ -302,5 +304,5 @@ class TestRun:
 
 def test_the_flag_belongs_to_fit_alone(photo_folder, capsys):
     with pytest.raises(SystemExit):
-        main(["compare", str(photo_folder), "--stage2"])
-    assert "--stage2" in capsys.readouterr().err
+        main(["compare", str(photo_folder), "--unfreeze", "last-block"])
+    assert "--unfreeze" in capsys.readouterr().err

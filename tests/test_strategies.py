@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from keras_rsft.config import SearchConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.result_words import strategy_texts
 from keras_rsft.searching.backbone_trials import (
@@ -15,7 +16,6 @@ from keras_rsft.searching.backbone_trials import (
     strategy_rows,
 )
 from keras_rsft.searching.choice import TrialOutcome
-from keras_rsft.searching.names import SearchOptions
 
 
 def head(name, accuracy, acceptance, *, loss=1.0, policy="keep-fraction"):
@@ -90,13 +90,13 @@ def test_the_rate_of_the_base(head_rate, optimizer, expected):
 
 
 def test_names_in_any_order_and_the_frozen_base_among_them():
-    assert SearchOptions(trainable=("all", "last-block")).trainable == (
+    assert SearchConfig(unfreeze=("all", "last-block")).unfreeze == (
         "frozen", "last-block", "all",
     )  # fmt: skip
-    assert SearchOptions(trainable="all").of_base == ("all",)
-    assert SearchOptions().of_base == ()
+    assert SearchConfig(unfreeze="all").of_base == ("all",)
+    assert SearchConfig().of_base == ()
     with pytest.raises(InvalidArgument, match="Did you mean 'last-block'"):
-        SearchOptions(trainable=("frozen", "last_block"))
+        SearchConfig(unfreeze=("frozen", "last_block"))
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import tensorflow as tf
 from made_texts import HOSTILE_TEXTS
 
 from keras_rsft.backbones import load_backbone, minilm
-from keras_rsft.backbones.base_name import require_takes, takes_texts
 from keras_rsft.backbones.text_tokens import MAX_CHARACTERS
+from keras_rsft.config import require_takes, takes_texts
 from keras_rsft.data import load_texts
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 from keras_rsft.features import FrozenBase, extract_features

@@ -94,7 +94,7 @@ class TestRun:
         run = rsft.finetune(
             data,
             backbone="minilm",
-            settings=rsft.TrainingSettings(epochs=3, batch_size=8),
+            settings=rsft.TrainConfig(epochs=3, batch_size=8),
             cache_dir=root / "kept",
             progress=False,
         )
@@ -166,10 +166,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "options, said",
         [
-            (("--views", "2"), "one view"),
+            (("--set", "augmentations=2"), "one view"),
             (("--image-size", "32"), "no image size"),
             (("--unfreeze", "1"), "only its head learns"),
-            (("--stage2",), "only its head learns"),
+            (("--unfreeze", "last-block"), "only its head learns"),
             (("--backbone", "resnet50"), "the base takes images"),
             (("--noise", "instance:0.3"), "made of images"),
         ],

@@ -12,8 +12,8 @@ from keras_rsft.backbones.trainable_part import (
     leaf_layers,
     trainable_part,
 )
+from keras_rsft.config import checked_unfreeze, parse_unfreeze
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.trainable_choice import checked_unfreeze, parse_unfreeze
 
 
 @pytest.fixture(scope="module")

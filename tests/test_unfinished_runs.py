@@ -11,12 +11,12 @@ import filelock
 import pytest
 from same_run import assert_same_run
 
-from keras_rsft.cli_options import data_name
+from keras_rsft.cli._options import data_name
+from keras_rsft.config import PolicyConfig
 from keras_rsft.data import add_label_noise
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning import NumberedFolder, resume, run_folder
 from keras_rsft.finetuning.resume import read_state
-from keras_rsft.policy_choice import PolicyChoice
 
 EPOCHS = 5
 
@@ -108,7 +108,7 @@ class TestPlaces:
         assert (first.folder / "results.json").read_bytes() == results
 
     def test_an_error_of_the_user_leaves_nothing(self, fit_photos, tmp_path):
-        hopeless = PolicyChoice(threshold=1e-6, warmup_epochs=0)
+        hopeless = PolicyConfig(threshold=1e-6, warmup_epochs=0)
         with (
             pytest.warns(UserWarning, match="accepted no"),
             pytest.raises(TrainingStalled),

@@ -12,16 +12,11 @@ import pytest
 from made_bases import changed_layers, save_three_blocks
 from same_run import assert_same_run
 
+from keras_rsft.config import PolicyConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.data.samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.features.batches import ImageBatches
-from keras_rsft.finetuning import (
-    TrainingSettings,
-    finetune,
-    resume,
-    train_head,
-    unfreezing,
-)
+from keras_rsft.finetuning import finetune, resume, train_head, unfreezing
 from keras_rsft.finetuning.features import open_features
 from keras_rsft.finetuning.resume import TrainingCheckpoint
 from keras_rsft.finetuning.unfreezing import (
@@ -29,9 +24,7 @@ from keras_rsft.finetuning.unfreezing import (
     cut_backbone,
     train_unfrozen,
 )
-from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.predict import predict_files
-from keras_rsft.trainable_choice import UnfreezeConfig
 
 HEAD_EPOCHS, BASE_EPOCHS = 2, 2
 # Shares of the free disk that activations may take.
@@ -46,8 +39,8 @@ def base_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings():
-    return TrainingSettings(
-        policy=PolicyChoice("keep-fraction", keep_fraction=0.6, warmup_epochs=1),
+    return TrainConfig(
+        policy=PolicyConfig("keep-fraction", keep_fraction=0.6, warmup_epochs=1),
         epochs=HEAD_EPOCHS,
         batch_size=8,
         learning_rate=0.05,
@@ -197,7 +190,7 @@ class TestWhatLearns:
 class TestRun:
     def test_a_base_that_accepts_nothing_is_an_error(self, fit, tmp_path, choose):
         choose(CACHED)  # The head's epochs are the warm-up, which does not begin again.
-        policy = PolicyChoice(threshold=1e-9, warmup_epochs=HEAD_EPOCHS)
+        policy = PolicyConfig(threshold=1e-9, warmup_epochs=HEAD_EPOCHS)
         with (
             pytest.warns(UserWarning, match="accepted no sample"),
             pytest.raises(TrainingStalled, match="in which the base learns"),
@@ -257,7 +250,7 @@ class TestRun:
         assert settings.unfreeze_rate == pytest.approx(0.005)
 
     def test_options_without_unfreeze(self, call, photo_folder):
-        status, _, error = call("fit", photo_folder, "--base-epochs", 2)
+        status, _, error = call("fit", photo_folder, "--set", "unfreeze_epochs=2")
         assert status == 2
         assert "--unfreeze" in error
         status, _, error = call("fit", photo_folder, "--unfreeze", "0")

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.finetuning import TrainingSettings, finetune
-from keras_rsft.policy_choice import PolicyChoice
+from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.finetuning import finetune
 
 pytestmark = pytest.mark.slow
 
@@ -77,8 +77,8 @@ def start(photo_folder, tiny_base_file, tmp_path):
 @pytest.fixture
 def one_process(photo_folder, tiny_base_file, tmp_path):
     """The weights that one process trains."""
-    settings = TrainingSettings(
-        policy=PolicyChoice("keep-fraction"), epochs=6, batch_size=8, learning_rate=0.05
+    settings = TrainConfig(
+        policy=PolicyConfig("keep-fraction"), epochs=6, batch_size=8, learning_rate=0.05
     )
     run = finetune(
         str(photo_folder), backbone=str(tiny_base_file), settings=settings,

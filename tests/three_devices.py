@@ -19,8 +19,9 @@ import numpy as np
 import tensorflow as tf
 from made_features import split_features
 
+from keras_rsft.config import TrainConfig
 from keras_rsft.features import FrozenBase
-from keras_rsft.finetuning import TrainingSettings, train_head
+from keras_rsft.finetuning import train_head
 from keras_rsft.finetuning.devices import Devices
 from keras_rsft.ledger import RejectionLedger
 from keras_rsft.model import RSFTModel
@@ -185,7 +186,7 @@ def compared_features():
 
 def compared_heads(strategy):
     """Trains a head on kept features by the policy `auto`, on one device and on all."""
-    settings = TrainingSettings(epochs=3, batch_size=16, learning_rate=0.05)
+    settings = TrainConfig(epochs=3, batch_size=16, learning_rate=0.05)
     with tempfile.TemporaryDirectory() as folder:
         features = split_features(Path(folder))
         one, three = (

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_rsft.backbones.base_name import PixelScale
+from keras_rsft.config import PixelScale
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 # What HDF5 and zip raise on a file that is cut short or overwritten.

@@ -25,17 +25,17 @@ from keras_rsft.backbones.assembly import (
     first_line,
     scaled,
 )
-from keras_rsft.backbones.base_name import (
+from keras_rsft.backbones.foreign import agreed_size
+from keras_rsft.config import (
     TEXT_ENCODERS,
     BaseName,
     PixelScale,
+    nearest_name_hint,
     parse_base_name,
     plain_name,
     takes_texts,
 )
-from keras_rsft.backbones.foreign import agreed_size
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
-from keras_rsft.policy_choice import nearest_name_hint
 
 _EXPECTED = (
     "A backbone file must map images (None, height, width, 3) in [0, 255] to "

@@ -12,8 +12,8 @@ import keras
 from keras import layers
 
 from keras_rsft.backbones.assembly import built_in_float32
+from keras_rsft.config import ALL, Unfreeze, checked_unfreeze
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.trainable_choice import EVERYTHING, Unfreeze, checked_unfreeze
 
 # What the layers of one block have in common, in the names of keras.applications:
 # conv5_block3_, block7a_, block_16_, stage_3_block_2_, block8_10_, expanded_conv_10_.
@@ -225,7 +225,7 @@ def _chosen(
     if isinstance(unfreeze, tuple):
         return [_layer_named(name, found, train_batch_norm) for name in unfreeze]
     start = 0
-    if unfreeze != EVERYTHING:
+    if unfreeze != ALL:
         starts = block_starts(base)
         if unfreeze > len(starts):
             raise InvalidArgument(
@@ -257,7 +257,7 @@ def _layer_named(
     if _can_normalise(layer):
         raise InvalidArgument(
             f"The layer {name!r} is a BatchNorm, which stays as it is unless "
-            "`--train-batch-norm` is given."
+            "`--set train_batch_norm=true` is given."
         )
     raise InvalidArgument(f"The layer {name!r} has no weights that could learn.")
 

@@ -12,16 +12,6 @@ from typing import Any
 
 from keras_rsft._storage import open_place, write_csv, write_json
 from keras_rsft.backend_in_use import require_tensorflow_backend
-from keras_rsft.comparing.method_names import (
-    AUTO_WEIGHT_DECAY,
-    CLEAN_SUBSET,
-    CLEANLAB,
-    EARLY_STOPPING,
-    METHOD_NAMES,
-    WEIGHT_DECAY,
-    check_methods,
-    has_cleanlab,
-)
 from keras_rsft.comparing.methods import Trial, run_method
 from keras_rsft.comparing.verdict import (
     MethodSummary,
@@ -30,12 +20,23 @@ from keras_rsft.comparing.verdict import (
     judge,
     summarize,
 )
+from keras_rsft.config import (
+    AUTO_WEIGHT_DECAY,
+    CLEAN_SUBSET,
+    CLEANLAB,
+    EARLY_STOPPING,
+    METHOD_NAMES,
+    WEIGHT_DECAY,
+    TrainConfig,
+    check_methods,
+    has_cleanlab,
+)
 from keras_rsft.data import SampleData, add_label_noise
 from keras_rsft.data.noise import parse_noise
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import FeatureSet
 from keras_rsft.features.batches import positions_of
-from keras_rsft.finetuning import NumberedFolder, SplitFeatures, TrainingSettings
+from keras_rsft.finetuning import NumberedFolder, SplitFeatures
 from keras_rsft.finetuning.features import open_features
 from keras_rsft.intervals import Interval
 from keras_rsft.progress import progress_bar
@@ -91,7 +92,7 @@ def compare(
     precision: str = "auto",
     views: int = 1,
     feature_precision: str = "float32",
-    settings: TrainingSettings | None = None,
+    settings: TrainConfig | None = None,
     output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
@@ -119,7 +120,7 @@ def compare(
             `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
             those of the methods that are policies. Without early stopping, which is a
-            method. Default: `TrainingSettings()`.
+            method. Default: `TrainConfig()`.
         output: Folder of the comparison, which must not exist, or
             `NumberedFolder("compare-photos")` for the next number. It is taken at once
             and appears whole at the end. Default: none is written.
@@ -138,7 +139,7 @@ def compare(
         WeightsUnavailable: If the base's weights cannot be had.
     """
     require_tensorflow_backend("`compare`")
-    settings = settings or TrainingSettings()
+    settings = settings or TrainConfig()
     _check(settings, seeds, views)
     methods = check_methods(methods)
     if noise is not None:
@@ -203,7 +204,7 @@ def compare_features(
     *,
     methods: Sequence[str] | None = None,
     seeds: int = 5,
-    settings: TrainingSettings | None = None,
+    settings: TrainConfig | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Compares methods on features that are cached already; writes nothing.
@@ -223,7 +224,7 @@ def compare_features(
         ImportError: If `cleanlab` is asked for by name and not installed.
     """
     require_tensorflow_backend("`compare_features`")
-    settings = settings or TrainingSettings()
+    settings = settings or TrainConfig()
     _check(settings, seeds)
     methods = check_methods(methods)
     features_of = features if callable(features) else lambda seed: features
@@ -275,7 +276,7 @@ def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
     )
 
 
-def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, str]:
+def _missing(features: SplitFeatures, settings: TrainConfig) -> dict[str, str]:
     """Returns the methods that cannot run on this data, each with the reason."""
     missing = {}
     if settings.weight_decay is not None:
@@ -293,7 +294,7 @@ def _missing(features: SplitFeatures, settings: TrainingSettings) -> dict[str, s
     return missing
 
 
-def _check(settings: TrainingSettings, seeds: int, views: int = 1) -> None:
+def _check(settings: TrainConfig, seeds: int, views: int = 1) -> None:
     if settings.early_stopping is not None:
         raise InvalidArgument(
             "A comparison has early stopping as a method of its own. Leave "

@@ -18,7 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.backbones import build_head
-from keras_rsft.comparing.method_names import (
+from keras_rsft.comparing.verdict import Outcome
+from keras_rsft.config import (
     AUTO,
     AUTO_WEIGHT_DECAY,
     CLEAN_SUBSET,
@@ -26,17 +27,18 @@ from keras_rsft.comparing.method_names import (
     EARLY_STOPPING,
     PLAIN,
     WEIGHT_DECAY,
+    TrainConfig,
     require_cleanlab,
 )
-from keras_rsft.comparing.verdict import Outcome
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.features import TrainingBatches
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
+from keras_rsft.finetuning import SplitFeatures, train_head
 from keras_rsft.finetuning.head_training import (
     best_of_all_epochs,
     choose_steps_per_execution,
     head_probabilities,
 )
+from keras_rsft.finetuning.settings import make_optimizer
 from keras_rsft.policies.rules import keep_smallest, ramped_keep_fraction
 
 # In multiples of ln(classes).
@@ -60,7 +62,7 @@ class Trial:
     """
 
     features: SplitFeatures
-    settings: TrainingSettings
+    settings: TrainConfig
 
     @functools.cached_property
     def out_of_fold(self) -> tuple[np.ndarray, float]:
@@ -230,7 +232,7 @@ def _rejected_shares(
 # -- Baselines that no policy expresses -----------------------------------------
 
 
-def train_gce(features: SplitFeatures, settings: TrainingSettings) -> keras.Model:
+def train_gce(features: SplitFeatures, settings: TrainConfig) -> keras.Model:
     """Trains a head with the generalised cross-entropy loss, `(1 - p**0.7) / 0.7`.
 
     Source: Zhang and Sabuncu, "Generalized cross entropy loss for training deep
@@ -242,7 +244,7 @@ def train_gce(features: SplitFeatures, settings: TrainingSettings) -> keras.Mode
 
 
 def train_co_teaching(
-    features: SplitFeatures, settings: TrainingSettings, *, noise_rate: float
+    features: SplitFeatures, settings: TrainConfig, *, noise_rate: float
 ) -> tuple[keras.Model, np.ndarray]:
     """Trains two heads, each on the samples that have a small loss for the other.
 
@@ -254,7 +256,7 @@ def train_co_teaching(
     train = features.train
     seeds = (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31)
     heads = [_new_head(features, seed) for seed in seeds]
-    optimizers = [settings.make_optimizer() for _ in heads]
+    optimizers = [make_optimizer(settings) for _ in heads]
     for head, optimizer in zip(heads, optimizers, strict=True):
         optimizer.build(head.trainable_variables)
     batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
@@ -311,7 +313,7 @@ def co_teaching_step(
 
 
 def out_of_fold_probabilities(
-    features: SplitFeatures, settings: TrainingSettings
+    features: SplitFeatures, settings: TrainConfig
 ) -> np.ndarray:
     """Returns what plain heads say of training samples that they have not seen.
 
@@ -360,13 +362,13 @@ def _new_head(features: SplitFeatures, seed: int) -> keras.Model:
 
 
 def _train_stock(
-    features: SplitFeatures, settings: TrainingSettings, loss: str | keras.losses.Loss
+    features: SplitFeatures, settings: TrainConfig, loss: str | keras.losses.Loss
 ) -> keras.Model:
     train = features.train
     head = _new_head(features, settings.seed)
     steps = -(-len(train) // settings.batch_size)
     head.compile(
-        settings.make_optimizer(),
+        make_optimizer(settings),
         loss,
         steps_per_execution=choose_steps_per_execution(steps),
     )

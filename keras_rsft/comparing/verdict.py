@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_rsft.comparing.method_names import CLEAN_SUBSET, PLAIN
+from keras_rsft.config import CLEAN_SUBSET, PLAIN
 from keras_rsft.intervals import (
     Interval,
     mean_interval,

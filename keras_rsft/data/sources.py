@@ -352,7 +352,7 @@ class TextSplit(SampleSplit):
             )
         if views != 1:
             raise InvalidArgument(
-                f"A text has one view. Received: views={views}. Leave out `--views`."
+                f"A text has one view. Received: augmentations={views}."
             )
 
         def checked(encoded: bytes) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 _HOMES = {
     "Export": "from_run",
-    "ExportSettings": "places",
+    "ExportConfig": "places",
     "export_litert": "litert_file",
     "export_onnx": "onnx_file",
     "export_run": "from_run",

@@ -25,7 +25,7 @@ from keras_rsft.export.litert_file import export_litert
 from keras_rsft.export.model_card import model_card
 from keras_rsft.export.onnx_file import export_onnx, require_tf2onnx
 from keras_rsft.export.places import (
-    ExportSettings,
+    ExportConfig,
     check_run_folder,
     free_file,
     free_version,
@@ -60,7 +60,7 @@ class Export:
 
     path: Path
     name: str
-    settings: ExportSettings
+    settings: ExportConfig
     num_bytes: int
     weight_bytes: int
 
@@ -101,7 +101,7 @@ def export_run(
     *,
     name: str | None = None,
     directory: str | os.PathLike = "saved_models",
-    settings: ExportSettings | None = None,
+    settings: ExportConfig | None = None,
 ) -> Export:
     """Exports a run's model as `DIRECTORY/NAME/VERSION/` or `DIRECTORY/NAME/model-N.*`.
 
@@ -122,7 +122,7 @@ def export_run(
         ImportError: If the format's extra is not installed.
     """
     require_tensorflow_backend("`export_run`")
-    settings = settings or ExportSettings()
+    settings = settings or ExportConfig()
     folder = run.folder if isinstance(run, FinishedRun) else run
     target = model_folder(folder, name, directory)  # Before anything slow.
     if settings.file_format == "saved-model":
@@ -141,7 +141,7 @@ def export_run(
     )
 
 
-def _write(run: FinishedRun, target: Path, settings: ExportSettings) -> Path:
+def _write(run: FinishedRun, target: Path, settings: ExportConfig) -> Path:
     names, card = run.class_names, model_card(run, target.name)
     if settings.file_format == "saved-model":
         return export_saved_model(

@@ -23,7 +23,7 @@ WEIGHT_DTYPES = ("float32", "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportSettings:
+class ExportConfig:
     """The format of an export and its options.
 
     Attributes:

@@ -24,6 +24,7 @@ from keras_rsft._storage import locked, write_json
 from keras_rsft.backbones import assembly
 from keras_rsft.backend_in_use import require_tensorflow_backend
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
+from keras_rsft.config import require_known
 from keras_rsft.data import SampleSplit
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features.feature_set import (
@@ -45,7 +46,6 @@ from keras_rsft.features.shares import (
     size_of,
     wait_until,
 )
-from keras_rsft.policy_choice import require_known
 from keras_rsft.progress import progress_bar
 
 # Weights as constants are folded once (BatchNorm into convolutions, casts to
@@ -426,7 +426,7 @@ def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
     if largest > np.finfo(precision).max:
         raise DataError(
             f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
-            "Keep its features in float32: leave out `--feature-precision`."
+            "Keep its features in float32: leave out `--set cache_dtype`."
         )
     return values.astype(precision)
 
@@ -730,7 +730,7 @@ def _wait_for_parts(work: FeaturePass, cluster: Cluster, patience: float) -> Non
             text += (
                 " If it is running, it is computing other features: all workers need "
                 "the same folder of features, the same images, with the same times of "
-                "change, the same base and the same `--precision`."
+                "change, the same base and the same `--set dtype`."
             )
         return text
 

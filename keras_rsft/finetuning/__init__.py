@@ -12,7 +12,6 @@ from keras_rsft.finetuning.features import SplitFeatures, extract_all
 from keras_rsft.finetuning.head_training import TrainedHead, train_head
 from keras_rsft.finetuning.pilot import Pilot, run_pilot
 from keras_rsft.finetuning.run import Run, finetune
-from keras_rsft.finetuning.settings import TrainingSettings
 
 __all__ = [
     "NumberedFolder",
@@ -20,7 +19,6 @@ __all__ = [
     "Run",
     "SplitFeatures",
     "TrainedHead",
-    "TrainingSettings",
     "extract_all",
     "finetune",
     "run_pilot",

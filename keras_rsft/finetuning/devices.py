@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.cluster import Cluster
+from keras_rsft.cluster import Cluster, check_strategy
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features.batches import BatchShare
-from keras_rsft.strategy_choice import check_strategy
 
 # Seconds without a heartbeat after which a worker is lost, and the others stop.
 SECONDS_UNTIL_LOST = 20

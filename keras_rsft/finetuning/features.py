@@ -10,8 +10,8 @@ from typing import Any
 import keras
 
 from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.base_name import is_fixed_network, require_takes
 from keras_rsft.cluster import DEFAULT_PATIENCE, Cluster
+from keras_rsft.config import is_fixed_network, require_takes
 from keras_rsft.data import SampleData, load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features import FeatureSet, FrozenBase
@@ -207,9 +207,7 @@ def _loaded(
         data = load_images(data)
     require_takes(backbone, data.kind)
     if data.kind == "texts" and views > 1:
-        raise InvalidArgument(
-            f"A text has one view. Received: views={views}. Leave out `--views`."
-        )
+        raise InvalidArgument(f"A text has one view. Received: augmentations={views}.")
     base = load_backbone(
         backbone, weights=weights, image_size=image_size, precision=precision
     )

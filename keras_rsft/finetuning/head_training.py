@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.backbones import build_head
+from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import FeatureSet, TrainingBatches, batches_of
@@ -23,11 +24,10 @@ from keras_rsft.finetuning.epoch_curves import EpochCurves
 from keras_rsft.finetuning.features import SplitFeatures
 from keras_rsft.finetuning.overfitting import Overfitting, find_overfitting
 from keras_rsft.finetuning.resume import TrainingCheckpoint, options_of
-from keras_rsft.finetuning.settings import TrainingSettings
+from keras_rsft.finetuning.settings import make_optimizer
 from keras_rsft.ledger import Ledger, LossHistogram, RejectionLedger
 from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptReviewed, AutoPolicy, Policy, build_policy
-from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
 
 MAX_STEPS_PER_EXECUTION = 64
@@ -58,13 +58,14 @@ class TrainedHead:
 
 def train_head(
     features: SplitFeatures,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     *,
     callbacks: Callbacks = (),
     progress: bool = True,
     checkpoint: TrainingCheckpoint | None = None,
     devices: Devices = ONE_DEVICE,
     curves: bool = False,
+    called: str | None = None,
 ) -> TrainedHead:
     """Trains a new head on cached features and evaluates it."""
     train = features.train
@@ -112,7 +113,7 @@ def train_head(
             "features": [p.path.parent.name for p in (train, features.validation)],
             "settings": dataclasses.asdict(settings),
         },
-        title="Training the head",
+        title=called or f"Training the head with {settings.policy.name}",
         progress=progress,
     )
     kept = kept_epoch(settings, history)
@@ -210,7 +211,7 @@ def fit_resumable(
 
 def untrained_head(
     features: SplitFeatures,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     examination: Examination | None = None,
 ) -> RSFTModel:
     """Builds and compiles a new head over cached features, under its policy.
@@ -237,7 +238,7 @@ def untrained_head(
     )
     model = RSFTModel(head, policy)
     model.compile(
-        settings.make_optimizer(),
+        make_optimizer(settings),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
         # With several replicas Keras can run one step at a time.
@@ -287,7 +288,7 @@ def _final_decisions(
     labels: np.ndarray,
     probabilities: np.ndarray,
     batches: TrainingBatches,
-    settings: TrainingSettings,
+    settings: TrainConfig,
 ) -> np.ndarray:
     """Returns which samples the finished model accepts, in the last epoch's batches."""
     losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities).numpy()
@@ -314,7 +315,7 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
 # --- Early stopping ------------------------------------------------------------------
 
 
-def early_stopping(settings: TrainingSettings) -> list[keras.callbacks.Callback]:
+def early_stopping(settings: TrainConfig) -> list[keras.callbacks.Callback]:
     """Returns the callback that ends a training early, or none.
 
     By accuracy rather than loss: under wrong labels the loss of a validation split is
@@ -343,14 +344,14 @@ def best_of_all_epochs(
     )
 
 
-def kept_epoch(settings: TrainingSettings, history: dict[str, list[float]]) -> int:
+def kept_epoch(settings: TrainConfig, history: dict[str, list[float]]) -> int:
     """Returns which epoch's weights are kept, from 0: the last, or the first best."""
     if settings.early_stopping is None:
         return len(history["acceptance_rate"]) - 1
     return int(np.argmax(history["val_accuracy"]))
 
 
-def require_validation(settings: TrainingSettings, features: SplitFeatures) -> None:
+def require_validation(settings: TrainConfig, features: SplitFeatures) -> None:
     """Raises InvalidArgument where early stopping has nothing to go by."""
     if settings.early_stopping is not None and not len(features.validation):
         raise InvalidArgument(
@@ -379,7 +380,7 @@ class AgainstPlain:
 def train_against_plain(
     features: SplitFeatures,
     trained: TrainedHead,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     *,
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
@@ -394,10 +395,11 @@ def train_against_plain(
         return None
     plain = train_head(
         features,
-        dataclasses.replace(settings, policy=PolicyChoice("accept-all")),
+        dataclasses.replace(settings, policy=PolicyConfig("accept-all")),
         progress=progress,
         devices=devices,
         curves=True,
+        called="Training the plain head for comparison",
     )
     name, part = judged
     right, plain_right = (

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 
 from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.base_name import require_takes
 from keras_rsft.backend_in_use import require_tensorflow_backend
+from keras_rsft.config import PolicyConfig, TrainConfig, require_takes
 from keras_rsft.data import SampleData
 from keras_rsft.data.partition import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
@@ -29,9 +29,7 @@ from keras_rsft.finetuning.head_training import (
     right_answers,
     train_head,
 )
-from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.intervals import NORMAL_QUANTILE, paired_share_interval
-from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.progress import progress_bar
 
 DEFAULT_SAMPLE = 1000
@@ -96,7 +94,7 @@ def run_pilot(
     precision: str = "auto",
     views: int = 1,
     feature_precision: str = "float32",
-    settings: TrainingSettings | None = None,
+    settings: TrainConfig | None = None,
     sample: int = DEFAULT_SAMPLE,
     with_plain: bool = False,
     cache_dir: str | os.PathLike | None = None,
@@ -137,7 +135,7 @@ def run_pilot(
         WeightsUnavailable: If the base's weights cannot be had.
     """
     require_tensorflow_backend("`run_pilot`")
-    settings = settings or TrainingSettings()
+    settings = settings or TrainConfig()
     labels = data.train.labels
     if min(sample, len(labels)) < _LEAST_IMAGES:
         raise InvalidArgument(
@@ -176,7 +174,7 @@ def run_pilot(
     examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(kept))
     policy = settings.policy
     if policy.name == _PLAIN:
-        policy = PolicyChoice()
+        policy = PolicyConfig()
     plain, rejecting = _try_both(
         kept, data.class_names, settings, policy, examination, progress
     )
@@ -243,15 +241,15 @@ def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
 def _try_both(
     kept: FeatureSet,
     class_names: tuple[str, ...],
-    settings: TrainingSettings,
-    policy: PolicyChoice,
+    settings: TrainConfig,
+    policy: PolicyConfig,
     examination: Examination,
     progress: bool,
 ) -> tuple[_Tried, _Tried | None]:
     """Trains plainly and with a policy; None where that is plain or accepts nothing."""
     # The halves have no validation split to end a training by.
     settings = dataclasses.replace(settings, early_stopping=None)
-    plain = dataclasses.replace(settings, policy=PolicyChoice(_PLAIN))
+    plain = dataclasses.replace(settings, policy=PolicyConfig(_PLAIN))
     rejecting = dataclasses.replace(settings, policy=policy)
     same = policy.name == "auto" and examination.reason is not None
     with progress_bar(
@@ -269,7 +267,7 @@ def _try_both(
 def _cross_tried(
     kept: FeatureSet,
     class_names: tuple[str, ...],
-    settings: TrainingSettings,
+    settings: TrainConfig,
     advance: Callable[[int], None],
 ) -> _Tried:
     right = np.zeros(len(kept), bool)

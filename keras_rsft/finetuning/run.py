@@ -21,6 +21,7 @@ from keras_rsft._storage import (
 )
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
+from keras_rsft.config import TrainConfig
 from keras_rsft.data import SampleData, apply_corrections, load_images
 from keras_rsft.errors import WorkerLost
 from keras_rsft.finetuning.devices import Devices, open_devices
@@ -39,7 +40,6 @@ from keras_rsft.finetuning.resume import (
     run_identity,
 )
 from keras_rsft.finetuning.run_folder import fill_run_folder
-from keras_rsft.finetuning.settings import TrainingSettings
 from keras_rsft.finetuning.unfreezing import (
     BackboneSource,
     cut_backbone,
@@ -113,7 +113,7 @@ def finetune(
     precision: str = "auto",
     views: int = 1,
     feature_precision: str = "float32",
-    settings: TrainingSettings | None = None,
+    settings: TrainConfig | None = None,
     strategy: str | Devices = "none",
     output: str | os.PathLike | NumberedFolder | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -143,7 +143,7 @@ def finetune(
         views: Views kept of each training image, at least 1. Default 1.
         feature_precision: How features are kept: `"float32"` or, in half the space,
             `"float16"`. Default float32.
-        settings: How to train. Default: `TrainingSettings()`.
+        settings: How to train. Default: `TrainConfig()`.
         strategy: On what the head is trained and the base is run, see `open_devices`:
             `"none"`, one device; `"mirrored"`; `"multiworker"`, where the chief alone
             writes the run and the others return it without a folder. Unfrozen layers
@@ -176,14 +176,11 @@ def finetune(
         WorkerLost: If another worker is gone; the same call on all of them resumes.
     """
     require_tensorflow_backend("`finetune`")
-    settings = settings or TrainingSettings()
+    settings = settings or TrainConfig()
     devices = open_devices(strategy) if isinstance(strategy, str) else strategy
     devices.require_trainable(base_learns=settings.unfreezes_under_policy)
     if settings.unfreeze is not None:
-        require_layers_to_train(
-            str(backbone),
-            option="--unfreeze" if settings.unfreezes_under_policy else "--stage2",
-        )
+        require_layers_to_train(str(backbone))
     options = {
         "backbone": backbone,
         "weights": weights,
@@ -238,7 +235,7 @@ class _Work:
     """What to do with the images, whatever place the result gets."""
 
     options: dict[str, Any]
-    settings: TrainingSettings
+    settings: TrainConfig
     devices: Devices
     cache_dir: str | os.PathLike | None
     callbacks: Callbacks

@@ -22,11 +22,18 @@ import tensorflow as tf
 from keras_rsft._storage import RunPlace, read_json, replaced, write_json
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backbones.assembly import built_in_float32
-from keras_rsft.backbones.base_name import is_fixed_network, require_base_can_learn
 from keras_rsft.backbones.trainable_part import (
     TrainablePart,
     copy_model,
     trainable_part,
+)
+from keras_rsft.config import (
+    NOT_DECAYED,
+    PolicyConfig,
+    TrainConfig,
+    UnfreezeConfig,
+    is_fixed_network,
+    require_base_can_learn,
 )
 from keras_rsft.data import ImageData, ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
@@ -40,13 +47,11 @@ from keras_rsft.finetuning.head_training import (
     rejected_shares,
 )
 from keras_rsft.finetuning.resume import TrainingCheckpoint
-from keras_rsft.finetuning.settings import NOT_DECAYED, TrainingSettings
+from keras_rsft.finetuning.settings import make_optimizer
 from keras_rsft.ledger import RejectionLedger
 from keras_rsft.model import RSFTModel
 from keras_rsft.model.two_rates import with_two_rates
 from keras_rsft.policies import AcceptAll
-from keras_rsft.policy_choice import PolicyChoice
-from keras_rsft.trainable_choice import UnfreezeConfig
 
 # A head that standardises features of little spread makes the first gradients large
 # enough to ruin the backbone; clipped to this norm they cannot.
@@ -78,7 +83,7 @@ def require_layers_to_train(backbone: str, *, option: str = "--unfreeze") -> Non
 
 def cut_backbone(base: keras.Model, how: UnfreezeConfig) -> TrainablePart:
     """Cuts a copy of the backbone before its unfrozen layers."""
-    return trainable_part(base, how.layers, train_batch_norm=how.batch_norm)
+    return trainable_part(base, how.cut, train_batch_norm=how.train_batch_norm)
 
 
 # --- The second half of a run -------------------------------------------------------
@@ -88,7 +93,7 @@ def unfreeze(
     source: BackboneSource,
     features: SplitFeatures,
     trained: TrainedHead,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     *,
     place: RunPlace | None = None,
     checkpoint: TrainingCheckpoint | None = None,
@@ -127,7 +132,7 @@ def tune(
     source: BackboneSource,
     features: SplitFeatures,
     trained: TrainedHead,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     *,
     place: RunPlace | None = None,
     checkpoint: TrainingCheckpoint | None = None,
@@ -151,18 +156,18 @@ def tune(
 
 
 def _of_accepted(
-    settings: TrainingSettings, features: SplitFeatures, accepted: np.ndarray
-) -> tuple[TrainingSettings, SplitFeatures]:
+    settings: TrainConfig, features: SplitFeatures, accepted: np.ndarray
+) -> tuple[TrainConfig, SplitFeatures]:
     """Returns how to train on the accepted samples alone, and those samples."""
     if not accepted.any():
         raise TrainingStalled(
             "The trained head accepts no sample, so there is nothing to fine-tune the "
-            "last block on. Raise `--threshold`, or leave out `--stage2`."
+            "last block on. Raise `--threshold`, or leave out `--unfreeze`."
         )
     rate = settings.unfreeze_rate
     settings = dataclasses.replace(
         settings,
-        policy=PolicyChoice("accept-all"),
+        policy=PolicyConfig("accept-all"),
         optimizer="sgd",
         momentum=0.9,
         weight_decay=None,
@@ -309,7 +314,7 @@ def _batches(
     part: TrainablePart,
     source: BackboneSource,
     features: SplitFeatures,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     batch_size: int,
     cached: bool,
 ) -> tuple[TrainingBatches | ImageBatches, tf.data.Dataset | None, list[str]]:
@@ -359,7 +364,7 @@ def train_unfrozen(
     trained: TrainedHead,
     source: BackboneSource,
     features: SplitFeatures,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     *,
     cached: bool,
     checkpoint: TrainingCheckpoint | None = None,
@@ -430,7 +435,7 @@ def _trainable_model(
     part: TrainablePart,
     head: keras.Model,
     policy: Any,
-    settings: TrainingSettings,
+    settings: TrainConfig,
     cached: bool,
 ) -> RSFTModel:
     """Returns the compiled model from activations, or from images."""
@@ -442,7 +447,7 @@ def _trainable_model(
     body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
     model = RSFTModel(body, policy)
     optimizer = with_two_rates(
-        settings.make_optimizer(largest_gradient=LARGEST_GRADIENT),
+        make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
         # In the order of the layers the head's come last.
         slow_variables=len(part.rest.trainable_variables),
         slow_rate=settings.unfreeze_rate / settings.learning_rate,

@@ -10,10 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rsft.config import PolicyConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policies import rules
 from keras_rsft.policies.base import Batch, Policy, is_positive, whole_number
-from keras_rsft.policy_choice import PolicyChoice
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -421,7 +421,7 @@ def mixture_threshold(losses: np.ndarray, probability: float) -> float:
 
 
 def build_policy(
-    choice: PolicyChoice, *, num_classes: int, steps_per_epoch: int
+    choice: PolicyConfig, *, num_classes: int, steps_per_epoch: int
 ) -> Policy:
     """Returns the policy that a choice by name, not `"auto"`, means for a data set."""
     warmup_steps = round(choice.warmup_epochs * steps_per_epoch)

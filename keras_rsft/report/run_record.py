@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_rsft import _storage
 from keras_rsft._storage import read_csv
-from keras_rsft.backbones.base_name import takes_texts
+from keras_rsft.config import takes_texts
 from keras_rsft.errors import DataError, InvalidArgument
 
 TRIALS_FILE, HEAT_MAP_FILE = "trials.csv", "heatmap.svg"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_rsft.backbones.base_name import takes_texts
+from keras_rsft.config import takes_texts
 from keras_rsft.result_words import (
     RESULT_NAMES,
     STRATEGY_HEADER,

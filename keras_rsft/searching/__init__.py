@@ -25,8 +25,6 @@ _HOMES = {
     "HeadTrials": "head_trials",
     "RSFTHyperModel": "hypermodel",
     "Search": "search_run",
-    "SearchOptions": "names",
-    "SearchSpace": "space",
     "search": "search_run",
     "search_features": "search_run",
     "stack_trials": "head_trials",

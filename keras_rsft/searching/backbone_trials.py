@@ -24,7 +24,16 @@ import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
 
 from keras_rsft._storage import MODEL_FILE, disk_full_said, replaced
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings
+from keras_rsft.config import (
+    ALL,
+    FROZEN,
+    LAST_BLOCK,
+    OBJECTIVES,
+    SearchConfig,
+    TrainConfig,
+    Unfreeze,
+)
+from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.head_training import best_of_all_epochs
 from keras_rsft.finetuning.overfitting import accuracy_error
 from keras_rsft.finetuning.resume import TrainingCheckpoint, TrainingClock
@@ -46,13 +55,6 @@ from keras_rsft.searching.choice import (
 )
 from keras_rsft.searching.durable import DurableOracle, DurableTuner
 from keras_rsft.searching.hypermodel import DIVERGED
-from keras_rsft.searching.names import (
-    ALL,
-    FROZEN,
-    LAST_BLOCK,
-    OBJECTIVES,
-    SearchOptions,
-)
 from keras_rsft.searching.trials import (
     TUNERS_OWN,
     ChosenTrial,
@@ -62,11 +64,10 @@ from keras_rsft.searching.trials import (
     outcomes_of,
     settings_of_outcome,
 )
-from keras_rsft.trainable_choice import EVERYTHING, Unfreeze
 
 BASE_RATE = "base_learning_rate"
 SECONDS, WEIGHTS = "training_seconds", "trainable_weights"
-UNFREEZE: dict[str, Unfreeze] = {LAST_BLOCK: 1, ALL: EVERYTHING}
+UNFREEZE: dict[str, Unfreeze] = {LAST_BLOCK: 1, ALL: ALL}
 _HEAD_TRIAL = f"{TUNERS_OWN}head_trial"
 _NAMES = {LAST_BLOCK: "the last block", ALL: "all of the base"}
 # The backbone's learning rate is a tenth of the head's, and at most this: the rate that
@@ -130,7 +131,7 @@ def base_learning_rate(head_rate: float, optimizer: str) -> float:
 
 
 def learnable(
-    base: keras.Model, trainable: Sequence[str], settings: TrainingSettings
+    base: keras.Model, trainable: Sequence[str], settings: TrainConfig
 ) -> tuple[str, ...]:
     """Returns what may learn, without `"all"` where the last block is all there is."""
     how = settings.unfreezing
@@ -178,7 +179,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
     def __init__(
         self,
         heads: keras_tuner.Tuner,
-        options: SearchOptions,
+        options: SearchConfig,
         source: BackboneSource,
         folder: Path,
     ):
@@ -231,7 +232,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
         """Returns the name of the head's trial that one began from."""
         return self.oracle.trials[outcome.trial_id].hyperparameters.values[_HEAD_TRIAL]
 
-    def settings_of(self, planned: PlannedTrial) -> TrainingSettings:
+    def settings_of(self, planned: PlannedTrial) -> TrainConfig:
         """Returns how a trial is trained, its head's training first."""
         settings = settings_of_outcome(self._heads, planned.begins_from)
         how = settings.unfreezing
@@ -247,13 +248,13 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
         return self._heads.hypermodel.features
 
     def _hyperparameters(
-        self, planned: PlannedTrial, settings: TrainingSettings
+        self, planned: PlannedTrial, settings: TrainConfig
     ) -> keras_tuner.HyperParameters:
         """Returns those of the head's trial, and of the backbone."""
         head = planned.begins_from
         hp = self._heads.oracle.trials[head.trial_id].hyperparameters.copy()
         hp.values = dict(head.values)
-        hp.Choice(TRAINABLE, list(self._options.trainable))
+        hp.Choice(TRAINABLE, list(self._options.unfreeze))
         hp.Fixed(BASE_RATE, settings.unfreeze_rate)
         hp.Fixed(_HEAD_TRIAL, head.trial_id)
         hp.values |= {
@@ -264,7 +265,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
         return hp
 
     def _run(
-        self, planned: PlannedTrial, settings: TrainingSettings, base: keras.Model
+        self, planned: PlannedTrial, settings: TrainConfig, base: keras.Model
     ) -> None:
         """Trains one trial, and reports it to the oracle."""
         hp = self._hyperparameters(planned, settings)
@@ -292,7 +293,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
     def _train(
         self,
         planned: PlannedTrial,
-        settings: TrainingSettings,
+        settings: TrainConfig,
         base: keras.Model,
         checkpoint: TrainingCheckpoint,
     ) -> None:
@@ -370,7 +371,7 @@ def with_frozen(outcomes: Sequence[TrialOutcome]) -> tuple[TrialOutcome, ...]:
 
 def train_backbones(
     heads: keras_tuner.Tuner,
-    options: SearchOptions,
+    options: SearchConfig,
     outcomes: Sequence[TrialOutcome],
     source: BackboneSource,
     folder: Path,

@@ -13,8 +13,8 @@ import numpy as np
 from keras_tuner.engine.trial import Trial
 
 from keras_rsft._storage import replaced
+from keras_rsft.config import TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.model import RSFTModel
 from keras_rsft.searching.batched_heads import METRICS, BatchedHeads
 from keras_rsft.searching.durable import OnEpoch, TrialsTuner
@@ -98,12 +98,13 @@ class BatchedTuner(TrialsTuner):
         return model
 
     def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
-        """Trains trials together, those of each update rule at once."""
-        groups: dict[str, list[tuple[Trial, TrainingSettings]]] = {}
+        """Trains trials together, those of each update rule and length at once."""
+        groups: dict[tuple, list[tuple[Trial, TrainConfig]]] = {}
         for trial in trials:
             try:
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
-                group = groups.setdefault(update_rule(settings), [])
+                rule = (update_rule(settings), settings.epochs)
+                group = groups.setdefault(rule, [])
             except Exception as error:  # Of a user's space: this trial's fault alone.
                 self._fail(trial, f"{type(error).__name__}: {error}")
             else:
@@ -113,7 +114,7 @@ class BatchedTuner(TrialsTuner):
 
     def _train_group(
         self,
-        group: Sequence[tuple[Trial, TrainingSettings]],
+        group: Sequence[tuple[Trial, TrainConfig]],
         on_epoch: OnEpoch | None,
     ) -> None:
         settings = [one for _, one in group]
@@ -128,7 +129,7 @@ class BatchedTuner(TrialsTuner):
                 steps_per_epoch=heads.steps_per_epoch,
                 loss_limit=loss_limit,
             ),
-            epochs=hypermodel.settings.epochs,
+            epochs=settings[0].epochs,
             objective=self.oracle.objective.name,
             direction=self.oracle.objective.direction,
             halvings=self._halvings,

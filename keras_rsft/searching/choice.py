@@ -11,15 +11,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_rsft.errors import TrainingStalled
-from keras_rsft.finetuning.overfitting import accuracy_error
-from keras_rsft.searching.names import (
+from keras_rsft.config import (
     ALL,
     FROZEN,
     LAST_BLOCK,
     OBJECTIVES,
-    TRAINABLE_NAMES,
+    UNFREEZE_NAMES,
 )
+from keras_rsft.errors import TrainingStalled
+from keras_rsft.finetuning.overfitting import accuracy_error
 
 COMPLETED = "COMPLETED"
 ACCURACY = "val_accuracy"
@@ -116,14 +116,14 @@ def choose_trial(
 
 
 def trainable_of(outcome: TrialOutcome) -> str:
-    """Returns what learnt in a trial, out of `TRAINABLE_NAMES`."""
+    """Returns what learnt in a trial, out of `UNFREEZE_NAMES`."""
     name = outcome.values.get(TRAINABLE)
-    return name if name in TRAINABLE_NAMES else FROZEN
+    return name if name in UNFREEZE_NAMES else FROZEN
 
 
 def cost_of(outcome: TrialOutcome) -> int:
     """Returns a number that is higher where more of the base is trained; 0: none."""
-    return TRAINABLE_NAMES.index(trainable_of(outcome))
+    return UNFREEZE_NAMES.index(trainable_of(outcome))
 
 
 def _acceptance(outcome: TrialOutcome) -> float:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_rsft.config import TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import TrainingSettings
 
 ACCEPT_ALL, BELOW, BATCH_BELOW, KEEP_SMALLEST, LISTED = range(5)
 # Adam with decoupled weight decay is AdamW, and Keras gives both the same formula.
@@ -69,7 +69,7 @@ class HeadTrials:
 
 
 def stack_trials(
-    settings: Sequence[TrainingSettings],
+    settings: Sequence[TrainConfig],
     *,
     num_classes: int,
     steps_per_epoch: int,
@@ -115,7 +115,7 @@ def stack_trials(
     return HeadTrials(rules.pop(), **columns)
 
 
-def update_rule(settings: TrainingSettings) -> str:
+def update_rule(settings: TrainConfig) -> str:
     """Returns how a trial's weights change: `"sgd"` or `"adam"`."""
     policy, optimizer = settings.policy, settings.optimizer.lower()
     refused = None

@@ -10,19 +10,15 @@ import keras_tuner
 import numpy as np
 from keras_tuner.errors import FailedTrialError
 
+from keras_rsft.config import SearchSpace, TrainConfig
 from keras_rsft.errors import DataError
 from keras_rsft.examination import Examination, examine_labels
 from keras_rsft.features import TrainingBatches, batches_of
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings
+from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.head_training import untrained_head
 from keras_rsft.ledger import RejectionLedger
 from keras_rsft.model import RSFTModel
-from keras_rsft.searching.space import (
-    SearchSpace,
-    Space,
-    check_space,
-    settings_of_values,
-)
+from keras_rsft.searching.space import Space, check_space, settings_of_values
 
 DIVERGED = (
     "The weights became NaN or infinite: the learning rate is too high for this data."
@@ -41,7 +37,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
     Args:
         features: Kept features; their test split is never looked at.
         settings: Epochs, batch size and seed, and every number that `space` leaves
-            open. Default: `TrainingSettings()`.
+            open. Default: `TrainConfig()`.
         space: What is searched. Default: `SearchSpace()`.
         progress: Show a progress bar while labels are examined. Default True.
 
@@ -54,7 +50,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         self,
         features: SplitFeatures,
         *,
-        settings: TrainingSettings | None = None,
+        settings: TrainConfig | None = None,
         space: Space | None = None,
         progress: bool = True,
     ):
@@ -64,7 +60,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
                 "A search judges its trials by a validation split, and there is none."
             )
         self.features = features
-        self.settings = settings or TrainingSettings()
+        self.settings = settings or TrainConfig()
         self.space = space or SearchSpace()
         check_space(self.space, self.settings)
         self._progress = progress
@@ -79,7 +75,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
             progress=self._progress,
         )
 
-    def settings_of(self, hp: keras_tuner.HyperParameters) -> TrainingSettings:
+    def settings_of(self, hp: keras_tuner.HyperParameters) -> TrainConfig:
         """Returns how to train a trial, and declares what is searched.
 
         Args:

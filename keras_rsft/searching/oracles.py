@@ -21,11 +21,11 @@ from keras_tuner.oracles import (
     RandomSearchOracle,
 )
 
+from keras_rsft.config import BATCHED, HYPERBAND, SearchConfig
 from keras_rsft.model import RSFTModel
 from keras_rsft.searching.batched_tuner import BatchedTuner
 from keras_rsft.searching.durable import DurableOracle, OnEpoch, TrialsTuner
 from keras_rsft.searching.hypermodel import RSFTHyperModel
-from keras_rsft.searching.names import BATCHED, HYPERBAND, SearchOptions
 
 TRIALS_FOLDER = "trials"
 
@@ -128,7 +128,7 @@ class OneByOneTuner(TrialsTuner):
 
 
 def make_tuner(
-    hypermodel: RSFTHyperModel, options: SearchOptions, folder: Path
+    hypermodel: RSFTHyperModel, options: SearchConfig, folder: Path
 ) -> TrialsTuner:
     """Returns a tuner, with the trials that `folder/trials` has already."""
     place = {"directory": str(folder), "project_name": TRIALS_FOLDER}

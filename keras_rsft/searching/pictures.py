@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_rsft._storage import replaced
+from keras_rsft.config import UNFREEZE_NAMES, SearchConfig
 from keras_rsft.report.charts import (
     UNUSED,
     Axis,
@@ -18,7 +19,6 @@ from keras_rsft.report.charts import (
 )
 from keras_rsft.report.run_record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
-from keras_rsft.searching.names import TRAINABLE_NAMES, SearchOptions
 
 # How selective a trial is, by the names of the hyperparameters that say so.
 SELECTIVITY = {
@@ -37,7 +37,7 @@ _TICKS = 5
 def write_pictures(
     heads: Sequence[TrialOutcome],
     outcomes: Sequence[TrialOutcome],
-    options: SearchOptions,
+    options: SearchConfig,
     folder: Path,
 ) -> None:
     """Writes the heat maps of the heads and the parallel coordinates of all trials.
@@ -131,8 +131,8 @@ def _axis(name: str, values: list[Any]) -> Axis:
 
 def _of_names(names: list[str]) -> tuple[list[float], dict[float, str]]:
     def order(name: str) -> tuple[int, str]:  # From the cheapest to train on.
-        known = name in TRAINABLE_NAMES
-        return (TRAINABLE_NAMES.index(name) if known else 0, name)
+        known = name in UNFREEZE_NAMES
+        return (UNFREEZE_NAMES.index(name) if known else 0, name)
 
     distinct = sorted(set(names), key=order)
     spread = np.linspace(0, 1, len(distinct)).tolist() if len(distinct) > 1 else [0.5]

@@ -29,11 +29,11 @@ from keras_rsft._storage import (
     write_json,
     written_whole,
 )
+from keras_rsft.config import SearchConfig
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome
 from keras_rsft.searching.hypermodel import RSFTHyperModel
-from keras_rsft.searching.names import SearchOptions
 
 TRIALS_FILE = "trials.csv"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -44,7 +44,7 @@ _FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "trainable")
 
 
 def identity_of(
-    hypermodel: RSFTHyperModel, options: SearchOptions, source: Mapping[str, Any]
+    hypermodel: RSFTHyperModel, options: SearchConfig, source: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns what must stay the same for a search to resume, as JSON can hold it."""
     hp = keras_tuner.HyperParameters()
@@ -148,7 +148,7 @@ def write_samples(folder: Path, features: SplitFeatures) -> None:
 
 
 def write_hparams(
-    folder: Path, outcomes: Sequence[TrialOutcome], options: SearchOptions
+    folder: Path, outcomes: Sequence[TrialOutcome], options: SearchConfig
 ) -> None:
     """Writes the trials for TensorBoard's HParams page, if `tensorboard` is there."""
     if importlib.util.find_spec("tensorboard") is None:
@@ -161,7 +161,7 @@ def write_hparams(
 
 
 def _write_hparams_of(
-    outcome: TrialOutcome, options: SearchOptions, folder: Path
+    outcome: TrialOutcome, options: SearchConfig, folder: Path
 ) -> None:
     import tensorflow as tf
     from tensorboard.plugins.hparams import api, api_pb2, summary

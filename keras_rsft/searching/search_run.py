@@ -23,12 +23,11 @@ from keras_rsft._storage import (
 )
 from keras_rsft.backbones import build_classifier
 from keras_rsft.backend_in_use import require_tensorflow_backend
+from keras_rsft.cluster import DEFAULT_TIMEOUT, part_in_search
+from keras_rsft.config import SearchConfig, TrainConfig
 from keras_rsft.data import ImageData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import (
-    SplitFeatures,
-    TrainingSettings,
-)
+from keras_rsft.finetuning import SplitFeatures
 from keras_rsft.finetuning.features import open_features
 from keras_rsft.finetuning.unfreezing import (
     BackboneSource,
@@ -52,7 +51,6 @@ from keras_rsft.searching.choice import (
     trainable_of,
 )
 from keras_rsft.searching.hypermodel import RSFTHyperModel
-from keras_rsft.searching.names import DEFAULT_TIMEOUT, SearchOptions, part_in_search
 from keras_rsft.searching.oracles import make_tuner
 from keras_rsft.searching.pictures import write_pictures
 from keras_rsft.searching.search_folder import (
@@ -91,7 +89,7 @@ class Search:
 
     outcomes: tuple[TrialOutcome, ...]
     choice: Choice
-    settings: TrainingSettings
+    settings: TrainConfig
     head: RSFTModel
     results: dict[str, Any]
     tuner: keras_tuner.Tuner
@@ -109,7 +107,7 @@ def search(
     data: ImageData | str | os.PathLike,
     *,
     output: str | os.PathLike,
-    options: SearchOptions | None = None,
+    options: SearchConfig | None = None,
     space: Space | None = None,
     clean_validation: bool = False,
     backbone: str = "resnet50",
@@ -118,7 +116,7 @@ def search(
     precision: str = "auto",
     views: int = 1,
     feature_precision: str = "float32",
-    settings: TrainingSettings | None = None,
+    settings: TrainConfig | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
@@ -129,7 +127,7 @@ def search(
 ) -> Search | None:
     """Searches for the policy, its threshold and the learning rate of a new head.
 
-    With `trainable=("frozen", "last-block", "all")` also for how much of the base to
+    With `unfreeze=("frozen", "last-block", "all")` also for how much of the base to
     train: the best plain head and the best one that rejects are trained on with its
     last block and with all of it, as `unfreeze` of the settings says. The base's
     learning rate is then by default a tenth of the head's, and at most 0.001 with SGD
@@ -145,7 +143,7 @@ def search(
     Args:
         data: Loaded images, or what `load_images` takes.
         output: The search's folder. It may exist only if it holds this very search.
-        options: Tuner, trials, objective and so on. Default: `SearchOptions()`.
+        options: Tuner, trials, objective and so on. Default: `SearchConfig()`.
         space: What is searched. Default: `SearchSpace()`.
         clean_validation: Judge trials by the validation split's right labels.
             Default False: by the given ones.
@@ -157,7 +155,7 @@ def search(
         feature_precision: How features are kept: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: Epochs, batch size and seed, and every number that the space leaves
-            open. Default: `TrainingSettings()`.
+            open. Default: `TrainConfig()`.
         cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
@@ -181,14 +179,14 @@ def search(
         WeightsUnavailable: If the base's weights cannot be had.
     """
     require_tensorflow_backend("`search`")
-    options = dataclasses.replace(options or SearchOptions(), **changes)
-    settings = settings or TrainingSettings()
+    options = dataclasses.replace(options or SearchConfig(), **changes)
+    settings = settings or TrainConfig()
     if options.of_base:
-        require_layers_to_train(str(backbone), option="--trainable")
-    parts = list(options.trainable)
+        require_layers_to_train(str(backbone), option="--unfreeze")
+    parts = list(options.unfreeze)
 
     def check(base: keras.Model) -> None:
-        parts[:] = learnable(base, options.trainable, settings)
+        parts[:] = learnable(base, options.unfreeze, settings)
 
     opened = open_features(
         data,
@@ -203,7 +201,7 @@ def search(
         progress=progress,
         on_base=check,
     )
-    if len(parts) < len(options.trainable):
+    if len(parts) < len(options.unfreeze):
         on_note("The last block is all that can learn of this base: all is left out.")
     base_source = BackboneSource(
         judged_data(opened.data, clean_validation=clean_validation),
@@ -222,7 +220,7 @@ def search(
     return search_features(
         opened.features,
         output=output,
-        options=dataclasses.replace(options, trainable=tuple(parts)),
+        options=dataclasses.replace(options, unfreeze=tuple(parts)),
         space=space,
         clean_validation=clean_validation,
         settings=settings,
@@ -240,10 +238,10 @@ def search_features(
     features: SplitFeatures,
     *,
     output: str | os.PathLike,
-    options: SearchOptions | None = None,
+    options: SearchConfig | None = None,
     space: Space | None = None,
     clean_validation: bool = False,
-    settings: TrainingSettings | None = None,
+    settings: TrainConfig | None = None,
     progress: bool = True,
     source: Mapping[str, Any] | None = None,
     command: str | None = None,
@@ -282,11 +280,11 @@ def search_features(
     """
     require_tensorflow_backend("`search_features`")
     started = time.perf_counter()
-    options = options or SearchOptions()
+    options = options or SearchConfig()
     if options.of_base and base_source is None:
         raise InvalidArgument(
             "Features alone cannot train a base. Received: "
-            f"trainable={options.trainable}. Use `search`, which has the images."
+            f"unfreeze={options.unfreeze}. Use `search`, which has the images."
         )
     features = judged_features(features, clean_validation=clean_validation)
     hypermodel = RSFTHyperModel(
@@ -345,7 +343,7 @@ def judged_features(
         if validation.clean_labels is None:
             raise DataError(
                 "The right labels of the validation split are not known. Name them "
-                "with `--clean-label-column` or `--clean-label-key`, or leave out "
+                "with `--clean-label-column`, or leave out "
                 "`--clean-validation`."
             )
         validation = validation.with_right_labels()
@@ -365,7 +363,7 @@ def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:
 
 def _concluded(
     tuner: keras_tuner.Tuner,
-    options: SearchOptions,
+    options: SearchConfig,
     heads: tuple[TrialOutcome, ...],
     bases: BackboneTrials | None,
     folder: Path,

@@ -1,23 +1,25 @@
-"""What is searched: ranges of hyperparameters, and the settings that they mean."""
+"""Declares what is searched to Keras Tuner, and makes settings of what it proposes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras_tuner
-from keras_tuner.engine.hyperparameters import Fixed
+from keras_tuner.engine.hyperparameters import Fixed as _Fixed
 
+from keras_rsft.config import (
+    ARTICLE,
+    SearchSpace,
+    TrainConfig,
+    require_known,
+)
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import TrainingSettings
-from keras_rsft.policy_choice import require_known
-from keras_rsft.searching.names import ARTICLE, SEARCHED_POLICIES
 
-BY_RELATIVE_THRESHOLD = ("loss-threshold", "self-paced")
-WITHOUT_WARMUP = ("accept-all", "auto", ARTICLE)
-
-_OF_SETTINGS = ("learning_rate", "optimizer", "momentum", "weight_decay")
+_BY_RELATIVE_THRESHOLD = ("loss-threshold", "self-paced")
+_WITHOUT_WARMUP = ("accept-all", "auto", ARTICLE)
+_OF_SETTINGS = ("learning_rate", "optimizer", "momentum", "weight_decay", "epochs")
 _OF_POLICY = (
     "threshold",
     "relative_threshold",
@@ -26,137 +28,59 @@ _OF_POLICY = (
     "warmup_epochs",
     "class_floor",
 )
-_PARENTS = {"optimizer": "optimizers", "policy": "policies"}
 VALUE_NAMES = ("policy", *_OF_SETTINGS, *_OF_POLICY)
 
 # A function that declares hyperparameters and returns values out of `VALUE_NAMES`.
 Space = Callable[[keras_tuner.HyperParameters], Mapping[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchSpace:
-    """Ranges of the hyperparameters; a range of one value fixes it.
+def declare(space: SearchSpace, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
+    """Declares the hyperparameters and returns those that are active."""
+    optimizer = _choice(hp, "optimizer", space.optimizers)
+    policy = _choice(hp, "policy", space.policies)
+    rate = _number(hp, "learning_rate", space.learning_rate, log=True)
+    values = {"learning_rate": rate, "optimizer": optimizer, "policy": policy}
+    if space.epochs is not None:
+        values["epochs"] = _whole(hp, "epochs", space.epochs)
+    threshold, bounds = "relative_threshold", space.relative_threshold
+    if space.threshold is not None:
+        threshold, bounds = "threshold", space.threshold
+    warmed_up = [name for name in space.policies if name not in _WITHOUT_WARMUP]
+    declared = (
+        ("optimizer", ("adamw",), "weight_decay",
+         lambda name: _number(hp, name, space.weight_decay, log=True)),
+        ("policy", _BY_RELATIVE_THRESHOLD, threshold,
+         lambda name: _number(hp, name, bounds)),
+        ("policy", (ARTICLE,), "threshold",
+         lambda name: _number(hp, name, space.article_threshold)),
+        ("policy", ("keep-fraction",), "keep_fraction",
+         lambda name: _number(hp, name, space.keep_fraction)),
+        ("policy", warmed_up, "warmup_epochs",
+         lambda name: _whole(hp, name, space.warmup_epochs)),
+    )  # fmt: skip
+    names = {"optimizer": space.optimizers, "policy": space.policies}
+    for parent, parent_values, name, declare in declared:
+        # A condition that can never hold would have Keras Tuner look for ever.
+        possible = [v for v in names[parent] if v in parent_values]
+        if not possible:
+            continue
+        with hp.conditional_scope(parent, possible):
+            value = declare(name)
+        if values[parent] in possible:
+            values[name] = value
+    return values
 
-    Called with Keras Tuner's hyperparameters, it declares them and returns their
-    values. Any function that does so can take its place:
 
-    ```python
-    def space(hp):
-        rate = hp.Float("learning_rate", 1e-4, 1e-1, sampling="log")
-        return {"learning_rate": rate, "policy": "keep-fraction"}
-    ```
+def settings_of_values(values: Mapping[str, Any], given: TrainConfig) -> TrainConfig:
+    """Returns how to train a trial.
 
-    Attributes:
-        learning_rate: Lowest and highest, sampled by their logarithm.
-        policies: Names of policies, and `"article"`: the article's rule per batch.
-        relative_threshold: Lowest and highest threshold of `loss-threshold` and
-            `self-paced`, in multiples of ln(classes).
-        article_threshold: Lowest and highest of `"article"`, in the loss's units.
-        keep_fraction: Lowest and highest share of `keep-fraction`, in (0, 1].
-        warmup_epochs: Fewest and most, whole numbers.
-        optimizers: Names of Keras optimizers.
-        weight_decay: Lowest and highest of `adamw`, sampled by their logarithm.
+    Args:
+        values: Values out of `VALUE_NAMES`.
+        given: Where what `values` does not say comes from.
 
     Raises:
-        InvalidArgument: If a range is empty, reversed or outside of what its number
-            may be, or a name is not known.
-
-    Example:
-        >>> import keras_rsft as rsft
-        >>> space = rsft.SearchSpace(policies=("keep-fraction",), optimizers=("sgd",))
-        >>> values = space(keras_tuner.HyperParameters())
-        >>> sorted(values)
-        ['keep_fraction', 'learning_rate', 'optimizer', 'policy', 'warmup_epochs']
+        InvalidArgument: If a name is not known, or a value out of its range.
     """
-
-    learning_rate: tuple[float, float] = (1e-4, 1e-1)
-    policies: tuple[str, ...] = (
-        "accept-all",
-        "auto",
-        "loss-threshold",
-        "keep-fraction",
-    )
-    relative_threshold: tuple[float, float] = (0.2, 1.5)
-    article_threshold: tuple[float, float] = (0.5, 3.0)
-    keep_fraction: tuple[float, float] = (0.4, 0.95)
-    warmup_epochs: tuple[int, int] = (0, 5)
-    optimizers: tuple[str, ...] = ("sgd", "adamw")
-    weight_decay: tuple[float, float] = (1e-5, 1e-2)
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "relative_threshold", "article_threshold"):
-            self._check_range(name, above=0.0)
-        self._check_range("weight_decay", above=0.0)
-        self._check_range("keep_fraction", above=0.0, most=1.0)
-        self._check_range("warmup_epochs", least=0)
-        for name in ("policies", "optimizers"):
-            if isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise InvalidArgument(
-                    f"`{name}` must be one or more names. "
-                    f"Received: {name}={getattr(self, name)!r}."
-                )
-        for policy in self.policies:
-            require_known("policy", policy, SEARCHED_POLICIES)
-        for optimizer in self.optimizers:
-            TrainingSettings(optimizer=optimizer)  # Raises where it is unknown.
-
-    def __call__(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
-        """Declares the hyperparameters and returns those that are active."""
-        values = {
-            "optimizer": _choice(hp, "optimizer", self.optimizers),
-            "policy": _choice(hp, "policy", self.policies),
-            "learning_rate": _number(hp, "learning_rate", self.learning_rate, log=True),
-        }
-
-        def declare(
-            parent: str, allowed: Sequence[str], name: str, given: str, **how: bool
-        ) -> None:
-            # A condition that can never hold would have Keras Tuner look for ever.
-            possible = [v for v in getattr(self, _PARENTS[parent]) if v in allowed]
-            if possible:
-                with hp.conditional_scope(parent, possible):
-                    value = _number(hp, name, getattr(self, given), **how)
-                if values[parent] in possible:
-                    values[name] = value
-
-        warmed_up = [name for name in self.policies if name not in WITHOUT_WARMUP]
-        relative = "relative_threshold"
-        declare("optimizer", ("adamw",), "weight_decay", "weight_decay", log=True)
-        declare("policy", BY_RELATIVE_THRESHOLD, relative, relative)
-        declare("policy", (ARTICLE,), "threshold", "article_threshold")
-        declare("policy", ("keep-fraction",), "keep_fraction", "keep_fraction")
-        declare("policy", warmed_up, "warmup_epochs", "warmup_epochs", whole=True)
-        return values
-
-    def _check_range(
-        self,
-        name: str,
-        *,
-        above: float | None = None,
-        least: float | None = None,
-        most: float = float("inf"),
-    ) -> None:
-        given = getattr(self, name)
-        holds = isinstance(given, (tuple, list)) and len(given) == 2
-        if holds:
-            low, high = given
-            holds = low <= high < float("inf") and high <= most
-            holds = holds and (above is None or low > above)
-            holds = holds and (least is None or low >= least)
-        if not holds:
-            bound = f"above {above:g}" if above is not None else f"at least {least:g}"
-            if most < float("inf"):
-                bound += f" and at most {most:g}"
-            raise InvalidArgument(
-                f"`{name}` must be the lowest and the highest value, {bound}. "
-                f"Received: {name}={given!r}."
-            )
-
-
-def settings_of_values(
-    values: Mapping[str, Any], given: TrainingSettings
-) -> TrainingSettings:
-    """Returns how to train a trial: `values`, and the rest as `given`."""
     if not isinstance(values, Mapping):
         raise InvalidArgument(
             "A space must return a dict of values by name, such as "
@@ -185,8 +109,12 @@ def settings_of_values(
     )
 
 
-def check_space(space: Space, given: TrainingSettings) -> None:
-    """Tries a space once, with default values, so that it fails before any trial."""
+def check_space(space: Space, given: TrainConfig) -> None:
+    """Tries a space once, with default values.
+
+    Raises:
+        InvalidArgument: If it declares nothing, or returns what cannot be trained.
+    """
     if not callable(space):
         raise InvalidArgument(
             "`space` must be a `SearchSpace` or a function of Keras Tuner's "
@@ -194,7 +122,7 @@ def check_space(space: Space, given: TrainingSettings) -> None:
         )
     hp = keras_tuner.HyperParameters()
     settings_of_values(space(hp), given)
-    if all(isinstance(one, Fixed) for one in hp.space):
+    if all(isinstance(one, _Fixed) for one in hp.space):
         raise InvalidArgument(
             "The search space is empty: every hyperparameter has one value. "
             "Widen a range or name a second policy."
@@ -202,9 +130,9 @@ def check_space(space: Space, given: TrainingSettings) -> None:
 
 
 def _choice(hp: keras_tuner.HyperParameters, name: str, values: tuple[str, ...]) -> str:
-    return (
-        hp.Choice(name, list(values)) if len(values) > 1 else hp.Fixed(name, values[0])
-    )
+    if len(values) > 1:
+        return hp.Choice(name, list(values))
+    return hp.Fixed(name, values[0])
 
 
 def _number(
@@ -213,11 +141,13 @@ def _number(
     bounds: tuple[float, float],
     *,
     log: bool = False,
-    whole: bool = False,
 ) -> float:
-    low, high = bounds if whole else map(float, bounds)
+    low, high = (float(bound) for bound in bounds)
     if low == high:
         return hp.Fixed(name, low)
-    if whole:
-        return hp.Int(name, low, high)
     return hp.Float(name, low, high, sampling="log" if log else "linear")
+
+
+def _whole(hp: keras_tuner.HyperParameters, name: str, bounds: tuple[int, int]) -> int:
+    low, high = (int(bound) for bound in bounds)
+    return hp.Fixed(name, low) if low == high else hp.Int(name, low, high)

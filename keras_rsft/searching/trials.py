@@ -16,14 +16,14 @@ from typing import Any
 import keras_tuner
 import numpy as np
 
+from keras_rsft.config import FROZEN, SearchConfig, TrainConfig
 from keras_rsft.features import FeatureSet
-from keras_rsft.finetuning import TrainingSettings, train_head
+from keras_rsft.finetuning import train_head
 from keras_rsft.finetuning.head_training import best_of_all_epochs, head_probabilities
 from keras_rsft.model import RSFTModel
 from keras_rsft.progress import progress_bar
 from keras_rsft.searching.choice import COMPLETED, TrialOutcome, trainable_of
 from keras_rsft.searching.durable import TrialsTuner
-from keras_rsft.searching.names import FROZEN, SearchOptions
 from keras_rsft.searching.search_folder import read_results
 
 PLAIN = "accept-all"
@@ -47,7 +47,7 @@ class ChosenTrial:
 
     outcome: TrialOutcome
     head_outcome: TrialOutcome
-    settings: TrainingSettings
+    settings: TrainConfig
     head: RSFTModel
     test_accuracy: Callable[[], float]
     base_model: Path | None = None
@@ -55,7 +55,7 @@ class ChosenTrial:
 
 def run_trials(
     tuner: TrialsTuner,
-    options: SearchOptions,
+    options: SearchConfig,
     *,
     progress: bool = True,
     workers: Callable[[], AbstractContextManager] | None = None,
@@ -88,7 +88,7 @@ def run_trials(
 
 
 def state_of(
-    oracle: keras_tuner.Oracle, options: SearchOptions, values: Sequence[float] = ()
+    oracle: keras_tuner.Oracle, options: SearchConfig, values: Sequence[float] = ()
 ) -> str:
     """Says how far a search is; `values` are of trials that have not ended yet."""
     ended = [oracle.trials[name] for name in tuple(oracle.end_order)]
@@ -124,9 +124,7 @@ def outcome_of(trial: Any) -> TrialOutcome:
     )
 
 
-def settings_of_outcome(
-    tuner: keras_tuner.Tuner, outcome: TrialOutcome
-) -> TrainingSettings:
+def settings_of_outcome(tuner: keras_tuner.Tuner, outcome: TrialOutcome) -> TrainConfig:
     """Returns how a trial was trained, up to its best epoch."""
     trial = tuner.oracle.trials[outcome.trial_id]
     settings = tuner.hypermodel.settings_of(trial.hyperparameters)
@@ -143,7 +141,7 @@ def head_of_outcome(tuner: keras_tuner.Tuner, outcome: TrialOutcome) -> RSFTMode
 
 def side_by_side(
     tuner: keras_tuner.Tuner,
-    options: SearchOptions,
+    options: SearchConfig,
     outcomes: Sequence[TrialOutcome],
     chosen: ChosenTrial,
     folder: Path,
@@ -206,7 +204,7 @@ def _row(
 
 
 def _trained_plainly(
-    tuner: keras_tuner.Tuner, options: SearchOptions, chosen: TrialOutcome
+    tuner: keras_tuner.Tuner, options: SearchConfig, chosen: TrialOutcome
 ) -> dict[str, Any]:
     hypermodel = tuner.hypermodel
     settings = settings_of_outcome(tuner, chosen)

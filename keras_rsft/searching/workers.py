@@ -20,8 +20,8 @@ from typing import Any
 import grpc
 from keras_tuner.src.distribute import oracle_chief, oracle_client
 
+from keras_rsft.cluster import ORACLE_HOST, ORACLE_PORT, PARENT, TUNER_ID
 from keras_rsft.errors import InvalidArgument, WorkerLost
-from keras_rsft.searching.names import ORACLE_HOST, ORACLE_PORT, PARENT, TUNER_ID
 
 LOGS_FOLDER = "workers"
 _POLL_SECONDS, _HEARTBEAT_SECONDS, _GOODBYE_SECONDS = 0.2, 1.0, 5.0

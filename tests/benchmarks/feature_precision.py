@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from keras_rsft.comparing import compare
+from keras_rsft.config import TrainConfig
 from keras_rsft.data import load_images
-from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.intervals import paired_interval
 
 METHODS = ("plain", "auto")
@@ -66,7 +66,7 @@ def measure(
             noise=noise,
             image_size=96,
             feature_precision=precision,
-            settings=TrainingSettings(epochs=30),
+            settings=TrainConfig(epochs=30),
             cache_dir=folder,
         )
         for outcome in result.outcomes:

@@ -116,7 +116,7 @@ def fit_command(epochs: int, image_size: int) -> list[str]:
     return [
         "fit", "digits", "--noise", "symmetric:0.3",
         "--backbone", "efficientnet_lite0", "--image-size", str(image_size),
-        "--precision", "float32", "--policy", "running-threshold",
+        "--set", "dtype=float32", "--policy", "running-threshold",
         "--epochs", str(epochs), "--cache-dir", "kept",
     ]  # fmt: skip
 

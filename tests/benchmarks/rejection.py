@@ -23,14 +23,13 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
-from keras_rsft.cli_output import print_comparison
+from keras_rsft.cli._render import Output
 from keras_rsft.comparing import Comparison, compare
-from keras_rsft.comparing.method_names import AUTO, CLEAN_SUBSET
+from keras_rsft.config import AUTO, CLEAN_SUBSET, TrainConfig
 from keras_rsft.data import ImageData, load_images
-from keras_rsft.finetuning import TrainingSettings
 from keras_rsft.intervals import paired_right_interval
+from keras_rsft.report.summary import comparison_summary
 
 BACKBONE = "efficientnet_lite0"
 BASELINES = ("gce", "co-teaching", "early-stopping", "cleanlab")
@@ -117,7 +116,7 @@ def measure(condition: Condition, arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         noise=condition.noise,
         image_size=96 if condition.is_digits else 128,
-        settings=TrainingSettings(epochs=30 if condition.is_digits else 20),
+        settings=TrainConfig(epochs=30 if condition.is_digits else 20),
         cache_dir=arguments.cache_dir,
     )
     wrong = condition.noise or "no wrong labels"
@@ -129,7 +128,7 @@ def measure(condition: Condition, arguments: argparse.Namespace) -> None:
 def report(title: str, result: Comparison) -> None:
     """Prints one condition."""
     print(f"\n{title}", flush=True)
-    print_comparison(result, Console())
+    Output().show(comparison_summary(result), plain=True)
     if AUTO not in result.summaries:
         print("auto did not run.", flush=True)
         return

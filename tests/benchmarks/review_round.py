@@ -16,12 +16,12 @@ import dataclasses
 
 import numpy as np
 
+from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.data import add_label_noise, load_images
 from keras_rsft.features import FeatureSet
-from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
+from keras_rsft.finetuning import SplitFeatures, train_head
 from keras_rsft.finetuning.features import open_features
 from keras_rsft.intervals import mean_interval, paired_interval
-from keras_rsft.policy_choice import PolicyChoice
 
 REVIEWED = (0, 50, 100, 200, 400)
 POLICIES = ("auto", "accept-all")
@@ -41,7 +41,7 @@ def corrected(train: FeatureSet, suspicion: np.ndarray, count: int) -> FeatureSe
 
 def measured(features: SplitFeatures, seed: int) -> dict[tuple[int, str], tuple]:
     """Returns accuracy, wrong labels and expected wrong labels, by row of the table."""
-    settings = TrainingSettings(epochs=30, seed=seed)
+    settings = TrainConfig(epochs=30, seed=seed)
     first = train_head(features, settings, progress=False)
     rows = {}
     for count in REVIEWED:
@@ -49,7 +49,7 @@ def measured(features: SplitFeatures, seed: int) -> dict[tuple[int, str], tuple]
         for policy in POLICIES:
             trained = train_head(
                 dataclasses.replace(features, train=train),
-                dataclasses.replace(settings, policy=PolicyChoice(policy)),
+                dataclasses.replace(settings, policy=PolicyConfig(policy)),
                 progress=False,
             )
             wrong = np.mean(train.labels != train.clean_labels)

@@ -51,7 +51,7 @@ def make_features(folder: Path, rows: int, dim: int) -> SplitFeatures:
     return SplitFeatures(train, part("val", others, 0.2), part("test", 0, 0), names)
 
 
-def sampled_settings(count: int, given: rsft.TrainingSettings, optimizers: tuple):
+def sampled_settings(count: int, given: rsft.TrainConfig, optimizers: tuple):
     """Samples trials as the random oracle does; every policy occurs."""
     space = rsft.SearchSpace(
         policies=("accept-all", "loss-threshold", "keep-fraction"),
@@ -102,9 +102,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"])
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    given = rsft.TrainingSettings(
-        epochs=arguments.epochs, batch_size=arguments.batch_size
-    )
+    given = rsft.TrainConfig(epochs=arguments.epochs, batch_size=arguments.batch_size)
     settings = sampled_settings(arguments.trials, given, tuple(arguments.optimizers))
     # Some trials are meant to accept nothing for a while.
     warnings.filterwarnings("ignore", message=".*accepted no sample")

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
     base = rsft.load_backbone("efficientnet_lite0", image_size=128)
-    settings = rsft.TrainingSettings(policy=rsft.PolicyChoice("accept-all"))
+    settings = rsft.TrainConfig(policy=rsft.PolicyConfig("accept-all"))
     print(f"{'labels':16} {'wrong':>7} {'suspicion':>10} {'cleanlab':>10}")
     for column in arguments.columns:
         data = rsft.load_images(

@@ -1,0 +1,396 @@
+"""Parses the command line, runs one command, and turns errors into exit statuses.
+
+2 for a command that cannot be run as given, 1 for a run that failed. Imports nothing
+heavy, so that `--help` and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from keras_rsft import __version__
+from keras_rsft.cli import _commands as commands
+from keras_rsft.cli._options import (
+    CommandParser,
+    DataConfig,
+    Setting,
+    named_range,
+    positive,
+    seconds,
+    settings_of,
+    split_at,
+    typed,
+)
+from keras_rsft.cluster import DEFAULT_PATIENCE
+from keras_rsft.config import (
+    METHOD_NAMES,
+    RANGE_NAMES,
+    ExportConfig,
+    FeatureConfig,
+    PolicyConfig,
+    SearchConfig,
+    SearchSpace,
+    TrainConfig,
+    UnfreezeConfig,
+    option,
+    rare,
+)
+from keras_rsft.errors import (
+    DataError,
+    InvalidArgument,
+    TrainingStalled,
+    WeightsUnavailable,
+    WorkerLost,
+)
+from keras_rsft.interruption import Terminated, termination_raises
+
+USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
+TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(argv)
+    arguments.argv = argv
+    arguments.command_line = shlex.join(["keras-rsft", *argv])
+    try:
+        with termination_raises():
+            _check_backend()
+            _silence_native_libraries()
+            return 0 if arguments.work(arguments) else FAILED
+    except KeyboardInterrupt as stop:
+        status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        kept = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
+        return _fail(
+            status,
+            f"{kept} Run the same command again to resume:\n  {arguments.command_line}",
+        )
+    except BrokenPipeError:  # `| head` has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except InvalidArgument as error:
+        return _fail(USAGE_ERROR, str(error))
+    except (
+        DataError,
+        ImportError,
+        TrainingStalled,
+        WeightsUnavailable,
+        WorkerLost,
+    ) as error:
+        return _fail(FAILED, str(error))
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        return _fail(FAILED, f"{error.strerror or error}{place}")
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _fail(
+            FAILED,
+            f"{type(error).__name__}: {error}\nThis should not happen: please report "
+            f"it with the traceback that {TRACEBACK_VARIABLE}=1 shows.",
+        )
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"keras-rsft: {message}", file=sys.stderr)
+    return status
+
+
+def _check_backend() -> None:
+    """Refuses another backend than TensorFlow, before anything heavy is imported."""
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend != "tensorflow":
+        raise InvalidArgument(
+            "The command line needs Keras's TensorFlow backend. Received: "
+            f"KERAS_BACKEND={backend}. Leave it out: `RSFTModel` alone trains under "
+            "jax and torch, in a program of yours."
+        )
+
+
+def _silence_native_libraries() -> None:
+    """Keeps TensorFlow's start-up chatter off the user's terminal.
+
+    Its C++ code writes to file descriptor 2, whatever the log level; Python's
+    own standard error moves to a copy of it, which still is the terminal.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # Off by default on processors where it still is the faster choice.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    if os.environ.get(TRACEBACK_VARIABLE):
+        return
+    try:
+        descriptor = sys.stderr.fileno()
+    except (OSError, ValueError):  # Captured: nothing native writes to it.
+        return
+    if descriptor != 2:
+        return
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+
+
+# === What single commands can be told ===
+
+
+def _ranges() -> str:
+    """Returns the names of ranges, each with its default."""
+    known = {name: getattr(SearchSpace(), name) for name in RANGE_NAMES}
+    shown = [
+        name if bounds is None else "{}={:g}:{:g}".format(name, *bounds)
+        for name, bounds in known.items()
+    ]
+    return ", ".join(shown)
+
+
+_share = typed(
+    split_at("/", int),
+    "I/N, with I from 0 to N - 1, such as 0/8",
+    lambda pair: len(pair) == 2 and 0 <= pair[0] < pair[1],
+)
+_port = typed(int, "a whole number in [0, 65535]", lambda port: 0 <= port < 2**16)
+
+
+def _output(default: str) -> Any:
+    return option(None, f"default: {default}", first=5, metavar="FOLDER")
+
+
+def _timeout() -> Any:
+    help = "how long to wait for another worker that shows no sign of life"
+    return option(DEFAULT_PATIENCE, help, type=seconds)
+
+
+@dataclasses.dataclass
+class _Data:
+    data: str = option(
+        None,
+        "folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, CSV file, "
+        "tfds:NAME, or digits; texts: a CSV file, or a folder of .txt files",
+        positional=True,
+        metavar="DATA",
+    )
+
+
+@dataclasses.dataclass
+class _Answer:
+    quiet: bool = option(
+        False, "print errors and the last line of the result only, no progress"
+    )
+    json: bool = option(
+        False, "print the result as one JSON document, all else to standard error"
+    )
+
+
+@dataclasses.dataclass
+class _Demo:
+    output: str | None = _output("runs/demo-N")
+
+
+@dataclasses.dataclass
+class _Fit:
+    output: str | None = _output("runs/NAME-N")
+    strategy: str = option(
+        "none",
+        "none: one device; mirrored: all GPUs of this machine, or else its logical "
+        "CPUs; multiworker: the workers in TF_CONFIG",
+    )
+    tensorboard: str | None = option(
+        None,
+        "write for TensorBoard, into a folder of the run's name below this one",
+        metavar="FOLDER",
+    )
+    dry_run: bool = option(
+        False,
+        "train nothing: say what 1,000 samples tell about the labels, whether "
+        "rejection is likely to help, and how long the run will take",
+    )
+    with_plain: bool = rare(True, "train a plain head too, for the report's comparison")
+
+
+@dataclasses.dataclass
+class _Compare:
+    methods: tuple[str, ...] | None = option(
+        None,
+        f"out of {', '.join(METHOD_NAMES)}; plain is always among them; default: all "
+        "that can run",
+        first=2,
+    )
+    seeds: int = option(
+        5, "how often to train each, from --seed on", first=3, type=positive
+    )
+    output: str | None = _output("runs/compare-NAME-N")
+
+
+@dataclasses.dataclass
+class _Rank:
+    backbones: tuple[str, ...] = option(
+        None, "as --backbone of fit takes them", first=1, required=True
+    )
+    sample: int = option(1000, "training samples to look at", first=2, type=positive)
+
+
+@dataclasses.dataclass
+class _Features:
+    share: str | None = option(
+        None,
+        "compute the I-th of N shares, from 0 on, and wait for nobody; default: all, "
+        "or by TF_CONFIG one, and wait for the others",
+        type=_share,
+        metavar="I/N",
+    )
+    worker_timeout: float = _timeout()
+
+
+@dataclasses.dataclass
+class _Search:
+    range: tuple[str, ...] = option(
+        (),
+        f"search a number from LOW to HIGH; repeat it for another one; names and "
+        f"defaults: {_ranges()}",
+        first=4,
+        type=named_range,
+        action="append",
+    )
+    output: str | None = _output("runs/search-NAME-N; that of a stopped search: resume")
+    clean_validation: bool = option(
+        False, "judge trials by the validation split's clean labels"
+    )
+    workers: int | None = option(
+        None,
+        "processes on this machine that share the trials; on several machines Keras "
+        "Tuner's variables KERASTUNER_* say which is which; default: this one alone",
+        type=positive,
+    )
+    worker_timeout: float = _timeout()
+
+
+@dataclasses.dataclass
+class _Review:
+    run: str = option(
+        None, "folder of a run or of a search", positional=True, metavar="RUN"
+    )
+    serve: bool = option(
+        False, "show all samples, from a server that only this machine can reach"
+    )
+    port: int | None = option(None, "of --serve; default: the run's own", type=_port)
+    rebuild: bool = option(False, "write report.html anew if it is there")
+    no_browser: bool = option(False, "open nothing; print where the page is")
+
+
+@dataclasses.dataclass
+class _Export:
+    run: str = option(None, "run folder", positional=True, metavar="RUN")
+    name: str | None = option(
+        None, "the model's name; default: that of the run folder", first=1
+    )
+    directory: str = option(
+        "saved_models",
+        "where exported models lie, each in a folder of its name",
+        first=2,
+        metavar="FOLDER",
+    )
+    verify: bool = option(
+        False,
+        "load what was written in a fresh process and compare it with the run, on "
+        "images of its validation split",
+    )
+
+
+@dataclasses.dataclass
+class _Predict:
+    model: str = option(
+        None,
+        "run folder, .keras file, exported model, .tflite or .onnx file",
+        positional=True,
+        metavar="MODEL",
+    )
+    paths: tuple[str, ...] = option(
+        (),
+        "image files, folders, or quoted patterns such as 'new/**/*.jpg'; for a model "
+        "of texts .txt files and CSV files",
+        positional=True,
+        metavar="PATH",
+        nargs="+",
+    )
+    output_format: str = option(
+        commands.OUTPUT_FORMATS[0],
+        "tab-separated lines, CSV with a header, or a JSON object a line",
+        choices=commands.OUTPUT_FORMATS,
+    )
+
+
+# === The parsers of the commands ===
+
+# For each command its help, and of which configurations it takes which fields.
+_FEATURES, _SEED = (FeatureConfig, ""), (TrainConfig, "seed")
+_COMMANDS = {
+    commands.demo: (
+        "fine-tune on real digits with noisy labels, a minute",
+        [(_Demo, ""), (FeatureConfig, "cache_dir"), _SEED],
+    ),
+    commands.fit: (
+        "fine-tune on your own images or texts",
+        [(_Data, ""), _FEATURES, (PolicyConfig, ""), (UnfreezeConfig, ""),
+         (TrainConfig, ""), (DataConfig, ""), (_Fit, "")],
+    ),
+    commands.compare: (
+        "several methods side by side on your own data",
+        [(_Data, ""), _FEATURES, (_Compare, ""), (TrainConfig, "-early_stopping"),
+         (PolicyConfig, "-policy level"), (DataConfig, "")],
+    ),
+    commands.rank: (
+        "which backbone suits your own images or texts",
+        [(_Data, ""), (_Rank, ""), (FeatureConfig, "image_size dtype cache_dir"),
+         _SEED, (DataConfig, "")],
+    ),
+    commands.features: (
+        "extract and cache features, also by shares",
+        [(_Data, ""), _FEATURES, _SEED, (DataConfig, ""), (_Features, "")],
+    ),
+    commands.search: (
+        "find policy, threshold and learning rate",
+        [(_Data, ""), _FEATURES, (SearchSpace, ""), (SearchConfig, ""), (_Search, ""),
+         (TrainConfig, "epochs batch_size seed"), (UnfreezeConfig, "-unfreeze"),
+         (DataConfig, "")],
+    ),
+    commands.review: ("look at a run and mend labels in the browser", [(_Review, "")]),
+    commands.export: (
+        "write a model for TF Serving, LiteRT or ONNX",
+        [(_Export, ""), (ExportConfig, "")],
+    ),
+    commands.predict: (
+        "use a trained model on image files or texts; the exit status is 1 if some "
+        "could not be read: they are listed on standard error, the others answered",
+        [(_Predict, ""), (DataConfig, "text_column")],
+    ),
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line."""
+    parser = CommandParser(
+        prog="keras-rsft",
+        description="Fine-tune a pretrained Keras model only on the samples that "
+        "their loss says are worth learning from.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for work, (help, takes) in _COMMANDS.items():
+        settings: list[Setting] = []
+        for config, which in takes:
+            settings += settings_of(config, which=which)
+        answers = "quiet" if work is commands.predict else ""
+        settings += settings_of(_Answer, which=answers)
+        one = subparsers.add_parser(work.__name__, help=help, description=help)
+        one.add_settings(settings)
+        one.set_defaults(work=work)
+    return parser

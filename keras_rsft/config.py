@@ -1,0 +1,892 @@
+"""Every choice of a user: its name, default, range and help text.
+
+Imports no Keras, so that the command line refuses a typing error at once. The command
+line makes its options from the fields: `metadata` has a field's help text, its group
+and, for a rare one, that it is given by `--set`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from keras_rsft.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import keras_tuner
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Returns a field that is an option; `metadata` as `cli/_options.py` reads it."""
+    metadata["help"] = help
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def rare(default: Any, help: str, **metadata: Any) -> Any:
+    """Returns a field that is given by `--set`."""
+    return option(default, help, rare=True, **metadata)
+
+
+# === Names and checks ===
+
+
+def nearest_name_hint(name: str, known: Sequence[str], cutoff: float = 0.4) -> str:
+    """Returns `" Did you mean 'x'?"` for the nearest known name, or `""`."""
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=cutoff)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_known(kind: str, name: str, known: Sequence[str]) -> None:
+    """Raises InvalidArgument with the nearest name if a name is not known."""
+    if name not in known:
+        raise InvalidArgument(
+            f"The {kind} must be one of {', '.join(known)}. "
+            f"Received: {name!r}.{nearest_name_hint(name, known)}"
+        )
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:  # NaN fails every comparison.
+        raise InvalidArgument(f"`{name}` must be {expected}. Received: {name}={value}.")
+
+
+def _require_least(config: object, least: Mapping[str, int]) -> None:
+    """Checks finite numbers that have a lower bound; None is none."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None:
+            _require(name, value, bound <= value < math.inf, f"at least {bound}")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    """Checks fields that are positive, finite numbers; None is none."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            _require(name, value, 0 < value < math.inf, "a positive number")
+
+
+# === Names of backbones ===
+
+# Prefixes of names, and whether the name must end with the scale of the pixels.
+SCALE_IS_NEEDED = {"hub": False, "savedmodel": True, "onnx": True}
+# Backbones that take texts, as `plain_name` gives them.
+TEXT_ENCODERS = ("minilm",)
+IMAGES, TEXTS = "images", "texts"
+DEFAULT_BACKBONES = {IMAGES: "resnet50", TEXTS: TEXT_ENCODERS[0]}
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_SCALE_FORMS = (
+    "@0:1 (image models of TensorFlow Hub), @-1:1, @0:255 (preprocessing is in the "
+    "model), @imagenet (Torchvision, most of timm) or "
+    "@MEAN/STD of three channels in [0, 1], such as @0.5:0.5:0.5/0.5:0.5:0.5"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelScale:
+    """Which pixels a backbone wants: `factor * value + offset`, values in [0, 255]."""
+
+    factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether pixels stay as they are."""
+        return self == PixelScale()
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseName:
+    """A name such as `onnx:models/resnet18.onnx@imagenet`, taken apart."""
+
+    kind: str
+    place: str
+    scale: PixelScale | None
+
+
+def parse_base_name(name: str) -> BaseName | None:
+    """Takes apart a name that begins with `hub:`, `savedmodel:` or `onnx:`, else None.
+
+    What follows the last `@` is the scale of the pixels, unless the path exists.
+    """
+    kind, colon, rest = name.partition(":")
+    if not colon or kind not in SCALE_IS_NEEDED:
+        return None
+    place, at, scale = rest.rpartition("@")
+    if not at or os.path.exists(rest):
+        place, scale = rest, ""
+    if not place:
+        raise InvalidArgument(f"Expected a path behind {kind}:. Received: {name!r}.")
+    if not scale and SCALE_IS_NEEDED[kind]:
+        raise InvalidArgument(
+            f"The file does not say what pixel values it wants. Received: {name!r}. "
+            f"Add {_SCALE_FORMS}."
+        )
+    return BaseName(kind, place, parse_pixel_scale(scale) if scale else None)
+
+
+def parse_pixel_scale(text: str) -> PixelScale:
+    """Reads `LOW:HIGH`, `imagenet`, or `MEAN/STD` of three channels each."""
+    if text == "imagenet":
+        return _standardised(_IMAGENET_MEAN, _IMAGENET_STD)
+    parts = [_numbers(part) for part in text.split("/")]
+    lengths = [len(part) for part in parts]
+    if lengths == [2] and parts[0][0] < parts[0][1]:
+        low, high = parts[0]
+        return PixelScale(((high - low) / 255.0,) * 3, (low,) * 3)
+    if lengths == [3, 3] and min(parts[1]) > 0:
+        return _standardised(*parts)
+    raise InvalidArgument(
+        f"The scale of the pixels must be {_SCALE_FORMS}. Received: @{text}"
+    )
+
+
+def _standardised(mean: tuple[float, ...], std: tuple[float, ...]) -> PixelScale:
+    factor = tuple(1.0 / (255.0 * one) for one in std)
+    offset = tuple(-m / s for m, s in zip(mean, std, strict=True))
+    return PixelScale(factor, offset)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(":"))
+    except ValueError:
+        return ()
+    finite = all(abs(value) < float("inf") for value in values)
+    return values if finite else ()
+
+
+def plain_name(name: str) -> str:
+    """Returns a name without what does not tell names apart."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def takes_texts(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a text encoder."""
+    return plain_name(os.fspath(name)) in TEXT_ENCODERS
+
+
+def require_takes(name: str | os.PathLike[str], kind: str) -> None:
+    """Refuses a backbone that does not take the samples of a data set, by its kind."""
+    if takes_texts(name) == (kind == TEXTS):
+        return
+    if kind == TEXTS:
+        raise InvalidArgument(
+            f"The data are texts, and the base takes images. Received: {name}. Use "
+            f"`--backbone {TEXT_ENCODERS[0]}`."
+        )
+    raise InvalidArgument(
+        f"The data are images, and the base takes texts. Received: {name}. Use a base "
+        "for images, such as efficientnet_lite0."
+    )
+
+
+def require_base_can_learn(name: str | os.PathLike[str]) -> None:
+    """Refuses the training of a text encoder."""
+    if takes_texts(name):
+        raise InvalidArgument(
+            f"A text encoder stays as it is, only its head learns. Received: {name}. "
+            "Leave out `--unfreeze`."
+        )
+
+
+def is_fixed_network(name: str) -> bool:
+    """Whether a backbone has no Keras layers: it has one dtype and cannot learn."""
+    parsed = parse_base_name(name)
+    return parsed is not None and parsed.kind in ("savedmodel", "onnx")
+
+
+# === Features ===
+
+DTYPES = ("auto", "float32", "bfloat16")
+CACHE_DTYPES = ("float32", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureConfig:
+    """Which features are extracted, and how they are cached.
+
+    Attributes:
+        backbone: A model of `keras.applications`, `"efficientnet_lite0"`, a `.keras`
+            file, `"hub:PRESET"`, `"savedmodel:FOLDER@SCALE"`, `"onnx:FILE@SCALE"` or,
+            for texts, `"minilm"`. Default None: `DEFAULT_BACKBONES` of the data.
+        weights: `"imagenet"`, `"none"` or a file. Default `"imagenet"`.
+        image_size: Side of the square images in pixels, at least 1. Default None: the
+            backbone's own.
+        cache_dir: Where features are cached. Default None: the user's cache folder.
+        augmentations: Versions of each training image that are cached, at least 1:
+            the image as it is, and others flipped and cropped at random. Default 1.
+        dtype: Of the backbone: `"float32"`, `"bfloat16"`, or `"auto"`, which takes
+            bfloat16 where the hardware has it. Default `"auto"`.
+        cache_dtype: Of the features on disk: `"float32"` or `"float16"`. Default
+            `"float32"`.
+        batch_size: Images per step of the backbone, at least 1. Default 32.
+
+    Raises:
+        InvalidArgument: If a value is unknown or out of its range.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> rsft.FeatureConfig("efficientnet_lite0", image_size=160).dtype
+        'auto'
+    """
+
+    backbone: str | None = option(
+        None,
+        "a model of keras.applications, efficientnet_lite0, a .keras file, "
+        "hub:PRESET, savedmodel:FOLDER@SCALE or onnx:FILE@SCALE, with a SCALE such as "
+        f"0:1 or imagenet; default: {DEFAULT_BACKBONES[IMAGES]}, for texts "
+        f"{DEFAULT_BACKBONES[TEXTS]}",
+        first=1,
+    )
+    weights: str = option("imagenet", "imagenet, none or a file; of minilm a folder")
+    image_size: int | None = option(None, "pixels; default: the backbone's own")
+    cache_dir: str | None = option(
+        None,
+        "where features are cached; default: the user's cache folder",
+        metavar="FOLDER",
+    )
+    augmentations: int = rare(
+        1,
+        "versions cached of each training image, flipped and cropped but for the first",
+    )
+    dtype: str = rare(
+        "auto",
+        f"of the backbone: {', '.join(DTYPES)}; auto takes bfloat16 where the hardware "
+        "has it",
+    )
+    cache_dtype: str = rare(
+        "float32",
+        f"of the cached features: {', '.join(CACHE_DTYPES)}, which halves them",
+    )
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.backbone is not None:
+            parse_base_name(os.fspath(self.backbone))
+        _require_least(self, {"image_size": 1, "augmentations": 1, "batch_size": 1})
+        require_known("dtype", self.dtype, DTYPES)
+        require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
+
+
+def backbone_for(features: FeatureConfig, kind: str) -> str:
+    """Returns the backbone for `"images"` or `"texts"`: given or default."""
+    name = features.backbone or DEFAULT_BACKBONES[kind]
+    require_takes(name, kind)
+    return name
+
+
+# === Policies ===
+
+POLICY_NAMES = (
+    "auto", "accept-all", "loss-threshold", "keep-fraction", "self-paced",
+    "running-threshold", "loss-mixture",
+)  # fmt: skip
+LEVELS = ("sample", "batch")
+DEFAULT_KEEP_FRACTION = 0.7
+# Which policies look at what may be given.
+_USED_BY = {
+    "threshold": ("loss-threshold", "self-paced"),
+    "keep_fraction": ("keep-fraction",),
+    "level": ("loss-threshold",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """A policy by name, in units that do not depend on the data set's size.
+
+    Attributes:
+        name: One of `POLICY_NAMES`. Default: the policy whose number is given below
+            (`loss-threshold` for `threshold` or batch level, `keep-fraction`), else
+            `"auto"`, which none of them concerns.
+        threshold: Loss below which `loss-threshold` accepts, and from which
+            `self-paced` starts, positive. Default None: `relative_threshold` decides.
+        relative_threshold: The same in multiples of ln(classes), the loss that
+            a new head starts with; positive. Default 0.65.
+        keep_fraction: Share that `keep-fraction` keeps, in (0, 1]. Default 0.7.
+        level: `"sample"` or `"batch"`, for `loss-threshold`. Default `"sample"`.
+        warmup_epochs: Epochs at the start in which everything is accepted;
+            `keep-fraction` ramps down over them. At least 0. Default 2.
+        class_floor: Least share of each class in a batch that a policy by loss
+            accepts, in [0, 1]. Default 0.
+
+    Raises:
+        InvalidArgument: If a value is unknown or out of its range.
+
+    Example:
+        >>> PolicyConfig().name, PolicyConfig(threshold=1.5).name
+        ('auto', 'loss-threshold')
+        >>> PolicyConfig("keep-fractoin")
+        Traceback (most recent call last):
+        ...
+        keras_rsft.errors.InvalidArgument: The policy must be one of auto, accept-all,
+        loss-threshold, keep-fraction, self-paced, running-threshold, loss-mixture.
+        Received: 'keep-fractoin'. Did you mean 'keep-fraction'?
+    """
+
+    name: str | None = option(
+        None,
+        f"{', '.join(POLICY_NAMES)}; default: the policy that --threshold, "
+        "--keep-fraction or --level belongs to, else auto",
+        first=2,
+        name="policy",
+    )
+    threshold: float | None = option(
+        None, "loss below which loss-threshold accepts; default: 0.65 ln(classes)"
+    )
+    relative_threshold: float = rare(0.65, "threshold in multiples of ln(classes)")
+    keep_fraction: float | None = option(
+        None, f"share that keep-fraction keeps; default: {DEFAULT_KEEP_FRACTION}"
+    )
+    level: str = option(LEVELS[0], f"judge each {' or each '.join(LEVELS)}")
+    warmup_epochs: float = option(2.0, "epochs before rejection begins")
+    class_floor: float = rare(0.0, "least share of each class in a batch to accept")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self._implied_name())
+        if self.keep_fraction is None:
+            object.__setattr__(self, "keep_fraction", DEFAULT_KEEP_FRACTION)
+        require_known("policy", self.name, POLICY_NAMES)
+        require_known("level", self.level, LEVELS)
+        _require_positive(self, "threshold", "relative_threshold")
+        ranges = {
+            "keep_fraction": (0 < self.keep_fraction <= 1, "in (0, 1]"),
+            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "at least 0"),
+            "class_floor": (0 <= self.class_floor <= 1, "in [0, 1]"),
+        }
+        for name, (holds, expected) in ranges.items():
+            _require(name, getattr(self, name), holds, expected)
+
+    def _implied_name(self) -> str:
+        if self.threshold is not None or self.level == "batch":
+            return "loss-threshold"
+        return "auto" if self.keep_fraction is None else "keep-fraction"
+
+
+def require_used(name: str, given: Mapping[str, object]) -> None:
+    """Raises InvalidArgument if a policy would not look at a field that was given."""
+    for attribute, users in _USED_BY.items():
+        if given.get(attribute) not in (None, LEVELS[0]) and name not in users:
+            option = "--" + attribute.replace("_", "-")
+            raise InvalidArgument(
+                f"`{option}` is for the policy {' or '.join(users)}. Received it for "
+                f"{name}. Leave it out, or choose that policy."
+            )
+
+
+# === Unfreezing ===
+
+# From the cheapest on: the head alone, with the last block, with all layers.
+FROZEN, LAST_BLOCK, ALL = "frozen", "last-block", "all"
+UNFREEZE_NAMES = (FROZEN, LAST_BLOCK, ALL)
+ALL = ALL
+# A number of blocks, `ALL`, or names of layers.
+Unfreeze = int | str | tuple[str, ...]
+
+
+def parse_unfreeze(text: str) -> Unfreeze:
+    """Returns what `N`, `all` or `LAYER[,LAYER...]` means."""
+    text = text.strip()
+    if text.lstrip("+-").isdigit():
+        return checked_unfreeze(int(text))
+    if text.lower() == ALL:
+        return ALL
+    return checked_unfreeze(tuple(name.strip() for name in text.split(",")))
+
+
+def checked_unfreeze(value: Unfreeze | list[str]) -> Unfreeze:
+    """Returns the same in its usual form: one name becomes a tuple of one."""
+    if value == ALL:
+        return ALL
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    names = (value,) if isinstance(value, str) else value
+    if (
+        isinstance(names, (tuple, list))
+        and names
+        and all(isinstance(name, str) and name for name in names)
+    ):
+        return tuple(names)
+    raise InvalidArgument(
+        "What learns of the base must be a number of blocks, at least 1, all, or names "
+        f"of layers. Received: {value!r}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnfreezeConfig:
+    """Which layers of a backbone are trained after the head, and how.
+
+    Attributes:
+        layers: `"last-block"`, the cautious preset: the last block, on the samples
+            that the finished head accepts; how many of the last blocks, at least 1;
+            `"all"`; or names of layers. Default `"last-block"`.
+        epochs: At least 1. Default None: 3 for the preset, 5 otherwise.
+        learning_rate: Of the unfrozen layers, positive. Default None: a tenth of the
+            head's; the preset has its own, 0.0001.
+        batch_size: At least 1. Default None: the head's.
+        train_batch_norm: Have their BatchNorm layers learn and normalise by the
+            batch. Default False: they are in inference mode.
+
+    Raises:
+        InvalidArgument: If a value is out of its range, or not for the preset.
+    """
+
+    layers: Unfreeze = option(  # noqa: RUF009
+        LAST_BLOCK,
+        "after the head, train a part of the backbone with it: last-block (on accepted "
+        "samples only), the last N blocks, all, or layers by name; kept where "
+        "validation is no worse; default: frozen",
+        first=3,
+        name="unfreeze",
+        metavar="last-block|N|all|LAYER,...",
+    )
+    epochs: int | None = rare(
+        None, "default: 3 for last-block, 5 otherwise", name="unfreeze_epochs"
+    )
+    learning_rate: float | None = rare(
+        None, "default: a tenth of the head's", name="unfreeze_learning_rate"
+    )
+    batch_size: int | None = None
+    train_batch_norm: bool = rare(
+        False, "have BatchNorm layers learn and normalise by the batch"
+    )
+
+    def __post_init__(self) -> None:
+        if self.layers != LAST_BLOCK:
+            object.__setattr__(self, "layers", checked_unfreeze(self.layers))
+        if self.epochs is None:
+            object.__setattr__(self, "epochs", 3 if self.accepted_only else 5)
+        if self.learning_rate is None and self.accepted_only:
+            object.__setattr__(self, "learning_rate", 1e-4)
+        _require_least(self, {"epochs": 1, "batch_size": 1})
+        _require_positive(self, "learning_rate")
+
+    @property
+    def accepted_only(self) -> bool:
+        """Whether only samples that the finished head accepts are trained on."""
+        return self.layers == LAST_BLOCK
+
+    @property
+    def cut(self) -> Unfreeze:
+        """The layers as a number of blocks, `"all"` or names."""
+        return 1 if self.accepted_only else self.layers
+
+
+# === Training ===
+
+STRATEGY_NAMES = ("none", "mirrored", "multiworker")
+# As `keras.optimizers.get` takes them, without those that wrap others.
+OPTIMIZER_NAMES = (
+    "sgd", "adam", "adamw", "rmsprop", "nadam", "adamax", "adagrad", "adadelta",
+    "adafactor", "ftrl", "lion", "muon", "schedulefreeadamw",
+)  # fmt: skip
+# Of the head's learning rate: what a pretrained backbone knows is soon unlearnt.
+SHARE_OF_LEARNING_RATE = 0.1
+# Parts of the names of variables that weight decay leaves alone: a bias, and the scale
+# and offset of a normalisation, do not make a function any wilder.
+NOT_DECAYED = ("bias", "gamma", "beta")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a head is trained, and after it perhaps a part of the backbone.
+
+    Attributes:
+        policy: What may update the weights. Default: `PolicyConfig()`.
+        epochs: Passes over the training features, at least 1. Default 20.
+        learning_rate: Positive. Default 0.001.
+        batch_size: Samples per step, at least 1. Default 32.
+        optimizer: Name of a Keras optimizer. Default `"sgd"`.
+        weight_decay: Of the kernels, at least 0, decoupled from the gradient
+            (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR
+            2019): an accepted step also takes `learning_rate` times this share of
+            them away, a rejected one nothing. Default None: the optimizer's own.
+        early_stopping: Epochs without a better validation accuracy, at least 1, after
+            which the training of the head ends; the weights of the best epoch are
+            kept. Default None: all epochs, and the weights of the last.
+        seed: Seed of the initial weights and of the order. Default 0.
+        momentum: Of `"sgd"`, in [0, 1]. Default 0.9.
+        unfreeze: Which layers of the backbone learn with the head once that has been
+            trained for `epochs`, and how. Default None: none.
+
+    Raises:
+        InvalidArgument: If a value is out of its range or unknown.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> rsft.TrainConfig(epochs=5, optimizer="adamw").learning_rate
+        0.001
+    """
+
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    epochs: int = option(20, "passes over the training features", first=4)
+    learning_rate: float = option(1e-3, "of the head")
+    batch_size: int = option(32, "samples per step")
+    optimizer: str = option("sgd", "a Keras optimizer, such as sgd or adamw")
+    weight_decay: float | None = option(
+        None,
+        "of the kernels, decoupled: an accepted step takes this share of them, times "
+        "the learning rate; default: the optimizer's own",
+    )
+    early_stopping: int | None = option(
+        None,
+        "end the head's training after this many epochs without a better validation "
+        "accuracy (5 if no number follows), and keep the best weights",
+        metavar="EPOCHS",
+        nargs="?",
+        const=5,
+    )
+    seed: int = option(0, "seed of the weights, the order and the noise")
+    momentum: float = rare(0.9, "of sgd")
+    unfreeze: UnfreezeConfig | None = None
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 1, "early_stopping": 1, "weight_decay": 0}
+        _require_least(self, least)
+        _require_positive(self, "learning_rate")
+        _require("momentum", self.momentum, 0 <= self.momentum <= 1, "in [0, 1]")
+        seed = self.seed
+        _require("seed", seed, 0 <= seed < 2**31, "a whole number in [0, 2**31)")
+        require_known("optimizer", self.optimizer.lower(), OPTIMIZER_NAMES)
+
+    @property
+    def unfreezes_under_policy(self) -> bool:
+        """Whether unfrozen layers continue the head's training, under its policy."""
+        return self.unfreeze is not None and not self.unfreeze.accepted_only
+
+    @property
+    def unfreezing(self) -> UnfreezeConfig:
+        """How layers are unfrozen, by default where nothing was asked for."""
+        return self.unfreeze or UnfreezeConfig(1)
+
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of the head, and of unfrozen layers after it."""
+        if self.unfreeze is None or self.unfreeze.epochs is None:
+            return self.epochs
+        return self.epochs + self.unfreeze.epochs
+
+    @property
+    def unfreeze_rate(self) -> float:
+        """The unfrozen layers' learning rate."""
+        if self.unfreeze is None or self.unfreeze.learning_rate is None:
+            return SHARE_OF_LEARNING_RATE * self.learning_rate
+        return self.unfreeze.learning_rate
+
+
+# === Search ===
+
+BATCHED, HYPERBAND = "batched", "hyperband"
+TUNER_NAMES = (BATCHED, "random", "bayesian", HYPERBAND, "grid")
+ORACLE_NAMES = ("random", "bayesian", "grid")
+# The rule of the RSFT article: whole batches, an absolute threshold, no warm-up.
+ARTICLE = "article"
+SEARCHED_POLICIES = (*POLICY_NAMES, ARTICLE)
+# Each with the direction in which it is better.
+OBJECTIVES = {"val_accuracy": "max", "val_loss": "min"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """How a search is done, whatever its data and its space are.
+
+    Attributes:
+        tuner: Out of `TUNER_NAMES`. Default `"batched"`, which trains many heads
+            together; the others are Keras Tuner's and train one at a time.
+        max_trials: Trials in all, at least 1. Default 64.
+        objective: `"val_accuracy"` (default) or `"val_loss"`, at a trial's best epoch.
+        oracle: What proposes the batched tuner's trials: `"random"` (default),
+            `"bayesian"` or `"grid"`.
+        parallel_trials: Heads that the batched tuner trains together, at least 1.
+            Default 64.
+        halvings: How often the batched tuner drops the worse half of its heads
+            while they train, at least 0. Default 0.
+        min_acceptance: Least acceptance rate of a setting that may be chosen, in
+            [0, 1]. Default 0.1.
+        unfreeze: Out of `UNFREEZE_NAMES`. `"last-block"` and `"all"` of the backbone
+            are trained on from the best heads; `"frozen"`, the heads, is always among
+            them. Default `("frozen",)`.
+
+    Raises:
+        InvalidArgument: If a value is unknown or out of its range.
+    """
+
+    tuner: str = option(
+        BATCHED, f"{', '.join(TUNER_NAMES)}; batched trains many heads together"
+    )
+    max_trials: int = option(64, "trials in all", first=4)
+    objective: str = option("val_accuracy", ", ".join(OBJECTIVES))
+    oracle: str = option(
+        "random", f"what proposes the batched tuner's trials: {', '.join(ORACLE_NAMES)}"
+    )
+    parallel_trials: int = rare(64, "heads trained together")
+    halvings: int = rare(0, "how often the worse half of the heads is dropped")
+    min_acceptance: float = rare(0.1, "a setting that accepts less is not chosen")
+    unfreeze: tuple[str, ...] = option(
+        (FROZEN,),
+        f"out of {', '.join(UNFREEZE_NAMES)}: train the backbone's last block, or all "
+        "of it, on from the best plain head and the best one that rejects, and choose "
+        "the cheapest that is as good as the best; default: frozen",
+        first=3,
+        metavar="A,B,C",
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unfreeze", checked_names(self.unfreeze))
+        require_known("tuner", self.tuner, TUNER_NAMES)
+        require_known("oracle", self.oracle, ORACLE_NAMES)
+        require_known("objective", self.objective, tuple(OBJECTIVES))
+        _require_least(self, {"max_trials": 1, "parallel_trials": 1, "halvings": 0})
+        least = self.min_acceptance
+        _require("min_acceptance", least, 0 <= least <= 1, "in [0, 1]")
+        for name in ("oracle", "halvings"):
+            default = getattr(type(self), name)
+            if self.tuner != BATCHED and getattr(self, name) != default:
+                raise InvalidArgument(
+                    f"`{name}` is an option of the batched tuner. Received: "
+                    f"{name}={getattr(self, name)} with the tuner {self.tuner}."
+                )
+
+    @property
+    def of_base(self) -> tuple[str, ...]:
+        """Those of `unfreeze` in which the backbone learns, the cheapest first."""
+        return self.unfreeze[1:]
+
+    @property
+    def direction(self) -> str:
+        """`"max"` or `"min"`: where the objective is better."""
+        return OBJECTIVES[self.objective]
+
+
+def checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns names of `UNFREEZE_NAMES`, each once, the cheapest and frozen first."""
+    if isinstance(names, str):
+        names = (names,)
+    for name in names:
+        require_known("unfrozen part", name, UNFREEZE_NAMES)
+    return tuple(one for one in UNFREEZE_NAMES if one == FROZEN or one in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSpace:
+    """Ranges of the hyperparameters; a range of one value fixes it.
+
+    Called with Keras Tuner's hyperparameters, it declares them and returns their
+    values. Any function that does so can take its place:
+
+    ```python
+    def space(hp):
+        rate = hp.Float("learning_rate", 1e-4, 1e-1, sampling="log")
+        return {"learning_rate": rate, "policy": "keep-fraction"}
+    ```
+
+    Attributes:
+        learning_rate: Lowest and highest, sampled by their logarithm.
+        policies: Names of policies, and `"article"`: the article's rule per batch.
+        relative_threshold: Lowest and highest threshold of `loss-threshold` and
+            `self-paced`, in multiples of ln(classes).
+        article_threshold: Lowest and highest of `"article"`, in the loss's units.
+        keep_fraction: Lowest and highest share of `keep-fraction`, in (0, 1].
+        warmup_epochs: Fewest and most, whole numbers.
+        optimizers: Names of Keras optimizers.
+        weight_decay: Lowest and highest of `adamw`, sampled by their logarithm.
+        threshold: Lowest and highest of `loss-threshold` and `self-paced`, in the
+            loss's units. Default None: `relative_threshold`.
+        epochs: Fewest and most, whole numbers, at least 1. Default None: those of the
+            `TrainConfig`.
+
+    Raises:
+        InvalidArgument: If a range is empty, reversed or outside of what its number
+            may be, or a name is not known.
+
+    Example:
+        >>> import keras_rsft as rsft, keras_tuner
+        >>> space = rsft.SearchSpace(policies=("keep-fraction",), optimizers=("sgd",))
+        >>> values = space(keras_tuner.HyperParameters())
+        >>> sorted(values)
+        ['keep_fraction', 'learning_rate', 'optimizer', 'policy', 'warmup_epochs']
+    """
+
+    learning_rate: tuple[float, float] = (1e-4, 1e-1)
+    policies: tuple[str, ...] = option(
+        ("accept-all", "auto", "loss-threshold", "keep-fraction"),
+        f"out of {', '.join(SEARCHED_POLICIES)}; default: accept-all, auto, "
+        "loss-threshold, keep-fraction",
+        first=2,
+        metavar="A,B,C",
+    )
+    relative_threshold: tuple[float, float] = (0.2, 1.5)
+    article_threshold: tuple[float, float] = (0.5, 3.0)
+    keep_fraction: tuple[float, float] = (0.4, 0.95)
+    warmup_epochs: tuple[int, int] = (0, 5)
+    optimizers: tuple[str, ...] = option(
+        ("sgd", "adamw"), "default: sgd,adamw", metavar="A,B"
+    )
+    weight_decay: tuple[float, float] = (1e-5, 1e-2)
+    threshold: tuple[float, float] | None = None
+    epochs: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in RANGE_NAMES:
+            if getattr(self, name) is not None:
+                self._check_range(name)
+        for name in ("policies", "optimizers"):
+            if isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise InvalidArgument(
+                    f"`{name}` must be one or more names. "
+                    f"Received: {name}={getattr(self, name)!r}."
+                )
+        for policy in self.policies:
+            require_known("policy", policy, SEARCHED_POLICIES)
+        for optimizer in self.optimizers:
+            require_known("optimizer", optimizer.lower(), OPTIMIZER_NAMES)
+
+    def __call__(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
+        """Declares the hyperparameters and returns those that are active."""
+        from keras_rsft.searching.space import declare
+
+        return declare(self, hp)
+
+    def _check_range(self, name: str) -> None:
+        least, above, most, whole = RANGE_NAMES[name]
+        given = getattr(self, name)
+        holds = isinstance(given, (tuple, list)) and len(given) == 2
+        if holds:
+            low, high = given
+            holds = low <= high < float("inf") and high <= most
+            holds = holds and (low > least if above else low >= least)
+            holds = holds and not (whole and (low % 1 or high % 1))
+        if not holds:
+            bound = f"{'above' if above else 'at least'} {least:g}"
+            if most < float("inf"):
+                bound += f" and at most {most:g}"
+            kind = ", whole numbers" if whole else ""
+            raise InvalidArgument(
+                f"`{name}` must be the lowest and the highest value{kind}, {bound}. "
+                f"Received: {name}={given!r}."
+            )
+
+
+# The ranges of a `SearchSpace`: least value, whether that is left out, most, whether
+# they are whole numbers.
+RANGE_NAMES = {
+    "learning_rate": (0.0, True, math.inf, False),
+    "relative_threshold": (0.0, True, math.inf, False),
+    "threshold": (0.0, True, math.inf, False),
+    "article_threshold": (0.0, True, math.inf, False),
+    "keep_fraction": (0.0, True, 1.0, False),
+    "warmup_epochs": (0.0, False, math.inf, True),
+    "weight_decay": (0.0, True, math.inf, False),
+    "epochs": (1.0, False, math.inf, True),
+}
+
+
+# === Methods of a comparison ===
+
+PLAIN = "plain"
+CLEAN_SUBSET = "clean-subset"
+EARLY_STOPPING = "early-stopping"
+CLEANLAB = "cleanlab"
+AUTO = "auto"
+WEIGHT_DECAY = "weight-decay"
+AUTO_WEIGHT_DECAY = f"{AUTO}+{WEIGHT_DECAY}"
+METHOD_NAMES = (
+    PLAIN, EARLY_STOPPING, WEIGHT_DECAY, ARTICLE, "loss-threshold", "keep-fraction",
+    AUTO, AUTO_WEIGHT_DECAY, "gce", "co-teaching", CLEANLAB, CLEAN_SUBSET,
+)  # fmt: skip
+
+
+def check_methods(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Returns the methods to run, `plain` first, each once; None means all that can."""
+    if names is None:
+        return None
+    if isinstance(names, str) or not names:
+        raise InvalidArgument(
+            "`methods` must be a list of one or more names out of "
+            f"{', '.join(METHOD_NAMES)}. Received: {names!r}."
+        )
+    for name in names:
+        require_known("method", name, METHOD_NAMES)
+    if CLEANLAB in names:
+        require_cleanlab()
+    return tuple(dict.fromkeys((PLAIN, *names)))
+
+
+def has_cleanlab() -> bool:
+    """Whether the package `cleanlab` is installed, without importing it."""
+    return importlib.util.find_spec("cleanlab") is not None
+
+
+def require_cleanlab() -> None:
+    """Raises ImportError, naming the extra, if `cleanlab` is not installed."""
+    if not has_cleanlab():
+        raise ImportError(
+            "The method cleanlab needs the package of that name. "
+            'Install it with: pip install "keras_rsft[compare]"'
+        )
+
+
+# === Export ===
+
+WEIGHT_DTYPES_OF_FORMAT = {
+    "saved-model": ("float32", "float16"),
+    "litert": ("float32", "float16", "int8"),
+    "onnx": ("float32",),
+}
+FORMATS = tuple(WEIGHT_DTYPES_OF_FORMAT)
+WEIGHT_DTYPES = ("float32", "float16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """The format of an export and its options.
+
+    Attributes:
+        file_format: `"saved-model"`, `"litert"` or `"onnx"`.
+        weight_dtype: `"float32"`; `"float16"` for the first two; `"int8"`
+            (dynamic-range quantisation) for LiteRT.
+        version: Version of a SavedModel, at least 1. None: the next free one.
+        top_k: How many classes a SavedModel names in `top_labels`, or None.
+
+    Raises:
+        InvalidArgument: If the options do not fit the format.
+    """
+
+    file_format: str = option("saved-model", ", ".join(FORMATS), name="format")
+    weight_dtype: str = option(
+        "float32",
+        f"{', '.join(WEIGHT_DTYPES)}: how weights are stored; float16 for saved-model "
+        "and litert, int8 for litert",
+    )
+    version: int | None = option(
+        None,
+        "version of a saved-model; default: the next free one",
+        name="model_version",
+    )
+    top_k: int | None = option(
+        None, "have a saved-model name the K most probable classes too", metavar="K"
+    )
+
+    def __post_init__(self) -> None:
+        require_known("format", self.file_format, FORMATS)
+        known = WEIGHT_DTYPES_OF_FORMAT[self.file_format]
+        if self.weight_dtype not in known:
+            raise InvalidArgument(
+                f"The format {self.file_format} stores weights as {' or '.join(known)}."
+                f" Received: {self.weight_dtype!r}."
+            )
+        if self.file_format != "saved-model" and (self.version or self.top_k):
+            raise InvalidArgument(
+                "A version and the most probable classes can be chosen for the format "
+                f"saved-model only. Received: the format {self.file_format}."
+            )
+        _require_least(self, {"version": 1, "top_k": 1})
