@@ -7,7 +7,7 @@ a box that is moved and half or twice as large. At `level="element"` the policy 
 cells whose summed loss is above 1.5 ln(classes), worse than a guess. At sample level it
 rejects pictures by the mean over their cells.
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/detection.py
 
 prints a table (mean and range over seeds) and draws `detection.png`. Needs no network.

@@ -6,7 +6,7 @@ pictures have a noisy label, and rejecting whole pictures leaves little to learn
 `level="element"` rejects single labels of a picture and trains on the others: here it
 rejects losses above a running percentile, kept separately for "there" and "not there".
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/multi_label.py
 
 prints a table (mean and range over seeds) and draws `multi_label.png`. The policies are

@@ -6,7 +6,7 @@ frozen backbone trains on all pictures, or on the three quarters of each batch w
 smallest losses. It minimises the squared error, or the absolute error, which is robust
 to noisy targets by itself and is the baseline to beat.
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/regression.py
 
 prints a table (mean and range over seeds) and draws `regression.png`. The policy is

@@ -8,7 +8,7 @@ smallest losses, or on single pixels (`level="element"`): those with a loss belo
 running mean of their class plus one standard deviation. One threshold for all classes
 would reject the few pixels of the digits before the decoder learns them.
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/segmentation.py
 
 prints a table (mean and range over seeds) and draws `segmentation.png`. Needs no

