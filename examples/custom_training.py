@@ -1,7 +1,7 @@
-"""Wraps a model of your own in an RSFTModel and trains it with `model.fit`.
+"""Wraps your own model in an RSFTModel and trains it with `model.fit`.
 
-Two thirds of the labels are right. The data is made here, so that the program
-runs anywhere, under each of Keras's backends that have gradients:
+A third of the labels are noisy. The data is synthetic, so the program runs anywhere,
+on Keras' TensorFlow, JAX and PyTorch backends:
 
     python examples/custom_training.py
     KERAS_BACKEND=jax python examples/custom_training.py
@@ -16,7 +16,7 @@ CLASSES, SAMPLES, WRONG = 4, 2000, 0.33
 
 
 def make_data(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns inputs, given labels (a third of them wrong) and right labels."""
+    """Returns inputs, given labels (a third of them noisy) and clean labels."""
     rng = np.random.default_rng(seed)
     right = rng.integers(0, CLASSES, SAMPLES)
     inputs = rng.normal(size=(SAMPLES, 16)).astype("float32")
@@ -27,7 +27,7 @@ def make_data(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def train(policy: rsft.Policy) -> float:
-    """Trains a small network under a policy; returns its accuracy on right labels."""
+    """Trains a small network under a policy; returns its accuracy on clean labels."""
     keras.utils.set_random_seed(0)
     inputs, given, _ = make_data(seed=0)
     test_inputs, _, test_labels = make_data(seed=1)

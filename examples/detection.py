@@ -1,17 +1,16 @@
-"""Detection with wrong boxes and classes: pictures are rejected, or single boxes.
+"""Detection with noisy boxes and classes: reject pictures, or single boxes.
 
 One to three real handwritten digits from 0 to 4 lie on a coloured texture. On the
-feature map of a frozen base, 6 x 6 cells, one head names the class at each cell,
-another gives the box whose centre is there. 30 % of the training objects are wrong: of
-another class, or with a box half or twice as large, and moved. At `level="element"`
-cells are rejected by the sum of both losses, from 1.5 ln(classes), more than a guess;
-at sample level a picture counts with the mean over its cells.
+feature map of a frozen backbone, 6 x 6 cells, one head predicts the class at each cell,
+another the box centred there. 30 % of the training objects are noisy: another class, or
+a box that is moved and half or twice as large. At `level="element"` the policy rejects
+cells whose summed loss is above 1.5 ln(classes), worse than a guess. At sample level it
+rejects pictures by the mean over their cells.
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/detection.py
 
-prints a table (mean and range over the seeds) and draws `detection.png`.
-Needs no network.
+prints a table (mean and range over seeds) and draws `detection.png`. Needs no network.
 """
 
 import argparse
@@ -27,9 +26,9 @@ from sklearn.datasets import load_digits
 import keras_rsft as rsft
 
 SIDE, CELL, CLASSES, WRONG, BATCH = 96, 16, 6, 0.3, 32  # Class 0: nothing here.
-# Digits of the pictures. Rules and lengths were chosen on VALIDATION pictures,
-# whose objects are as often wrong as those of training, by `example_settings.py` in
-# `tests/benchmarks`. TEST pictures have right ones; they played no part before.
+# Which digits the pictures show. `tests/benchmarks/example_settings.py` chose policies
+# and epochs on VALIDATION pictures, as noisy as those of training. TEST pictures have
+# clean labels and were not used for any choice.
 TRAIN, VALIDATION, TEST = slice(600), slice(750, None), slice(600, 750)
 
 
@@ -66,8 +65,8 @@ def make_pictures(digits, names, count: int, seed: int):
 
 
 def spoil(kinds: np.ndarray, boxes: np.ndarray, seed: int):
-    """Makes 30 % of the objects wrong; returns kinds, boxes and which are wrong."""
-    rng = np.random.default_rng([1, seed])  # Apart from the seeds of the pictures.
+    """Adds noise to 30 % of the objects; returns kinds, boxes and which are noisy."""
+    rng = np.random.default_rng([1, seed])  # Independent of the pictures.
     kinds, boxes = kinds.copy(), boxes.copy()
     wrong = (kinds > 0) & (rng.random(kinds.shape) < WRONG)
     swapped = wrong & (rng.random(kinds.shape) < 0.5)
@@ -80,7 +79,7 @@ def spoil(kinds: np.ndarray, boxes: np.ndarray, seed: int):
 
 
 def frozen_map(weights: str) -> keras.Model:
-    """Returns the frozen base: pictures to maps `(6, 6, 304)` from two depths."""
+    """Returns the frozen backbone: pictures to maps `(6, 6, 304)` from two depths."""
     base = rsft.load_backbone("efficientnet_lite0", weights=weights, image_size=SIDE)
     network = base.get_layer("efficientnet_lite0")
     maps = [network.get_layer(f"block{number}_add").output for number in (10, 14)]
@@ -123,7 +122,7 @@ def corners(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def f1_score(model, maps, kinds, boxes) -> float:
-    """Returns F1 of the objects found, in their cell, of their class, half a box."""
+    """Returns F1 of the objects found: right cell, right class, IoU of at least 0.5."""
     predicted = model.predict(maps, verbose=0)
     found = predicted["kind"].argmax(-1)
     (first, last), (own_first, own_last) = corners(boxes), corners(predicted["box"])
@@ -146,7 +145,7 @@ def rejected_cells(model, maps, kinds, boxes) -> np.ndarray:
 
 
 def draw(path: str, pictures, kinds, boxes, wrong, rejected) -> None:
-    """Draws the given boxes of pictures of which some were rejected."""
+    """Draws the given boxes of pictures with rejected boxes."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     chosen = np.flatnonzero((rejected & (kinds > 0)).any(axis=(1, 2)))
     for axes, one in zip(figure.subplots(2, 4).flat, chosen, strict=False):
@@ -168,7 +167,7 @@ def draw(path: str, pictures, kinds, boxes, wrong, rejected) -> None:
 
 
 def main() -> None:
-    """Trains all methods on all seeds and prints what came out."""
+    """Trains each method with each seed and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1000, help="training pictures")
     parser.add_argument("--seeds", type=int, default=3)
@@ -184,7 +183,7 @@ def main() -> None:
     base = frozen_map(options.weights)
     maps, test_maps = (base.predict(x, verbose=0) for x in (pictures, tests))
 
-    steps = -(-options.samples // BATCH)  # In an epoch.
+    steps = -(-options.samples // BATCH)  # Per epoch.
 
     def reject_pictures() -> rsft.Policy:
         return rsft.KeepFraction(1 - WRONG, ramp_steps=4 * steps)

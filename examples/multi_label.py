@@ -1,16 +1,16 @@
-"""Several labels per image, some of them wrong: labels are rejected one by one.
+"""Several labels per image, some of them noisy: reject single labels.
 
-Two to four real handwritten digits stand on each picture, and its labels say which of
-the ten digits are there. Then each label is flipped with a probability of 15 %, so that
-four of five pictures have a wrong one: rejecting whole pictures has little to choose
-from. `level="element"` rejects single labels of a picture and learns from the others,
-here those above a running percentile of the losses, apart for "there" and "not there".
+Each picture shows two to four real handwritten digits; its labels say which of the ten
+digits are there. Each label is flipped with a probability of 15 %, so four of five
+pictures have a noisy label, and rejecting whole pictures leaves little to learn from.
+`level="element"` rejects single labels of a picture and trains on the others: here it
+rejects losses above a running percentile, kept separately for "there" and "not there".
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/multi_label.py
 
-prints a table (mean and range over the seeds) and draws `multi_label.png`. The share of
-wrong labels is taken as known. No network is needed.
+prints a table (mean and range over seeds) and draws `multi_label.png`. The policies are
+given the noise rate. Needs no network.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from sklearn.metrics import average_precision_score
 import keras_rsft as rsft
 
 SIDE, DIGITS, WRONG, BATCH = 128, 10, 0.15, 32
-# Digits of the pictures. Rules and lengths were chosen on VALIDATION pictures,
-# whose labels are as often wrong as those of training, by `example_settings.py` in
-# `tests/benchmarks`. TEST pictures have right ones; they played no part before.
+# Which digits the pictures show. `tests/benchmarks/example_settings.py` chose policies
+# and epochs on VALIDATION pictures, as noisy as those of training. TEST pictures have
+# clean labels and were not used for any choice.
 TRAIN, VALIDATION, TEST = slice(1200), slice(1500, None), slice(1200, 1500)
 
 
@@ -49,14 +49,14 @@ def make_pictures(digits, names, count: int, seed: int):
 
 
 def spoil(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flips 15 % of the labels; returns labels and which are wrong."""
-    rng = np.random.default_rng([1, seed])  # Apart from the seeds of the pictures.
+    """Flips 15 % of the labels; returns labels and which are noisy."""
+    rng = np.random.default_rng([1, seed])  # Independent of the pictures.
     wrong = rng.random(labels.shape) < WRONG
     return np.where(wrong, 1 - labels, labels), wrong
 
 
 def train(policy: rsft.Policy, features, labels, seed: int, **fit_options):
-    """Trains a new head of ten yes-or-no answers under a policy."""
+    """Trains a new head of ten binary outputs under a policy."""
     keras.utils.set_random_seed(seed)
     standardise = keras.layers.BatchNormalization(center=False, scale=False)
     head = keras.Sequential(
@@ -79,7 +79,7 @@ def rejected_labels(model, features, labels) -> np.ndarray:
 
 
 def draw(path: str, pictures, given, right, rejected) -> None:
-    """Draws the first pictures with their given labels, rejected ones crossed out."""
+    """Draws the first pictures with their given labels, rejected ones framed."""
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for axes, picture, *labels in zip(
         figure.subplots(2, 4).flat, pictures, given, right, rejected, strict=False
@@ -99,7 +99,7 @@ def draw(path: str, pictures, given, right, rejected) -> None:
 
 
 def main() -> None:
-    """Trains all methods on all seeds and prints what came out."""
+    """Trains each method with each seed and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1500, help="training pictures")
     parser.add_argument("--seeds", type=int, default=3)
@@ -117,7 +117,7 @@ def main() -> None:
     )
     features, test_features = (base.predict(x, verbose=0) for x in (pictures, tests))
 
-    steps = -(-options.samples // BATCH)  # In an epoch.
+    steps = -(-options.samples // BATCH)  # Per epoch.
 
     def reject_pictures() -> rsft.Policy:
         return rsft.KeepFraction(1 - WRONG, ramp_steps=3 * steps)

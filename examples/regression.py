@@ -1,16 +1,16 @@
-"""Regression with wrong targets: by what angle is the digit turned?
+"""Regression with noisy targets: predict the angle by which a digit is rotated.
 
-Real handwritten digits are turned by a known angle of up to 60 degrees; a quarter of
-the training angles are then replaced by any other. A head on the feature map of a
-frozen base learns the angle from all pictures, or from the three quarters of each batch
-with the smallest losses: by the squared error, and by the absolute error, which minds
-wrong targets less by itself and is the baseline to beat.
+Real handwritten digits are rotated by a known angle of up to 60 degrees; a quarter of
+the training angles are then replaced by random ones. A head on the feature map of a
+frozen backbone trains on all pictures, or on the three quarters of each batch with the
+smallest losses. It minimises the squared error, or the absolute error, which is robust
+to noisy targets by itself and is the baseline to beat.
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/regression.py
 
-prints a table (mean and range over the seeds) and draws `regression.png`. The share of
-wrong targets is taken as known. Needs no network.
+prints a table (mean and range over seeds) and draws `regression.png`. The policy is
+given the noise rate. Needs no network.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from sklearn.datasets import load_digits
 import keras_rsft as rsft
 
 SIDE, MOST_DEGREES, WRONG, BATCH = 96, 60, 0.25, 32
-# Digits of the pictures. Rules and lengths were chosen on VALIDATION pictures,
-# whose angles are as often wrong as those of training, by `example_settings.py` in
-# `tests/benchmarks`. TEST pictures have right ones; they played no part before.
+# Which digits the pictures show. `tests/benchmarks/example_settings.py` chose policies
+# and epochs on VALIDATION pictures, as noisy as those of training. TEST pictures have
+# clean labels and were not used for any choice.
 TRAIN, VALIDATION, TEST = slice(1200), slice(1500, None), slice(1200, 1500)
 
 
 def make_pictures(digits, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Turns digits; returns pictures and angles in [-1, 1], in units of 60 degrees."""
+    """Rotates digits; returns pictures and angles in [-1, 1], units of 60 degrees."""
     rng = np.random.default_rng(seed)
     angles = rng.uniform(-1, 1, count).astype("float32")
     pictures = np.zeros((count, SIDE, SIDE, 3), "float32")
@@ -43,21 +43,21 @@ def make_pictures(digits, count: int, seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def spoil(angles: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replaces a quarter of the angles; returns angles and which are wrong."""
-    rng = np.random.default_rng([1, seed])  # Apart from the seeds of the pictures.
+    """Replaces a quarter of the angles; returns angles and which are noisy."""
+    rng = np.random.default_rng([1, seed])  # Independent of the pictures.
     wrong = rng.random(angles.shape) < WRONG
     return np.where(wrong, rng.uniform(-1, 1, angles.shape), angles), wrong
 
 
 def frozen_map(weights: str) -> keras.Model:
-    """Returns the frozen base: pictures to maps `(6, 6, 112)`, which keep places."""
+    """Returns the frozen backbone: pictures to spatial maps `(6, 6, 112)`."""
     base = rsft.load_backbone("efficientnet_lite0", weights=weights, image_size=SIDE)
     network = base.get_layer("efficientnet_lite0")
     return keras.Model(network.input, network.get_layer("block10_add").output)
 
 
 def train(policy: rsft.Policy, loss: str, features, angles, seed: int, **fit_options):
-    """Trains a new head of one number under a policy."""
+    """Trains a new head with one output under a policy."""
     keras.utils.set_random_seed(seed)
     head = keras.Sequential(
         [
@@ -76,7 +76,7 @@ def train(policy: rsft.Policy, loss: str, features, angles, seed: int, **fit_opt
 
 
 def draw(path: str, given, right, rejected) -> None:
-    """Draws given against right angles; what was rejected is red."""
+    """Draws given against true angles, rejected samples in red."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     for chosen, color, label in (
@@ -91,7 +91,7 @@ def draw(path: str, given, right, rejected) -> None:
 
 
 def main() -> None:
-    """Trains all methods on all seeds and prints what came out."""
+    """Trains each method with each seed and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1500, help="training pictures")
     parser.add_argument("--seeds", type=int, default=3)
@@ -106,7 +106,7 @@ def main() -> None:
     base = frozen_map(options.weights)
     features, test_features = (base.predict(x, verbose=0) for x in (pictures, tests))
 
-    steps = -(-options.samples // BATCH)  # In an epoch.
+    steps = -(-options.samples // BATCH)  # Per epoch.
 
     def rejecting() -> rsft.Policy:
         return rsft.KeepFraction(1 - WRONG, ramp_steps=5 * steps)

