@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 
@@ -10,8 +12,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # As the command line has it.
 
 import keras
+import made_golden
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from made_images import png, write
 
@@ -253,6 +257,36 @@ def browser():
         started = running.chromium.launch(executable_path=found, args=BROWSER_OPTIONS)
         yield started
         started.close()
+
+
+class Finished:
+    """Commands of `made_golden.FINISHED`, each run once for all test processes."""
+
+    def __init__(self, root):
+        self.root = root
+        with FileLock(root / "photos.lock"):
+            if not (root / "tiny.keras").exists():
+                made_golden.prepare(root)
+
+    def __call__(self, command: str) -> made_golden.Answer:
+        """Returns the answer of a command; runs it if nobody has."""
+        if command == "export":
+            self("fit")
+        written = self.root / f"{command}.answer"
+        with FileLock(self.root / f"{command}.lock"):
+            if not written.exists():
+                answer = made_golden.finish(self.root, command)
+                written.write_text(json.dumps(dataclasses.asdict(answer)), "utf-8")
+            return made_golden.Answer(**json.loads(written.read_text("utf-8")))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, worker_id):
+    """One finished `fit`, `compare`, `search` and `export`; look, do not write."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "finished"
+    root.mkdir(exist_ok=True)
+    return Finished(root)
 
 
 @pytest.fixture
