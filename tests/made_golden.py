@@ -26,6 +26,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import keras
 import numpy as np
 import tensorflow as tf
+from eagerly import eagerly
 
 import keras_rsft as rsft
 from keras_rsft.cli import main
@@ -143,11 +144,9 @@ def finish(root: Path, command: str) -> Answer:
 
     Many small heads take longer to trace than to train; they are trained eagerly.
     """
-    tf.config.run_functions_eagerly(command in ("compare", "search"))
-    try:
+    many = command in ("compare", "search")
+    with eagerly() if many else contextlib.nullcontext():
         return run_command(root, *in_folder(root, *FINISHED[command]))
-    finally:
-        tf.config.run_functions_eagerly(False)
 
 
 POLICIES = {

@@ -8,6 +8,8 @@ import shlex
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture
 def search(call, tmp_path, photo_folder, tiny_base_file):
@@ -37,7 +39,7 @@ def test_tables_a_reason_and_a_command_that_trains_the_same(
     command = re.search(r"^  keras-rsft (fit .*)$", out, re.MULTILINE)[1]
     status, out, err = call(
         *shlex.split(command), "--backbone", tiny_base_file,
-        "--cache-dir", tmp_path / "kept", "--output", tmp_path / "again",
+        "--cache-dir", tmp_path / "kept", "--output", tmp_path / "again", "--no-plain",
     )  # fmt: skip
     assert status == 0, err
     again = json.loads((tmp_path / "again" / "results.json").read_text())

@@ -25,6 +25,8 @@ from keras_rsft.policies import (
 )
 from keras_rsft.policy_choice import PolicyChoice
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 LABELS = np.arange(10, dtype="int32") % CLASSES
 LOSSES = np.linspace(0.1, 1.0, 10).astype("float32")
 

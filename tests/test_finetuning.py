@@ -18,6 +18,8 @@ from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
 from keras_rsft.policy_choice import POLICY_NAMES, PolicyChoice
 from keras_rsft.predict import predict_files
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def noisy(photo_folder):

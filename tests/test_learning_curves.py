@@ -16,6 +16,8 @@ from keras_rsft.report.learning_curves import (
 from keras_rsft.report.page import render_page
 from keras_rsft.report.run_record import read_run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 CURVES = {
     f"{part}_{measure}": [value, value + step, value + 2 * step]
     for part, value in (("train", 0.5), ("train_accepted", 0.6), ("val_accepted", 0.7))

@@ -14,6 +14,8 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import SplitFeatures, TrainingSettings, train_head
 from keras_rsft.policy_choice import PolicyChoice
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 REGULARISED = {
     "weight decay": {"weight_decay": 0.5},
     "label smoothing": {"label_smoothing": 0.2},

@@ -12,6 +12,8 @@ from keras_rsft.finetuning import checkpoint
 from keras_rsft.finetuning.checkpoint import TrainingCheckpoint, read_state
 from keras_rsft.policy_choice import PolicyChoice
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 EPOCHS = 5
 
 

@@ -26,6 +26,8 @@ from keras_rsft.searching import SearchSpace, base_trials, search, search_run
 from keras_rsft.searching import trials as trials_module
 from keras_rsft.searching.choice import Choice
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SETTINGS = TrainingSettings(epochs=3, batch_size=8, base_epochs=2)
 SPACE = SearchSpace(
     learning_rate=(0.03, 0.1), policies=("accept-all", "keep-fraction"),

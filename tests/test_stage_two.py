@@ -27,6 +27,8 @@ from keras_rsft.finetuning import (
 from keras_rsft.finetuning.stage_two import accuracy_on_images, fine_tune_last_block
 from keras_rsft.predict import predict_files
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def split(photo_folder):

@@ -12,6 +12,8 @@ from keras_rsft.backbones.trainable_part import trainable_part
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.trainable_choice import checked_trainable, parse_trainable
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def residual(tmp_path_factory):

@@ -18,6 +18,8 @@ from keras_rsft.finetuning import NumberedFolder, checkpoint, run_folder
 from keras_rsft.finetuning.checkpoint import read_state
 from keras_rsft.policy_choice import PolicyChoice
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 EPOCHS = 5
 
 

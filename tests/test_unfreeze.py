@@ -31,6 +31,8 @@ from keras_rsft.finetuning.feature_source import open_features
 from keras_rsft.policy_choice import PolicyChoice
 from keras_rsft.predict import predict_files
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 HEAD_EPOCHS, BASE_EPOCHS = 2, 2
 KEPT = ActivationChoice(True, "kept for the test")
 ANEW = ActivationChoice(False, "computed for the test")
