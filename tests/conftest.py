@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 
@@ -12,11 +14,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # As the command line has i
 import keras
 import numpy as np
 import pytest
-from hypothesis import settings
+from eagerly import eagerly
+from filelock import FileLock
+from hypothesis import is_hypothesis_test, settings
 from made_images import png, write
 
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=500)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER_OPTIONS = [
@@ -29,12 +33,30 @@ BROWSER_OPTIONS = [
 ]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    slow = config.option.markexpr == "slow"
+    settings.load_profile("thorough" if slow else "quick")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     backend = keras.backend.backend()
     for item in items:
         for mark in item.iter_markers("only_under"):
             if backend not in mark.args:
                 item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
+        # The slow ones try each property again, with more examples.
+        if config.option.markexpr == "slow" and is_hypothesis_test(
+            getattr(item, "obj", None)
+        ):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """Has the tests of a module train eagerly."""
+    with eagerly():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -208,11 +230,13 @@ def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
     ):
         options = {"policy": PolicyConfig(threshold=0.8), "epochs": 5}
         options |= {"batch_size": 8, "learning_rate": 0.05} | changes
-        return finetune(
-            data, backbone=str(tiny_base_file), settings=TrainConfig(**options),
-            output=output, cache_dir=cache, progress=False, callbacks=callbacks,
-            on_begin=on_begin, with_plain=with_plain,
-        )  # fmt: skip
+        with eagerly():
+            return finetune(
+                data, backbone=str(tiny_base_file),
+                settings=TrainConfig(**options), output=output, cache_dir=cache,
+                progress=False, callbacks=callbacks, on_begin=on_begin,
+                with_plain=with_plain,
+            )  # fmt: skip
 
     return fit
 
@@ -253,6 +277,38 @@ def browser():
         started = running.chromium.launch(executable_path=found, args=BROWSER_OPTIONS)
         yield started
         started.close()
+
+
+class Finished:
+    """Commands of `made_golden.FINISHED`, each run once for all test processes."""
+
+    def __init__(self, root):
+        import made_golden  # Needs TensorFlow, which other backends do without.
+
+        self.root, self._golden = root, made_golden
+        with FileLock(root / "photos.lock"):
+            if not (root / "tiny.keras").exists():
+                made_golden.prepare(root)
+
+    def __call__(self, command):
+        """Returns the answer of a command; runs it if nobody has."""
+        if command == "export":
+            self("fit")
+        written = self.root / f"{command}.answer"
+        with FileLock(self.root / f"{command}.lock"):
+            if not written.exists():
+                answer = self._golden.finish(self.root, command)
+                written.write_text(json.dumps(dataclasses.asdict(answer)), "utf-8")
+            return self._golden.Answer(**json.loads(written.read_text("utf-8")))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, worker_id):
+    """One finished `fit`, `compare`, `search` and `export`; look, do not write."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "finished"
+    root.mkdir(exist_ok=True)
+    return Finished(root)
 
 
 @pytest.fixture

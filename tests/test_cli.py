@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
 
 
@@ -27,17 +29,16 @@ def fit(call, photo_folder, tiny_base_file, tmp_path):
 
 
 class TestFit:
-    def test_prints_a_table_and_leaves_a_run(self, fit, call, photo_folder, tmp_path):
-        status, out, err = fit("--noise", "symmetric:0.2")
-        assert status == 0, err
-        assert "3 classes" in out
-        assert "Accuracy on the test split" in out
-        assert "Wrong labels rejected" in out
-        runs = list((tmp_path / "runs").iterdir())
-        assert [run.name for run in runs] == [f"{photo_folder.name}-1"]
-        assert (runs[0] / "report.html").is_file()
-        image = photo_folder / "red" / "02.png"
-        status, out, err = call("predict", runs[0], image, tmp_path / "none.png")
+    def test_prints_a_table_and_leaves_a_run(self, finished, call, tmp_path):
+        answer = finished("fit")
+        assert answer.status == 0, answer.err
+        assert "3 classes" in answer.err  # With --json the table goes there.
+        assert "Accuracy on the test split" in answer.err
+        assert "Wrong labels rejected" in answer.err
+        run = finished.root / "photos-1"
+        assert (run / "report.html").is_file()
+        image = finished.root / "photos" / "red" / "02.png"
+        status, out, err = call("predict", run, image, tmp_path / "none.png")
         path, label, score = out.strip().split("\t")
         assert (status, path) == (1, str(image))  # One file is missing.
         assert label in ("blue", "green", "red")
@@ -50,8 +51,9 @@ class TestFit:
         photos = tmp_path / "photos"
         shutil.copytree(photo_folder, photos)
         (photos / "red" / "00.png").write_bytes(b"")
-        status, out, _ = fit(data=photos)
+        status, out, _ = fit("--no-plain", data=photos)
         assert status == 0
+        assert [run.name for run in (tmp_path / "runs").iterdir()] == ["photos-1"]
         assert "1 images cannot be read" in out
         listed = (tmp_path / "runs" / "photos-1" / "unreadable.csv").read_text()
         assert "red/00.png" in listed

@@ -13,7 +13,6 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft import cli
-from keras_rsft.config import TrainConfig
 from keras_rsft.data import load_images
 from keras_rsft.errors import DataError
 from keras_rsft.export import from_run, verification
@@ -24,21 +23,17 @@ from keras_rsft.export.verification import (
     validation_split,
     verify_export,
 )
-from keras_rsft.finetuning import finetune
 
 
-@pytest.fixture(scope="module")
-def run_folder(photo_folder, tiny_base_file, tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    run = finetune(
-        str(photo_folder),
-        backbone=str(tiny_base_file),
-        settings=TrainConfig(epochs=2, batch_size=8),
-        output=root / "photos-1",
-        cache_dir=root / "cache",
-        progress=False,
-    )
-    return run.folder
+@pytest.fixture
+def run_folder(finished):
+    finished("fit")
+    return finished.root / "photos-1"
+
+
+@pytest.fixture
+def photos(finished):
+    return finished.root / "photos"
 
 
 @pytest.fixture
@@ -147,8 +142,8 @@ def test_narrow_weights_are_judged_on_the_validation_split(
         assert status == 0, err
         folder = tmp_path / "saved_models" / "photos-1"
         assert f"Exported model: {folder / f'model-{number}.tflite'}" in out
-        # 36 photos, 15 % for validation, stratified over three classes.
-        assert "Accuracy on the validation split (6 images)" in out
+        # 60 photos, 15 % for validation, stratified over three classes.
+        assert "Accuracy on the validation split (9 images)" in out
         results = json.loads((run_folder / "results.json").read_text())
         accuracy = f"{100 * results['validation_accuracy']:.1f} %"
         assert f"in float32 {accuracy}" in out
@@ -159,7 +154,7 @@ def test_data_that_changed_is_not_judged_by(export, run_folder, tmp_path):
     shutil.copytree(run_folder, copy)
     config = json.loads((copy / "config.json").read_text())
     for source in ("nowhere", "digits"):
-        config["data"] = source
+        config["command"] = f"keras-rsft fit {source}"
         (copy / "config.json").write_text(json.dumps(config))
         status, out, err = export(copy, "--weight-dtype", "float16")
         assert status == 0, err
@@ -172,8 +167,8 @@ def test_verify_loads_it_in_a_fresh_process(export, run_folder):
     assert status == 0, err
     assert json.loads(out)["verification"]["passed"] is True
     assert json.loads(out)["verification"]["generated"] is False
-    assert "6 of the validation split" in err
-    assert "6 of 6 images" in err
+    assert "9 of the validation split" in err
+    assert "9 of 9 images" in err
     assert "refused" in err
     assert "Verdict" in err
 
@@ -183,19 +178,20 @@ def test_verify_without_the_data_says_so(export, run_folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"data": "nowhere"}))
+    config["command"] = "keras-rsft fit nowhere"
+    (copy / "config.json").write_text(json.dumps(config))
     status, out, err = export(copy, "--verify")
     assert status == 0, err
     assert "generated ones are used: `source` must be" in out
     assert "12 of 12 images" in out
 
 
-def test_the_split_that_a_run_was_validated_on(run_folder, photo_folder):
+def test_the_split_that_a_run_was_validated_on(run_folder, photos):
     run = read_run(run_folder)
-    data = load_images(str(photo_folder))
+    data = load_images(str(photos))
     images = sample_of(validation_split(run, data))
-    assert images == [data.validation.encoded(at) for at in range(6)]
-    other = load_images(str(photo_folder), split_seed=1)
+    assert images == [data.validation.encoded(at) for at in range(9)]
+    other = load_images(str(photos), split_seed=1)
     with pytest.raises(DataError, match="other ids"):
         validation_split(run, other)
 

@@ -17,6 +17,8 @@ import pytest
 from keras_rsft.cli._render import Output, json_value
 from keras_rsft.intervals import Interval
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 PROGRAM = [sys.executable, "-m", "keras_rsft.cli"]
 
 
@@ -34,52 +36,37 @@ def parsed(text):
 
 
 class TestJson:
-    def test_fit_with_corrections_and_export(self, call, base, photo_folder, tmp_path):
-        lines = "id,given_label,decision,new_label\nred/00.png,red,keep,\n"
-        (tmp_path / "c.csv").write_text(lines)
-        status, out, err = call(
-            "fit", photo_folder, *base, "--epochs", 2, "--json",
-            "--corrections", "c.csv",
-        )  # fmt: skip
-        assert status == 0, err
-        answer = parsed(out)
+    def test_fit_with_corrections(self, finished):
+        answer = parsed(finished("fit").out)
         assert answer["command"] == "fit"
         assert answer["classes"] == ["blue", "green", "red"]
-        assert sum(answer["images"].values()) == 36
+        assert sum(answer["images"].values()) == 60
         assert answer["corrections"]["keep"] == 1
-        assert "Corrections: 1 labels kept" in err
+        assert "Corrections: 1 labels kept" in finished("fit").err
         results = json.loads((Path(answer["folder"]) / "results.json").read_text())
         assert answer["results"] == results
-        status, out, err = call("export", answer["folder"], "--json")
-        assert status == 0, err
-        answer = parsed(out)
-        assert (Path(answer["path"]) / "saved_model.pb").is_file()
+
+    def test_export(self, finished, call):
+        answer = parsed(finished("export").out)
+        path = finished.root / answer["path"]
+        assert (path / "saved_model.pb").is_file()
         assert answer["serve_command"].startswith("docker run")
         assert answer["verification"] is None
-        status, out, err = call("export", answer["path"] + "/none", "--json")
+        status, out, err = call("export", path / "none", "--json")
         assert (status, out) == (2, "")
         assert "Expected a run folder" in err
 
-    def test_compare(self, call, base, photo_folder):
-        status, out, err = call(
-            "compare", photo_folder, *base, "--epochs", 1, "--seeds", 1,
-            "--methods", "plain,gce", "--json",
-        )  # fmt: skip
-        assert status == 0, err
-        answer = parsed(out)
-        assert list(answer["methods"]) == ["plain", "gce"]
-        # One seed has no interval: its width is infinite, which JSON cannot say.
-        assert answer["methods"]["gce"]["test_accuracy"]["half_width"] is None
-        assert answer["verdict"]["sentence"] in " ".join(err.split())
+    def test_compare(self, finished):
+        answer = parsed(finished("compare").out)
+        assert list(answer["methods"]) == ["plain", "gce", "article", "clean-subset"]
+        # Nothing was measured where each seed stalled; JSON cannot say NaN.
+        assert answer["methods"]["article"]["test_accuracy"] is None
+        words = " ".join(finished("compare").err.split())
+        assert answer["verdict"]["sentence"] in words
 
-    def test_search(self, call, base, photo_folder):
-        status, out, err = call(
-            "search", photo_folder, *base, "--epochs", 1, "--max-trials", 2,
-            "--policies", "accept-all", "--optimizers", "sgd", "--json",
-        )  # fmt: skip
-        assert status == 0, err
-        answer = parsed(out)
-        assert answer["results"]["trials"] == 2
+    def test_search(self, finished):
+        answer = parsed(finished("search").out)
+        assert answer["results"]["trials"] == 4
         assert answer["fit_command"].startswith("keras-rsft fit ")
 
     def test_what_json_cannot_hold(self):
@@ -103,7 +90,14 @@ class TestJson:
 
 
 class TestQuiet:
-    @pytest.mark.parametrize("command", ["fit", "compare", "search"])
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "fit",
+            pytest.param("compare", marks=pytest.mark.slow),
+            pytest.param("search", marks=pytest.mark.slow),
+        ],
+    )
     def test_the_folder_alone(self, call, base, photo_folder, command):
         numbers = {
             "fit": [],

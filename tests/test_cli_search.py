@@ -8,6 +8,8 @@ import shlex
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture
 def search(call, tmp_path, photo_folder, tiny_base_file):

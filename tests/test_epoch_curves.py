@@ -14,6 +14,8 @@ from keras_rsft.finetuning import epoch_curves as curves_module
 from keras_rsft.finetuning import train_head
 from keras_rsft.finetuning.head_training import even_batch, head_probabilities
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):

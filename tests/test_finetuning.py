@@ -19,6 +19,8 @@ from keras_rsft.finetuning.settings import make_optimizer
 from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
 from keras_rsft.predict import predict_files
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def noisy(photo_folder):

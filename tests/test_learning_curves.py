@@ -11,6 +11,8 @@ from made_run import made_run
 from keras_rsft.report.page import curves_note, learning_curves, render_page
 from keras_rsft.report.run_record import read_run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 CURVES = {
     f"{part}_{measure}": [value, value + step, value + 2 * step]
     for part, value in (("train", 0.5), ("train_accepted", 0.6))

@@ -7,6 +7,8 @@ import pytest
 
 from keras_rsft.finetuning.overfitting import accuracy_error, find_overfitting
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SIZE = 400
 
 

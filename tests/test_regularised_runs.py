@@ -14,6 +14,8 @@ from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import SplitFeatures, train_head
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 REGULARISED = {
     "weight decay": {"weight_decay": 0.5},
     "early stopping": {"early_stopping": 1},

@@ -12,6 +12,8 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.finetuning import resume
 from keras_rsft.finetuning.resume import TrainingCheckpoint, read_state
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 EPOCHS = 5
 
 

@@ -22,7 +22,9 @@ from keras_rsft.searching import backbone_trials, search, search_run
 from keras_rsft.searching import trials as trials_module
 from keras_rsft.searching.choice import Choice
 
-SETTINGS = TrainConfig(epochs=3, batch_size=8, unfreeze=UnfreezeConfig(epochs=2))
+pytestmark = pytest.mark.usefixtures("eager")
+
+SETTINGS = TrainConfig(epochs=3, batch_size=8, unfreeze=UnfreezeConfig(1, epochs=2))
 SPACE = SearchSpace(
     learning_rate=(0.03, 0.1), policies=("accept-all", "keep-fraction"),
     keep_fraction=(0.6, 0.8), warmup_epochs=(0, 0), optimizers=("sgd",),

@@ -19,6 +19,8 @@ from keras_rsft.searching import search, search_features
 from keras_rsft.searching import trials as trials_module
 from keras_rsft.searching.search_folder import next_search_folder, open_search
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SETTINGS = TrainConfig(epochs=3, batch_size=16)
 SPACE = SearchSpace(
     learning_rate=(1e-3, 1e-1), policies=("accept-all", "loss-threshold"),

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_images import (
     indices_of,
@@ -219,7 +219,6 @@ fraction_pairs = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).filter(
 )
 
 
-@settings(max_examples=60)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
     fractions=fraction_pairs,
@@ -251,7 +250,6 @@ def test_assignment_is_complete_stratified_and_blind_to_order(
     np.testing.assert_array_equal(assign(np.array(positions)), splits[positions])
 
 
-@settings(max_examples=40)
 @given(count=st.integers(1, 80), fractions=fraction_pairs, seed=st.integers(0, 99))
 def test_one_more_image_moves_at_most_one_at_each_border(count, fractions, seed):
     def assign(number):
@@ -266,7 +264,6 @@ def test_one_more_image_moves_at_most_one_at_each_border(count, fractions, seed)
     assert np.count_nonzero(assign(count) != assign(count + 1)[:count]) <= 2
 
 
-@settings(max_examples=60)
 @given(
     samples=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=1),
     fractions=fraction_pairs,

@@ -29,6 +29,8 @@ from keras_rsft.model import RSFTModel
 from keras_rsft.policies import AcceptAll
 from keras_rsft.predict import predict_files
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def split(photo_folder):

@@ -15,6 +15,8 @@ from keras_rsft.backbones.trainable_part import (
 from keras_rsft.config import checked_unfreeze, parse_unfreeze
 from keras_rsft.errors import InvalidArgument
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def residual(tmp_path_factory):

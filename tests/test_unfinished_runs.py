@@ -18,6 +18,8 @@ from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.finetuning import NumberedFolder, resume, run_folder
 from keras_rsft.finetuning.resume import read_state
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 EPOCHS = 5
 
 

@@ -26,6 +26,8 @@ from keras_rsft.finetuning.unfreezing import (
 )
 from keras_rsft.predict import predict_files
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 HEAD_EPOCHS, BASE_EPOCHS = 2, 2
 # Shares of the free disk that activations may take.
 CACHED, ANEW = 1.0, 0.0
