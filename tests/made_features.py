@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_rsft.features import FeatureSet
-from keras_rsft.finetuning import SplitFeatures
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.training._features import SplitFeatures
 
 CLASSES, DIM = 3, 6
 

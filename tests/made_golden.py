@@ -309,7 +309,7 @@ def label_quality() -> dict:
         path = Path(folder) / "features.bin"
         values.astype("float32").tofile(path)
         features = rsft.FeatureSet(path, given, np.arange(150).astype(str), dim=DIM)
-        audit = public("audit_labels", "examine_labels")
+        audit = public("audit_labels", "audit_labels")
         found = audit(features, 3, progress=False)
     return {
         "noise_rate": rounded(found.noise_rate),

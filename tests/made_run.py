@@ -10,13 +10,8 @@ import numpy as np
 from PIL import Image
 
 from keras_rsft import _storage
+from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS, Ledger, loss_histogram
 from keras_rsft._storage import write_csv, write_json
-from keras_rsft.ledger import (
-    COLUMNS,
-    HISTOGRAM_COLUMNS,
-    Ledger,
-    loss_histogram,
-)
 
 HOSTILE_CLASSES = (
     "<script>document.title='class'</script>",

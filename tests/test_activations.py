@@ -10,8 +10,8 @@ import pytest
 from made_bases import save_three_blocks
 
 from keras_rsft.config import UnfreezeConfig
-from keras_rsft.finetuning import unfreezing
-from keras_rsft.finetuning.unfreezing import (
+from keras_rsft.training import _unfreeze as unfreezing
+from keras_rsft.training._unfreeze import (
     BackboneSource,
     cache_activations,
     cut_backbone,

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import LossThreshold
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import LossThreshold
 
 STEPS, BATCH, DIM, CLASSES = 300, 16, 12, 10
 LEARNING_RATE, MOMENTUM, THRESHOLD = 0.001, 0.9, 2.9

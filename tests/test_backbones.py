@@ -10,12 +10,12 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.backbones import available_backbones, load_backbone
-from keras_rsft.backbones.applications import (
+from keras_rsft.backbones._build import (
     _declared_image_size,
     applications,
     default_image_size,
 )
+from keras_rsft.backbones._load import available_backbones, load_backbone
 from keras_rsft.errors import InvalidArgument
 
 IMAGES = (

@@ -12,9 +12,10 @@ from made_features import CLASSES, DIM, feature_set, split_features
 
 from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.examination import examine_labels
-from keras_rsft.finetuning import train_head
-from keras_rsft.searching import BatchedHeads, stack_trials
+from keras_rsft.label_quality._audit import audit_labels
+from keras_rsft.training._head import train_head
+from keras_rsft.tuning._batched import BatchedHeads
+from keras_rsft.tuning._space import stack_trials
 
 BATCH = 16
 
@@ -60,10 +61,10 @@ def trained_together(features, settings, **options):
     )
     limits = {}
     if any(one.policy.name == "auto" for one in settings):
-        examination = examine_labels(features.train, CLASSES, progress=False)
-        assert math.isfinite(examination.loss_limit)  # So that it is in play.
-        heads.list_samples(examination.accept_mask())
-        limits = {"loss_limit": examination.loss_limit}
+        label_quality = audit_labels(features.train, CLASSES, progress=False)
+        assert math.isfinite(label_quality.loss_limit)  # So that it is in play.
+        heads.list_samples(label_quality.accept_mask())
+        limits = {"loss_limit": label_quality.loss_limit}
     trials = stack_trials(
         settings, num_classes=CLASSES, steps_per_epoch=heads.steps_per_epoch, **limits
     )
@@ -140,7 +141,7 @@ def test_views_are_drawn_as_on_the_ordinary_path(features, tmp_path):
 def test_blocks_of_an_epoch_follow_each_other(features, monkeypatch):
     settings = [dataclasses.replace(SETTINGS, policy=POLICIES["below, warm-up"])]
     whole = trained_together(features, settings)
-    module = "keras_rsft.searching.batched_heads"
+    module = "keras_rsft.tuning._batched"
     monkeypatch.setattr(f"{module}._BLOCK_BYTES", 4 * DIM * BATCH * 2)
     monkeypatch.setattr(f"{module}._VALIDATION_ROWS", 10)
     blocks = trained_together(features, settings)

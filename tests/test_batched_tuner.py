@@ -13,10 +13,15 @@ from made_features import split_features
 
 from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.finetuning import train_head
-from keras_rsft.searching import BatchedTuner, RSFTHyperModel, durable
-from keras_rsft.searching.hypermodel import DIVERGED
-from keras_rsft.searching.oracles import GridOracle, make_tuner
+from keras_rsft.training._head import train_head
+from keras_rsft.tuning import _tuner as durable
+from keras_rsft.tuning._tuner import (
+    DIVERGED,
+    BatchedTuner,
+    GridOracle,
+    RSFTHyperModel,
+    make_tuner,
+)
 
 SLOW_TUNERS = ("bayesian", "hyperband", "grid")
 SETTINGS = TrainConfig(epochs=3, batch_size=16)

@@ -184,7 +184,7 @@ class TestMistakes:
         assert "--cache-dir" in err
 
     def test_a_bug_is_named_as_one(self, fit, monkeypatch):
-        from keras_rsft.finetuning import run
+        from keras_rsft.training import _run as run
 
         def broken(*_, **__):
             raise ZeroDivisionError("oh")

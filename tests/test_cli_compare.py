@@ -62,8 +62,8 @@ def test_a_table_a_verdict_and_a_folder(finished):
 
 
 def test_without_noise_what_cannot_run_is_noted(compare, monkeypatch, tmp_path):
-    from keras_rsft.comparing import comparison
-    from keras_rsft.comparing.verdict import Outcome
+    from keras_rsft.comparison import _compare as comparison
+    from keras_rsft.comparison._methods import Outcome
 
     monkeypatch.setattr(
         comparison,

@@ -13,11 +13,12 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft import cli
-from keras_rsft.data import load_images
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError
-from keras_rsft.export import from_run, verification
-from keras_rsft.export.from_run import export_run, read_run
-from keras_rsft.export.verification import (
+from keras_rsft.export import _export_run as from_run
+from keras_rsft.export import _verify as verification
+from keras_rsft.export._export_run import export_run, read_run
+from keras_rsft.export._verify import (
     Verification,
     sample_of,
     validation_split,

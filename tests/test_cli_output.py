@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keras_rsft._stats import Interval
 from keras_rsft.cli._render import Output, json_value
-from keras_rsft.intervals import Interval
 
 pytestmark = pytest.mark.usefixtures("eager")
 

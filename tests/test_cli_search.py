@@ -45,7 +45,7 @@ def test_tables_a_reason_and_a_command_that_trains_the_same(
 
 
 def test_a_search_that_was_stopped_goes_on(search, tmp_path, photo_folder, monkeypatch):
-    from keras_rsft.searching import search_run
+    from keras_rsft.tuning import _search as search_run
 
     def stop(*arguments, **options):
         raise KeyboardInterrupt

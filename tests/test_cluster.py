@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_rsft.cluster import Cluster, cluster_of
+from keras_rsft._runtime import Cluster, cluster_of
 from keras_rsft.errors import InvalidArgument
 
 WORKERS = ["host-a:2222", "host-b:2222", "host-c:2222"]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from keras_rsft._runtime import Cluster, cluster_of
 from keras_rsft.cli._commands import features_cluster
 from keras_rsft.cli._main import build_parser
-from keras_rsft.cluster import Cluster, cluster_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])

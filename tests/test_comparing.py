@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 
 from keras_rsft import config
-from keras_rsft.comparing import (
-    Outcome,
-    compare,
-    compare_features,
-    methods,
-)
-from keras_rsft.comparing import comparison as comparison_module
+from keras_rsft.comparison import _compare as comparison_module
+from keras_rsft.comparison import _methods as methods
+from keras_rsft.comparison._compare import compare, compare_features
+from keras_rsft.comparison._methods import Outcome
 from keras_rsft.config import METHOD_NAMES, PolicyConfig, TrainConfig, check_methods
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.features import FeatureSet, TrainingBatches
-from keras_rsft.finetuning import SplitFeatures, train_head
-from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.features._batches import TrainingBatches
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._head import head_probabilities, train_head
 
 CLASSES = 3
 DIM = 6

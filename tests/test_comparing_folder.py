@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from keras_rsft._storage import open_place
-from keras_rsft.comparing import Outcome, compare
-from keras_rsft.comparing import comparison as comparison_module
+from keras_rsft._storage import NumberedFolder, open_place
+from keras_rsft.comparison import _compare as comparison_module
+from keras_rsft.comparison._compare import compare
+from keras_rsft.comparison._methods import Outcome
 from keras_rsft.config import TrainConfig
-from keras_rsft.data import load_images
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import NumberedFolder
 
 
 @pytest.fixture(scope="module")

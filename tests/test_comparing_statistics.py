@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_rsft.comparing import Outcome
-from keras_rsft.comparing.verdict import judge, recovered_share, summarize
-from keras_rsft.intervals import (
+from keras_rsft._stats import (
     Interval,
     mean_interval,
     paired_interval,
@@ -19,6 +17,7 @@ from keras_rsft.intervals import (
     paired_share_interval,
     t_quantile,
 )
+from keras_rsft.comparison._methods import Outcome, judge, recovered_share, summarize
 
 IMAGES = 1000
 

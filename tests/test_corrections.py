@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 from made_images import SPLIT_NAMES, all_ids, named_labels
 
+from keras_rsft._ledger import Ledger
 from keras_rsft._storage import guarded_cell, plain_cell, read_csv, write_csv
 from keras_rsft.config import PolicyConfig, TrainConfig
-from keras_rsft.data import add_label_noise, apply_corrections, load_images
-from keras_rsft.data.corrections import Correction
+from keras_rsft.data._labels import Correction, add_label_noise, apply_corrections
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.features import (
-    FeatureSet,
-    FrozenBase,
-    TrainingBatches,
-    extract_features,
-)
-from keras_rsft.finetuning import finetune
-from keras_rsft.ledger import Ledger
-from keras_rsft.policies import AcceptReviewed, LossMixture, LossThreshold
+from keras_rsft.features._batches import TrainingBatches
+from keras_rsft.features._extract import FrozenBase, extract_features
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.policies._listed import AcceptReviewed
+from keras_rsft.policies._threshold import LossMixture, LossThreshold
+from keras_rsft.training._run import finetune
 
 HEADER = "id,given_label,decision,new_label"
 
@@ -266,7 +264,7 @@ class TestFeatures:
     def test_batches_have_the_rows_of_their_samples(
         self, tmp_path, monkeypatch, in_memory
     ):
-        from keras_rsft.features import batches
+        from keras_rsft.features import _batches as batches
 
         if not in_memory:
             monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", 0)
@@ -297,7 +295,7 @@ class TestTrust:
         assert policy.threshold_in_use() == 1.0
 
     def test_saved_with_the_policy_inside(self, tmp_path):
-        from keras_rsft.model import RSFTModel
+        from keras_rsft.model._rsft_model import RSFTModel
 
         policy = AcceptReviewed(LossMixture(), np.array([True, False]))
         policy.policy.threshold.assign(0.75)
@@ -381,6 +379,6 @@ class TestRound:
         assert trusted.results["acceptance_rate"] == 1
         auto = TrainConfig(epochs=2, batch_size=8)
         run = fit(data, "auto", corrections=file(*rows), settings=auto)
-        assert run.trained.examination.noise_rate == 0
+        assert run.trained.label_quality.noise_rate == 0
         with (run.folder / "ledger.csv").open(encoding="utf-8") as lines:
             assert {row["suspicion"] for row in csv.DictReader(lines)} == {"0"}

@@ -20,7 +20,7 @@ from made_images import (
 )
 from PIL import Image
 
-from keras_rsft.data import load_images
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 
 

@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from keras_rsft.data import MAX_PIXELS, decode, decode_image
+from keras_rsft.data import _images as decode
+from keras_rsft.data._images import MAX_PIXELS, decode_image
 from keras_rsft.errors import InvalidArgument
 
 HEIGHT, WIDTH = 48, 64

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_decode import FILES, encode, png_header
 
-from keras_rsft.data import decode, decode_image
-from keras_rsft.data.decode import decode_images
+from keras_rsft.data import _images as decode
+from keras_rsft.data._images import decode_image, decode_images
 
 SIZE = (24, 32)
 LARGE = {

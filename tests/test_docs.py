@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from keras_rsft._runtime import check_strategy
 from keras_rsft.cli._commands import features_cluster, search_space
 from keras_rsft.cli._main import build_parser
 from keras_rsft.cli._options import config_of, policy_of, unfreezing
-from keras_rsft.cluster import check_strategy
 from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig, check_methods
-from keras_rsft.data.noise import parse_noise
+from keras_rsft.data._labels import parse_noise
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

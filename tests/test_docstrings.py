@@ -32,12 +32,12 @@ MAIN_NAMES = (
     *("LossThreshold", "Policy", "RunningThreshold", "SelfPaced", "RSFTModel"),
     *("FeatureSet", "RejectionLedger", "SearchSpace", "TrainingBatches"),
     *("TrainConfig", "PolicyConfig", "add_label_noise", "build_head"),
-    *("cluster_of", "examine_labels", "load_images"),
+    *("cluster_of", "audit_labels", "load_images"),
 )
 # Methods of others: each names the paper.
 PUBLISHED = (
     *("KeepFraction", "LossMixture", "RunningThreshold", "SelfPaced"),
-    *("examine_labels", "finetune", "rank_backbones"),
+    *("audit_labels", "finetune", "rank_backbones"),
 )
 PUBLIC = {name: getattr(rsft, name) for name in rsft.__all__ if name[0] != "_"}
 CLASSES = {name: one for name, one in PUBLIC.items() if inspect.isclass(one)}

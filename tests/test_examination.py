@@ -7,18 +7,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from keras_rsft import examination as module
-from keras_rsft.data.noise import asymmetric_noise, symmetric_noise
+from keras_rsft.data._labels import asymmetric_noise, symmetric_noise
 from keras_rsft.errors import DataError
-from keras_rsft.examination import (
-    Examination,
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.label_quality import _audit as module
+from keras_rsft.label_quality._audit import (
+    LabelQuality,
     LeftOutRegression,
-    examine_labels,
+    audit_labels,
     fit_noise,
     softmax,
     true_label_posterior,
 )
-from keras_rsft.features import FeatureSet
 
 
 @pytest.fixture
@@ -79,10 +79,10 @@ class TestRegression:
 
     def test_chunks_do_not_change_the_scores(self, feature_set, monkeypatch):
         features = feature_set(*clusters(count=100))
-        whole = examine_labels(features, 4, progress=False)
+        whole = audit_labels(features, 4, progress=False)
         monkeypatch.setattr(module, "CHUNK_ROWS", 7)
         monkeypatch.setattr(module, "CHUNK_VALUES", 50)
-        pieces = examine_labels(features, 4, progress=False)
+        pieces = audit_labels(features, 4, progress=False)
         np.testing.assert_allclose(whole.out_of_sample, pieces.out_of_sample, atol=1e-4)
 
     def test_some_samples_are_enough_to_choose_the_ridge(
@@ -91,7 +91,7 @@ class TestRegression:
         values, labels = clusters()
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
         monkeypatch.setattr(module, "MAX_ROWS_TO_CHOOSE", 200)
-        assert examine_labels(features, 4, progress=False).noise_rate == pytest.approx(
+        assert audit_labels(features, 4, progress=False).noise_rate == pytest.approx(
             0.3, abs=0.05
         )
 
@@ -145,7 +145,7 @@ class TestExamination:
     def test_finds_the_rate_and_the_wrong_labels(self, feature_set, kind, rate):
         values, labels = clusters()
         given = noisy(labels, kind, rate)
-        found = examine_labels(feature_set(values, given), 4, progress=False)
+        found = audit_labels(feature_set(values, given), 4, progress=False)
         assert found.noise_rate == pytest.approx(rate, abs=0.05)
         assert found.reason is None
         wrong = given != labels
@@ -159,7 +159,7 @@ class TestExamination:
     def test_what_a_review_left_is_not_taken_for_clean(self, feature_set, dropped):
         values, clean = clusters(count=1200, spread=1.3)
         before = feature_set(values, noisy(clean, symmetric_noise, 0.3))
-        found = examine_labels(before, 4, progress=False)
+        found = audit_labels(before, 4, progress=False)
         looked = np.zeros(1200, bool)
         looked[np.argsort(-found.suspicion)[:280]] = True
         after = dataclasses.replace(
@@ -170,7 +170,7 @@ class TestExamination:
         )
         remains = np.flatnonzero(~looked | (before.labels == clean) | (not dropped))
         after = after.take(remains)
-        examined = examine_labels(after, 4, progress=False)
+        examined = audit_labels(after, 4, progress=False)
         wrong = after.labels != clean[remains]
         assert 0.03 < wrong.mean() < 0.12
         assert examined.noise_rate == pytest.approx(wrong.mean(), abs=0.02)
@@ -179,25 +179,25 @@ class TestExamination:
         assert rejected[wrong].mean() > 0.5 > 10 * rejected[~wrong].mean()
         # Judged by what is left alone, the noise is mostly overlooked.
         alone = dataclasses.replace(after, reviewed=None, before_review=None)
-        blind = examine_labels(alone, 4, progress=False)
+        blind = audit_labels(alone, 4, progress=False)
         assert blind.noise_rate < wrong.mean() / 2
 
     def test_right_labels_are_all_kept(self, feature_set):
-        found = examine_labels(feature_set(*clusters()), 4, progress=False)
+        found = audit_labels(feature_set(*clusters()), 4, progress=False)
         assert found.accept_mask().all()
         assert found.describe().startswith("No sign of wrong labels")
 
     def test_labels_at_random_are_all_kept_and_it_is_said(self, feature_set):
         values, labels = clusters()
         given = np.random.default_rng(5).permutation(labels)
-        found = examine_labels(feature_set(values, given), 4, progress=False)
+        found = audit_labels(feature_set(values, given), 4, progress=False)
         assert found.accept_mask().all()
         assert "not fit the images better than chance" in found.describe()
 
     @pytest.mark.parametrize("count,num_classes", [(10, 5), (2000, 1000), (6, 2)])
     def test_too_few_samples_to_judge(self, feature_set, count, num_classes):
         values, labels = clusters(count=count, num_classes=num_classes)
-        found = examine_labels(feature_set(values, labels), num_classes, progress=False)
+        found = audit_labels(feature_set(values, labels), num_classes, progress=False)
         assert found.accept_mask().all()
         assert found.noise_rate == 0.0
         assert "too few to judge" in found.describe()
@@ -207,13 +207,13 @@ class TestExamination:
         values, labels = clusters()
         given = noisy(labels, symmetric_noise, 0.3)
         given[0] = 4
-        found = examine_labels(feature_set(values, given), 5, progress=False)
+        found = audit_labels(feature_set(values, given), 5, progress=False)
         assert found.accept_mask()[0]
 
     def test_no_class_is_dropped_whole(self):
         labels = np.repeat([0, 1], 20).astype(np.int32)
         right = np.r_[np.ones(20), np.linspace(0.0, 0.19, 20)].astype(np.float32)
-        found = Examination(np.full((40, 2), 0.5), right, 0.5, np.eye(2), labels)
+        found = LabelQuality(np.full((40, 2), 0.5), right, 0.5, np.eye(2), labels)
         accepted = found.accept_mask(class_floor=0.12)  # 2.4 of 20: at least 3.
         np.testing.assert_array_equal(np.flatnonzero(accepted[20:]), [17, 18, 19])
         assert found.accept_mask(class_floor=0.0)[20:].sum() == 1
@@ -222,17 +222,17 @@ class TestExamination:
         values, labels = clusters(count=50)
         values[3, 2] = np.nan
         with pytest.raises(DataError, match=r"1 of 50 images.*photos/3\.jpg"):
-            examine_labels(feature_set(values, labels), 4, progress=False)
+            audit_labels(feature_set(values, labels), 4, progress=False)
 
     def test_a_feature_that_never_varies(self, feature_set):
         values, labels = clusters()
         values[:, 0] = 3.0
         given = noisy(labels, symmetric_noise, 0.2)
-        found = examine_labels(feature_set(values, given), 4, progress=False)
+        found = audit_labels(feature_set(values, given), 4, progress=False)
         assert found.noise_rate == pytest.approx(0.2, abs=0.05)
 
     def test_the_same_seed_gives_the_same_numbers(self, feature_set):
         values, labels = clusters()
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
-        first, second = (examine_labels(features, 4, progress=False) for _ in "12")
+        first, second = (audit_labels(features, 4, progress=False) for _ in "12")
         np.testing.assert_array_equal(first.right_probability, second.right_probability)

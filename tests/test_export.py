@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_rsft.backbones import build_classifier, load_backbone
-from keras_rsft.data import load_images
+from keras_rsft._predict import predict_files
+from keras_rsft.backbones._build import build_classifier
+from keras_rsft.backbones._load import load_backbone
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.export import export_saved_model
-from keras_rsft.export.places import check_name
-from keras_rsft.predict import predict_files
+from keras_rsft.export._places import check_name
+from keras_rsft.export._saved_model import export_saved_model
 
 NAMES = ("blue", "green", "réd")
 

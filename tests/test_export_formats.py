@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from keras_rsft._storage import write_new_file
-from keras_rsft.backbones import build_classifier, build_head, load_backbone
+from keras_rsft.backbones._build import build_classifier, build_head
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.export import export_litert, export_onnx, export_saved_model
-from keras_rsft.export.runtimes import load_exported
+from keras_rsft.export._formats import export_litert, export_onnx
+from keras_rsft.export._runtimes import load_exported
+from keras_rsft.export._saved_model import export_saved_model
 
 NAMES = ("blue", "green", "réd")
 
@@ -180,7 +182,7 @@ def test_exporting_imports_no_optional_package(tmp_path):
                      "tensorflow_serving"):
             sys.modules[name] = None  # Any import of it fails.
         import keras_rsft
-        import keras_rsft.export.from_run, keras_rsft.export.verification
+        import keras_rsft.export._export_run, keras_rsft.export._verify
         print(keras_rsft.export_litert.__name__)
     """)
     result = subprocess.run(

@@ -8,11 +8,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from keras_rsft.backbones import build_classifier, build_head, load_backbone
-from keras_rsft.data import load_images
-from keras_rsft.export import export_saved_model
-from keras_rsft.export.from_run import size_on_disk
-from keras_rsft.features import extract_features
+from keras_rsft.backbones._build import build_classifier, build_head
+from keras_rsft.backbones._load import load_backbone
+from keras_rsft.data._sources import load_images
+from keras_rsft.export._export_run import size_on_disk
+from keras_rsft.export._saved_model import export_saved_model
+from keras_rsft.features._extract import extract_features
 
 CLASSES = 10
 NAMES = tuple(f"class {number}" for number in range(CLASSES))

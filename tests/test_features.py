@@ -13,22 +13,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_rsft.backbones import build_classifier, build_head
-from keras_rsft.data import load_images
-from keras_rsft.data.samples import FileReader
+from keras_rsft.backbones._build import build_classifier, build_head
+from keras_rsft.data._samples import FileReader
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.features import (
-    FeatureSet,
-    FrozenBase,
-    TrainingBatches,
-    batches,
-    batches_of,
-    extract_features,
-    extraction,
-)
-from keras_rsft.features.extraction import feature_key
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import LossThreshold
+from keras_rsft.features import _batches as batches
+from keras_rsft.features import _extract as extraction
+from keras_rsft.features._batches import TrainingBatches, batches_of
+from keras_rsft.features._extract import FrozenBase, extract_features, feature_key
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import LossThreshold
 
 
 @pytest.fixture
@@ -242,7 +237,7 @@ class TestSampleIndex:
 
 class TestKey:
     def test_does_not_depend_on_layer_names(self, tiny_base_file, data):
-        from keras_rsft.backbones import load_backbone
+        from keras_rsft.backbones._load import load_backbone
 
         first, second = (load_backbone(str(tiny_base_file)) for _ in range(2))
         assert key(first, data.train) == key(second, data.train)

@@ -10,14 +10,15 @@ import keras
 import numpy as np
 import pytest
 
+from keras_rsft._predict import predict_files
 from keras_rsft.config import POLICY_NAMES, PolicyConfig, TrainConfig
-from keras_rsft.data import add_label_noise, load_images
+from keras_rsft.data._labels import add_label_noise
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import finetune
-from keras_rsft.finetuning.head_training import choose_steps_per_execution
-from keras_rsft.finetuning.settings import make_optimizer
-from keras_rsft.policies import KeepFraction, LossThreshold, build_policy
-from keras_rsft.predict import predict_files
+from keras_rsft.policies._threshold import KeepFraction, LossThreshold, build_policy
+from keras_rsft.training._head import choose_steps_per_execution
+from keras_rsft.training._optimizer import make_optimizer
+from keras_rsft.training._run import finetune
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -85,12 +86,12 @@ class TestRun:
     def test_auto_examines_first_and_says_what_it_found(self, fit_to, noisy):
         settings = TrainConfig(epochs=4, batch_size=8, learning_rate=0.05)
         run = fit_to(settings=settings)
-        examination = run.trained.examination
-        assert run.finding == examination.describe()
+        label_quality = run.trained.label_quality
+        assert run.finding == label_quality.describe()
         policy = run.head.policy
         listed = policy.listed.numpy()
-        np.testing.assert_array_equal(listed, examination.accept_mask())
-        assert float(policy.loss_limit) == pytest.approx(examination.loss_limit)
+        np.testing.assert_array_equal(listed, label_quality.accept_mask())
+        assert float(policy.loss_limit) == pytest.approx(label_quality.loss_limit)
         assert policy.warmup_steps == 2 * -(-len(noisy.train) // settings.batch_size)
         assert run.history["acceptance_rate"][0] == pytest.approx(listed.mean())
         assert not np.any(run.trained.accepted & ~listed)

@@ -8,9 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.data import load_images
-from keras_rsft.features import FrozenBase, extract_features
-from keras_rsft.features.extraction import default_cache_dir
+from keras_rsft.data._sources import load_images
+from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
 
 
 def fingerprint(base):

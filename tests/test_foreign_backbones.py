@@ -9,11 +9,11 @@ import pytest
 import tensorflow as tf
 from made_bases import DIM, SIDE, Reusable, save_onnx, save_signature
 
-from keras_rsft.backbones import build_classifier, load_backbone
-from keras_rsft.backbones.foreign import weights_bytes
-from keras_rsft.backbones.saved_model import GraphNetwork, impure_operations
+from keras_rsft.backbones._build import build_classifier
+from keras_rsft.backbones._foreign import GraphNetwork, impure_operations, weights_bytes
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
-from keras_rsft.features import FrozenBase
+from keras_rsft.features._extract import FrozenBase
 
 IMAGES = (
     np.random.default_rng(0).integers(0, 256, size=(5, SIDE, SIDE, 3)).astype("float32")

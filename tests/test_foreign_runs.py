@@ -7,13 +7,14 @@ import pytest
 from made_bases import save_onnx, save_signature
 
 from keras_rsft import cli
+from keras_rsft._predict import predict_files
 from keras_rsft.config import ExportConfig, PolicyConfig, TrainConfig, UnfreezeConfig
-from keras_rsft.data import load_images
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.export import export_onnx, export_run
-from keras_rsft.export.runtimes import load_exported
-from keras_rsft.finetuning import finetune
-from keras_rsft.predict import predict_files
+from keras_rsft.export._export_run import export_run
+from keras_rsft.export._formats import export_onnx
+from keras_rsft.export._runtimes import load_exported
+from keras_rsft.training._run import finetune
 
 SETTINGS = TrainConfig(policy=PolicyConfig("accept-all"), epochs=3, learning_rate=0.05)
 
@@ -101,7 +102,8 @@ def test_a_run_on_a_saved_model_is_exported_as_any_other(
 )
 def test_the_joined_file_computes_as_the_model(options, tmp_path):
     pytest.importorskip("tf2onnx")
-    from keras_rsft.backbones import build_classifier, load_backbone
+    from keras_rsft.backbones._build import build_classifier
+    from keras_rsft.backbones._load import load_backbone
 
     path = save_onnx(tmp_path / "a.onnx", **options)
     model = build_classifier(load_backbone(f"onnx:{path}@-1:1"), 3)
@@ -114,7 +116,8 @@ def test_the_joined_file_computes_as_the_model(options, tmp_path):
 
 def test_a_fixed_number_of_images_is_not_joined(tmp_path):
     pytest.importorskip("tf2onnx")
-    from keras_rsft.backbones import build_classifier, load_backbone
+    from keras_rsft.backbones._build import build_classifier
+    from keras_rsft.backbones._load import load_backbone
 
     path = save_onnx(tmp_path / "a.onnx", batch=2)
     model = build_classifier(load_backbone(f"onnx:{path}@0:1"), 3)

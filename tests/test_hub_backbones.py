@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.backbones import load_backbone
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 SIDE = 32

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from keras_rsft.interruption import Terminated, termination_raises
+from keras_rsft._runtime import Terminated, termination_raises
 
 RAISED = {signal.SIGTERM: Terminated, signal.SIGINT: KeyboardInterrupt}
 

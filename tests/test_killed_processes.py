@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from made_images import png, write
 
-import keras_rsft.model  # noqa: F401 (Keras then knows the class in head.keras.)
-
 pytestmark = pytest.mark.slow
 
 # Runs the command line, and kills itself at the n-th call of a function.
@@ -44,10 +42,10 @@ DRIVER = textwrap.dedent("""
     sys.exit(cli.main(sys.argv[3:]))
 """)
 MOMENTS = {
-    "between features and their index": ("keras_rsft.features.extraction:_append", 4),
-    "the second epoch": ("keras_rsft.finetuning.resume:write_state", 2),
+    "between features and their index": ("keras_rsft.features._extract:_append", 4),
+    "the second epoch": ("keras_rsft.training._resume:write_state", 2),
     "a state on its way to the disk": ("os:replace", 2),
-    "writing the run": ("keras_rsft.finetuning.run_folder:write_csv", 2),
+    "writing the run": ("keras_rsft.training._run:write_csv", 2),
 }
 
 

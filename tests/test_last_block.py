@@ -6,8 +6,8 @@ import keras
 import pytest
 from keras import layers
 
-from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.trainable_part import last_block, leaf_layers
+from keras_rsft.backbones._blocks import last_block, leaf_layers
+from keras_rsft.backbones._load import load_backbone
 
 
 def names(model):

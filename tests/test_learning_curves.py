@@ -8,8 +8,8 @@ import math
 import pytest
 from made_run import made_run
 
-from keras_rsft.report.page import curves_note, learning_curves, render_page
-from keras_rsft.report.run_record import read_run
+from keras_rsft.report._page import curves_note, learning_curves, render_page
+from keras_rsft.report._record import read_run
 
 pytestmark = pytest.mark.usefixtures("eager")
 

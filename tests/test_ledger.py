@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_rsft.errors import InvalidArgument
-from keras_rsft.ledger import (
+from keras_rsft._ledger import (
     Ledger,
     RejectionLedger,
     datalab_inputs,
     loss_histogram,
     rejection_quality,
 )
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import (
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._listed import AcceptListed, AutoPolicy
+from keras_rsft.policies._threshold import (
     AcceptAll,
-    AcceptListed,
-    AutoPolicy,
     KeepFraction,
     LossMixture,
     LossThreshold,

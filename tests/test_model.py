@@ -8,12 +8,12 @@ import pytest
 import tensorflow as tf
 from made_counter import BackwardCounter
 
+from keras_rsft._ledger import RejectionLedger
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.ledger import RejectionLedger
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import (
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._listed import AcceptListed
+from keras_rsft.policies._threshold import (
     AcceptAll,
-    AcceptListed,
     KeepFraction,
     LossMixture,
     LossThreshold,

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from keras_rsft.export.from_run import FinishedRun
-from keras_rsft.export.model_card import model_card
+from keras_rsft.export._export_run import FinishedRun, model_card
 
 MODEL = SimpleNamespace(input_shape=(None, 96, 64, 3))
 

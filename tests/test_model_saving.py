@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AcceptAll, KeepFraction, LossThreshold
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import AcceptAll, KeepFraction, LossThreshold
 
 SCORES = "sparse_categorical_crossentropy"
 

@@ -10,12 +10,12 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import (
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._policy import Policy
+from keras_rsft.policies._threshold import (
     AcceptAll,
     KeepFraction,
     LossThreshold,
-    Policy,
     RunningThreshold,
 )
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_rsft.data import apply_corrections, load_images
+from keras_rsft.data._labels import apply_corrections
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.features import TrainingBatches, batches, extract_features
+from keras_rsft.features import _batches as batches
+from keras_rsft.features._batches import TrainingBatches
+from keras_rsft.features._extract import extract_features
 
 
 @pytest.fixture

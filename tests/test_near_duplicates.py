@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_rsft.data import load_images
-from keras_rsft.features import (
-    FeatureSet,
-    near_duplicates,
-    thumbnails,
-    write_thumbnails,
-)
+from keras_rsft.data._sources import load_images
+from keras_rsft.features import _thumbnails as thumbnails
+from keras_rsft.features._neighbours import near_duplicates
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.features._thumbnails import write_thumbnails
 
 
 @pytest.fixture

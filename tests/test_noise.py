@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_rsft.data import ImageData, ImageSplit, add_label_noise
-from keras_rsft.data.noise import (
+from keras_rsft.data._labels import (
+    add_label_noise,
     asymmetric_noise,
     instance_noise,
     parse_noise,
     symmetric_noise,
     thumbnails_of,
 )
-from keras_rsft.data.samples import ArrayReader
+from keras_rsft.data._samples import ArrayReader, ImageData, ImageSplit
 from keras_rsft.errors import InvalidArgument
 
 

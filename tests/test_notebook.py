@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 import pytest
 from made_features import split_features
 
-from keras_rsft.comparing.comparison import compare_features
+from keras_rsft.comparison._compare import compare_features
 from keras_rsft.config import SearchConfig, TrainConfig
-from keras_rsft.finetuning import finetune
-from keras_rsft.report.notebook import table_html
-from keras_rsft.report.summary import Table
-from keras_rsft.searching import search_features
+from keras_rsft.report._notebook import table_html
+from keras_rsft.report._summary import Table
+from keras_rsft.training._run import finetune
+from keras_rsft.tuning._search import search_features
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=a>', "$\\frac{<b>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keras_rsft.finetuning.overfitting import accuracy_error, find_overfitting
+from keras_rsft.training._curves import accuracy_error, find_overfitting
 
 pytestmark = pytest.mark.usefixtures("eager")
 

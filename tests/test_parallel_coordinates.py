@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from keras_rsft.report.charts import UNUSED, parallel_coordinates_svg
-from keras_rsft.searching.choice import TrialOutcome
-from keras_rsft.searching.pictures import axes_of
+from keras_rsft.report._charts import UNUSED, parallel_coordinates_svg
+from keras_rsft.tuning._choice import TrialOutcome
+from keras_rsft.tuning._folder import axes_of
 
 
 def outcome(accuracy, **values):

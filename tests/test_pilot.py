@@ -9,20 +9,22 @@ import pytest
 from made_features import feature_set
 
 from keras_rsft import cli
-from keras_rsft.backbones import load_backbone
+from keras_rsft._stats import paired_share_interval
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import PolicyConfig, TrainConfig
-from keras_rsft.data import apply_corrections, load_images
+from keras_rsft.data._labels import apply_corrections
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import pilot, run_pilot
-from keras_rsft.finetuning.features import extract_all
-from keras_rsft.finetuning.pilot import (
+from keras_rsft.report._summary import about
+from keras_rsft.training import _pilot as pilot
+from keras_rsft.training._features import extract_all
+from keras_rsft.training._pilot import (
     _cross_tried,
     paired_gain,
+    run_pilot,
     share_interval,
     verdict,
 )
-from keras_rsft.intervals import paired_share_interval
-from keras_rsft.result_words import about
 
 
 def test_the_gain_is_paired():
@@ -190,14 +192,14 @@ def test_a_policy_that_accepts_nothing_is_told(pilot_of):
 
 
 def test_wrong_labels_are_counted(pilot_of, monkeypatch):
-    examine = pilot.examine_labels
+    examine = pilot.audit_labels
 
     def with_a_third_wrong(*arguments, **options):
         found = examine(*arguments, **options)
         right = np.resize(np.float32([1.0, 1.0, 0.0]), found.right_probability.shape)
         return dataclasses.replace(found, right_probability=right)
 
-    monkeypatch.setattr(pilot, "examine_labels", with_a_third_wrong)
+    monkeypatch.setattr(pilot, "audit_labels", with_a_third_wrong)
     share, low, high = pilot_of(PolicyConfig()).noise_rate
     assert share == pytest.approx(1 / 3, abs=0.02)
     assert 0 < low < share < high < 1

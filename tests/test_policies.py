@@ -10,18 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.policies import (
-    AcceptAll,
-    KeepFraction,
-    LossThreshold,
-    Policy,
-)
-from keras_rsft.policies.rules import (
+from keras_rsft.policies._policy import Policy
+from keras_rsft.policies._rules import (
     accept_batch_below,
     accept_below,
     keep_smallest,
     ramped_keep_fraction,
 )
+from keras_rsft.policies._threshold import AcceptAll, KeepFraction, LossThreshold
 
 NAN, INF = float("nan"), float("inf")
 

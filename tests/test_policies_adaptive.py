@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.policies import (
-    KeepFraction,
-    LossMixture,
-    LossThreshold,
-    RunningThreshold,
-    SelfPaced,
-)
-from keras_rsft.policies.rules import (
+from keras_rsft.policies._rules import (
     grown_threshold,
     running_moments,
     running_percentile,
     threshold_from_moments,
     threshold_from_percentile,
     with_class_floor,
+)
+from keras_rsft.policies._threshold import (
+    KeepFraction,
+    LossMixture,
+    LossThreshold,
+    RunningThreshold,
+    SelfPaced,
 )
 
 NAN, INF = float("nan"), float("inf")

@@ -12,13 +12,15 @@ import keras
 import pytest
 
 from keras_rsft import cli
-from keras_rsft.backbones import build_classifier, load_backbone
+from keras_rsft._predict import Prediction, find_images, predict_files
+from keras_rsft.backbones._build import build_classifier
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli._commands import answer_writer
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.export import export_litert, export_onnx, export_saved_model
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import LossThreshold
-from keras_rsft.predict import Prediction, find_images, predict_files
+from keras_rsft.export._formats import export_litert, export_onnx
+from keras_rsft.export._saved_model import export_saved_model
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import LossThreshold
 
 NAMES = ("blue", "green", "réd")
 

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from keras_rsft.progress import rate_text
+from keras_rsft._progress import rate_text
 
 PROGRAM = """
 import time
-from keras_rsft.progress import progress_bar
+from keras_rsft._progress import progress_bar
 with progress_bar("Counting", total=4, unit="images") as advance:
     for _ in range(4):
         time.sleep(0.05)

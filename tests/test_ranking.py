@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from keras_rsft import cli
-from keras_rsft.data import load_images
+from keras_rsft.comparison._rank import label_weights, rank_backbones, weighted_mean
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
-from keras_rsft.examination import Examination
-from keras_rsft.rank import label_weights, rank_backbones, weighted_mean
+from keras_rsft.label_quality._audit import LabelQuality
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +76,18 @@ def test_a_name_that_is_none_is_refused_before_the_work(names, message):
         rank_backbones("no data is looked at", names)
 
 
-def examination(right, rate, reason=None):
+def label_quality(right, rate, reason=None):
     right = np.asarray(right, np.float32)
     labels = np.zeros(len(right), np.int32)
-    return Examination(np.ones((len(right), 1)), right, rate, np.eye(1), labels, reason)
+    return LabelQuality(
+        np.ones((len(right), 1)), right, rate, np.eye(1), labels, reason
+    )
 
 
 def test_labels_are_weighed_by_all_who_can_judge():
-    one, two = examination([1.0, 0.2], 0.4), examination([0.8, 0.4], 0.4)
-    blind = examination([0.0, 0.0], 1.0, "The labels do not fit the images")
-    sure = examination([1.0, 1.0], 0.0, "No sign of wrong labels")
+    one, two = label_quality([1.0, 0.2], 0.4), label_quality([0.8, 0.4], 0.4)
+    blind = label_quality([0.0, 0.0], 1.0, "The labels do not fit the images")
+    sure = label_quality([1.0, 1.0], 0.0, "No sign of wrong labels")
     assert label_weights([one, two, blind]) == pytest.approx([0.9, 0.3])
     assert label_weights([one, sure]) == pytest.approx([1.0, 0.6])
     assert label_weights([blind]) == pytest.approx([1.0, 1.0])

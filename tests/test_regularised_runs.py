@@ -12,7 +12,8 @@ from same_run import assert_same_run
 
 from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import SplitFeatures, train_head
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._head import train_head
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -81,7 +82,7 @@ class TestResumed:
 class TestWeightDecay:
     def test_of_the_kernel_and_not_of_the_bias(self, features):
         """One step without a gradient: the learning rate times the decay."""
-        from keras_rsft.finetuning.head_training import untrained_head
+        from keras_rsft.training._head import untrained_head
 
         settings = TrainConfig(
             policy=PolicyConfig("accept-all"), learning_rate=0.1, weight_decay=0.5
@@ -190,8 +191,8 @@ class TestCommand:
         assert "validation, all samples" in page
 
     def test_what_is_found_is_said_once(self, fit, tmp_path, monkeypatch):
-        from keras_rsft.finetuning import head_training
-        from keras_rsft.finetuning.overfitting import Overfitting
+        from keras_rsft.training import _head as head_training
+        from keras_rsft.training._curves import Overfitting
 
         found = Overfitting("accuracy", 2, 4, (0.9, 0.7), (0.8, 0.95), 0.02)
         monkeypatch.setattr(head_training, "find_overfitting", lambda *_: found)

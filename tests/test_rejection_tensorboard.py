@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from keras_rsft import cli
-from keras_rsft.ledger import RejectionLedger
-from keras_rsft.policies import LossThreshold
-from keras_rsft.rejection_tensorboard import (
+from keras_rsft._ledger import RejectionLedger
+from keras_rsft.policies._threshold import LossThreshold
+from keras_rsft.training._tensorboard import (
     RejectionTensorBoard,
     free_log_folder,
     hparams_of,
@@ -103,7 +103,7 @@ def test_a_run_read_back(fit, tmp_path, photo_folder):
 
 
 def test_a_run_that_was_stopped_goes_on_in_its_log_folder(fit, tmp_path, monkeypatch):
-    from keras_rsft.finetuning.resume import TrainingCheckpoint
+    from keras_rsft.training._resume import TrainingCheckpoint
 
     end_epoch = TrainingCheckpoint.on_epoch_end
 
@@ -160,7 +160,7 @@ def test_a_log_folder_of_its_own(tmp_path):
 def test_hostile_names_stay_in_their_cell(tmp_path, small_data, make_model):
     import keras
 
-    from keras_rsft.model import RSFTModel
+    from keras_rsft.model._rsft_model import RSFTModel
 
     x, y = small_data
     ids = np.array([f"|<script>\n`{number}`" for number in range(len(x))])

@@ -13,12 +13,12 @@ import pytest
 import tensorflow as tf
 from made_features import split_features
 
-from keras_rsft.cluster import Cluster, check_strategy
+from keras_rsft._runtime import Cluster, check_strategy
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.features import FrozenBase, TrainingBatches, batches_of
-from keras_rsft.features.batches import BatchShare
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AcceptAll, KeepFraction
+from keras_rsft.features._batches import BatchShare, TrainingBatches, batches_of
+from keras_rsft.features._extract import FrozenBase
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import AcceptAll, KeepFraction
 
 SCORES = "sparse_categorical_crossentropy"
 CASES = (

@@ -15,13 +15,19 @@ import pytest
 from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
 import keras_rsft
+from keras_rsft._stats import paired_share_interval, proportion_interval
 from keras_rsft._storage import guarded_cell, plain_cell
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.intervals import paired_share_interval, proportion_interval
-from keras_rsft.report import charts, write_report
-from keras_rsft.report.gallery import confusion_of, gallery_data
-from keras_rsft.report.page import outcome_of, render_page, script_json
-from keras_rsft.report.run_record import EpochLosses, read_run
+from keras_rsft.report import _charts as charts
+from keras_rsft.report._page import (
+    confusion_of,
+    gallery_data,
+    outcome_of,
+    render_page,
+    script_json,
+    write_report,
+)
+from keras_rsft.report._record import EpochLosses, read_run
 
 
 @pytest.fixture(scope="module")

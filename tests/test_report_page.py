@@ -11,9 +11,10 @@ import pytest
 from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
 from keras_rsft._storage import plain_cell
-from keras_rsft.report import gallery, write_report
-from keras_rsft.report.run_record import read_run
-from keras_rsft.report.server import ReviewServer
+from keras_rsft.report import _page as gallery
+from keras_rsft.report._page import write_report
+from keras_rsft.report._record import read_run
+from keras_rsft.report._server import ReviewServer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
@@ -274,9 +275,9 @@ def test_from_wrong_labels_to_a_better_model(
     open_page, photo_folder, tiny_base_file, tmp_path
 ):
     from keras_rsft.config import TrainConfig
-    from keras_rsft.data import add_label_noise, load_images
-    from keras_rsft.data.corrections import read_corrections
-    from keras_rsft.finetuning import finetune
+    from keras_rsft.data._labels import add_label_noise, read_corrections
+    from keras_rsft.data._sources import load_images
+    from keras_rsft.training._run import finetune
 
     noisy = add_label_noise(load_images(str(photo_folder)), "symmetric:0.4", seed=2)
 

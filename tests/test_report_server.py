@@ -18,8 +18,8 @@ from made_run import made_run
 
 from keras_rsft.cli import main
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.report.run_record import read_run
-from keras_rsft.report.server import ReviewServer
+from keras_rsft.report._record import read_run
+from keras_rsft.report._server import ReviewServer
 
 
 @pytest.fixture(scope="module")

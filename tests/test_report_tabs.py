@@ -8,9 +8,9 @@ import pytest
 from made_run import made_run
 
 from keras_rsft.cli import main
-from keras_rsft.report import write_report
-from keras_rsft.report.run_record import read_run
-from keras_rsft.report.server import ReviewServer, own_port
+from keras_rsft.report._page import write_report
+from keras_rsft.report._record import read_run
+from keras_rsft.report._server import ReviewServer, own_port
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 from same_run import assert_same_run
 
 from keras_rsft.config import PolicyConfig
-from keras_rsft.data import apply_corrections
+from keras_rsft.data._labels import apply_corrections
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning import resume
-from keras_rsft.finetuning.resume import TrainingCheckpoint, read_state
+from keras_rsft.training import _resume as resume
+from keras_rsft.training._resume import TrainingCheckpoint, read_state
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -232,7 +232,7 @@ class TestGoesOn:
             on_epoch_begin=lambda epoch, logs: losses.append(epoch)
         )
         monkeypatch.setattr(
-            "keras_rsft.finetuning.resume.options_of", lambda callback: "none"
+            "keras_rsft.training._resume.options_of", lambda callback: "none"
         )
         with pytest.raises(InvalidArgument, match="with other callbacks"):
             fit_photos(tmp_path / "run", callbacks=[note])

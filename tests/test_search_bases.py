@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from made_bases import changed_layers, network, save_three_blocks
 
-from keras_rsft.backbones import load_backbone
+from keras_rsft._predict import predict_files
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli._commands import chosen_words
 from keras_rsft.config import SearchSpace, TrainConfig, UnfreezeConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.finetuning.resume import TrainingClock, memory_of
-from keras_rsft.predict import predict_files
-from keras_rsft.report import write_report
-from keras_rsft.searching import backbone_trials, search, search_run
-from keras_rsft.searching import trials as trials_module
-from keras_rsft.searching.choice import Choice
+from keras_rsft.report._page import write_report
+from keras_rsft.training._resume import TrainingClock, memory_of
+from keras_rsft.tuning import _backbone_trials as backbone_trials
+from keras_rsft.tuning import _search as search_run
+from keras_rsft.tuning import _trials as trials_module
+from keras_rsft.tuning._choice import Choice
+from keras_rsft.tuning._search import search
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -295,7 +297,7 @@ class TestRefused:
         def fail(*_, **__):
             raise AssertionError("The base was run.")
 
-        monkeypatch.setattr("keras_rsft.finetuning.features.extract_all", fail)
+        monkeypatch.setattr("keras_rsft.training._features.extract_all", fail)
 
     @pytest.mark.parametrize("base", ["onnx:some.onnx@imagenet", "savedmodel:some@0:1"])
     def test_a_base_without_keras_layers(self, run, base, tmp_path):
@@ -321,7 +323,7 @@ class TestRefused:
 
 
 def test_a_last_block_that_is_all_there_is():
-    from keras_rsft.searching.backbone_trials import learnable
+    from keras_rsft.tuning._backbone_trials import learnable
 
     base, names = network(), ("frozen", "last-block", "all")
     assert learnable(base, names, SETTINGS) == ("frozen", "last-block")

@@ -10,9 +10,9 @@ import pytest
 
 from keras_rsft.config import SearchConfig
 from keras_rsft.errors import TrainingStalled
-from keras_rsft.report.charts import rate_ticks
-from keras_rsft.searching.choice import TrialOutcome, choose_trial
-from keras_rsft.searching.pictures import heat_map, write_pictures
+from keras_rsft.report._charts import rate_ticks
+from keras_rsft.tuning._choice import TrialOutcome, choose_trial
+from keras_rsft.tuning._folder import heat_map, write_pictures
 
 
 def outcome(name, accuracy, acceptance, *, loss=1.0, **values):

@@ -14,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from keras_rsft.cluster import ORACLE_HOST, ORACLE_PORT, TUNER_ID
+from keras_rsft._runtime import ORACLE_HOST, ORACLE_PORT, TUNER_ID
 
 pytestmark = pytest.mark.slow
 SECONDS = 240

@@ -8,7 +8,7 @@ import pytest
 
 from keras_rsft.config import PolicyConfig, SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.searching.space import check_space, settings_of_values
+from keras_rsft.tuning._space import check_space, settings_of_values
 
 GIVEN = TrainConfig(policy=PolicyConfig("keep-fraction", keep_fraction=0.6))
 

@@ -14,13 +14,13 @@ import pytest
 from keras_tuner.src.distribute import oracle_client
 from made_features import split_features
 
-from keras_rsft.cluster import ORACLE_HOST, ORACLE_PORT, TUNER_ID, part_in_search
+from keras_rsft._runtime import ORACLE_HOST, ORACLE_PORT, TUNER_ID, part_in_search
 from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument, WorkerLost
-from keras_rsft.searching import RSFTHyperModel, workers
-from keras_rsft.searching.oracles import make_tuner
-from keras_rsft.searching.search_folder import join_search, open_search
-from keras_rsft.searching.trials import outcomes_of, run_trials
+from keras_rsft.tuning import _workers as workers
+from keras_rsft.tuning._folder import join_search, open_search
+from keras_rsft.tuning._trials import outcomes_of, run_trials
+from keras_rsft.tuning._tuner import RSFTHyperModel, make_tuner
 
 SETTINGS = TrainConfig(epochs=1, batch_size=16)
 SPACE = SearchSpace(policies=("accept-all", "keep-fraction"), optimizers=("sgd",))

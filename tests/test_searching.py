@@ -14,10 +14,10 @@ from made_features import split_features
 
 from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import train_head
-from keras_rsft.searching import search, search_features
-from keras_rsft.searching import trials as trials_module
-from keras_rsft.searching.search_folder import next_search_folder, open_search
+from keras_rsft.training._head import train_head
+from keras_rsft.tuning import _trials as trials_module
+from keras_rsft.tuning._folder import next_search_folder, open_search
+from keras_rsft.tuning._search import search, search_features
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -280,7 +280,7 @@ def test_trials_on_the_hparams_page(found):
 
 
 def test_from_images(photo_folder, tiny_base_file, tmp_path):
-    from keras_rsft.predict import predict_files
+    from keras_rsft._predict import predict_files
 
     found = search(
         str(photo_folder), output=tmp_path / "run", backbone=str(tiny_base_file),

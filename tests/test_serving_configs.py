@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keras_rsft.export import saved_model
+from keras_rsft.export import _saved_model as saved_model
 
 
 def test_the_models_config_parses():

@@ -23,8 +23,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_rsft.backbones import build_classifier, load_backbone
-from keras_rsft.export import export_saved_model, saved_model
+from keras_rsft.backbones._build import build_classifier
+from keras_rsft.backbones._load import load_backbone
+from keras_rsft.export import _saved_model as saved_model
+from keras_rsft.export._saved_model import export_saved_model
 
 NAMES = ("blue", "green", "réd")
 CLIENT = Path(__file__).parents[1] / "examples" / "serving_client.py"

@@ -18,19 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_images import png, write
 
-from keras_rsft.backbones import load_backbone
-from keras_rsft.cluster import Cluster
-from keras_rsft.data import load_images
+from keras_rsft._runtime import Cluster
+from keras_rsft.backbones._load import load_backbone
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, WorkerLost
-from keras_rsft.features import FrozenBase, extract_features, extraction
-from keras_rsft.features.extraction import (
+from keras_rsft.features import _extract as extraction
+from keras_rsft.features._extract import (
+    FrozenBase,
+    extract_features,
     keep_shares,
     make_pass,
     open_kept,
     run_together,
 )
-from keras_rsft.features.feature_set import FEATURES_FILE, INDEX_FILE, META_FILE
-from keras_rsft.features.shares import Watch, chain_of, index_fault, parts_of, share_of
+from keras_rsft.features._shares import Watch, chain_of, index_fault, parts_of, share_of
+from keras_rsft.features._store import FEATURES_FILE, INDEX_FILE, META_FILE
 
 sizes = {
     "count": st.integers(0, 500),

@@ -18,8 +18,9 @@ from made_images import (
 )
 from PIL import Image
 
-from keras_rsft.data import decode_image, load_images
-from keras_rsft.data.partition import (
+from keras_rsft.data._images import decode_image
+from keras_rsft.data._sources import load_images
+from keras_rsft.data._splits import (
     TEST,
     TRAIN,
     VALIDATION,

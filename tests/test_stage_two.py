@@ -11,23 +11,23 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.backbones import build_head, load_backbone
-from keras_rsft.backbones.trainable_part import last_block, leaf_layers
+from keras_rsft._predict import predict_files
+from keras_rsft.backbones._blocks import last_block, leaf_layers
+from keras_rsft.backbones._build import build_head
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli import main
 from keras_rsft.config import TrainConfig, UnfreezeConfig
-from keras_rsft.data import add_label_noise, load_images
+from keras_rsft.data._labels import add_label_noise
+from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, TrainingStalled
-from keras_rsft.features import FrozenBase, extract_features
-from keras_rsft.finetuning import SplitFeatures, finetune, unfreezing
-from keras_rsft.finetuning import features as features_module
-from keras_rsft.finetuning.unfreezing import (
-    BackboneSource,
-    accuracy_on_images,
-    begun_from,
-)
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import AcceptAll
-from keras_rsft.predict import predict_files
+from keras_rsft.features._extract import FrozenBase, extract_features
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import AcceptAll
+from keras_rsft.training import _features as features_module
+from keras_rsft.training import _unfreeze as unfreezing
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._run import finetune
+from keras_rsft.training._unfreeze import BackboneSource, accuracy_on_images, begun_from
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -188,7 +188,7 @@ class TestWhatItLearnsFrom:
 
 
 def _features_of(split):
-    from keras_rsft.features import FeatureSet
+    from keras_rsft.features._store import FeatureSet
 
     return FeatureSet(Path("unused"), split.labels, split.ids, dim=6)
 

@@ -8,14 +8,14 @@ import pytest
 
 from keras_rsft.config import SearchConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.result_words import strategy_texts
-from keras_rsft.searching.backbone_trials import (
+from keras_rsft.report._summary import strategy_texts
+from keras_rsft.tuning._backbone_trials import (
     base_learning_rate,
     best_heads,
     planned_trials,
     strategy_rows,
 )
-from keras_rsft.searching.choice import TrialOutcome
+from keras_rsft.tuning._choice import TrialOutcome
 
 
 def head(name, accuracy, acceptance, *, loss=1.0, policy="keep-fraction"):

@@ -12,12 +12,13 @@ import pytest
 import tensorflow as tf
 from made_texts import HOSTILE_TEXTS
 
-from keras_rsft.backbones import load_backbone, minilm
-from keras_rsft.backbones.text_tokens import MAX_CHARACTERS
+from keras_rsft.backbones import _minilm as minilm
+from keras_rsft.backbones._load import load_backbone
+from keras_rsft.backbones._minilm import MAX_CHARACTERS
 from keras_rsft.config import require_takes, takes_texts
-from keras_rsft.data import load_texts
+from keras_rsft.data._sources import load_texts
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
-from keras_rsft.features import FrozenBase, extract_features
+from keras_rsft.features._extract import FrozenBase, extract_features
 
 SENTENCES = (
     "The weather is lovely today.",

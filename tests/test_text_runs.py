@@ -13,11 +13,10 @@ from made_texts import HOSTILE_TEXTS, sentences, write_table
 
 import keras_rsft as rsft
 from keras_rsft import cli
+from keras_rsft._predict import predict_files
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.predict import predict_files
-from keras_rsft.report.gallery import gallery_data
-from keras_rsft.report.page import render_page
-from keras_rsft.report.run_record import read_run
+from keras_rsft.report._page import gallery_data, render_page
+from keras_rsft.report._record import read_run
 
 FEW = ("--epochs", "3", "--batch-size", "8", "--quiet")
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from made_texts import HOSTILE_TEXTS, sentences, write_table
 
-from keras_rsft.data import add_label_noise, load_images, load_texts
-from keras_rsft.data.sources import MAX_BYTES
+from keras_rsft.data._labels import add_label_noise
+from keras_rsft.data._sources import MAX_BYTES, load_images, load_texts
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.features import write_excerpts
-from keras_rsft.features.thumbnails import MAX_CHARACTERS, excerpt_of
+from keras_rsft.features._thumbnails import MAX_CHARACTERS, excerpt_of, write_excerpts
 
 ONE_SPLIT = {"validation_fraction": 0.0, "test_fraction": 0.0}
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_rsft.backbones import torch_file
-from keras_rsft.backbones.torch_file import read_state_dict
+from keras_rsft.backbones import _lite0 as torch_file
+from keras_rsft.backbones._lite0 import read_state_dict
 from keras_rsft.errors import WeightsUnavailable
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -6,12 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.backbones import load_backbone
-from keras_rsft.backbones.trainable_part import (
-    block_starts,
-    leaf_layers,
-    trainable_part,
-)
+from keras_rsft.backbones._blocks import block_starts, leaf_layers, trainable_part
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import checked_unfreeze, parse_unfreeze
 from keras_rsft.errors import InvalidArgument
 

@@ -8,7 +8,7 @@ import pytest
 
 import keras_rsft as rsft
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model.two_rates import with_two_rates
+from keras_rsft.training._optimizer import with_two_rates
 
 
 def moved(optimizer, steps=1, **options):

@@ -11,12 +11,14 @@ import filelock
 import pytest
 from same_run import assert_same_run
 
+from keras_rsft._storage import NumberedFolder
 from keras_rsft.cli._options import data_name
 from keras_rsft.config import PolicyConfig
-from keras_rsft.data import add_label_noise
+from keras_rsft.data._labels import add_label_noise
 from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.finetuning import NumberedFolder, resume, run_folder
-from keras_rsft.finetuning.resume import read_state
+from keras_rsft.training import _resume as resume
+from keras_rsft.training import _run as run_folder
+from keras_rsft.training._resume import read_state
 
 pytestmark = pytest.mark.usefixtures("eager")
 

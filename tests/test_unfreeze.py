@@ -12,19 +12,18 @@ import pytest
 from made_bases import changed_layers, save_three_blocks
 from same_run import assert_same_run
 
+from keras_rsft._predict import predict_files
 from keras_rsft.config import PolicyConfig, TrainConfig, UnfreezeConfig
-from keras_rsft.data.samples import FileReader
+from keras_rsft.data._samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
-from keras_rsft.features.batches import ImageBatches
-from keras_rsft.finetuning import finetune, resume, train_head, unfreezing
-from keras_rsft.finetuning.features import open_features
-from keras_rsft.finetuning.resume import TrainingCheckpoint
-from keras_rsft.finetuning.unfreezing import (
-    BackboneSource,
-    cut_backbone,
-    train_unfrozen,
-)
-from keras_rsft.predict import predict_files
+from keras_rsft.features._batches import ImageBatches
+from keras_rsft.training import _resume as resume
+from keras_rsft.training import _unfreeze as unfreezing
+from keras_rsft.training._features import open_features
+from keras_rsft.training._head import train_head
+from keras_rsft.training._resume import TrainingCheckpoint
+from keras_rsft.training._run import finetune
+from keras_rsft.training._unfreeze import BackboneSource, cut_backbone, train_unfrozen
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -231,7 +230,7 @@ class TestRun:
         def no_pass(*_, **__):
             raise AssertionError("The base was run.")
 
-        monkeypatch.setattr("keras_rsft.finetuning.features.extract_all", no_pass)
+        monkeypatch.setattr("keras_rsft.training._features.extract_all", no_pass)
         with pytest.raises(InvalidArgument, match="Near it: block2_conv"):
             fit(None, how={"layers": ("block2_cnv",)})
         with pytest.raises(InvalidArgument, match="has 3 blocks"):
@@ -356,7 +355,7 @@ class TestImageBatches:
     @pytest.mark.parametrize("any_order", [True, False])
     def test_order_of_kept_features(self, source, monkeypatch, any_order):
         monkeypatch.setattr(
-            "keras_rsft.features.batches.IMAGE_WINDOW_BYTES", 16 * 16 * 16 * 3 * 4
+            "keras_rsft.features._batches.IMAGE_WINDOW_BYTES", 16 * 16 * 16 * 3 * 4
         )
         monkeypatch.setattr(FileReader, "any_order", any_order)
         kept, split = source.features.train, source.data.train

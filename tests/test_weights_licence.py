@@ -7,8 +7,8 @@ from email.message import Message
 
 import pytest
 
-from keras_rsft.backbones import weights_licence
-from keras_rsft.backbones.weights_licence import licence_of_weights, stated_licence
+from keras_rsft.backbones import _load as weights_licence
+from keras_rsft.backbones._load import licence_of_weights, stated_licence
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from keras_rsft.config import PolicyConfig, TrainConfig
-from keras_rsft.finetuning import finetune
+from keras_rsft.training._run import finetune
 
 pytestmark = pytest.mark.slow
 

@@ -19,19 +19,19 @@ import numpy as np
 import tensorflow as tf
 from made_features import split_features
 
+from keras_rsft._ledger import RejectionLedger
 from keras_rsft.config import TrainConfig
-from keras_rsft.features import FrozenBase
-from keras_rsft.finetuning import train_head
-from keras_rsft.finetuning.devices import Devices
-from keras_rsft.ledger import RejectionLedger
-from keras_rsft.model import RSFTModel
-from keras_rsft.policies import (
+from keras_rsft.features._extract import FrozenBase
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import (
     AcceptAll,
     KeepFraction,
     LossMixture,
     LossThreshold,
     RunningThreshold,
 )
+from keras_rsft.training._devices import Devices
+from keras_rsft.training._head import train_head
 
 REPLICAS = 3
 ROWS, BATCH = 49, 16  # 3 batches of 16, and one row: two replicas have none.

@@ -20,6 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import keras_rsft as rsft
+from keras_rsft._runtime import (
+    PARENT,
+    TUNER_ID,
+    Cluster,
+    check_strategy,
+    cluster_of,
+    part_in_search,
+)
 from keras_rsft._storage import REPORT_FILE, guarded_cell
 from keras_rsft.cli._options import (
     DEFAULT_TEXT_COLUMN,
@@ -33,14 +41,6 @@ from keras_rsft.cli._options import (
     unfreezing,
     words_of,
 )
-from keras_rsft.cluster import (
-    PARENT,
-    TUNER_ID,
-    Cluster,
-    check_strategy,
-    cluster_of,
-    part_in_search,
-)
 from keras_rsft.config import (
     ALL,
     IMAGES,
@@ -53,7 +53,7 @@ from keras_rsft.config import (
     parse_base_name,
 )
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.export.places import (
+from keras_rsft.export._places import (
     check_exists,
     check_run_folder,
     free_version,
@@ -61,11 +61,11 @@ from keras_rsft.export.places import (
 )
 
 if TYPE_CHECKING:
+    from keras_rsft._predict import Prediction
     from keras_rsft.cli._render import Output
-    from keras_rsft.data import ImageSplit, SampleData
-    from keras_rsft.export.from_run import Export, FinishedRun
-    from keras_rsft.predict import Prediction
-    from keras_rsft.searching import Search
+    from keras_rsft.data._samples import ImageSplit, SampleData
+    from keras_rsft.export._export_run import Export, FinishedRun
+    from keras_rsft.tuning._search import Search
 
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -153,9 +153,9 @@ def fit(arguments: argparse.Namespace) -> bool:
     options = feature_options(arguments)
     from keras_rsft._storage import check_new_folder
     from keras_rsft.cli._render import output_of
-    from keras_rsft.finetuning.devices import open_devices
-    from keras_rsft.finetuning.run_folder import results_of
-    from keras_rsft.report.summary import run_summary
+    from keras_rsft.report._summary import run_summary
+    from keras_rsft.training._devices import open_devices
+    from keras_rsft.training._run import results_of
 
     devices = open_devices(arguments.strategy)  # Before TensorFlow is used at all.
     if arguments.output is not None:
@@ -228,7 +228,7 @@ def _tensorboard(
     """Returns what makes the callbacks of a run once its data are known."""
     if arguments.tensorboard is None:
         return lambda data: ()
-    from keras_rsft.rejection_tensorboard import (
+    from keras_rsft.training._tensorboard import (
         free_log_folder,
         hparams_of,
         require_tensorboard,
@@ -261,8 +261,8 @@ def compare(arguments: argparse.Namespace) -> bool:
     options = feature_options(arguments)
     from keras_rsft._storage import check_new_folder
     from keras_rsft.cli._render import output_of
-    from keras_rsft.data.noise import parse_noise
-    from keras_rsft.report.summary import comparison_summary
+    from keras_rsft.data._labels import parse_noise
+    from keras_rsft.report._summary import comparison_summary
 
     if arguments.noise is not None:
         parse_noise(arguments.noise)
@@ -304,9 +304,9 @@ def rank(arguments: argparse.Namespace) -> bool:
     for name in arguments.backbones:
         parse_base_name(name)
     options = feature_options(arguments)
-    from keras_rsft.backbones.load import check_backbone_name
+    from keras_rsft.backbones._load import check_backbone_name
     from keras_rsft.cli._render import json_value, output_of
-    from keras_rsft.report.summary import ranking_summary
+    from keras_rsft.report._summary import ranking_summary
 
     for name in arguments.backbones:
         check_backbone_name(name)
@@ -337,8 +337,8 @@ def features(arguments: argparse.Namespace) -> bool:
     cluster = features_cluster(arguments)
     options = feature_options(arguments)
     from keras_rsft.cli._render import output_of, show_features
-    from keras_rsft.features.extraction import default_cache_dir
-    from keras_rsft.finetuning.features import keep_share, open_features
+    from keras_rsft.features._extract import default_cache_dir
+    from keras_rsft.training._features import keep_share, open_features
 
     options |= {"cluster": cluster, "patience": arguments.worker_timeout}
     options["seed"] = arguments.seed
@@ -383,8 +383,8 @@ def search(arguments: argparse.Namespace) -> bool:
     keywords = feature_options(arguments)
     _check_part(arguments)
     from keras_rsft.cli._render import output_of
-    from keras_rsft.report.summary import search_summary
-    from keras_rsft.searching.search_folder import next_search_folder
+    from keras_rsft.report._summary import search_summary
+    from keras_rsft.tuning._folder import next_search_folder
 
     name = data_name(arguments.data)
     with output_of(arguments) as output:
@@ -515,8 +515,8 @@ def _print_page(folder: Path, page: Path | None, url: str) -> None:
 
 
 def _serve(folder: Path, arguments: argparse.Namespace) -> bool:
-    from keras_rsft.report.run_record import read_run
-    from keras_rsft.report.server import ReviewServer, own_port
+    from keras_rsft.report._record import read_run
+    from keras_rsft.report._server import ReviewServer, own_port
 
     record = read_run(folder)
     if record.is_search:
@@ -558,7 +558,7 @@ def export(arguments: argparse.Namespace) -> bool:
     if settings.file_format == "saved-model":
         free_version(target, settings.version)
     from keras_rsft.cli._render import output_of, show_export
-    from keras_rsft.export.from_run import read_run
+    from keras_rsft.export._export_run import read_run
 
     with output_of(arguments) as output:
         run, accuracy, verification = read_run(arguments.run), None, None
@@ -593,7 +593,7 @@ def export(arguments: argparse.Namespace) -> bool:
 
 def _validation_images(run: FinishedRun) -> tuple[ImageSplit | None, str]:
     """Returns what the run was validated on, or None and why that is gone."""
-    from keras_rsft.export.verification import validation_split
+    from keras_rsft.export._verify import validation_split
 
     try:
         return validation_split(run, _data_of(run)), ""
@@ -623,7 +623,7 @@ def _check_accuracy(
 ) -> Any:
     """Shows and returns the accuracy on the validation split, if it can be had."""
     from keras_rsft.cli._render import show_accuracy
-    from keras_rsft.export.verification import check_accuracy
+    from keras_rsft.export._verify import check_accuracy
 
     try:
         if images is None:
@@ -641,7 +641,7 @@ def _verify(
 ) -> Any:
     """Verifies an export and shows what was found."""
     from keras_rsft.cli._render import show_verification
-    from keras_rsft.export.verification import sample_of, verify_export
+    from keras_rsft.export._verify import sample_of, verify_export
 
     encoded = None if images is None else sample_of(images)
     if not encoded:
@@ -660,14 +660,14 @@ def _verify(
 def predict(arguments: argparse.Namespace) -> bool:
     """Prints an answer for each sample that can be read, and lists the others."""
     check_exists(arguments.model)
-    from keras_rsft.predict import (
+    from keras_rsft._predict import (
         find_images,
         find_texts,
         load_classifier,
         predict_samples,
         samples_in,
     )
-    from keras_rsft.progress import progress_bar
+    from keras_rsft._progress import progress_bar
 
     classifier = load_classifier(arguments.model)
     find = find_texts if classifier.takes == TEXTS else find_images

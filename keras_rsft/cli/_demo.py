@@ -12,7 +12,7 @@ from typing import Any
 
 import keras_rsft as rsft
 from keras_rsft.config import PolicyConfig, TrainConfig
-from keras_rsft.finetuning import train_head
+from keras_rsft.training._head import train_head
 
 NOISE = "symmetric:0.3"
 

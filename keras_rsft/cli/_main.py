@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_rsft import __version__
+from keras_rsft._runtime import DEFAULT_PATIENCE, Terminated, termination_raises
 from keras_rsft.cli import _commands as commands
 from keras_rsft.cli._options import (
     CommandParser,
@@ -28,7 +29,6 @@ from keras_rsft.cli._options import (
     split_at,
     typed,
 )
-from keras_rsft.cluster import DEFAULT_PATIENCE
 from keras_rsft.config import (
     METHOD_NAMES,
     RANGE_NAMES,
@@ -49,7 +49,6 @@ from keras_rsft.errors import (
     WeightsUnavailable,
     WorkerLost,
 )
-from keras_rsft.interruption import Terminated, termination_raises
 
 USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"

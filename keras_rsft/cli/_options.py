@@ -43,7 +43,7 @@ from keras_rsft.config import (
 from keras_rsft.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from keras_rsft.data import SampleData
+    from keras_rsft.data._samples import SampleData
 
 Config = TypeVar("Config")
 DEFAULT_TEXT_COLUMN = "text"
@@ -118,7 +118,7 @@ def kind_of(arguments: argparse.Namespace) -> str:
 def load_data(arguments: argparse.Namespace, noisy_splits: Sequence[str]) -> SampleData:
     """Returns the data, labels made wrong in some splits and then corrected."""
     from keras_rsft import add_label_noise, apply_corrections, load_images, load_texts
-    from keras_rsft.data.corrections import read_corrections
+    from keras_rsft.data._labels import read_corrections
 
     config = config_of(arguments, DataConfig)
     for file in config.corrections:

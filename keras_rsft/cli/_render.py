@@ -27,17 +27,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from keras_rsft.config import IMAGES, TrainConfig
-from keras_rsft.report.summary import Summary
-from keras_rsft.report.summary import Table as Summarised
-from keras_rsft.result_words import about, share_text
+from keras_rsft.report._summary import Summary, about, share_text
+from keras_rsft.report._summary import Table as Summarised
 
 if TYPE_CHECKING:
     from keras_rsft.cli._demo import DemoResult
-    from keras_rsft.data import SampleData
-    from keras_rsft.export.from_run import Export
-    from keras_rsft.export.verification import AccuracyCheck, Verification
-    from keras_rsft.finetuning import SplitFeatures
-    from keras_rsft.finetuning.pilot import Pilot
+    from keras_rsft.data._samples import SampleData
+    from keras_rsft.export._export_run import Export
+    from keras_rsft.export._verify import AccuracyCheck, Verification
+    from keras_rsft.training._features import SplitFeatures
+    from keras_rsft.training._pilot import Pilot
 
 _SHOWN_CLASSES = 5
 

@@ -15,10 +15,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from keras_rsft.comparing import compare
+from keras_rsft._stats import paired_interval
+from keras_rsft.comparison._compare import compare
 from keras_rsft.config import TrainConfig
-from keras_rsft.data import load_images
-from keras_rsft.intervals import paired_interval
+from keras_rsft.data._sources import load_images
 
 METHODS = ("plain", "auto")
 CONDITIONS = (None, "symmetric:0.3")

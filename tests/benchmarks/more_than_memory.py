@@ -28,8 +28,8 @@ import numpy as np
 import psutil
 
 import keras_rsft as rsft
-from keras_rsft.features import batches
-from keras_rsft.finetuning.head_training import head_probabilities
+from keras_rsft.features import _batches as batches
+from keras_rsft.training._head import head_probabilities
 
 CLASSES = 100
 BATCH = 128

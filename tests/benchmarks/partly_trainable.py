@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 import keras_rsft as rsft
-from keras_rsft.backbones.trainable_part import TrainablePart, trainable_part
-from keras_rsft.data.decode import without_autotuning
-from keras_rsft.features import FrozenBase
-from keras_rsft.features.batches import ImageBatches
-from keras_rsft.finetuning.unfreezing import FrozenFront
+from keras_rsft.backbones._blocks import TrainablePart, trainable_part
+from keras_rsft.data._images import without_autotuning
+from keras_rsft.features._batches import ImageBatches
+from keras_rsft.features._extract import FrozenBase
+from keras_rsft.training._unfreeze import FrozenFront
 
 CLASSES = 10
 

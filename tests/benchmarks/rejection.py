@@ -24,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_rsft._stats import paired_right_interval
 from keras_rsft.cli._render import Output
-from keras_rsft.comparing import Comparison, compare
+from keras_rsft.comparison._compare import Comparison, compare
 from keras_rsft.config import AUTO, CLEAN_SUBSET, TrainConfig
-from keras_rsft.data import ImageData, load_images
-from keras_rsft.intervals import paired_right_interval
-from keras_rsft.report.summary import comparison_summary
+from keras_rsft.data._samples import ImageData
+from keras_rsft.data._sources import load_images
+from keras_rsft.report._summary import comparison_summary
 
 BACKBONE = "efficientnet_lite0"
 BASELINES = ("gce", "co-teaching", "early-stopping", "cleanlab")

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from made_run import made_run
 from playwright.sync_api import Browser, sync_playwright
 
-from keras_rsft.report import write_report
-from keras_rsft.report.run_record import read_run
-from keras_rsft.report.server import ReviewServer
+from keras_rsft.report._page import write_report
+from keras_rsft.report._record import read_run
+from keras_rsft.report._server import ReviewServer
 
 CLASSES = tuple(f"class {number:03}" for number in range(100))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

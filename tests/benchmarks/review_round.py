@@ -4,7 +4,7 @@ The digits of scikit-learn at 96 px, a frozen EfficientNet-Lite0, wrong labels p
 the training split. After a first run with `auto`, somebody who makes no mistake looks
 at the most suspicious training labels; then both `auto` and plain fine-tuning train on
 the corrected labels. Prints test accuracies (mean and half of the 95 % interval over
-seeds), how many labels are still wrong, and how many of them the examination expects.
+seeds), how many labels are still wrong, and how many of them the label_quality expects.
 
     python tests/benchmarks/review_round.py --noise symmetric:0.3 --seeds 5
 """
@@ -16,12 +16,13 @@ import dataclasses
 
 import numpy as np
 
+from keras_rsft._stats import mean_interval, paired_interval
 from keras_rsft.config import PolicyConfig, TrainConfig
-from keras_rsft.data import add_label_noise, load_images
-from keras_rsft.features import FeatureSet
-from keras_rsft.finetuning import SplitFeatures, train_head
-from keras_rsft.finetuning.features import open_features
-from keras_rsft.intervals import mean_interval, paired_interval
+from keras_rsft.data._labels import add_label_noise
+from keras_rsft.data._sources import load_images
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.training._features import SplitFeatures, open_features
+from keras_rsft.training._head import train_head
 
 REVIEWED = (0, 50, 100, 200, 400)
 POLICIES = ("auto", "accept-all")

@@ -211,7 +211,7 @@ def computed_images(base, split) -> float:
     """Returns images a second through the base, from memory, without the first call."""
     import tensorflow as tf
 
-    from keras_rsft.features import FrozenBase
+    from keras_rsft.features._extract import FrozenBase
 
     forward = FrozenBase(base).forward
     batch = tf.stack([image for _, image in split.images(224).take(32)])
@@ -224,7 +224,7 @@ def computed_images(base, split) -> float:
 
 def disk_rates(folder: Path, pieces: int = 16) -> tuple[float, float]:
     """Returns bytes a second written, and put together with checksums, both synced."""
-    from keras_rsft.features.shares import append_file
+    from keras_rsft.features._shares import append_file
 
     content = os.urandom(2**24)
     started = time.perf_counter()

@@ -28,7 +28,7 @@ TIMED_TRIALS, TIMED_BATCHES = 2, 5
 ONE_PASS = """
 import sys, time
 import keras_rsft as rsft
-from keras_rsft.features.extraction import choose_precision
+from keras_rsft.features._extract import choose_precision
 data = rsft.load_images(sys.argv[1])
 base = rsft.load_backbone("resnet50", weights="none", precision=choose_precision())
 started = time.perf_counter()

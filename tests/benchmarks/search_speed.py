@@ -25,9 +25,9 @@ import numpy as np
 import tensorflow as tf
 
 import keras_rsft as rsft
-from keras_rsft.finetuning import SplitFeatures
-from keras_rsft.searching import BatchedHeads, stack_trials
-from keras_rsft.searching.space import settings_of_values
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.tuning._batched import BatchedHeads
+from keras_rsft.tuning._space import settings_of_values, stack_trials
 
 CLASSES, COMPARED_EPOCHS = 10, 5
 
@@ -170,7 +170,7 @@ def _fit_alone(features, settings):
 
 
 def _forget_programs() -> None:
-    from keras_rsft.searching import batched_heads
+    from keras_rsft.tuning import _batched as batched_heads
 
     for name in ("run_block", "score_block"):
         program = getattr(batched_heads, name)

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_rsft as rsft
-from keras_rsft.data import decode_image
+from keras_rsft.data._images import decode_image
 
 CLASSES = 10
 

@@ -20,8 +20,8 @@ from cleanlab.rank import get_label_quality_scores
 from sklearn.metrics import roc_auc_score
 
 import keras_rsft as rsft
-from keras_rsft.comparing.methods import out_of_fold_probabilities
-from keras_rsft.finetuning import extract_all
+from keras_rsft.comparison._methods import out_of_fold_probabilities
+from keras_rsft.training._features import extract_all
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         )
         features = extract_all(base, data, cache_dir=arguments.cache_dir)
         train = features.train
-        found = rsft.examine_labels(train, data.num_classes)
+        found = rsft.audit_labels(train, data.num_classes)
         with tempfile.TemporaryDirectory() as folder:
             plain = out_of_fold_probabilities(features, settings, folder=Path(folder))
         wrong = train.labels != train.clean_labels

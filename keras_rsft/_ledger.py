@@ -1,0 +1,391 @@
+"""What happened to each training sample: losses, accepted, rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_rsft.errors import InvalidArgument
+
+COLUMNS = (
+    "id",
+    "given_label",
+    "clean_label",
+    "predicted_label",
+    "predicted_probability",
+    "loss_mean",
+    "loss_last",
+    "loss_trend",
+    "seen",
+    "accepted",
+    "rejected",
+    "suspicion",
+)
+HISTOGRAM_COLUMNS = ("epoch", "threshold", "low", "high", "accepted", "rejected")
+# Ten bins a decade: clean and noisy labels stand apart by their loss's logarithm.
+# What lies outside is counted in the first and the last bin.
+HISTOGRAM_EDGES = np.geomspace(1e-3, 1e2, 51)
+_NOT_SEEN = -1.0
+_COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "_loss_last")
+
+
+class Ledger:
+    """The record of `n` training samples, 36 bytes each beside ids and labels.
+
+    Args:
+        ids: String array `(n,)`.
+        labels: Integer array `(n,)`, the given labels.
+        clean_labels: Integer array `(n,)`, the right labels, or None.
+
+    Attributes:
+        seen: int32 array `(n,)`, how often the sample was judged.
+        accepted: int32 array `(n,)`, how often it was accepted.
+        predicted: int32 array `(n,)`, predicted labels; -1 where not known.
+        predicted_probability: Float32 array `(n,)`; NaN where not known.
+
+    Raises:
+        InvalidArgument: If the arrays differ in length.
+    """
+
+    def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
+        self.ids, self.labels = np.asarray(ids), np.asarray(labels, np.int32)
+        self.clean_labels = None
+        if clean_labels is not None:
+            self.clean_labels = np.asarray(clean_labels, np.int32)
+        count = len(self.ids)
+        clean_count = count if clean_labels is None else len(clean_labels)
+        if {len(self.labels), clean_count} != {count}:
+            raise InvalidArgument(
+                "`ids`, `labels` and `clean_labels` must be equally long. Received: "
+                f"{count}, {len(self.labels)} and {clean_count}."
+            )
+        self.seen = np.zeros(count, np.int32)
+        self.accepted = np.zeros(count, np.int32)
+        self.predicted = np.full(count, -1, np.int32)
+        self.predicted_probability = np.full(count, np.nan, np.float32)
+        self._loss_sum = np.zeros(count, np.float32)
+        self._finite = np.zeros(count, np.int32)
+        self._loss_first = np.full(count, np.nan, np.float32)
+        self._loss_last = np.full(count, np.nan, np.float32)
+        self._suspicion: np.ndarray | None = None
+        self._reviewed = np.zeros(count, bool)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def rejected(self) -> np.ndarray:
+        """int32 array `(n,)`, how often the sample was rejected."""
+        return self.seen - self.accepted
+
+    @property
+    def loss_mean(self) -> np.ndarray:
+        """Float32 array `(n,)`, mean of the finite losses; NaN if there is none."""
+        counts = np.where(self._finite, self._finite, np.nan)
+        return self._loss_sum / counts.astype(np.float32)
+
+    @property
+    def loss_last(self) -> np.ndarray:
+        """Float32 array `(n,)`, the last loss, NaN or infinite as it came."""
+        return self._loss_last
+
+    @property
+    def loss_trend(self) -> np.ndarray:
+        """Float32 array `(n,)`: last loss less first loss; falling is negative."""
+        return self._loss_last - self._loss_first
+
+    @property
+    def suspicion(self) -> np.ndarray:
+        """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label.
+
+        One minus the probability of the given label, where probabilities were
+        noted; else the rank of the mean loss among the samples seen. 0 for those that
+        were never seen, and for a label that was reviewed.
+        """
+        suspicion = self._suspicion
+        if suspicion is None:
+            unseen = self.seen == 0
+            losses = np.nan_to_num(self.loss_mean, nan=np.inf)
+            losses = np.where(unseen, -np.inf, losses)
+            order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
+            ranks = np.maximum(order - unseen.sum(), 0)
+            suspicion = (ranks / max(ranks.max(initial=0), 1)).astype(np.float32)
+        return np.where(self._reviewed, np.float32(0), suspicion)
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """Returns copies of all that `note_epoch` adds up, by name."""
+        return {name: getattr(self, name).copy() for name in _COUNTS}
+
+    def note_epoch(self, losses: np.ndarray, accepted: np.ndarray) -> None:
+        """Adds one epoch.
+
+        Args:
+            losses: Float array `(n,)`.
+            accepted: Float array `(n,)`: 1 accepted, 0 rejected, negative not seen.
+        """
+        seen = accepted >= 0
+        finite = seen & np.isfinite(losses)
+        first = seen & (self.seen == 0)
+        self._loss_first[first] = losses[first]
+        self._loss_last[seen] = losses[seen]
+        self._loss_sum[finite] += losses[finite]
+        self._finite[finite] += 1
+        self.seen[seen] += 1
+        self.accepted[seen] += accepted[seen] > 0
+
+    def note_probabilities(self, probabilities: np.ndarray) -> None:
+        """Notes predictions, out-of-sample ones where they can be had.
+
+        Args:
+            probabilities: Float array `(n, classes)` in [0, 1].
+        """
+        rows = np.arange(len(self))
+        self.predicted = probabilities.argmax(axis=1).astype(np.int32)
+        self.predicted_probability = probabilities.max(axis=1).astype(np.float32)
+        given = probabilities[rows, self.labels]
+        self._suspicion = (1.0 - given).astype(np.float32)
+
+    def note_reviewed(self, reviewed: np.ndarray) -> None:
+        """Notes whose label a person has found or made right: not to be asked again.
+
+        Args:
+            reviewed: Boolean array `(n,)`.
+        """
+        self._reviewed |= reviewed
+
+    def rows(self, class_names: tuple[str, ...]) -> Iterator[list[Any]]:
+        """Yields one row a sample, in the order of `COLUMNS`; unknown is empty.
+
+        Args:
+            class_names: Names of the classes.
+        """
+        named = [*class_names, ""]  # -1, not known, is the empty name.
+        clean = self.clean_labels
+        clean = np.full(len(self), -1) if clean is None else clean
+        labels = zip(self.labels, clean, self.predicted, strict=True)
+        numbers = [getattr(self, name) for name in COLUMNS[4:]]
+        rows = zip(self.ids, labels, zip(*numbers, strict=True), strict=True)
+        for sample_id, three, values in rows:
+            names = (named[label] for label in three)
+            yield [str(sample_id), *names, *map(_written, values)]
+
+
+def datalab_inputs(
+    features: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns what cleanlab's Datalab takes, without importing it.
+
+    ```python
+    lab = Datalab({"label": inputs["labels"]}, label_name="label")
+    lab.find_issues(features=inputs["features"], pred_probs=inputs["pred_probs"])
+    ```
+
+    Args:
+        features: Shape `(n, dim)`.
+        labels: Shape `(n,)`, the given labels.
+        probabilities: Shape `(n, classes)`, out-of-sample, such as
+            `LabelQuality.out_of_sample`.
+
+    Returns:
+        `features` float32, `labels` int64 and `pred_probs` float64, each row of the
+        last adding up to 1.
+
+    Raises:
+        InvalidArgument: If the arrays differ in length.
+    """
+    if not len(features) == len(labels) == len(probabilities):
+        raise InvalidArgument(
+            "`features`, `labels` and `probabilities` must be equally long. Received: "
+            f"{len(features)}, {len(labels)} and {len(probabilities)}."
+        )
+    probabilities = np.asarray(probabilities, np.float64)
+    return {
+        "features": np.asarray(features, np.float32),
+        "labels": np.asarray(labels, np.int64),
+        "pred_probs": probabilities / probabilities.sum(axis=1, keepdims=True),
+    }
+
+
+class RejectionLedger(keras.callbacks.Callback):
+    """Keeps a `Ledger` of an `RSFTModel` while it is fitted.
+
+    Works with any data set that says which samples a batch holds: it yields
+    `(x, y, sample_weight or None, sample_index)`. Where the right labels are known,
+    each epoch's logs get `rejection_precision` (share of the rejected samples whose
+    label is wrong) and `rejection_recall` (share of the wrong labels rejected), 0 where
+    there is nothing to divide by.
+
+    Of a policy at level `"element"` it keeps samples all the same: the mean of the
+    finite losses of a sample's elements, and as accepted those of whose elements at
+    least half were.
+
+    Args:
+        ids: String array `(n,)`, named by the sample indices.
+        labels: Integer array `(n,)`, the given labels.
+        clean_labels: Integer array `(n,)`, the right labels, or None.
+
+    Attributes:
+        ledger: The `Ledger`.
+        acceptance_by_class: A float32 array `(classes,)` an epoch: accepted share of
+            the samples seen of each class, NaN where none was seen.
+        last_epoch: Of the last epoch two float arrays `(n,)`: the losses, and what
+            became of the samples: 1 accepted, 0 rejected, negative not seen. None
+            before the first.
+        loss_histograms: A `LossHistogram` an epoch.
+
+    Raises:
+        InvalidArgument: If the arrays differ in length.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import keras_rsft as rsft
+        >>> model = rsft.RSFTModel(rsft.build_head(2, 2), rsft.KeepFraction(0.5))
+        >>> model.compile("sgd", "sparse_categorical_crossentropy")
+        >>> x, y = np.eye(2, dtype="float32"), np.array([0, 1], "int32")
+        >>> sample_index = np.arange(2, dtype="int32")
+        >>> data = tf.data.Dataset.from_tensors((x, y, None, sample_index))
+        >>> ledger = rsft.RejectionLedger(np.array(["a", "b"]), y)
+        >>> history = model.fit(data, epochs=3, callbacks=[ledger], verbose=0)
+        >>> int(ledger.ledger.seen.sum()), int(ledger.ledger.rejected.sum())
+        (6, 3)
+    """
+
+    def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
+        super().__init__()
+        self.ledger = Ledger(ids, labels, clean_labels)
+        self.acceptance_by_class: list[np.ndarray] = []
+        self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
+        self.loss_histograms: list[LossHistogram] = []
+        self._epoch = keras.Variable(
+            keras.initializers.Constant(_NOT_SEEN),
+            shape=(len(self.ledger), 2),
+            dtype="float32",
+            trainable=False,
+            name="rejection_ledger",
+        )
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns copies of what the epochs so far have left, by name."""
+        histograms = self.loss_histograms
+        # None, which no array of numbers can hold, is written as NaN.
+        thresholds = [one.threshold for one in histograms]
+        state = self.ledger.counts() | {
+            "acceptance_by_class": np.array(self.acceptance_by_class, np.float32),
+            "thresholds": np.array(thresholds, np.float64),
+            "accepted_losses": np.array([one.accepted for one in histograms]),
+            "rejected_losses": np.array([one.rejected for one in histograms]),
+        }
+        if self.last_epoch is not None:
+            state["last_epoch"] = np.stack(self.last_epoch)
+        return state
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Goes on from what `state` gave at the end of an epoch.
+
+        Args:
+            state: Arrays by name, of a ledger of the same samples.
+        """
+        for name in _COUNTS:
+            setattr(self.ledger, name, state[name].copy())
+        self.acceptance_by_class = list(state["acceptance_by_class"])
+        if "last_epoch" in state:
+            self.last_epoch = tuple(state["last_epoch"])
+        self.loss_histograms = [
+            LossHistogram(None if np.isnan(threshold) else float(threshold), *counts)
+            for threshold, *counts in zip(
+                state["thresholds"],
+                state["accepted_losses"],
+                state["rejected_losses"],
+                strict=True,
+            )
+        ]
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        model.record_with(_Recorder(self._epoch))
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        losses, accepted = self._epoch.numpy().T.copy()
+        self._epoch.assign(ops.full(self._epoch.shape, _NOT_SEEN))
+        self.ledger.note_epoch(losses, accepted)
+        self.last_epoch = (losses, accepted)
+        threshold = self.model.policy.threshold_in_use()
+        self.loss_histograms.append(loss_histogram(losses, accepted, threshold))
+        if self.model.policy.needs_ledger:
+            self.model.policy.note_losses(self.ledger.loss_mean)
+        seen = accepted >= 0
+        labels = self.ledger.labels
+        with np.errstate(invalid="ignore"):
+            share = np.bincount(labels, accepted > 0) / np.bincount(labels, seen)
+        self.acceptance_by_class.append(share.astype(np.float32))
+        if logs is not None and self.ledger.clean_labels is not None:
+            logs |= rejection_quality(
+                (accepted == 0)[seen], (labels != self.ledger.clean_labels)[seen]
+            )
+
+
+class _Recorder:
+    """Writes what became of the samples of a batch into the rows of a variable."""
+
+    def __init__(self, epoch: keras.Variable):
+        self.variables = [epoch]
+
+    def __call__(self, sample_index: Any, losses: Any, accept_mask: Any) -> None:
+        rows = ops.stack([losses, ops.cast(accept_mask, "float32")], 1)
+        (epoch,) = self.variables
+        if keras.backend.backend() != "tensorflow":
+            updated = ops.scatter_update(epoch.value, sample_index[:, None], rows)
+            epoch.assign(updated)
+            return
+        import tensorflow as tf  # `assign` would copy all of it in every step.
+
+        epoch.value.scatter_update(tf.IndexedSlices(rows, sample_index))
+
+
+def rejection_quality(rejected: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """Returns precision and recall of rejection, 0 where nothing is to divide by."""
+    hits = float(np.count_nonzero(rejected & wrong))
+    counts = {"precision": rejected.sum(), "recall": wrong.sum()}
+    return {
+        f"rejection_{name}": hits / float(count) if count else 0.0
+        for name, count in counts.items()
+    }
+
+
+class LossHistogram(NamedTuple):
+    """The live threshold and int64 `(50,)` counts in the bins of one epoch's losses."""
+
+    threshold: float | None
+    accepted: np.ndarray
+    rejected: np.ndarray
+
+    def rows(self, epoch: int) -> Iterator[list[Any]]:
+        """Yields a row for each bin that is not empty, as in `HISTOGRAM_COLUMNS`."""
+        shown = "" if self.threshold is None else f"{self.threshold:.6g}"
+        for index in np.flatnonzero(self.accepted + self.rejected):
+            low, high = (f"{edge:.6g}" for edge in HISTOGRAM_EDGES[index : index + 2])
+            counts = (int(self.accepted[index]), int(self.rejected[index]))
+            yield [epoch, shown, low, high, *counts]
+
+
+def loss_histogram(
+    losses: np.ndarray, accepted: np.ndarray, threshold: float | None = None
+) -> LossHistogram:
+    """Counts the finite losses of an epoch, as `Ledger.note_epoch` takes it."""
+    clipped = np.clip(losses, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    finite = np.isfinite(losses)
+    counts = (
+        np.histogram(clipped[finite & chosen], HISTOGRAM_EDGES)[0]
+        for chosen in (accepted > 0, accepted == 0)
+    )
+    return LossHistogram(threshold, *counts)
+
+
+def _written(number: Any) -> str:
+    if isinstance(number, np.integer):
+        return str(number)
+    return "" if np.isnan(number) else f"{number:.6g}"

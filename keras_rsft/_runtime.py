@@ -1,0 +1,300 @@
+"""The process: its place in a cluster, Keras's backend, and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from keras_rsft.config import STRATEGY_NAMES, require_known
+from keras_rsft.errors import InvalidArgument
+
+# Cluster ------------------------------------------------------------------------------
+
+CLUSTER_VARIABLE = "TF_CONFIG"
+# Seconds without progress after which a worker is given up.
+DEFAULT_PATIENCE = 600.0
+_TASK_TYPES = ("chief", "worker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Several processes that do one thing together, and which of them this one is.
+
+    Attributes:
+        workers: `host:port` of each, in an order that all of them share. Who only
+            computes features makes no connection, and needs no address.
+        index: The place of this process among them, from 0.
+
+    Raises:
+        InvalidArgument: If there is no such worker.
+    """
+
+    workers: tuple[str, ...] = ("",)
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises InvalidArgument if there is no such worker."""
+        if not 0 <= self.index < len(self.workers):
+            raise InvalidArgument(
+                f"The index of a worker must be in [0, {len(self.workers)}), as there "
+                f"are {len(self.workers)} of them. Received: {self.index}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other worker."""
+        return len(self) == 1
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the worker that does what only one of them may do."""
+        return self.index == 0
+
+    def named(self, index: int) -> str:
+        """Returns how a worker is called in messages, with its address if it has one.
+
+        Args:
+            index: In [0, number of workers).
+        """
+        address = self.workers[index]
+        return f"worker {index} ({address})" if address else f"worker {index}"
+
+
+def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
+    """Returns the cluster that `TF_CONFIG` describes; without it, one of one worker.
+
+    A `chief` counts as the first worker, as TensorFlow has it.
+
+    Args:
+        environment: Variables by name. Default: the process's.
+
+    Raises:
+        InvalidArgument: If it is not as TensorFlow wants it, or has tasks of another
+            type than these two.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> rsft.cluster_of({}).workers
+        ('',)
+        >>> cluster = {"worker": ["host-a:2222", "host-b:2222"]}
+        >>> task = {"type": "worker", "index": 1}
+        >>> text = json.dumps({"cluster": cluster, "task": task})
+        >>> rsft.cluster_of({"TF_CONFIG": text}).index
+        1
+    """
+    text = environment.get(CLUSTER_VARIABLE, "").strip()
+    if not text:
+        return Cluster()
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise _invalid(f"it is no JSON: {error}", text) from error
+    addresses = _addresses(config, text)
+    chiefs, workers = (addresses.get(name, []) for name in _TASK_TYPES)
+    if not chiefs + workers:
+        return Cluster()
+    kind, index = _task(config, addresses, text)
+    if kind == "worker":
+        index += len(chiefs)
+    return Cluster((*chiefs, *workers), index)
+
+
+def check_strategy(name: str, environment: Mapping[str, str] = os.environ) -> Cluster:
+    """Returns the processes that train together: this one alone but for `multiworker`.
+
+    Raises InvalidArgument if the name is unknown, or `TF_CONFIG` is missing or wrong.
+    """
+    require_known("strategy", name, STRATEGY_NAMES)
+    if name != "multiworker":
+        return Cluster()
+    if not environment.get(CLUSTER_VARIABLE, "").strip():
+        raise InvalidArgument(
+            f"The strategy multiworker needs the variable {CLUSTER_VARIABLE}, which "
+            "names all workers and says which one this is. Received: none."
+        )
+    return cluster_of(environment)
+
+
+def _addresses(config: Any, text: str) -> dict[str, list[str]]:
+    """Returns the addresses of each type of task."""
+    cluster = config.get("cluster", {}) if isinstance(config, dict) else None
+    if not isinstance(cluster, dict):
+        raise _invalid('"cluster" must be an object of lists of addresses', text)
+    for name, addresses in cluster.items():
+        if name not in _TASK_TYPES:
+            raise _invalid(
+                f'"cluster" has tasks of type {name!r}, and only "worker" and "chief" '
+                "are used here, as there are no parameter servers",
+                text,
+            )
+        is_list = isinstance(addresses, list) and addresses
+        if not is_list or not all(isinstance(one, str) and one for one in addresses):
+            raise _invalid(f'"cluster"."{name}" must be a list of "host:port"', text)
+    if len(cluster.get("chief", [])) > 1:
+        raise _invalid("there may be one chief", text)
+    every = [address for addresses in cluster.values() for address in addresses]
+    if len(set(every)) < len(every):
+        raise _invalid("two tasks have the same address", text)
+    return cluster
+
+
+def _task(
+    config: dict[str, Any], addresses: dict[str, list[str]], text: str
+) -> tuple[str, int]:
+    """Returns type and index of this process."""
+    task = config.get("task")
+    if not isinstance(task, dict) or "type" not in task or "index" not in task:
+        raise _invalid('"task" must have "type" and "index"', text)
+    kind, index = task["type"], task["index"]
+    if isinstance(index, str) and index.isascii() and index.isdigit():
+        index = int(index)  # As shell scripts often have it.
+    if kind not in addresses:
+        raise _invalid(f'"task"."type" is {kind!r}, which "cluster" has not', text)
+    count = len(addresses[kind])
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        raise _invalid(
+            f'"task"."index" must be in [0, {count}), as there are {count} of type '
+            f"{kind!r}; it is {index!r}",
+            text,
+        )
+    return kind, index
+
+
+def _invalid(reason: str, text: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{CLUSTER_VARIABLE} cannot be used: {reason}. Expected, for example, "
+        '{"cluster": {"worker": ["host-a:2222", "host-b:2222"]}, "task": {"type": '
+        f'"worker", "index": 0}}}}. Received: {text}'
+    )
+
+
+# Keras Tuner's own variables of a search by several processes.
+TUNER_ID = "KERASTUNER_TUNER_ID"
+ORACLE_HOST = "KERASTUNER_ORACLE_IP"
+ORACLE_PORT = "KERASTUNER_ORACLE_PORT"
+# Tells a worker which process started it, and that it must not outlive it.
+PARENT = "KERAS_RSFT_PARENT"
+DEFAULT_TIMEOUT = 600.0
+
+
+def part_in_search(given: Mapping[str, str] = os.environ) -> str:
+    """Returns `"alone"`, `"chief"` or `"worker"`, as Keras Tuner's variables say."""
+    if ORACLE_HOST not in given and ORACLE_PORT not in given:
+        return "alone"
+    names = (ORACLE_HOST, ORACLE_PORT, TUNER_ID)
+    if missing := [name for name in names if not given.get(name)]:
+        raise InvalidArgument(
+            f"A search by chief and workers needs {', '.join(names)}, and the "
+            f"environment does not set {' and '.join(missing)}. Set all or none."
+        )
+    port = given[ORACLE_PORT]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise InvalidArgument(
+            f"{ORACLE_PORT} must be a port, from 1 to 65535. Received: {port!r}."
+        )
+    return "chief" if "chief" in given[TUNER_ID] else "worker"
+
+
+# Keras's backend ----------------------------------------------------------------------
+
+
+def require_tensorflow_backend(what: str, *, instead: str = "") -> None:
+    """Refuses what works under Keras's TensorFlow backend alone.
+
+    Args:
+        what: What was asked for, to begin a sentence with.
+        instead: A sentence that says what else can be done, or nothing.
+
+    Raises:
+        InvalidArgument: If Keras runs on another backend.
+    """
+    import keras
+
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        hint = instead or "Set KERAS_BACKEND=tensorflow before Keras is imported."
+        raise InvalidArgument(
+            f"{what} needs Keras's TensorFlow backend. Received: {backend}. {hint}"
+        )
+
+
+# Signals ------------------------------------------------------------------------------
+
+SECONDS_UNTIL_AGAIN = 0.05
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); raised where Ctrl-C would be."""
+
+
+@contextlib.contextmanager
+def termination_raises() -> Iterator[None]:
+    """Turns SIGTERM into `Terminated` while the context is open.
+
+    Python drops an exception that is raised in the callback of a weak reference or of
+    the garbage collector, Ctrl-C's too: what it reports as dropped is sent again, a
+    moment later. So is a signal that comes in a finaliser, which may catch everything
+    without a word, as TensorFlow's do. Only the main thread may do so; in another one
+    nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    hook = sys.unraisablehook
+
+    def report(dropped: Any) -> None:
+        number = _signal_of(dropped.exc_type)
+        if number is None:
+            hook(dropped)
+        else:
+            _send_again(number)
+
+    sys.unraisablehook = report
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _in_finaliser(frame):
+        _send_again(number)
+        return
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _in_finaliser(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _signal_of(exception: type[BaseException]) -> int | None:
+    """Returns the signal that is answered with such an exception, None if none is."""
+    if issubclass(exception, Terminated):
+        return signal.SIGTERM
+    return signal.SIGINT if issubclass(exception, KeyboardInterrupt) else None
+
+
+def _send_again(number: int) -> None:
+    threading.Timer(SECONDS_UNTIL_AGAIN, os.kill, (os.getpid(), number)).start()

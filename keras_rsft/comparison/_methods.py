@@ -1,0 +1,571 @@
+"""What each method of a comparison does, and the verdict on their outcomes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._stats import (
+    Interval,
+    mean_interval,
+    paired_interval,
+    paired_right_interval,
+)
+from keras_rsft.backbones._build import build_head
+from keras_rsft.config import (
+    AUTO,
+    AUTO_WEIGHT_DECAY,
+    CLEAN_SUBSET,
+    CLEANLAB,
+    EARLY_STOPPING,
+    PLAIN,
+    WEIGHT_DECAY,
+    TrainConfig,
+    require_cleanlab,
+)
+from keras_rsft.errors import TrainingStalled
+from keras_rsft.features._batches import TrainingBatches
+from keras_rsft.policies._rules import keep_smallest, ramped_keep_fraction
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._head import (
+    best_of_all_epochs,
+    choose_steps_per_execution,
+    head_probabilities,
+    train_head,
+)
+from keras_rsft.training._optimizer import make_optimizer
+
+# Verdict ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one method did with one seed. Shares are in [0, 1].
+
+    Attributes:
+        method: Name of the method.
+        seed: Its seed.
+        seconds: Time for everything that the method needs, features excepted.
+        test_right: Which test samples it gets right, booleans of shape `(n,)`; None
+            if the training stalled.
+        acceptance_rate: Share of the training samples that was learned from in
+            the end; None for a method that has no such share.
+        wrong_labels_rejected: Share of the wrong training labels that the method
+            rejects in the end; None where it cannot be known.
+        right_labels_rejected: The same of the right training labels.
+        stalled: Why the training stalled, or None.
+    """
+
+    method: str
+    seed: int
+    seconds: float
+    test_right: np.ndarray | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+    acceptance_rate: float | None = None
+    wrong_labels_rejected: float | None = None
+    right_labels_rejected: float | None = None
+    stalled: str | None = None
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Accuracy on the test split; None if the training stalled."""
+        return None if self.test_right is None else float(np.mean(self.test_right))
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSummary:
+    """One method over all seeds.
+
+    Attributes:
+        test_accuracy: Mean and interval over the seeds that did not stall; None
+            if all of them stalled.
+        difference_to_plain: Paired by seed, its interval over seeds too; None for
+            `plain`, and where a seed of either stalled.
+        recovered: See `recovered_share`; None where the right labels are not
+            known, and where a seed stalled.
+        acceptance_rate: Mean, or None.
+        wrong_labels_rejected: Mean, or None.
+        right_labels_rejected: Mean, or None.
+        seconds: Mean.
+        stalled: Number of seeds whose training stalled.
+    """
+
+    test_accuracy: Interval | None
+    difference_to_plain: Interval | None
+    recovered: float | None
+    acceptance_rate: float | None
+    wrong_labels_rejected: float | None
+    right_labels_rejected: float | None
+    seconds: float
+    stalled: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Which method is ahead.
+
+    Attributes:
+        winner: The method that is ahead of every other by more than chance, or
+            None.
+        tied: The methods that may be the best, best mean first; one if there is
+            a winner, none if nothing can be ranked.
+        sentence: The same in words.
+    """
+
+    winner: str | None
+    tied: tuple[str, ...]
+    sentence: str
+
+
+def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
+    """Returns the summary of each method, in the order of the outcomes."""
+    complete = {
+        name: right.mean(axis=1).tolist()
+        for name, right in _complete_right(outcomes).items()
+    }
+    means = {name: mean_interval(values).mean for name, values in complete.items()}
+    summaries = {}
+    for name in _names(outcomes):
+        mine = [outcome for outcome in outcomes if outcome.method == name]
+        accuracies = _known(mine, "test_accuracy")
+        difference = recovered = None
+        if name in complete and PLAIN in complete and name != PLAIN:
+            difference = paired_interval(complete[name], complete[PLAIN])
+        if {name, PLAIN, CLEAN_SUBSET} <= complete.keys():
+            recovered = recovered_share(means[name], means[PLAIN], means[CLEAN_SUBSET])
+        summaries[name] = MethodSummary(
+            test_accuracy=mean_interval(accuracies) if accuracies else None,
+            difference_to_plain=difference,
+            recovered=recovered,
+            acceptance_rate=_mean(mine, "acceptance_rate"),
+            wrong_labels_rejected=_mean(mine, "wrong_labels_rejected"),
+            right_labels_rejected=_mean(mine, "right_labels_rejected"),
+            seconds=sum(outcome.seconds for outcome in mine) / len(mine),
+            stalled=sum(outcome.stalled is not None for outcome in mine),
+        )
+    return summaries
+
+
+def judge(outcomes: Sequence[Outcome]) -> Verdict:
+    """Says which method is ahead by more than chance, if one is.
+
+    The method with the best mean wins only if the paired 95 % interval of its
+    lead, over seeds and test samples, excludes zero, over the runner-up and over every
+    other method. The clean subset does not compete: it is told which labels are right.
+    Nor does a method that stalled with some seed.
+    """
+    right = _complete_right(outcomes)
+    right.pop(CLEAN_SUBSET, None)
+    ranked = sorted(right, key=lambda name: -right[name].mean())
+    if len(ranked) < 2:
+        return Verdict(None, tuple(ranked), "There are not two methods to compare.")
+    best, others = ranked[0], ranked[1:]
+    leads = {name: paired_right_interval(right[best], right[name]) for name in others}
+    level = [name for name in others if leads[name][0] <= 0]
+    if not level:
+        points = 100 * (right[best].mean() - right[others[0]].mean())
+        low, high = (100 * end for end in leads[others[0]])
+        return Verdict(
+            best,
+            (best,),
+            f"{best} is ahead: {points:.1f} points over the next, {others[0]} "
+            f"(95 % interval over seeds and test samples: {low:+.1f} to {high:+.1f}).",
+        )
+    tied = (best, *level)
+    names = f"{', '.join(tied[:-1])} and {tied[-1]}"
+    if len(right[best]) < 2:
+        sentence = f"One seed cannot tell a lead from chance: {names} are tied."
+    else:
+        sentence = (
+            "No method is ahead by more than what other seeds and test samples may "
+            f"change: {names} are tied."
+        )
+    return Verdict(None, tied, sentence)
+
+
+def recovered_share(method: float, plain: float, clean: float) -> float | None:
+    """Returns the share of what wrong labels cost that a method wins back.
+
+    0 is plain fine-tuning, 1 the clean subset, below 0 harm; None where the wrong
+    labels cost nothing.
+    """
+    return (method - plain) / (clean - plain) if clean > plain else None
+
+
+def _complete_right(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
+    """Returns `(seeds, n)`, in the order of seeds, of each method without a stall."""
+    right = {}
+    for name in _names(outcomes):
+        mine = [outcome for outcome in outcomes if outcome.method == name]
+        mine.sort(key=lambda outcome: outcome.seed)
+        judged = [one.test_right for one in mine if one.test_right is not None]
+        if len(judged) == len(mine):
+            right[name] = np.stack(judged)
+    return right
+
+
+def _names(outcomes: Sequence[Outcome]) -> list[str]:
+    return list(dict.fromkeys(outcome.method for outcome in outcomes))
+
+
+def _known(outcomes: Sequence[Outcome], field: str) -> list[float]:
+    values = [getattr(outcome, field) for outcome in outcomes]
+    return [value for value in values if value is not None]
+
+
+def _mean(outcomes: Sequence[Outcome], field: str) -> float | None:
+    values = _known(outcomes, field)
+    return sum(values) / len(values) if values else None
+
+
+# Methods ------------------------------------------------------------------------------
+
+# In multiples of ln(classes).
+ARTICLE_THRESHOLD = 1.5
+# Multiplied by the learning rate: forgets in some 300 steps at the default rate.
+WEIGHT_DECAY_STRENGTH = 3.0
+GCE_Q = 0.7
+CO_TEACHING_RAMP_EPOCHS = 10
+FOLDS = 5
+# A rate estimate above this would leave co-teaching with next to nothing.
+MAX_NOISE_RATE = 0.9
+# Apart from the first head's seed, and from the neighbouring seeds of a comparison.
+_SECOND_HEAD = 1_000_003
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One seed of a comparison: features with its labels, and how to train.
+
+    The test labels are the right ones, where those are known.
+    """
+
+    features: SplitFeatures
+    settings: TrainConfig
+
+    @functools.cached_property
+    def out_of_fold(self) -> tuple[np.ndarray, float]:
+        """Out-of-fold probabilities of plain heads, and the seconds they took."""
+        started = time.perf_counter()
+        probabilities = out_of_fold_probabilities(self.features, self.settings)
+        return probabilities, time.perf_counter() - started
+
+
+# What a method gives: which test samples it gets right, and which training samples it
+# accepts in the end (None where it has no such notion), with the share accepted.
+Trained = tuple[np.ndarray, np.ndarray | None, float | None]
+
+
+def run_method(name: str, trial: Trial) -> Outcome:
+    """Trains one method with one seed; a training that stalls is an outcome too."""
+    shared = name in (CLEANLAB, "co-teaching")
+    # Computed once for the methods that share it, and counted for each of them.
+    shared_seconds = trial.out_of_fold[1] if shared else 0.0
+    started = time.perf_counter()
+    stalled = None
+    right = accepted = acceptance_rate = None
+    try:
+        with warnings.catch_warnings():
+            # Said by the outcome, once, instead of by a warning in each epoch.
+            warnings.filterwarnings("ignore", message=".*accepted no sample")
+            right, accepted, acceptance_rate = _METHODS[name](trial)
+    except TrainingStalled as error:
+        stalled = str(error)
+        acceptance_rate = 0.0
+    return Outcome(
+        method=name,
+        seed=trial.settings.seed,
+        seconds=shared_seconds + time.perf_counter() - started,
+        test_right=right,
+        acceptance_rate=acceptance_rate,
+        stalled=stalled,
+        **_rejected_shares(trial, accepted),
+    )
+
+
+def _policy(
+    trial: Trial,
+    name: str,
+    *,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    **changes: Any,
+) -> Trained:
+    """Trains with a policy by name, with the numbers of the trial's settings."""
+    choice = dataclasses.replace(trial.settings.policy, name=name, **changes)
+    settings = dataclasses.replace(trial.settings, policy=choice)
+    trained = train_head(trial.features, settings, callbacks=callbacks, progress=False)
+    return (
+        _test_right(trained.model, trial),
+        trained.accepted,
+        trained.results["acceptance_rate"],
+    )
+
+
+def _plain(trial: Trial) -> Trained:
+    return _policy(trial, "accept-all")
+
+
+def _early_stopping(trial: Trial) -> Trained:
+    """Plain, with the weights of the first epoch that is best on validation."""
+    best_epoch = best_of_all_epochs("val_accuracy", "max", epochs=trial.settings.epochs)
+    return _policy(trial, "accept-all", callbacks=[best_epoch])
+
+
+def _weight_decay(trial: Trial, policy: str) -> Trained:
+    """Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019."""
+    settings = dataclasses.replace(trial.settings, weight_decay=WEIGHT_DECAY_STRENGTH)
+    return _policy(dataclasses.replace(trial, settings=settings), policy)
+
+
+def _article(trial: Trial) -> Trained:
+    """The RSFT article's rule: a fixed threshold on the batch's mean loss.
+
+    Without a warm-up, a threshold below the loss of a new head, somewhat above
+    ln(classes), would reject every batch for ever.
+    """
+    above_a_new_head: dict[str, Any] = {}
+    if trial.settings.policy.threshold is None:
+        above_a_new_head["relative_threshold"] = ARTICLE_THRESHOLD
+    return _policy(
+        trial, "loss-threshold", level="batch", warmup_epochs=0.0, **above_a_new_head
+    )
+
+
+def _gce(trial: Trial) -> Trained:
+    head = train_gce(trial.features, trial.settings)
+    return _test_right(head, trial), None, None
+
+
+def _co_teaching(trial: Trial) -> Trained:
+    """Co-teaching, given an estimate of the noise rate, never the true one."""
+    train = trial.features.train
+    rate = estimated_noise_rate(train.labels, trial.out_of_fold[0])
+    head, chosen = train_co_teaching(trial.features, trial.settings, noise_rate=rate)
+    return _test_right(head, trial), chosen, float(chosen.mean())
+
+
+def _cleanlab(trial: Trial) -> Trained:
+    """Filter once, then plain: on what cleanlab does not call a label issue."""
+    train = trial.features.train
+    require_cleanlab()
+    from cleanlab.filter import find_label_issues
+
+    accepted = ~find_label_issues(train.labels, trial.out_of_fold[0], n_jobs=1)
+    return _on_subset(trial, accepted)
+
+
+def _clean_subset(trial: Trial) -> Trained:
+    """Plain on the samples whose label is right: what no method can know."""
+    train = trial.features.train
+    return _on_subset(trial, train.labels == train.clean_labels)
+
+
+def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
+    if not accepted.any():
+        raise TrainingStalled("No sample was left to train on.")
+    part = trial.features.train.take(np.flatnonzero(accepted))
+    features = dataclasses.replace(trial.features, train=part)
+    right, _, _ = _plain(dataclasses.replace(trial, features=features))
+    return right, accepted, float(accepted.mean())
+
+
+_METHODS: dict[str, Callable[[Trial], Trained]] = {
+    PLAIN: _plain,
+    EARLY_STOPPING: _early_stopping,
+    WEIGHT_DECAY: lambda trial: _weight_decay(trial, "accept-all"),
+    "article": _article,
+    "loss-threshold": lambda trial: _policy(trial, "loss-threshold", level="sample"),
+    "keep-fraction": lambda trial: _policy(trial, "keep-fraction"),
+    AUTO: lambda trial: _policy(trial, AUTO),
+    AUTO_WEIGHT_DECAY: lambda trial: _weight_decay(trial, AUTO),
+    "gce": _gce,
+    "co-teaching": _co_teaching,
+    CLEANLAB: _cleanlab,
+    CLEAN_SUBSET: _clean_subset,
+}
+
+
+def _test_right(head: keras.Model, trial: Trial) -> np.ndarray:
+    test = trial.features.test
+    probabilities = head_probabilities(head, test)
+    if not np.isfinite(probabilities).all():
+        raise TrainingStalled("The weights became NaN or infinite.")
+    return probabilities.argmax(axis=-1) == test.labels
+
+
+def _rejected_shares(
+    trial: Trial, accepted: np.ndarray | None
+) -> dict[str, float | None]:
+    train = trial.features.train
+    if accepted is None or train.clean_labels is None:
+        return {}
+    wrong = train.labels != train.clean_labels
+    shares = {"wrong_labels_rejected": wrong, "right_labels_rejected": ~wrong}
+    return {
+        name: float(np.mean(~accepted[part]))
+        for name, part in shares.items()
+        if part.any()
+    }
+
+
+# -- Baselines that no policy expresses -----------------------------------------
+
+
+def train_gce(features: SplitFeatures, settings: TrainConfig) -> keras.Model:
+    """Trains a head with the generalised cross-entropy loss, `(1 - p**0.7) / 0.7`.
+
+    Source: Zhang and Sabuncu, "Generalized cross entropy loss for training deep
+    neural networks with noisy labels", NeurIPS 2018, with their q and without
+    their truncation.
+    """
+    loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
+    return _train_stock(features, settings, loss)
+
+
+def train_co_teaching(
+    features: SplitFeatures, settings: TrainConfig, *, noise_rate: float
+) -> tuple[keras.Model, np.ndarray]:
+    """Trains two heads, each on the samples that have a small loss for the other.
+
+    Source: Han et al., "Co-teaching: robust training of deep neural networks with
+    extremely noisy labels", NeurIPS 2018. The share kept of each batch falls over
+    10 epochs from 1 to `1 - noise_rate`. Returns the first head, and a mask of the
+    training samples that the other one chooses for it in the end.
+    """
+    train = features.train
+    seeds = (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31)
+    heads = [_new_head(features, seed) for seed in seeds]
+    optimizers = [make_optimizer(settings) for _ in heads]
+    for head, optimizer in zip(heads, optimizers, strict=True):
+        optimizer.build(head.trainable_variables)
+    batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
+
+    @tf.function
+    def run_epoch(keep: tf.Tensor) -> None:
+        for inputs, labels in batches.dataset:
+            co_teaching_step(heads, optimizers, inputs, labels, keep)
+
+    for epoch in range(settings.epochs):
+        batches.callback.on_epoch_begin(epoch)
+        keep = ramped_keep_fraction(epoch, 1 - noise_rate, CO_TEACHING_RAMP_EPOCHS)
+        run_epoch(tf.cast(keep, tf.float32))
+    probabilities = head_probabilities(heads[1], train)
+    losses = keras.losses.sparse_categorical_crossentropy(train.labels, probabilities)
+    chosen = np.zeros(len(train), bool)
+    order = batches.order(settings.epochs - 1)[0].numpy()
+    for start in range(0, len(order), settings.batch_size):
+        batch = order[start : start + settings.batch_size]
+        chosen[batch] = np.asarray(keep_smallest(tf.gather(losses, batch), keep))
+    return heads[0], chosen
+
+
+def co_teaching_step(
+    heads: list[keras.Model],
+    optimizers: list[keras.optimizers.Optimizer],
+    inputs: tf.Tensor,
+    labels: tf.Tensor,
+    keep_fraction: tf.Tensor | float,
+) -> None:
+    """Updates each of two heads on the samples that the other one chooses.
+
+    Both choose before either is updated; the gradient is that of the mean loss of
+    the chosen samples.
+    """
+    with tf.GradientTape(persistent=True) as tape:
+        losses = [
+            keras.losses.sparse_categorical_crossentropy(
+                labels, head(inputs, training=True)
+            )
+            for head in heads
+        ]
+        chosen = [
+            tf.cast(keep_smallest(tf.stop_gradient(loss), keep_fraction), loss.dtype)
+            for loss in losses
+        ]
+        objectives = [
+            tf.reduce_sum(loss * mask) / tf.maximum(tf.reduce_sum(mask), 1)
+            for loss, mask in zip(losses, reversed(chosen), strict=True)
+        ]
+    for head, optimizer, objective in zip(heads, optimizers, objectives, strict=True):
+        variables = head.trainable_variables
+        optimizer.apply(tape.gradient(objective, variables), variables)
+
+
+def out_of_fold_probabilities(
+    features: SplitFeatures, settings: TrainConfig
+) -> np.ndarray:
+    """Returns what plain heads say of training samples that they have not seen.
+
+    Float32 `(n, classes)`, each row from a head trained on the other four folds.
+    """
+    train = features.train
+    folds = np.random.default_rng(settings.seed).permutation(len(train)) % FOLDS
+    loss = "sparse_categorical_crossentropy"
+    probabilities = np.zeros((len(train), len(features.class_names)), np.float32)
+    for fold in range(FOLDS):
+        held_out = folds == fold
+        if not held_out.any():
+            continue
+        seen = train.take(np.flatnonzero(~held_out))
+        head = _train_stock(dataclasses.replace(features, train=seen), settings, loss)
+        probabilities[held_out] = head_probabilities(head, train)[held_out]
+    return probabilities
+
+
+def estimated_noise_rate(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Estimates the share of wrong labels, in [0, 0.9], from out-of-fold probabilities.
+
+    Source: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty
+    in dataset labels", JAIR 2021: the confident joint, without its calibration. A
+    sample counts for the likeliest of the classes whose probability reaches the
+    mean probability that samples given that class have for it. It also counts the
+    heads' own mistakes, so it is rather too high.
+    """
+    num_classes = probabilities.shape[1]
+    thresholds = np.full(num_classes, np.inf)
+    for label in np.unique(labels):
+        thresholds[label] = probabilities[labels == label, label].mean()
+    confident = np.where(probabilities >= thresholds, probabilities, -1.0)
+    counted = confident.max(axis=1) >= 0
+    if not counted.any():
+        return 0.0
+    wrong = confident.argmax(axis=1)[counted] != labels[counted]
+    return min(float(wrong.mean()), MAX_NOISE_RATE)
+
+
+def _new_head(features: SplitFeatures, seed: int) -> keras.Model:
+    train = features.train
+    return build_head(
+        train.dim, len(features.class_names), moments=train.moments(), seed=seed
+    )
+
+
+def _train_stock(
+    features: SplitFeatures, settings: TrainConfig, loss: str | keras.losses.Loss
+) -> keras.Model:
+    train = features.train
+    head = _new_head(features, settings.seed)
+    steps = -(-len(train) // settings.batch_size)
+    head.compile(
+        make_optimizer(settings),
+        loss,
+        steps_per_execution=choose_steps_per_execution(steps),
+    )
+    batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
+    head.fit(
+        batches.dataset,
+        epochs=settings.epochs,
+        callbacks=[batches.callback],
+        verbose=0,
+        shuffle=False,
+    )
+    return head

@@ -1,0 +1,216 @@
+"""Ranks backbones by a quick head on a sample of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._runtime import require_tensorflow_backend
+from keras_rsft._stats import NORMAL_QUANTILE
+from keras_rsft.backbones._foreign import weights_bytes
+from keras_rsft.backbones._load import check_backbone_name, load_backbone
+from keras_rsft.config import require_takes
+from keras_rsft.data._samples import SampleData
+from keras_rsft.data._sources import load_images
+from keras_rsft.data._splits import stratified_sample
+from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
+from keras_rsft.features._extract import FrozenBase, extract_features, seconds_per_image
+from keras_rsft.label_quality._audit import MIN_NOISE_RATE, LabelQuality, audit_labels
+from keras_rsft.training._features import precision_for
+
+DEFAULT_SAMPLE = 1000
+# What is one base's own trouble; the others go on.
+_OWN_TROUBLE = (
+    InvalidArgument, WeightsUnavailable, DataError, ImportError, tf.errors.OpError
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedBackbone:
+    """A base and its scores.
+
+    Attributes:
+        name: As it was asked for.
+        accuracy: Share in [0, 1] of labels that a head gets right which has not seen
+            them; where labels look wrong, each counts by how likely it is right.
+        accuracy_error: Half of the 95 % interval of `accuracy`.
+        given_label_accuracy: The same with every given label counted fully.
+        behind: How much `accuracy` is below that of the first, at least 0.
+        behind_error: Half of the 95 % interval of `behind`, which is smaller than
+            those of two accuracies, as both are of the same images.
+        seconds_per_image: Of the pass, with reading and decoding.
+        weights_bytes: Size of the weights.
+        dim: Number of features.
+        image_size: Height and width in pixels.
+    """
+
+    name: str
+    accuracy: float
+    accuracy_error: float
+    given_label_accuracy: float
+    behind: float
+    behind_error: float
+    seconds_per_image: float
+    weights_bytes: int
+    dim: int
+    image_size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneRanking:
+    """Bases by expected accuracy.
+
+    Attributes:
+        ranked: The bases, the best first.
+        failed: Name and reason of each base that could not be used.
+        num_images: Images that were looked at.
+        num_classes: Classes.
+        noise_rate: Share of the labels that look wrong, a mean over the bases.
+        counts_right_labels: Whether each label counts by how likely it is right, as
+            `noise_rate` is not negligible; else all count the same.
+    """
+
+    ranked: tuple[RankedBackbone, ...]
+    failed: tuple[tuple[str, str], ...]
+    num_images: int
+    num_classes: int
+    noise_rate: float
+    counts_right_labels: bool
+
+
+def rank_backbones(
+    data: SampleData | str | os.PathLike,
+    backbones: Sequence[str | os.PathLike],
+    *,
+    sample: int = DEFAULT_SAMPLE,
+    image_size: int | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> BackboneRanking:
+    """Scores bases on a stratified sample of the training images.
+
+    The expected accuracy is that of the ridge regression of `audit_labels`, each
+    sample predicted from the others (Allen, 1974). Where labels look wrong, agreement
+    with them would count for mistakes too: then each label counts by the probability
+    that it is right, a mean over the bases, so that none is judged by its own opinion
+    alone.
+    Where only the given labels counted, wrong ones spread evenly over the classes
+    would lower all accuracies without changing their order.
+
+    Args:
+        data: Loaded images or texts, or what `load_images` takes.
+        backbones: Names, as in `load_backbone`.
+        sample: Most images to look at, at least 2. Default 1000.
+        image_size: Side of the images for all bases. Default: each base's own.
+        precision: As in `finetune`.
+        seed: Chooses the sample. Default 0.
+        cache_dir: Where features are kept. Default: the user's cache folder.
+        progress: Show progress bars. Default True.
+
+    Returns:
+        The bases, the best first, and those that could not be used, with the reason.
+
+    Raises:
+        InvalidArgument: A name is not known, before anything is loaded.
+        WeightsUnavailable: No base could be used.
+    """
+    require_tensorflow_backend("`rank_backbones`")
+    names = list(dict.fromkeys(os.fspath(name) for name in backbones))
+    if not names or sample < 2:
+        raise InvalidArgument(
+            "Expected at least one base, and a sample of at least 2 images. "
+            f"Received: {names}, sample={sample}."
+        )
+    for name in names:
+        check_backbone_name(name)
+    if not isinstance(data, SampleData):
+        data = load_images(os.fspath(data))
+    for name in names:
+        require_takes(name, data.kind)
+    chosen = stratified_sample(data.train.labels, sample, seed=seed)
+    images = data.train.take(chosen)
+    measured, failed = [], []
+    for name in names:
+        try:
+            base = load_backbone(
+                name, image_size=image_size, precision=precision_for(name, precision)
+            )
+            frozen = FrozenBase(base, num_images=len(images))
+            kept = extract_features(
+                frozen, images, cache_dir=cache_dir, progress=progress
+            )
+            found = audit_labels(kept, data.num_classes, progress=progress)
+            sizes: dict[str, Any] = {
+                "seconds_per_image": seconds_per_image(frozen, images),
+                "weights_bytes": weights_bytes(base),
+                "dim": frozen.dim,
+                "image_size": frozen.image_size,
+            }
+            measured.append((name, found, sizes))
+        except _OWN_TROUBLE as error:
+            failed.append((name, str(error)))
+    if not measured:
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in failed)
+        raise WeightsUnavailable(f"None of the bases can be used.\n{reasons}")
+    weights = label_weights([found for _, found, _ in measured])
+    noise_rate = float(1.0 - weights.mean())
+    counted = noise_rate >= MIN_NOISE_RATE
+    if not counted:
+        weights = np.ones_like(weights)
+    rights = [one.out_of_sample.argmax(axis=1) == one.labels for _, one, _ in measured]
+    best = max(rights, key=lambda right: weights @ right)
+    ranked = []
+    for (name, _, sizes), right in zip(measured, rights, strict=True):
+        accuracy, accuracy_error = weighted_mean(right, weights)
+        behind, behind_error = weighted_mean(best.astype(float) - right, weights)
+        ranked.append(
+            RankedBackbone(
+                name=name,
+                accuracy=accuracy,
+                accuracy_error=accuracy_error,
+                given_label_accuracy=float(right.mean()),
+                behind=behind,
+                behind_error=behind_error,
+                **sizes,
+            )
+        )
+    ranked.sort(key=lambda one: (-one.accuracy, one.seconds_per_image))
+    return BackboneRanking(
+        ranked=tuple(ranked),
+        failed=tuple(failed),
+        num_images=len(weights),
+        num_classes=data.num_classes,
+        noise_rate=noise_rate,
+        counts_right_labels=counted,
+    )
+
+
+def label_weights(label_qualities: Sequence[LabelQuality]) -> np.ndarray:
+    """Returns how likely each label is right, float64 `(n,)`: a mean over backbones.
+
+    A backbone to which the labels look wrong no less than by chance has no say, unless
+    all are like that: then every label counts as right.
+    """
+    judges = [
+        one.right_probability
+        for one in label_qualities
+        if one.reason is None or one.noise_rate < MIN_NOISE_RATE
+    ]
+    if not judges:
+        return np.ones(len(label_qualities[0].labels))
+    return np.asarray(np.mean(judges, axis=0, dtype=np.float64))
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Returns a weighted mean, and half of its 95 % interval."""
+    total = float(weights.sum())
+    mean = float(weights @ values) / total
+    error = float(np.sqrt(np.sum(np.square(weights * (values - mean))))) / total
+    return mean, NORMAL_QUANTILE * error

@@ -1,0 +1,467 @@
+"""Changes labels: noise added on purpose, corrections from a review."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_rsft._storage import plain_cell
+from keras_rsft.data._samples import ImageSplit, SampleData, SampleSplit
+from keras_rsft.data._splits import SPLITS
+from keras_rsft.errors import DataError, InvalidArgument
+
+# Noise --------------------------------------------------------------------------------
+
+SYMMETRIC = "symmetric"
+ASYMMETRIC = "asymmetric"
+INSTANCE = "instance"
+KINDS = (SYMMETRIC, ASYMMETRIC, INSTANCE)
+
+THUMBNAIL_SIZE = 8
+# Of a sample's own flip rate around the mean rate, as in the published code.
+_RATE_DEVIATION = 0.1
+
+
+def add_label_noise(
+    data: SampleData, spec: str, *, seed: int, splits: tuple[str, ...] = ("train",)
+) -> SampleData:
+    """Gives a share of the samples a wrong label.
+
+    Args:
+        data: The data set.
+        spec: "symmetric:RATE" moves round(RATE x n) labels of a split, chosen
+            uniformly, each to any other class. "asymmetric:RATE" moves
+            round(RATE x n) labels of each class to the next class, and those
+            of the last class to the first. "instance:RATE" moves
+            round(RATE x n) labels of a split, each to a class that its image
+            decides: see `instance_noise`. RATE is in (0, 1).
+        seed: Chooses the labels, in [0, 2**63). Each split is drawn by itself.
+        splits: The names of the splits to change.
+
+    Returns:
+        The data set with these labels. The labels from before become the clean
+        labels of the splits changed, where none are known.
+
+    Raises:
+        InvalidArgument: If an argument is not as above.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> data = rsft.load_images("digits")
+        >>> noisy = rsft.add_label_noise(data, "symmetric:0.3", seed=0)
+        >>> round(float((noisy.train.labels != data.train.labels).mean()), 2)
+        0.3
+    """
+    kind, rate = parse_noise(spec)
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise InvalidArgument(
+            f"`seed` must be an integer in [0, 2**63). Received: seed={seed!r}."
+        )
+    if isinstance(splits, str) or not set(splits) <= set(SPLITS):
+        raise InvalidArgument(
+            f"`splits` must be a tuple of names out of {SPLITS}. "
+            f"Received: splits={splits!r}."
+        )
+    if kind == INSTANCE and data.kind != "images":
+        raise InvalidArgument(
+            f"Noise of the kind {INSTANCE} is made of images. Received: {data.kind}. "
+            f"Use {SYMMETRIC} or {ASYMMETRIC}."
+        )
+    changed = {}
+    for name in splits:
+        split = getattr(data, name)
+        rng = np.random.default_rng([seed, SPLITS.index(name)])
+        options = {"num_classes": data.num_classes, "rng": rng}
+        if kind == INSTANCE:
+            options |= {"thumbnails": thumbnails_of(split), "seed": seed}
+        labels = _NOISES[kind](split.labels, rate, **options)
+        clean = split.labels if split.clean_labels is None else split.clean_labels
+        changed[name] = split.with_labels(labels, clean)
+    return dataclasses.replace(data, **changed)
+
+
+def parse_noise(spec: str) -> tuple[str, float]:
+    """Reads "symmetric:0.3", "asymmetric:0.3" or "instance:0.3"."""
+    kind, _, text = str(spec).partition(":")
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if kind not in KINDS or not 0 < rate < 1:
+        raise InvalidArgument(
+            'Label noise must be "symmetric:RATE" or "asymmetric:RATE" or '
+            f'"instance:RATE" with RATE in (0, 1). Received: {spec!r}. '
+            'Use "symmetric:0.3", for example.'
+        )
+    return kind, rate
+
+
+def symmetric_noise(
+    labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Moves round(rate x n) labels, each to one of the other classes."""
+    noisy = labels.copy()
+    moved = rng.choice(len(labels), size=round(rate * len(labels)), replace=False)
+    steps = rng.integers(1, num_classes, size=len(moved))
+    noisy[moved] = (labels[moved] + steps) % num_classes
+    return noisy
+
+
+def asymmetric_noise(
+    labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Moves round(rate x n) labels of each class to the class that follows."""
+    noisy = labels.copy()
+    for label in range(num_classes):
+        members = np.flatnonzero(labels == label)
+        moved = rng.choice(members, size=round(rate * len(members)), replace=False)
+        noisy[moved] = (label + 1) % num_classes
+    return noisy
+
+
+def instance_noise(
+    labels: np.ndarray,
+    rate: float,
+    *,
+    num_classes: int,
+    rng: np.random.Generator,
+    thumbnails: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Moves round(rate x n) labels, each to a class that its image decides."""
+    # Source: Xia et al., "Part-dependent label noise: towards instance-dependent label
+    # noise", NeurIPS 2020, appendix. A sample's own flip rate comes from a normal
+    # distribution around `rate` with deviation 0.1, cut to [0, 1]; its wrong class from
+    # the softmax of its image times a random matrix of its class, without its own
+    # class. Simplified: the image is one part, a thumbnail; and exactly round(rate x n)
+    # samples move, drawn with their flip rates as weights, so that a measured rate is
+    # the rate asked for.
+    noisy = labels.copy()
+    size = round(rate * len(labels))
+    if size == 0:
+        return noisy
+    shape = (num_classes, thumbnails.shape[1], num_classes)
+    matrices = np.random.default_rng([seed, len(SPLITS)]).normal(size=shape)
+    rates = np.clip(rng.normal(rate, _RATE_DEVIATION, len(labels)), 1e-6, 1)
+    moved = rng.choice(len(labels), size, replace=False, p=rates / rates.sum())
+    # The largest of scores plus Gumbel noise is a draw from their softmax.
+    draws = rng.gumbel(size=(size, num_classes))
+    for sample, draw in zip(moved, draws, strict=True):
+        scores = thumbnails[sample] @ matrices[labels[sample]] + draw
+        scores[labels[sample]] = -np.inf
+        noisy[sample] = np.argmax(scores)
+    return noisy
+
+
+def thumbnails_of(split: ImageSplit) -> np.ndarray:
+    """Returns each image as 8 x 8 x 3 values with mean 0 and deviation 1."""
+    thumbnails = np.zeros((len(split), THUMBNAIL_SIZE**2 * 3), np.float32)
+    for index, image in split.images(THUMBNAIL_SIZE):
+        values = image.numpy().reshape(-1)
+        values -= values.mean()
+        thumbnails[int(index)] = values / max(float(values.std()), 1e-6)
+    return thumbnails
+
+
+_NOISES = {
+    SYMMETRIC: symmetric_noise,
+    ASYMMETRIC: asymmetric_noise,
+    INSTANCE: instance_noise,
+}
+
+
+# Corrections --------------------------------------------------------------------------
+
+KEEP, RELABEL, DROP = DECISIONS = ("keep", "relabel", "drop")
+COLUMNS = ("id", "given_label", "decision", "new_label")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Correction:
+    """What was decided about one image."""
+
+    id: str
+    given_label: str
+    decision: str
+    new_label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrections:
+    """All that was corrected in a data set, against its labels as they were loaded.
+
+    Attributes:
+        rows: One for each image, in the order of the files.
+        files: `(path, SHA-256)` of each file, in the order in which they were applied.
+        tested: How many of the images are in the test split.
+    """
+
+    rows: tuple[Correction, ...]
+    files: tuple[tuple[str, str], ...]
+    tested: int = 0
+
+    def count(self, decision: str) -> int:
+        """Returns how many images one of `DECISIONS` was made about."""
+        return sum(row.decision == decision for row in self.rows)
+
+    def describe(self) -> str:
+        """Says in one line, or two, what was changed."""
+        text = (
+            f"Corrections: {self.count(KEEP)} labels kept, {self.count(RELABEL)} "
+            f"relabelled, {self.count(DROP)} samples dropped."
+        )
+        if self.tested:
+            text += (
+                f"\n{self.tested} of these samples are in the test split: its accuracy "
+                "cannot be compared with one from before."
+            )
+        return text
+
+    def record(self) -> dict[str, Any]:
+        """Returns the files and the counts, as JSON can hold them."""
+        files = [{"path": path, "sha256": digest} for path, digest in self.files]
+        return {"files": files} | {name: self.count(name) for name in DECISIONS}
+
+
+def apply_corrections(
+    data: SampleData, files: str | os.PathLike | Sequence[str | os.PathLike]
+) -> SampleData:
+    """Returns the data set with corrected labels and without the dropped images.
+
+    Ids of all three splits may be corrected. Features that were kept of the images
+    stay in use, also for a split that images were dropped from. Images that were kept
+    or relabelled count as `reviewed`: training trusts their labels.
+
+    A file is CSV in UTF-8 with the columns `id`, `given_label`, `decision` and
+    `new_label`, and a row for each decision. Decisions are `keep`, `relabel`, which
+    alone has a `new_label`, and `drop`. A leading quote in front of `= + - @`, a tab,
+    a carriage return or another quote, which keeps spreadsheets from running a cell,
+    is taken off.
+
+    Args:
+        data: The data set, with the labels that were reviewed.
+        files: One file, or several that are applied one after the other: the second
+            corrects what the first one left, as a second review does.
+
+    Returns:
+        A new data set; `corrections` says what was changed.
+
+    Raises:
+        InvalidArgument: If there is no such file.
+        DataError: If a file is not as above or contradicts itself, an id or a label is
+            not in the data, a given label is another one there, or a class would lose
+            its last training image.
+    """
+    if isinstance(files, (str, os.PathLike)):
+        files = [files]
+    for file in files:
+        data = _applied(data, Path(file))
+    return data
+
+
+def read_corrections(file: str | os.PathLike) -> tuple[Correction, ...]:
+    """Reads a file of corrections and checks all that can be checked without data."""
+    return tuple(row for _, row in _numbered_rows(Path(file)))
+
+
+def correction_cells(rows: Iterable[Correction]) -> list[list[str]]:
+    """Returns the cells of corrections, in the order of `COLUMNS`."""
+    return [[row.id, row.given_label, row.decision, row.new_label] for row in rows]
+
+
+def _numbered_rows(file: Path) -> list[tuple[int, Correction]]:
+    if not file.is_file():
+        state = "a folder" if file.is_dir() else "no such file"
+        raise InvalidArgument(
+            f"Expected a CSV file of corrections. Received: {file} ({state})."
+        )
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            _require_columns(reader.fieldnames, file)
+            rows = [(reader.line_num, _row(raw, reader.line_num)) for raw in reader]
+    except _RowError as error:
+        raise DataError(f"{file}, {error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"Expected {file} to be a comma-separated table in UTF-8. "
+            f"Received: {error}. Save it again as CSV (UTF-8)."
+        ) from error
+    if not rows:
+        raise DataError(f"{file} has a header and no decision below it.")
+    line_of: dict[str, int] = {}
+    for line, row in rows:
+        first = line_of.setdefault(row.id, line)
+        if first != line:
+            raise DataError(
+                f"{file} decides twice about {row.id!r}: in lines {first} and {line}. "
+                "Leave one of them."
+            )
+    return rows
+
+
+def _require_columns(found: Sequence[str] | None, file: Path) -> None:
+    if not found:
+        raise DataError(f"{file} is empty. Expected the header {','.join(COLUMNS)}.")
+    missing = [name for name in COLUMNS if name not in found]
+    if missing:
+        raise DataError(
+            f"{file} has no column {', '.join(map(repr, missing))}. Expected the "
+            f"header {','.join(COLUMNS)}. Received: {','.join(found)[:200]!r}."
+        )
+
+
+class _RowError(ValueError):
+    """A row that cannot be used; the message starts with its line."""
+
+
+def _row(raw: dict[str | None, Any], line: int) -> Correction:
+    if None in raw:
+        raise _RowError(
+            f"line {line} has more cells than the header. Put quotes around a cell "
+            "with a comma in it."
+        )
+    cells = [plain_cell(raw[name] or "") for name in COLUMNS]
+    row = Correction(cells[0], cells[1], cells[2].strip().lower(), cells[3])
+    for name in ("id", "given_label"):
+        if not getattr(row, name):
+            raise _RowError(f"line {line} has no {name}.")
+    if row.decision not in DECISIONS:
+        raise _RowError(
+            f"line {line}: the decision must be {KEEP}, {RELABEL} or {DROP}. "
+            f"Received: {raw['decision']!r}."
+        )
+    if row.decision == RELABEL and row.new_label in ("", row.given_label):
+        raise _RowError(
+            f"line {line}: {RELABEL} needs a new_label other than the given one. "
+            f"Received: {row.new_label!r}. Use {KEEP} where the label is right."
+        )
+    if row.decision != RELABEL and row.new_label:
+        raise _RowError(
+            f"line {line}: {row.decision} has no new_label. "
+            f"Received: {row.new_label!r}. Use {RELABEL}, or leave it empty."
+        )
+    return row
+
+
+def _applied(data: SampleData, file: Path) -> SampleData:
+    rows = _numbered_rows(file)
+    places = {
+        sample_id: (name, at)
+        for name in SPLITS
+        for at, sample_id in enumerate(getattr(data, name).ids.tolist())
+    }
+    _check_against(data, rows, places, file)
+    number = {name: label for label, name in enumerate(data.class_names)}
+    by_split: dict[str, list[tuple[int, Correction]]] = {name: [] for name in SPLITS}
+    for _, row in rows:
+        split, at = places[row.id]
+        by_split[split].append((at, row))
+    changed = {
+        name: _corrected(getattr(data, name), pairs, number)
+        for name, pairs in by_split.items()
+        if pairs
+    }
+    corrected = dataclasses.replace(data, **changed)
+    emptied = np.setdiff1d(data.train.labels, corrected.train.labels)
+    if len(emptied):
+        names = ", ".join(repr(data.class_names[label]) for label in emptied[:10])
+        raise DataError(
+            f"{file} would leave no training image of {names}. Keep at least one, or "
+            "leave the class out of the data."
+        )
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    merged = _merged(data.corrections, [row for _, row in rows])
+    files = () if data.corrections is None else data.corrections.files
+    tested = 0 if data.corrections is None else data.corrections.tested
+    record = Corrections(
+        merged, (*files, (str(file), digest)), tested + len(by_split["test"])
+    )
+    return dataclasses.replace(corrected, corrections=record)
+
+
+def _check_against(
+    data: SampleData,
+    rows: Sequence[tuple[int, Correction]],
+    places: dict[str, tuple[str, int]],
+    file: Path,
+) -> None:
+    unknown = [(line, row.id) for line, row in rows if row.id not in places]
+    if unknown:
+        line, sample_id = unknown[0]
+        raise DataError(
+            f"{len(unknown)} of {len(rows)} ids in {file} are not in {data.source}, "
+            f"such as {sample_id!r} in line {line}. Ids there look like "
+            f"{next(iter(places))!r}. Corrections belong to the data that were "
+            "reviewed; an image that was dropped before is no longer in it."
+        )
+    known = set(data.class_names)
+    for line, row in rows:
+        if row.decision == RELABEL and row.new_label not in known:
+            raise DataError(
+                f"{file}, line {line}: {row.new_label!r} is not a class of "
+                f"{data.source}.{_nearest(row.new_label, data.class_names)}"
+            )
+        split, at = places[row.id]
+        label = data.class_names[getattr(data, split).labels[at]]
+        if label != row.given_label:
+            raise DataError(
+                f"{file}, line {line}: the label of {row.id!r} was "
+                f"{row.given_label!r} when it was reviewed and is {label!r} now. "
+                "Review the labels as they are, with the same --noise and --seed."
+            )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" It has: {', '.join(map(repr, known[:10]))}."
+
+
+def _corrected(
+    split: SampleSplit, pairs: Sequence[tuple[int, Correction]], number: dict[str, int]
+) -> SampleSplit:
+    labels = split.labels.copy()
+    reviewed = np.zeros(len(split), bool)
+    if split.reviewed is not None:
+        reviewed |= split.reviewed
+    remains = np.ones(len(split), bool)
+    for at, row in pairs:
+        reviewed[at] = True
+        remains[at] = row.decision != DROP
+        if row.decision == RELABEL:
+            labels[at] = number[row.new_label]
+    corrected = dataclasses.replace(split, labels=labels, reviewed=reviewed)
+    return dataclasses.replace(
+        corrected.take(np.flatnonzero(remains)),
+        before_review=split if split.before_review is None else split.before_review,
+    )
+
+
+def _merged(
+    before: Corrections | None, rows: Sequence[Correction]
+) -> tuple[Correction, ...]:
+    """Adds a file's rows to those of the files before, one for each image."""
+    # The given label stays the one that the data were loaded with, so that the result
+    # is a file of corrections in its own right.
+    merged = {row.id: row for row in (before.rows if before is not None else ())}
+    for row in rows:
+        loaded = merged[row.id].given_label if row.id in merged else row.given_label
+        label = row.new_label or row.given_label
+        if row.decision == DROP:
+            merged[row.id] = Correction(row.id, loaded, DROP)
+        elif label == loaded:
+            merged[row.id] = Correction(row.id, loaded, KEEP)
+        else:
+            merged[row.id] = Correction(row.id, loaded, RELABEL, label)
+    return tuple(merged.values())

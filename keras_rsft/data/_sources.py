@@ -1,0 +1,663 @@
+"""Opens a data set by name: folder, CSV file, digits or texts."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import difflib
+import functools
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.data._samples import (
+    ArrayReader,
+    FileReader,
+    ImageData,
+    MemoryReader,
+    SampleData,
+    SampleSplit,
+    digest,
+)
+from keras_rsft.data._splits import (
+    SPLIT_ALIASES,
+    TRAIN,
+    Listing,
+    NamedSample,
+    check_fractions,
+    cut_splits,
+    list_named,
+)
+from keras_rsft.data._tfds import list_tfds
+from keras_rsft.errors import DataError, InvalidArgument
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
+)
+
+
+def list_folder(
+    root: str,
+    *,
+    source: str,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+    kind: str = "images",
+) -> Listing:
+    """Lists the images, or texts, of a folder of class folders."""
+    root = os.path.abspath(root)
+    samples: list[NamedSample] = []
+    layout, ignored = _split_folders(root)
+    for prefix, split in layout:
+        folders, others = _visible(os.path.join(root, prefix))
+        ignored += others
+        if not folders:
+            raise DataError(
+                f"Expected one folder for each class in {os.path.join(root, prefix)}. "
+                f"Received: no folder. Sort the {kind} into <class>/<{kind[:-1]}> "
+                "first."
+            )
+        for name in folders:
+            below = os.path.join(prefix, name)
+            ids, others = _files_below(root, below, suffixes)
+            if not ids:
+                raise DataError(
+                    f"Expected {kind} in the class folder {os.path.join(root, below)}. "
+                    f"Received: none, and {others} other files. {kind.capitalize()} "
+                    f"end in {', '.join(sorted(suffixes))}. Add some or remove the "
+                    "folder."
+                )
+            samples += [NamedSample(id=id_, label=name, split=split) for id_ in ids]
+            ignored += others
+    for sample in samples:
+        try:
+            sample.id.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "File names must be valid UTF-8. "
+                f"Received: {sample.id!r}. Rename the file or its folder."
+            ) from error
+    reader_of = functools.partial(FileReader, root)
+    return list_named(samples, reader_of, source=source, ignored_files=ignored)
+
+
+def _split_folders(root: str) -> tuple[list[tuple[str, str]], int]:
+    """Returns each split's folder, and how many other entries lie beside them."""
+    folders, others = _visible(root)
+    splits = [SPLIT_ALIASES.get(name.lower()) for name in folders]
+    if "train" not in splits or None in splits:
+        return [("", "train")], 0
+    if len(set(splits)) < len(splits):
+        raise DataError(
+            f"Two folders in {root} are for the same split. Received: "
+            f"{', '.join(folders)}. Put their images into one."
+        )
+    return list(zip(folders, splits, strict=True)), others
+
+
+def _visible(folder: str) -> tuple[list[str], int]:
+    entries = _entries(folder)
+    folders = [e.name for e in entries if _is_dir(e) and not e.name.startswith(".")]
+    return folders, len(entries) - len(folders)
+
+
+def _files_below(
+    root: str, below: str, suffixes: frozenset[str]
+) -> tuple[list[str], int]:
+    ids: list[str] = []
+    others = 0
+    start = os.path.join(root, below)
+    waiting = [(below, (os.path.realpath(start),))]
+    while waiting:
+        folder, chain = waiting.pop()
+        for entry in _entries(os.path.join(root, folder)):
+            name = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                others += 1
+            elif _is_dir(entry):
+                waiting += _descend(entry, name, chain)
+            elif os.path.splitext(entry.name)[1].lower() in suffixes and os.path.isfile(
+                entry
+            ):
+                ids.append(name.replace(os.sep, "/"))
+            else:
+                others += 1
+    return ids, others
+
+
+def _descend(
+    entry: os.DirEntry, name: str, chain: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields the folder, unless it links back to one that it lies in."""
+    if not entry.is_symlink():
+        yield name, chain
+        return
+    real = os.path.realpath(entry.path)
+    if not any(f"{place}{os.sep}".startswith(f"{real}{os.sep}") for place in chain):
+        yield name, (*chain, real)
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(
+            f"Cannot read the folder {folder}: {error.strerror}."
+        ) from error
+
+
+DEFAULT_SPLIT_COLUMN = "split"
+# Ten times what a text may have. Where a quote is never closed, the rest of the file is
+# one cell: it must not all go into memory.
+_MAX_CELL = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The names of the columns to read; None for one that is not wanted."""
+
+    path: str = "path"
+    label: str = "label"
+    split: str | None = DEFAULT_SPLIT_COLUMN
+    clean_label: str | None = None
+    further: tuple[str, ...] = ()
+
+
+def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, dict]]:
+    """Yields each row of a CSV file with the number of its line."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            _require_columns(reader.fieldnames or [], columns, source)
+            while (row := _next_row(reader)) is not None:
+                if None in row:
+                    raise DataError(
+                        f"{source}, line {reader.line_num}, has more cells than the "
+                        "header. Put quotes around a cell with a comma in it."
+                    )
+                yield reader.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"Expected {source} to be a comma-separated table in UTF-8. "
+            f"Received: {error}. Save it again as CSV (UTF-8)."
+        ) from error
+    except OSError as error:
+        raise DataError(f"Cannot read {source}: {error.strerror}.") from error
+
+
+def _next_row(reader: csv.DictReader) -> dict | None:
+    """Returns the next row, of cells up to `_MAX_CELL` characters; None at the end."""
+    # The limit is one of the process: nobody else's reading must notice.
+    before = csv.field_size_limit(_MAX_CELL)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _require_columns(found: list[str], columns: Columns, source: str) -> None:
+    wanted = [columns.path, columns.label, *columns.further]
+    if columns.split != DEFAULT_SPLIT_COLUMN:
+        wanted.append(columns.split)
+    wanted.append(columns.clean_label)
+    missing = [name for name in wanted if name is not None and name not in found]
+    if missing:
+        raise DataError(
+            f"{source} has no column {', '.join(map(repr, missing))}. "
+            f"It has: {', '.join(map(repr, found)) or 'none'}."
+        )
+
+
+def named_sample(row: dict, columns: Columns, name: str, place: str) -> NamedSample:
+    """Returns the sample of a row."""
+    clean = columns.clean_label
+    given = (row.get(columns.split) or "train").strip() or "train"
+    split = SPLIT_ALIASES.get(given.lower())
+    if split is None:
+        raise DataError(
+            f"The split must be one of {', '.join(SPLIT_ALIASES)} or empty. "
+            f"Received: {given!r} in {place}."
+        )
+    return NamedSample(
+        id=name,
+        label=_value(row, columns.label, place),
+        split=split,
+        clean_label=None if clean is None else _value(row, clean, place),
+    )
+
+
+def _value(row: dict, column: str, place: str) -> str:
+    value = (row[column] or "").strip()
+    if not value:
+        raise DataError(f"Expected a value in column {column!r} of {place}.")
+    return value
+
+
+class _Locator:
+    """Turns a path of the table into an id, if it stays inside the folder."""
+
+    def __init__(self, folder: str):
+        self.found = 0
+        self._folder = folder
+        self._root = os.path.realpath(folder)
+        self._seen: set[str] = set()
+        # Most files share a folder: resolving each anew would take long.
+        self._resolve = functools.lru_cache(maxsize=4096)(os.path.realpath)
+
+    def __call__(self, path: str, place: str) -> str:
+        name = os.path.normpath(path)
+        full = os.path.join(self._folder, name)
+        if "\0" in path or os.path.isabs(path) or not self._is_inside(full):
+            raise DataError(
+                "Paths must be relative to the CSV's folder and stay inside it. "
+                f"Received: {path!r} in {place}."
+            )
+        name = name.replace(os.sep, "/")
+        if name in self._seen:
+            raise DataError(f"{path!r} in {place} has been listed before.")
+        self._seen.add(name)
+        self.found += _is_file(full, place)
+        return name
+
+    def _is_inside(self, full: str) -> bool:
+        parent, name = os.path.split(full)
+        real = os.path.join(self._resolve(parent), name)
+        if os.path.islink(real) or name == os.pardir:
+            real = os.path.realpath(real)
+        return real.startswith(os.path.join(self._root, ""))
+
+
+def _is_file(full: str, place: str) -> bool:
+    try:
+        mode = os.stat(full).st_mode
+    except OSError:
+        return False
+    # Reading a pipe or a device might never end.
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{full} is not a file, in {place}.")
+    return True
+
+
+_BRIGHTEST = 16
+
+
+def list_digits(*, source: str) -> Listing:
+    """Lists the digits, as "digits/0000" to "digits/1796"."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'The source "digits" needs scikit-learn. '
+            'Install it with: pip install "keras_rsft[demo]"'
+        ) from error
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / _BRIGHTEST)).astype(np.uint8)
+    ids = np.array([f"digits/{number:04}" for number in range(len(pixels))])
+    return Listing(
+        ids=ids,
+        labels=bunch.target.astype(np.int32),
+        clean_labels=None,
+        splits=np.full(len(ids), TRAIN, np.int8),
+        class_names=tuple(str(name) for name in bunch.target_names),
+        reader=ArrayReader(ids, pixels[..., np.newaxis]),
+        source=source,
+    )
+
+
+TEXT_SUFFIXES = frozenset((".txt",))
+DEFAULT_TEXT_COLUMN = "text"
+MAX_BYTES = 1_000_000
+_ID_DIGITS = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextSplit(SampleSplit):
+    """The texts of one split, in an order that does not change between runs.
+
+    `ids` are paths relative to the folder with `/` between their parts; of a CSV file
+    those of its column of ids, or 16 hexadecimal digits made of the text, with a number
+    behind them where a text comes again. Sorted. For the other attributes see
+    `SampleSplit`.
+    """
+
+    kind: ClassVar[str] = "texts"
+
+    def inputs(
+        self,
+        sample_shape: tuple[int | None, ...],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        views: int = 1,
+        seed: int = 0,
+    ) -> tf.data.Dataset:
+        if sample_shape:
+            raise InvalidArgument(
+                "The data are texts, and the base takes images. Give a text encoder: "
+                "minilm."
+            )
+        if views != 1:
+            raise InvalidArgument(
+                f"A text has one view. Received: augmentations={views}."
+            )
+
+        def checked(encoded: bytes) -> bytes:
+            return text_of(encoded).encode()
+
+        def read(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(tf.numpy_function(checked, [encoded], tf.string), ())
+
+        return self.mapped(read, start, stop)
+
+    def text(self, index: int) -> str:
+        """Returns a text.
+
+        Args:
+            index: Its position in this split.
+
+        Raises:
+            DataError: If it is not UTF-8, empty, or longer than 1 MB.
+            OSError: If its file is gone or cannot be opened.
+        """
+        return text_of(self.encoded(index))
+
+    def read_error(self, index: int) -> str | None:
+        try:
+            self.text(index)
+        except DataError as error:
+            return str(error)
+        except OSError as error:
+            return f"The file cannot be opened: {error.strerror}."
+        return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextData(SampleData):
+    """A data set of labelled texts; for its attributes see `SampleData`."""
+
+    split_type: ClassVar[type[SampleSplit]] = TextSplit
+
+    train: TextSplit
+    validation: TextSplit
+    test: TextSplit
+
+
+def load_texts(
+    source: str | os.PathLike,
+    *,
+    text_column: str = DEFAULT_TEXT_COLUMN,
+    label_column: str = "label",
+    split_column: str | None = DEFAULT_SPLIT_COLUMN,
+    clean_label_column: str | None = None,
+    id_column: str | None = None,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    split_seed: int = 0,
+) -> TextData:
+    """Lists the texts of a data set and makes its splits, as `load_images` does.
+
+    A text that is not UTF-8, empty, or longer than 1 MB is listed and counts as one
+    that cannot be read.
+
+    Args:
+        source: A `.csv` file (UTF-8, comma-separated, with a header) with a text a
+            row; or a folder with one folder of `.txt` files for each class, or with
+            `train`, `validation` and `test`, each with one for each class.
+        text_column: CSV: the column of the texts.
+        label_column: CSV: the column of the given labels.
+        split_column: CSV: the column of `train`, `validation` or `test`; an
+            empty value means `train`. It may be absent if it is the default.
+            None ignores it.
+        clean_label_column: CSV: the column of the right labels, if known.
+        id_column: CSV: the column of the ids, each once. Default None: an id is made
+            of the text, so that a sample keeps it when rows are moved or added.
+        validation_fraction: Share of the training samples, in [0, 1).
+        test_fraction: Share of the training samples, in [0, 1).
+        split_seed: Chooses which samples are taken for a missing split.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InvalidArgument: If there is no such source, or an option is wrong.
+        DataError: If the source cannot be trained on as it is.
+    """
+    check_fractions(validation_fraction, test_fraction)
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        listing = list_folder(name, source=name, suffixes=TEXT_SUFFIXES, kind="texts")
+    elif not os.path.isfile(name) or not name.lower().endswith(".csv"):
+        raise InvalidArgument(
+            "`source` must be a .csv file with a column of texts, or a folder with one "
+            f"folder of .txt files for each class. Received: {name!r}."
+        )
+    else:
+        columns = Columns(text_column, label_column, split_column, clean_label_column)
+        listing = _list_table(name, columns, id_column)
+    return cut_splits(
+        listing,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        split_seed=split_seed,
+        data_type=TextData,
+    )
+
+
+def text_of(encoded: bytes) -> str:
+    """Returns the text of a file's bytes."""
+    if len(encoded) > MAX_BYTES:
+        raise DataError(f"The text has more than {MAX_BYTES // 1_000_000} MB.")
+    try:
+        text = encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"The text is not UTF-8: byte {error.start} is {encoded[error.start]:#04x}."
+        ) from error
+    if not text.strip():
+        raise DataError("The text is empty.")
+    return text
+
+
+def read_texts(
+    file: str | os.PathLike, columns: Columns
+) -> list[tuple[int, str, dict[str, str]]]:
+    """Reads the rows of a CSV file with a column of texts."""
+    name = os.fspath(file)
+    rows = []
+    for line, row in table_rows(name, columns, name):
+        rows.append((line, row[columns.path] or "", row))
+    if not rows:
+        raise DataError(f"There is no row below the header in {name}.")
+    return rows
+
+
+def _list_table(file: str, columns: Columns, id_column: str | None) -> Listing:
+    samples: list[NamedSample] = []
+    texts: dict[str, bytes] = {}
+    repeated: collections.Counter[str] = collections.Counter()
+    wanted = dataclasses.replace(columns, further=(id_column,) if id_column else ())
+    for line, text, row in read_texts(file, wanted):
+        place, encoded = f"{file}, line {line}", text.encode("utf-8", "surrogatepass")
+        if id_column is None:  # The same wherever the row lies.
+            name = hashlib.sha256(encoded).hexdigest()[:_ID_DIGITS]
+            repeated[name] += 1
+            if repeated[name] > 1:
+                name = f"{name}-{repeated[name]}"
+        else:
+            name = (row[id_column] or "").strip()
+            if not name or name in texts:
+                raise DataError(
+                    f"Each text must have an id of its own in column {id_column!r}. "
+                    f"Received: {name!r} in {place}."
+                )
+        samples.append(named_sample(row, columns, name, place))
+        texts[name] = encoded
+    if not any(text.strip() for text in texts.values()):
+        raise DataError(f"The column {columns.path!r} of {file} has no text.")
+
+    def reader_of(ids: np.ndarray) -> TextReader:
+        return TextReader(ids, np.array([texts[one] for one in ids.tolist()], object))
+
+    listing = list_named(samples, reader_of, source=file)
+    first: dict[bytes | str, str] = {}  # Texts without a word are no copies.
+    groups = [
+        first.setdefault(texts[one].strip() or one, one) for one in listing.ids.tolist()
+    ]
+    return dataclasses.replace(listing, groups=np.array(groups, np.str_))
+
+
+class TextReader(MemoryReader):
+    """Reads texts, bytes in UTF-8, from memory."""
+
+    def encoded(self, index: int) -> bytes:
+        return self._items[index]
+
+    def fingerprint(self) -> str:
+        named = zip(self._ids, self._items, strict=True)
+        return digest(f"{name}\0{len(text)}\0".encode() + text for name, text in named)
+
+
+TFDS_PREFIX = "tfds:"
+DIGITS = "digits"
+
+
+def load_images(
+    source: str | Path,
+    *,
+    path_column: str = "path",
+    label_column: str = "label",
+    split_column: str | None = DEFAULT_SPLIT_COLUMN,
+    clean_label_column: str | None = None,
+    label_key: str = "label",
+    clean_label_key: str | None = None,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    split_seed: int = 0,
+    data_dir: str | Path | None = None,
+) -> ImageData:
+    """Lists the images of a data set and makes its splits. No image is opened.
+
+    A split that the source has is left alone. One that it lacks is cut from the
+    training samples, class by class; each class keeps at least one, and gives
+    at least one to each split if it has three.
+
+    Args:
+        source: One of
+            a folder with one folder of images for each class;
+            a folder with `train` and, if there are, `validation` (or `valid`,
+            `val`) and `test`, each with one folder for each class;
+            a `.csv` file, whose paths are relative to its own folder;
+            `"tfds:NAME"`, an image classification data set of TensorFlow
+            Datasets, downloaded if need be;
+            `"digits"`, scikit-learn's 8 x 8 digits (`"./digits"` is a folder).
+        path_column: CSV: the column of the images' paths.
+        label_column: CSV: the column of the given labels.
+        split_column: CSV: the column of `train`, `validation` or `test`; an
+            empty value means `train`. It may be absent if it is the default.
+            None ignores it.
+        clean_label_column: CSV: the column of the right labels, if known.
+        label_key: TFDS: the feature that holds the given labels.
+        clean_label_key: TFDS: the feature that holds the right labels, if
+            known. In validation and test it also stands in where `label_key`
+            holds -1.
+        validation_fraction: Share of the training samples, in [0, 1).
+        test_fraction: Share of the training samples, in [0, 1).
+        split_seed: Chooses which samples are taken for a missing split.
+        data_dir: TFDS: where prepared data are kept. None is TFDS's own place.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InvalidArgument: If there is no such source, or an option is wrong.
+        DataError: If the source cannot be trained on as it is.
+        ImportError: If the source needs a package that is not installed.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> data = rsft.load_images("digits")
+        >>> len(data.train), len(data.validation), len(data.test)
+        (1259, 269, 269)
+        >>> data.class_names[:3]
+        ('0', '1', '2')
+    """
+    check_fractions(validation_fraction, test_fraction)
+    name = os.fspath(source)
+    if name.startswith(TFDS_PREFIX):
+        listing = list_tfds(
+            name.removeprefix(TFDS_PREFIX),
+            label_key=label_key,
+            clean_label_key=clean_label_key,
+            data_dir=data_dir,
+            source=name,
+        )
+    elif source == DIGITS:
+        listing = list_digits(source=name)
+    else:
+        columns = Columns(path_column, label_column, split_column, clean_label_column)
+        listing = _list_path(name, columns)
+    return cut_splits(
+        listing,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        split_seed=split_seed,
+    )
+
+
+def _list_path(name: str, columns: Columns) -> Listing:
+    if os.path.isdir(name):
+        return list_folder(name, source=name)
+    if not os.path.exists(name):
+        raise InvalidArgument(
+            f"`source` must be {_KNOWN}. Received: {name!r}, which does not exist."
+            f"{_suggestion(name)}"
+        )
+    if not name.lower().endswith(".csv"):
+        raise InvalidArgument(
+            f"`source` must be {_KNOWN}. Received: {name!r}, another kind of file."
+        )
+    # Lists the images of a CSV file (UTF-8, comma-separated, with a header).
+    folder = os.path.dirname(os.path.abspath(name))
+    locate = _Locator(folder)
+    samples = []
+    for line, row in table_rows(name, columns, name):
+        place = f"{name}, line {line}"
+        found = locate(_value(row, columns.path, place), place)
+        samples.append(named_sample(row, columns, found, place))
+    if not samples:
+        raise DataError(f"There is no row below the header in {name}.")
+    if locate.found == 0:
+        raise DataError(
+            f"None of the {len(samples)} files listed in {name} exists, such as "
+            f"{samples[0].id!r}. Paths are relative to the CSV's folder, {folder}."
+        )
+    return list_named(samples, functools.partial(FileReader, folder), source=name)
+
+
+_KNOWN = 'a folder, a .csv file, "tfds:NAME" or "digits"'
+
+
+def _suggestion(name: str) -> str:
+    parent, wanted = os.path.split(os.path.normpath(name))
+    try:
+        names = os.listdir(parent or os.curdir)
+    except OSError:
+        return f" Neither does {parent!r}."
+    known = [os.path.join(parent, other) for other in names] + [DIGITS]
+    target = os.path.join(parent, wanted)
+    close = difflib.get_close_matches(target, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,259 @@
+"""Reads image classification data sets of TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.data._samples import digest
+from keras_rsft.data._splits import SPLIT_ALIASES, SPLITS, TRAIN, Listing
+from keras_rsft.errors import DataError, InvalidArgument
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
+    from tensorflow_datasets.core.features import ClassLabel
+
+
+_ROWS_A_STEP = 1024
+_NO_LABEL = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfdsReader:
+    """Reads samples of TFDS splits, one split after the other."""
+
+    builder: DatasetBuilder
+    image_key: str
+    ids: np.ndarray
+    splits: np.ndarray
+    positions: np.ndarray
+
+    any_order: ClassVar[bool] = False
+
+    def entries(self, start: int) -> tf.data.Dataset:
+        borders = np.flatnonzero(self.splits[1:] != self.splits[:-1]) + 1
+        runs = np.split(np.arange(len(self.ids)), borders)
+        streams = [self._stream(run[run >= start]) for run in runs if run[-1:] >= start]
+        if not streams:
+            nothing = (np.zeros(0, np.int64), np.zeros(0, np.str_))
+            return tf.data.Dataset.from_tensor_slices(nothing)
+        return functools.reduce(lambda one, two: one.concatenate(two), streams)
+
+    def load(self, key: tf.Tensor) -> tf.Tensor:
+        return key
+
+    def encoded(self, index: int) -> bytes:
+        _, encoded = next(iter(self._stream(np.array([index]))))
+        return encoded.numpy()
+
+    def fingerprint(self) -> str:
+        return digest(
+            f"{name}\0".encode() for name in (self.builder.info.full_name, *self.ids)
+        )
+
+    def take(self, indices: np.ndarray) -> TfdsReader:
+        return dataclasses.replace(
+            self,
+            ids=self.ids[indices],
+            splits=self.splits[indices],
+            positions=self.positions[indices],
+        )
+
+    def _stream(self, indices: np.ndarray) -> tf.data.Dataset:
+        """Streams `(index, encoded)` of samples that are all of one TFDS split."""
+        first, last = self.positions[indices[[0, -1]]]
+        index_at = np.full(last + 1 - first, -1, np.int64)
+        index_at[self.positions[indices] - first] = indices
+        index_at = tf.constant(index_at)
+        part = f"{self.splits[indices[0]]}[{first}:{last + 1}]"
+        samples = _read(self.builder, part, self.image_key).enumerate()
+        return samples.map(
+            lambda number, sample: (index_at[number], sample[self.image_key])
+        ).filter(lambda index, _: index >= 0)
+
+
+def list_tfds(
+    name: str,
+    *,
+    label_key: str,
+    clean_label_key: str | None,
+    data_dir: str | Path | None,
+    source: str,
+) -> Listing:
+    """Lists the samples of a TFDS data set, which is downloaded if need be."""
+    builder = _prepared_builder(name, data_dir, source)
+    image_key = _image_key(builder, source)
+    given = _class_label(builder, label_key, "label_key", source)
+    keys = [label_key]
+    names = tuple(given.names)
+    if clean_label_key is not None:
+        clean = _class_label(builder, clean_label_key, "clean_label_key", source)
+        # Prefers the clean label's names where the given one has mere numbers.
+        numbers = [str(number) for number in range(given.num_classes)]
+        same_count = given.num_classes == clean.num_classes
+        names = tuple(
+            clean.names if same_count and given.names == numbers else given.names
+        )
+        keys.append(clean_label_key)
+    ids, labels, origins, positions = _gather_all(builder, image_key, keys)
+    splits = _split_codes(origins)
+    return Listing(
+        ids=ids,
+        labels=_given_labels(labels, splits, source),
+        clean_labels=_clean_labels(labels, source),
+        splits=splits,
+        class_names=names,
+        reader=TfdsReader(builder, image_key, ids, origins, positions),
+        source=source,
+    )
+
+
+def _prepared_builder(
+    name: str, data_dir: str | Path | None, source: str
+) -> DatasetBuilder:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except (ValueError, ImportError) as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f' Did you mean "tfds:{close[0]}"?' if close else ""
+        reason = next(iter(str(error).splitlines()), "unknown")
+        raise InvalidArgument(
+            "Expected the name of a TensorFlow Datasets data set. "
+            f"Received: {source!r} ({reason}).{hint}"
+        ) from error
+    if builder.is_prepared():
+        return builder
+    try:
+        builder.download_and_prepare()
+    # Each data set downloads and parses in its own way, and fails in its own.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{source} could not be downloaded and prepared in {builder.data_dir} "
+            f"({type(error).__name__}: {reason}). Check the connection, or pass "
+            "`data_dir` with data that are prepared already."
+        ) from error
+    return builder
+
+
+def _image_key(builder: DatasetBuilder, source: str) -> str:
+    import tensorflow_datasets as tfds
+
+    features = dict(sorted(builder.info.features.items()))
+    keys = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    if "image" in keys:
+        return "image"
+    if len(keys) != 1:
+        raise InvalidArgument(
+            "Expected a data set with one image in each sample. "
+            f"Received: {source}, whose images are {keys} of {list(features)}."
+        )
+    return keys[0]
+
+
+def _class_label(
+    builder: DatasetBuilder, key: str, argument: str, source: str
+) -> ClassLabel:
+    import tensorflow_datasets as tfds
+
+    # Sorted, for TFDS has the features in another order in each process.
+    features = sorted(builder.info.features.items())
+    labels = {k: f for k, f in features if isinstance(f, tfds.features.ClassLabel)}
+    if key not in labels:
+        raise InvalidArgument(
+            f"`{argument}` must be a class label of {source}, which has: "
+            f"{', '.join(labels) or 'none'}. Received: {argument}={key!r}."
+        )
+    return labels[key]
+
+
+def _split_codes(origins: np.ndarray) -> np.ndarray:
+    """Maps TFDS splits to positions in `SPLITS`; without a train, all are train."""
+    if "train" not in origins:
+        return np.full(len(origins), TRAIN, np.int8)
+    codes = np.zeros(len(origins), np.int8)
+    for origin in np.unique(origins):
+        codes[origins == origin] = SPLITS.index(SPLIT_ALIASES[str(origin)])
+    return codes
+
+
+def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Dataset:
+    import tensorflow_datasets as tfds
+
+    # One shard after the other, so that positions mean the same in each pass;
+    # TFDS would keep a small data set in memory unless told not to.
+    config = tfds.ReadConfig(
+        add_tfds_id=True, interleave_cycle_length=1, try_autocache=False
+    )
+    return builder.as_dataset(
+        split=split,
+        decoders={image_key: tfds.decode.SkipDecoding()},
+        read_config=config,
+        shuffle_files=False,
+    )
+
+
+def _gather_all(
+    builder: DatasetBuilder, image_key: str, keys: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    splits = list(builder.info.splits)
+    splits = [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
+    parts = [_gather(builder, split, image_key, keys) for split in splits]
+    sizes = [len(ids) for ids, _ in parts]
+    return (
+        np.concatenate([ids for ids, _ in parts]),
+        np.concatenate([labels for _, labels in parts]),
+        np.repeat(splits, sizes),
+        np.concatenate([np.arange(size) for size in sizes]),
+    )
+
+
+def _gather(
+    builder: DatasetBuilder, split: str, image_key: str, keys: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    rows = _read(builder, split, image_key).map(
+        lambda sample: (sample["tfds_id"], [sample[key] for key in keys]),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    ids: list[str] = []
+    labels = [np.zeros((0, len(keys)), np.int32)]
+    for some_ids, some_labels in rows.batch(_ROWS_A_STEP).as_numpy_iterator():
+        ids += [id_.decode() for id_ in some_ids]
+        labels.append(some_labels.astype(np.int32))
+    return np.array(ids, dtype=np.str_), np.concatenate(labels)
+
+
+def _given_labels(labels: np.ndarray, splits: np.ndarray, source: str) -> np.ndarray:
+    given = labels[:, 0].copy()
+    if labels.shape[1] > 1:
+        # cifar10_n, say, has human labels for its training images only.
+        fill = (given == _NO_LABEL) & (splits != TRAIN)
+        given[fill] = labels[fill, 1]
+    if np.any(given < 0):
+        raise DataError(
+            f"{np.count_nonzero(given < 0)} of {len(given)} samples of {source} have "
+            "no label. Use another `label_key`; if only validation or test lack "
+            "labels, pass `clean_label_key`."
+        )
+    return given
+
+
+def _clean_labels(labels: np.ndarray, source: str) -> np.ndarray | None:
+    if labels.shape[1] == 1:
+        return None
+    clean = labels[:, 1].copy()
+    if np.any(clean < 0):
+        raise DataError(
+            f"{np.count_nonzero(clean < 0)} of {len(clean)} samples of {source} have "
+            "no clean label. Use another `clean_label_key`, or none."
+        )
+    return clean

@@ -1,0 +1,194 @@
+"""Where exports go: names, free numbers, folders."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from keras_rsft._storage import MODEL_FILE, highest_number, locked
+from keras_rsft.errors import InvalidArgument
+
+WEIGHT_DTYPES_OF_FORMAT = {
+    "saved-model": ("float32", "float16"),
+    "litert": ("float32", "float16", "int8"),
+    "onnx": ("float32",),
+}
+FORMATS = tuple(WEIGHT_DTYPES_OF_FORMAT)
+WEIGHT_DTYPES = ("float32", "float16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """The format of an export and its options.
+
+    Attributes:
+        file_format: `"saved-model"`, `"litert"` or `"onnx"`.
+        weight_dtype: `"float32"`; `"float16"` for the first two; `"int8"`
+            (dynamic-range quantisation) for LiteRT.
+        version: Version of a SavedModel, at least 1. None: the next free one.
+        top_k: How many classes a SavedModel names in `top_labels`, or None.
+
+    Raises:
+        InvalidArgument: If the options do not fit the format.
+    """
+
+    file_format: str = "saved-model"
+    weight_dtype: str = "float32"
+    version: int | None = None
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if self.file_format not in FORMATS:
+            raise InvalidArgument(
+                f"The format must be one of {', '.join(FORMATS)}. "
+                f"Received: {self.file_format!r}."
+            )
+        known = WEIGHT_DTYPES_OF_FORMAT[self.file_format]
+        if self.weight_dtype not in known:
+            raise InvalidArgument(
+                f"The format {self.file_format} stores weights as {' or '.join(known)}."
+                f" Received: {self.weight_dtype!r}."
+            )
+        if self.file_format != "saved-model" and (self.version or self.top_k):
+            raise InvalidArgument(
+                "A version and the most probable classes can be chosen for the format "
+                f"saved-model only. Received: the format {self.file_format}."
+            )
+
+
+MODELS_CONFIG = "models.config"
+BATCHING_CONFIG = "batching.config"
+_OURS = re.compile(rf"\d+|model-\d+\.[\w.]+|{MODELS_CONFIG}|{BATCHING_CONFIG}|\..*")
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+def check_name(name: str) -> str:
+    """Returns a model's name that is safe as a folder, in a URL and in a config."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            "A model's name has letters, digits, `_`, `.` and `-` only, no path "
+            f"separator, and begins with a letter or digit. Received: {name!r}. "
+            "Give another `name`."
+        )
+    return name
+
+
+def unusable_model(model: str | os.PathLike) -> InvalidArgument:
+    """Returns the error for what can be neither a run nor an export."""
+    state = "" if os.path.exists(model) else ", which does not exist"
+    return InvalidArgument(
+        "The model must be a run folder, a .keras file, an exported SavedModel, or a "
+        f".tflite or .onnx file. Received: {model}{state}."
+    )
+
+
+def check_exists(model: str | os.PathLike) -> None:
+    """Raises InvalidArgument if a run or an export is not there."""
+    if not os.path.exists(model):
+        raise unusable_model(model)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises InvalidArgument if a folder is not that of a run."""
+    if not (folder / MODEL_FILE).is_file():
+        state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
+        raise InvalidArgument(
+            "Expected a run folder, as `keras-rsft fit` leaves it. "
+            f"Received: {folder} ({state})."
+        )
+
+
+def model_folder(
+    run: str | os.PathLike, name: str | None, directory: str | os.PathLike
+) -> Path:
+    """Returns the folder for a run's exports; it need not exist."""
+    name = Path(run).absolute().name if name is None else name
+    return check_model_folder(Path(directory) / check_name(name))
+
+
+def check_model_folder(directory: str | os.PathLike) -> Path:
+    """Returns the folder of a model's versions; it need not exist."""
+    directory = Path(directory).absolute()
+    if _check_writable(directory):
+        others = sorted(p.name for p in directory.iterdir() if not _is_ours(p))
+        if others:
+            raise InvalidArgument(
+                f"{directory} must hold exported models only. Found: {others[0]!r}. "
+                "Choose another folder."
+            )
+    return directory
+
+
+def _is_ours(path: Path) -> bool:
+    if path.name.isdigit():
+        return path.is_dir()
+    return _OURS.fullmatch(path.name) is not None
+
+
+def free_version(directory: Path, version: int | None) -> int:
+    """Returns the version to write: the one asked for, or one more than the highest."""
+    if version is None:
+        return highest_number(directory, r"(\d+)") + 1
+    if version < 1 or (directory / str(version)).exists():
+        raise InvalidArgument(
+            "The version must be a number of at least 1 that does not exist yet. "
+            f"Received: {version}, in {directory}."
+        )
+    return version
+
+
+def free_file(directory: Path, suffix: str) -> Path:
+    """Returns the first free `model-N.SUFFIX` after the highest."""
+    number = highest_number(directory, rf"model-(\d+)\.{suffix}") + 1
+    return directory / f"model-{number}.{suffix}"
+
+
+@contextlib.contextmanager
+def turn_in(directory: Path) -> Iterator[None]:
+    """Waits until no other export writes into a model's folder, then holds it."""
+    # So two exports of one name get two versions, and what a killed one left half
+    # written can be told from what is being written, and is removed.
+    directory.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, which is the server's too.
+    lock = directory.with_name(f".{directory.name}.lock")
+    with locked(lock, needed=False):
+        for left in directory.glob(".[0-9]*-*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def check_file(path: str | os.PathLike, suffix: str) -> Path:
+    """Returns the path of a file that can be written."""
+    path = Path(path).absolute()
+    if path.suffix != f".{suffix}":
+        raise InvalidArgument(
+            f"The file's name must end in .{suffix}. Received: {path.name!r}."
+        )
+    if path.exists():
+        raise InvalidArgument(
+            f"{path} exists, and nothing is overwritten. Choose another name."
+        )
+    _check_writable(path.parent)
+    return path
+
+
+def _check_writable(directory: Path) -> bool:
+    """Returns whether the folder exists, if one can be made or written to."""
+    nearest = next(p for p in (directory, *directory.parents) if p.exists())
+    if not nearest.is_dir():
+        raise InvalidArgument(
+            f"{nearest} is a file, so nothing can be exported to {directory}. "
+            "Choose another folder."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidArgument(
+            f"{nearest} cannot be written to. Choose another folder, or change its "
+            "permissions."
+        )
+    return nearest == directory

@@ -1,0 +1,109 @@
+"""Runs exported models of any format on decoded images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.export._formats import CLASS_NAMES_KEY, LABELS_MEMBER
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedModel:
+    """An exported model, ready to run."""
+
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+    probabilities: Callable[[np.ndarray], np.ndarray]
+
+
+def load_exported(path: str | os.PathLike) -> ExportedModel:
+    """Loads a SavedModel's version, a `.tflite` or an `.onnx` file."""
+    path = Path(path)
+    if path.suffix == ".tflite" and path.is_file():
+        return _load_litert(path)
+    if path.suffix == ".onnx" and path.is_file():
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                "Running an ONNX model needs the package onnxruntime. Install it with: "
+                'pip install "keras_rsft[onnx]".'
+            ) from error
+        errors = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            session = onnxruntime.InferenceSession(
+                path, providers=["CPUExecutionProvider"]
+            )
+        except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        metadata = session.get_modelmeta().custom_metadata_map
+        if CLASS_NAMES_KEY not in metadata:
+            raise DataError(f"{path} has no class names in its metadata.")
+        height, width = session.get_inputs()[0].shape[1:3]
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            return session.run(["probabilities"], {"images": images})[0]
+
+        names = tuple(json.loads(metadata[CLASS_NAMES_KEY]))
+        return ExportedModel((height, width), names, probabilities)
+    if (path / "saved_model.pb").is_file():
+        loaded = tf.saved_model.load(str(path))
+        serve = loaded.signatures.get("serving_images")
+        labels = path / "assets" / "labels.txt"
+        if serve is None or not labels.is_file():
+            raise DataError(f"{path} has no signature `serving_images`, or no labels.")
+        shape = serve.structured_input_signature[1]["images"].shape
+
+        def probabilities(images: np.ndarray) -> np.ndarray:
+            # Keeps the loaded object alive: a signature alone loses its variables.
+            signature = loaded.signatures["serving_images"]
+            return signature(images=tf.constant(images))["probabilities"].numpy()
+
+        return ExportedModel(
+            tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities
+        )
+    raise InvalidArgument(
+        "An exported model is the folder of a SavedModel's version, a .tflite or an "
+        f".onnx file. Received: {path}."
+    )
+
+
+def _load_litert(path: Path) -> ExportedModel:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError as error:
+        raise ImportError(
+            "Running a LiteRT model needs the package ai-edge-litert. Install it "
+            'with: pip install "keras_rsft[litert]".'
+        ) from error
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = _lines(archive.read(LABELS_MEMBER))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DataError(f"{path} has no {LABELS_MEMBER} in it.") from error
+    interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
+    taken, given = interpreter.get_input_details()[0], interpreter.get_output_details()
+
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        if tuple(interpreter.get_input_details()[0]["shape"]) != images.shape:
+            interpreter.resize_tensor_input(taken["index"], images.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(taken["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(given[0]["index"])
+
+    height, width = (int(side) for side in taken["shape"][1:3])
+    return ExportedModel((height, width), names, probabilities)
+
+
+def _lines(encoded: bytes) -> tuple[str, ...]:
+    return tuple(encoded.decode("utf-8").splitlines())

@@ -1,0 +1,378 @@
+"""Writes a SavedModel for TensorFlow Serving."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._runtime import require_tensorflow_backend
+from keras_rsft._storage import write_new_file, written_whole
+from keras_rsft.backbones._foreign import require_tensorflow
+from keras_rsft.data._images import decode_images
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.export._places import (
+    BATCHING_CONFIG,
+    MODELS_CONFIG,
+    check_model_folder,
+    check_name,
+    free_version,
+    turn_in,
+)
+
+MAX_FLOAT16 = float(np.finfo(np.float16).max)
+# A variable costs about 3 kB of graph, to read, to save and to restore it. A network
+# has many small ones (BatchNorm has four a layer), which would make a small model a
+# tenth larger, so they share one. As constants they would be folded into their
+# neighbours, which changes the answers in the fifth digit.
+MAX_PACKED_BYTES = 16_384
+
+Outputs = dict[str, tf.Tensor]
+
+
+class ForwardPass(tf.Module):
+    """A Keras model as a function of images, with each weight held once."""
+
+    def __init__(
+        self, model: keras.Model, *, float16: bool = False, pack: bool = False
+    ):
+        super().__init__()
+        require_tensorflow(model)
+        self.image_size = tuple(model.input_shape[1:3])
+        stored = [(v, _as_stored(v.value, float16)) for v in model.variables]
+        small = [one for one in stored if pack and _is_small(one[1])]
+        packed = {id(v) for v, _ in small}
+        alone = [one for one in stored if id(one[0]) not in packed]
+        packs = _packs(small)
+        self._weights = [kept for _, kept in alone] + [one.values for one in packs]
+
+        # A closure: what is an attribute of a module is saved with it, and tracking
+        # the Keras model would store every weight twice.
+        def predict(images: tf.Tensor) -> tf.Tensor:
+            state = alone + [pair for one in packs for pair in one.unpacked()]
+            widened = [(v, tf.cast(kept, v.dtype)) for v, kept in state]
+            with keras.StatelessScope(state_mapping=widened):
+                return tf.cast(model(images, training=False), tf.float32)
+
+        self._predict = predict
+
+    def __call__(self, images: tf.Tensor) -> tf.Tensor:
+        """Returns probabilities, float32 `(batch, classes)`."""
+        return self._predict(images)
+
+    def images_spec(self, batch: int | None = None) -> tf.TensorSpec:
+        return tf.TensorSpec((batch, *self.image_size, 3), tf.float32, name="images")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pack:
+    """Small weights of one type, end to end in one variable."""
+
+    variables: tuple[keras.Variable, ...]
+    values: tf.Variable
+
+    def unpacked(self) -> list[tuple[keras.Variable, tf.Tensor]]:
+        shapes = [tuple(variable.shape) for variable in self.variables]
+        parts = tf.split(self.values, [math.prod(shape) for shape in shapes])
+        shaped = (
+            part if len(shape) == 1 else tf.reshape(part, shape)
+            for part, shape in zip(parts, shapes, strict=True)
+        )
+        return list(zip(self.variables, shaped, strict=True))
+
+
+def _packs(small: Sequence[tuple[keras.Variable, tf.Variable]]) -> list[_Pack]:
+    by_type: dict[tf.DType, list[tuple[keras.Variable, tf.Variable]]] = {}
+    for pair in small:
+        by_type.setdefault(pair[1].dtype, []).append(pair)
+    return [
+        _Pack(
+            tuple(variable for variable, _ in pairs),
+            tf.Variable(tf.concat([tf.reshape(kept, [-1]) for _, kept in pairs], 0)),
+        )
+        for pairs in by_type.values()
+    ]
+
+
+def _is_small(stored: tf.Variable) -> bool:
+    return stored.shape.num_elements() * stored.dtype.size <= MAX_PACKED_BYTES
+
+
+def _as_stored(weight: tf.Variable, float16: bool) -> tf.Variable:
+    if float16 and _fits_float16(weight):
+        return tf.Variable(tf.cast(weight, tf.float16))
+    return weight
+
+
+def _fits_float16(weight: tf.Variable) -> bool:
+    # Vectors (biases, BatchNorm, standardisation) weigh little and may hold variances
+    # far outside the range.
+    if weight.dtype != tf.float32 or weight.shape.rank < 2:
+        return False
+    return bool(tf.reduce_max(tf.abs(weight)) <= MAX_FLOAT16)
+
+
+class ServingGraph(tf.Module):
+    """The functions that TF Serving calls, with what they need."""
+
+    def __init__(
+        self,
+        forward: ForwardPass,
+        class_names: Sequence[str],
+        labels_file: Path,
+        *,
+        top_k: int | None = None,
+    ):
+        super().__init__()
+        self._labels_asset = tf.saved_model.Asset(str(labels_file))
+        self._forward = forward
+        self._class_names = list(class_names)
+        self._top_k = top_k
+
+    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
+        encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
+        images = self._forward.images_spec()
+        # Not attributes: those would be traced, and saved, once more.
+        serve_images = tf.function(
+            self._serve_images, input_signature=[images]
+        ).get_concrete_function()
+        serve_bytes = tf.function(
+            lambda image_bytes: self._serve_bytes(image_bytes, serve_images),
+            input_signature=[encoded],
+        ).get_concrete_function()
+        return {"serving_default": serve_bytes, "serving_images": serve_images}
+
+    def _serve_images(self, images: tf.Tensor) -> Outputs:
+        # Some kernels refuse an empty batch: one blank image is added, then cut.
+        count = tf.shape(images)[0]
+        padding = tf.cast(count == 0, tf.int32)
+        padded = tf.pad(images, [[0, padding], [0, 0], [0, 0], [0, 0]])
+        probabilities = self._forward(padded)[:count]
+        # A constant, not a lookup table: a table would need an initialisation step.
+        names = tf.constant(self._class_names)
+        best = tf.argmax(probabilities, axis=-1, output_type=tf.int32)
+        served = {
+            "label": tf.gather(names, best),
+            "score": tf.reduce_max(probabilities, axis=-1),
+            "probabilities": probabilities,
+        }
+        if self._top_k is not None:
+            scores, positions = tf.math.top_k(probabilities, k=self._top_k)
+            served |= {"top_labels": tf.gather(names, positions), "top_scores": scores}
+        return served
+
+    def _serve_bytes(
+        self, image_bytes: tf.Tensor, serve_images: Callable[..., Outputs]
+    ) -> Outputs:
+        images, valid = decode_images(image_bytes, self._forward.image_size)
+        served = serve_images(images=images)  # A call: one copy of the model.
+        blanked = {name: _blank(value, valid) for name, value in served.items()}
+        return blanked | {"valid": valid}
+
+
+def _blank(value: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
+    """Returns empty text or zeros where an image is not valid."""
+    mask = tf.reshape(valid, [-1] + [1] * (value.shape.rank - 1))
+    return tf.where(mask, value, tf.zeros([], value.dtype))
+
+
+WARMUP_FILE = Path("assets.extra") / "tf_serving_warmup_requests"
+WARMUP_BATCHES = (1, 8)
+WARMUP_IMAGE_SIZE = (400, 500)
+MAX_REQUEST, MAX_BATCH = 128, 32
+
+
+def warmup_available() -> bool:
+    """Says whether the extra `serving` is installed."""
+    return importlib.util.find_spec("tensorflow_serving") is not None
+
+
+def warmup_requests(model_name: str) -> list[bytes]:
+    """Returns serialised `PredictionLog` messages for `serving_default`."""
+    try:
+        from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+    except ImportError as error:
+        raise ImportError(
+            "Warm-up requests need the package tensorflow-serving-api. Install it "
+            'with: pip install "keras_rsft[serving]".'
+        ) from error
+
+    height, width = WARMUP_IMAGE_SIZE
+    down = tf.linspace(0.0, 3.0, height)[:, None, None]
+    right = tf.linspace(0.0, 3.0, width)[None, :, None]
+    colour = tf.constant([1.0, 1.7, 2.3])
+    waves = 127.5 + 60.0 * (tf.sin(down * colour) + tf.cos(right * colour * colour))
+    pixels = tf.cast(waves, tf.uint8)
+    # A few kilobytes: they are stored once for each image of each request.
+    image = tf.io.encode_jpeg(pixels, quality=20, optimize_size=True).numpy()
+    logs = []
+    for count in WARMUP_BATCHES:
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name = model_name
+        request.model_spec.signature_name = "serving_default"
+        request.inputs["image_bytes"].CopyFrom(
+            tf.make_tensor_proto([image] * count, tf.string)
+        )
+        log = prediction_log_pb2.PredictionLog()
+        log.predict_log.request.CopyFrom(request)
+        logs.append(log.SerializeToString(deterministic=True))
+    return logs
+
+
+def write_warmup(version: Path, requests: list[bytes]) -> None:
+    """Writes the requests into a version's folder, where the server looks for them."""
+    path = version / WARMUP_FILE
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for request in requests:
+            writer.write(request)
+
+
+def write_configs(directory: Path) -> None:
+    """Writes the server's configurations of a model, where there are none yet."""
+    contents = {
+        MODELS_CONFIG: models_config(directory.name),
+        BATCHING_CONFIG: batching_config(),
+    }
+    for name, content in contents.items():
+        if not (directory / name).exists():  # The user may have changed it.
+            write_new_file(directory / name, content.encode())
+
+
+def models_config(name: str) -> str:
+    """Returns a `ModelServerConfig` that serves the newest version of one model."""
+    return f"""\
+model_config_list {{
+  config {{
+    name: "{name}"
+    base_path: "/models/{name}"
+    model_platform: "tensorflow"
+  }}
+}}
+"""
+
+
+def batching_config() -> str:
+    """Returns `BatchingParameters`: requests that arrive together are run together."""
+    return f"""\
+max_batch_size {{ value: {MAX_REQUEST} }}
+enable_large_batch_splitting {{ value: true }}
+max_execution_batch_size {{ value: {MAX_BATCH} }}
+batch_timeout_micros {{ value: 2000 }}
+max_enqueued_batches {{ value: 100 }}
+"""
+
+
+WEIGHT_DTYPES = ("float32", "float16")
+
+
+def export_saved_model(
+    model: keras.Model,
+    directory: str | os.PathLike,
+    *,
+    class_names: Sequence[str],
+    version: int | None = None,
+    top_k: int | None = None,
+    weight_dtype: str = "float32",
+    warmup: bool | None = None,
+    model_card: str | None = None,
+) -> Path:
+    """Writes `DIRECTORY/VERSION` as a SavedModel with two signatures.
+
+    `serving_default` takes `image_bytes`, a vector of encoded images, and gives
+    `label` (string), `score` (float32), `probabilities` (float32,
+    `(batch, classes)`) and `valid` (bool); with `top_k` also `top_labels` and
+    `top_scores`, `(batch, top_k)`, the most probable first. An image that cannot be
+    decoded is not valid, has empty labels and zero probabilities, and leaves the
+    others alone. `serving_images` takes `images`, float32
+    `(batch, height, width, 3)` in [0, 255], and gives all but `valid`. An empty batch
+    gives empty results.
+
+    The class names are in the graph and in `assets/labels.txt`. `models.config` and
+    `batching.config` for TF Serving are written into `DIRECTORY` once.
+
+    Args:
+        model: Images in [0, 255] to probabilities, as `Run.model`.
+        directory: Folder named after the model; made if it does not exist.
+        class_names: Names in the order of the probabilities.
+        version: Number of the version, at least 1. Default: one more than the
+            highest that the folder holds, or 1.
+        top_k: In [1, classes]. Default: no `top_labels`.
+        weight_dtype: `"float32"`, or `"float16"` for half the size: kernels are
+            stored in float16 and widened when the graph runs. Default float32.
+        warmup: Write requests that the server runs before it answers, in
+            `assets.extra/`. Default: where the extra `serving` is installed.
+        model_card: Markdown, written as the version's `README.md`. Default: none.
+
+    Returns:
+        The folder that was written; it appears whole.
+
+    Raises:
+        InvalidArgument: If that version exists, the folder holds something else or
+            cannot be written to, or another argument does not fit.
+        ImportError: If `warmup` is True and the extra `serving` is not installed.
+    """
+    require_tensorflow_backend("`export_saved_model`")
+    directory = check_model_folder(directory)
+    check_name(directory.name)
+    _check_fit(model, class_names, top_k, weight_dtype)
+    free_version(directory, version)  # Refused before the work.
+    if warmup is None:
+        warmup = warmup_available()
+    requests = warmup_requests(directory.name) if warmup else None
+    forward = ForwardPass(model, float16=weight_dtype == "float16", pack=True)
+    with turn_in(directory):
+        target = directory / str(free_version(directory, version))
+        # TF Serving looks for folders that are numbers: the hidden one it never sees.
+        with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
+            labels = Path(assets) / "labels.txt"
+            labels.write_text("\n".join(class_names) + "\n", encoding="utf-8")
+            graph = ServingGraph(forward, class_names, labels, top_k=top_k)
+            tf.saved_model.save(graph, str(partial), signatures=graph.signatures())
+            if requests is not None:
+                write_warmup(partial, requests)
+            if model_card is not None:
+                (partial / "README.md").write_text(model_card, encoding="utf-8")
+        write_configs(directory)
+    return target
+
+
+def check_class_names(model: keras.Model, class_names: Sequence[str]) -> None:
+    """Refuses names that do not fit the model."""
+    if len(class_names) != model.output_shape[-1]:
+        raise InvalidArgument(
+            f"The model has {model.output_shape[-1]} classes. "
+            f"Received: {len(class_names)} class names."
+        )
+    for name in class_names:
+        if len(name.splitlines()) != 1:
+            raise InvalidArgument(
+                f"A class name must be one line of text. Received: {name!r}."
+            )
+
+
+def _check_fit(
+    model: keras.Model,
+    class_names: Sequence[str],
+    top_k: int | None,
+    weight_dtype: str,
+) -> None:
+    check_class_names(model, class_names)
+    if top_k is not None and not 1 <= top_k <= len(class_names):
+        raise InvalidArgument(
+            f"`top_k` must be in [1, {len(class_names)}], the number of classes. "
+            f"Received: {top_k}."
+        )
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise InvalidArgument(
+            f"A SavedModel's `weight_dtype` must be one of {', '.join(WEIGHT_DTYPES)}. "
+            f"Received: {weight_dtype!r}."
+        )

@@ -1,0 +1,263 @@
+"""Checks an export against its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._progress import progress_bar
+from keras_rsft._storage import read_csv
+from keras_rsft.data._images import decode_image
+from keras_rsft.data._samples import ImageData, ImageSplit
+from keras_rsft.errors import DataError
+from keras_rsft.export._export_run import Export, FinishedRun
+from keras_rsft.export._runtimes import load_exported
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyCheck:
+    """What narrower weights cost on the validation split."""
+
+    run: float
+    exported: float
+    images: int
+    largest_difference: float
+
+
+def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
+    """Returns the images that the run was validated on."""
+    known, found = set(_validation_labels(run)), data.validation.ids.tolist()
+    if not known or not known <= set(found):
+        raise DataError(
+            f"the run was validated on {len(known)} images, and the data now have "
+            f"{len(found)} with other ids."
+        )
+    # Corrections may have dropped some.
+    return data.validation.take(np.flatnonzero([one in known for one in found]))
+
+
+def check_accuracy(
+    run: FinishedRun, export: Export, validation: ImageSplit, *, progress: bool = True
+) -> AccuracyCheck:
+    """Compares an export with its run on the validation images and their labels."""
+    labels = _validation_labels(run)
+    given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
+    exported = load_exported(export.path)
+    forward = _forward_of(run.model)
+    hits, exported_hits, images, largest = 0, 0, 0, 0.0
+    with progress_bar(
+        "Validation", total=len(validation), unit="images", visible=progress
+    ) as advance:
+        batches = validation.images(run.model.input_shape[1:3]).batch(BATCH_SIZE)
+        for index, batch in batches.as_numpy_iterator():
+            expected, received = forward(batch), exported.probabilities(batch)
+            hits += int(np.sum(expected.argmax(axis=-1) == given[index]))
+            exported_hits += int(np.sum(received.argmax(axis=-1) == given[index]))
+            images += len(index)
+            largest = max(largest, float(np.abs(expected - received).max()))
+            advance(len(index))
+    if images == 0:
+        raise DataError("none of the validation images can be read.")
+    return AccuracyCheck(hits / images, exported_hits / images, images, largest)
+
+
+def _forward_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda images: np.asarray(model.predict_on_batch(images), np.float32)
+
+
+def _validation_labels(run: FinishedRun) -> dict[str, int]:
+    numbers = {name: number for number, name in enumerate(run.class_names)}
+    samples = run.folder / "samples.csv"
+    if not samples.is_file():
+        return {}
+    return {
+        row["id"]: numbers[row["given_label"]]
+        for row in read_csv(samples)
+        if row["split"] == "validation"
+    }
+
+
+MOST_IMAGES, BATCH_SIZE = 128, 32
+SIZES = ((20, 30), (64, 64), (97, 61), (300, 400), (480, 640), (1200, 900))
+ALLOWED = {"saved-model": 1e-5, "litert": 1e-3, "onnx": 1e-3}
+TIMEOUT_SECONDS = 600
+_IMAGES, _PROBABILITIES, _VALID, _SECONDS = (
+    f"{name}.npy" for name in ("images", "probabilities", "valid", "seconds")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a fresh process answered, against the run's model in this one."""
+
+    images: int
+    generated: bool
+    same_labels: int
+    largest_difference: float
+    allowed_difference: float | None
+    broken_refused: bool | None
+    load_seconds: float
+
+    @property
+    def passed(self) -> bool:
+        if self.broken_refused is False:
+            return False
+        if self.allowed_difference is None:
+            return True
+        close = self.largest_difference <= self.allowed_difference
+        return close and self.same_labels == self.images
+
+
+def verify_export(
+    run: FinishedRun,
+    export: Export,
+    images: Sequence[bytes] | None = None,
+    *,
+    progress: bool = True,
+) -> Verification:
+    """Loads an export in a fresh process and compares its answers with the run's."""
+    encoded = list(generated_images() if images is None else images)
+    encoded.append(encoded[0][: len(encoded[0]) // 2])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress_bar(
+            "The run", total=2 * len(encoded), unit="images", visible=progress
+        ) as advance,
+    ):
+        place = Path(folder)
+        expected, valid = _expect(run, encoded, place, advance)
+        advance(0, "A fresh process")
+        _run_fresh_process(export.path, place)
+        advance(len(encoded))
+        received = np.load(place / _PROBABILITIES)
+        seconds = float(np.load(place / _SECONDS))
+        refused = None
+        if (place / _VALID).exists():
+            refused = np.array_equal(np.load(place / _VALID), valid)
+    exact = export.settings.weight_dtype == "float32"
+    same = expected[valid].argmax(axis=-1) == received[valid].argmax(axis=-1)
+    return Verification(
+        images=int(valid.sum()),
+        generated=images is None,
+        same_labels=int(same.sum()),
+        largest_difference=float(np.abs(expected - received)[valid].max()),
+        allowed_difference=ALLOWED[export.settings.file_format] if exact else None,
+        broken_refused=refused,
+        load_seconds=seconds,
+    )
+
+
+def sample_of(split: ImageSplit) -> list[bytes]:
+    """Returns image files of a split, `MOST_IMAGES` at most, evenly spread."""
+    count = min(len(split), MOST_IMAGES)
+    encoded = []
+    for at in np.linspace(0, len(split) - 1, count).round().astype(int):
+        try:
+            encoded.append(split.encoded(int(at)))
+        except OSError:
+            continue
+    return encoded
+
+
+def generated_images() -> list[bytes]:
+    """Returns JPEG and PNG files of coloured patches, in each of `SIZES`."""
+    rng = np.random.default_rng(0)
+    files = []
+    for height, width in SIZES:
+        patches = rng.uniform(0, 255, (5, 6, 3)).astype("float32")
+        smooth = tf.image.resize(patches, (height, width))
+        pixels = tf.cast(tf.clip_by_value(smooth, 0, 255), tf.uint8)
+        files += [tf.io.encode_jpeg(pixels).numpy(), tf.io.encode_png(pixels).numpy()]
+    return files
+
+
+def _expect(
+    run: FinishedRun, encoded: list[bytes], place: Path, advance: Callable[..., None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes files and pixels for the fresh process; returns what the run says."""
+    size = tuple(run.model.input_shape[1:3])
+    images, valid = _decoded(encoded, size)
+    if not valid.any():
+        raise DataError("None of the images to compare on can be decoded.")
+    for number, file in enumerate(encoded):
+        (place / f"{number:03}.image").write_bytes(file)
+    np.save(place / _IMAGES, images)
+    answers = []
+    for batch in _batches(images):
+        answers.append(np.asarray(run.model.predict_on_batch(batch), np.float32))
+        advance(len(batch))
+    return np.concatenate(answers), valid
+
+
+def _decoded(
+    encoded: list[bytes], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes as training does; an image that cannot be is black and not valid."""
+    decode = tf.function(
+        lambda one: decode_image(one, size),
+        input_signature=[tf.TensorSpec([], tf.string)],
+    )
+    images = np.zeros((len(encoded), *size, 3), np.float32)
+    valid = np.zeros(len(encoded), bool)
+    for number, one in enumerate(encoded):
+        try:
+            images[number] = decode(tf.constant(one))
+            valid[number] = True
+        except tf.errors.OpError:
+            continue
+    return images, valid
+
+
+def _batches(items: Sequence) -> Iterator[Sequence]:
+    for start in range(0, len(items), BATCH_SIZE):
+        yield items[start : start + BATCH_SIZE]
+
+
+def _run_fresh_process(export: Path, place: Path) -> None:
+    try:
+        result = subprocess.run(  # noqa: S603 - this very program, no shell.
+            [sys.executable, "-m", __spec__.name, str(export), str(place)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_SECONDS,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(
+            f"{export} did not answer in a fresh process for {TIMEOUT_SECONDS} s."
+        ) from error
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
+        raise DataError(f"{export} failed in a fresh process: {lines[-1]}")
+
+
+def _answer(export: Path, place: Path) -> None:
+    started = time.perf_counter()
+    if not export.is_dir():
+        exported = load_exported(export)
+        np.save(place / _SECONDS, time.perf_counter() - started)
+        answers = map(exported.probabilities, _batches(np.load(place / _IMAGES)))
+        np.save(place / _PROBABILITIES, np.concatenate(list(answers)))
+        return
+    loaded = tf.saved_model.load(str(export))
+    np.save(place / _SECONDS, time.perf_counter() - started)
+    serve = loaded.signatures["serving_default"]
+    files = [file.read_bytes() for file in sorted(place.glob("*.image"))]
+    served = [serve(image_bytes=tf.constant(batch)) for batch in _batches(files)]
+    for name, file in (("probabilities", _PROBABILITIES), ("valid", _VALID)):
+        np.save(place / file, np.concatenate([batch[name] for batch in served]))
+
+
+if __name__ == "__main__":
+    _answer(Path(sys.argv[1]), Path(sys.argv[2]))

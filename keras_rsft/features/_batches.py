@@ -1,0 +1,479 @@
+"""Feeds cached features, or images, to training."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft.data._images import without_autotuning
+from keras_rsft.data._samples import ImageSplit
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.features._store import FeatureSet
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShare:
+    """The rows of each batch that the replicas of one process take."""
+
+    replicas: int
+    first: int
+    count: int
+
+    def row_counts(self, batch_size: int) -> list[int]:
+        """Returns how many rows of a full batch each replica of this process takes."""
+        if batch_size < self.replicas:
+            raise InvalidArgument(
+                "`batch_size` counts the samples of all replicas and must be at least "
+                f"their number, {self.replicas}. Received: batch_size={batch_size}."
+            )
+        edges = self._edges(batch_size)
+        return [end - begin for begin, end in itertools.pairwise(edges)]
+
+    def of_order(
+        self, order: tuple[tf.Tensor, ...], batch_size: int
+    ) -> tuple[tf.Tensor, ...]:
+        edges = self._edges(batch_size)
+        place = tf.range(tf.size(order[0])) % batch_size
+        ours = (place >= edges[0]) & (place < edges[-1])
+        return tuple(tf.boolean_mask(part, ours) for part in order)
+
+    def _edges(self, batch_size: int) -> list[int]:
+        numbers = range(self.first, self.first + self.count + 1)
+        return [batch_size * number // self.replicas for number in numbers]
+
+
+# Above this, rows are read from disk.
+MAX_BYTES_IN_MEMORY = 2**28
+# Features that are shuffled at once. Three times as much is in memory: one window is
+# read, one waits, one is trained on.
+WINDOW_BYTES = 2**28
+# Long enough for a disk, short enough that a window holds samples of all classes
+# also where the file holds one class after the other.
+STRETCH_BYTES = 2**16
+BLOCK_BYTES = 2**23
+# What NumPy hands to TensorFlow is copied if it does not begin at a multiple of this.
+TENSOR_ALIGNMENT = 64
+_ROWS_PER_READ = 1024  # The most that Linux and macOS take.
+
+Order = Callable[[], tuple[tf.Tensor, tf.Tensor]]
+Columns = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple]
+
+
+class TrainingBatches:
+    """Shuffled batches of a feature set; pass both parts to `fit`.
+
+    ```python
+    batches = TrainingBatches(train, batch_size=32, seed=0)
+    model.fit(batches.dataset, callbacks=[batches.callback], epochs=10)
+    ```
+
+    Args:
+        features: The training features.
+        batch_size: Samples per step, at least 1; the last batch of an epoch may
+            be smaller.
+        seed: Seed of the order and of the choice among views.
+        sample_index: Say which sample each row is. Default False.
+        share: Which rows of each batch to yield, one element for each replica of this
+            process. Default: whole batches.
+
+    Raises:
+        InvalidArgument: If the batch size is below 1, or the number of replicas.
+
+    Attributes:
+        dataset: `tf.data.Dataset` of `(features (batch, dim) float32, labels
+            (batch,) int32)`, one epoch long; with `sample_index` of `(features,
+            labels, None, indices (batch,) int32)`; with `share` weights of one in
+            place of None.
+        callback: Tells the data set which epoch begins.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> file = Path(tempfile.mkdtemp(), "features.bin")
+        >>> np.arange(6, dtype="float32").tofile(file)
+        >>> labels, ids = np.array([0, 1, 0]), np.array(["a", "b", "c"])
+        >>> features = rsft.FeatureSet(file, labels, ids, dim=2)
+        >>> batches = rsft.TrainingBatches(features, batch_size=2, seed=0)
+        >>> [values.shape[0] for values, labels in batches.dataset]
+        [2, 1]
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        *,
+        batch_size: int,
+        seed: int,
+        sample_index: bool = False,
+        share: BatchShare | None = None,
+    ):
+        if batch_size < 1:
+            raise InvalidArgument(
+                f"`batch_size` must be at least 1. Received: batch_size={batch_size}."
+            )
+        self._features = features
+        self._sample_index = sample_index
+        self._share = share
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = tf.Variable(0, dtype=tf.int32, trainable=False)
+        self.callback = _EpochNumber(self._epoch)
+        self.dataset = self._make_dataset()
+
+    def order(self, epoch: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the samples and their rows in an epoch, int64 `(n,)` each.
+
+        Args:
+            epoch: The epoch's number, from 0.
+        """
+        count, views = len(self._features), self._features.views
+        seed = tf.stack([tf.cast(self._seed, tf.int32), tf.cast(epoch, tf.int32)])
+        if _in_one_window(self._features):
+            samples = _shuffled(count, seed)
+        else:
+            row_bytes = self._features.row_bytes
+            samples = shuffled_by_stretches(
+                count,
+                seed,
+                stretch_rows=max(1, STRETCH_BYTES // (views * row_bytes)),
+                window_rows=max(1, WINDOW_BYTES // row_bytes),
+            )
+        if views == 1:
+            return samples, samples
+        view = tf.random.stateless_uniform(
+            (count,), seed=tf.add(seed, [1, 0]), maxval=views, dtype=tf.int64
+        )
+        return samples, samples * views + view
+
+    def epoch_order(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns `order` of the epoch that began last."""
+        return self.order(self._epoch)
+
+    def _make_dataset(self) -> tf.data.Dataset:
+        columns = _with_index if self._sample_index else _without_index
+        if self._sample_index and self._share is not None:
+            columns = _with_weights_and_index  # Replicas cannot be handed a None.
+        return _gathered(
+            self._features,
+            self.epoch_order,
+            self._batch_size,
+            columns,
+            self._share,
+        )
+
+
+def batches_of(
+    features: FeatureSet, *, batch_size: int = 256, share: BatchShare | None = None
+) -> tf.data.Dataset:
+    """Returns the plain images' features in order, for evaluation."""
+    samples = tf.range(len(features), dtype=tf.int64)
+    order = (samples, samples * features.views)
+    return _gathered(features, lambda: order, batch_size, _without_index, share)
+
+
+class _EpochNumber(keras.callbacks.Callback):
+    def __init__(self, epoch: tf.Variable):
+        super().__init__()
+        self._epoch = epoch
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._epoch.assign(epoch)
+
+
+def _with_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
+    return x, y, None, tf.cast(sample, tf.int32)
+
+
+def _with_weights_and_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
+    return x, y, tf.ones(tf.shape(sample)), tf.cast(sample, tf.int32)
+
+
+def _without_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
+    return x, y
+
+
+def _gathered(
+    features: FeatureSet,
+    order: Order,
+    batch_size: int,
+    columns: Columns,
+    share: BatchShare | None = None,
+) -> tf.data.Dataset:
+    """Returns batches of the samples and rows that `order` names."""
+    # A batch is what `columns` makes of features, labels and the samples themselves.
+    # Rows are gathered for many batches at once, and no data set is made inside of
+    # another, since functions of `tf.data` cost more than the copying: some 30
+    # microseconds a call, some 5 milliseconds each time that an epoch begins.
+    labels = tf.constant(features.labels)
+    block_rows = batch_size * max(1, BLOCK_BYTES // (4 * features.dim * batch_size))
+    rows = tf.data.Dataset.range(1).map(
+        lambda _: order() if share is None else share.of_order(order(), batch_size)
+    )
+    if features.num_bytes <= MAX_BYTES_IN_MEMORY:
+        read = _make_table_reader(features)
+        blocks = rows.rebatch(block_rows).map(lambda s, row: (s, read(row)))
+    else:
+        read = _make_row_reader(features)
+        one_window = _in_one_window(features)
+        chunk_rows = block_rows if one_window else WINDOW_BYTES // features.row_bytes
+        chunks = rows.rebatch(max(1, chunk_rows)).map(lambda s, row: (s, read(row)))
+        blocks = chunks.prefetch(1).rebatch(block_rows)
+
+    def complete(sample: tf.Tensor, values: tf.Tensor) -> tuple:
+        wide = tf.cast(values, tf.float32)
+        return columns(wide, tf.gather(labels, sample), sample)
+
+    samples = blocks.map(complete).prefetch(1)
+    if share is not None:  # Their number differs where the last batch is small.
+        return without_autotuning(samples.rebatch(share.row_counts(batch_size)))
+    batches = samples.rebatch(batch_size)
+    steps = -(-len(features) // batch_size)
+    return without_autotuning(
+        batches.apply(tf.data.experimental.assert_cardinality(steps))
+    )
+
+
+def shuffled_by_stretches(
+    count: int, seed: tf.Tensor, *, stretch_rows: int, window_rows: int
+) -> tf.Tensor:
+    """Returns a random order of samples that can be read in few pieces."""
+    # Stretches of neighbours are shuffled, then the samples in each window of the
+    # result.
+    stretches = _shuffled(-(-count // stretch_rows), seed)
+    within = tf.range(stretch_rows, dtype=tf.int64)
+    samples = tf.reshape(stretches[:, None] * stretch_rows + within, (-1,))
+    samples = samples[samples < count]  # The last stretch of the file is shorter.
+    window = tf.range(count, dtype=tf.int64) // window_rows
+    place = tf.random.stateless_uniform(
+        (count,), tf.add(seed, [2, 0]), dtype=tf.float64
+    )
+    by_window = tf.argsort(tf.cast(window, tf.float64) + place, stable=True)
+    return tf.gather(samples, by_window)
+
+
+def _shuffled(count: int, seed: tf.Tensor) -> tf.Tensor:
+    return tf.random.experimental.stateless_shuffle(
+        tf.range(count, dtype=tf.int64), seed=seed
+    )
+
+
+def _in_one_window(features: FeatureSet) -> bool:
+    return features.num_bytes <= WINDOW_BYTES
+
+
+def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns a function from int64 rows `(k,)` to features `(k, dim)` in memory."""
+    if features.rows is None:
+        values = np.fromfile(features.path, features.precision)
+    else:
+        values = features.all_views
+    table = tf.constant(values.reshape(-1, features.dim))
+    return lambda rows: tf.gather(table, rows)
+
+
+def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk."""
+    # Neighbours in the file are read together, each row right to its place. A memory
+    # map would count its pages as ours, and bring in many more than were asked for.
+    file = features.path.open("rb", buffering=0)
+    _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")  # It need not read ahead.
+    precision, row_bytes = np.dtype(features.precision), features.row_bytes
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        descriptor = file.fileno()  # Of the file, which is open as long as we are.
+        samples, view = np.divmod(rows, features.views)
+        rows = features.file_rows(samples) * features.views + view
+        values = _aligned_array(len(rows), features.dim, precision)
+        places = values.view(np.uint8)
+        by_row = np.argsort(rows)
+        breaks = np.flatnonzero(np.diff(rows[by_row]) != 1) + 1
+        runs = np.split(by_row, breaks)
+        offsets = [int(rows[run[0]]) * row_bytes for run in runs]
+        for run, offset in zip(runs, offsets, strict=True):  # All asked for at once:
+            _advise(descriptor, offset, len(run) * row_bytes, "POSIX_FADV_WILLNEED")
+        for run, offset in zip(runs, offsets, strict=True):
+            for start in range(0, len(run), _ROWS_PER_READ):
+                part = [places[at] for at in run[start : start + _ROWS_PER_READ]]
+                _read_into(descriptor, part, offset + start * row_bytes)
+        return values
+
+    def read_rows(rows: tf.Tensor) -> tf.Tensor:
+        values = tf.numpy_function(read, [rows], tf.as_dtype(precision))
+        return tf.ensure_shape(values, (None, features.dim))
+
+    return read_rows
+
+
+def _aligned_array(rows: int, dim: int, precision: np.dtype) -> np.ndarray:
+    """Returns an unfilled array that becomes a tensor as it is, without a copy."""
+    size = rows * dim * precision.itemsize
+    room = np.empty(size + TENSOR_ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % TENSOR_ALIGNMENT
+    return room[start : start + size].view(precision).reshape(rows, dim)
+
+
+def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
+    """Tells the system what will be read, where it listens: it may, or may not, act."""
+    if hasattr(os, advice):
+        os.posix_fadvise(descriptor, offset, length, getattr(os, advice))
+
+
+def _read_into(descriptor: int, places: list[np.ndarray], offset: int) -> None:
+    """Fills byte arrays, one after the other, with what the file has from `offset`."""
+    while places:
+        count = os.preadv(descriptor, places, offset)
+        if count == 0:
+            raise OSError(
+                errno.EIO, "The kept features are shorter than they should be"
+            )
+        offset += count
+        while places and count >= len(places[0]):
+            count -= len(places.pop(0))
+        if count:  # A network's disk may give less than it was asked for.
+            places[0] = places[0][count:]
+
+
+# Decoded images that are in memory at once, where the source gives them in one order
+# only. Three times as much is: one window is decoded, one waits, one is trained on.
+IMAGE_WINDOW_BYTES = 2**28
+_IMAGES_A_PART = 32
+_BYTES_PER_PIXEL = 3 * 4
+
+
+class ImageBatches:
+    """Shuffled batches of a split's images; pass both parts to `fit`."""
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        kept: FeatureSet,
+        image_size: tuple[int, int],
+        *,
+        batch_size: int,
+        seed: int,
+    ):
+        self._kept = kept
+        self._image_size = image_size
+        self._seed = seed
+        self._positions = positions_of(kept, split)
+        self._split = split
+        self._order_of = TrainingBatches(kept, batch_size=batch_size, seed=seed)
+        self.callback = self._order_of.callback
+        self.failure: DataError | None = None
+        self.dataset = self._make_dataset(batch_size)
+
+    def _make_dataset(self, batch_size: int) -> tf.data.Dataset:
+        windows = tf.data.Dataset.from_generator(
+            self._parts,
+            output_signature=(
+                tf.TensorSpec((None, *self._image_size, 3), tf.float32),
+                tf.TensorSpec((None,), tf.int64),
+            ),
+        )
+        labels = tf.constant(self._kept.labels)
+        batches = windows.prefetch(1).rebatch(batch_size)
+        batches = batches.map(
+            lambda images, sample: (
+                images,
+                tf.gather(labels, sample),
+                None,
+                tf.cast(sample, tf.int32),
+            )
+        )
+        steps = -(-len(self._kept) // batch_size)
+        return without_autotuning(
+            batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(1)
+        )
+
+    def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        samples, rows = (part.numpy() for part in self._order_of.epoch_order())
+        views = self._kept.views
+        image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
+        read = self._streamed if self._split.reader.any_order else self._by_windows
+        at = 0
+        for images in read(samples, max(1, IMAGE_WINDOW_BYTES // image_bytes)):
+            part = slice(at, at + len(images))
+            at += len(images)
+            if views > 1:
+                view = rows[part] - samples[part] * views
+                images = images[np.arange(len(images)), view]
+            yield images, samples[part]
+
+    def _streamed(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
+        positions = self._positions[samples]
+        images = self._split.images_in_order(
+            positions, self._image_size, views=self._kept.views, seed=self._seed
+        )
+        done = 0
+        parts = images.batch(min(window, _IMAGES_A_PART)).prefetch(2)
+        for index, values in parts.as_numpy_iterator():
+            self._require_all(index, positions, done)
+            done += len(index)
+            yield values
+        self._require_all(np.zeros(0, np.int64), positions, done, at_the_end=True)
+
+    def _by_windows(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
+        """Yields windows of images that their source gives in one order only."""
+        for start in range(0, len(samples), window):
+            positions = self._positions[samples[start : start + window]]
+            inside = np.sort(positions)
+            images = self._split.take(inside).images(
+                self._image_size, views=self._kept.views, seed=self._seed
+            )
+            decoded = images.batch(len(inside)).as_numpy_iterator()
+            index, values = next(decoded, (np.zeros(0, np.int64), None))
+            self._require_all(index, inside, 0, at_the_end=True)
+            yield values[np.searchsorted(inside, positions)]
+
+    def _require_all(
+        self,
+        index: np.ndarray,
+        positions: np.ndarray,
+        done: int,
+        *,
+        at_the_end: bool = False,
+    ) -> None:
+        """Raises where an image is left out: it could be read for its features."""
+        last = len(positions) if at_the_end else done + len(index)
+        missing = np.setdiff1d(np.arange(done, last), index)
+        if len(missing):
+            position = int(positions[missing[0]])
+            self.failure = DataError(
+                f"{self._split.ids[position]} could be read before and now cannot: "
+                f"{self._split.read_error(position)}"
+            )
+            raise self.failure
+
+
+def labelled_images(
+    split: ImageSplit, kept: FeatureSet, image_size: tuple[int, int], *, batch_size: int
+) -> tf.data.Dataset:
+    """Returns a split's readable images in order, for evaluation."""
+    labels = tf.constant(split.labels)
+    batches = split.images(image_size).batch(batch_size)
+    batches = batches.map(lambda index, images: (images, tf.gather(labels, index)))
+    steps = -(-len(kept) // batch_size)
+    return without_autotuning(
+        batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
+    )
+
+
+def positions_of(kept: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
+    """Returns where the samples of a feature set are in their split, int64 `(n,)`."""
+    position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
+    positions = [position_of.get(sample_id, -1) for sample_id in kept.ids.tolist()]
+    if -1 in positions:
+        raise DataError(
+            "The features must be of the images of the split. Received: features of "
+            f"{kept.ids[positions.index(-1)]!r}, which is not in it."
+        )
+    return np.array(positions, np.int64)

@@ -1,0 +1,761 @@
+"""Runs a frozen backbone once over a split and caches the features."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._progress import progress_bar
+from keras_rsft._runtime import DEFAULT_PATIENCE, Cluster, require_tensorflow_backend
+from keras_rsft._storage import locked, write_json
+from keras_rsft.backbones import _build as assembly
+from keras_rsft.config import require_known
+from keras_rsft.data._samples import SampleSplit
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.features._shares import (
+    CHECKSUM,
+    Part,
+    finished_parts,
+    join_parts,
+    joining_folder,
+    parts_of,
+    publish,
+    size_of,
+    wait_until,
+)
+from keras_rsft.features._store import (
+    FEATURE_PRECISIONS,
+    FEATURES_FILE,
+    INDEX_FILE,
+    META_FILE,
+    FeatureSet,
+    read_meta,
+)
+
+# Weights as constants are folded once (BatchNorm into convolutions, casts to
+# bfloat16): a tenth faster for ResNet50, after four seconds of folding, which pays
+# from some 1,500 images on. A graph can hold 2 GB, and is copied while it is folded.
+MIN_IMAGES_FOR_CONSTANTS = 2000
+MAX_BYTES_AS_CONSTANTS = 2**28
+
+
+class FrozenBase:
+    """A base as it is now; what is done to its weights later goes unnoticed.
+
+    Args:
+        backbone: Model from images `(batch, height, width, 3)`, float32 in
+            [0, 255], or from texts `(batch,)`, to features `(batch, dim)`.
+        num_images: How many images it will be run on, for the choice of the
+            faster way. Default 0.
+        device_names: Devices that `over` shares the batches among. Default:
+            TensorFlow's own choice of one.
+
+    Attributes:
+        sample_shape: Shape of one input: `(height, width, 3)`, or `()` for a text.
+        image_size: Height and width in pixels; `()` for a base that takes texts.
+        dim: Number of features of an image.
+    """
+
+    def __init__(
+        self,
+        backbone: keras.Model,
+        *,
+        num_images: int = 0,
+        device_names: Sequence[str] = (),
+    ):
+        self._backbone = backbone
+        self._device_names = tuple(device_names)
+        self._num_images = num_images
+        self.sample_shape = tuple(backbone.input_shape[1:])
+        self.image_size = self.sample_shape[:2]
+        self.dim = int(backbone.output_shape[-1])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: the architecture and every weight.
+
+        The architecture includes preprocessing, image size and precision, but no
+        layer's name.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        config = json.dumps(_nameless_config(self._backbone), sort_keys=True)
+        digest.update(config.encode())
+        for weight in self._backbone.weights:
+            digest.update(np.ascontiguousarray(weight.numpy()).data)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def forward(self) -> tf.types.experimental.PolymorphicFunction:
+        return self._traced(())
+
+    def over(
+        self, batches: Iterable[tuple[Any, tf.Tensor]]
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """Runs the base over batches, each on one device, all devices at once.
+
+        Args:
+            batches: Pairs of anything and inputs `(batch, *sample_shape)`.
+
+        Yields:
+            What came with the inputs, and their features `(batch, dim)`, in order.
+        """
+        if len(self._device_names) < 2:
+            for number, images in batches:
+                yield number, self.forward(images).numpy()
+            return
+        functions = [self._on_device(name) for name in self._device_names]
+        waiting: collections.deque = collections.deque()
+        with ThreadPoolExecutor(len(functions)) as threads:
+            for at, (number, images) in enumerate(batches):
+                run = functions[at % len(functions)]
+                waiting.append((number, threads.submit(run, images)))
+                if len(waiting) == len(functions):
+                    number, features = waiting.popleft()
+                    yield number, features.result()
+            for number, features in waiting:
+                yield number, features.result()
+
+    def _on_device(self, name: str) -> Any:
+        """Returns a function from images to an array, with the weights on a device."""
+        with tf.device(name):
+            copies = [(v, tf.identity(v.value)) for v in self._backbone.variables]
+            run = self._traced(copies).get_concrete_function()
+
+        def on_device(images: tf.Tensor) -> np.ndarray:
+            with tf.device(name):
+                return run(tf.identity(images)).numpy()
+
+        return on_device
+
+    def _traced(self, copies: Sequence[tuple[Any, tf.Tensor]]) -> Any:
+        backbone, weights = self._backbone, []
+        if self._num_images >= MIN_IMAGES_FOR_CONSTANTS:
+            weights = [(variable, variable.numpy()) for variable in backbone.variables]
+        if sum(value.nbytes for _, value in weights) > MAX_BYTES_AS_CONSTANTS:
+            weights = []
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec((None, *self.sample_shape), backbone.inputs[0].dtype)
+            ]
+        )
+        def forward(images: tf.Tensor) -> tf.Tensor:
+            constants = [(variable, tf.constant(value)) for variable, value in weights]
+            constants = constants or copies
+            with keras.StatelessScope(state_mapping=constants):
+                return tf.cast(backbone(images, training=False), tf.float32)
+
+        return forward
+
+
+def _nameless_config(backbone: keras.Model) -> Any:
+    """Returns the config without the layers' names."""
+    # Keras numbers its automatic names through a process: the second load of a base
+    # differs from the first in nothing else.
+    config = json.loads(backbone.to_json())
+    config.pop("build_config", None)
+    return _nameless(config, {})
+
+
+def _nameless(node: Any, places: Mapping[str, int]) -> Any:
+    """Returns a part of a config, in which layers are called by their places."""
+    if isinstance(node, list):
+        return [_nameless(child, places) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if _is_model(node):
+        layers = node["layers"]
+        places = {_name_of(layer): at for at, layer in enumerate(layers)}
+        ends = {
+            key: _placed(node[key], places)
+            for key in ("input_layers", "output_layers")
+            if key in node
+        }
+        node = node | ends | {"layers": [_unnamed_layer(layer) for layer in layers]}
+    if "keras_history" in node:
+        history = _placed(node["keras_history"], places)
+        node = node | {"keras_history": history}
+    if "trainable" in node:  # Also of a layer within another one.
+        node = _unnamed(node)
+    return {key: _nameless(value, places) for key, value in node.items()}
+
+
+def _is_model(config: dict[str, Any]) -> bool:
+    layers = config.get("layers")
+    return isinstance(layers, list) and all(
+        isinstance(layer, dict) and isinstance(layer.get("config"), dict)
+        for layer in layers
+    )
+
+
+def _name_of(layer: dict[str, Any]) -> str:
+    return layer.get("name", layer["config"].get("name"))
+
+
+def _unnamed_layer(layer: dict[str, Any]) -> dict[str, Any]:
+    return _unnamed(layer) | {"config": _unnamed(layer["config"])}
+
+
+def _unnamed(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "name"}
+
+
+def _placed(references: Any, places: Mapping[str, int]) -> Any:
+    """Returns references to layers, nested in any way, by place instead of name."""
+    if isinstance(references, dict):
+        return {key: _placed(value, places) for key, value in references.items()}
+    if not isinstance(references, list):
+        return references
+    if references and isinstance(references[0], str):
+        name, *rest = references
+        return [places.get(name, name), *rest]
+    return [_placed(one, places) for one in references]
+
+
+PRECISIONS = ("auto", *assembly.PRECISIONS)
+_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+_FIRST_GPU_WITH_BFLOAT16 = (8, 0)
+
+
+def choose_precision(precision: str = "auto") -> str:
+    """Returns `"float32"` or `"bfloat16"`."""
+    if precision not in PRECISIONS:
+        raise InvalidArgument(
+            f"`precision` must be one of {', '.join(PRECISIONS)}. "
+            f"Received: {precision!r}."
+        )
+    if precision != "auto":
+        return precision
+    return "bfloat16" if _has_bfloat16() else "float32"
+
+
+def _has_bfloat16() -> bool:
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        details = tf.config.experimental.get_device_details(gpus[0])
+        capability = details.get("compute_capability", (0, 0))
+        return tuple(capability) >= _FIRST_GPU_WITH_BFLOAT16
+    try:
+        description = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # Not Linux: nothing to ask, so nothing is assumed.
+        return False
+    return bool(_CPU_FLAGS & set(description.split()))
+
+
+_LEAST_SECONDS = 1.0
+_MOST_BATCHES = 20
+
+
+def seconds_per_image(
+    base: FrozenBase, split: SampleSplit, *, batch_size: int = 32
+) -> float:
+    """Measures the pass: reading and decoding images, and the base on them."""
+    images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
+    if next(iter(split.inputs(base.sample_shape).take(1)), None) is None:
+        raise DataError(
+            f"None of the {len(split)} {split.kind} of {split.name!r} can be read."
+        )
+    batches = iter(images)
+    started, counted = 0.0, 0
+    for number in range(_MOST_BATCHES + 1):
+        _, batch = next(batches)
+        base.forward(tf.reshape(batch, (-1, *base.sample_shape))).numpy()
+        now = time.perf_counter()
+        if number == 0:
+            started = now
+            continue
+        counted += len(batch)
+        if now - started >= _LEAST_SECONDS:
+            break
+    return (now - started) / counted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeaturePass:
+    """One pass of a base over a split, as `extract_features` was asked for it."""
+
+    base: FrozenBase
+    split: SampleSplit
+    folder: Path
+    batch_size: int
+    views: int
+    seed: int
+    feature_precision: str
+    called: str
+    progress: bool
+
+    @property
+    def is_done(self) -> bool:
+        return read_meta(self.folder) is not None
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.feature_precision).itemsize * self.views * self.base.dim
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {
+            "views": self.views,
+            "dim": self.base.dim,
+            "precision": self.feature_precision,
+        }
+
+    def inputs(self, start: int, stop: int) -> tf.data.Dataset:
+        shape, views, seed = self.base.sample_shape, self.views, self.seed
+        return self.split.inputs(shape, start=start, stop=stop, views=views, seed=seed)
+
+
+def append_rows(
+    work: FeaturePass, partial: Path, stretch: range
+) -> tuple[int, dict[str, str]]:
+    """Computes the features of a stretch of the split, after those that are there."""
+    split, base = work.split, work.base
+    partial.mkdir(parents=True, exist_ok=True)
+    rows, next_index = _truncate_to_whole_batches(
+        partial, work.row_bytes, work.batch_size, stretch.start
+    )
+    needed = work.row_bytes * (stretch.stop - next_index)
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"The features need {needed / 1e9:.2f} GB and the disk has "
+            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
+            str(partial),
+        )
+    samples = work.inputs(next_index, stretch.stop)
+    samples = samples.batch(work.batch_size).prefetch(2)
+    done = next_index - stretch.start
+    with (
+        (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
+        (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
+        progress_bar(
+            f"{work.called} of {split.name}", total=len(stretch), unit=split.kind,
+            done=done, visible=work.progress,
+        ) as advance,
+        ThreadPoolExecutor(1) as writer,
+    ):  # fmt: skip
+        rows_file = _RowFiles(features_file, index_file, partial)
+        writing: Future | None = None
+        views_in_a_row = (
+            (index.numpy(), tf.reshape(batch, (-1, *base.sample_shape)))
+            for index, batch in samples
+        )
+        for index, features in base.over(views_in_a_row):
+            _require_unreadable(work, range(next_index, int(index[-1])), index)
+            values = _kept_as(work.feature_precision, features)
+            if writing is not None:
+                writing.result()
+            # The disk is waited for while the base is busy with the next batch.
+            writing = writer.submit(rows_file.append, values, index)
+            rows += len(index)
+            reached = int(index[-1]) + 1
+            advance(reached - next_index)
+            next_index = reached
+        if writing is not None:
+            writing.result()
+        _require_unreadable(work, range(next_index, stretch.stop), ())
+    return rows, rows_file.checksums()
+
+
+class _RowFiles:
+    """Appends batches to the two files of a pass, and takes their checksums."""
+
+    def __init__(self, features_file: Any, index_file: Any, folder: Path):
+        self._files = {FEATURES_FILE: features_file, INDEX_FILE: index_file}
+        self._digests = {name: _digest_of(folder / name) for name in self._files}
+
+    def append(self, values: np.ndarray, index: np.ndarray) -> None:
+        # The index only after its features are safe.
+        for name, array in ((FEATURES_FILE, values), (INDEX_FILE, index)):
+            _append(self._files[name], array)
+            self._digests[name].update(_bytes_of(array))
+
+    def checksums(self) -> dict[str, str]:
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+
+def require_rows(rows: int, split: SampleSplit) -> None:
+    """Raises DataError if none of a split's samples could be read."""
+    if rows == 0 and len(split) > 0:
+        raise DataError(
+            f"None of the {len(split)} {split.kind} of {split.name!r} can be read; "
+            f"the first, {split.ids[0]!r}: {split.read_error(0)}."
+        )
+
+
+def _require_unreadable(
+    work: FeaturePass, stretch: range, index: Sequence[int] | np.ndarray
+) -> None:
+    """Raises OSError if a sample that a pass has left out can be read after all."""
+    # A disk that failed for a moment must not cost a sample for good.
+    split = work.split
+    for left_out in np.setdiff1d(stretch, index).tolist():
+        if split.read_error(left_out) is not None:
+            continue
+        if any(True for _ in work.inputs(left_out, left_out + 1)):
+            raise OSError(
+                errno.EIO,
+                f"Could not be read for the features of {split.name}, and could on a "
+                "second try. See to the disk that it is on, and run the same command "
+                "again: it goes on from here",
+                str(split.ids[left_out]),
+            )
+
+
+def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
+    if precision == "float32":
+        return values
+    largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
+    if largest > np.finfo(precision).max:
+        raise DataError(
+            f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
+            "Keep its features in float32: leave out `--set cache_dtype`."
+        )
+    return values.astype(precision)
+
+
+def _append(file: Any, values: np.ndarray) -> None:
+    rest = _bytes_of(values)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:  # Which says nothing of the file.
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def _bytes_of(values: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(values).data.cast("B")
+
+
+def _digest_of(path: Path) -> Any:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, CHECKSUM)
+
+
+def _truncate_to_whole_batches(
+    partial: Path, row_bytes: int, batch_size: int, first: int
+) -> tuple[int, int]:
+    """Drops what a killed run left half-written."""
+    # Whole batches stay, so that all later ones hold the images that they would have
+    # held: the last bits of a feature may depend on what it is computed together with.
+    features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
+    for path in (features_path, index_path):
+        path.touch()
+    rows = min(
+        index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
+    )
+    rows -= rows % batch_size
+    os.truncate(index_path, 8 * rows)
+    os.truncate(features_path, row_bytes * rows)
+    if rows == 0:
+        return 0, first
+    return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
+
+
+# Part of every key: raise it when decoding, resizing, the format, or how a base is told
+# from another changes.
+FORMAT_VERSION = 2
+
+
+def extract_features(
+    backbone: keras.Model | FrozenBase,
+    split: SampleSplit,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
+    called: str = "Features",
+    progress: bool = True,
+) -> FeatureSet:
+    """Returns the features of a split: kept ones, or those of one pass.
+
+    The pass appends chunk after chunk to a file beside its final place and is
+    renamed when it is complete. Interrupted at any moment, the next call goes
+    on after the last whole chunk. Two processes that want the same features
+    take turns, and shares that several processes have computed are put together. A
+    split that images were dropped from is served by the features of the whole one.
+
+    Args:
+        backbone: Model from images `(batch, height, width, 3)`, float32 in
+            [0, 255], or texts `(batch,)`, to features `(batch, dim)`; or a
+            `FrozenBase` of one, which serves several splits faster.
+        split: The images, or texts.
+        cache_dir: Folder for kept features. Default: `keras_rsft/features` in
+            the user's cache folder.
+        batch_size: Images per step of the base, at least 1. Default 32.
+        views: Views kept of each image, at least 1; view 0 is the plain image,
+            the others are flipped and cropped at random. Default 1.
+        seed: Seed of the random views. Default 0.
+        feature_precision: How features are kept: `"float32"`, the default, or
+            `"float16"` for half the disk.
+        called: What the progress bar calls them. Default "Features".
+        progress: Show a progress bar. Default True.
+
+    Returns:
+        The features of all readable images, in the order of the split.
+
+    Raises:
+        InvalidArgument: If `feature_precision` is neither, or the base does not take
+            such samples.
+        DataError: If no image can be read, or a feature is too large for float16.
+        OSError: If the disk has no room for the features, or a sample was left out
+            that could be read on a second try; the same call goes on.
+    """
+    require_tensorflow_backend("`extract_features`")
+    work = make_pass(
+        backbone,
+        split,
+        cache_dir=cache_dir,
+        batch_size=batch_size,
+        views=views,
+        seed=seed,
+        feature_precision=feature_precision,
+        called=called,
+        progress=progress,
+    )
+    run_alone(work)
+    return open_kept(work.folder, split)
+
+
+def make_pass(
+    backbone: keras.Model | FrozenBase,
+    split: SampleSplit,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
+    called: str = "Features",
+    progress: bool = True,
+) -> FeaturePass:
+    """Says which pass `extract_features` with these arguments would make, if any."""
+    while split.before_review is not None:
+        split = split.before_review
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    base = backbone
+    if not isinstance(base, FrozenBase):
+        base = FrozenBase(backbone, num_images=views * len(split))
+    require_known("feature precision", feature_precision, FEATURE_PRECISIONS)
+    key = feature_key(
+        base, split, views=views, seed=seed, feature_precision=feature_precision
+    )
+    return FeaturePass(
+        base, split, root / key, batch_size, views, seed, feature_precision, called,
+        progress,
+    )  # fmt: skip
+
+
+def default_cache_dir() -> Path:
+    """Returns the folder for kept features, in `XDG_CACHE_HOME` if it is set."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "keras_rsft" / "features"
+
+
+def feature_key(
+    base: FrozenBase,
+    split: SampleSplit,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    feature_precision: str = "float32",
+) -> str:
+    """Names the features of these images under this base, with its weights."""
+    described = [
+        FORMAT_VERSION,
+        base.fingerprint,
+        split.fingerprint,
+        views,
+        seed if views > 1 else None,
+    ]
+    if feature_precision != "float32":
+        described.append(feature_precision)
+    encoded = json.dumps(described).encode()
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def run_alone(work: FeaturePass) -> None:
+    """Makes a pass, or what is left of it; where another process does, waits for it."""
+    with locked(f"{work.folder}.lock"):
+        if not work.is_done:
+            _run_pass(work)
+
+
+def _run_pass(work: FeaturePass) -> None:
+    parts = finished_parts(work.folder, len(work.split))
+    if parts is not None:  # Other processes have computed all of it.
+        join_pass(work, parts, patience=DEFAULT_PATIENCE)
+        return
+    partial = work.folder.with_name(f"{work.folder.name}.partial")
+    rows, _ = append_rows(work, partial, range(len(work.split)))
+    require_rows(rows, work.split)
+    write_json(partial / META_FILE, {"rows": rows, **work.meta})
+    publish(partial, work.folder)
+
+
+def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> None:
+    """Makes one set of finished parts, as `join_parts` does."""
+    require_rows(sum(part.rows for part in parts), work.split)
+    join_parts(
+        work.folder,
+        parts,
+        work.meta,
+        name=work.split.name,
+        patience=patience,
+        progress=work.progress,
+    )
+
+
+def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
+    """Returns the features in a finished folder, with the labels of the split."""
+    if split.before_review is not None:
+        return _left_over(open_kept(folder, split.before_review), split)
+    meta = read_meta(folder)
+    if meta is None:
+        raise OSError(errno.EIO, "The kept features are damaged", str(folder))
+    index = np.fromfile(folder / INDEX_FILE, dtype=np.int64)
+    missing = np.setdiff1d(np.arange(len(split)), index)
+    unreadable = tuple(
+        (str(split.ids[i]), split.read_error(int(i)) or "unreadable") for i in missing
+    )
+    return FeatureSet(
+        path=folder / FEATURES_FILE,
+        labels=split.labels[index],
+        ids=split.ids[index],
+        dim=meta["dim"],
+        views=meta["views"],
+        clean_labels=None if split.clean_labels is None else split.clean_labels[index],
+        unreadable=unreadable,
+        precision=meta["precision"],
+        reviewed=None if split.reviewed is None else split.reviewed[index],
+    )
+
+
+def _left_over(before_review: FeatureSet, split: SampleSplit) -> FeatureSet:
+    at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
+    ids = before_review.ids.tolist()
+    remains = np.array([sample_id in at for sample_id in ids], bool)
+    index = np.array([at[sample_id] for sample_id in ids if sample_id in at], np.int64)
+    return dataclasses.replace(
+        before_review.take(np.flatnonzero(remains)),
+        labels=split.labels[index],
+        clean_labels=None if split.clean_labels is None else split.clean_labels[index],
+        reviewed=None if split.reviewed is None else split.reviewed[index],
+        before_review=before_review,
+        unreadable=tuple(pair for pair in before_review.unreadable if pair[0] in at),
+    )
+
+
+def run_together(
+    passes: Sequence[FeaturePass],
+    cluster: Cluster,
+    *,
+    patience: float = DEFAULT_PATIENCE,
+) -> None:
+    """Makes passes together with other processes that are called in the same way."""
+    keep_shares(passes, cluster, patience=patience)
+    # All of them before the first is put together: the chief may be the last.
+    for work in passes:
+        _wait_for_parts(work, cluster, patience)
+    for work in passes:
+        parts = _parts(work, cluster)
+        rows = sum(part.rows for part in parts)  # First: they go when the set is there.
+        if work.is_done:
+            continue
+        require_rows(rows, work.split)
+        if cluster.is_chief:
+            join_pass(work, parts, patience=patience)
+            continue
+        joining = joining_folder(work.folder) / FEATURES_FILE
+        text = (
+            f"All shares of {work.split.name} are finished, and {cluster.named(0)} has "
+            f"not put them together for {patience:.0f} s. Start the same command there "
+            "again, and here: all that was computed is kept."
+        )
+        wait_until(
+            lambda work=work: work.is_done,
+            lambda joining=joining: {0: size_of(joining)},
+            patience,
+            lambda lost, reached, text=text: text,
+        )
+
+
+def _wait_for_parts(work: FeaturePass, cluster: Cluster, patience: float) -> None:
+    """Waits until all parts are finished, or put together already."""
+    parts, name = _parts(work, cluster), work.split.name
+    total, shown = sum(len(part.stretch) for part in parts), 0
+
+    def missing() -> dict[int, int]:
+        nonlocal shown
+        unfinished = [at for at, part in enumerate(parts) if part.finished() is None]
+        rows = {at: parts[at].reached() for at in unfinished}
+        done = total - sum(len(parts[at].stretch) - rows[at] for at in unfinished)
+        advance(max(0, done - shown))
+        shown = max(done, shown)
+        return rows
+
+    def message(lost: Sequence[int], reached: Mapping[int, int]) -> str:
+        said = [
+            f"{cluster.named(who)} has {reached[who]} of the images "
+            f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
+            for who in lost
+        ]
+        text = (
+            f"Features of {name} are missing, and nothing is added any more: "
+            f"{'; '.join(said)}. Start the same command there again, and here: all "
+            "that was computed is kept."
+        )
+        if not all(parts[who].path.exists() for who in lost):
+            text += (
+                " If it is running, it is computing other features: all workers need "
+                "the same folder of features, the same images, with the same times of "
+                "change, the same base and the same `--set dtype`."
+            )
+        return text
+
+    with progress_bar(
+        f"Features of {name}, all workers",
+        total=total, unit="images", visible=work.progress,
+    ) as advance:  # fmt: skip
+        wait_until(lambda: work.is_done or not missing(), missing, patience, message)
+
+
+def keep_shares(
+    passes: Sequence[FeaturePass],
+    cluster: Cluster,
+    *,
+    patience: float = DEFAULT_PATIENCE,
+) -> None:
+    """Computes this process's share of each pass, and waits for nobody."""
+    for work in passes:
+        parts = _parts(work, cluster)
+        if work.is_done or cluster.index >= len(parts):
+            continue
+        part = parts[cluster.index]
+        with part.held(patience):
+            if part.finished() is None and not work.is_done:
+                part.finish(*append_rows(work, part.path, part.stretch))
+
+
+def _parts(work: FeaturePass, cluster: Cluster) -> list[Part]:
+    return parts_of(work.folder, len(work.split), work.batch_size, len(cluster))

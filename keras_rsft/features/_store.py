@@ -1,0 +1,227 @@
+"""Cached features: what lies in their folder, and how it is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FEATURES_FILE = "features.bin"
+INDEX_FILE = "index.bin"
+META_FILE = "meta.json"
+FEATURE_PRECISIONS = ("float32", "float16")
+# What a feature varies at least, in mean variances, as far as standardising goes.
+LEAST_VARIANCE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSet:
+    """Features, labels and ids of the readable images of one split.
+
+    Attributes:
+        path: Raw file of values, shape `(rows, views, dim)`.
+        labels: int32 array of shape `(n,)`, the given labels.
+        ids: String array of shape `(n,)`.
+        dim: Number of features of an image.
+        views: Views kept of each image; view 0 is the plain image.
+        clean_labels: int32 array of shape `(n,)`, or None if not known.
+        unreadable: `(id, reason)` of each image that could not be read.
+        precision: Of the values in the file, `"float32"` or `"float16"`. What comes out
+            of `chunks` and of training batches is float32 in either case.
+        reviewed: Boolean array of shape `(n,)`: whose given label a person has found
+            or made right. None: nobody looked.
+        before_review: These samples and those dropped since, with the labels that they
+            had before a person looked. None: nobody looked.
+        rows: int64 array of shape `(n,)`, increasing: the row of each sample in the
+            file. None: the file holds these samples and no others.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> file = Path(tempfile.mkdtemp(), "features.bin")
+        >>> np.arange(6, dtype="float32").tofile(file)
+        >>> labels, ids = np.array([0, 1, 0]), np.array(["a", "b", "c"])
+        >>> features = rsft.FeatureSet(file, labels, ids, dim=2)
+        >>> features.features[1].tolist()
+        [2.0, 3.0]
+    """
+
+    path: Path
+    labels: np.ndarray
+    ids: np.ndarray
+    dim: int
+    views: int = 1
+    clean_labels: np.ndarray | None = None
+    unreadable: tuple[tuple[str, str], ...] = ()
+    precision: str = "float32"
+    reviewed: np.ndarray | None = None
+    before_review: FeatureSet | None = None
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one view of one image in the file."""
+        return np.dtype(self.precision).itemsize * self.dim
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all views of these samples in the file."""
+        return len(self) * self.views * self.row_bytes
+
+    @functools.cached_property
+    def all_views(self) -> np.ndarray:
+        """Read-only array of shape `(n, views, dim)`, in the file's precision.
+
+        Memory-mapped where the file holds no other samples, else a copy.
+        """
+        if self.rows is not None:
+            return self.views_of(np.arange(len(self)))
+        return self._file_views
+
+    @property
+    def features(self) -> np.ndarray:
+        """Array of shape `(n, dim)`: `all_views` of the plain images."""
+        return self.all_views[:, 0]
+
+    def views_of(self, samples: np.ndarray) -> np.ndarray:
+        """Returns a copy of all views of some samples, `(k, views, dim)`.
+
+        In the file's precision.
+
+        Args:
+            samples: Integers of shape `(k,)`, positions in [0, n).
+        """
+        return np.array(self._file_views[self.file_rows(samples)])
+
+    def file_rows(self, samples: np.ndarray) -> np.ndarray:
+        """Returns where samples are in the file, integers of shape `(k,)`.
+
+        Args:
+            samples: Integers of shape `(k,)`, positions in [0, n).
+        """
+        return samples if self.rows is None else self.rows[samples]
+
+    def take(self, samples: np.ndarray) -> FeatureSet:
+        """Returns some of the samples; their features stay in the same file.
+
+        Args:
+            samples: Integers of shape `(k,)`, increasing positions in [0, n).
+        """
+        clean, reviewed = (
+            None if values is None else values[samples]
+            for values in (self.clean_labels, self.reviewed)
+        )
+        return dataclasses.replace(
+            self,
+            labels=self.labels[samples],
+            ids=self.ids[samples],
+            clean_labels=clean,
+            reviewed=reviewed,
+            rows=self.file_rows(samples),
+        )
+
+    def with_labels(
+        self, labels: np.ndarray, clean_labels: np.ndarray | None = None
+    ) -> FeatureSet:
+        """Returns the same features under other labels, which nobody has reviewed.
+
+        Args:
+            labels: int32 array of shape `(n,)`, the given labels.
+            clean_labels: int32 array of shape `(n,)`, the right ones. Default: not
+                known.
+        """
+        return dataclasses.replace(
+            self,
+            labels=labels,
+            clean_labels=clean_labels,
+            reviewed=None,
+            before_review=None,
+        )
+
+    def with_right_labels(self) -> FeatureSet:
+        """Returns the same features under the right labels, where those are known."""
+        if self.clean_labels is None:
+            return self
+        return self.with_labels(self.clean_labels, self.clean_labels)
+
+    def chunks(self, rows: int = 4096) -> Iterator[np.ndarray]:
+        """Yields the plain images' features in order, read from the file.
+
+        Args:
+            rows: Rows of each array but the last, at least 1. Default 4096.
+
+        Yields:
+            Float32 arrays of shape `(rows, dim)`.
+        """
+        row_values = self.views * self.dim
+        for start in range(0, len(self), rows):
+            places = self.file_rows(np.arange(start, min(start + rows, len(self))))
+            first, last = int(places[0]), int(places[-1])
+            values = np.fromfile(
+                self.path,
+                self.precision,
+                count=(last - first + 1) * row_values,
+                offset=first * self.views * self.row_bytes,
+            )
+            values = values.reshape(-1, self.views, self.dim)[:, 0]
+            plain = values if self.rows is None else values[places - first]
+            yield plain.astype(np.float32, copy=False)
+
+    def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+        """Returns mean and variance of each feature over the plain images.
+
+        A feature that hardly varies gets a floor of a tenth of the mean variance:
+        divided by its own deviation it would be thousands on the first image that
+        is not like the training images, and drown all others.
+
+        Args:
+            chunk_rows: Rows read at a time, at least 1. Default 4096.
+
+        Returns:
+            Two float32 arrays of shape `(dim,)`; every variance is positive.
+        """
+        total = np.zeros(self.dim)
+        total_of_squares = np.zeros(self.dim)
+        for chunk in self.chunks(chunk_rows):
+            chunk = chunk.astype(np.float64)
+            total += chunk.sum(axis=0)
+            total_of_squares += np.square(chunk).sum(axis=0)
+        mean = total / len(self)
+        variance = np.maximum(total_of_squares / len(self) - np.square(mean), 0.0)
+        floor = max(LEAST_VARIANCE * variance.mean(), 1e-12)
+        return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
+
+    @functools.cached_property
+    def _file_views(self) -> np.ndarray:
+        count = len(self) if self.rows is None else int(self.rows[-1]) + 1
+        shape = (count, self.views, self.dim)
+        return np.memmap(self.path, dtype=self.precision, mode="r", shape=shape)
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """Returns sizes and precision of a finished folder, or None if there is none."""
+    try:
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        rows, views, dim = (int(meta[key]) for key in ("rows", "views", "dim"))
+        precision = meta.get("precision", "float32")
+        row_bytes = np.dtype(precision).itemsize * views * dim
+        complete = (
+            (folder / FEATURES_FILE).stat().st_size == row_bytes * rows
+            and (folder / INDEX_FILE).stat().st_size == 8 * rows
+            and precision in FEATURE_PRECISIONS
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not complete:
+        return None
+    return {"rows": rows, "views": views, "dim": dim, "precision": precision}

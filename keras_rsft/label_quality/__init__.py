@@ -1,0 +1,1 @@
+"""How likely each given label is right."""

@@ -1,0 +1,480 @@
+"""Audits labels: how many are wrong, and which."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from keras_rsft._progress import progress_bar
+from keras_rsft.errors import DataError
+from keras_rsft.features._store import FeatureSet
+
+ROUNDS = 4
+# With fewer samples a class's labels are not judged.
+MIN_CLASS_SIZE = 5
+MIN_NOISE_RATE = 0.02
+MIN_RIGHT_PROBABILITY = 0.6
+
+RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
+# The ridge does not depend on the number of samples: some are enough to choose it.
+MAX_ROWS_TO_CHOOSE = 10_000
+CHUNK_ROWS = 4096
+
+SHARPNESSES = np.array([2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 32], float)
+FIRST_NOISE_RATE = 0.1
+EXPECTATION_STEPS = 20
+# Pseudo-counts that pull each class's noise towards evenly spread noise, which
+# matters where a class has few samples.
+PRIOR_COUNT = 20.0
+CHUNK_VALUES = 2**22
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelQuality:
+    """What was found out about the labels of `n` samples in `k` classes.
+
+    Attributes:
+        out_of_sample: Float32 array `(n, k)`, each row adding up to 1: how likely
+            each class is, from the other samples alone.
+        right_probability: Float32 array `(n,)` in [0, 1]: how likely the given
+            label is right.
+        noise_rate: Estimated share of wrong labels, in [0, 1].
+        noise: Float64 array `(k, k)`: `noise[c, g]` is the estimated probability
+            that a sample of class `c` was labelled `g`. Rows add up to 1.
+        labels: int32 array `(n,)`, the given labels.
+        reason: Why nothing is rejected, or None if the labels could be judged.
+    """
+
+    out_of_sample: np.ndarray
+    right_probability: np.ndarray
+    noise_rate: float
+    noise: np.ndarray
+    labels: np.ndarray
+    reason: str | None = None
+
+    @property
+    def suspicion(self) -> np.ndarray:
+        """Float32 array `(n,)` in [0, 1]; the higher, the likelier a wrong label."""
+        return 1.0 - self.out_of_sample[np.arange(len(self.labels)), self.labels]
+
+    @property
+    def loss_limit(self) -> float:
+        """Loss from which on a trained head does no better than a guess: ln(k).
+
+        Infinite where nothing is to be rejected. A sample above it is wrong, or so
+        hard that a head learns it by heart.
+        """
+        return math.inf if self.reason is not None else math.log(len(self.noise))
+
+    def accept_mask(self, *, class_floor: float = 0.1) -> np.ndarray:
+        """Chooses the samples to learn from.
+
+        Args:
+            class_floor: Least share of each class's samples to accept, in [0, 1];
+                at least one is. Default 0.1.
+
+        Returns:
+            Boolean array `(n,)`. All True where nothing is to be rejected.
+        """
+        if self.reason is not None:
+            return np.ones(len(self.labels), bool)
+        accepted = self.right_probability >= MIN_RIGHT_PROBABILITY
+        counts = np.bincount(self.labels, minlength=len(self.noise))
+        small = counts < MIN_CLASS_SIZE
+        accepted |= small[self.labels]
+        for label in np.flatnonzero(counts):
+            members = np.flatnonzero(self.labels == label)
+            least = max(1, int(np.ceil(class_floor * len(members))))
+            if np.count_nonzero(accepted[members]) < least:
+                best = np.argsort(-self.right_probability[members], kind="stable")
+                accepted[members[best[:least]]] = True
+        return accepted
+
+    def describe(self) -> str:
+        """Says in one line what was found and chosen."""
+        if self.reason is not None:
+            return f"{self.reason}: keeping every sample."
+        kept = self.accept_mask().mean()
+        return (
+            f"About {100 * self.noise_rate:.0f} % of the labels look wrong; keeping "
+            f"the {100 * kept:.0f} % whose label is right with a probability of "
+            f"{MIN_RIGHT_PROBABILITY} or more, while they are learnt better than by "
+            "guessing."
+        )
+
+
+def audit_labels(
+    features: FeatureSet, num_classes: int, *, seed: int = 0, progress: bool = True
+) -> LabelQuality:
+    """Estimates how many labels are wrong, and for each how likely it is right.
+
+    Reviewed labels count as right, and the others are judged by them too.
+    The noise is estimated from the labels as they were before a review.
+
+    Sources: Allen, "The relationship between variable selection and data augmentation
+    and a method for prediction", Technometrics 1974 (each sample judged as if it had
+    been left out, in closed form); Dawid and Skene, "Maximum likelihood estimation of
+    observer error-rates using the EM algorithm", 1979 (the matrix of label noise).
+
+    Takes some seconds for 10,000 samples; the time grows with the number of samples
+    and with the square of the number of features.
+
+    Args:
+        features: Cached features of the training samples with their given labels.
+        num_classes: Number of classes, at least 2.
+        seed: Chooses the samples by which the ridge is chosen, where there are
+            more than 10,000. Default 0.
+        progress: Show a progress bar. Default True.
+
+    Returns:
+        What was found. Where there is too little to go by, `reason` says so.
+
+    Raises:
+        DataError: If a feature is NaN or infinite.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> right = np.arange(200) % 2
+        >>> values = np.random.default_rng(0).normal(size=(200, 4)) + 3 * right[:, None]
+        >>> file = Path(tempfile.mkdtemp(), "features.bin")
+        >>> values.astype("float32").tofile(file)
+        >>> given = np.where(np.arange(200) < 20, 1 - right, right)
+        >>> features = rsft.FeatureSet(file, given, np.arange(200).astype(str), dim=4)
+        >>> found = rsft.audit_labels(features, 2, progress=False)
+        >>> round(found.noise_rate, 1), bool((found.suspicion[:20] > 0.5).all())
+        (0.1, True)
+    """
+    labels = np.asarray(features.labels)
+    counts = np.bincount(labels, minlength=num_classes)
+    if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
+        # Nothing is said against any label: each class is as likely as it is frequent.
+        shares = (counts / max(counts.sum(), 1)).astype(np.float32)
+        return LabelQuality(
+            np.tile(shares, (len(labels), 1)),
+            np.ones(len(labels), np.float32),
+            0.0,
+            np.eye(len(counts)),
+            labels,
+            f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
+            "labels by",
+        )
+    evidence = _Evidence.of(features)
+    regression = LeftOutRegression(evidence.features, num_classes, seed)
+    weights = np.where(evidence.dropped, np.float32(0), np.float32(1))
+    sharpness: float | None = None
+    noise = np.eye(num_classes)
+    with progress_bar(
+        "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
+    ) as advance:
+        for _ in range(ROUNDS):
+            scores = regression.left_out_scores(weights)
+            sharpness, noise = fit_noise(
+                scores,
+                evidence.given,
+                known=evidence.known,
+                near=sharpness,
+                chosen=regression.sampled,
+            )
+            out_of_sample = softmax(sharpness * scores)
+            weights = _right_probability(out_of_sample, noise, evidence.given)
+            if evidence.known is not None:
+                weights[evidence.known >= 0] = 1.0
+            weights[evidence.dropped] = 0.0
+            advance(1)
+    probability = weights[evidence.places]
+    label_quality = LabelQuality(
+        out_of_sample[evidence.places].astype(np.float32),
+        probability,
+        float(1.0 - probability.mean()),
+        noise,
+        labels,
+    )
+    return dataclasses.replace(label_quality, reason=_reason_to_keep_all(label_quality))
+
+
+def _reason_to_keep_all(label_quality: LabelQuality) -> str | None:
+    labels, rate = label_quality.labels, label_quality.noise_rate
+    shares = np.bincount(labels, minlength=len(label_quality.noise)) / len(labels)
+    chance = float(shares.max())
+    agreement = float(np.mean(label_quality.out_of_sample.argmax(axis=1) == labels))
+    if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / len(labels)):
+        return (
+            "The labels do not fit the images better than chance (they agree with a "
+            f"head that has not seen them in {100 * agreement:.0f} % of the cases, "
+            f"against {100 * chance:.0f} % for the commonest class), so that right "
+            "and wrong ones cannot be told apart"
+        )
+    if rate < MIN_NOISE_RATE:
+        return f"No sign of wrong labels (about {100 * rate:.1f} %)"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Evidence:
+    """What the noise is estimated from: `m` samples, among them the examined ones.
+
+    `given` are their labels before a review, `known` the right ones, -1 where they are
+    not known, or None; `places` the positions of the examined samples.
+    """
+
+    features: FeatureSet
+    given: np.ndarray
+    known: np.ndarray | None
+    dropped: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, features: FeatureSet) -> _Evidence:
+        labels = np.asarray(features.labels)
+        before, count = features.before_review, len(features)
+        if features.reviewed is None or before is None:
+            known = None
+            if features.reviewed is not None:
+                known = np.where(features.reviewed, labels, -1)
+            return cls(features, labels, known, np.zeros(count, bool), np.arange(count))
+        rows = features.file_rows(np.arange(count))
+        places = np.searchsorted(before.file_rows(np.arange(len(before))), rows)
+        learnt = np.array(before.labels)
+        learnt[places] = labels
+        known = np.full(len(before), -1)
+        known[places[features.reviewed]] = labels[features.reviewed]
+        dropped = np.ones(len(before), bool)
+        dropped[places] = False
+        given = np.asarray(before.labels)
+        return cls(before.with_labels(learnt), given, known, dropped, places)
+
+
+# -- Class scores of each sample from the other samples alone --------------------
+
+
+class LeftOutRegression:
+    """Weighted ridge regression on one-hot labels, each sample left out in turn.
+
+    Features are standardised, and read chunk by chunk where there are many.
+    """
+
+    def __init__(self, features: FeatureSet, num_classes: int, seed: int):
+        self._features = features
+        self._labels = np.asarray(features.labels)
+        self._num_classes = num_classes
+        mean, variance = features.moments()
+        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+            raise DataError(_not_finite_message(features))
+        self._mean, self._scale = mean, 1.0 / np.sqrt(variance)
+        count = len(features)
+        chosen = np.random.default_rng(seed).permutation(count)[:MAX_ROWS_TO_CHOOSE]
+        self.sampled = np.zeros(count, bool)
+        self.sampled[chosen] = True
+        self._ridge: float | None = None
+
+    def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
+        """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
+        gram, moment = self._normal_equations(weights, self.sampled)
+        sample = np.concatenate(
+            [
+                inputs[self.sampled[start : start + len(inputs)]]
+                for start, inputs in self._chunks()
+            ]
+        )
+        targets = self._one_hot(np.flatnonzero(self.sampled))
+        sample_weights = weights[self.sampled]
+
+        def error(ridge: float) -> float:
+            inverse = _inverse(gram, ridge)
+            scores = _leave_one_out(sample, targets, sample_weights, inverse, moment)
+            return float(sample_weights @ np.square(scores - targets).sum(axis=1))
+
+        self._ridge = float(min(_neighbours(RIDGES, self._ridge), key=error))
+        if not self.sampled.all():
+            gram, moment = self._normal_equations(weights, None)
+        inverse = _inverse(gram, self._ridge)
+        scores = np.empty((len(weights), self._num_classes), np.float32)
+        for start, inputs in self._chunks():
+            place = slice(start, start + len(inputs))
+            targets = self._one_hot(np.arange(start, start + len(inputs)))
+            scores[place] = _leave_one_out(
+                inputs, targets, weights[place], inverse, moment
+            )
+        return scores
+
+    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        start = 0
+        for chunk in self._features.chunks(CHUNK_ROWS):
+            inputs = np.ones((len(chunk), chunk.shape[1] + 1), np.float32)
+            inputs[:, :-1] = (chunk - self._mean) * self._scale
+            yield start, inputs
+            start += len(chunk)
+
+    def _one_hot(self, rows: np.ndarray) -> np.ndarray:
+        return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
+
+    def _normal_equations(
+        self, weights: np.ndarray, only: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the weighted Gram matrix and the moments with the targets."""
+        width = self._features.dim + 1
+        gram = np.zeros((width, width))
+        moment = np.zeros((width, self._num_classes))
+        for start, inputs in self._chunks():
+            rows = np.arange(start, start + len(inputs))
+            weighted = inputs * weights[rows, None]
+            if only is not None:
+                weighted *= only[rows, None]
+            gram += weighted.T @ inputs
+            moment += weighted.T @ self._one_hot(rows)
+        return gram, moment.astype(np.float32)
+
+
+def _inverse(gram: np.ndarray, ridge: float) -> np.ndarray:
+    penalty = np.full(len(gram), ridge)
+    penalty[-1] = 1e-3  # The intercept is hardly held back.
+    return np.linalg.inv(gram + np.diag(penalty)).astype(np.float32)
+
+
+def _leave_one_out(
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    inverse: np.ndarray,
+    moment: np.ndarray,
+) -> np.ndarray:
+    fitted = inputs @ (inverse @ moment)
+    leverage = np.einsum("ij,ij->i", inputs @ inverse, inputs) * weights
+    leverage = np.minimum(leverage, 0.999)[:, None]
+    return fitted + leverage / (1.0 - leverage) * (fitted - targets)
+
+
+def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
+    """Returns the values next to one of them; all if that is None."""
+    if near is None:
+        return values
+    place = int(np.argmin(np.abs(values - near)))
+    return values[max(place - 1, 0) : place + 2]
+
+
+def _not_finite_message(features: FeatureSet) -> str:
+    bad = np.concatenate(
+        [~np.isfinite(chunk).all(axis=1) for chunk in features.chunks()]
+    )
+    named = ", ".join(map(str, features.ids[bad][:3]))
+    return (
+        f"The features of {np.count_nonzero(bad)} of {len(features)} images are NaN or "
+        f"infinite, for example {named}. Try `--set dtype=float32`, or another base."
+    )
+
+
+# -- The matrix of label noise ---------------------------------------------------
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Returns probabilities along the last axis."""
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def true_label_posterior(
+    probabilities: np.ndarray,
+    noise: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns how likely each class is the right one, given the label too, `(n, k)`."""
+    joint = _joint(probabilities, noise, labels, known)
+    return joint / np.maximum(joint.sum(axis=1, keepdims=True), 1e-30)
+
+
+def _joint(
+    probabilities: np.ndarray,
+    noise: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray | None,
+) -> np.ndarray:
+    """Returns how likely each right class and the given label are together."""
+    joint = probabilities * noise[:, labels].T
+    if known is not None:
+        possible = known[:, None] == np.arange(len(noise))
+        joint *= possible | (known < 0)[:, None]
+    return joint
+
+
+def _parts(count: int, num_classes: int) -> list[slice]:
+    """Cuts samples into parts: a thousand classes would need much memory at once."""
+    rows = max(1, CHUNK_VALUES // num_classes)
+    return [slice(at, at + rows) for at in range(0, count, rows)]
+
+
+def _right_probability(
+    probabilities: np.ndarray, noise: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Returns how likely each given label is right, float32 `(n,)`."""
+    right = np.empty(len(labels), np.float32)
+    for part in _parts(*probabilities.shape):
+        posterior = true_label_posterior(probabilities[part], noise, labels[part])
+        right[part] = posterior[np.arange(len(posterior)), labels[part]]
+    return right
+
+
+def fit_noise(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    *,
+    known: np.ndarray | None = None,
+    near: float | None = None,
+    chosen: np.ndarray | None = None,
+) -> tuple[float, np.ndarray]:
+    """Fits how sharp the scores are, and the noise matrix, by maximum likelihood.
+
+    With `near` only the neighbours of that sharpness are tried; `chosen` masks the
+    samples by which it is chosen.
+    """
+    everything = chosen is None or chosen.all()
+    rows = slice(None) if everything else chosen
+    some_known = None if known is None else known[rows]
+    best = (-np.inf, 1.0, np.eye(scores.shape[1]))
+    for sharpness in _neighbours(SHARPNESSES, near):
+        likelihood, noise = _expectation_maximisation(
+            softmax(sharpness * scores[rows]), labels[rows], some_known
+        )
+        if likelihood > best[0]:
+            best = (likelihood, float(sharpness), noise)
+    _, sharpness, noise = best
+    if not everything:
+        _, noise = _expectation_maximisation(softmax(sharpness * scores), labels, known)
+    return sharpness, noise
+
+
+def _expectation_maximisation(
+    probabilities: np.ndarray, labels: np.ndarray, known: np.ndarray | None
+) -> tuple[float, np.ndarray]:
+    """Returns the log-likelihood and the noise matrix."""
+    num_classes = probabilities.shape[1]
+    chunks = [
+        (probabilities[part], labels[part], None if known is None else known[part])
+        for part in _parts(*probabilities.shape)
+    ]
+    noise = _even_noise(FIRST_NOISE_RATE, num_classes)
+    for _ in range(EXPECTATION_STEPS):
+        counted = np.zeros((num_classes, num_classes))
+        for part, given, right in chunks:
+            posterior = true_label_posterior(part, noise, given, right)
+            counted += posterior.T @ np.eye(num_classes, dtype=part.dtype)[given]
+        rate = 1.0 - np.trace(counted) / len(labels)
+        noise = counted + PRIOR_COUNT * _even_noise(float(rate), num_classes) + 1e-9
+        noise /= noise.sum(axis=1, keepdims=True)
+    likelihood = sum(
+        np.log(np.maximum(_joint(part, noise, given, right).sum(axis=1), 1e-30)).sum()
+        for part, given, right in chunks
+    )
+    return float(likelihood), noise
+
+
+def _even_noise(rate: float, num_classes: int) -> np.ndarray:
+    noise = np.full((num_classes, num_classes), rate / (num_classes - 1))
+    np.fill_diagonal(noise, 1.0 - rate)
+    return noise

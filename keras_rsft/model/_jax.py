@@ -1,0 +1,150 @@
+"""The training step under JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import keras
+
+from keras_rsft.model._step import (
+    Pass,
+    SymbolicBuild,
+    TrainingStep,
+    unpack,
+    without_selection,
+)
+
+State = tuple[list[Any], ...]
+
+
+class JaxStep(SymbolicBuild):
+    """`TrainingStep` for Keras's JAX backend."""
+
+    @property
+    def non_trainable_variables(self) -> list[Any]:
+        """Those of the model and the policy, and what a recorder writes to."""
+        own = super().non_trainable_variables
+        return [*own, *getattr(self._recorder, "variables", ())]
+
+    def _forward(self, x: Any) -> tuple[Any, None]:
+        return self(x, training=True), None  # `recorded` holds back what it changes.
+
+    def train_step(self, state: State, data: Any) -> tuple[dict[str, Any], State]:
+        groups = self._state_variables()
+        with _values_in_scope(_flat(groups), _flat(state)) as scope:
+            logs = self.train_on(data)
+        return logs, tuple(
+            [scope.get_current_value(variable) for variable in group]
+            for group in groups
+        )
+
+    def test_step(self, state: State, data: Any) -> tuple[dict[str, Any], State]:
+        # Past `TrainingStep`'s, which has no state.
+        logs, state = super(TrainingStep, self).test_step(state, unpack(data)[:3])
+        return without_selection(logs), state
+
+    def recorded(self, score: Callable[[], Pass]) -> Pass:
+        trained = self.trainable_variables
+        _, *other_groups = self._state_variables()
+        others = _flat(other_groups)
+        other_values = [variable.value for variable in others]
+        changed: list[Any] = []
+
+        def forward(values: list[Any]) -> tuple[Any, Any]:
+            variables, given = [*trained, *others], [*values, *other_values]
+            with _values_in_scope(variables, given, collect_losses=True) as scope:
+                before = dict(scope.state_mapping)
+                scored = score()
+            now = scope.state_mapping
+            changed[:] = [v for v in others if now[id(v)] is not before[id(v)]]
+            left = [scope.get_current_value(variable) for variable in changed]
+            return scored.targets(), (scored._replace(pending=None), left)
+
+        _, backward, (scored, left) = jax.vjp(
+            forward, [variable.value for variable in trained], has_aux=True
+        )
+        own = {id(variable) for variable in self.model.variables}
+        pending = keras.StatelessScope()
+        for variable, value in zip(changed, left, strict=True):
+            if id(variable) in own:
+                pending.add_update((variable, value))
+            else:  # Metrics of single losses.
+                variable.assign(value)
+        return scored._replace(pending=pending, tape=backward)
+
+    def gradients(self, recorded: Pass, seeds: list[Any]) -> list[Any]:
+        (gradients,) = recorded.tape(seeds)
+        return gradients
+
+    def branch(
+        self,
+        condition: Any,
+        when_true: Callable[[], None],
+        when_false: Callable[[], None],
+        *,
+        rare: bool = False,
+    ) -> None:
+        variables = _flat(self._state_variables())
+        changed = [  # What the two outcomes may leave different.
+            *self.trainable_variables,
+            *self.model.non_trainable_variables,
+            *self.optimizer.variables,
+            self.selection.lowest,
+        ]
+
+        def stateless(run: Callable[[], None]) -> Callable[[], list[Any]]:
+            def branch() -> list[Any]:
+                given = [variable.value for variable in variables]
+                with _values_in_scope(variables, given) as scope:
+                    run()
+                return [scope.get_current_value(variable) for variable in changed]
+
+            return branch
+
+        values = jax.lax.cond(condition, stateless(when_true), stateless(when_false))
+        for variable, value in zip(changed, values, strict=True):
+            variable.assign(value)
+
+    def apply_gradients(self, gradients: list[Any]) -> None:
+        variables = [self.trainable_variables, self.optimizer.variables]
+        trained, slots = ([one.value for one in group] for group in variables)
+        values = self.optimizer.stateless_apply(slots, gradients, trained)
+        for variable, value in zip(_flat(variables), _flat(values), strict=True):
+            variable.assign(value)
+
+    def _make_slots(self) -> None:
+        super()._make_slots()
+        # At the end of a `fit` with `use_ema` Keras gives weights and averages one
+        # array; a step gives up what it was given, and cannot give one up twice.
+        slots = self.optimizer.variables if self.optimizer is not None else []
+        averages = {id(slot.value) for slot in slots}
+        for variable in self.trainable_variables:
+            if id(variable.value) in averages:
+                variable.assign(jax.numpy.array(variable.value, copy=True))
+
+    def _state_variables(self) -> tuple[list[Any], ...]:
+        """Returns the variables of a step's state, in Keras's order."""
+        return (
+            self.trainable_variables,
+            self.non_trainable_variables,
+            self.optimizer.variables,
+            self.metrics_variables,
+        )
+
+
+def _values_in_scope(
+    variables: list[Any], values: list[Any], *, collect_losses: bool = False
+) -> keras.StatelessScope:
+    """Returns a scope in which the variables have these values."""
+    return keras.StatelessScope(
+        state_mapping=list(zip(variables, values, strict=True)),
+        collect_losses=collect_losses,
+        # Within a trace they would be given a value that is gone after it.
+        initialize_variables=False,
+    )
+
+
+def _flat(groups: Any) -> list[Any]:
+    return [one for group in groups for one in group]

@@ -1,0 +1,205 @@
+"""Per-sample data losses for anything that `compile(loss=...)` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+from keras.src.backend import get_keras_mask
+
+from keras_rsft.errors import InvalidArgument
+
+# The loss of an element that the loss itself does not judge: padding, `ignore_class`.
+# Not finite, so that every policy rejects it, and not counted by anything.
+LEFT_OUT = float("-inf")
+Shape = tuple[int | None, ...]
+
+
+class LossScorer:
+    """Scores samples, or their elements, by the loss a model was compiled with.
+
+    A model without layers is compiled with the same losses, unreduced, so that
+    Keras itself pairs losses with outputs (names, dicts, lists, loss weights).
+    It is held here, outside of the trained model, so that it is not saved.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        loss_weights: Any,
+        output_names: Any,
+        *,
+        level: str = "sample",
+        one_class: bool = False,
+    ):
+        # Of a sample's elements by output: they must agree, to be added up.
+        self._shapes: list[Shape] | None = [] if level == "element" else None
+        self._model = keras.Model()
+        self._model.output_names = output_names
+        self._model.compile(
+            optimizer=None,
+            loss=keras.tree.map_structure(
+                lambda one: one and _Unreduced(one, self._shapes, one_class), loss
+            ),
+            loss_weights=loss_weights,
+        )
+
+    @property
+    def built(self) -> bool:
+        """Whether it was called, and has what Keras keeps of each output's loss."""
+        return self._model._compile_loss is None or self._model._compile_loss.built
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Returns float32 losses of samples `(batch,)`, or elements `(batch, ...)`."""
+        if self._shapes:
+            self._shapes.clear()
+        values = self._model.compute_loss(
+            y=y_true, y_pred=y_pred, sample_weight=sample_weight
+        )
+        return ops.cast(values, "float32")
+
+
+class _Unreduced(keras.losses.Loss):
+    """A loss of one output, one number a sample, or an element if there are `shapes`.
+
+    Calls the wrapped loss's own `call`, never a copy made from its config. Several
+    values a sample (of time steps, of pixels) are averaged, without those that a Keras
+    mask or `ignore_class` leaves out. An element is what the loss has a value for: a
+    pixel, a box, a time step; of binary cross-entropy each prediction, also where they
+    are labels of one sample. With `one_class` a loss of several labels is refused.
+    """
+
+    def __init__(self, loss: Any, shapes: list[Shape] | None, one_class: bool):
+        super().__init__(reduction="none")
+        self._loss, self._shapes, self._one_class = loss, shapes, one_class
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        loss = self._loss
+        if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
+            loss = _crossentropy_for(y_true, y_pred)
+        loss = keras.losses.get(loss)
+        if _judges_each_entry(loss):
+            if self._shapes is not None:
+                y_true, y_pred = _same_rank(y_true, y_pred)
+                if y_pred.shape[-1] != 1:  # Else it would average over the last axis.
+                    y_true, y_pred = y_true[..., None], y_pred[..., None]
+            elif self._one_class and len(y_true.shape) > 1 and y_true.shape[-1] != 1:
+                raise InvalidArgument(
+                    "A policy that judges class by class (`class_floor`, "
+                    "`num_classes`) needs samples of one class. Received: a binary "
+                    f"loss of targets of shape {tuple(y_true.shape)}, which may have "
+                    "several labels. Leave the floor out; of one-hot targets take "
+                    "categorical_crossentropy."
+                )
+        if isinstance(loss, keras.losses.Loss):
+            return loss.call(y_true, y_pred)
+        return loss(*_same_rank(y_true, y_pred))
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        mask = get_keras_mask(y_pred)
+        y_true, y_pred = keras.tree.map_structure(
+            lambda one: ops.convert_to_tensor(one, dtype=self.dtype), (y_true, y_pred)
+        )
+        values = ops.convert_to_tensor(self.call(y_true, y_pred), self.dtype)
+        if len(values.shape) == 0:
+            raise InvalidArgument(
+                "`loss` must return at least one value a sample, to choose between "
+                "samples. Received: a loss that returns a single number. "
+                "Return it without the mean over the batch."
+            )
+        own_mask = get_keras_mask(values)  # Of `ignore_class`.
+        if sample_weight is not None:
+            values = values * _aligned(sample_weight, values)
+        counted = None
+        for one in (mask, own_mask):
+            if one is not None:
+                one = ops.cast(_aligned(one, values), "bool")
+                counted = one if counted is None else ops.logical_and(counted, one)
+        if self._shapes is not None:
+            return self._by_element(values, counted, y_pred)
+        if counted is None or len(values.shape) == 1:
+            return _mean_of_each_row(values)
+        # Padding has a loss of 0: counted, it would make short samples look easy.
+        values = ops.where(counted, values, 0.0)
+        counted = ops.broadcast_to(counted, ops.shape(values))
+        share = _mean_of_each_row(ops.cast(counted, values.dtype))
+        return ops.divide_no_nan(_mean_of_each_row(values), share)
+
+    def _by_element(self, values: Any, counted: Any, y_pred: Any) -> Any:
+        """Returns values with NaN for a sample whose predictions are not all finite.
+
+        Its gradients would not be either.
+        """
+        shape, predicted = tuple(values.shape[1:]), getattr(y_pred, "shape", None)
+        if not shape:
+            raise InvalidArgument(
+                "Level 'element' needs a loss with several values a sample. Received: "
+                "a loss with one. Use level 'sample', or give targets and predictions "
+                "a last axis of size 1 to judge each entry."
+            )
+        if predicted is None or not _agree(shape, tuple(predicted[1:])[: len(shape)]):
+            raise InvalidArgument(
+                "Level 'element' needs a loss for each place of the predictions. "
+                f"Received: losses of shape {('batch', *shape)} for predictions of "
+                f"shape {predicted}. Use level 'sample'."
+            )
+        if not all(_agree(shape, other) for other in self._shapes):
+            raise InvalidArgument(
+                "Level 'element' needs losses of the same shape from all outputs, to "
+                f"add them up element by element. Received: {('batch', *shape)} and "
+                f"{('batch', *self._shapes[0])}. Use level 'sample'."
+            )
+        self._shapes.append(shape)
+        axes = tuple(range(1, len(y_pred.shape)))
+        spoiled = ops.logical_not(ops.all(ops.isfinite(y_pred), axis=axes))
+        unusable = ops.logical_or(_aligned(spoiled, values), values == LEFT_OUT)
+        values = ops.where(unusable, float("nan"), values)
+        return values if counted is None else ops.where(counted, values, LEFT_OUT)
+
+
+def _mean_of_each_row(values: Any) -> Any:
+    return ops.mean(values, axis=tuple(range(1, len(values.shape))))
+
+
+def _aligned(values: Any, like: Any) -> Any:
+    """Returns values with the rank and type of others; the leading axes are shared."""
+    rank = len(like.shape)
+    values = ops.cast(values, like.dtype)
+    if len(values.shape) == rank + 1 and values.shape[-1] == 1:
+        return ops.squeeze(values, axis=-1)
+    missing = rank - len(values.shape)
+    return values[(..., *[None] * missing)] if missing > 0 else values
+
+
+def _agree(one: Shape, other: Shape) -> bool:
+    """Says whether two shapes may be equal; None is an unknown size."""
+    return len(one) == len(other) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True)
+    )
+
+
+def _judges_each_entry(loss: Any) -> bool:
+    """Says whether a loss is a mean over decisions that have nothing in common."""
+    losses = keras.losses
+    kinds = (losses.BinaryCrossentropy, losses.BinaryFocalCrossentropy)
+    functions = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
+    return isinstance(loss, kinds) or loss in functions
+
+
+def _crossentropy_for(y_true: Any, y_pred: Any) -> str:
+    """Names the cross-entropy that Keras takes for the alias "crossentropy"."""
+    if y_pred.shape[-1] == 1:
+        return "binary_crossentropy"
+    if len(y_true.shape) < len(y_pred.shape) or y_true.shape[-1] == 1:
+        return "sparse_categorical_crossentropy"
+    return "categorical_crossentropy"
+
+
+def _same_rank(y_true: Any, y_pred: Any) -> tuple[Any, Any]:
+    """Adds or drops a last axis of size 1, as Keras does before a loss function."""
+    if len(y_true.shape) == len(y_pred.shape) + 1 and y_true.shape[-1] == 1:
+        return ops.squeeze(y_true, axis=-1), y_pred
+    if len(y_pred.shape) == len(y_true.shape) + 1 and y_pred.shape[-1] == 1:
+        return ops.expand_dims(y_true, axis=-1), y_pred
+    return y_true, y_pred

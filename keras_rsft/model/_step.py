@@ -1,0 +1,412 @@
+"""One training step: forward, decide, and update if something is accepted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.model._losses import LEFT_OUT
+from keras_rsft.model._metrics import SELECTION_METRICS, SelectionMetric, selection_sums
+from keras_rsft.policies._policy import Policy
+
+Data = tuple[Any, Any, Any]  # Inputs, targets, sample weights or None.
+
+
+class Pass(NamedTuple):
+    """A forward pass, and the updates that it holds back.
+
+    `minimised` are tensors to minimise; of `per_sample`, if it is not None, the mean
+    over the accepted samples is minimised too. `pending` has the new values of the
+    model's own state; `tape` is what the backend goes backward through. A pass to
+    decide on also has the `losses` that the policy sees, the same `weighted` by the
+    samples' weights, the `penalties` that layers add, and Keras's own `batch_loss`, if
+    that was computed. The whole of several replicas has those of all rows, of which
+    `row_count` from `first_row` on are this replica's.
+    """
+
+    minimised: Sequence[Any] = ()
+    per_sample: Any = None
+    pending: Any = None
+    losses: Any = None
+    weighted: Any = None
+    labels: Any = None
+    sample_index: Any = None
+    penalties: Sequence[Any] = ()
+    batch_loss: Any = None
+    y_pred: Any = None
+    tape: Any = None
+    first_row: Any = None
+    row_count: Any = None
+
+    def targets(self) -> list[Any]:
+        """Returns all that is minimised."""
+        samples = [] if self.per_sample is None else [self.per_sample]
+        return [*self.minimised, *samples]
+
+    def own(self, values: Any) -> Any:
+        """Returns this device's part of values of all rows."""
+        if self.first_row is None:
+            return values
+        return values[self.first_row : self.first_row + self.row_count]
+
+    def shown_loss(self) -> Any:
+        """Returns the loss for the log, a scalar of what is finite.
+
+        A rejected NaN must not reach the log, where it would set off `TerminateOnNaN`.
+        """
+        finite = ops.isfinite(self.weighted)
+        total = ops.sum(ops.where(finite, self.weighted, 0.0))
+        mean = ops.divide_no_nan(total, ops.sum(ops.cast(finite, "float32")))
+        shown = sum(self.penalties, mean)
+        shown = ops.where(ops.isfinite(shown), shown, mean)
+        if self.batch_loss is None:
+            return shown
+        return ops.where(ops.isfinite(self.batch_loss), self.batch_loss, shown)
+
+
+class TrainingStep(keras.Model):
+    """The step of an `RSFTModel`.
+
+    A backend's class has `train_step` as Keras wants it there, and the four methods at
+    the end.
+    """
+
+    model: keras.Model
+    policy: Policy
+    selection: SelectionMetric
+    _scorer: Any
+    _recorder: Callable[[Any, Any, Any], None] | None = None
+    _replicated = False
+
+    def ready_for_training(self, data: Any) -> Any:
+        """Checks that the model can be trained; returns the data as that needs it."""
+        return data
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """Evaluates a batch, which may have sample indices."""
+        return without_selection(super().test_step(unpack(data)[:3]))
+
+    def train_on(self, data: Any) -> dict[str, Any]:
+        """Takes one training step; returns its logs."""
+        batch = unpack(data)
+        x, y, sample_weight, _ = batch
+        recorded = self.recorded(lambda: self._scored(*batch))
+        whole = self._of_all_replicas(recorded)
+        accept_mask = self.policy(whole.losses, whole.labels, whole.sample_index)
+        self._record(whole, accept_mask)
+        if self.trainable_variables:
+            self._update_if_accepted(recorded, whole, accept_mask, batch[:3])
+        else:
+            warnings.warn("The model has no trainable weights.", stacklevel=2)
+        sums = selection_sums(recorded.losses, whole.own(accept_mask))
+        shown = whole.shown_loss()
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(shown, sample_weight=sums[0])
+        self.selection.update_state(sums)
+        return self.compute_metrics(x, y, recorded.y_pred, sample_weight)
+
+    def reject(self, whole: Pass) -> None:
+        """Leaves everything as it was, and notes what the lowest loss was."""
+        self.selection.note_rejected(whole.losses, self.policy.level)
+
+    @property
+    def _takes_all_or_nothing(self) -> bool:
+        policy = self.policy
+        return policy.level == "batch" or policy.accepts_every_finite_sample
+
+    def _scored(self, x: Any, y: Any, sample_weight: Any, sample_index: Any) -> Pass:
+        """Runs the model; returns what is judged, and what may be minimised."""
+        y_pred, pending = self._forward(x)
+        losses = weighted = self._scorer(y, y_pred)
+        if sample_weight is not None:
+            weighted = self._scorer(y, y_pred, sample_weight)
+        by_batch = self._takes_all_or_nothing and not self._replicated
+        batch_loss = None
+        if by_batch or (sample_weight is not None and not self._replicated):
+            batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
+        penalties = self._penalties()
+        return Pass(
+            minimised=[batch_loss] if by_batch else penalties,
+            per_sample=None if by_batch else weighted,
+            pending=pending,
+            losses=losses,
+            weighted=weighted,
+            labels=_labels_of(y, losses),
+            sample_index=sample_index,
+            penalties=penalties,
+            batch_loss=batch_loss,
+            y_pred=y_pred,
+        )
+
+    def _finite_pass(self, losses: Any, accept_mask: Any, data: Data) -> Pass:
+        """Repeats the forward pass without the samples that have no finite loss."""
+        x, y, sample_weight = _unusable_overwritten(data, losses)
+
+        def scored() -> Pass:
+            y_pred, pending = self._forward(x)
+            y_pred = _only_accepted(y_pred, accept_mask)
+            weighted = self._scorer(y, y_pred, sample_weight)
+            return Pass(self._penalties(), weighted, pending)
+
+        return self.recorded(scored)
+
+    def _forward(self, x: Any) -> tuple[Any, keras.StatelessScope | None]:
+        """Runs the model, holding back what the pass would change in it.
+
+        BatchNorm statistics and random seeds are updated in the forward pass,
+        before the decision; `_apply` writes them once the batch is accepted.
+        """
+        with keras.StatelessScope(collect_losses=True) as pending:
+            y_pred = self(x, training=True)
+        if pending.losses:
+            self.add_loss(pending.losses)
+        return y_pred, pending
+
+    def _penalties(self) -> list[Any]:
+        return [ops.sum(ops.cast(added, "float32")) for added in self.losses]
+
+    def _of_all_replicas(self, recorded: Pass) -> Pass:
+        return recorded  # There is one.
+
+    def _record(self, whole: Pass, accept_mask: Any) -> None:
+        if self._recorder is None:
+            return
+        if whole.sample_index is None:
+            raise InvalidArgument(
+                "A ledger must be told which samples a batch holds. Received: no "
+                "sample_index. Let the data set yield (x, y, sample_weight or None, "
+                "sample_index)."
+            )
+        self._recorder(whole.sample_index, *_by_sample(whole.losses, accept_mask))
+
+    def _update_if_accepted(
+        self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
+    ) -> None:
+        """Changes the weights, or notes that this batch was rejected as a whole."""
+        accepts_any = ops.any(accept_mask)
+
+        def update() -> None:
+            self._apply(recorded, whole, accept_mask)
+
+        def repeat() -> None:
+            again = self._finite_pass(recorded.losses, accept_mask, data)
+            self._apply(again, whole, accept_mask)
+
+        def reject() -> None:
+            self.reject(whole)
+
+        if self.policy.level == "batch":  # Accepted, so all its losses are finite.
+            self.branch(accepts_any, update, reject)
+            return
+        finite = ops.isfinite(whole.losses)
+        if self.policy.level == "element":
+            finite = ops.logical_or(finite, ops.equal(whole.losses, LEFT_OUT))
+        self.branch(
+            ops.logical_and(accepts_any, ops.all(finite)),
+            update,
+            lambda: self.branch(accepts_any, repeat, reject),
+            rare=True,
+        )
+
+    def _apply(self, recorded: Pass, whole: Pass, accept_mask: Any) -> None:
+        """Runs the backward pass and changes the weights, the slots and the state."""
+        gradients = self._gradients(recorded, whole, accept_mask)
+        for variable, value in self._pending_values(recorded):
+            variable.assign(value)
+        self.apply_gradients(gradients)
+
+    def _gradients(
+        self, recorded: Pass, whole: Pass, accept_mask: Any, share: Any = 1.0
+    ) -> list[Any]:
+        """Runs the backward pass; `share` is the device's of what layers add."""
+        seeds = [share * ops.ones_like(target) for target in recorded.minimised]
+        if recorded.per_sample is not None:
+            accepted = ops.cast(accept_mask, "float32")
+            seeds.append(whole.own(accepted / ops.sum(accepted)))
+        seeds = [self.optimizer.scale_loss(seed) for seed in seeds]
+        return self.gradients(recorded, seeds)
+
+    def _pending_values(self, recorded: Pass) -> list[tuple[Any, Any]]:
+        variables, pending = self.model.variables, recorded.pending
+        values = [(v, pending.get_current_value(v)) for v in variables]
+        return [(v, value) for v, value in values if value is not None]
+
+    def _make_slots(self) -> None:
+        """Makes the optimizer's variables before they are used in a branch."""
+        variables = self.trainable_variables
+        if self.optimizer is None or not variables:
+            return
+        if not self.optimizer.built:
+            self.optimizer.build(variables)
+        optimizer: Any = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        if not optimizer.use_ema or optimizer.iterations.numpy() > 0:
+            return
+        # Keras copies the averages over the weights when training ends, even if no
+        # step was applied; from zero on they would wipe out the model.
+        averages = optimizer._model_variables_moving_average
+        for variable, average in zip(variables, averages, strict=True):
+            # A copy: JAX gives up what a step was given, and cannot do so twice.
+            average.assign(variable.numpy())
+
+    def recorded(self, score: Callable[[], Pass]) -> Pass:
+        """Runs a forward pass so that `gradients` can go back through it."""
+        raise NotImplementedError
+
+    def gradients(self, recorded: Pass, seeds: list[Any]) -> list[Any]:
+        """Runs the backward pass from the gradients of `recorded.targets()`.
+
+        Returns a gradient for each trainable variable, None for those not reached.
+        """
+        raise NotImplementedError
+
+    def branch(
+        self,
+        condition: Any,
+        when_true: Callable[[], None],
+        when_false: Callable[[], None],
+        *,
+        rare: bool = False,
+    ) -> None:
+        """Runs one of two functions, which change variables and return nothing.
+
+        With `rare` the condition is seldom False.
+        """
+        raise NotImplementedError
+
+    def apply_gradients(self, gradients: list[Any]) -> None:
+        """Has the optimizer change the weights that the backward pass reached."""
+        pairs = zip(gradients, self.trainable_variables, strict=True)
+        reached = [(gradient, v) for gradient, v in pairs if gradient is not None]
+        self.optimizer.apply([g for g, _ in reached], [v for _, v in reached])
+
+
+class SymbolicBuild(TrainingStep):
+    """Builds from the first three parts of a batch, under JAX and PyTorch.
+
+    Under TensorFlow Keras builds while it traces the step.
+    """
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        def first_parts() -> Iterator[tuple[int, int, list[Any]]]:
+            for begin, end, batches in iterator:
+                listed = isinstance(batches, (list, tuple))
+                batch = batches[0] if listed else next(batches)
+                yield begin, end, [unpack(batch)[:3]]
+
+        given = None if iterator is None else first_parts()
+        super()._symbolic_build(iterator=given, data_batch=data_batch)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Computes the loss of a batch, as Keras does; builds the scorer with it."""
+        if not self._scorer.built:
+            self._scorer(y, y_pred)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+
+def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns inputs, targets, weights and sample indices, None where missing."""
+    if not (isinstance(data, (tuple, list)) and len(data) == 4):
+        return (*keras.utils.unpack_x_y_sample_weight(data), None)
+    sample_index = data[3]
+    dtype = keras.backend.standardize_dtype(sample_index.dtype)
+    if not (keras.backend.is_int_dtype(dtype) and len(sample_index.shape) == 1):
+        raise InvalidArgument(
+            "The fourth part of a batch must be the sample indices, whole numbers of "
+            f"shape (batch,). Received: {dtype} of shape {sample_index.shape}."
+        )
+    return tuple(data)
+
+
+def without_selection(logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the logs of an evaluation, in which nothing is selected."""
+    return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}
+
+
+def _labels_of(y: Any, losses: Any) -> Any:
+    """Returns the classes that targets name, int32 of the shape of `losses`, or None.
+
+    Integers or one-hot rows, one for each loss. A row with several ones cannot be told
+    from these while a step is traced.
+    """
+    rank = len(losses.shape)
+    if isinstance(y, (dict, list, tuple)) or y is None or len(y.shape) > rank + 1:
+        return None
+    if len(y.shape) == rank + 1:
+        if (y.shape[-1] or 0) > 1 or (rank > 1 and y.shape[-1] != 1):
+            return ops.cast(ops.argmax(y, axis=-1), "int32")
+        y = ops.squeeze(y, axis=-1) if rank > 1 else ops.reshape(y, (-1,))
+    if len(y.shape) != rank or not keras.backend.is_int_dtype(y.dtype):
+        return None
+    return ops.cast(y, "int32")
+
+
+def _unusable_overwritten(data: Any, losses: Any) -> Any:
+    """Returns a batch in which samples with no finite loss are overwritten.
+
+    A NaN in one row would reach the gradients of all, since 0 x NaN is NaN: masking
+    the loss is not enough. Such rows become copies of the first that has a finite loss,
+    and stay masked. All others stay: a BatchNorm sees what it saw before.
+    """
+    usable = ops.isfinite(losses)
+    if len(losses.shape) > 1:
+        axes = _within(losses)
+        nothing_judged = ops.all(ops.equal(losses, LEFT_OUT), axis=axes)
+        usable = ops.logical_or(ops.any(usable, axis=axes), nothing_judged)
+    rows = ops.arange(ops.shape(usable)[0], dtype="int32")
+    # A replica may have no row: there is then none to copy.
+    first_usable = ops.argmax(ops.pad(ops.cast(usable, "int32"), ((0, 1),)))
+    rows = ops.where(usable, rows, ops.cast(first_usable, "int32"))
+    return keras.tree.map_structure(
+        lambda part: None if part is None else ops.take(part, rows, axis=0), data
+    )
+
+
+def _only_accepted(y_pred: Any, accept_mask: Any) -> Any:
+    """Returns predictions through which rejected elements have no gradient at all.
+
+    A loss that is not finite may have a gradient that is not either, and 0 x NaN is
+    NaN: masking the loss is not enough. With a mask `(batch,)` nothing is changed.
+    """
+    if len(accept_mask.shape) == 1:
+        return y_pred
+
+    def chosen(values: Any) -> Any:
+        further_axes = [None] * (len(values.shape) - len(accept_mask.shape))
+        mask = accept_mask[(..., *further_axes)]
+        return ops.where(mask, values, ops.zeros_like(values))
+
+    return keras.tree.map_structure(chosen, y_pred)
+
+
+def _by_sample(losses: Any, accept_mask: Any) -> tuple[Any, Any]:
+    """Returns what a ledger notes of each sample, both `(batch,)`.
+
+    Of elements the mean over the finite losses, NaN where none is; and whether at least
+    half of those judged, and at least one, were accepted.
+    """
+    if len(losses.shape) == 1:
+        return losses, accept_mask
+    axes = _within(losses)
+    finite = ops.isfinite(losses)
+    sums = ops.sum(ops.where(finite, losses, 0.0), axis=axes)
+    means = sums / ops.sum(ops.cast(finite, "float32"), axis=axes)
+    judged = ops.sum(ops.cast(ops.not_equal(losses, LEFT_OUT), "int32"), axis=axes)
+    accepted = ops.sum(ops.cast(accept_mask, "int32"), axis=axes)
+    return means, ops.logical_and(accepted > 0, 2 * accepted >= judged)
+
+
+def _within(values: Any) -> tuple[int, ...]:
+    return tuple(range(1, len(values.shape)))

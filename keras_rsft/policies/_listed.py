@@ -1,0 +1,214 @@
+"""Policies that go by a list of samples made before training."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.policies._policy import Batch, Policy, is_positive
+from keras_rsft.policies._rules import accept_below, accept_listed
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class AcceptListed(Policy):
+    """Accepts the training samples that a list, made before training, accepts.
+
+    The data set must say which samples a batch holds: it yields
+    `(x, y, sample_weight or None, sample_index)`, as `TrainingBatches` does with
+    `sample_index=True`. The list is saved with the model.
+
+    Args:
+        accept: Boolean array of shape `(n,)`, one entry a training sample; or the
+            number `n`, to accept all of `n` samples.
+
+    Raises:
+        InvalidArgument: If `accept` is not as above, or accepts nothing; when
+            called, if there is no `sample_index`.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> policy = rsft.AcceptListed(np.array([True, False, True]))
+        >>> losses, sample_index = np.array([0.2, 0.2], "float32"), np.array([2, 1])
+        >>> np.asarray(policy(losses, sample_index=sample_index)).tolist()
+        [True, False]
+    """
+
+    def __init__(self, accept: Any, **kwargs: Any):
+        super().__init__(**kwargs)
+        if isinstance(accept, Integral) and not isinstance(accept, bool):
+            accept = np.ones(int(accept), bool)
+        accept = np.asarray(accept)
+        if accept.ndim != 1 or accept.dtype != bool or not accept.any():
+            raise InvalidArgument(
+                "`accept` must be a boolean for each training sample, at least one of "
+                f"them True. Received: shape {accept.shape}, dtype {accept.dtype}."
+            )
+        self.listed = self.add_weight(
+            name="listed",
+            shape=accept.shape,
+            dtype="bool",
+            initializer=lambda shape, dtype: ops.convert_to_tensor(accept),
+        )
+
+    def decide(self, batch: Batch) -> Any:
+        return _entries(self, self.listed, batch)
+
+    def _accepted_in_warmup(self, batch: Batch) -> Any:
+        return _entries(self, self.listed, batch)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"accept": int(self.listed.shape[0])}
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class AcceptReviewed(Policy):
+    """Accepts what a person has reviewed, and of the rest what another policy does.
+
+    Somebody looked at these samples and found or made their label right: a high loss
+    says that they are hard, not that they are wrong. The data set must say which
+    samples a batch holds, as for `AcceptListed`.
+
+    Args:
+        policy: Judges the samples that nobody reviewed. It sees all of them, so that
+            its running statistics are those of the whole batch. At sample level.
+        reviewed: Boolean array of shape `(n,)`, one entry a training sample; or the
+            number `n`, before saved values are loaded.
+
+    Raises:
+        InvalidArgument: If `policy` judges whole batches, of which no single sample
+            can be accepted.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> reviewed = np.array([True, False, False])
+        >>> policy = rsft.AcceptReviewed(rsft.LossThreshold(1.5), reviewed)
+        >>> losses = np.array([4.0, 4.0, 0.1], "float32")
+        >>> np.asarray(policy(losses, sample_index=np.arange(3))).tolist()
+        [True, False, True]
+    """
+
+    def __init__(self, policy: Policy, reviewed: Any, **kwargs: Any):
+        super().__init__(**kwargs)
+        if policy.level != "sample":
+            raise InvalidArgument(
+                "Reviewed samples can be accepted one by one only. Received: "
+                f"{type(policy).__name__} at level {policy.level!r}."
+            )
+        if isinstance(reviewed, Integral) and not isinstance(reviewed, bool):
+            reviewed = np.zeros(int(reviewed), bool)
+        reviewed = np.asarray(reviewed, bool)
+        self.policy = policy
+        self.needs_ledger = policy.needs_ledger
+        self.accepts_every_finite_sample = policy.accepts_every_finite_sample
+        self.reviewed = self.add_weight(
+            name="reviewed",
+            shape=reviewed.shape,
+            dtype="bool",
+            initializer=lambda shape, dtype: ops.convert_to_tensor(reviewed),
+        )
+
+    def decide(self, batch: Batch) -> Any:
+        accepted = self.policy(batch.losses, batch.labels, batch.sample_index)
+        return ops.logical_or(accepted, _entries(self, self.reviewed, batch))
+
+    def note_steps_seen(self, steps: int) -> None:
+        super().note_steps_seen(steps)
+        self.policy.note_steps_seen(steps)
+
+    def threshold_in_use(self) -> float | None:
+        return self.policy.threshold_in_use()
+
+    def note_losses(self, losses: np.ndarray) -> None:
+        """Hands the losses of the epochs so far to a policy that learns from them.
+
+        Args:
+            losses: Float array `(n,)`, the mean loss of each sample.
+        """
+        self.policy.note_losses(losses)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {
+            "policy": keras.saving.serialize_keras_object(self.policy),
+            "reviewed": int(self.reviewed.shape[0]),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AcceptReviewed:
+        policy = keras.saving.deserialize_keras_object(config["policy"])
+        return cls(**(config | {"policy": policy}))
+
+
+@keras.saving.register_keras_serializable(package="keras_rsft")
+class AutoPolicy(AcceptListed):
+    """Accepts the samples whose label is likely right; the command line's default.
+
+    Needs no clean labels and no noise rate, and keeps every sample where nothing
+    looks wrong.
+
+    ```python
+    found = rsft.audit_labels(train_features, num_classes)
+    print(found.describe())
+    policy = rsft.AutoPolicy(found.accept_mask(), loss_limit=found.loss_limit)
+    model = rsft.RSFTModel(head, policy)
+    ```
+
+    Args:
+        accept: Boolean array of shape `(n,)`, one entry a training sample, such as
+            `LabelQuality.accept_mask` gives; or the number of samples, to accept all
+            of them.
+        loss_limit: After the warm-up, a sample must also have a loss below this:
+            `LabelQuality.loss_limit` leaves out what a trained head finds no more
+            likely than a guess. Of each class in a batch a tenth of the listed, but
+            at least one, is accepted even so. Positive. Default: infinity.
+        warmup_steps: As for every `Policy`; a new head needs an epoch or two.
+
+    Raises:
+        InvalidArgument: If an argument is not as above.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> policy = rsft.AutoPolicy(3, loss_limit=1.0)  # Nothing looked wrong.
+        >>> losses = np.array([0.1, 2.0, 0.3], "float32")
+        >>> np.asarray(policy(losses, sample_index=np.arange(3))).tolist()
+        [True, False, True]
+    """
+
+    _arguments = ("loss_limit",)
+
+    def __init__(self, accept: Any, *, loss_limit: float = math.inf, **kwargs: Any):
+        super().__init__(accept, **kwargs)
+        if not is_positive(loss_limit):
+            raise InvalidArgument(
+                f"`loss_limit` must be positive. Received: loss_limit={loss_limit}. "
+                "Use infinity for no limit."
+            )
+        self.loss_limit = self.add_live_number("loss_limit", loss_limit)
+
+    def decide(self, batch: Batch) -> Any:
+        listed = super().decide(batch)
+        if math.isinf(self._configured["loss_limit"]):  # The class floor adds nothing.
+            return ops.logical_and(listed, accept_below(batch.losses, self.loss_limit))
+        return accept_listed(listed, batch.losses, batch.labels, self.loss_limit)
+
+    def _loss_limit(self) -> Any:
+        return self.loss_limit
+
+
+def _entries(policy: Policy, listed: Any, batch: Batch) -> Any:
+    """Returns the entries of a list for the samples of a batch."""
+    if batch.sample_index is None:
+        raise InvalidArgument(
+            f"{type(policy).__name__} must be told which samples a batch holds. "
+            "Received: no sample_index. Let the data set yield "
+            "(x, y, sample_weight or None, sample_index)."
+        )
+    return ops.take(listed.value, batch.sample_index, axis=0)

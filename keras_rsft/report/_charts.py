@@ -1,0 +1,571 @@
+"""Draws charts as SVG."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_rsft._stats import Interval
+from keras_rsft.report._record import EpochLosses
+
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 28
+SMALL_WIDTH, SMALL_HEIGHT = 320, 150
+_SHOWN_EPOCHS = 6
+_MOST_RATE_TICKS = 5
+# Styles of the lines of one chart, in the order in which they are told apart best.
+STYLES = ("quiet", "second", "first")
+# Where a trial passes the axis of a hyperparameter that it does not have.
+UNUSED = -0.15
+_VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
+# Plasma without its ends, which are lost on dark or on light.
+_PLASMA = ("#7e03a8", "#cc4778", "#fca636")
+
+_COLOURS = (
+    {"paper": "#ffffff", "ink": "#1c1d20", "quiet": "#62656c", "grid": "#e3e3df",
+     "first": "#2553c9", "second": "#b4540a", "calm": "#8a8d94"},
+    {"paper": "#15171b", "ink": "#e9eaec", "quiet": "#a0a4ad", "grid": "#31353c",
+     "first": "#8fb0ff", "second": "#f0a560", "calm": "#858a94"},
+)  # fmt: skip
+_RULES = {
+    ".paper": "fill:{paper}",
+    "text": "font:11px system-ui,sans-serif;fill:{quiet}",
+    "text.title": "font-size:12px;font-weight:600;fill:{ink}",
+    "text.halo": "fill:{ink};stroke:{paper};stroke-width:3px;paint-order:stroke",
+    ".grid": "stroke:{grid}",
+    ".axis": "stroke:{calm}",
+    ".line": "fill:none;stroke-width:2;stroke-linejoin:round",
+    ".line.first": "stroke:{first}",
+    ".line.second": "stroke:{second};stroke-dasharray:7 4",
+    ".line.quiet": "stroke:{calm}",
+    ".dot": "fill:{first};fill-opacity:.6",
+    ".dot.hollow": "fill:{paper};fill-opacity:1;stroke:{ink}",
+    ".dot.chosen": "fill:{second};fill-opacity:1;stroke:{paper}",
+}
+
+
+def _rules(colours: Mapping[str, str]) -> str:
+    return "".join(
+        f"svg.keras-rsft {name}{{{rule.format(**colours)}}}"
+        for name, rule in _RULES.items()
+    )
+
+
+_STYLE = (
+    f"{_rules(_COLOURS[0])}@media (prefers-color-scheme:dark){{{_rules(_COLOURS[1])}}}"
+)
+
+
+# -- Pieces of every chart -----------------------------------------------------
+
+
+def _tag(name: str, content: str = "", **attributes: Any) -> str:
+    """Returns an element around markup; `class_` is class, `text_anchor` text-anchor.
+
+    Attributes are escaped, numbers shortened, those that are None left out.
+    """
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{_attribute(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return f"<{name}{written}>{content}</{name}>"
+
+
+def _attribute(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{round(value, 2):g}"
+    return html.escape(str(value))
+
+
+def _words(
+    text: str, x: float, y: float, anchor: str | None = None, class_: str = "tick"
+) -> str:
+    return _tag("text", html.escape(text), class_=class_, x=x, y=y, text_anchor=anchor)
+
+
+def _svg(
+    content: str, width: float, height: float, summary: str, /, **attributes: Any
+) -> str:
+    return _tag(
+        "svg", content, viewBox=f"0 0 {width:g} {height:g}", role="img",
+        aria_label=summary, **attributes,
+    )  # fmt: skip
+
+
+def _alone(content: str, width: float, height: float, summary: str) -> str:
+    """Returns a drawing that brings its own colours and paper."""
+    paper = _tag("rect", class_="paper", width=width, height=height)
+    return _svg(
+        f"{_tag('style', _STYLE)}{paper}{content}", width, height, summary,
+        xmlns="http://www.w3.org/2000/svg", class_="keras-rsft", width=width,
+        height=height, style="max-width:100%;height:auto",
+    )  # fmt: skip
+
+
+def _scale(
+    low: float, high: float, start: float, end: float, *, log: bool = False
+) -> Callable[[float], float]:
+    """Returns what takes a value to its pixel, logarithmically with `log`."""
+    if log:
+        low, high = math.log(low), math.log(high)
+
+    def place(value: float) -> float:
+        value = math.log(value) if log else value
+        share = (value - low) / (high - low) if high > low else 0.5
+        return round(start + share * (end - start), 2)
+
+    return place
+
+
+@dataclasses.dataclass(frozen=True)
+class _Box:
+    """The rectangle that the values of a chart lie in, in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def axes(
+        self,
+        x_ticks: Iterable[tuple[float, str]],
+        y_ticks: Iterable[tuple[float, str]],
+        *,
+        x_label: str = "",
+        y_label: str = "",
+        title: str = "",
+    ) -> str:
+        middle = (self.left + self.right) / 2
+        parts = []
+        for y, text in y_ticks:
+            parts.append(
+                _tag("line", class_="grid", x1=self.left, x2=self.right, y1=y, y2=y)
+            )
+            parts.append(_words(text, self.left - 8, y + 4, "end"))
+        parts += [_words(text, x, self.bottom + 18, "middle") for x, text in x_ticks]
+        if x_label:
+            parts.append(_words(x_label, middle, self.bottom + 36, "middle"))
+        if y_label:
+            parts.append(_words(y_label, self.left - 34, self.top - 10))
+        if title:
+            parts.append(_words(title, self.right, self.top - 10, "end", "title"))
+        return "".join(parts)
+
+
+def nice_ticks(low: float, high: float, *, about: int = 5) -> list[float]:
+    """Returns about so many even, round numbers that cover a range."""
+    if high <= low:
+        high = low + (abs(low) or 1.0) * 0.1
+    rough = (high - low) / about
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(s * unit for s in (1, 2, 2.5, 5, 10) if s * unit >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def rate_ticks(low: float, high: float) -> list[float]:
+    """Returns up to five round learning rates in a range, at least one."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
+        ticks = [float(f"{step}e{d}") for d in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= _MOST_RATE_TICKS:
+            break
+    if not ticks:
+        return [float(f"{math.sqrt(low * high):.2g}")]
+    return ticks[:: math.ceil(len(ticks) / _MOST_RATE_TICKS)]
+
+
+def _colour(share: float, anchors: Sequence[str]) -> str:
+    """Returns a colour between anchors, at a share in [0, 1] of the way."""
+    steps = np.linspace(0, 1, len(anchors))
+    channels = ([int(one[i : i + 2], 16) for one in anchors] for i in (1, 3, 5))
+    mixed = (round(float(np.interp(share, steps, channel))) for channel in channels)
+    return "#" + "".join(f"{one:02x}" for one in mixed)
+
+
+# -- Learning curves -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LineChart:
+    """Lines over epochs: a drawing, and what is beside it on the page.
+
+    `heights` and `texts` have a row for each line: its pixels, None where there is no
+    value, and its values, "-" there.
+    """
+
+    key: str
+    title: str
+    summary: str
+    names: tuple[str, ...]
+    styles: tuple[str, ...]
+    x_places: tuple[float, ...]
+    heights: tuple[tuple[float | None, ...], ...]
+    texts: tuple[tuple[str, ...], ...]
+    content: str
+
+    @property
+    def svg(self) -> str:
+        """The drawing, in which the page's script marks an epoch."""
+        drawn = self.content + _tag("g", data_marks="")
+        return _svg(drawn, WIDTH, HEIGHT, self.summary, tabindex=0)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's script reads values off by."""
+        return {
+            "x": self.x_places,
+            "epochs": list(range(1, len(self.x_places) + 1)),
+            "top": TOP,
+            "bottom": HEIGHT - BOTTOM,
+            "lines": self.styles,
+            "names": self.names,
+            "y": self.heights,
+            "texts": self.texts,
+        }
+
+
+def line_chart(
+    key: str,
+    title: str,
+    series: Sequence[tuple[str, str, Sequence[float]]],
+    *,
+    as_percent: bool,
+) -> LineChart | None:
+    """Returns a chart of values by epoch, or None where there is no finite value.
+
+    Each of the series is a name, a style and values; NaN leaves a gap.
+    """
+    series = [one for one in series if any(map(math.isfinite, one[2]))]
+    if not series:
+        return None
+    values = [value for one in series for value in one[2] if math.isfinite(value)]
+    low, high = min(values), max(values)
+    ticks = nice_ticks(low if as_percent else min(0.0, low), high)
+    if as_percent:
+        ticks = [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
+    count = max(len(one[2]) for one in series)
+    x = _scale(0, max(count - 1, 1), LEFT, WIDTH - RIGHT)
+    y = _scale(min(ticks[0], low), max(ticks[-1], high), HEIGHT - BOTTOM, TOP)
+    places = tuple(map(x, range(count)))
+    heights = tuple(
+        tuple(y(value) if math.isfinite(value) else None for value in one[2])
+        for one in series
+    )
+    shown = "{:.1%}" if as_percent else "{:.3g}"
+    texts = tuple(
+        tuple(
+            shown.format(value).replace("%", " %") if math.isfinite(value) else "-"
+            for value in one[2]
+        )
+        for one in series
+    )
+    ends = "; ".join(
+        f"{one[0]} from {known[0]} to {known[-1]}"
+        for one, row in zip(series, texts, strict=True)
+        for known in [[text for text in row if text != "-"]]
+    )
+    summary = f"{title} over {count} epochs: {ends}."
+    step = next(
+        s * 10**e for e in range(9) for s in (1, 2, 5) if count / (s * 10**e) <= 7
+    )
+    marked = [0, *(i - 1 for i in range(step, count + 1, step) if i > 1)]
+    drawn = _Box(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM).axes(
+        [(places[i], str(i + 1)) for i in marked],
+        [(y(v), f"{100 * v:.0f} %" if as_percent else f"{v:.3g}") for v in ticks],
+    )
+    for one, row in zip(series, heights, strict=True):
+        for points in _pieces(places, row):
+            drawn += _tag("polyline", class_=f"line {one[1]}", points=points)
+    return LineChart(
+        key=key,
+        title=title,
+        summary=summary,
+        names=tuple(one[0] for one in series),
+        styles=tuple(one[1] for one in series),
+        x_places=places,
+        heights=heights,
+        texts=texts,
+        content=drawn,
+    )
+
+
+def _pieces(xs: Sequence[float], ys: Sequence[float | None]) -> list[str]:
+    """Returns the points of each unbroken piece of a line."""
+    pairs = itertools.groupby(
+        zip(xs, ys, strict=False), lambda pair: pair[1] is not None
+    )
+    return [
+        " ".join(f"{x:g},{y:g}" for x, y in piece) for there, piece in pairs if there
+    ]
+
+
+def line_charts_svg(charts: Sequence[LineChart]) -> str:
+    """Returns learning curves side by side, to stand alone; "" without any."""
+    if not charts:
+        return ""
+    rows = 34 + 18 * max(len(one.names) for one in charts)
+    drawn = ""
+    for number, one in enumerate(charts):
+        left = number * (WIDTH + 20)
+        drawn += _words(one.title, left + LEFT, 16, class_="title")
+        for row, (name, style) in enumerate(zip(one.names, one.styles, strict=True)):
+            at = 34 + 18 * row
+            drawn += _tag(
+                "line", class_=f"line {style}", x1=left + LEFT, x2=left + LEFT + 18,
+                y1=at - 4, y2=at - 4,
+            )  # fmt: skip
+            drawn += _words(name, left + LEFT + 26, at)
+        drawn += _tag("g", one.content, transform=f"translate({left} {rows - 14})")
+    width = len(charts) * (WIDTH + 20)
+    summary = " ".join(one.summary for one in charts)
+    return _alone(drawn, width, rows + HEIGHT - 14, summary)
+
+
+# -- Histograms of the losses --------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """The losses of one epoch; all of a page have the same axes."""
+
+    epoch: int
+    counts: str
+    threshold: float | None
+    svg: str
+
+
+def histograms(losses: Sequence[EpochLosses]) -> tuple[Histogram, ...]:
+    """Returns the losses of up to six epochs, from the first to the last."""
+    if not losses:
+        return ()
+    spread = np.linspace(0, len(losses) - 1, min(len(losses), _SHOWN_EPOCHS))
+    chosen = [losses[i] for i in sorted({round(one) for one in spread.tolist()})]
+    low = min(one[0] for epoch in losses for one in epoch.bins)
+    high = max(one[1] for epoch in losses for one in epoch.bins)
+    most = max(sum(one[2:]) for epoch in chosen for one in epoch.bins)
+    return tuple(_histogram(epoch, low, high, most) for epoch in chosen)
+
+
+def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histogram:
+    base = SMALL_HEIGHT - 22
+    x = _scale(low, high, 16, SMALL_WIDTH - 16, log=True)
+    drawn = _tag("line", class_="axis", x1=0, x2=SMALL_WIDTH, y1=base, y2=base)
+    for start, end, *counts in epoch.bins:
+        left, width = x(start), max(x(end) - x(start) - 1, 0.5)
+        accepted, rejected = ((base - 14) * count / most for count in counts)
+        said = (
+            f"loss {start:.2g} to {end:.2g}: {counts[0]:,} accepted, "
+            f"{counts[1]:,} rejected"
+        )
+        bars = (
+            ("catch", 0, base),
+            ("accepted", base - accepted, accepted),
+            ("rejected", base - accepted - rejected, rejected),
+        )
+        drawn += _tag(
+            "g",
+            _tag("title", said)
+            + "".join(
+                _tag("rect", class_=name, x=left, y=top, width=width, height=height)
+                for name, top, height in bars
+            ),
+            class_="bin",
+        )
+    threshold = epoch.threshold
+    if threshold is not None and low <= threshold <= high:
+        at = x(threshold)
+        side = -1 if at >= SMALL_WIDTH - 50 else 1
+        drawn += _tag("line", class_="line threshold", x1=at, x2=at, y1=4, y2=base)
+        anchor = "start" if side > 0 else "end"
+        drawn += _words(f"{threshold:.2f}", at + 4 * side, 12, anchor)
+    decades = range(math.ceil(math.log10(low) - 1e-6), int(math.log10(high) + 1e-6) + 1)
+    for decade in decades:
+        text = f"{10.0**decade:g}"
+        drawn += _words(text, x(10.0**decade), SMALL_HEIGHT - 6, "middle")
+    accepted, rejected = (sum(one[i] for one in epoch.bins) for i in (2, 3))
+    shown = f"{accepted:,} accepted, {rejected:,} rejected"
+    summary = f"Losses of epoch {epoch.epoch}: {shown}"
+    if threshold is not None:
+        summary += f"; threshold {threshold:.3g}"
+    svg = _svg(drawn, SMALL_WIDTH, SMALL_HEIGHT, f"{summary}.")
+    return Histogram(epoch.epoch, shown, threshold, svg)
+
+
+# -- A comparison and a search, in a notebook ----------------------------------
+
+
+def intervals_svg(intervals: Mapping[str, Interval]) -> str:
+    """Returns the accuracy of each method with its interval; "" without any."""
+    if not intervals:
+        return ""
+    widths = [
+        one.half_width if math.isfinite(one.half_width) else 0.0
+        for one in intervals.values()
+    ]
+    means = [one.mean for one in intervals.values()]
+    low = min(mean - width for mean, width in zip(means, widths, strict=True))
+    high = max(mean + width for mean, width in zip(means, widths, strict=True))
+    ticks = nice_ticks(100 * low, 100 * high)
+    box = _Box(150, 10, 640, 10 + 24 * len(means))
+    x = _scale(ticks[0], ticks[-1], box.left, box.right)
+    rows = [box.top + 24 * row + 12 for row in range(len(means))]
+    drawn = box.axes(
+        [(x(tick), f"{tick:g}") for tick in ticks],
+        zip(rows, intervals, strict=True),
+        x_label="test accuracy in percent",
+    )
+    for y, mean, width in zip(rows, means, widths, strict=True):
+        left, right = x(100 * (mean - width)), x(100 * (mean + width))
+        drawn += _tag("line", class_="line first", x1=left, x2=right, y1=y, y2=y)
+        drawn += _tag("circle", class_="dot chosen", cx=x(100 * mean), cy=y, r=4)
+    return _alone(drawn, 660, box.bottom + 48, "Test accuracy of each method.")
+
+
+def trials_svg(
+    points: Sequence[tuple[float, float]], chosen: tuple[float, float]
+) -> str:
+    """Returns the accepted share and the accuracy of each trial, and the choice."""
+    box = _Box(60, 30, 620, 250)
+    ticks, scales = [], []
+    for axis, ends in enumerate(((box.left, box.right), (box.bottom, box.top))):
+        values = [100 * point[axis] for point in (*points, chosen)]
+        ticks.append(nice_ticks(min(values), max(values)))
+        scales.append(_scale(ticks[axis][0], ticks[axis][-1], *ends))
+    x, y = scales
+    drawn = box.axes(
+        [(x(tick), f"{tick:g}") for tick in ticks[0]],
+        [(y(tick), f"{tick:g}") for tick in ticks[1]],
+        x_label="accepted, percent",
+        y_label="validation accuracy, percent",
+    )
+    marks = [(point, "dot", 4) for point in points] + [(chosen, "dot chosen", 7)]
+    for (accepted, accuracy), style, radius in marks:
+        drawn += _tag(
+            "circle", class_=style, cx=x(100 * accepted), cy=y(100 * accuracy), r=radius
+        )
+    drawn += _tag(
+        "circle", class_="dot chosen", cx=box.right - 52, cy=box.top - 14, r=7
+    )
+    drawn += _words("chosen", box.right, box.top - 10, "end")
+    return _alone(drawn, 640, 296, "Validation accuracy by accepted share.")
+
+
+# -- The pictures of a search --------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Means over trials, in cells of learning rate and selectivity.
+
+    `rates` and `numbers` are of the trials; `rate_edges`, even in the logarithm, and
+    `edges` bound the cells; `means` has an array `(rows, columns)` for each title, NaN
+    where there is no trial.
+    """
+
+    label: str
+    rates: np.ndarray
+    numbers: np.ndarray
+    rate_edges: np.ndarray
+    edges: np.ndarray
+    means: dict[str, np.ndarray]
+
+
+def heat_maps_svg(maps: Sequence[HeatMap]) -> str:
+    """Returns a row of heat maps for each number that says how selective a trial is."""
+    drawn = "".join(
+        _heat_map(one, title, _Box(60 + 450 * at, 40 + 300 * row, 380 + 450 * at,
+                                   250 + 300 * row))
+        for row, one in enumerate(maps)
+        for at, title in enumerate(one.means)
+    )  # fmt: skip
+    return _alone(
+        drawn, 910, 300 * len(maps),
+        "Means of the trials by learning rate and selectivity; each dot is a trial.",
+    )  # fmt: skip
+
+
+def _heat_map(one: HeatMap, title: str, box: _Box) -> str:
+    means = one.means[title]
+    rates, numbers = one.rate_edges.tolist(), one.edges.tolist()
+    x = _scale(rates[0], rates[-1], box.left, box.right, log=True)
+    y = _scale(numbers[0], numbers[-1], box.bottom, box.top)
+    lowest, highest = float(np.nanmin(means)), float(np.nanmax(means))
+    height = _scale(lowest, highest, 0, 1)
+    drawn = box.axes(
+        [(x(tick), f"{tick:g}") for tick in rate_ticks(rates[0], rates[-1])],
+        [
+            (y(tick), f"{tick:g}")
+            for tick in nice_ticks(numbers[0], numbers[-1])
+            if numbers[0] <= tick <= numbers[-1]
+        ],
+        x_label="learning rate",
+        y_label=one.label,
+        title=title,
+    )
+    for row, column in np.argwhere(np.isfinite(means)).tolist():
+        left, right = (x(edge) for edge in one.rate_edges[column : column + 2])
+        bottom, top = (y(edge) for edge in one.edges[row : row + 2])
+        drawn += _tag(
+            "rect", x=left, y=top, width=right - left, height=bottom - top,
+            fill=_colour(height(float(means[row, column])), _VIRIDIS),
+        )  # fmt: skip
+    for rate, number in zip(one.rates, one.numbers, strict=True):
+        drawn += _tag("circle", class_="dot hollow", cx=x(rate), cy=y(number), r=2.5)
+    for step in range(30):
+        tall = (box.bottom - box.top) / 30
+        drawn += _tag(
+            "rect", x=box.right + 14, y=box.bottom - tall * (step + 1), width=12,
+            height=tall + 0.5, fill=_colour(step / 29, _VIRIDIS),
+        )  # fmt: skip
+    for at, value in ((box.bottom, lowest), (box.top, highest)):
+        drawn += _words(f"{100 * value:.1f} %", box.right + 30, at + 4)
+    return drawn
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axis:
+    """A hyperparameter or metric: each trial's position in [0, 1], or `UNUSED`."""
+
+    name: str
+    positions: np.ndarray
+    ticks: dict[float, str]
+
+
+def parallel_coordinates_svg(axes: Sequence[Axis], *, higher_is_better: bool) -> str:
+    """Returns trials as lines through the axes, the better ones lighter and on top."""
+    box = _Box(30, 20, 30 + 130 * (len(axes) - 1), 330)
+    y = _scale(UNUSED - 0.05, 1.05, box.bottom, box.top)
+    lines = np.stack([axis.positions for axis in axes], axis=1)
+    goodness = lines[:, -1] if higher_is_better else 1 - lines[:, -1]
+    drawn = ""
+    for row in np.argsort(goodness, kind="stable"):
+        points = " ".join(
+            f"{box.left + 130 * column:g},{y(at):g}"
+            for column, at in enumerate(lines[row].tolist())
+        )
+        drawn += _tag(
+            "polyline", points=points, fill="none", stroke_width=1.4, opacity=0.8,
+            stroke=_colour(float(goodness[row]), _PLASMA),
+        )  # fmt: skip
+    for column, axis in enumerate(axes):
+        x = box.left + 130 * column
+        drawn += _tag("line", class_="axis", x1=x, x2=x, y1=box.top, y2=box.bottom)
+        drawn += "".join(
+            _words(text, x + 5, y(at) + 4, class_="halo")
+            for at, text in axis.ticks.items()
+        )
+        name = axis.name.replace("_", " ")
+        drawn += _words(name, x, box.bottom + 22, "middle" if column else None, "title")
+    return _alone(
+        drawn, box.right + 100, 370,
+        "Each line is a trial and runs through its hyperparameters to what it reached.",
+    )  # fmt: skip

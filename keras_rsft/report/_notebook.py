@@ -1,0 +1,90 @@
+"""Shows results in a notebook."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from keras_rsft.report import _charts as charts
+from keras_rsft.report._summary import (
+    Summary,
+    Table,
+    comparison_summary,
+    run_summary,
+    search_summary,
+)
+
+MOST_CLASSES = 20
+MOST_TRIALS = 10
+
+
+def run_html(run: Any) -> str:
+    """Returns a run's results and its learning curves."""
+    shown = ", ".join(run.class_names[:MOST_CLASSES])
+    more = len(run.class_names) - MOST_CLASSES
+    about = [("Classes", f"{shown} and {more} more" if more > 0 else shown)]
+    if run.folder is not None:
+        about.append(("Run folder", str(run.folder)))
+    groups = {
+        "Loss": ("loss", "accepted_loss", "val_loss"),
+        "Shares": ("accuracy", "val_accuracy", "acceptance_rate"),
+    }
+    drawn = [
+        charts.line_chart(
+            title.lower(),
+            title,
+            [
+                (name.replace("_", " "), style, run.history.get(name, []))
+                for name, style in zip(names, charts.STYLES, strict=True)
+            ],
+            as_percent=title == "Shares",
+        )
+        for title, names in groups.items()
+    ]
+    table = table_html(Table(("", ""), tuple(about)))
+    curves = charts.line_charts_svg([one for one in drawn if one is not None])
+    return _summary_html(run_summary(run)) + table + curves
+
+
+def comparison_html(comparison: Any) -> str:
+    """Returns a comparison's table, its verdict, and the accuracies as intervals."""
+    known = {
+        name: summary.test_accuracy
+        for name, summary in comparison.summaries.items()
+        if summary.test_accuracy is not None
+    }
+    return _summary_html(comparison_summary(comparison)) + charts.intervals_svg(known)
+
+
+def search_html(found: Any) -> str:
+    """Returns the best trials, the chosen setting beside plain, and all as points."""
+    points = [
+        (one.metrics["acceptance_rate"], one.metrics["val_accuracy"])
+        for one in found.outcomes
+        if one.metrics
+    ]
+    chosen = found.choice.chosen.metrics
+    return _summary_html(search_summary(found, MOST_TRIALS)) + charts.trials_svg(
+        points, (chosen["acceptance_rate"], chosen["val_accuracy"])
+    )
+
+
+def _summary_html(summary: Summary) -> str:
+    sentences = "".join(
+        f"<p>{html.escape(one)}</p>" for one in (*summary.warnings, *summary.notes)
+    )
+    return "".join(map(table_html, summary.tables)) + sentences
+
+
+def table_html(table: Table) -> str:
+    """Returns a table; every cell is escaped."""
+
+    def line(tag: str, cells: tuple[str, ...]) -> str:
+        escaped = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{''.join(escaped)}</tr>"
+
+    head = line("th", table.columns) if any(table.columns) else ""
+    body = "".join(line("td", row) for row in table.rows)
+    title = f"<caption>{html.escape(table.title)}</caption>" if table.title else ""
+    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
+    return f"<table>{title}<thead>{head}</thead><tbody>{body}</tbody></table>{note}"

@@ -1,0 +1,210 @@
+"""Learning curves of both splits, and whether they show overfitting."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import keras
+import numpy as np
+
+from keras_rsft._ledger import RejectionLedger
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.training._features import SplitFeatures
+
+# Curves -------------------------------------------------------------------------------
+
+# At most this many samples per split, the same ones in each epoch.
+MOST_SAMPLES = 5000
+CHUNK_ROWS = 4096
+
+
+class _Part:
+    """The samples of a split that are looked at, with their features in memory."""
+
+    def __init__(self, features: FeatureSet, seed: int):
+        self.rows = np.arange(len(features))
+        if len(features) > MOST_SAMPLES:
+            drawn = np.random.default_rng(seed).permutation(len(features))
+            self.rows = np.sort(drawn[:MOST_SAMPLES])
+        self.labels = np.asarray(features.labels)[self.rows]
+        self.whole_count = len(features)
+        values = [
+            features.views_of(self.rows[at : at + CHUNK_ROWS])[:, 0]
+            for at in range(0, len(self.rows), CHUNK_ROWS)
+        ]
+        self._chunks = [np.asarray(chunk, np.float32) for chunk in values]
+
+    def losses_and_hits(self, model: keras.Model) -> tuple[np.ndarray, np.ndarray]:
+        """Returns cross-entropies, float32 `(m,)`, and which labels are predicted."""
+        scores = np.concatenate(
+            [np.asarray(model(chunk, training=False)) for chunk in self._chunks]
+        )
+        losses = keras.losses.sparse_categorical_crossentropy(self.labels, scores)
+        return np.asarray(losses), scores.argmax(axis=-1) == self.labels
+
+
+class EpochCurves(keras.callbacks.Callback):
+    """Logs `train_accuracy` and `train_loss` of the weights at the end of the epoch.
+
+    Also `train_accepted_accuracy` and `train_accepted_loss`, of the samples that were
+    accepted in this epoch, NaN without any; and `val_loss_error`, the standard error of
+    `val_loss`. All by the given labels. Goes behind the `RejectionLedger`.
+    """
+
+    def __init__(self, features: SplitFeatures, recorder: RejectionLedger, seed: int):
+        super().__init__()
+        self._recorder = recorder
+        self._train = _Part(features.train, seed)
+        self._validation = None
+        if len(features.validation):
+            self._validation = _Part(features.validation, seed)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is None or self._recorder.last_epoch is None:
+            return
+        losses, hits = self._train.losses_and_hits(self.model)
+        accepted = self._recorder.last_epoch[1][self._train.rows] > 0
+        logs |= _means("train", losses, hits, np.ones(len(hits), bool))
+        logs |= _means("train_accepted", losses, hits, accepted)
+        if self._validation is not None:
+            losses, _ = self._validation.losses_and_hits(self.model)
+            error = np.std(losses) / np.sqrt(self._validation.whole_count)
+            logs["val_loss_error"] = float(error)
+
+
+def _means(
+    name: str, losses: np.ndarray, hits: np.ndarray, chosen: np.ndarray
+) -> dict[str, float]:
+    counted = chosen & np.isfinite(losses)
+    return {
+        f"{name}_accuracy": float(hits[chosen].mean()) if chosen.any() else np.nan,
+        f"{name}_loss": float(losses[counted].mean()) if counted.any() else np.nan,
+    }
+
+
+# Overfitting --------------------------------------------------------------------------
+
+# Epochs whose median a curve is smoothed by, and how many of the last must have fallen.
+WINDOW = 5
+LASTING = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Overfitting:
+    """Validation fell while training went on improving.
+
+    Attributes:
+        measure: `"accuracy"` or `"loss"`.
+        best_epoch: Number of the epoch, from 1, at which validation was best.
+        epochs: Number of epochs.
+        validation: Validation around that epoch and at the end, medians of 5 epochs.
+        training: Training at the same places.
+        standard_error: Of the validation at its best.
+    """
+
+    measure: str
+    best_epoch: int
+    epochs: int
+    validation: tuple[float, float]
+    training: tuple[float, float]
+    standard_error: float
+
+    @property
+    def sentence(self) -> str:
+        """What happened, from which epoch on, and what to do."""
+        worse, better = ("fell", "rose") if self.measure == "accuracy" else (
+            "rose", "fell"
+        )  # fmt: skip
+        (best, last), (before, after) = self.validation, self.training
+        shown = self._shown
+        return (
+            f"Overfitting from epoch {self.best_epoch + 1} on: validation "
+            f"{self.measure} {worse} from {shown(best)} to {shown(last)} (standard "
+            f"error {shown(self.standard_error)}), while training {self.measure} "
+            f"{better} from {shown(before)} to {shown(after)}. Try `--early-stopping`, "
+            f"`--epochs {self.best_epoch}` or `--weight-decay`."
+        )
+
+    def _shown(self, value: float) -> str:
+        if self.measure == "accuracy":
+            return f"{100 * value:.1f} %"
+        return f"{value:.3g}"
+
+
+def find_overfitting(
+    curves: Mapping[str, Sequence[float]], validation_size: int
+) -> Overfitting | None:
+    """Looks for a training that goes on improving while validation falls.
+
+    Training is that of the accepted samples: what a policy rejects is not learnt. Both
+    curves are smoothed by medians of 5 epochs. It overfits where in each of the last 3
+    epochs validation is worse than at its best by more than one standard error, and
+    training is better than it was then; so the gap between them has grown. A fall that
+    is made up for until the end is none. Accuracy is looked at first, then loss.
+
+    The standard error of an accuracy p of n samples is `sqrt(p (1 - p) / n)`, with two
+    samples right and two wrong added (Agresti and Coull, 1998), so that it is not 0 at
+    100 %; that of a loss is logged beside it.
+    """
+    for measure, sign in (("accuracy", 1.0), ("loss", -1.0)):
+        training = curves.get(f"train_accepted_{measure}", ())
+        validation = curves.get(f"val_{measure}", ())
+        if measure == "accuracy":
+            errors = [accuracy_error(value, validation_size) for value in validation]
+        else:
+            errors = curves.get("val_loss_error", ())
+        found = _fall(measure, sign, training, validation, errors)
+        if found is not None:
+            return found
+    return None
+
+
+def accuracy_error(accuracy: float, count: int) -> float:
+    """Returns the standard error of an accuracy in [0, 1] of some samples."""
+    share = (accuracy * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
+
+
+def _fall(
+    measure: str,
+    sign: float,
+    training: Sequence[float],
+    validation: Sequence[float],
+    errors: Sequence[float],
+) -> Overfitting | None:
+    epochs = min(len(training), len(validation), len(errors))
+    values = [*training[:epochs], *validation[:epochs], *errors[:epochs]]
+    if epochs < WINDOW + LASTING or not all(map(math.isfinite, values)):
+        return None
+    smooth_training = _smoothed(training[:epochs])
+    smooth, smooth_errors = _smoothed(validation[:epochs]), _smoothed(errors[:epochs])
+    best = max(range(len(smooth)), key=lambda at: sign * smooth[at])
+    around = range(best, best + WINDOW)  # The epochs of that median.
+    best_epoch = max(around, key=lambda at: sign * validation[at])
+    error = smooth_errors[best]
+    last = range(len(smooth) - LASTING, len(smooth))
+    fell = all(sign * (smooth[best] - smooth[at]) > error for at in last)
+    learnt = all(
+        sign * (smooth_training[at] - smooth_training[best]) > 0 for at in last
+    )
+    if best >= last[0] or not (fell and learnt):
+        return None
+    return Overfitting(
+        measure=measure,
+        best_epoch=best_epoch + 1,
+        epochs=epochs,
+        validation=(smooth[best], smooth[-1]),
+        training=(smooth_training[best], smooth_training[-1]),
+        standard_error=error,
+    )
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Returns the medians of 5 epochs in a row, which two odd ones do not move."""
+    return [
+        statistics.median(values[at : at + WINDOW])
+        for at in range(len(values) - WINDOW + 1)
+    ]

@@ -1,0 +1,416 @@
+"""Trains a head on cached features."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._ledger import Ledger, LossHistogram, RejectionLedger
+from keras_rsft._progress import progress_bar
+from keras_rsft.backbones._build import build_head
+from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.errors import InvalidArgument, TrainingStalled
+from keras_rsft.features._batches import TrainingBatches, batches_of
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.label_quality._audit import LabelQuality, audit_labels
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._listed import AcceptReviewed, AutoPolicy
+from keras_rsft.policies._policy import Policy
+from keras_rsft.policies._threshold import build_policy
+from keras_rsft.training._curves import EpochCurves, Overfitting, find_overfitting
+from keras_rsft.training._devices import ONE_DEVICE, Devices
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._optimizer import make_optimizer
+from keras_rsft.training._resume import TrainingCheckpoint, options_of
+
+MAX_STEPS_PER_EXECUTION = 64
+VALIDATION_BATCH = 256
+
+Callbacks = (
+    Sequence[keras.callbacks.Callback]
+    | Callable[[RejectionLedger], Sequence[keras.callbacks.Callback]]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedHead:
+    """What the training of a head gives."""
+
+    model: RSFTModel
+    history: dict[str, list[float]]
+    results: dict[str, float]
+    accepted: np.ndarray
+    ledger: Ledger
+    acceptance_by_class: np.ndarray
+    recorder: RejectionLedger
+    label_quality: LabelQuality | None = None
+    loss_histograms: tuple[LossHistogram, ...] = ()
+    callbacks: Sequence[keras.callbacks.Callback] = ()
+    overfitting: Overfitting | None = None
+
+
+def train_head(
+    features: SplitFeatures,
+    settings: TrainConfig,
+    *,
+    callbacks: Callbacks = (),
+    progress: bool = True,
+    checkpoint: TrainingCheckpoint | None = None,
+    devices: Devices = ONE_DEVICE,
+    curves: bool = False,
+    called: str | None = None,
+) -> TrainedHead:
+    """Trains a new head on cached features and evaluates it."""
+    train = features.train
+    require_validation(settings, features)
+    label_quality = None
+    if settings.policy.name == "auto":
+        label_quality = audit_labels(
+            train,
+            len(features.class_names),
+            seed=settings.seed,
+            progress=progress,
+        )
+    with devices.scope():
+        model = untrained_head(features, settings, label_quality)
+    batches = TrainingBatches(
+        train,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        sample_index=True,
+        share=devices.share,
+    )
+    recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
+    further = callbacks(recorder) if callable(callbacks) else callbacks
+    own: list[keras.callbacks.Callback] = [batches.callback, recorder]
+    if curves:
+        own.append(EpochCurves(features, recorder, settings.seed))
+    remembering = [*early_stopping(settings), *further]
+    validation = None
+    if count := len(features.validation):
+        rows = even_batch(count)
+        validation = batches_of(
+            features.validation, batch_size=rows, share=devices.share
+        )
+        validation = devices.distributed(validation, count, rows)
+    history = fit_resumable(
+        model,
+        devices.distributed(batches.dataset, len(train), settings.batch_size),
+        validation,
+        own,
+        remembering,
+        recorder,
+        epochs=settings.epochs,
+        checkpoint=checkpoint,
+        origin={
+            "features": [p.path.parent.name for p in (train, features.validation)],
+            "settings": dataclasses.asdict(settings),
+        },
+        title=called or f"Training the head with {settings.policy.name}",
+        progress=progress,
+    )
+    kept = kept_epoch(settings, history)
+    if history["acceptance_rate"][kept] == 0:
+        raise TrainingStalled(
+            f"The last of {settings.epochs} epochs accepted no sample: the losses, "
+            f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
+            "Raise `--threshold` or `--warmup-epochs`, or leave both out."
+        )
+    results = {
+        f"{name}_accuracy": float(np.mean(right_answers(model, part)))
+        for name, part in (("validation", features.validation), ("test", features.test))
+        if len(part)
+    }
+    results["acceptance_rate"] = history["acceptance_rate"][kept]
+    if settings.early_stopping is not None:
+        results |= {"best_epoch": kept + 1, "epochs_trained": len(history["loss"])}
+    probabilities = head_probabilities(model, train)
+    accepted = _final_decisions(model, train.labels, probabilities, batches, settings)
+    if label_quality is not None:
+        probabilities = label_quality.out_of_sample
+        if label_quality.noise_rate > 0:  # Else there was too little to judge by.
+            results["estimated_wrong_labels"] = label_quality.noise_rate
+    recorder.ledger.note_probabilities(probabilities)
+    if train.reviewed is not None:
+        recorder.ledger.note_reviewed(train.reviewed)
+    if train.clean_labels is not None:
+        results |= rejected_shares(train, accepted)
+    found = None
+    if settings.early_stopping is None:  # Else the best weights were kept.
+        found = find_overfitting(history, len(features.validation))
+    return TrainedHead(
+        model,
+        history,
+        results,
+        accepted,
+        recorder.ledger,
+        np.stack(recorder.acceptance_by_class),
+        recorder,
+        label_quality,
+        tuple(recorder.loss_histograms),
+        further,
+        found,
+    )
+
+
+def fit_resumable(
+    model: RSFTModel,
+    train: Any,
+    validation: Any,
+    own: Sequence[keras.callbacks.Callback],
+    callbacks: Sequence[keras.callbacks.Callback],
+    recorder: RejectionLedger,
+    *,
+    epochs: int,
+    checkpoint: TrainingCheckpoint | None,
+    origin: dict[str, Any],
+    title: str,
+    progress: bool,
+    begin: int = 0,
+    steps: int | None = None,
+) -> dict[str, list[float]]:
+    """Trains the epochs that are left after `begin`; returns the history of all.
+
+    The checkpoint remembers `callbacks`, and need not remember `own`. A state of
+    another `origin` is not used. The bar shows epochs, or `steps` of each.
+    """
+    first, last = begin, begin + epochs
+    if checkpoint is not None:
+        options = [options_of(callback) for callback in callbacks]
+        checkpoint.open({**origin, "callbacks": options}, recorder, callbacks)
+        first = max(begin, checkpoint.epochs_done)
+        last = first if checkpoint.stopped else last
+    with progress_bar(
+        title,
+        total=epochs * (steps or 1),
+        unit="steps" if steps else "epochs",
+        done=(first - begin) * (steps or 1),
+        visible=progress,
+    ) as advance:
+        moment = "on_train_batch_end" if steps else "on_epoch_end"
+        bar = keras.callbacks.LambdaCallback(**{moment: lambda at, logs: advance(1)})
+        history = model.fit(
+            train,
+            validation_data=validation,
+            initial_epoch=first,
+            epochs=last,
+            # The checkpoint sees what all others have done.
+            callbacks=[*own, bar, *callbacks, *([checkpoint] if checkpoint else [])],
+            verbose=0,
+            shuffle=False,
+        ).history
+    return history if checkpoint is None else checkpoint.history
+
+
+def untrained_head(
+    features: SplitFeatures,
+    settings: TrainConfig,
+    label_quality: LabelQuality | None = None,
+) -> RSFTModel:
+    """Builds and compiles a new head over cached features, under its policy.
+
+    Samples that a person has reviewed are accepted whatever the policy says, unless
+    it judges whole batches.
+    """
+    train, num_classes = features.train, len(features.class_names)
+    steps = -(-len(train) // settings.batch_size)
+    if label_quality is not None:
+        policy: Policy = AutoPolicy(
+            label_quality.accept_mask(),
+            loss_limit=label_quality.loss_limit,
+            warmup_steps=round(settings.policy.warmup_epochs * steps),
+        )
+    else:
+        policy = build_policy(
+            settings.policy, num_classes=num_classes, steps_per_epoch=steps
+        )
+    if train.reviewed is not None and policy.level == "sample":
+        policy = AcceptReviewed(policy, train.reviewed)
+    head = build_head(
+        train.dim, num_classes, moments=train.moments(), seed=settings.seed
+    )
+    model = RSFTModel(head, policy)
+    model.compile(
+        make_optimizer(settings),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        # With several replicas Keras can run one step at a time.
+        steps_per_execution=(
+            1 if tf.distribute.has_strategy() else choose_steps_per_execution(steps)
+        ),
+    )
+    return model
+
+
+def even_batch(count: int) -> int:
+    """Returns a batch size, at most 256, by which batches are nearly equally large.
+
+    Keras takes the loss of an evaluation for the mean over its batches: samples of a
+    small last batch would count for more.
+    """
+    return -(-count // -(-count // VALIDATION_BATCH))
+
+
+def choose_steps_per_execution(steps: int) -> int:
+    """Returns how many steps to run in one call.
+
+    As many as keep the overhead of a call small, in calls of nearly equal size,
+    so that progress is still shown several times in a long epoch.
+    """
+    calls = -(-steps // MAX_STEPS_PER_EXECUTION)
+    return -(-steps // calls)
+
+
+def head_probabilities(
+    model: keras.Model, part: FeatureSet, *, chunk_rows: int = 4096
+) -> np.ndarray:
+    """Returns a head's probabilities for the plain images, `(n, classes)` float32."""
+    chunks = [
+        np.asarray(model(chunk, training=False)) for chunk in part.chunks(chunk_rows)
+    ]
+    return np.concatenate(chunks)
+
+
+def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
+    """Returns which plain images a head gets right, by the given labels."""
+    return head_probabilities(model, part).argmax(axis=-1) == part.labels
+
+
+def _final_decisions(
+    model: RSFTModel,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    batches: TrainingBatches,
+    settings: TrainConfig,
+) -> np.ndarray:
+    """Returns which samples the finished model accepts, in the last epoch's batches."""
+    losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities).numpy()
+    samples = batches.order(settings.epochs - 1)[0].numpy()
+    accepted = np.zeros(len(labels), bool)
+    for start in range(0, len(samples), settings.batch_size):
+        batch = samples[start : start + settings.batch_size]
+        with keras.StatelessScope():  # Judging changes no running statistics.
+            accepted[batch] = model.policy(losses[batch], labels[batch], batch)
+    return accepted
+
+
+def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
+    """Returns how many wrong labels there are, and which shares were rejected."""
+    wrong = train.labels != train.clean_labels
+    shares = {"wrong_labels": float(wrong.mean())}
+    if wrong.any():
+        shares["wrong_labels_rejected"] = float(np.mean(~accepted[wrong]))
+    if not wrong.all():
+        shares["right_labels_rejected"] = float(np.mean(~accepted[~wrong]))
+    return shares
+
+
+# --- Early stopping ------------------------------------------------------------------
+
+
+def early_stopping(settings: TrainConfig) -> list[keras.callbacks.Callback]:
+    """Returns the callback that ends a training early, or none.
+
+    By accuracy rather than loss: under wrong labels the loss of a validation split is
+    ruled by those it gets wrong, while the model that is best on right labels still
+    has the best accuracy on noisy ones (Chen et al., "Robustness of accuracy metric and
+    its inspirations in learning with noisy labels", AAAI 2021).
+    """
+    if settings.early_stopping is None:
+        return []
+    return [
+        keras.callbacks.EarlyStopping(
+            monitor="val_accuracy",
+            mode="max",
+            patience=settings.early_stopping,
+            restore_best_weights=True,
+        )
+    ]
+
+
+def best_of_all_epochs(
+    monitor: str, mode: str, *, epochs: int
+) -> keras.callbacks.Callback:
+    """Returns the callback that ends no training and keeps its best epoch's weights."""
+    return keras.callbacks.EarlyStopping(
+        monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
+    )
+
+
+def kept_epoch(settings: TrainConfig, history: dict[str, list[float]]) -> int:
+    """Returns which epoch's weights are kept, from 0: the last, or the first best."""
+    if settings.early_stopping is None:
+        return len(history["acceptance_rate"]) - 1
+    return int(np.argmax(history["val_accuracy"]))
+
+
+def require_validation(settings: TrainConfig, features: SplitFeatures) -> None:
+    """Raises InvalidArgument where early stopping has nothing to go by."""
+    if settings.early_stopping is not None and not len(features.validation):
+        raise InvalidArgument(
+            "Early stopping goes by the validation split, and there is none. Leave out "
+            "`--early-stopping`, or give `--validation-fraction`."
+        )
+
+
+# --- A plain head beside it ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AgainstPlain:
+    """How often a head with rejection and a plain one were right on the same images."""
+
+    split: str
+    images: int
+    both_right: int
+    only_rejection_right: int
+    only_plain_right: int
+    wrong_labels: int | None
+    history: dict[str, list[float]]
+    results: dict[str, float]
+
+
+def train_against_plain(
+    features: SplitFeatures,
+    trained: TrainedHead,
+    settings: TrainConfig,
+    *,
+    progress: bool = True,
+    devices: Devices = ONE_DEVICE,
+) -> AgainstPlain | None:
+    """Trains a head that accepts everything, all else equal, and compares.
+
+    Returns None where the policy accepts everything, or nothing can judge.
+    """
+    parts = {"test": features.test, "validation": features.validation}
+    judged = next(((name, part) for name, part in parts.items() if len(part)), None)
+    if trained.model.policy.accepts_every_finite_sample or judged is None:
+        return None
+    plain = train_head(
+        features,
+        dataclasses.replace(settings, policy=PolicyConfig("accept-all")),
+        progress=progress,
+        devices=devices,
+        curves=True,
+        called="Training the plain head for comparison",
+    )
+    name, part = judged
+    right, plain_right = (
+        right_answers(model, part) for model in (trained.model, plain.model)
+    )
+    clean = part.clean_labels
+    return AgainstPlain(
+        split=name,
+        images=len(part),
+        both_right=int(np.sum(right & plain_right)),
+        only_rejection_right=int(np.sum(right & ~plain_right)),
+        only_plain_right=int(np.sum(plain_right & ~right)),
+        wrong_labels=None if clean is None else int(np.sum(clean != part.labels)),
+        history=plain.history,
+        results=plain.results,
+    )

@@ -1,0 +1,311 @@
+"""Looks ahead before a run: is rejection likely to help, how long will it take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from keras_rsft._progress import progress_bar
+from keras_rsft._runtime import require_tensorflow_backend
+from keras_rsft._stats import NORMAL_QUANTILE, paired_share_interval
+from keras_rsft.backbones._load import load_backbone
+from keras_rsft.config import PolicyConfig, TrainConfig, require_takes
+from keras_rsft.data._samples import SampleData
+from keras_rsft.data._splits import stratified_sample
+from keras_rsft.errors import InvalidArgument, TrainingStalled
+from keras_rsft.features._extract import FrozenBase, extract_features, seconds_per_image
+from keras_rsft.features._store import FeatureSet
+from keras_rsft.label_quality._audit import LabelQuality, audit_labels
+from keras_rsft.training._features import SplitFeatures, feature_passes, precision_for
+from keras_rsft.training._head import right_answers, train_head
+
+DEFAULT_SAMPLE = 1000
+_PLAIN = "accept-all"
+_LEAST_IMAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Pilot:
+    """What a sample of the training images says about a run to come.
+
+    Attributes:
+        num_images: Images of the sample.
+        largest_class: Name of the class with most training images, and their number.
+        smallest_class: The same of the class with fewest.
+        noise_rate: Estimated share of wrong labels, with the ends of its 95 %
+            interval, which covers the chance of the sample and no error of the method.
+        reason: Why no label is rejected by `auto`, or None.
+        policy: The policy that was tried.
+        plain_accuracy: Share of given labels in [0, 1] that plain fine-tuning of half
+            of the sample gets right in the other half, both ways round.
+        policy_accuracy: The same with the policy; None where it was not tried, as it
+            would be the same, or where it accepted nothing.
+        gain: `policy_accuracy - plain_accuracy`, with the ends of its 95 % interval.
+        images_left: Images whose features are not kept yet, with all views.
+        pass_seconds: Expected time of the pass over them.
+        training_seconds: Expected time of examining the labels and training the head,
+            and the plain one where it was asked for.
+        verdict: Whether rejection is likely to help, in one sentence.
+    """
+
+    num_images: int
+    largest_class: tuple[str, int]
+    smallest_class: tuple[str, int]
+    noise_rate: tuple[float, float, float]
+    reason: str | None
+    policy: str
+    plain_accuracy: float
+    policy_accuracy: float | None
+    gain: tuple[float, float, float] | None
+    images_left: int
+    pass_seconds: float
+    training_seconds: float
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tried:
+    """Which held-out samples a way of training got right, and its times."""
+
+    right: np.ndarray
+    start_seconds: float
+    step_seconds: float
+
+
+def run_pilot(
+    data: SampleData,
+    *,
+    backbone: str = "resnet50",
+    weights: str = "imagenet",
+    image_size: int | None = None,
+    precision: str = "auto",
+    views: int = 1,
+    feature_precision: str = "float32",
+    settings: TrainConfig | None = None,
+    sample: int = DEFAULT_SAMPLE,
+    with_plain: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Pilot:
+    """Tries a run on a stratified sample of the training images.
+
+    Two heads of the run's settings are trained on one half of the sample and judged
+    by the given labels of the other, then the other way round: one plainly, one with
+    the policy (`auto` where the run's is `accept-all`). Rejection is called likely to
+    help, or to harm, where the 95 % interval of the paired difference leaves out 0.
+    Wrong labels among those that judge make the difference smaller than it is. A
+    policy `auto` that finds nothing to reject would train plainly, and is not tried.
+
+    Times are those of a few batches and of these heads, and of no stage two.
+
+    Args:
+        data: The images.
+        backbone: As in `finetune`, like the further options.
+        weights: See there.
+        image_size: See there.
+        precision: See there.
+        views: See there.
+        feature_precision: See there.
+        settings: See there.
+        sample: Most images to look at, at least 4. Default 1000.
+        with_plain: Whether the run will train a plain head too, which takes as long
+            again. Default False.
+        cache_dir: Where features are kept. Default: the user's cache folder.
+        progress: Show progress bars. Default True.
+
+    Returns:
+        What the sample tells. No run folder is written.
+
+    Raises:
+        InvalidArgument: If an argument cannot be used.
+        DataError: If the images cannot be used.
+        WeightsUnavailable: If the base's weights cannot be had.
+    """
+    require_tensorflow_backend("`run_pilot`")
+    settings = settings or TrainConfig()
+    labels = data.train.labels
+    if min(sample, len(labels)) < _LEAST_IMAGES:
+        raise InvalidArgument(
+            f"A pilot needs {_LEAST_IMAGES} training images. Received: "
+            f"sample={sample} of {len(labels)}."
+        )
+    require_takes(backbone, data.kind)
+    base = load_backbone(
+        backbone,
+        weights=weights,
+        image_size=image_size,
+        precision=precision_for(backbone, precision),
+    )
+    frozen = FrozenBase(base)
+    images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
+    passes = feature_passes(
+        frozen,
+        data,
+        views=views,
+        seed=settings.seed,
+        feature_precision=feature_precision,
+        cache_dir=cache_dir,
+    )
+    left = sum(work.views * len(work.split) for work in passes if not work.is_done)
+    kept = extract_features(
+        frozen,
+        images,
+        cache_dir=cache_dir,
+        feature_precision=feature_precision,
+        progress=progress,
+    )
+    started = time.perf_counter()
+    label_quality = audit_labels(
+        kept, data.num_classes, seed=settings.seed, progress=progress
+    )
+    examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(kept))
+    policy = settings.policy
+    if policy.name == _PLAIN:
+        policy = PolicyConfig()
+    plain, rejecting = _try_both(
+        kept, data.class_names, settings, policy, label_quality, progress
+    )
+    steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
+    heads = 1 + (with_plain and settings.policy.name != _PLAIN)
+    training = heads * (plain.start_seconds + steps * plain.step_seconds)
+    names, counts = data.class_names, np.bincount(labels, minlength=data.num_classes)
+    most, least = int(counts.argmax()), int(counts.argmin())
+    gain = None if rejecting is None else paired_gain(plain.right, rejecting.right)
+    return Pilot(
+        num_images=len(kept),
+        largest_class=(names[most], int(counts[most])),
+        smallest_class=(names[least], int(counts[least])),
+        noise_rate=share_interval(1.0 - label_quality.right_probability),
+        reason=label_quality.reason,
+        policy=policy.name,
+        plain_accuracy=float(plain.right.mean()),
+        policy_accuracy=None if rejecting is None else float(rejecting.right.mean()),
+        gain=gain,
+        images_left=left,
+        pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
+        training_seconds=training + examining * (settings.policy.name == "auto"),
+        verdict=verdict(policy.name, label_quality.reason, gain),
+    )
+
+
+def verdict(
+    policy: str, reason: str | None, gain: tuple[float, float, float] | None
+) -> str:
+    """Says whether rejection is likely to help."""
+    if policy == "auto" and reason is not None:
+        return f"Rejection changes nothing here. {reason}: auto keeps every sample."
+    if gain is None:
+        return (
+            f"With {policy} the pilot accepted no sample in the end: raise "
+            "`--threshold` or `--warmup-epochs`, or leave both out."
+        )
+    mean, low, high = (100 * value for value in gain)
+    numbers = (
+        f"{mean:+.1f} points with {policy} in the pilot ({low:+.1f} to {high:+.1f})"
+    )
+    if low > 0:
+        return f"Rejection is likely to help: {numbers}."
+    if high < 0:
+        return f"Rejection is likely to do harm: {numbers}."
+    return f"The pilot cannot tell whether rejection helps: {numbers}."
+
+
+def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float, float]:
+    """Returns how much more often the second is right, with its 95 % interval."""
+    won = int(np.count_nonzero(rejecting & ~plain))
+    lost = int(np.count_nonzero(plain & ~rejecting))
+    count = len(plain)
+    return (won - lost) / count, *paired_share_interval(won, lost, count)
+
+
+def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
+    """Returns the mean of probabilities with its 95 % interval, inside [0, 1]."""
+    mean = float(np.mean(probabilities, dtype=np.float64))
+    half = NORMAL_QUANTILE * math.sqrt(mean * (1 - mean) / len(probabilities))
+    return mean, max(mean - half, 0.0), min(mean + half, 1.0)
+
+
+def _try_both(
+    kept: FeatureSet,
+    class_names: tuple[str, ...],
+    settings: TrainConfig,
+    policy: PolicyConfig,
+    label_quality: LabelQuality,
+    progress: bool,
+) -> tuple[_Tried, _Tried | None]:
+    """Trains plainly and with a policy; None where that is plain or accepts nothing."""
+    # The halves have no validation split to end a training by.
+    settings = dataclasses.replace(settings, early_stopping=None)
+    plain = dataclasses.replace(settings, policy=PolicyConfig(_PLAIN))
+    rejecting = dataclasses.replace(settings, policy=policy)
+    same = policy.name == "auto" and label_quality.reason is not None
+    with progress_bar(
+        "Training pilot heads", total=2 if same else 4, unit="heads", visible=progress
+    ) as advance:
+        tried = _cross_tried(kept, class_names, plain, advance)
+        if same:
+            return tried, None
+        try:
+            return tried, _cross_tried(kept, class_names, rejecting, advance)
+        except TrainingStalled:
+            return tried, None
+
+
+def _cross_tried(
+    kept: FeatureSet,
+    class_names: tuple[str, ...],
+    settings: TrainConfig,
+    advance: Callable[[int], None],
+) -> _Tried:
+    right = np.zeros(len(kept), bool)
+    half = stratified_sample(kept.labels, len(kept) // 2, seed=settings.seed)
+    chosen = np.zeros(len(kept), bool)
+    chosen[half] = True
+    clocks = []
+    # A review knows the held-out half too, which no head may learn from.
+    kept = kept.with_labels(kept.labels)
+    nothing = kept.take(np.arange(0))
+    for rows in (chosen, ~chosen):
+        train, held_out = (kept.take(np.flatnonzero(part)) for part in (rows, ~rows))
+        clock = _EpochClock()
+        trained = train_head(
+            SplitFeatures(train, nothing, nothing, class_names),
+            settings,
+            callbacks=[clock],
+            progress=False,
+        )
+        right[~rows] = right_answers(trained.model, held_out)
+        steps = math.ceil(len(train) / settings.batch_size)
+        clocks.append(clock.times(steps))
+        advance(1)
+    start, step = np.mean(clocks, axis=0)
+    return _Tried(right, float(start), float(step))
+
+
+class _EpochClock(keras.callbacks.Callback):
+    """Notes when training began and when each epoch ended."""
+
+    def __init__(self):
+        super().__init__()
+        self._begin = 0.0
+        self._ends: list[float] = []
+
+    def on_train_begin(self, logs=None) -> None:
+        self._begin = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        self._ends.append(time.perf_counter())
+
+    def times(self, steps: int) -> tuple[float, float]:
+        """Returns the seconds of the start, and of a step; the first epoch has both."""
+        first, last = self._ends[0], self._ends[-1]
+        if len(self._ends) == 1:
+            return 0.0, (first - self._begin) / steps
+        step = (last - first) / ((len(self._ends) - 1) * steps)
+        return max(first - self._begin - step * steps, 0.0), step

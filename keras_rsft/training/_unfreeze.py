@@ -1,0 +1,452 @@
+"""Trains unfrozen layers of a backbone together with its head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._ledger import RejectionLedger
+from keras_rsft._storage import RunPlace, read_json, replaced, write_json
+from keras_rsft.backbones._blocks import TrainablePart, copy_model, trainable_part
+from keras_rsft.backbones._build import build_classifier, built_in_float32
+from keras_rsft.config import (
+    NOT_DECAYED,
+    PolicyConfig,
+    TrainConfig,
+    UnfreezeConfig,
+    is_fixed_network,
+    require_base_can_learn,
+)
+from keras_rsft.data._samples import ImageData, ImageSplit
+from keras_rsft.errors import InvalidArgument, TrainingStalled
+from keras_rsft.features._batches import (
+    ImageBatches,
+    TrainingBatches,
+    batches_of,
+    labelled_images,
+    positions_of,
+)
+from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import AcceptAll
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._head import TrainedHead, fit_resumable, rejected_shares
+from keras_rsft.training._optimizer import make_optimizer, with_two_rates
+from keras_rsft.training._resume import TrainingCheckpoint
+
+# A head that standardises features of little spread makes the first gradients large
+# enough to ruin the backbone; clipped to this norm they cannot.
+LARGEST_GRADIENT = 1.0
+LARGEST_SHARE_OF_DISK = 0.5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BackboneSource:
+    """Images, the backbone in float32, and where its activations are cached."""
+
+    data: ImageData
+    base: Callable[[], keras.Model]
+    feature_precision: str
+    cache_dir: str | os.PathLike | None
+    progress: bool
+    on_note: Callable[[str], None]
+
+
+def require_layers_to_train(backbone: str, *, option: str = "--unfreeze") -> None:
+    """Refuses by its name a backbone in which no layer can learn."""
+    require_base_can_learn(backbone)
+    if is_fixed_network(backbone):
+        raise InvalidArgument(
+            f"No part of {backbone} can learn: it has no Keras layers. Leave out "
+            f"`{option}`, or use a Keras base."
+        )
+
+
+def cut_backbone(base: keras.Model, how: UnfreezeConfig) -> TrainablePart:
+    """Cuts a copy of the backbone before its unfrozen layers."""
+    return trainable_part(base, how.cut, train_batch_norm=how.train_batch_norm)
+
+
+# --- The second half of a run -------------------------------------------------------
+
+
+def unfreeze(
+    source: BackboneSource,
+    features: SplitFeatures,
+    trained: TrainedHead,
+    settings: TrainConfig,
+    *,
+    place: RunPlace | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> tuple[keras.Model, TrainedHead]:
+    """Trains unfrozen layers as the settings say, and returns the better model.
+
+    The results of `trained` get the new numbers.
+    """
+    base, how = source.base(), settings.unfreezing
+    head_only = build_classifier(
+        base, len(features.class_names), head=trained.model.model
+    )
+    name = "stage2" if how.accepted_only else "unfrozen"
+    tuned, whole = tune(
+        base, source, features, trained, settings, place=place, checkpoint=checkpoint
+    )
+    if whole.history["acceptance_rate"][-1] == 0:
+        raise TrainingStalled(
+            f"The last of the {how.epochs} epochs in which the base learns accepted no "
+            f"sample: the losses, {whole.history['loss'][-1]:.3g} on average, are not "
+            "below the threshold. Raise `--threshold`, or leave out `--unfreeze`."
+        )
+    results = trained.results
+    kept = better_model(head_only, tuned, source.data, features, results, name=name)
+    if how.accepted_only:
+        return kept, trained
+    if results["unfrozen_kept"]:
+        results["acceptance_rate"] = whole.history["acceptance_rate"][-1]
+        if features.train.clean_labels is not None:
+            results |= rejected_shares(features.train, whole.accepted)
+    return kept, whole
+
+
+def tune(
+    base: keras.Model,
+    source: BackboneSource,
+    features: SplitFeatures,
+    trained: TrainedHead,
+    settings: TrainConfig,
+    *,
+    place: RunPlace | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> tuple[keras.Model, TrainedHead]:
+    """Cuts a copy of the backbone and trains it and the head as the settings say."""
+    if settings.unfreezing.accepted_only:
+        settings, features = _of_accepted(settings, features, trained.accepted)
+        model = RSFTModel(trained.model.model, AcceptAll())
+        trained = begun_from(model, features)
+    part = cut_backbone(base, settings.unfreezing)
+    choice_file = None if place is None else place.cache_choice
+    return train_unfrozen(
+        part,
+        trained,
+        source,
+        features,
+        settings,
+        cached=cache_activations(part, features, source, choice_file),
+        checkpoint=checkpoint,
+    )
+
+
+def _of_accepted(
+    settings: TrainConfig, features: SplitFeatures, accepted: np.ndarray
+) -> tuple[TrainConfig, SplitFeatures]:
+    """Returns how to train on the accepted samples alone, and those samples."""
+    if not accepted.any():
+        raise TrainingStalled(
+            "The trained head accepts no sample, so there is nothing to fine-tune the "
+            "last block on. Raise `--threshold`, or leave out `--unfreeze`."
+        )
+    rate = settings.unfreeze_rate
+    settings = dataclasses.replace(
+        settings,
+        policy=PolicyConfig("accept-all"),
+        optimizer="sgd",
+        momentum=0.9,
+        weight_decay=None,
+        learning_rate=rate,
+        unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
+    )
+    return settings, dataclasses.replace(
+        features,
+        train=features.train.take(np.flatnonzero(accepted)),
+        validation=features.validation.take(np.arange(0)),
+    )
+
+
+def begun_from(
+    head: RSFTModel,
+    features: SplitFeatures,
+    *,
+    epochs: int = 0,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> TrainedHead:
+    """Returns a head of `epochs` epochs, of which no ledger is left, to train on."""
+    train = features.train
+    recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
+    return TrainedHead(
+        model=head,
+        history={"loss": [float("nan")] * epochs},
+        results={},
+        accepted=np.zeros(len(train), bool),
+        ledger=recorder.ledger,
+        acceptance_by_class=np.zeros((0, len(features.class_names))),
+        recorder=recorder,
+        callbacks=callbacks,
+    )
+
+
+def better_model(
+    head_only: keras.Model,
+    tuned: keras.Model,
+    data: ImageData,
+    features: SplitFeatures,
+    results: dict[str, float],
+    *,
+    name: str,
+) -> keras.Model:
+    """Returns the better of two models by validation, and records both.
+
+    The results get `NAME_validation_accuracy`, `NAME_test_accuracy` and `NAME_kept`.
+    Where the tuned model is kept, the plain accuracies become its own, and those of
+    before `head_validation_accuracy` and `head_test_accuracy`. Without a validation
+    split what was asked for by `--unfreeze` is kept, and the cautious kind is not.
+    """
+    kept = name == "unfrozen"
+    if len(features.test):
+        results[f"{name}_test_accuracy"] = accuracy_on_images(tuned, data.test)
+    if len(features.validation):
+        accuracy = accuracy_on_images(tuned, data.validation)
+        results[f"{name}_validation_accuracy"] = accuracy
+        # Anew, as the features may have been computed in another precision.
+        kept = accuracy >= accuracy_on_images(head_only, data.validation)
+    results[f"{name}_kept"] = float(kept)
+    if not kept:
+        return head_only
+    for split in ("validation_accuracy", "test_accuracy"):
+        if f"{name}_{split}" in results:
+            results[f"head_{split}"] = results[split]
+            results[split] = results[f"{name}_{split}"]
+    return tuned
+
+
+def accuracy_on_images(
+    model: keras.Model, split: ImageSplit, *, batch_size: int = 32
+) -> float:
+    """Returns the share of a split's readable images that a model gets right."""
+    size = model.input_shape[1:3]
+    images = tf.TensorSpec((None, *size, 3), tf.float32)
+
+    @tf.function(input_signature=[images], autograph=False)
+    def classify(images: tf.Tensor) -> tf.Tensor:
+        return tf.argmax(model(images, training=False), axis=-1)
+
+    right = [
+        classify(images).numpy() == split.labels[index.numpy()]
+        for index, images in split.images(size).batch(batch_size)
+    ]
+    return float(np.mean(np.concatenate(right)))
+
+
+# --- Activations before the unfrozen layers -----------------------------------------
+
+
+def cache_activations(
+    part: TrainablePart,
+    features: SplitFeatures,
+    source: BackboneSource,
+    choice_file: Path | None = None,
+) -> bool:
+    """Says whether activations are cached: if they fit into half of the free disk.
+
+    The choice is written down for a resumed run: the room is another by then, and both
+    ways differ in the last bits.
+    """
+    if choice_file is not None:
+        kept = read_json(choice_file)
+        if isinstance(kept, bool):
+            return kept
+    folder = Path(source.cache_dir or default_cache_dir())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    images = len(features.train) * features.train.views + len(features.validation)
+    itemsize = np.dtype(source.feature_precision).itemsize
+    needed = images * itemsize * int(part.front.output_shape[-1])
+    cached = needed <= LARGEST_SHARE_OF_DISK * free and not part.front_is_preprocessing
+    size = f"{needed / 1e9:.2g} GB, {free / 1e9:.3g} GB are free"
+    if part.front_is_preprocessing:
+        source.on_note(
+            f"Nothing frozen is before {part.cut}: no activations are cached."
+        )
+    elif cached:
+        source.on_note(f"The activations before {part.cut} are cached: {size}.")
+    else:
+        source.on_note(
+            f"The activations before {part.cut} are computed in each epoch: {size}."
+        )
+    if choice_file is not None:
+        replaced(choice_file, lambda path: write_json(path, cached))
+    return cached
+
+
+class FrozenFront(keras.layers.Layer):
+    """The frozen layers of a backbone, whatever the model around them does."""
+
+    def __init__(self, front: keras.Model, **options: Any):
+        super().__init__(trainable=False, dtype="float32", **options)
+        self.front = front
+
+    def call(self, images: Any) -> Any:
+        return keras.ops.stop_gradient(self.front(images, training=False))
+
+    def compute_output_spec(self, images: Any) -> keras.KerasTensor:
+        return keras.KerasTensor((images.shape[0], *self.front.output_shape[1:]))
+
+
+def _batches(
+    part: TrainablePart,
+    source: BackboneSource,
+    features: SplitFeatures,
+    settings: TrainConfig,
+    batch_size: int,
+    cached: bool,
+) -> tuple[TrainingBatches | ImageBatches, tf.data.Dataset | None, list[str]]:
+    """Returns training and validation batches, and the names of cached activations."""
+    data, validation = source.data, None
+    if not cached:
+        size = part.base.input_shape[1:3]
+        if len(features.validation):
+            validation = labelled_images(
+                data.validation, features.validation, size, batch_size=batch_size
+            )
+        from_images = ImageBatches(
+            data.train, features.train, size, batch_size=batch_size, seed=settings.seed
+        )
+        return from_images, validation, []
+    views = features.train.views
+    extract = functools.partial(
+        extract_features,
+        FrozenBase(
+            part.front, num_images=views * len(data.train) + len(data.validation)
+        ),
+        seed=settings.seed,
+        feature_precision=source.feature_precision,
+        cache_dir=source.cache_dir,
+        called="Activations",
+        progress=source.progress,
+    )
+    activations = extract(data.train, views=views)
+    names = [activations.path.parent.name]
+    if not np.array_equal(activations.ids, features.train.ids):
+        activations = activations.take(positions_of(features.train, activations))
+    if len(features.validation):
+        of_validation = extract(data.validation)
+        validation = batches_of(of_validation, batch_size=batch_size)
+        names.append(of_validation.path.parent.name)
+    train = TrainingBatches(
+        activations, batch_size=batch_size, seed=settings.seed, sample_index=True
+    )
+    return train, validation, names
+
+
+# --- The loop -----------------------------------------------------------------------
+
+
+def train_unfrozen(
+    part: TrainablePart,
+    trained: TrainedHead,
+    source: BackboneSource,
+    features: SplitFeatures,
+    settings: TrainConfig,
+    *,
+    cached: bool,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> tuple[keras.Model, TrainedHead]:
+    """Trains the part's layers and a copy of the head, under the head's policy.
+
+    The part is changed and frozen again; the given head is not changed. Returns the
+    model from images to probabilities, and the head's training with the new epochs.
+    """
+    how, recorder = settings.unfreezing, trained.recorder
+    batch_size = how.batch_size or settings.batch_size
+    train, validation, names = _batches(
+        part, source, features, settings, batch_size, cached
+    )
+    with built_in_float32():
+        head = copy_model(trained.model.model)
+        old = trained.model.policy
+        policy = type(old).from_config(old.get_config())
+        for own, other in zip(policy.variables, old.variables, strict=True):
+            own.assign(other)
+        model = _trainable_model(part, head, policy, settings, cached)
+    begin = len(trained.history["loss"])
+    try:
+        history = fit_resumable(
+            model,
+            train.dataset,
+            validation,
+            [train.callback, recorder],
+            trained.callbacks,
+            recorder,
+            begin=begin,
+            epochs=how.epochs,
+            steps=int(train.dataset.cardinality()),
+            checkpoint=checkpoint,
+            origin={
+                "activations": names,
+                "cut": part.cut,
+                "first": begin,
+                "settings": dataclasses.asdict(settings),
+            },
+            title="Training head and base",
+            progress=source.progress,
+        )
+    except tf.errors.OpError as error:
+        failure = getattr(train, "failure", None)
+        if failure is None:
+            raise
+        raise failure from error
+    part.freeze()
+    with built_in_float32():
+        classifier = build_classifier(part.base, head.output_shape[-1], head=head)
+    after, unknown = len(history["loss"]), float("nan")
+    whole = dataclasses.replace(
+        trained,
+        history={
+            name: trained.history.get(name, [unknown] * begin)
+            + history.get(name, [unknown] * after)
+            for name in dict.fromkeys([*trained.history, *history])
+        },
+        accepted=recorder.last_epoch[1] > 0,
+        acceptance_by_class=np.stack(recorder.acceptance_by_class),
+        loss_histograms=tuple(recorder.loss_histograms),
+    )
+    return classifier, whole
+
+
+def _trainable_model(
+    part: TrainablePart,
+    head: keras.Model,
+    policy: Any,
+    settings: TrainConfig,
+    cached: bool,
+) -> RSFTModel:
+    """Returns the compiled model from activations, or from images."""
+    inputs = keras.Input(part.rest.input_shape[1:], name="activations")
+    activations = inputs
+    if not cached:
+        inputs = keras.Input(part.base.input_shape[1:], name="images")
+        activations = FrozenFront(part.front)(inputs)
+    body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
+    model = RSFTModel(body, policy)
+    optimizer = with_two_rates(
+        make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
+        # In the order of the layers the head's come last.
+        slow_variables=len(part.rest.trainable_variables),
+        slow_rate=settings.unfreeze_rate / settings.learning_rate,
+    )
+    optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+    model.compile(
+        optimizer,
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=False,  # It takes minutes to compile a base, and convolves slowly.
+    )
+    return model

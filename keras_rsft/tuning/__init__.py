@@ -1,0 +1,1 @@
+"""The search for threshold and learning rate with Keras Tuner."""

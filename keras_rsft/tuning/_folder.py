@@ -1,0 +1,404 @@
+"""The folder of a search."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras_tuner
+import numpy as np
+
+from keras_rsft._storage import (
+    RESULTS_FILE,
+    SAMPLES_FILE,
+    SEARCH_FILE,
+    check_new_folder,
+    locked,
+    numbered,
+    replaced,
+    write_csv,
+    write_json,
+    written_whole,
+)
+from keras_rsft.config import UNFREEZE_NAMES, SearchConfig
+from keras_rsft.errors import InvalidArgument, WorkerLost
+from keras_rsft.report._charts import (
+    UNUSED,
+    Axis,
+    HeatMap,
+    heat_maps_svg,
+    parallel_coordinates_svg,
+)
+from keras_rsft.report._record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
+from keras_rsft.tuning._tuner import RSFTHyperModel
+
+# Folder -------------------------------------------------------------------------------
+
+TRIALS_FILE = "trials.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+_HEAD_SECONDS_FILE = "head_seconds.json"
+_LOCK_FILE = ".lock"
+# Options that may change from one call to the next without another meaning of trials.
+_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "trainable")
+
+
+def identity_of(
+    hypermodel: RSFTHyperModel, options: SearchConfig, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what must stay the same for a search to resume, as JSON can hold it."""
+    hp = keras_tuner.HyperParameters()
+    hypermodel.space(hp)
+    kept = dataclasses.asdict(options)
+    identity = {
+        "data": {"source": dict(source), **_samples_of(hypermodel.features)},
+        "space": hp.get_config()["space"],
+        "settings": dataclasses.asdict(hypermodel.settings),
+        "options": {k: v for k, v in kept.items() if k not in _FREE_OPTIONS},
+    }
+    return json.loads(json.dumps(identity, default=str))
+
+
+@contextlib.contextmanager
+def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator[Path]:
+    """Makes a search's folder, or opens it to resume, for this process alone.
+
+    A new one is removed again if the context fails before any trial has begun.
+    """
+    folder = Path(output).absolute()
+    is_new = not folder.exists()
+    if is_new:
+        check_new_folder(folder)
+        with written_whole(folder) as partial:
+            write_json(partial / SEARCH_FILE, identity)
+    else:
+        _check_same(folder, identity)
+    busy = InvalidArgument(
+        f"Another process is searching in {folder}. Wait for it, or choose another "
+        "`--output`."
+    )
+    with locked(folder / _LOCK_FILE, timeout=0, taken=busy):
+        try:
+            yield folder
+        except BaseException:
+            if is_new and not any(folder.glob("*/trial_*")):
+                # It has not begun: what is left would refuse a command that was mended.
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def join_search(
+    output: str | os.PathLike, identity: dict[str, Any], *, timeout: float
+) -> Path:
+    """Returns the folder of a search that a chief leads, once it is there."""
+    folder = Path(output).absolute()
+    until = time.monotonic() + timeout
+    while not (folder / SEARCH_FILE).exists():
+        if time.monotonic() > until:
+            raise WorkerLost(
+                f"No chief has begun a search in {folder} within {timeout:g} seconds. "
+                "Start it, and give chief and workers the same `--output`, on a disk "
+                "that all of them see."
+            )
+        time.sleep(0.5)
+    _check_same(folder, identity)
+    return folder
+
+
+def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
+    """Returns the first `ROOT/search-NAME-N` that does not exist or is not finished."""
+
+    def is_taken(folder: Path) -> bool:
+        is_search = (folder / SEARCH_FILE).exists()
+        return folder.exists() and (not is_search or (folder / RESULTS_FILE).exists())
+
+    folders = numbered(root, f"search-{name}")
+    return next(folder for folder in folders if not is_taken(folder))
+
+
+def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:
+    """Writes the table of trials."""
+    values = sorted({name for one in outcomes for name in one.values})
+    metrics = sorted({name for one in outcomes for name in one.metrics})
+    rows = [
+        [
+            one.trial_id,
+            one.status,
+            *(one.values.get(name, "") for name in values),
+            one.epochs,
+            *(one.metrics.get(name, "") for name in metrics),
+            one.message or "",
+        ]
+        for one in outcomes
+    ]
+    header = ["trial", "status", *values, "epochs", *metrics, "message"]
+    replaced(folder / TRIALS_FILE, lambda path: write_csv(path, header, rows))
+
+
+def write_samples(folder: Path, features: SplitFeatures) -> None:
+    """Writes which samples there were, with the labels that trials were judged by."""
+    rows = [
+        [str(sample_id), split, features.class_names[label]]
+        for split in ("train", "validation", "test")
+        for part in [getattr(features, split)]
+        for sample_id, label in zip(part.ids, part.labels, strict=True)
+    ]
+    header = ["id", "split", "given_label"]
+    replaced(folder / SAMPLES_FILE, lambda path: write_csv(path, header, rows))
+
+
+def write_hparams(
+    folder: Path, outcomes: Sequence[TrialOutcome], options: SearchConfig
+) -> None:
+    """Writes the trials for TensorBoard's HParams page, if `tensorboard` is there."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return
+    for one in outcomes:
+        target = folder / TENSORBOARD_FOLDER / f"trial_{one.trial_id}"
+        if not target.exists():
+            with written_whole(target) as partial:
+                _write_hparams_of(one, options, partial)
+
+
+def _write_hparams_of(
+    outcome: TrialOutcome, options: SearchConfig, folder: Path
+) -> None:
+    import tensorflow as tf
+    from tensorboard.plugins.hparams import api, api_pb2, summary
+
+    completed = outcome.status == COMPLETED
+    status = api_pb2.STATUS_SUCCESS if completed else api_pb2.STATUS_FAILURE
+    ended = summary.session_end_pb(status).SerializeToString()
+    writer = tf.summary.create_file_writer(str(folder))
+    with writer.as_default(step=outcome.epochs), tf.summary.record_if(True):
+        values = {"tuner": options.tuner, **outcome.values}
+        api.hparams(values, trial_id=outcome.trial_id)
+        for name, value in outcome.metrics.items():
+            tf.summary.scalar(name, value)
+        if not completed:
+            tf.summary.text("message", outcome.message or "no reason given")
+        tf.summary.experimental.write_raw_pb(ended)
+    writer.close()
+
+
+def note_head_seconds(folder: Path, seconds: float, trials: int) -> float | None:
+    """Adds the time of trials of heads, and returns that of one; None if not known."""
+    path = folder / _HEAD_SECONDS_FILE
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        before = (float(kept["seconds"]), int(kept["trials"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        before = (0.0, 0)
+    if trials:
+        before = (before[0] + seconds, before[1] + trials)
+        noted = {"seconds": before[0], "trials": before[1]}
+        replaced(path, lambda beside: write_json(beside, noted))
+    return before[0] / before[1] if before[1] else None
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Writes the results, which say that the search has ended."""
+    replaced(folder / RESULTS_FILE, lambda path: write_json(path, results))
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Returns the results of a finished search, or None."""
+    try:
+        return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _samples_of(features: SplitFeatures) -> dict[str, Any]:
+    parts = (features.train, features.validation)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update("\n".join(map(str, part.ids)).encode())
+        digest.update(np.ascontiguousarray(part.labels, np.int32).tobytes())
+    return {
+        "features": [part.path.parent.name for part in parts],  # The key of each.
+        "labels": digest.hexdigest(),
+        "classes": list(features.class_names),
+    }
+
+
+def _check_same(folder: Path, identity: dict[str, Any]) -> None:
+    try:
+        kept = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(
+            f"{folder} exists and is not the folder of a search. Nothing is "
+            "overwritten: choose another `--output`."
+        ) from error
+    changed = [name for name in identity if kept.get(name) != identity[name]]
+    if changed:
+        named = " and ".join(_difference(name, kept, identity) for name in changed)
+        raise InvalidArgument(
+            f"{folder} holds a search with {named}, whose trials cannot be mixed with "
+            "new ones. Choose another `--output`, or repeat the first command to "
+            "resume."
+        )
+
+
+def _difference(part: str, kept: dict[str, Any], identity: dict[str, Any]) -> str:
+    if part == "data":
+        return "another data set or base"
+    if part == "space":
+        return "another search space"
+    was, now = kept.get(part) or {}, identity[part]
+    differing = (
+        f"{name} {was.get(name)}, now {now[name]}"
+        for name in now
+        if was.get(name) != now[name]
+    )
+    return f"other {part} ({'; '.join(differing)})"
+
+
+# Pictures -----------------------------------------------------------------------------
+
+# How selective a trial is, by the names of the hyperparameters that say so.
+SELECTIVITY = {
+    "relative_threshold": "threshold / ln(classes)",
+    "threshold": "threshold of the batch",
+    "keep_fraction": "kept fraction",
+}
+_SHOWN = {"val_accuracy": "validation accuracy", "acceptance_rate": "acceptance rate"}
+_CELLS = 8
+_LOGARITHMIC = ("learning_rate", "weight_decay", "base_learning_rate")
+# In this order; what else a space has follows.
+_FIRST = ("trainable", "policy", "optimizer", "learning_rate")
+_TICKS = 5
+
+
+def write_pictures(
+    heads: Sequence[TrialOutcome],
+    outcomes: Sequence[TrialOutcome],
+    options: SearchConfig,
+    folder: Path,
+) -> None:
+    """Writes the heat maps of the heads and the parallel coordinates of all trials.
+
+    Without a completed trial there is nothing to draw, and no file.
+    """
+    maps = [one for name in SELECTIVITY if (one := heat_map(heads, name)) is not None]
+    if maps:
+        _write(folder / HEAT_MAP_FILE, heat_maps_svg(maps))
+    completed = [one for one in outcomes if one.status == COMPLETED]
+    if completed:
+        axes = axes_of(completed, options.objective)
+        drawn = parallel_coordinates_svg(
+            axes, higher_is_better=options.direction == "max"
+        )
+        _write(folder / PARALLEL_COORDINATES_FILE, drawn)
+
+
+def _write(path: Path, svg: str) -> None:
+    def fill(beside: Path) -> None:
+        beside.write_text(svg, encoding="utf-8")
+
+    replaced(path, fill)
+
+
+def heat_map(outcomes: Sequence[TrialOutcome], name: str) -> HeatMap | None:
+    """Returns the means over completed trials that have a number, None without any."""
+    shown = [
+        one
+        for one in outcomes
+        if one.status == COMPLETED and {name, "learning_rate"} <= one.values.keys()
+    ]
+    if not shown:
+        return None
+    rates = np.array([one.values["learning_rate"] for one in shown], float)
+    numbers = np.array([one.values[name] for one in shown], float)
+    rate_edges = np.exp(_edges(np.log(rates)))
+    # Rounding must not leave the lowest and the highest outside of their cells.
+    rate_edges[0] = min(rate_edges[0], rates.min())
+    rate_edges[-1] = max(rate_edges[-1], rates.max())
+    edges = _edges(numbers)
+    counts = np.histogram2d(numbers, rates, (edges, rate_edges))[0]
+    means = {}
+    for metric, title in _SHOWN.items():
+        values = np.array([one.metrics[metric] for one in shown])
+        sums = np.histogram2d(numbers, rates, (edges, rate_edges), weights=values)[0]
+        means[title] = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return HeatMap(SELECTIVITY[name], rates, numbers, rate_edges, edges, means)
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Returns the edges of even cells; of few distinct values each has its own."""
+    distinct = np.unique(values)
+    if len(distinct) == 1:
+        half = max(abs(distinct[0]), 1.0) / 10
+        return np.array([distinct[0] - half, distinct[0] + half])
+    if len(distinct) <= _CELLS:
+        middles = (distinct[1:] + distinct[:-1]) / 2
+        first, last = 2 * distinct[0] - middles[0], 2 * distinct[-1] - middles[-1]
+        return np.array([first, *middles, last])
+    return np.linspace(distinct[0], distinct[-1], _CELLS + 1)
+
+
+def axes_of(outcomes: Sequence[TrialOutcome], objective: str) -> list[Axis]:
+    """Returns the axes: hyperparameters that differ, acceptance rate, objective."""
+    names = {name: None for one in outcomes for name in one.values}
+    ordered = [name for name in _FIRST if name in names]
+    ordered += [name for name in names if name not in _FIRST]
+    columns = {name: [one.values.get(name) for one in outcomes] for name in ordered}
+    axes = [
+        _axis(name, values) for name, values in columns.items() if len(set(values)) > 1
+    ]
+    for name in dict.fromkeys(("acceptance_rate", objective)):
+        axes.append(_axis(name, [one.metrics[name] for one in outcomes]))
+    return axes
+
+
+def _axis(name: str, values: list[Any]) -> Axis:
+    used = [value for value in values if value is not None]
+    placed: Sequence[float] | np.ndarray
+    if all(isinstance(value, (int, float)) for value in used):
+        placed, ticks = _of_numbers(used, logarithmic=name in _LOGARITHMIC)
+    else:
+        placed, ticks = _of_names([str(value) for value in used])
+    if len(used) < len(values):
+        ticks = {UNUSED: "not used"} | ticks
+    positions = np.full(len(values), UNUSED)
+    positions[[value is not None for value in values]] = placed
+    return Axis(name, positions, ticks)
+
+
+def _of_names(names: list[str]) -> tuple[list[float], dict[float, str]]:
+    def order(name: str) -> tuple[int, str]:  # From the cheapest to train on.
+        known = name in UNFREEZE_NAMES
+        return (UNFREEZE_NAMES.index(name) if known else 0, name)
+
+    distinct = sorted(set(names), key=order)
+    spread = np.linspace(0, 1, len(distinct)).tolist() if len(distinct) > 1 else [0.5]
+    ticks = dict(zip(spread, distinct, strict=True))
+    return [spread[distinct.index(name)] for name in names], ticks
+
+
+def _of_numbers(
+    numbers: list[float], *, logarithmic: bool
+) -> tuple[np.ndarray, dict[float, str]]:
+    scaled = np.array(numbers, float)
+    if logarithmic:
+        scaled = np.log10(scaled)
+    low, high = scaled.min(), scaled.max()
+    if low == high:
+        return np.full(len(numbers), 0.5), {0.5: f"{numbers[0]:.3g}"}
+    shown = np.unique(scaled)
+    if len(shown) > _TICKS or not all(isinstance(one, int) for one in numbers):
+        shown = np.linspace(low, high, _TICKS)
+    labels = 10.0**shown if logarithmic else shown
+    places = (shown - low) / (high - low)
+    ticks = {float(at): f"{v:.3g}" for at, v in zip(places, labels, strict=True)}
+    return (scaled - low) / (high - low), ticks

@@ -1,0 +1,562 @@
+"""Keras Tuner's oracles and tuners, with their known faults mended."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_tuner
+import numpy as np
+from keras_tuner.engine.trial import Trial, TrialStatus
+from keras_tuner.errors import FailedTrialError
+from keras_tuner.oracles import (
+    BayesianOptimizationOracle,
+    GridSearchOracle,
+    HyperbandOracle,
+    RandomSearchOracle,
+)
+
+from keras_rsft._ledger import RejectionLedger
+from keras_rsft._storage import replaced
+from keras_rsft.config import BATCHED, HYPERBAND, SearchConfig, SearchSpace, TrainConfig
+from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.features._batches import TrainingBatches, batches_of
+from keras_rsft.label_quality._audit import LabelQuality, audit_labels
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._head import untrained_head
+from keras_rsft.tuning._batched import METRICS, BatchedHeads, OnEpoch
+from keras_rsft.tuning._space import (
+    Space,
+    check_space,
+    settings_of_values,
+    stack_trials,
+    update_rule,
+)
+
+# Durable state ------------------------------------------------------------------------
+
+STATE_FILE = "oracle.json"
+# Keras Tuner's protocol drops why a trial failed, so a worker leaves it here.
+_MESSAGE_FILE = "message.txt"
+_WAIT_SECONDS = 1.0
+
+
+class DurableOracle:
+    """Mixed into an oracle: its files are written whole, and no trial gets lost.
+
+    What was being trained when a process ended is handed out again, before anything
+    new and to whoever asks.
+    """
+
+    @property
+    def folder(self) -> Path:
+        return Path(self._get_oracle_fname()).parent
+
+    def end_trial(self, trial: Trial) -> None:
+        message = self.folder / f"trial_{trial.trial_id}" / _MESSAGE_FILE
+        if trial.message is None and message.exists():
+            trial.message = message.read_text(encoding="utf-8")
+            message.unlink()
+        super().end_trial(trial)
+
+    def save(self) -> None:
+        text = json.dumps(self.get_state())
+        replaced(self.folder / STATE_FILE, lambda path: path.write_text(text))
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        # A trial that was written just before a kill, of which the oracle's own file
+        # does not know yet, would be neither ended nor tried again.
+        self.trials = {name: self.trials[name] for name in state["start_order"]}
+        # Nobody is training them any more: the queue's last one is the first out.
+        ended = {*state["end_order"]}
+        waiting = [name for name in reversed(self.trials) if name not in ended]
+        super().set_state({**state, "ongoing_trials": {}, "retry_queue": waiting})
+
+    def save_trial(self, trial: Trial) -> None:
+        folder = self.folder / f"trial_{trial.trial_id}"
+        folder.mkdir(exist_ok=True)
+        replaced(folder / "trial.json", lambda beside: trial.save(str(beside)))
+
+    _save_trial = save_trial  # Keras Tuner's name for it.
+
+
+class DurableTuner(keras_tuner.Tuner):
+    """Keeps all of its state in its oracle, which in a worker is the chief's."""
+
+    def __init__(self, oracle: keras_tuner.Oracle, hypermodel: Any = None, **kwargs):
+        super().__init__(oracle, hypermodel, **kwargs)
+        if not self.is_worker and (Path(self.project_dir) / STATE_FILE).exists():
+            self.reload()
+
+    @property
+    def is_worker(self) -> bool:
+        return not isinstance(self.oracle, keras_tuner.Oracle)
+
+    def save(self) -> None:
+        if not self.is_worker:
+            self.oracle.save()
+
+    def reload(self) -> None:
+        if not self.is_worker:
+            self.oracle.reload()
+
+
+class TrialsTuner(DurableTuner):
+    """Takes trials from an oracle, trains them and reports them, until none is left."""
+
+    parallel_trials = 1
+
+    def search(self, *, verbose: int = 0, on_epoch: OnEpoch | None = None) -> None:
+        """Trains trials until the oracle has no more.
+
+        Args:
+            verbose: 1 prints what Keras Tuner prints for each trial. Default 0.
+            on_epoch: Called with the number of heads that have trained one epoch, and
+                the best value of the objective among those trained with them.
+        """
+        self.oracle.verbose = verbose
+        self.on_search_begin()
+        while trials := self._take_trials():
+            for trial in trials:
+                self.on_trial_begin(trial)
+            self._train(trials, on_epoch)
+        self.on_search_end()
+
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+        """Trains trials, and ends each by `_complete` or `_fail`."""
+        raise NotImplementedError
+
+    def _complete(
+        self, trial: Trial, history: Mapping[str, Sequence[float]], best: int
+    ) -> None:
+        """Reports a trial by the metrics of its best epoch."""
+        metrics = {name: float(values[best]) for name, values in history.items()}
+        self.oracle.update_trial(trial.trial_id, metrics, step=best)
+        trial.status = TrialStatus.COMPLETED
+        self.on_trial_end(trial)
+
+    def _fail(self, trial: Trial, message: str) -> None:
+        trial.status, trial.message = TrialStatus.FAILED, message
+        if self.is_worker:
+            path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE
+            replaced(path, lambda beside: beside.write_text(message, encoding="utf-8"))
+        self.on_trial_end(trial)
+
+    def _take_trials(self) -> list[Trial]:
+        """Asks the oracle for trials, each under a tuner's name of its own."""
+        taken = []
+        while len(taken) < self.parallel_trials:
+            self.pre_create_trial()
+            trial = self.oracle.create_trial(f"{self.tuner_id}-{len(taken)}")
+            if trial.status == TrialStatus.STOPPED:
+                break
+            if trial.status != TrialStatus.IDLE:
+                taken.append(trial)
+            elif taken:
+                break
+            else:  # Another tuner's trials must end first.
+                time.sleep(_WAIT_SECONDS)
+        return taken
+
+
+# Hypermodel ---------------------------------------------------------------------------
+
+DIVERGED = (
+    "The weights became NaN or infinite: the learning rate is too high for this data."
+)
+
+
+class RSFTHyperModel(keras_tuner.HyperModel):
+    """A new head on kept features, with its policy, for any of Keras Tuner's tuners.
+
+    ```python
+    hypermodel = RSFTHyperModel(features)
+    tuner = keras_tuner.RandomSearch(hypermodel, "val_accuracy", max_trials=20)
+    tuner.search()
+    ```
+
+    Args:
+        features: Kept features; their test split is never looked at.
+        settings: Epochs, batch size and seed, and every number that `space` leaves
+            open. Default: `TrainConfig()`.
+        space: What is searched. Default: `SearchSpace()`.
+        progress: Show a progress bar while labels are examined. Default True.
+
+    Raises:
+        InvalidArgument: If the space is empty or contradicts itself.
+        DataError: If there is no validation split to judge trials by.
+    """
+
+    def __init__(
+        self,
+        features: SplitFeatures,
+        *,
+        settings: TrainConfig | None = None,
+        space: Space | None = None,
+        progress: bool = True,
+    ):
+        super().__init__()
+        if not len(features.validation):
+            raise DataError(
+                "A search judges its trials by a validation split, and there is none."
+            )
+        self.features = features
+        self.settings = settings or TrainConfig()
+        self.space = space or SearchSpace()
+        check_space(self.space, self.settings)
+        self._progress = progress
+
+    @functools.cached_property
+    def label_quality(self) -> LabelQuality:
+        """What `auto` knows about the labels; found out once, for all trials."""
+        return audit_labels(
+            self.features.train,
+            len(self.features.class_names),
+            seed=self.settings.seed,
+            progress=self._progress,
+        )
+
+    def settings_of(self, hp: keras_tuner.HyperParameters) -> TrainConfig:
+        """Returns how to train a trial, and declares what is searched.
+
+        Args:
+            hp: The trial's hyperparameters.
+        """
+        return settings_of_values(self.space(hp), self.settings)
+
+    def build(self, hp: keras_tuner.HyperParameters) -> RSFTModel:
+        """Returns a trial's compiled, untrained `RSFTModel` over features."""
+        settings = self.settings_of(hp)
+        auto = settings.policy.name == "auto"
+        return untrained_head(
+            self.features, settings, self.label_quality if auto else None
+        )
+
+    def fit(
+        self,
+        hp: keras_tuner.HyperParameters,
+        model: RSFTModel,
+        *args: Any,
+        epochs: int | None = None,
+        callbacks: Any = (),
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Trains a trial on the kept features; takes what `keras.Model.fit` takes.
+
+        Raises:
+            keras_tuner.errors.FailedTrialError: If the weights became NaN.
+        """
+        settings, train = self.settings_of(hp), self.features.train
+        batches = TrainingBatches(
+            train,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            sample_index=True,
+        )
+        own: list[keras.callbacks.Callback] = [batches.callback]
+        if model.policy.needs_ledger:
+            own.append(RejectionLedger(train.ids, train.labels))
+        history = model.fit(
+            batches.dataset,
+            *args,
+            validation_data=batches_of(self.features.validation),
+            epochs=settings.epochs if epochs is None else epochs,
+            callbacks=[*own, *callbacks],
+            shuffle=False,
+            **({"verbose": 0} | kwargs),
+        )
+        if not np.isfinite(history.history["val_loss"]).all():
+            raise FailedTrialError(DIVERGED)
+        return history
+
+
+# Batched tuner ------------------------------------------------------------------------
+
+HEAD_FILE = "head.npz"
+
+
+class BatchedTuner(TrialsTuner):
+    """Takes up to `parallel_trials` trials from an oracle and trains them together.
+
+    Results go back to the oracle trial by trial, so that everything else is as with
+    any of Keras Tuner's tuners: trial folders, `get_best_models`,
+    `get_best_hyperparameters`, `results_summary`, and going on after a stop. A
+    trial's value is that of its best epoch, whose weights are kept.
+
+    Args:
+        oracle: Any of Keras Tuner's oracles but Hyperband's. It is told not to stop
+            after some failures in a row, which say little of trials trained together.
+        hypermodel: What a trial is.
+        parallel_trials: Most heads that are trained together, at least 1. Default 64.
+        halvings: How often the worse half of the heads is dropped while they train,
+            at least 0; the others go on. Default 0.
+        **kwargs: `directory`, `project_name` and whatever `keras_tuner.Tuner` takes.
+
+    Raises:
+        InvalidArgument: If the oracle or something in the space cannot be batched;
+            the message names a tuner that can take it.
+    """
+
+    def __init__(
+        self,
+        oracle: keras_tuner.Oracle,
+        hypermodel: RSFTHyperModel,
+        *,
+        parallel_trials: int = 64,
+        halvings: int = 0,
+        **kwargs: Any,
+    ):
+        if not isinstance(hypermodel, RSFTHyperModel):
+            raise InvalidArgument(
+                "The batched tuner trains heads on kept features, so `hypermodel` must "
+                f"be an `RSFTHyperModel`. Received: {type(hypermodel).__name__}."
+            )
+        if isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
+            raise InvalidArgument(
+                "The batched tuner trains all its trials for the same epochs, so it "
+                "cannot take Hyperband's: use the tuner hyperband, or `halvings`."
+            )
+        for name, value, least in (
+            ("parallel_trials", parallel_trials, 1),
+            ("halvings", halvings, 0),
+        ):
+            if value < least:
+                raise InvalidArgument(
+                    f"`{name}` must be at least {least}. Received: {name}={value}."
+                )
+        if oracle.objective.name not in METRICS:
+            raise InvalidArgument(
+                f"The objective must be one of {', '.join(METRICS)}. "
+                f"Received: {oracle.objective.name!r}."
+            )
+        self.parallel_trials, self._halvings = parallel_trials, halvings
+        oracle.max_consecutive_failed_trials = None
+        super().__init__(oracle, hypermodel, **kwargs)
+        if not self.is_worker:  # A worker's space is the chief's.
+            self._check_space()
+
+    def load_model(self, trial: Trial) -> RSFTModel:
+        """Returns a trial's model with the weights of its best epoch."""
+        model = self.hypermodel.build(trial.hyperparameters)
+        path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
+        with np.load(path, allow_pickle=False) as kept:
+            weights = [kept["kernel"], kept["bias"]]
+        model.model.get_layer("scores").set_weights(weights)
+        batch_size = self.hypermodel.settings.batch_size
+        steps = -(-len(self.hypermodel.features.train) // batch_size)
+        model.policy.note_steps_seen((trial.best_step + 1) * steps)
+        return model
+
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+        """Trains trials together, those of each update rule and length at once."""
+        groups: dict[tuple, list[tuple[Trial, TrainConfig]]] = {}
+        for trial in trials:
+            try:
+                settings = self.hypermodel.settings_of(trial.hyperparameters)
+                rule = (update_rule(settings), settings.epochs)
+                group = groups.setdefault(rule, [])
+            except Exception as error:  # Of a user's space: this trial's fault alone.
+                self._fail(trial, f"{type(error).__name__}: {error}")
+            else:
+                group.append((trial, settings))
+        for group in groups.values():
+            self._train_group(group, on_epoch)
+
+    def _train_group(
+        self,
+        group: Sequence[tuple[Trial, TrainConfig]],
+        on_epoch: OnEpoch | None,
+    ) -> None:
+        settings = [one for _, one in group]
+        hypermodel, heads, loss_limit = self.hypermodel, self._heads, math.inf
+        if any(one.policy.name == "auto" for one in settings):
+            heads.list_samples(hypermodel.label_quality.accept_mask())
+            loss_limit = hypermodel.label_quality.loss_limit
+        trained = heads.train(
+            stack_trials(
+                settings,
+                num_classes=len(hypermodel.features.class_names),
+                steps_per_epoch=heads.steps_per_epoch,
+                loss_limit=loss_limit,
+            ),
+            epochs=settings[0].epochs,
+            objective=self.oracle.objective.name,
+            direction=self.oracle.objective.direction,
+            halvings=self._halvings,
+            on_epoch=on_epoch,
+        )
+        for row, (trial, _) in enumerate(group):
+            if trained.diverged[row]:
+                self._fail(trial, DIVERGED)
+                continue
+            kernel, bias = trained.best_kernels[row], trained.best_biases[row]
+            path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
+            replaced(path, functools.partial(np.savez, kernel=kernel, bias=bias))
+            history = {name: values[row] for name, values in trained.history.items()}
+            self._complete(trial, history, int(trained.best_epochs[row]))
+
+    @functools.cached_property
+    def _heads(self) -> BatchedHeads:
+        features, settings = self.hypermodel.features, self.hypermodel.settings
+        return BatchedHeads(
+            features.train,
+            features.validation,
+            num_classes=len(features.class_names),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+
+    def _check_space(self) -> None:
+        """Raises InvalidArgument where a policy or an optimizer cannot be batched."""
+        space, given = self.oracle.get_space(), self.hypermodel.settings
+        update_rule(self.hypermodel.settings_of(space))
+        for searched in space.space:
+            if searched.name in ("policy", "optimizer"):
+                for value in searched.values:
+                    update_rule(settings_of_values({searched.name: value}, given))
+
+
+# By name ------------------------------------------------------------------------------
+
+TRIALS_FOLDER = "trials"
+
+
+class RandomOracle(DurableOracle, RandomSearchOracle):
+    """Keras Tuner's random oracle."""
+
+
+class BayesianOracle(DurableOracle, BayesianOptimizationOracle):
+    """Keras Tuner's Bayesian oracle."""
+
+
+class BandsOracle(DurableOracle, HyperbandOracle):
+    """Keras Tuner's Hyperband oracle."""
+
+
+class GridOracle(DurableOracle, GridSearchOracle):
+    """Keras Tuner's grid, which resumes after a stop and hands out many at once.
+
+    The stock oracle forgets at a stop which combinations have been handed out
+    (github.com/keras-team/keras-tuner/issues/1055), and waits for each trial's end
+    before it proposes the next. The space is known from the start here, so that the
+    next combination follows from the last.
+    """
+
+    def populate_space(self, trial_id: str) -> dict[str, Any]:
+        if not self.start_order:
+            return super().populate_space(trial_id)
+        last = self.trials[self.start_order[-1]].hyperparameters.values
+        values = self._get_next_combination(last)
+        if values is None:
+            return {"status": TrialStatus.STOPPED}
+        return {"status": TrialStatus.RUNNING, "values": values}
+
+
+class OneByOneTuner(TrialsTuner):
+    """Trains one trial at a time, for any oracle.
+
+    Keras Tuner's own needs the package `tensorboard` and prints tracebacks.
+    """
+
+    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+        (trial,) = trials
+        objective = self.oracle.objective
+        try:
+            history = self.run_trial(trial, on_epoch).history
+            values = history[objective.name]
+            best = (
+                np.argmax(values) if objective.direction == "max" else np.argmin(values)
+            )
+        except FailedTrialError as error:
+            self._fail(trial, str(error))
+        except Exception:
+            self._fail(trial, traceback.format_exc())
+        else:
+            self._complete(trial, history, int(best))
+
+    def run_trial(
+        self, trial: Trial, on_epoch: OnEpoch | None = None
+    ) -> keras.callbacks.History:
+        """Trains a trial, and keeps the weights of its best epoch."""
+        keras.backend.clear_session()
+        hp, name = trial.hyperparameters, self.oracle.objective.name
+        model = self.hypermodel.build(hp)
+        options = {}
+        if "tuner/epochs" in hp.values:  # Hyperband's.
+            options = {
+                "epochs": hp.values["tuner/epochs"],
+                "initial_epoch": hp.values["tuner/initial_epoch"],
+            }
+        if "tuner/trial_id" in hp.values:
+            model.load_weights(self._weights_of(hp.values["tuner/trial_id"]))
+        best_epoch = keras.callbacks.ModelCheckpoint(
+            self._weights_of(trial.trial_id),
+            monitor=name,
+            mode=self.oracle.objective.direction,
+            save_best_only=True,
+            save_weights_only=True,
+        )
+        callbacks = [best_epoch]
+        if on_epoch is not None:
+            callbacks.append(
+                keras.callbacks.LambdaCallback(
+                    on_epoch_end=lambda epoch, logs: on_epoch(1, logs[name])
+                )
+            )
+        with warnings.catch_warnings():
+            # Told by a trial's acceptance rate, instead of by a warning in each epoch.
+            warnings.filterwarnings("ignore", message=".*accepted no sample")
+            return self.hypermodel.fit(hp, model, callbacks=callbacks, **options)
+
+    def load_model(self, trial: Trial) -> RSFTModel:
+        """Returns a trial's model with the weights of its best epoch."""
+        model = self.hypermodel.build(trial.hyperparameters)
+        model.load_weights(self._weights_of(trial.trial_id))
+        return model
+
+    def _weights_of(self, trial_id: str) -> str:
+        return str(Path(self.get_trial_dir(trial_id)) / "checkpoint.weights.h5")
+
+
+def make_tuner(
+    hypermodel: RSFTHyperModel, options: SearchConfig, folder: Path
+) -> TrialsTuner:
+    """Returns a tuner, with the trials that `folder/trials` has already."""
+    place = {"directory": str(folder), "project_name": TRIALS_FOLDER}
+    shared = {
+        "objective": keras_tuner.Objective(options.objective, options.direction),
+        "seed": hypermodel.settings.seed + 1,  # Keras Tuner takes 0 for any seed.
+        # A failed trial is no reason to give up the others.
+        "max_consecutive_failed_trials": None,
+    }
+    if options.tuner == HYPERBAND:
+        bands = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        bands.max_trials = options.max_trials
+        return OneByOneTuner(bands, hypermodel, **place)
+    name = options.oracle if options.tuner == BATCHED else options.tuner
+    if name == "bayesian" and importlib.util.find_spec("sklearn") is None:
+        raise ImportError(
+            "The Bayesian oracle needs scikit-learn. "
+            'Install it with: pip install "keras_rsft[search]"'
+        )
+    kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
+    oracle = kinds[name](max_trials=options.max_trials, **shared)
+    if options.tuner != BATCHED:
+        return OneByOneTuner(oracle, hypermodel, **place)
+    return BatchedTuner(
+        oracle,
+        hypermodel,
+        parallel_trials=options.parallel_trials,
+        halvings=options.halvings,
+        **place,
+    )
