@@ -33,15 +33,7 @@ BATCH_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The answer for one sample.
-
-    Attributes:
-        path: The file, as it was given; of a text in a CSV file with `:` and the number
-            of the line in which its row ends.
-        label: Most probable class, or None if the sample cannot be read.
-        score: Its probability in [0, 1], or None.
-        error: Why the sample cannot be read, or None.
-    """
+    """The answer for one sample."""
 
     path: str
     label: str | None

@@ -14,21 +14,7 @@ _SECONDS_OF_RATE = 600.0
 def progress_bar(
     description: str, *, total: int, unit: str, done: int = 0, visible: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Shows a bar on standard error while the context is open.
-
-    A description of up to 40 characters leaves room for all of it in 80 columns.
-
-    Args:
-        description: What is being done, in a few words.
-        total: Number of units in all.
-        unit: Plural name of what is counted, e.g. "images"; also the rate's.
-        done: Units that were finished before, at least 0. Default 0.
-        visible: False draws nothing. Default True.
-
-    Yields:
-        A function that is called with the number of units just finished, and, where
-        there is news, with another description.
-    """
+    """Shows a bar on standard error while the context is open."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -70,9 +56,5 @@ def progress_bar(
 
 
 def rate_text(speed: float) -> str:
-    """Returns a rate, two digits where it is below ten.
-
-    Args:
-        speed: Units a second, at least 0.
-    """
+    """Returns a rate, two digits where it is below ten."""
     return f"{speed:,.0f}" if speed >= 9.95 else f"{speed:.2g}"

@@ -111,10 +111,7 @@ def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
 
 
 def check_strategy(name: str, environment: Mapping[str, str] = os.environ) -> Cluster:
-    """Returns the processes that train together: this one alone but for `multiworker`.
-
-    Raises InvalidArgument if the name is unknown, or `TF_CONFIG` is missing or wrong.
-    """
+    """Returns the processes that train together: several for `multiworker` alone."""
     require_known("strategy", name, STRATEGY_NAMES)
     if name != "multiworker":
         return Cluster()
@@ -210,15 +207,7 @@ def part_in_search(given: Mapping[str, str] = os.environ) -> str:
 
 
 def require_tensorflow_backend(what: str, *, instead: str = "") -> None:
-    """Refuses what works under Keras's TensorFlow backend alone.
-
-    Args:
-        what: What was asked for, to begin a sentence with.
-        instead: A sentence that says what else can be done, or nothing.
-
-    Raises:
-        InvalidArgument: If Keras runs on another backend.
-    """
+    """Refuses what works under Keras's TensorFlow backend alone."""
     import keras
 
     backend = keras.backend.backend()
@@ -240,14 +229,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def termination_raises() -> Iterator[None]:
-    """Turns SIGTERM into `Terminated` while the context is open.
-
-    Python drops an exception that is raised in the callback of a weak reference or of
-    the garbage collector, Ctrl-C's too: what it reports as dropped is sent again, a
-    moment later. So is a signal that comes in a finaliser, which may catch everything
-    without a word, as TensorFlow's do. Only the main thread may do so; in another one
-    nothing is changed.
-    """
+    """Turns SIGTERM into `Terminated` while the context is open."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -142,11 +142,7 @@ def read_csv(path: Path) -> Iterator[dict[str, str]]:
 
 
 def guarded_cell(value: Any) -> Any:
-    """Puts a quote before a text that a spreadsheet would run as a formula.
-
-    A file or a class may be named `=HYPERLINK(...)`. Numbers stay as they are, also
-    negative ones.
-    """
+    """Puts a quote before a text that a spreadsheet would run as a formula."""
     if not isinstance(value, str) or not value.startswith(_GUARDED):
         return value
     try:
@@ -172,11 +168,7 @@ def locked(
     taken: Exception | None = None,
     needed: bool = True,
 ) -> Iterator[None]:
-    """Holds a lock file; where it is not free within `timeout` seconds, raises `taken`.
-
-    By default waits without end. Not every network file system has locks: with
-    `needed=False` there is none then.
-    """
+    """Holds a lock file; raises `taken` if it is not free within `timeout` seconds."""
     lock = filelock.FileLock(path, timeout=timeout)
     try:
         lock.acquire()
@@ -279,10 +271,7 @@ _OWN_NAMES = {_IDENTITY_FILE, _LOCK_FILE, _RUN_FOLDER, *_STATE_FILES}
 
 @dataclasses.dataclass(frozen=True)
 class RunPlace:
-    """The folder of a run to be, and the unfinished one that this process holds.
-
-    `resumed` is True where a run of the same identity was begun there before.
-    """
+    """The folder of a run to be, and the unfinished one that this process holds."""
 
     folder: Path
     unfinished: Path
@@ -336,12 +325,7 @@ def run_identity(
 def open_place(
     output: str | os.PathLike | NumberedFolder, identity: dict[str, Any]
 ) -> Iterator[RunPlace]:
-    """Holds the place of a run: a new one, or an unfinished one of this identity.
-
-    Where the run fails, its place is kept if there is a checkpoint to resume from and
-    trying again may help, as after Ctrl-C or on a full disk. Raises InvalidArgument
-    where the folder exists, is held, or has an unfinished run of another identity.
-    """
+    """Holds the place of a run: a new one, or an unfinished one of this identity."""
     with contextlib.ExitStack() as stack:
         place = _claimed(output, identity, stack)
         try:

@@ -49,12 +49,7 @@ class TextTokens(KeptFile):
         return tokens
 
     def tokens_of(self, texts: np.ndarray) -> np.ndarray:
-        """Returns the numbers of the pieces, int32 `(batch, longest)`, 0 behind them.
-
-        Args:
-            texts: Shape `(batch,)`, in UTF-8; what is not UTF-8 is replaced. Of a text
-                the first 32,768 characters are read.
-        """
+        """Returns the pieces' numbers, int32 `(batch, longest)`, padded with 0."""
         rows = [self._row(text) for text in texts.tolist()]
         longest = max(map(len, rows), default=0)
         tokens = np.full((len(rows), longest), PADDING, np.int32)

@@ -693,12 +693,7 @@ def predict(arguments: argparse.Namespace) -> bool:
 
 
 def answer_writer(output_format: str, file: TextIO) -> Callable[[Prediction], None]:
-    r"""Returns a function that writes one answer.
-
-    A name stays in its cell: a CSV has a quote before what a spreadsheet would run as a
-    formula, tab-separated lines have `\t`, `\n`, `\r` and `\\` for a tab, the ends of
-    lines and a backslash.
-    """
+    """Returns a function that writes one answer."""
     if output_format == "csv":
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "score"])

@@ -115,11 +115,7 @@ def _check_backend() -> None:
 
 
 def _silence_native_libraries() -> None:
-    """Keeps TensorFlow's start-up chatter off the user's terminal.
-
-    Its C++ code writes to file descriptor 2, whatever the log level; Python's
-    own standard error moves to a copy of it, which still is the terminal.
-    """
+    """Keeps TensorFlow's start-up chatter off the user's terminal."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     # Off by default on processors where it still is the faster choice.

@@ -271,11 +271,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Returns the arguments; ends the process where one is not known.
-
-        Here and not in `parse_args`, which would answer with the options of the
-        program for what was asked of one of its commands.
-        """
+        """Returns the arguments; ends the process where one is not known."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = next((text for text in unknown if text.startswith("-")), "")
@@ -397,10 +393,7 @@ _METAVARS = {
 def config_of(
     arguments: argparse.Namespace, config: type[Config], **others: Any
 ) -> Config:
-    """Returns a configuration of the options that a command has, and other fields.
-
-    Raises InvalidArgument if a value is out of its range.
-    """
+    """Returns a configuration of the options that a command has, and other fields."""
     values = {
         one.field.name: getattr(arguments, one.dest)
         for one in settings_of(config)

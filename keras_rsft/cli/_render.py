@@ -42,14 +42,7 @@ _SHOWN_CLASSES = 5
 
 
 class Output:
-    """Where a command's words go, for a person, a script or a program.
-
-    A context in which a command runs. Tables and sentences go to standard output:
-    coloured on a terminal, unless `NO_COLOR` is set, and plain elsewhere. With
-    `--quiet` there are none, no progress bar and no warning; the last line of the
-    result is all. With `--json` standard output has one JSON document and nothing
-    else; tables go to standard error. Errors always go there.
-    """
+    """Where a command's words go, for a person, a script or a program."""
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False):
         self.progress = not quiet

@@ -207,22 +207,7 @@ def compare_features(
     settings: TrainConfig | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Compares methods on features that are cached already; writes nothing.
-
-    Args:
-        features: The splits, or a function from a seed to the splits with the
-            labels of that seed.
-        methods: As in `compare`.
-        seeds: As in `compare`.
-        settings: As in `compare`.
-        progress: Show a progress bar over methods and seeds. Default True.
-
-    Raises:
-        InvalidArgument: If an argument cannot be used.
-        DataError: If there is no test split, or a method that was asked for by
-            name lacks what it needs.
-        ImportError: If `cleanlab` is asked for by name and not installed.
-    """
+    """Compares methods on features that are cached already; writes nothing."""
     require_tensorflow_backend("`compare_features`")
     settings = settings or TrainConfig()
     _check(settings, seeds)

@@ -48,21 +48,7 @@ from keras_rsft.training._optimizer import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one method did with one seed. Shares are in [0, 1].
-
-    Attributes:
-        method: Name of the method.
-        seed: Its seed.
-        seconds: Time for everything that the method needs, features excepted.
-        test_right: Which test samples it gets right, booleans of shape `(n,)`; None
-            if the training stalled.
-        acceptance_rate: Share of the training samples that was learned from in
-            the end; None for a method that has no such share.
-        wrong_labels_rejected: Share of the wrong training labels that the method
-            rejects in the end; None where it cannot be known.
-        right_labels_rejected: The same of the right training labels.
-        stalled: Why the training stalled, or None.
-    """
+    """What one method did with one seed. Shares are in [0, 1]."""
 
     method: str
     seed: int
@@ -83,21 +69,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class MethodSummary:
-    """One method over all seeds.
-
-    Attributes:
-        test_accuracy: Mean and interval over the seeds that did not stall; None
-            if all of them stalled.
-        difference_to_plain: Paired by seed, its interval over seeds too; None for
-            `plain`, and where a seed of either stalled.
-        recovered: See `recovered_share`; None where the right labels are not
-            known, and where a seed stalled.
-        acceptance_rate: Mean, or None.
-        wrong_labels_rejected: Mean, or None.
-        right_labels_rejected: Mean, or None.
-        seconds: Mean.
-        stalled: Number of seeds whose training stalled.
-    """
+    """One method over all seeds."""
 
     test_accuracy: Interval | None
     difference_to_plain: Interval | None
@@ -111,15 +83,7 @@ class MethodSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Which method is ahead.
-
-    Attributes:
-        winner: The method that is ahead of every other by more than chance, or
-            None.
-        tied: The methods that may be the best, best mean first; one if there is
-            a winner, none if nothing can be ranked.
-        sentence: The same in words.
-    """
+    """Which method is ahead."""
 
     winner: str | None
     tied: tuple[str, ...]
@@ -156,13 +120,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
 
 
 def judge(outcomes: Sequence[Outcome]) -> Verdict:
-    """Says which method is ahead by more than chance, if one is.
-
-    The method with the best mean wins only if the paired 95 % interval of its
-    lead, over seeds and test samples, excludes zero, over the runner-up and over every
-    other method. The clean subset does not compete: it is told which labels are right.
-    Nor does a method that stalled with some seed.
-    """
+    """Says which method is ahead by more than chance, if one is."""
     right = _complete_right(outcomes)
     right.pop(CLEAN_SUBSET, None)
     ranked = sorted(right, key=lambda name: -right[name].mean())
@@ -193,11 +151,7 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
 
 
 def recovered_share(method: float, plain: float, clean: float) -> float | None:
-    """Returns the share of what wrong labels cost that a method wins back.
-
-    0 is plain fine-tuning, 1 the clean subset, below 0 harm; None where the wrong
-    labels cost nothing.
-    """
+    """Returns the share of what wrong labels cost that a method wins back."""
     return (method - plain) / (clean - plain) if clean > plain else None
 
 
@@ -244,10 +198,7 @@ _SECOND_HEAD = 1_000_003
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One seed of a comparison: features with its labels, and how to train.
-
-    The test labels are the right ones, where those are known.
-    """
+    """One seed of a comparison: features with its labels, and how to train."""
 
     features: SplitFeatures
     settings: TrainConfig
@@ -327,11 +278,7 @@ def _weight_decay(trial: Trial, policy: str) -> Trained:
 
 
 def _article(trial: Trial) -> Trained:
-    """The RSFT article's rule: a fixed threshold on the batch's mean loss.
-
-    Without a warm-up, a threshold below the loss of a new head, somewhat above
-    ln(classes), would reject every batch for ever.
-    """
+    """The RSFT article's rule: a fixed threshold on the batch's mean loss."""
     above_a_new_head: dict[str, Any] = {}
     if trial.settings.policy.threshold is None:
         above_a_new_head["relative_threshold"] = ARTICLE_THRESHOLD
@@ -421,12 +368,7 @@ def _rejected_shares(
 
 
 def train_gce(features: SplitFeatures, settings: TrainConfig) -> keras.Model:
-    """Trains a head with the generalised cross-entropy loss, `(1 - p**0.7) / 0.7`.
-
-    Source: Zhang and Sabuncu, "Generalized cross entropy loss for training deep
-    neural networks with noisy labels", NeurIPS 2018, with their q and without
-    their truncation.
-    """
+    """Trains a head with the generalised cross-entropy loss, `(1 - p**0.7) / 0.7`."""
     loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
     return _train_stock(features, settings, loss)
 
@@ -434,13 +376,7 @@ def train_gce(features: SplitFeatures, settings: TrainConfig) -> keras.Model:
 def train_co_teaching(
     features: SplitFeatures, settings: TrainConfig, *, noise_rate: float
 ) -> tuple[keras.Model, np.ndarray]:
-    """Trains two heads, each on the samples that have a small loss for the other.
-
-    Source: Han et al., "Co-teaching: robust training of deep neural networks with
-    extremely noisy labels", NeurIPS 2018. The share kept of each batch falls over
-    10 epochs from 1 to `1 - noise_rate`. Returns the first head, and a mask of the
-    training samples that the other one chooses for it in the end.
-    """
+    """Trains two heads, each on the samples that have a small loss for the other."""
     train = features.train
     seeds = (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31)
     heads = [_new_head(features, seed) for seed in seeds]
@@ -475,11 +411,7 @@ def co_teaching_step(
     labels: tf.Tensor,
     keep_fraction: tf.Tensor | float,
 ) -> None:
-    """Updates each of two heads on the samples that the other one chooses.
-
-    Both choose before either is updated; the gradient is that of the mean loss of
-    the chosen samples.
-    """
+    """Updates each of two heads on the samples that the other one chooses."""
     with tf.GradientTape(persistent=True) as tape:
         losses = [
             keras.losses.sparse_categorical_crossentropy(
@@ -503,10 +435,7 @@ def co_teaching_step(
 def out_of_fold_probabilities(
     features: SplitFeatures, settings: TrainConfig
 ) -> np.ndarray:
-    """Returns what plain heads say of training samples that they have not seen.
-
-    Float32 `(n, classes)`, each row from a head trained on the other four folds.
-    """
+    """Returns what plain heads say of training samples that they have not seen."""
     train = features.train
     folds = np.random.default_rng(settings.seed).permutation(len(train)) % FOLDS
     loss = "sparse_categorical_crossentropy"
@@ -522,14 +451,7 @@ def out_of_fold_probabilities(
 
 
 def estimated_noise_rate(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Estimates the share of wrong labels, in [0, 0.9], from out-of-fold probabilities.
-
-    Source: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty
-    in dataset labels", JAIR 2021: the confident joint, without its calibration. A
-    sample counts for the likeliest of the classes whose probability reaches the
-    mean probability that samples given that class have for it. It also counts the
-    heads' own mistakes, so it is rather too high.
-    """
+    """Estimates the noise rate, in [0, 0.9], from out-of-fold probabilities."""
     num_classes = probabilities.shape[1]
     thresholds = np.full(num_classes, np.inf)
     for label in np.unique(labels):

@@ -32,22 +32,7 @@ _OWN_TROUBLE = (
 
 @dataclasses.dataclass(frozen=True)
 class RankedBackbone:
-    """A base and its scores.
-
-    Attributes:
-        name: As it was asked for.
-        accuracy: Share in [0, 1] of labels that a head gets right which has not seen
-            them; where labels look wrong, each counts by how likely it is right.
-        accuracy_error: Half of the 95 % interval of `accuracy`.
-        given_label_accuracy: The same with every given label counted fully.
-        behind: How much `accuracy` is below that of the first, at least 0.
-        behind_error: Half of the 95 % interval of `behind`, which is smaller than
-            those of two accuracies, as both are of the same images.
-        seconds_per_image: Of the pass, with reading and decoding.
-        weights_bytes: Size of the weights.
-        dim: Number of features.
-        image_size: Height and width in pixels.
-    """
+    """A base and its scores."""
 
     name: str
     accuracy: float
@@ -193,11 +178,7 @@ def rank_backbones(
 
 
 def label_weights(label_qualities: Sequence[LabelQuality]) -> np.ndarray:
-    """Returns how likely each label is right, float64 `(n,)`: a mean over backbones.
-
-    A backbone to which the labels look wrong no less than by chance has no say, unless
-    all are like that: then every label counts as right.
-    """
+    """Returns how likely each label is right, float64 `(n,)`: a mean over backbones."""
     judges = [
         one.right_probability
         for one in label_qualities

@@ -197,13 +197,7 @@ class Correction:
 
 @dataclasses.dataclass(frozen=True)
 class Corrections:
-    """All that was corrected in a data set, against its labels as they were loaded.
-
-    Attributes:
-        rows: One for each image, in the order of the files.
-        files: `(path, SHA-256)` of each file, in the order in which they were applied.
-        tested: How many of the images are in the test split.
-    """
+    """All that was corrected in a data set, against its labels as they were loaded."""
 
     rows: tuple[Correction, ...]
     files: tuple[tuple[str, str], ...]

@@ -130,21 +130,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleSplit(abc.ABC):
-    """The samples of one split, in an order that does not change between runs.
-
-    Attributes:
-        kind: What the samples are, in the plural: "images" or "texts".
-        name: "train", "validation" or "test".
-        ids: Shape `(n,)`, strings.
-        labels: Shape `(n,)`, int32: the given labels, right or wrong.
-        clean_labels: Shape `(n,)`, int32: the right labels. None if unknown.
-        reader: Fetches the samples' bytes.
-        reviewed: Shape `(n,)`, bool: whose given label a person has found or made
-            right. None: nobody looked.
-        before_review: This split as it was loaded, before a person dropped samples and
-            corrected labels; features kept of it are those of this one. None: nobody
-            looked.
-    """
+    """The samples of one split, in an order that does not change between runs."""
 
     kind: ClassVar[str]
 
@@ -169,25 +155,7 @@ class SampleSplit(abc.ABC):
         views: int = 1,
         seed: int = 0,
     ) -> tf.data.Dataset:
-        """Reads the samples one after the other, as a base takes them.
-
-        Samples that cannot be read are left out: compare the indices, and ask
-        `read_error` for the reason.
-
-        Args:
-            sample_shape: Shape of one input of the base: `(height, width, 3)` for
-                images, `()` for texts.
-            start: Index of the first sample, in [0, n].
-            stop: Index after the last sample, in [start, n]. Default: n.
-            views: How many versions of each sample, at least 1. Default 1.
-            seed: Of the random versions. Default 0.
-
-        Returns:
-            A dataset, not batched, of `(index, input)` in index order.
-
-        Raises:
-            InvalidArgument: If the base does not take such samples.
-        """
+        """Reads the samples one after the other, as a base takes them."""
 
     @abc.abstractmethod
     def read_error(self, index: int) -> str | None:
@@ -195,47 +163,17 @@ class SampleSplit(abc.ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex digest that changes when a sample is added, removed or changed.
-
-        A file counts as changed when its size or its modification time differs.
-        Labels, seeds and the place where the data lie have no part in it. It is
-        taken when first asked for and then kept.
-        """
+        """Hex digest that changes when a sample is added, removed or changed."""
         return self.reader.fingerprint()
 
     def encoded(self, index: int) -> bytes:
-        """Returns a sample as the bytes of a file.
-
-        Args:
-            index: The sample's position in this split.
-
-        Returns:
-            The file's bytes as they are, readable or not; where there is no
-            file, those of a PNG or JPEG file of the image, or of the text in UTF-8.
-
-        Raises:
-            IndexError: If there is no such position.
-            OSError: If the file is gone or cannot be opened.
-        """
+        """Returns a sample as the bytes of a file."""
         return self.reader.encoded(range(len(self))[index])
 
     def with_labels(
         self, labels: np.ndarray, clean_labels: np.ndarray | None = None
     ) -> Self:
-        """Returns the same samples with other labels.
-
-        Args:
-            labels: Shape `(n,)`, integers: the given labels.
-            clean_labels: Shape `(n,)`, integers: the right labels. None keeps
-                those that are known.
-
-        Returns:
-            A new split, of labels that nobody has reviewed; its fingerprint is the
-            same.
-
-        Raises:
-            InvalidArgument: If a shape or a type is not as above.
-        """
+        """Returns the same samples with other labels."""
         labels = _checked_labels("labels", labels, len(self))
         if clean_labels is None:
             return dataclasses.replace(self, labels=labels, reviewed=None)
@@ -245,17 +183,7 @@ class SampleSplit(abc.ABC):
         )
 
     def take(self, indices: np.ndarray) -> Self:
-        """Returns some of the samples, in the same order.
-
-        Args:
-            indices: Shape `(k,)`, strictly increasing positions in [0, n).
-
-        Returns:
-            A new split of `k` samples.
-
-        Raises:
-            InvalidArgument: If the indices are not increasing or out of range.
-        """
+        """Returns some of the samples, in the same order."""
         indices = np.asarray(indices, dtype=np.int64)
         inside = indices.size == 0 or (indices[0] >= 0 and indices[-1] < len(self))
         if indices.ndim != 1 or not inside or np.any(np.diff(indices) <= 0):
@@ -299,18 +227,7 @@ class SampleSplit(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleData:
-    """A data set of labelled samples.
-
-    Attributes:
-        train: The samples to learn from.
-        validation: The samples to choose settings by.
-        test: The samples to judge the result by.
-        class_names: The classes' names; a label is a position in it.
-        source: Where the data are from, as it was asked for.
-        ignored_files: How many files of a folder were not taken, because they
-            are hidden or have another suffix.
-        corrections: What `apply_corrections` changed, or None.
-    """
+    """A data set of labelled samples."""
 
     split_type: ClassVar[type[SampleSplit]]
 

@@ -24,18 +24,7 @@ WEIGHT_DTYPES = ("float32", "float16", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """The format of an export and its options.
-
-    Attributes:
-        file_format: `"saved-model"`, `"litert"` or `"onnx"`.
-        weight_dtype: `"float32"`; `"float16"` for the first two; `"int8"`
-            (dynamic-range quantisation) for LiteRT.
-        version: Version of a SavedModel, at least 1. None: the next free one.
-        top_k: How many classes a SavedModel names in `top_labels`, or None.
-
-    Raises:
-        InvalidArgument: If the options do not fit the format.
-    """
+    """The format of an export and its options."""
 
     file_format: str = "saved-model"
     weight_dtype: str = "float32"

@@ -55,21 +55,7 @@ MAX_BYTES_AS_CONSTANTS = 2**28
 
 
 class FrozenBase:
-    """A base as it is now; what is done to its weights later goes unnoticed.
-
-    Args:
-        backbone: Model from images `(batch, height, width, 3)`, float32 in
-            [0, 255], or from texts `(batch,)`, to features `(batch, dim)`.
-        num_images: How many images it will be run on, for the choice of the
-            faster way. Default 0.
-        device_names: Devices that `over` shares the batches among. Default:
-            TensorFlow's own choice of one.
-
-    Attributes:
-        sample_shape: Shape of one input: `(height, width, 3)`, or `()` for a text.
-        image_size: Height and width in pixels; `()` for a base that takes texts.
-        dim: Number of features of an image.
-    """
+    """A base as it is now; what is done to its weights later goes unnoticed."""
 
     def __init__(
         self,
@@ -87,11 +73,7 @@ class FrozenBase:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: the architecture and every weight.
-
-        The architecture includes preprocessing, image size and precision, but no
-        layer's name.
-        """
+        """32 hexadecimal digits: the architecture and every weight."""
         digest = hashlib.blake2b(digest_size=16)
         config = json.dumps(_nameless_config(self._backbone), sort_keys=True)
         digest.update(config.encode())
@@ -106,14 +88,7 @@ class FrozenBase:
     def over(
         self, batches: Iterable[tuple[Any, tf.Tensor]]
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        """Runs the base over batches, each on one device, all devices at once.
-
-        Args:
-            batches: Pairs of anything and inputs `(batch, *sample_shape)`.
-
-        Yields:
-            What came with the inputs, and their features `(batch, dim)`, in order.
-        """
+        """Runs the base over batches, each on one device, all devices at once."""
         if len(self._device_names) < 2:
             for number, images in batches:
                 yield number, self.forward(images).numpy()

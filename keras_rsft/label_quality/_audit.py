@@ -217,11 +217,7 @@ def _reason_to_keep_all(label_quality: LabelQuality) -> str | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Evidence:
-    """What the noise is estimated from: `m` samples, among them the examined ones.
-
-    `given` are their labels before a review, `known` the right ones, -1 where they are
-    not known, or None; `places` the positions of the examined samples.
-    """
+    """What the noise is estimated from: `m` samples, among them the examined ones."""
 
     features: FeatureSet
     given: np.ndarray
@@ -254,10 +250,7 @@ class _Evidence:
 
 
 class LeftOutRegression:
-    """Weighted ridge regression on one-hot labels, each sample left out in turn.
-
-    Features are standardised, and read chunk by chunk where there are many.
-    """
+    """Weighted ridge regression on one-hot labels, each sample left out in turn."""
 
     def __init__(self, features: FeatureSet, num_classes: int, seed: int):
         self._features = features
@@ -428,11 +421,7 @@ def fit_noise(
     near: float | None = None,
     chosen: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray]:
-    """Fits how sharp the scores are, and the noise matrix, by maximum likelihood.
-
-    With `near` only the neighbours of that sharpness are tried; `chosen` masks the
-    samples by which it is chosen.
-    """
+    """Fits how sharp the scores are, and the noise matrix, by maximum likelihood."""
     everything = chosen is None or chosen.all()
     rows = slice(None) if everything else chosen
     some_known = None if known is None else known[rows]

@@ -17,12 +17,7 @@ Shape = tuple[int | None, ...]
 
 
 class LossScorer:
-    """Scores samples, or their elements, by the loss a model was compiled with.
-
-    A model without layers is compiled with the same losses, unreduced, so that
-    Keras itself pairs losses with outputs (names, dicts, lists, loss weights).
-    It is held here, outside of the trained model, so that it is not saved.
-    """
+    """Scores samples, or their elements, by the loss a model was compiled with."""
 
     def __init__(
         self,
@@ -61,14 +56,7 @@ class LossScorer:
 
 
 class _Unreduced(keras.losses.Loss):
-    """A loss of one output, one number a sample, or an element if there are `shapes`.
-
-    Calls the wrapped loss's own `call`, never a copy made from its config. Several
-    values a sample (of time steps, of pixels) are averaged, without those that a Keras
-    mask or `ignore_class` leaves out. An element is what the loss has a value for: a
-    pixel, a box, a time step; of binary cross-entropy each prediction, also where they
-    are labels of one sample. With `one_class` a loss of several labels is refused.
-    """
+    """A loss of one output: a number per sample, or per element with `shapes`."""
 
     def __init__(self, loss: Any, shapes: list[Shape] | None, one_class: bool):
         super().__init__(reduction="none")
@@ -127,10 +115,7 @@ class _Unreduced(keras.losses.Loss):
         return ops.divide_no_nan(_mean_of_each_row(values), share)
 
     def _by_element(self, values: Any, counted: Any, y_pred: Any) -> Any:
-        """Returns values with NaN for a sample whose predictions are not all finite.
-
-        Its gradients would not be either.
-        """
+        """Returns values with NaN for a sample whose predictions are not all finite."""
         shape, predicted = tuple(values.shape[1:]), getattr(y_pred, "shape", None)
         if not shape:
             raise InvalidArgument(

@@ -15,11 +15,7 @@ SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
 def selection_sums(losses: Any, accept_mask: Any) -> Any:
-    """Sums what a batch adds to the counters, in one reduction, float32 `(5,)`.
-
-    Samples, accepted samples, summed loss of the accepted, samples with a finite loss,
-    and their summed loss; of elements but those `LEFT_OUT`, where these are judged.
-    """
+    """Sums what a batch adds to the counters, in one reduction, float32 `(5,)`."""
     judged = ops.ones_like(losses)
     if len(losses.shape) > 1:
         judged = ops.cast(ops.not_equal(losses, LEFT_OUT), "float32")
@@ -38,11 +34,7 @@ def selection_sums(losses: Any, accept_mask: Any) -> Any:
 
 
 class SelectionMetric(keras.metrics.Metric):
-    """Counts what was accepted since the last reset.
-
-    Holds the sums of `selection_sums` in one vector, so that a step pays for one
-    assignment, and the lowest finite loss judged in steps that accepted nothing.
-    """
+    """Counts what was accepted since the last reset."""
 
     def __init__(self, name: str = "selection"):
         super().__init__(name=name, dtype="float32")
@@ -81,10 +73,7 @@ class SelectionMetric(keras.metrics.Metric):
 
 
 class AcceptanceGuard(keras.callbacks.Callback):
-    """Warns when an epoch accepted nothing or met losses that are not finite.
-
-    Every `RSFTModel.fit` has one: training never stalls in silence.
-    """
+    """Warns when an epoch accepted nothing or met losses that are not finite."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -105,12 +105,7 @@ def _what_keras_cannot_do(model: RSFTModel) -> str | None:
 
 
 def gather(recorded: Pass) -> Pass:
-    """Exchanges what a decision needs: a few numbers a row, as two sums.
-
-    Sums, since each replica adds zeros for the rows of the others: that keeps their
-    order, and works for any number of rows. In float64, which holds every number of
-    a row exactly.
-    """
+    """Exchanges what a decision needs: a few numbers a row, as two sums."""
     context = tf.distribute.get_replica_context()
     replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
     row_count = tf.size(recorded.losses)
@@ -202,11 +197,7 @@ def update_if_accepted(
 def _contribution(
     model: RSFTModel, passed: Pass, whole: Pass, accept_mask: tf.Tensor, share: Any
 ) -> tuple[list[tuple[Any, tf.Tensor]], ...]:
-    """Runs this replica's backward pass; returns variables with the parts of `_Update`.
-
-    `share` is the replica's of what layers add to the loss, and of the statistics that
-    they keep, in [0, 1].
-    """
+    """Runs this replica's backward pass; returns variables with their updates."""
 
     def own_part(value: Any) -> tf.Tensor:
         # What a replica without rows computes may be 0 / 0.
@@ -233,11 +224,7 @@ def _apply_if(
     accepts_any: Any,
     values: _Update,
 ) -> None:
-    """Applies an update on all replicas, or on none of them.
-
-    Runs outside of the replicas, as the condition has to: `optimizer.apply` gathers
-    them itself, which cannot begin within a branch of a replica.
-    """
+    """Applies an update on all replicas, or on none of them."""
 
     def apply() -> None:
         with _gradients_are_summed(model.optimizer):
@@ -264,11 +251,7 @@ def _apply(model: RSFTModel, targets: list[list[Any]], values: _Update) -> None:
 
 @contextlib.contextmanager
 def _gradients_are_summed(optimizer: Any) -> Iterator[None]:
-    """Keeps a Keras optimizer from summing over the replicas what is summed already.
-
-    It would do so after clipping. One device clips the gradient of the whole batch,
-    and loss scaling looks for overflow in it: both need the sum first.
-    """
+    """Keeps a Keras optimizer from summing over the replicas what is summed already."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     own = vars(optimizer)
     own["_all_reduce_sum_gradients"] = lambda gradients_and_variables: (
@@ -304,11 +287,7 @@ def per_worker(model: RSFTModel, logs: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_on_symbols(model: RSFTModel, element_spec: Any) -> None:
-    """Builds metrics, losses and optimizer from the form of a batch alone.
-
-    Keras takes the mean of a batch over the replicas for that, which fails where they
-    have different numbers of rows, and on several workers.
-    """
+    """Builds metrics, losses and optimizer from the form of a batch alone."""
 
     def symbol(spec: Any) -> keras.KerasTensor | None:
         spec = getattr(spec, "_value_specs", [spec])[0]

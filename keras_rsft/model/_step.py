@@ -18,16 +18,7 @@ Data = tuple[Any, Any, Any]  # Inputs, targets, sample weights or None.
 
 
 class Pass(NamedTuple):
-    """A forward pass, and the updates that it holds back.
-
-    `minimised` are tensors to minimise; of `per_sample`, if it is not None, the mean
-    over the accepted samples is minimised too. `pending` has the new values of the
-    model's own state; `tape` is what the backend goes backward through. A pass to
-    decide on also has the `losses` that the policy sees, the same `weighted` by the
-    samples' weights, the `penalties` that layers add, and Keras's own `batch_loss`, if
-    that was computed. The whole of several replicas has those of all rows, of which
-    `row_count` from `first_row` on are this replica's.
-    """
+    """A forward pass, and the updates that it holds back."""
 
     minimised: Sequence[Any] = ()
     per_sample: Any = None
@@ -55,10 +46,7 @@ class Pass(NamedTuple):
         return values[self.first_row : self.first_row + self.row_count]
 
     def shown_loss(self) -> Any:
-        """Returns the loss for the log, a scalar of what is finite.
-
-        A rejected NaN must not reach the log, where it would set off `TerminateOnNaN`.
-        """
+        """Returns the loss for the log, a scalar of what is finite."""
         finite = ops.isfinite(self.weighted)
         total = ops.sum(ops.where(finite, self.weighted, 0.0))
         mean = ops.divide_no_nan(total, ops.sum(ops.cast(finite, "float32")))
@@ -70,11 +58,7 @@ class Pass(NamedTuple):
 
 
 class TrainingStep(keras.Model):
-    """The step of an `RSFTModel`.
-
-    A backend's class has `train_step` as Keras wants it there, and the four methods at
-    the end.
-    """
+    """The step of an `RSFTModel`."""
 
     model: keras.Model
     policy: Policy
@@ -157,11 +141,7 @@ class TrainingStep(keras.Model):
         return self.recorded(scored)
 
     def _forward(self, x: Any) -> tuple[Any, keras.StatelessScope | None]:
-        """Runs the model, holding back what the pass would change in it.
-
-        BatchNorm statistics and random seeds are updated in the forward pass,
-        before the decision; `_apply` writes them once the batch is accepted.
-        """
+        """Runs the model, holding back what the pass would change in it."""
         with keras.StatelessScope(collect_losses=True) as pending:
             y_pred = self(x, training=True)
         if pending.losses:
@@ -259,10 +239,7 @@ class TrainingStep(keras.Model):
         raise NotImplementedError
 
     def gradients(self, recorded: Pass, seeds: list[Any]) -> list[Any]:
-        """Runs the backward pass from the gradients of `recorded.targets()`.
-
-        Returns a gradient for each trainable variable, None for those not reached.
-        """
+        """Runs the backward pass from the gradients of `recorded.targets()`."""
         raise NotImplementedError
 
     def branch(
@@ -273,10 +250,7 @@ class TrainingStep(keras.Model):
         *,
         rare: bool = False,
     ) -> None:
-        """Runs one of two functions, which change variables and return nothing.
-
-        With `rare` the condition is seldom False.
-        """
+        """Runs one of two functions, which change variables and return nothing."""
         raise NotImplementedError
 
     def apply_gradients(self, gradients: list[Any]) -> None:
@@ -287,10 +261,7 @@ class TrainingStep(keras.Model):
 
 
 class SymbolicBuild(TrainingStep):
-    """Builds from the first three parts of a batch, under JAX and PyTorch.
-
-    Under TensorFlow Keras builds while it traces the step.
-    """
+    """Builds from the first three parts of a batch, under JAX and PyTorch."""
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         def first_parts() -> Iterator[tuple[int, int, list[Any]]]:
@@ -336,11 +307,7 @@ def without_selection(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _labels_of(y: Any, losses: Any) -> Any:
-    """Returns the classes that targets name, int32 of the shape of `losses`, or None.
-
-    Integers or one-hot rows, one for each loss. A row with several ones cannot be told
-    from these while a step is traced.
-    """
+    """Returns the targets' classes, int32 of the shape of `losses`, or None."""
     rank = len(losses.shape)
     if isinstance(y, (dict, list, tuple)) or y is None or len(y.shape) > rank + 1:
         return None
@@ -354,12 +321,7 @@ def _labels_of(y: Any, losses: Any) -> Any:
 
 
 def _unusable_overwritten(data: Any, losses: Any) -> Any:
-    """Returns a batch in which samples with no finite loss are overwritten.
-
-    A NaN in one row would reach the gradients of all, since 0 x NaN is NaN: masking
-    the loss is not enough. Such rows become copies of the first that has a finite loss,
-    and stay masked. All others stay: a BatchNorm sees what it saw before.
-    """
+    """Returns a batch in which samples with no finite loss are overwritten."""
     usable = ops.isfinite(losses)
     if len(losses.shape) > 1:
         axes = _within(losses)
@@ -375,11 +337,7 @@ def _unusable_overwritten(data: Any, losses: Any) -> Any:
 
 
 def _only_accepted(y_pred: Any, accept_mask: Any) -> Any:
-    """Returns predictions through which rejected elements have no gradient at all.
-
-    A loss that is not finite may have a gradient that is not either, and 0 x NaN is
-    NaN: masking the loss is not enough. With a mask `(batch,)` nothing is changed.
-    """
+    """Returns predictions through which rejected elements have no gradient at all."""
     if len(accept_mask.shape) == 1:
         return y_pred
 
@@ -392,11 +350,7 @@ def _only_accepted(y_pred: Any, accept_mask: Any) -> Any:
 
 
 def _by_sample(losses: Any, accept_mask: Any) -> tuple[Any, Any]:
-    """Returns what a ledger notes of each sample, both `(batch,)`.
-
-    Of elements the mean over the finite losses, NaN where none is; and whether at least
-    half of those judged, and at least one, were accepted.
-    """
+    """Returns what a ledger notes of each sample, both `(batch,)`."""
     if len(losses.shape) == 1:
         return losses, accept_mask
     axes = _within(losses)

@@ -16,11 +16,7 @@ from keras_rsft.policies._rules import after_warmup, with_class_floor
 
 
 class Batch(NamedTuple):
-    """What a policy decides on.
-
-    At level `"element"` these are the elements of all samples in one row, and
-    `sample_index` is None.
-    """
+    """What a policy decides on."""
 
     losses: Any
     labels: Any = None
@@ -223,11 +219,7 @@ class Policy(keras.layers.Layer):
         return config | {name: live.get(name, getattr(self, name)) for name in names}
 
     def _count_step(self, steps: Any, losses: Any) -> None:
-        """Counts a step once its losses are there.
-
-        At the end of a data set of unknown size, Keras under TensorFlow runs whatever
-        does not wait for a batch.
-        """
+        """Counts a step once its losses are there."""
         if keras.backend.backend() != "tensorflow":
             self.steps_seen.assign(steps)
             return

@@ -20,10 +20,7 @@ def accept_below(losses: Any, threshold: Any) -> Any:
 
 
 def accept_batch_below(losses: Any, threshold: Any, present: Any = None) -> Any:
-    """Accepts whole batches whose mean loss is finite and strictly below it.
-
-    The mean of the samples that are `present`, a boolean `(batch,)`; of all if None.
-    """
+    """Accepts whole batches whose mean loss is finite and strictly below it."""
     if present is None:
         mean_loss = ops.mean(losses, axis=-1, keepdims=True)
     else:
@@ -35,10 +32,7 @@ def accept_batch_below(losses: Any, threshold: Any, present: Any = None) -> Any:
 
 
 def accept_listed(listed: Any, losses: Any, labels: Any, loss_limit: Any) -> Any:
-    """Accepts what is listed and below the limit, and some of each class listed.
-
-    A class that is hard to learn is still learnt from: its easiest samples.
-    """
+    """Accepts what is listed and below the limit, and some of each class listed."""
     accept_mask = ops.logical_and(listed, accept_below(losses, loss_limit))
     if labels is None:
         return accept_mask
@@ -47,11 +41,7 @@ def accept_listed(listed: Any, losses: Any, labels: Any, loss_limit: Any) -> Any
 
 
 def keep_smallest(losses: Any, keep_fraction: Any) -> Any:
-    """Keeps the smallest finite losses (Han et al., 2018, "Co-teaching").
-
-    At least one; the number is rounded to the nearest, halves upwards. Of equal losses
-    the earlier is kept.
-    """
+    """Keeps the smallest finite losses (Han et al., 2018, "Co-teaching")."""
     finite = ops.isfinite(losses)
     # Counted in float32 whatever the losses are: bfloat16 has no 257.
     finite_count = ops.sum(ops.cast(finite, "float32"), axis=-1, keepdims=True)
@@ -69,11 +59,7 @@ def keep_smallest(losses: Any, keep_fraction: Any) -> Any:
 
 
 def ramped_keep_fraction(step: Any, keep_fraction: Any, ramp_steps: Any) -> Any:
-    """Falls linearly from 1 to `keep_fraction` (Han et al., 2018, "Co-teaching").
-
-    Early on everything is learnt, since noisy labels are memorised later than clean
-    ones.
-    """
+    """Falls linearly from 1 to `keep_fraction` (Han et al., 2018, "Co-teaching")."""
     progress = ops.cast(step, "float32") / ops.maximum(
         ops.cast(ramp_steps, "float32"), 1.0
     )
@@ -90,13 +76,7 @@ def grown_threshold(step: Any, threshold: Any, growth: Any, growth_steps: Any) -
 
 
 def running_moments(moments: Any, losses: Any, members: Any, momentum: float) -> Any:
-    """Updates the weight, mean and variance `(..., groups, 3)` of each group's losses.
-
-    `members` `(..., groups, batch)` is 1 where a sample is of a group; a group without
-    finite losses keeps its moments. After West, "Updating mean and variance estimates",
-    Communications of the ACM, 1979: sums of squares would lose a small variance of
-    large losses.
-    """
+    """Updates weight, mean and variance `(..., groups, 3)` of each group's losses."""
     finite = ops.isfinite(losses)
     # Limited, for the square of a huge loss would be infinite for ever.
     losses = ops.clip(ops.where(finite, losses, 0.0), -1e6, 1e6)
@@ -119,10 +99,7 @@ def running_moments(moments: Any, losses: Any, members: Any, momentum: float) ->
 
 
 def threshold_from_moments(moments: Any, deviations: Any) -> Any:
-    """Returns each group's mean plus some deviations, infinite where nothing is seen.
-
-    From `running_moments`; `(..., groups)`.
-    """
+    """Returns each group's mean plus some deviations; infinite where unseen."""
     weight, mean, variance = (moments[..., column] for column in range(3))
     threshold = mean + deviations * ops.sqrt(variance)
     return ops.where(weight > 0, threshold, float("inf"))
@@ -131,10 +108,7 @@ def threshold_from_moments(moments: Any, deviations: Any) -> Any:
 def running_percentile(
     statistics: Any, losses: Any, members: Any, percentile: Any, momentum: Any
 ) -> Any:
-    """Updates `(..., groups, 2)`: sums of the weight and of the weighted percentile.
-
-    `members` as in `running_moments`; a group without finite losses keeps its own.
-    """
+    """Updates `(..., groups, 2)`: sums of the weight and of the weighted percentile."""
     inside = ops.logical_and(members > 0, ops.isfinite(losses)[..., None, :])
     losses = ops.where(inside, losses[..., None, :], float("inf"))
     counts = ops.sum(ops.cast(inside, "float32"), axis=-1, keepdims=True)
@@ -158,11 +132,7 @@ def threshold_from_percentile(statistics: Any) -> Any:
 def with_class_floor(
     accept_mask: Any, losses: Any, labels: Any, class_floor: Any
 ) -> Any:
-    """Also accepts the smallest losses of each class, a share of those in the batch.
-
-    Of `m` finite losses at least `ceil(class_floor * m)`; `labels` are integers
-    `(batch,)` or `(..., batch)`.
-    """
+    """Also accepts the smallest losses of each class, a share of those in the batch."""
     finite = ops.isfinite(losses)
     same_class = ops.equal(labels[..., :, None], labels[..., None, :])
     peers = ops.logical_and(same_class, finite[..., None, :])

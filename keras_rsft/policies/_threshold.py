@@ -386,10 +386,7 @@ class LossMixture(Policy):
 
 
 def mixture_threshold(losses: np.ndarray, probability: float) -> float:
-    """Returns the first loss at which the lower of two Gaussians is less probable.
-
-    Infinity, with a warning, where the losses do not fall into two groups.
-    """
+    """Returns the first loss at which the lower of two Gaussians is less probable."""
     try:
         from sklearn.mixture import GaussianMixture
     except ImportError as error:

@@ -66,10 +66,7 @@ _STYLE = (
 
 
 def _tag(name: str, content: str = "", **attributes: Any) -> str:
-    """Returns an element around markup; `class_` is class, `text_anchor` text-anchor.
-
-    Attributes are escaped, numbers shortened, those that are None left out.
-    """
+    """Returns an element around markup; `class_` is class, `_` a hyphen."""
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_attribute(value)}"'
         for key, value in attributes.items()
@@ -196,11 +193,7 @@ def _colour(share: float, anchors: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LineChart:
-    """Lines over epochs: a drawing, and what is beside it on the page.
-
-    `heights` and `texts` have a row for each line: its pixels, None where there is no
-    value, and its values, "-" there.
-    """
+    """Lines over epochs: a drawing, and what is beside it on the page."""
 
     key: str
     title: str
@@ -240,10 +233,7 @@ def line_chart(
     *,
     as_percent: bool,
 ) -> LineChart | None:
-    """Returns a chart of values by epoch, or None where there is no finite value.
-
-    Each of the series is a name, a style and values; NaN leaves a gap.
-    """
+    """Returns a chart of values by epoch, or None where there is no finite value."""
     series = [one for one in series if any(map(math.isfinite, one[2]))]
     if not series:
         return None
@@ -464,12 +454,7 @@ def trials_svg(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Means over trials, in cells of learning rate and selectivity.
-
-    `rates` and `numbers` are of the trials; `rate_edges`, even in the logarithm, and
-    `edges` bound the cells; `means` has an array `(rows, columns)` for each title, NaN
-    where there is no trial.
-    """
+    """Means over trials, in cells of learning rate and selectivity."""
 
     label: str
     rates: np.ndarray

@@ -33,11 +33,7 @@ MAX_SHOWN_PAIRS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """Given against predicted labels: a row of counts for each given class.
-
-    `strengths` has each count's share of its row, from 0 to 9; `pairs` the most
-    frequent different labels: given, predicted, count.
-    """
+    """Given against predicted labels: a row of counts for each given class."""
 
     classes: tuple[int, ...]
     counts: tuple[tuple[int, ...], ...]
@@ -78,11 +74,7 @@ def confusion_of(
 def gallery_data(
     record: RunRecord, *, served: bool, max_bytes: int = MAX_EMBEDDED_BYTES
 ) -> dict[str, Any]:
-    """Returns what the page's script shows, as JSON can hold it.
-
-    A served page lists every sample and fetches pictures one by one. Else the pictures
-    or texts of the most suspicious are embedded, and those alone are listed.
-    """
+    """Returns what the page's script shows, as JSON can hold it."""
     samples = record.ledger
     order = np.argsort(-samples.numbers["suspicion"], kind="stable")
     place = {sample_id: row for row, sample_id in enumerate(samples.ids)}
@@ -529,11 +521,7 @@ def _search_sentence(
 
 
 def learning_curves(record: RunRecord) -> list[charts.LineChart]:
-    """Returns the charts of a run by epoch.
-
-    Training is drawn in grey and validation in colour; what is of the accepted samples
-    alone is dashed.
-    """
+    """Returns the charts of a run by epoch."""
     metrics = record.metrics
     plain = record.results.get("against_plain", {}).get("history", {})
     plain_validation = [float(value) for value in plain.get("val_accuracy", [])]

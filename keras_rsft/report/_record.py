@@ -27,11 +27,7 @@ _COUNTS = ("seen", "accepted", "rejected")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """The ledger, one entry a training sample.
-
-    Labels are -1 and numbers NaN where they are not known; `numbers` and `counts` are
-    by the names of the ledger's columns.
-    """
+    """The ledger, one entry a training sample."""
 
     ids: list[str]
     given: np.ndarray
@@ -55,12 +51,7 @@ class EpochLosses:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunRecord:
-    """A run folder or the folder of a search, as far as it has been written.
-
-    `samples` is None for a search; `metrics` has a number an epoch, NaN where there is
-    none; `acceptance` the accepted share of each class in the last epoch, or None;
-    `pairs` the near duplicates with their similarity; `trials` a search's table.
-    """
+    """A run folder or the folder of a search, as far as it has been written."""
 
     folder: Path
     class_names: tuple[str, ...]
@@ -140,15 +131,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run folder, or the folder of a finished search.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        InvalidArgument: If it is neither.
-        DataError: If one of its files cannot be understood.
-    """
+    """Reads a run folder, or the folder of a finished search."""
     has_ledger = (folder / _storage.LEDGER_FILE).is_file()
     is_search = (folder / _storage.SEARCH_FILE).is_file()
     if not (folder / _storage.RESULTS_FILE).is_file() or not (has_ledger or is_search):

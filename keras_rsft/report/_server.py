@@ -25,20 +25,13 @@ _HEADERS = {
 
 
 def own_port(record: RunRecord) -> int:
-    """Returns a run's port, in [49152, 65535]: the same one each time.
-
-    A browser keeps decisions by address and port.
-    """
+    """Returns a run's port, in [49152, 65535]: the same one each time."""
     ports = range(_FIRST_PRIVATE_PORT, 2**16)
     return ports[int(record.identity, 16) % len(ports)]
 
 
 class ReviewServer(http.server.ThreadingHTTPServer):
-    """Serves one run; the page is rendered once, when the server is made.
-
-    Without a port it takes the run's own, or a free one where that is taken; port 0
-    takes a free one.
-    """
+    """Serves one run; the page is rendered once, when the server is made."""
 
     daemon_threads = True
 

@@ -47,12 +47,7 @@ class _Part:
 
 
 class EpochCurves(keras.callbacks.Callback):
-    """Logs `train_accuracy` and `train_loss` of the weights at the end of the epoch.
-
-    Also `train_accepted_accuracy` and `train_accepted_loss`, of the samples that were
-    accepted in this epoch, NaN without any; and `val_loss_error`, the standard error of
-    `val_loss`. All by the given labels. Goes behind the `RejectionLedger`.
-    """
+    """Logs `train_accuracy` and `train_loss` of the weights at the end of the epoch."""
 
     def __init__(self, features: SplitFeatures, recorder: RejectionLedger, seed: int):
         super().__init__()
@@ -94,16 +89,7 @@ LASTING = 3
 
 @dataclasses.dataclass(frozen=True)
 class Overfitting:
-    """Validation fell while training went on improving.
-
-    Attributes:
-        measure: `"accuracy"` or `"loss"`.
-        best_epoch: Number of the epoch, from 1, at which validation was best.
-        epochs: Number of epochs.
-        validation: Validation around that epoch and at the end, medians of 5 epochs.
-        training: Training at the same places.
-        standard_error: Of the validation at its best.
-    """
+    """Validation fell while training went on improving."""
 
     measure: str
     best_epoch: int
@@ -137,18 +123,7 @@ class Overfitting:
 def find_overfitting(
     curves: Mapping[str, Sequence[float]], validation_size: int
 ) -> Overfitting | None:
-    """Looks for a training that goes on improving while validation falls.
-
-    Training is that of the accepted samples: what a policy rejects is not learnt. Both
-    curves are smoothed by medians of 5 epochs. It overfits where in each of the last 3
-    epochs validation is worse than at its best by more than one standard error, and
-    training is better than it was then; so the gap between them has grown. A fall that
-    is made up for until the end is none. Accuracy is looked at first, then loss.
-
-    The standard error of an accuracy p of n samples is `sqrt(p (1 - p) / n)`, with two
-    samples right and two wrong added (Agresti and Coull, 1998), so that it is not 0 at
-    100 %; that of a loss is logged beside it.
-    """
+    """Looks for a training that goes on improving while validation falls."""
     for measure, sign in (("accuracy", 1.0), ("loss", -1.0)):
         training = curves.get(f"train_accepted_{measure}", ())
         validation = curves.get(f"val_{measure}", ())

@@ -57,12 +57,7 @@ def extract_all(
     patience: float = DEFAULT_PATIENCE,
     device_names: Sequence[str] = (),
 ) -> SplitFeatures:
-    """Runs the base over all splits, or reads the cached features.
-
-    With a `cluster`, its processes call this together, each for its share, on a
-    `cache_dir` that all of them see; raises WorkerLost where one makes no progress for
-    `patience` seconds. `device_names` are the devices of this process to use.
-    """
+    """Runs the base over all splits, or reads the cached features."""
     passes = feature_passes(
         base,
         data,
@@ -142,10 +137,7 @@ def open_features(
     on_base: Callable[[keras.Model], None] = lambda base: None,
     device_names: Sequence[str] = (),
 ) -> FeatureSource:
-    """Lists the images, loads the base, and computes or reads the features.
-
-    `on_base` is called with the base before it is run, to refuse it.
-    """
+    """Lists the images, loads the base, and computes or reads the features."""
     data, base, precision = _loaded(
         data, backbone, weights, image_size, precision, views
     )

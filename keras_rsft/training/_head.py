@@ -174,11 +174,7 @@ def fit_resumable(
     begin: int = 0,
     steps: int | None = None,
 ) -> dict[str, list[float]]:
-    """Trains the epochs that are left after `begin`; returns the history of all.
-
-    The checkpoint remembers `callbacks`, and need not remember `own`. A state of
-    another `origin` is not used. The bar shows epochs, or `steps` of each.
-    """
+    """Trains the epochs that are left after `begin`; returns the history of all."""
     first, last = begin, begin + epochs
     if checkpoint is not None:
         options = [options_of(callback) for callback in callbacks]
@@ -212,11 +208,7 @@ def untrained_head(
     settings: TrainConfig,
     label_quality: LabelQuality | None = None,
 ) -> RSFTModel:
-    """Builds and compiles a new head over cached features, under its policy.
-
-    Samples that a person has reviewed are accepted whatever the policy says, unless
-    it judges whole batches.
-    """
+    """Builds and compiles a new head over cached features, under its policy."""
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
     if label_quality is not None:
@@ -248,20 +240,12 @@ def untrained_head(
 
 
 def even_batch(count: int) -> int:
-    """Returns a batch size, at most 256, by which batches are nearly equally large.
-
-    Keras takes the loss of an evaluation for the mean over its batches: samples of a
-    small last batch would count for more.
-    """
+    """Returns a batch size, at most 256, by which batches are nearly equally large."""
     return -(-count // -(-count // VALIDATION_BATCH))
 
 
 def choose_steps_per_execution(steps: int) -> int:
-    """Returns how many steps to run in one call.
-
-    As many as keep the overhead of a call small, in calls of nearly equal size,
-    so that progress is still shown several times in a long epoch.
-    """
+    """Returns how many steps to run in one call."""
     calls = -(-steps // MAX_STEPS_PER_EXECUTION)
     return -(-steps // calls)
 
@@ -314,13 +298,7 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
 
 
 def early_stopping(settings: TrainConfig) -> list[keras.callbacks.Callback]:
-    """Returns the callback that ends a training early, or none.
-
-    By accuracy rather than loss: under wrong labels the loss of a validation split is
-    ruled by those it gets wrong, while the model that is best on right labels still
-    has the best accuracy on noisy ones (Chen et al., "Robustness of accuracy metric and
-    its inspirations in learning with noisy labels", AAAI 2021).
-    """
+    """Returns the callback that ends a training early, or none."""
     if settings.early_stopping is None:
         return []
     return [
@@ -383,10 +361,7 @@ def train_against_plain(
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
 ) -> AgainstPlain | None:
-    """Trains a head that accepts everything, all else equal, and compares.
-
-    Returns None where the policy accepts everything, or nothing can judge.
-    """
+    """Trains a head that accepts everything, all else equal, and compares."""
     parts = {"test": features.test, "validation": features.validation}
     judged = next(((name, part) for name, part in parts.items() if len(part)), None)
     if trained.model.policy.accepts_every_finite_sample or judged is None:

@@ -95,10 +95,7 @@ _TWO_RATES = {
 def with_two_rates(
     optimizer: keras.optimizers.Optimizer, *, slow_variables: int, slow_rate: float
 ) -> keras.optimizers.Optimizer:
-    """Returns an unused optimizer's like, under which the first variables learn slowly.
-
-    At `slow_rate` times the learning rate; what changes that changes both.
-    """
+    """Returns the same optimizer with a smaller rate for the first variables."""
     two_rates = _TWO_RATES.get(type(optimizer))
     if two_rates is None:
         raise InvalidArgument(

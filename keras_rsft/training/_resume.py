@@ -41,11 +41,7 @@ class TrainingState:
 
 
 class TrainingCheckpoint(keras.callbacks.Callback):
-    """Keeps the state of a training in a file, and resumes from it.
-
-    Goes last among the callbacks, so that it sees and restores what the others have
-    done. With several workers the chief keeps the file and sends it to the others.
-    """
+    """Keeps the state of a training in a file, and resumes from it."""
 
     def __init__(
         self,
@@ -196,13 +192,7 @@ _ARRAY = "array"
 
 
 def memory_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """Returns what a callback has learnt: plain attributes that are no options.
-
-    Plain are None, bool, number, text, array, and lists of these; models, files and
-    functions are not. An option has the name of a constructor's parameter: it stays as
-    it was given, since some callbacks make others of them on their first epoch
-    (Keras turns the sign of `min_delta`).
-    """
+    """Returns what a callback has learnt: plain attributes that are no options."""
     options = _parameters(type(callback))
     return {n: v for n, v in _plain_attributes(callback).items() if n not in options}
 
@@ -218,10 +208,7 @@ def options_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
 
 
 def callbacks_identity(callbacks: Any) -> Any:
-    """Returns what a run must share of its callbacks, or of a function that makes them.
-
-    A function counts by its name; its callbacks are compared when there is a state.
-    """
+    """Returns the identity of callbacks, or of a function that makes them."""
     if callable(callbacks):
         return f"{callbacks.__module__}.{callbacks.__qualname__}"
     return [options_of(callback) for callback in callbacks]

@@ -88,10 +88,7 @@ def unfreeze(
     place: RunPlace | None = None,
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
-    """Trains unfrozen layers as the settings say, and returns the better model.
-
-    The results of `trained` get the new numbers.
-    """
+    """Trains unfrozen layers as the settings say, and returns the better model."""
     base, how = source.base(), settings.unfreezing
     head_only = build_classifier(
         base, len(features.class_names), head=trained.model.model
@@ -202,13 +199,7 @@ def better_model(
     *,
     name: str,
 ) -> keras.Model:
-    """Returns the better of two models by validation, and records both.
-
-    The results get `NAME_validation_accuracy`, `NAME_test_accuracy` and `NAME_kept`.
-    Where the tuned model is kept, the plain accuracies become its own, and those of
-    before `head_validation_accuracy` and `head_test_accuracy`. Without a validation
-    split what was asked for by `--unfreeze` is kept, and the cautious kind is not.
-    """
+    """Returns the better of two models by validation, and records both."""
     kept = name == "unfrozen"
     if len(features.test):
         results[f"{name}_test_accuracy"] = accuracy_on_images(tuned, data.test)
@@ -254,11 +245,7 @@ def cache_activations(
     source: BackboneSource,
     choice_file: Path | None = None,
 ) -> bool:
-    """Says whether activations are cached: if they fit into half of the free disk.
-
-    The choice is written down for a resumed run: the room is another by then, and both
-    ways differ in the last bits.
-    """
+    """Says whether activations are cached: if they fit into half of the free disk."""
     if choice_file is not None:
         kept = read_json(choice_file)
         if isinstance(kept, bool):
@@ -359,11 +346,7 @@ def train_unfrozen(
     cached: bool,
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
-    """Trains the part's layers and a copy of the head, under the head's policy.
-
-    The part is changed and frozen again; the given head is not changed. Returns the
-    model from images to probabilities, and the head's training with the new epochs.
-    """
+    """Trains the part's layers and a copy of the head, under the head's policy."""
     how, recorder = settings.unfreezing, trained.recorder
     batch_size = how.batch_size or settings.batch_size
     train, validation, names = _batches(

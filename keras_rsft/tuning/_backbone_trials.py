@@ -91,10 +91,7 @@ def best_heads(
     objective: str,
     min_acceptance: float,
 ) -> tuple[TrialOutcome, ...]:
-    """Returns the best plain trial and the best one that rejects, as far as there are.
-
-    Ties go to the one that rejects less.
-    """
+    """Returns the best plain trial and the best that rejects, where there are any."""
     sign = 1.0 if OBJECTIVES[objective] == "max" else -1.0
     completed = [one for one in outcomes if one.status == COMPLETED]
     plain = [one for one in completed if is_plain(one)]
@@ -164,11 +161,7 @@ class BackboneOracle(DurableOracle, keras_tuner.Oracle):
 
 
 class BackboneTuner(DurableTuner, keras_tuner.Tuner):
-    """Trains the last block of the backbone, or all of it, on from heads of a search.
-
-    A trial's value is that of its best epoch, whose model is kept: `load_model` and
-    `get_best_models` give models from images to probabilities.
-    """
+    """Trains the last block of the backbone, or all of it, from searched heads."""
 
     def __init__(
         self,
@@ -388,10 +381,7 @@ def chosen_trial(
     chosen: TrialOutcome,
     bases: BackboneTrials | None,
 ) -> ChosenTrial:
-    """Returns the chosen trial with its head and, where the backbone learnt, its model.
-
-    `outcomes` are those of heads.
-    """
+    """Returns the chosen trial with its head and, if unfrozen, its whole model."""
     begun_from = chosen if bases is None else bases.head_of(chosen, outcomes)
     settings = settings_of_outcome(heads, begun_from)
     head = head_of_outcome(heads, begun_from)
@@ -446,11 +436,7 @@ def strategy_rows(
     head_seconds: float | None,
     head_weights: int,
 ) -> list[dict[str, Any]]:
-    """Returns one row for each trial that stands for a strategy, and the choice.
-
-    None where a trial failed or a number is not known. The seconds of a head are its
-    share of the time of all that were trained together.
-    """
+    """Returns one row for each trial that stands for a strategy, and the choice."""
     ids = {one.trial_id for one in outcomes}
     rows = []
     for one in [*outcomes, *([] if chosen.trial_id in ids else [chosen])]:

@@ -30,12 +30,7 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
 
 class HeadState(NamedTuple):
-    """Weights and optimizer slots of `k` heads, float32.
-
-    The kernel is `(dim, classes, k)`, so that all heads are one matrix, and what is
-    done to each head is done to neighbours in memory; the bias `(classes, k)`. Each has
-    one (`sgd`) or two (`adam`) slots of its shape; `iterations` `(k,)` are updates.
-    """
+    """Weights and optimizer slots of `k` heads, float32."""
 
     kernel: tf.Tensor
     bias: tf.Tensor
@@ -45,12 +40,7 @@ class HeadState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch, which all heads see.
-
-    Standardised float32 features `(batch, dim)`; int32 labels; and boolean `(batch,)`
-    which samples the list of `auto` accepts, which a person has reviewed, and which are
-    there at all: other rows only fill up the batch.
-    """
+    """One batch, which all heads see."""
 
     features: tf.Tensor
     labels: tf.Tensor
@@ -89,11 +79,7 @@ def step_heads(
     update_rule: str,
     groups: dict[int, tf.Tensor],
 ) -> tuple[HeadState, tf.Tensor]:
-    """Takes one step with every head; `groups` are those of `HeadTrials`.
-
-    A head that accepts nothing keeps its weights, slots and iterations. Returns the
-    state, and what `_sums` counts.
-    """
+    """Takes one step with every head; `groups` are those of `HeadTrials`."""
     usable = tf.reduce_all(tf.math.is_finite(batch.features), axis=-1)
     # A NaN in one row would reach the gradients of all through the product.
     features = tf.where(usable[:, None], batch.features, 0.0)
@@ -126,11 +112,7 @@ def accepted_by_trials(
     *,
     groups: dict[int, tf.Tensor],
 ) -> tf.Tensor:
-    """Returns which samples each trial accepts, bool `(k, batch)` like the losses.
-
-    Each rule is asked about the trials that go by it alone: to rank losses costs more
-    than all the rest of a step.
-    """
+    """Returns which samples each trial accepts, bool `(k, batch)` like the losses."""
     accepted = tf.ones_like(losses, dtype=tf.bool)
     for acceptance, places in groups.items():
         if acceptance == ACCEPT_ALL:
@@ -333,12 +315,7 @@ class BatchedHeads:
         halvings: int = 0,
         on_epoch: OnEpoch | None = None,
     ) -> TrainedHeads:
-        """Trains one head for each trial.
-
-        The objective's best epoch is kept beside the last. `halvings` times, at even
-        intervals, the worse half of the heads is dropped (Jamieson and Talwalkar, 2016,
-        "Non-stochastic best arm identification").
-        """
+        """Trains one head for each trial."""
         names = METRICS if len(self._validation) else METRICS[:3]
         count, dim, classes = len(trials), self._train.dim, self._num_classes
         trained = TrainedHeads(
@@ -461,11 +438,7 @@ def run_block(
     batch_size: int,
     update_rule: str,
 ) -> tuple[HeadState, tf.Tensor]:
-    """Takes all steps of a block of shuffled rows, as one compiled program.
-
-    Only the first `rows` are samples; the others fill up the block. `sums` `(5, k)`
-    grow by those of each step.
-    """
+    """Takes all steps of a block of shuffled rows, as one compiled program."""
     steps = (rows + batch_size - 1) // batch_size
     features, *masks = block  # Labels, listed and reviewed are of one axis.
 

@@ -23,16 +23,7 @@ _ALIKE = {
 
 @dataclasses.dataclass(frozen=True)
 class TrialOutcome:
-    """What became of one trial.
-
-    Attributes:
-        trial_id: Its name, which its folder has too.
-        status: `"COMPLETED"`, or how it ended instead.
-        values: The hyperparameters that were active.
-        metrics: What was logged in its best epoch; empty unless it was completed.
-        epochs: Epochs up to the best one, counted from 1; 0 unless completed.
-        message: Why it failed, in one line, or None.
-    """
+    """What became of one trial."""
 
     trial_id: str
     status: str
@@ -44,14 +35,7 @@ class TrialOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which trial is chosen, and why.
-
-    Attributes:
-        chosen: The setting to use.
-        best: The trial with the best value of the objective.
-        noise: How far below the best still counts as equally good, at least 0.
-        reason: One sentence.
-    """
+    """Which trial is chosen, and why."""
 
     chosen: TrialOutcome
     best: TrialOutcome
@@ -66,13 +50,7 @@ def choose_trial(
     validation_size: int,
     min_acceptance: float,
 ) -> Choice:
-    """Chooses the cheapest of the trials that are as good as the best.
-
-    The cheapest trains least of the base: a head on a frozen base, then the last block,
-    then all of it; and of those it rejects the least. The noise is one binomial
-    standard error of the best accuracy; of another objective it is 0. A trial that
-    accepts less than `min_acceptance` is never chosen.
-    """
+    """Chooses the cheapest of the trials that are as good as the best."""
     completed = [one for one in outcomes if one.status == COMPLETED]
     if not completed:
         first = next(

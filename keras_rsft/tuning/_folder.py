@@ -71,10 +71,7 @@ def identity_of(
 
 @contextlib.contextmanager
 def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator[Path]:
-    """Makes a search's folder, or opens it to resume, for this process alone.
-
-    A new one is removed again if the context fails before any trial has begun.
-    """
+    """Makes a search's folder, or opens it to resume, for this process alone."""
     folder = Path(output).absolute()
     is_new = not folder.exists()
     if is_new:
@@ -286,10 +283,7 @@ def write_pictures(
     options: SearchConfig,
     folder: Path,
 ) -> None:
-    """Writes the heat maps of the heads and the parallel coordinates of all trials.
-
-    Without a completed trial there is nothing to draw, and no file.
-    """
+    """Writes the heat maps of the heads and the parallel coordinates of all trials."""
     maps = [one for name in SELECTIVITY if (one := heat_map(heads, name)) is not None]
     if maps:
         _write(folder / HEAT_MAP_FILE, heat_maps_svg(maps))

@@ -332,10 +332,7 @@ def search_features(
 def judged_features(
     features: SplitFeatures, *, clean_validation: bool
 ) -> SplitFeatures:
-    """Returns the splits with the labels that trials and the choice are judged by.
-
-    The test split is judged by its right labels wherever they are known.
-    """
+    """Returns the splits with the labels that trials and the choice are judged by."""
     validation = features.validation
     if clean_validation:
         if validation.clean_labels is None:

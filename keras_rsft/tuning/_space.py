@@ -71,15 +71,7 @@ def declare(space: SearchSpace, hp: keras_tuner.HyperParameters) -> dict[str, An
 
 
 def settings_of_values(values: Mapping[str, Any], given: TrainConfig) -> TrainConfig:
-    """Returns how to train a trial.
-
-    Args:
-        values: Values out of `VALUE_NAMES`.
-        given: Where what `values` does not say comes from.
-
-    Raises:
-        InvalidArgument: If a name is not known, or a value out of its range.
-    """
+    """Returns how to train a trial."""
     if not isinstance(values, Mapping):
         raise InvalidArgument(
             "A space must return a dict of values by name, such as "
@@ -109,11 +101,7 @@ def settings_of_values(values: Mapping[str, Any], given: TrainConfig) -> TrainCo
 
 
 def check_space(space: Space, given: TrainConfig) -> None:
-    """Tries a space once, with default values.
-
-    Raises:
-        InvalidArgument: If it declares nothing, or returns what cannot be trained.
-    """
+    """Tries a space once, with default values."""
     if not callable(space):
         raise InvalidArgument(
             "`space` must be a `SearchSpace` or a function of Keras Tuner's "
@@ -191,11 +179,7 @@ class HeadTrials:
 
     @property
     def groups(self) -> dict[int, np.ndarray]:
-        """Which trials accept in which way: for each way their places, int32.
-
-        Each is filled up with its first place to a multiple of eight, so that the
-        programs compiled for one set of trials serve most others too.
-        """
+        """Which trials accept in which way: for each way their places, int32."""
         found = {}
         for way in np.unique(self.acceptance).tolist():
             places = np.flatnonzero(self.acceptance == way).astype(np.int32)
@@ -215,10 +199,7 @@ def stack_trials(
     steps_per_epoch: int,
     loss_limit: float = math.inf,
 ) -> HeadTrials:
-    """Returns the settings of trials, all of one update rule, as one entry a trial.
-
-    `loss_limit` is that of `auto`, see `AutoPolicy`.
-    """
+    """Returns the settings of trials, all of one update rule, as one entry a trial."""
     rules = {update_rule(one) for one in settings}
     if len(rules) != 1:
         raise InvalidArgument(

@@ -29,17 +29,7 @@ TUNERS_OWN = "tuner/"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChosenTrial:
-    """The trial that was chosen.
-
-    Attributes:
-        outcome: What became of it.
-        head_outcome: The same where a head alone was trained; else the trial of the
-            head that it began from.
-        settings: How to train with it.
-        head: The model of `head_outcome`.
-        test_accuracy: Measures it on the test split.
-        base_model: File of the model from images; None where `head` is the model.
-    """
+    """The trial that was chosen."""
 
     outcome: TrialOutcome
     head_outcome: TrialOutcome
@@ -142,12 +132,7 @@ def side_by_side(
     chosen: ChosenTrial,
     folder: Path,
 ) -> dict[str, Any]:
-    """Returns the chosen setting and plain fine-tuning, measured on the test split.
-
-    Plain fine-tuning is the best trial of a head that accepts everything. Where there
-    is none, a head is trained with the chosen numbers and without rejection. Results of
-    the same choice among as many trials are taken from the folder.
-    """
+    """Returns the chosen setting and plain fine-tuning, measured on the test split."""
     kept = read_results(folder)
     same = {"chosen_trial": chosen.outcome.trial_id, "trials": len(outcomes)}
     if kept is not None and same.items() <= kept.items():

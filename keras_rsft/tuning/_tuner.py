@@ -52,11 +52,7 @@ _WAIT_SECONDS = 1.0
 
 
 class DurableOracle:
-    """Mixed into an oracle: its files are written whole, and no trial gets lost.
-
-    What was being trained when a process ended is handed out again, before anything
-    new and to whoever asks.
-    """
+    """Mixed into an oracle: its files are written whole, and no trial gets lost."""
 
     @property
     def folder(self) -> Path:
@@ -117,13 +113,7 @@ class TrialsTuner(DurableTuner):
     parallel_trials = 1
 
     def search(self, *, verbose: int = 0, on_epoch: OnEpoch | None = None) -> None:
-        """Trains trials until the oracle has no more.
-
-        Args:
-            verbose: 1 prints what Keras Tuner prints for each trial. Default 0.
-            on_epoch: Called with the number of heads that have trained one epoch, and
-                the best value of the objective among those trained with them.
-        """
+        """Trains trials until the oracle has no more."""
         self.oracle.verbose = verbose
         self.on_search_begin()
         while trials := self._take_trials():
@@ -444,13 +434,7 @@ class BandsOracle(DurableOracle, HyperbandOracle):
 
 
 class GridOracle(DurableOracle, GridSearchOracle):
-    """Keras Tuner's grid, which resumes after a stop and hands out many at once.
-
-    The stock oracle forgets at a stop which combinations have been handed out
-    (github.com/keras-team/keras-tuner/issues/1055), and waits for each trial's end
-    before it proposes the next. The space is known from the start here, so that the
-    next combination follows from the last.
-    """
+    """Keras Tuner's grid, which resumes after a stop and hands out many at once."""
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         if not self.start_order:
@@ -463,10 +447,7 @@ class GridOracle(DurableOracle, GridSearchOracle):
 
 
 class OneByOneTuner(TrialsTuner):
-    """Trains one trial at a time, for any oracle.
-
-    Keras Tuner's own needs the package `tensorboard` and prints tracebacks.
-    """
+    """Trains one trial at a time, for any oracle."""
 
     def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
         (trial,) = trials
