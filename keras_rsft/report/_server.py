@@ -38,7 +38,7 @@ class ReviewServer(http.server.ThreadingHTTPServer):
     def __init__(self, record: RunRecord, *, port: int | None = None):
         self.record = record
         self.page = render_page(record, served=True).encode("utf-8")
-        record.thumbnail_places  # noqa: B018 -- Read before threads ask for it.
+        record.thumbnail_index  # noqa: B018 -- Read before threads ask for it.
         try:
             first = own_port(record) if port is None else port
             super().__init__((ADDRESS, first), _Handler)
