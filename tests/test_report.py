@@ -114,9 +114,9 @@ class TestOutcome:
         )
         notes = {name: note for name, _, note in found.figures}
         assert notes == {
-            "Validation, chosen": "",
             "Test, chosen": "95 %: 85.1 to 93.4",
-            "Test, plain fine-tuning": "95 %: 73.9 to 85.0",
+            "Validation, chosen": "",
+            "Test, plain": "95 %: 73.9 to 85.0",
         }
         assert "the best trial that accepts everything" in found.method
 

@@ -252,7 +252,7 @@ def _policy(
     trial: Trial,
     name: str,
     *,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    best_epoch: bool = False,
     weight_decay: float | None = None,
     **changes: Any,
 ) -> Trained:
@@ -261,15 +261,12 @@ def _policy(
     settings = dataclasses.replace(trial.settings, policy=choice)
     if weight_decay is not None:
         settings = dataclasses.replace(settings, weight_decay=weight_decay)
+    callbacks = []
+    if best_epoch:  # The weights of the first epoch that is best on validation.
+        callbacks = [best_of_all_epochs("val_accuracy", "max", epochs=settings.epochs)]
     trained = train_head(trial.features, settings, callbacks=callbacks, progress=False)
     right = _test_right(trained.model, trial)
     return right, trained.accepted, trained.results["acceptance_rate"]
-
-
-def _early_stopping(trial: Trial) -> Trained:
-    """Plain, with the weights of the first epoch that is best on validation."""
-    best_epoch = best_of_all_epochs("val_accuracy", "max", epochs=trial.settings.epochs)
-    return _policy(trial, "accept-all", callbacks=[best_epoch])
 
 
 def _article(trial: Trial) -> Trained:
@@ -278,6 +275,13 @@ def _article(trial: Trial) -> Trained:
     if trial.settings.policy.threshold is None:
         changes["relative_threshold"] = ARTICLE_THRESHOLD
     return _policy(trial, "loss-threshold", **changes)
+
+
+def _gce(trial: Trial) -> Trained:
+    """The generalised cross-entropy loss, `(1 - p**0.7) / 0.7`."""
+    loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
+    head = train_stock(trial.features, trial.settings, loss)
+    return _test_right(head, trial), None, None
 
 
 def _co_teaching(trial: Trial) -> Trained:
@@ -298,12 +302,6 @@ def _cleanlab(trial: Trial) -> Trained:
     return _on_subset(trial, ~issues)
 
 
-def _clean_subset(trial: Trial) -> Trained:
-    """Plain on the samples whose label is right, which no method can know."""
-    train = trial.features.train
-    return _on_subset(trial, train.labels == train.clean_labels)
-
-
 def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
     if not accepted.any():
         raise TrainingStalled("No sample was left to train on.")
@@ -316,7 +314,7 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
 # Weight decay: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
 _METHODS: dict[str, Callable[[Trial], Trained]] = {
     PLAIN: lambda trial: _policy(trial, "accept-all"),
-    EARLY_STOPPING: _early_stopping,
+    EARLY_STOPPING: lambda trial: _policy(trial, "accept-all", best_epoch=True),
     WEIGHT_DECAY: lambda trial: _policy(
         trial, "accept-all", weight_decay=WEIGHT_DECAY_STRENGTH
     ),
@@ -327,14 +325,13 @@ _METHODS: dict[str, Callable[[Trial], Trained]] = {
     AUTO_WEIGHT_DECAY: lambda trial: _policy(
         trial, AUTO, weight_decay=WEIGHT_DECAY_STRENGTH
     ),
-    "gce": lambda trial: (
-        _test_right(train_gce(trial.features, trial.settings), trial),
-        None,
-        None,
-    ),
+    "gce": _gce,
     "co-teaching": _co_teaching,
     CLEANLAB: _cleanlab,
-    CLEAN_SUBSET: _clean_subset,
+    # Plain on the samples whose label is right, which no method can know.
+    CLEAN_SUBSET: lambda trial: _on_subset(
+        trial, trial.features.train.labels == trial.features.train.clean_labels
+    ),
 }
 
 
@@ -349,22 +346,16 @@ def _test_right(head: keras.Model, trial: Trial) -> np.ndarray:
 # -- Baselines that no policy expresses -----------------------------------------
 
 
-def train_gce(features: SplitFeatures, settings: TrainConfig) -> keras.Model:
-    """Trains a head with the generalised cross-entropy loss, `(1 - p**0.7) / 0.7`."""
-    loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
-    return _train_stock(features, settings, loss)
-
-
 def train_co_teaching(
     features: SplitFeatures, settings: TrainConfig, *, noise_rate: float
 ) -> tuple[keras.Model, np.ndarray]:
     """Trains two heads, each on the samples that have a small loss for the other."""
     train = features.train
-    seeds = (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31)
-    heads = [_new_head(features, seed) for seed in seeds]
-    optimizers = [make_optimizer(settings) for _ in heads]
-    for head, optimizer in zip(heads, optimizers, strict=True):
-        optimizer.build(head.trainable_variables)
+    heads, optimizers = [], []
+    for seed in (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31):
+        heads.append(_new_head(features, seed))
+        optimizers.append(make_optimizer(settings))
+        optimizers[-1].build(heads[-1].trainable_variables)
     batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
 
     @tf.function
@@ -427,7 +418,7 @@ def out_of_fold_probabilities(
         if not held_out.any():
             continue
         seen = train.take(np.flatnonzero(~held_out))
-        head = _train_stock(dataclasses.replace(features, train=seen), settings, loss)
+        head = train_stock(dataclasses.replace(features, train=seen), settings, loss)
         probabilities[held_out] = head_probabilities(head, train)[held_out]
     return probabilities
 
@@ -453,7 +444,7 @@ def _new_head(features: SplitFeatures, seed: int) -> keras.Model:
     )
 
 
-def _train_stock(
+def train_stock(
     features: SplitFeatures, settings: TrainConfig, loss: str | keras.losses.Loss
 ) -> keras.Model:
     train = features.train

@@ -100,18 +100,15 @@ def _svg(
 
 def _alone(content: str, width: float, height: float, summary: str) -> str:
     """Returns a drawing that brings its own colours and paper."""
-    paper = _rect(0, 0, width, height, class_="paper")
-    return _svg(
-        f"{_tag('style', _STYLE)}{paper}{content}",
-        width,
-        height,
-        summary,
-        xmlns="http://www.w3.org/2000/svg",
-        class_="keras-rsft",
-        width=width,
-        height=height,
-        style="max-width:100%;height:auto",
-    )
+    content = _rect(0, 0, width, height, class_="paper") + content
+    content = _tag("style", _STYLE) + content
+    attributes: dict[str, Any] = {
+        "xmlns": "http://www.w3.org/2000/svg",
+        "class": "keras-rsft",
+    }
+    attributes |= {"width": width, "height": height}
+    attributes["style"] = "max-width:100%;height:auto"
+    return _svg(content, width, height, summary, **attributes)
 
 
 def _scale(
@@ -281,12 +278,12 @@ def line_chart(
 
 def line_charts_svg(charts: Sequence[LineChart | None]) -> str:
     """Returns learning curves side by side, to stand alone; "" without any."""
-    charts = [one for one in charts if one is not None]
-    if not charts:
+    drawable = [one for one in charts if one is not None]
+    if not drawable:
         return ""
-    rows = 34 + 18 * max(len(one.data["names"]) for one in charts)
+    rows = 34 + 18 * max(len(one.data["names"]) for one in drawable)
     drawn = ""
-    for number, one in enumerate(charts):
+    for number, one in enumerate(drawable):
         left = number * (WIDTH + 20) + LEFT
         drawn += _words(one.title, left, 16, class_="title")
         legend = zip(one.data["names"], one.data["styles"], strict=True)
@@ -296,8 +293,8 @@ def line_charts_svg(charts: Sequence[LineChart | None]) -> str:
             drawn += _words(name, left + 26, at)
         moved = f"translate({left - LEFT} {rows - 14})"
         drawn += _tag("g", one.content, transform=moved)
-    width = len(charts) * (WIDTH + 20)
-    summary = " ".join(one.summary for one in charts)
+    width = len(drawable) * (WIDTH + 20)
+    summary = " ".join(one.summary for one in drawable)
     return _alone(drawn, width, rows + HEIGHT - 14, summary)
 
 

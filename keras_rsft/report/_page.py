@@ -384,13 +384,13 @@ def _of_search(record: RunRecord) -> Outcome:
     images = results.get("test_images") or 0
     table = choice_table(results)
     figures = []
-    for (title, *cells), key in zip(table.rows, ("chosen", "plain"), strict=True):
-        for name, cell in zip(table.columns[1:], cells, strict=True):
+    for key, row in zip(("chosen", "plain"), table.rows, strict=True):
+        for column in (2, 1, 3):  # The test split first.
             note = ""
-            if name == "Test" and cell != "-" and images:
+            if column == 2 and row[2] != "-" and images:
                 note = _interval(results[key]["test_accuracy"], images)
-            if cell != "-":
-                figures.append((f"{name}, {title}", cell, note))
+            if row[column] != "-":
+                figures.append((f"{table.columns[column]}, {key}", row[column], note))
     method = (
         f"{results.get('trials', 0)} trials. The test split was looked at once, "
         "for the chosen setting and for plain fine-tuning."

@@ -22,7 +22,7 @@ RESULT_NAMES = {
     "stage2_validation_accuracy": "Last block fine-tuned, validation split",
     "unfrozen_test_accuracy": "Backbone trained too, test split",
     "unfrozen_validation_accuracy": "Backbone trained too, validation split",
-    "acceptance_rate": "Accepted in the last epoch",
+    "acceptance_rate": "Accepted, last epoch",
     "estimated_wrong_labels": "Labels that look wrong",
     "wrong_labels": "Wrong training labels",
     "wrong_labels_rejected": "Wrong labels rejected",
