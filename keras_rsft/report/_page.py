@@ -260,32 +260,31 @@ def _finding(record: RunRecord) -> str | None:
     """Returns what a run found in its labels, or how a search chose."""
     if not record.is_search:
         return record.config.get("finding")
-    values, reason = record.results.get("settings") or {}, record.results.get("reason")
-    policy = (values.get("policy") or {}).get("name")
-    if not policy:
-        return reason
-    rate = f"learning rate {values['learning_rate']:.3g}"
-    return f"{reason} Its policy is {policy}, {rate}."
+    chosen, reason = record.results.get("settings") or {}, record.results.get("reason")
+    if policy := (chosen.get("policy") or {}).get("name"):
+        rate = f"learning rate {chosen['learning_rate']:.3g}"
+        return f"{reason} Its policy is {policy}, {rate}."
+    return reason
 
 
 def _settings(record: RunRecord) -> list[tuple[str, str]]:
     """Returns the configuration as rows, one level deep."""
-    rows = []
+    flat: dict[str, Any] = {}
     for name, value in record.config.items():
-        if name in ("command", "versions", "finding", "space"):
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": one for key, one in value.items()}
+        else:
+            flat[name] = value
+    rows = []
+    for name, value in flat.items():
+        if name.partition(".")[0] in ("command", "versions", "finding", "space"):
             continue
-        nested = (
-            {f"{name}.{key}": one for key, one in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-        for key, one in nested.items():
-            text = "-" if one is None else str(one)
-            if isinstance(one, (dict, list)):
-                text = json.dumps(one, ensure_ascii=False, default=str)
-                if len(text) > _LONGEST_VALUE:
-                    text = f"{text[:_LONGEST_VALUE]}…"
-            rows.append((key, text))
+        text = "-" if value is None else str(value)
+        if isinstance(value, (dict, list)):
+            text = json.dumps(value, ensure_ascii=False, default=str)
+            if len(text) > _LONGEST_VALUE:
+                text = f"{text[:_LONGEST_VALUE]}…"
+        rows.append((name, text))
     return rows
 
 
@@ -419,17 +418,15 @@ def learning_curves(record: RunRecord) -> list[charts.LineChart]:
     """Returns the charts of a run by epoch."""
     metrics = record.metrics
     plain = record.results.get("against_plain", {}).get("history", {})
-    thresholds = {one.epoch: one.threshold for one in record.losses}
-    epochs = range(1, len(metrics.get("loss", ())) + 1)
-    known = (thresholds.get(epoch) for epoch in epochs)
-    in_use = [math.nan if one is None else one for one in known]
+    in_use = [math.nan] * len(metrics.get("loss", ()))
+    for one in record.losses:
+        if one.threshold is not None and one.epoch <= len(in_use):
+            in_use[one.epoch - 1] = one.threshold
+    precision = metrics.get("rejection_precision", [])
     selection = [
-        (name, style, metrics.get(key, []))
-        for name, style, key in (
-            ("accepted samples", "first", "acceptance_rate"),
-            ("wrong labels rejected", "second", "rejection_recall"),
-            ("rejected labels that are wrong", "quiet", "rejection_precision"),
-        )
+        ("accepted samples", "first", metrics.get("acceptance_rate", [])),
+        ("wrong labels rejected", "second", metrics.get("rejection_recall", [])),
+        ("rejected labels that are wrong", "quiet", precision),
     ]
     of_plain = ("validation, plain head", "second", plain.get("val_accuracy", []))
     accuracies = [*_of_both(metrics, "accuracy"), of_plain]

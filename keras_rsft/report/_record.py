@@ -65,12 +65,10 @@ class RunRecord:
 
     @property
     def is_search(self) -> bool:
-        """Whether this is the folder of a search."""
         return self.samples is None
 
     @property
     def ledger(self) -> Samples:
-        """The samples of a run."""
         if self.samples is None:
             raise InvalidArgument(f"{self.folder} is a search and has no ledger.")
         return self.samples
@@ -106,8 +104,8 @@ class RunRecord:
         if not path.is_file():
             return {}
         with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        return {str(row["id"]): str(row["text"]) for row in rows}
+            rows = map(json.loads, lines)
+            return {str(row["id"]): str(row["text"]) for row in rows}
 
     @property
     def kind(self) -> str:
@@ -119,13 +117,10 @@ class RunRecord:
 
     @property
     def pictures(self) -> dict[str, bytes]:
-        """The search's SVG files that exist: `heat_map`, `parallel_coordinates`."""
-        names = {
-            "heat_map": HEAT_MAP_FILE,
-            "parallel_coordinates": PARALLEL_COORDINATES_FILE,
-        }
-        paths = {key: self.folder / name for key, name in names.items()}
-        return {key: path.read_bytes() for key, path in paths.items() if path.exists()}
+        """The search's SVG files that exist: `heatmap`, `parallel_coordinates`."""
+        names = (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
+        paths = (self.folder / name for name in names)
+        return {path.stem: path.read_bytes() for path in paths if path.exists()}
 
 
 def read_run(folder: Path) -> RunRecord:

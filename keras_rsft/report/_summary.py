@@ -50,7 +50,6 @@ def proportion_text(share: float, count: int) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Returns a measured time in seconds, or in minutes where it is long."""
     if seconds < 600:
         return f"{seconds:.{int(seconds < 10)}f} s"
     return f"{seconds / 60:.0f} min"
