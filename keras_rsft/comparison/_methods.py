@@ -46,7 +46,6 @@ from keras_rsft.training._optimizer import make_optimizer
 
 # Verdict ------------------------------------------------------------------------------
 
-
 REJECTED = ("wrong_labels_rejected", "right_labels_rejected")
 
 
@@ -253,14 +252,14 @@ def _policy(
     name: str,
     *,
     best_epoch: bool = False,
-    weight_decay: float | None = None,
+    decayed: bool = False,
     **changes: Any,
 ) -> Trained:
     """Trains with a policy by name, with the numbers of the trial's settings."""
     choice = dataclasses.replace(trial.settings.policy, name=name, **changes)
     settings = dataclasses.replace(trial.settings, policy=choice)
-    if weight_decay is not None:
-        settings = dataclasses.replace(settings, weight_decay=weight_decay)
+    if decayed:
+        settings = dataclasses.replace(settings, weight_decay=WEIGHT_DECAY_STRENGTH)
     callbacks = []
     if best_epoch:  # The weights of the first epoch that is best on validation.
         callbacks = [best_of_all_epochs("val_accuracy", "max", epochs=settings.epochs)]
@@ -315,16 +314,12 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
 _METHODS: dict[str, Callable[[Trial], Trained]] = {
     PLAIN: lambda trial: _policy(trial, "accept-all"),
     EARLY_STOPPING: lambda trial: _policy(trial, "accept-all", best_epoch=True),
-    WEIGHT_DECAY: lambda trial: _policy(
-        trial, "accept-all", weight_decay=WEIGHT_DECAY_STRENGTH
-    ),
+    WEIGHT_DECAY: lambda trial: _policy(trial, "accept-all", decayed=True),
     "article": _article,
     "loss-threshold": lambda trial: _policy(trial, "loss-threshold", level="sample"),
     "keep-fraction": lambda trial: _policy(trial, "keep-fraction"),
     AUTO: lambda trial: _policy(trial, AUTO),
-    AUTO_WEIGHT_DECAY: lambda trial: _policy(
-        trial, AUTO, weight_decay=WEIGHT_DECAY_STRENGTH
-    ),
+    AUTO_WEIGHT_DECAY: lambda trial: _policy(trial, AUTO, decayed=True),
     "gce": _gce,
     "co-teaching": _co_teaching,
     CLEANLAB: _cleanlab,
