@@ -24,7 +24,7 @@ from keras_rsft.report._record import RunRecord, Samples, read_run
 from keras_rsft.report._summary import (
     RESULT_NAMES,
     TUNINGS,
-    accuracies_table,
+    accuracy_rows,
     choice_table,
     proportion_text,
     range_text,
@@ -359,12 +359,12 @@ def _paired(record: RunRecord) -> Outcome:
 
 
 def _alone(record: RunRecord) -> Outcome:
-    table = accuracies_table(record.results, record.split_sizes)
-    if not table.rows:
+    rows = accuracy_rows(record.results, record.split_sizes)
+    if not rows:
         return Outcome(
             "There is no test or validation split to judge the model by.", []
         )
-    split, accuracy, interval, count = table.rows[-1]
+    split, accuracy, interval, count = rows[-1]
     return Outcome(
         f"The model gets {accuracy} of {count} {split} {record.kind} right (95 % "
         f"interval {interval}). No plain head was trained beside it.",

@@ -89,15 +89,17 @@ class Summary:
     notes: tuple[str, ...] = ()
 
 
-def accuracies_table(results: Mapping[str, Any], sizes: Mapping[str, int]) -> Table:
-    """Returns the accuracy on each split that has one, by the results of a run."""
+def accuracy_rows(
+    results: Mapping[str, Any], sizes: Mapping[str, int]
+) -> list[tuple[str, str, str, str]]:
+    """Returns split, accuracy, its 95 % interval and samples, where it is known."""
     rows = []
     for split in ("validation", "test"):
         share, count = results.get(f"{split}_accuracy"), sizes.get(split)
         if share is not None and count:
-            interval = proportion_text(share, count)
+            interval = f"{proportion_text(share, count)} %"
             rows.append((split, share_text(share), interval, f"{count:,}"))
-    return Table(("split", "accuracy", "95 % interval", "images"), tuple(rows))
+    return rows
 
 
 def run_summary(run: Any) -> Summary:
