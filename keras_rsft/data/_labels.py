@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from keras_rsft._storage import plain_cell
+from keras_rsft.config import nearest_name_hint
 from keras_rsft.data._samples import (
     DECISIONS,
     DROP,
@@ -286,9 +286,11 @@ def _applied(data: SampleData, file: Path) -> SampleData:
     by_split: dict[str, list[tuple[int, Correction]]] = {name: [] for name in SPLITS}
     for line, row in rows:
         if row.decision == RELABEL and row.new_label not in number:
+            hint = nearest_name_hint(row.new_label, data.class_names)
+            known = ", ".join(map(repr, data.class_names[:10]))
             raise DataError(
                 f"{file}, line {line}: {row.new_label!r} is not a class of "
-                f"{data.source}.{_nearest(row.new_label, data.class_names)}"
+                f"{data.source}.{hint or f' It has: {known}.'}"
             )
         split, position = position_of[row.id]
         label = data.class_names[getattr(data, split).labels[position]]
@@ -320,13 +322,6 @@ def _applied(data: SampleData, file: Path) -> SampleData:
             "leave the class out of the data."
         )
     return corrected
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    if close:
-        return f" Did you mean {close[0]!r}?"
-    return f" It has: {', '.join(map(repr, known[:10]))}."
 
 
 def _corrected(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +23,7 @@ from keras_rsft.data._images import (
     readable_reason,
     without_autotuning,
 )
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument
 
 SPLITS = ("train", "validation", "test")
 
@@ -132,8 +133,27 @@ class SampleSplit(abc.ABC):
         """Reads the samples as a backbone takes them; for options see `images`."""
 
     @abc.abstractmethod
+    def check(self, encoded: bytes) -> None:
+        """Raises DataError or OpError if a sample's bytes cannot be used."""
+
     def read_error(self, index: int) -> str | None:
-        """Says in one sentence why a sample cannot be read; None if it can."""
+        """Says why a sample cannot be read.
+
+        Args:
+            index: Its position in this split.
+
+        Returns:
+            One sentence, or None if it can be read.
+        """
+        try:
+            self.check(self.encoded(index))
+        except tf.errors.OpError as error:
+            return readable_reason(error)
+        except DataError as error:
+            return str(error)
+        except OSError as error:
+            return f"The file cannot be opened: {error.strerror}."
+        return None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -237,16 +257,12 @@ class Corrections:
     files: tuple[tuple[str, str], ...] = ()
     tested: int = 0
 
-    def _counts(self) -> dict[str, int]:
-        decided = [row.decision for row in self.rows]
-        return {decision: decided.count(decision) for decision in DECISIONS}
-
     def describe(self) -> str:
         """Says in one line, or two, what was changed."""
-        kept, relabelled, dropped = self._counts().values()
+        counts = collections.Counter(row.decision for row in self.rows)
         text = (
-            f"Corrections: {kept} labels kept, {relabelled} relabelled, "
-            f"{dropped} samples dropped."
+            f"Corrections: {counts[KEEP]} labels kept, {counts[RELABEL]} relabelled, "
+            f"{counts[DROP]} samples dropped."
         )
         if self.tested:
             text += (
@@ -258,7 +274,8 @@ class Corrections:
     def record(self) -> dict[str, Any]:
         """Returns the files and the counts, as JSON can hold them."""
         files = [{"path": path, "sha256": digest} for path, digest in self.files]
-        return {"files": files} | self._counts()
+        decisions = [row.decision for row in self.rows]
+        return {"files": files} | {one: decisions.count(one) for one in DECISIONS}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -349,50 +366,8 @@ class ImageSplit(SampleSplit):
 
         return self.mapped(render, start, stop)
 
-    def read_error(self, index: int) -> str | None:
-        """Says why an image cannot be read.
-
-        Args:
-            index: The image's position in this split.
-
-        Returns:
-            One sentence, or None if the image can be read.
-        """
-        try:
-            decode_pixels(tf.constant(self.encoded(index)))
-        except tf.errors.OpError as error:
-            return readable_reason(error)
-        except OSError as error:
-            return f"The file cannot be opened: {error.strerror}."
-        return None
-
-    def images_in_order(
-        self,
-        indices: np.ndarray,
-        image_size: int | tuple[int, int],
-        *,
-        views: int = 1,
-        seed: int = 0,
-    ) -> tf.data.Dataset:
-        """Decodes some of the images in any order, from a source that can do so.
-
-        Args:
-            indices: Shape `(k,)`, positions in [0, n).
-            image_size: As in `images`.
-            views: As in `images`.
-            seed: As in `images`.
-
-        Returns:
-            What `images` returns; the index is a position in `indices`.
-
-        Raises:
-            InvalidArgument: If the source gives its images in one order only.
-        """
-        if not self.reader.any_order:
-            raise InvalidArgument("This source gives its images in one order only.")
-        reader = self.reader.take(indices)
-        ordered = dataclasses.replace(self, ids=self.ids[indices], reader=reader)
-        return ordered.images(image_size, views=views, seed=seed)
+    def check(self, encoded: bytes) -> None:
+        decode_pixels(tf.constant(encoded))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

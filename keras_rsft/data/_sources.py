@@ -5,11 +5,9 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.config import nearest_name_hint
 from keras_rsft.data._samples import (
     ArrayReader,
     FileReader,
@@ -243,62 +242,47 @@ def _value(row: dict[str, str], column: str, where: str) -> str:
     return value
 
 
-class _Locator:
-    """Turns a path of the table into an id, if it stays inside the folder."""
+def _image_table(file: str, columns: _Columns, cut: Cut) -> ImageData:
+    """Reads a table of images, whose paths are relative to its own folder."""
+    folder = os.path.dirname(os.path.abspath(file))
+    root = os.path.join(os.path.realpath(folder), "")
+    # Most files share a folder: resolving each anew would take long.
+    resolve = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
-    def __init__(self, folder: str):
-        self.found = 0
-        self._folder = folder
-        self._root = os.path.join(os.path.realpath(folder), "")
-        self._seen: set[str] = set()
-        # Most files share a folder: resolving each anew would take long.
-        self._resolve = functools.lru_cache(maxsize=4096)(os.path.realpath)
+    def is_inside(full: str) -> bool:
+        parent, name = os.path.split(full)
+        real = os.path.join(resolve(parent), name)
+        if os.path.islink(real) or name == os.pardir:
+            real = os.path.realpath(real)
+        return real.startswith(root)
 
-    def __call__(self, path: str, where: str) -> str:
+    samples: dict[str, NamedSample] = {}
+    found = 0
+    for where, row in columns.rows(file):
+        path = _value(row, columns.content, where)
         name = os.path.normpath(path)
-        full = os.path.join(self._folder, name)
-        if "\0" in path or os.path.isabs(path) or not self._is_inside(full):
+        full = os.path.join(folder, name)
+        if "\0" in path or os.path.isabs(path) or not is_inside(full):
             raise DataError(
                 "Paths must be relative to the CSV's folder and stay inside it. "
                 f"Received: {path!r} in {where}."
             )
         name = name.replace(os.sep, "/")
-        if name in self._seen:
+        if name in samples:
             raise DataError(f"{path!r} in {where} has been listed before.")
-        self._seen.add(name)
-        try:
-            mode = os.stat(full).st_mode
-        except OSError:
-            return name
-        # Reading a pipe or a device might never end.
-        if not stat.S_ISREG(mode):
+        if os.path.isfile(full):
+            found += 1
+        elif os.path.exists(full):  # Reading a pipe or a device might never end.
             raise DataError(f"{full} is not a file, in {where}.")
-        self.found += 1
-        return name
-
-    def _is_inside(self, full: str) -> bool:
-        parent, name = os.path.split(full)
-        real = os.path.join(self._resolve(parent), name)
-        if os.path.islink(real) or name == os.pardir:
-            real = os.path.realpath(real)
-        return real.startswith(self._root)
-
-
-def _image_table(file: str, columns: _Columns, cut: Cut) -> ImageData:
-    """Reads a table of images, whose paths are relative to its own folder."""
-    folder = os.path.dirname(os.path.abspath(file))
-    locate = _Locator(folder)
-    samples = [
-        columns.sample(row, locate(_value(row, columns.content, where), where), where)
-        for where, row in columns.rows(file)
-    ]
-    if locate.found == 0:
+        samples[name] = columns.sample(row, name, where)
+    if not found:
         raise DataError(
             f"None of the {len(samples)} files listed in {file} exists, such as "
-            f"{samples[0].id!r}. Paths are relative to the CSV's folder, {folder}."
+            f"{next(iter(samples))!r}. Paths are relative to the CSV's folder, "
+            f"{folder}."
         )
     reader_of = functools.partial(FileReader, folder)
-    return data_of(ImageData, samples, reader_of, cut, source=file)
+    return data_of(ImageData, samples.values(), reader_of, cut, source=file)
 
 
 # Texts --------------------------------------------------------------------------------
@@ -359,14 +343,8 @@ class TextSplit(SampleSplit):
         """
         return text_of(self.encoded(index))
 
-    def read_error(self, index: int) -> str | None:
-        try:
-            self.text(index)
-        except DataError as error:
-            return str(error)
-        except OSError as error:
-            return f"The file cannot be opened: {error.strerror}."
-        return None
+    def check(self, encoded: bytes) -> None:
+        text_of(encoded)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -613,6 +591,4 @@ def _suggestion(name: str) -> str:
     except OSError:
         return f" Neither does {parent!r}."
     known = [os.path.join(parent, other) for other in names] + [DIGITS]
-    target = os.path.join(parent, wanted)
-    close = difflib.get_close_matches(target, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return nearest_name_hint(os.path.join(parent, wanted), known, 0.6)

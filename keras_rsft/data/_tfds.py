@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -84,12 +84,14 @@ def tfds_data(
 ) -> ImageData:
     """Reads a TFDS data set, which is downloaded if need be."""
     builder = _prepared_builder(source, data_dir)
-    image_key = _image_key(builder, source)
-    given = _class_label(builder, label_key, "label_key", source)
+    # Sorted, for TFDS has the features in another order in each process.
+    features = dict(sorted(builder.info.features.items()))
+    image_key = _image_key(features, source)
+    given = _class_label(features, label_key, "label_key", source)
     keys = [label_key]
     names = tuple(given.names)
     if clean_label_key is not None:
-        clean = _class_label(builder, clean_label_key, "clean_label_key", source)
+        clean = _class_label(features, clean_label_key, "clean_label_key", source)
         # Prefers the clean label's names where the given one has mere numbers.
         numbers = [str(number) for number in range(given.num_classes)]
         if given.num_classes == clean.num_classes and given.names == numbers:
@@ -143,10 +145,9 @@ def _prepared_builder(source: str, data_dir: str | Path | None) -> DatasetBuilde
     return builder
 
 
-def _image_key(builder: DatasetBuilder, source: str) -> str:
+def _image_key(features: dict[str, Any], source: str) -> str:
     import tensorflow_datasets as tfds
 
-    features = dict(sorted(builder.info.features.items()))
     keys = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     if "image" in keys:
         return "image"
@@ -159,19 +160,17 @@ def _image_key(builder: DatasetBuilder, source: str) -> str:
 
 
 def _class_label(
-    builder: DatasetBuilder, key: str, argument: str, source: str
+    features: dict[str, Any], key: str, argument: str, source: str
 ) -> ClassLabel:
     import tensorflow_datasets as tfds
 
-    # Sorted, for TFDS has the features in another order in each process.
-    features = sorted(builder.info.features.items())
-    labels = {k: f for k, f in features if isinstance(f, tfds.features.ClassLabel)}
+    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if key not in labels:
         raise InvalidArgument(
             f"`{argument}` must be a class label of {source}, which has: "
             f"{', '.join(labels) or 'none'}. Received: {argument}={key!r}."
         )
-    return labels[key]
+    return features[key]
 
 
 def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Dataset:

@@ -410,8 +410,9 @@ class ImageBatches:
 
     def _streamed(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
         positions = self._positions[samples]
-        images = self._split.images_in_order(
-            positions, self._image_size, views=self._kept.views, seed=self._seed
+        ids, reader = self._split.ids[positions], self._split.reader.take(positions)
+        images = dataclasses.replace(self._split, ids=ids, reader=reader).images(
+            self._image_size, views=self._kept.views, seed=self._seed
         )
         done = 0
         parts = images.batch(min(window, _IMAGES_A_PART)).prefetch(2)
