@@ -145,9 +145,9 @@ def _number(head: tf.Tensor, at: int, count: int, order: int = 1) -> tf.Tensor:
 MAX_PIXELS = 100_000_000
 """An image with more pixels than this is refused before any is allocated."""
 
-# Random views: how much of the image a crop keeps, and how much it may be
+# Random views: how much of the image a crop has, and how much it may be
 # stretched. Milder than what is usual for training from scratch, because the
-# features come from a frozen base and no later layer can undo a lost object.
+# features come from a frozen backbone and no later layer can undo a lost object.
 CROP_AREA = (0.5, 1.0)
 CROP_STRETCH = (3 / 4, 4 / 3)
 

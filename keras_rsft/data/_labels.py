@@ -195,9 +195,9 @@ def apply_corrections(
 ) -> SampleData:
     """Returns the data set with corrected labels and without the dropped images.
 
-    Ids of all three splits may be corrected. Features that were kept of the images
-    stay in use, also for a split that images were dropped from. Images that were kept
-    or relabelled count as `reviewed`: training trusts their labels.
+    Ids of all three splits may be corrected. Cached features stay in use, also for a
+    split that images were dropped from. Images that were kept or relabelled count as
+    `reviewed`: training trusts their labels.
 
     A file is CSV in UTF-8 with the columns `id`, `given_label`, `decision` and
     `new_label`, and a row for each decision. Decisions are `keep`, `relabel`, which

@@ -523,7 +523,7 @@ def load_images(
         validation_fraction: Share of the training samples, in [0, 1).
         test_fraction: Share of the training samples, in [0, 1).
         split_seed: Chooses which samples are taken for a missing split.
-        data_dir: TFDS: where prepared data are kept. None is TFDS's own place.
+        data_dir: TFDS: folder of prepared data. Default None: TFDS's own folder.
 
     Returns:
         The data set.
