@@ -335,18 +335,18 @@ class ImageBatches:
     def __init__(
         self,
         split: ImageSplit,
-        kept: FeatureSet,
+        features: FeatureSet,
         image_size: tuple[int, int],
         *,
         batch_size: int,
         seed: int,
     ):
-        self._kept = kept
+        self._features = features
         self._image_size = image_size
         self._seed = seed
-        self._positions = positions_of(kept, split)
+        self._positions = positions_of(features, split)
         self._split = split
-        self._order_of = TrainingBatches(kept, batch_size=batch_size, seed=seed)
+        self._order_of = TrainingBatches(features, batch_size=batch_size, seed=seed)
         self.callback = self._order_of.callback
         self.failure: DataError | None = None
         windows = tf.data.Dataset.from_generator(
@@ -356,7 +356,7 @@ class ImageBatches:
                 tf.TensorSpec((None,), tf.int64),
             ),
         )
-        labels = tf.constant(kept.labels)
+        labels = tf.constant(features.labels)
         batches = windows.prefetch(1).rebatch(batch_size)
         batches = batches.map(
             lambda images, sample: (
@@ -366,12 +366,12 @@ class ImageBatches:
                 tf.cast(sample, tf.int32),
             )
         )
-        self.dataset = _counted(batches, kept, batch_size).prefetch(1)
+        self.dataset = _counted(batches, features, batch_size).prefetch(1)
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images and samples: some, or a window where a source has an order."""
         samples, rows = (part.numpy() for part in self._order_of.epoch_order())
-        views, any_order = self._kept.views, self._split.reader.any_order
+        views, any_order = self._features.views, self._split.reader.any_order
         image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
         window = max(1, IMAGE_WINDOW_BYTES // image_bytes)
         stretch, size = window, window
@@ -395,7 +395,7 @@ class ImageBatches:
         """Yields images in parts; raises DataError where one is left out."""
         ids, reader = self._split.ids[positions], self._split.reader.take(positions)
         images = dataclasses.replace(self._split, ids=ids, reader=reader).images(
-            self._image_size, views=self._kept.views, seed=self._seed
+            self._image_size, views=self._features.views, seed=self._seed
         )
         done = 0
         for index, values in images.batch(size).prefetch(2).as_numpy_iterator():
@@ -416,22 +416,26 @@ class ImageBatches:
 
 
 def labelled_images(
-    split: ImageSplit, kept: FeatureSet, image_size: tuple[int, int], *, batch_size: int
+    split: ImageSplit,
+    features: FeatureSet,
+    image_size: tuple[int, int],
+    *,
+    batch_size: int,
 ) -> tf.data.Dataset:
     """Returns a split's readable images in order, for evaluation."""
     labels = tf.constant(split.labels)
     batches = split.images(image_size).batch(batch_size)
     batches = batches.map(lambda index, images: (images, tf.gather(labels, index)))
-    return _counted(batches, kept, batch_size).prefetch(2)
+    return _counted(batches, features, batch_size).prefetch(2)
 
 
-def positions_of(kept: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
+def positions_of(features: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
     """Returns where the samples of a feature set are in their split, int64 `(n,)`."""
     position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
-    positions = [position_of.get(sample_id, -1) for sample_id in kept.ids.tolist()]
+    positions = [position_of.get(sample_id, -1) for sample_id in features.ids.tolist()]
     if -1 in positions:
         raise DataError(
             "The features must be of the images of the split. Received: features of "
-            f"{kept.ids[positions.index(-1)]!r}, which is not in it."
+            f"{features.ids[positions.index(-1)]!r}, which is not in it."
         )
     return np.array(positions, np.int64)

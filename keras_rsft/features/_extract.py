@@ -268,11 +268,11 @@ class FeaturePass:
         if not isinstance(self.backbone, FrozenBase):
             num_images = self.views * len(self.split)
             self.backbone = FrozenBase(self.backbone, num_images=num_images)
-        self.base = self.backbone
+        self.frozen = self.backbone
         dtype = self.feature_precision
         require_known("feature precision", dtype, FEATURE_PRECISIONS)
         self.folder = root / feature_key(
-            self.base,
+            self.frozen,
             self.split,
             views=self.views,
             seed=self.seed,
@@ -285,15 +285,15 @@ class FeaturePass:
 
     @property
     def row_bytes(self) -> int:
-        return np.dtype(self.feature_precision).itemsize * self.views * self.base.dim
+        return np.dtype(self.feature_precision).itemsize * self.views * self.frozen.dim
 
     @property
     def meta(self) -> dict[str, Any]:
-        sizes = {"views": self.views, "dim": self.base.dim}
+        sizes = {"views": self.views, "dim": self.frozen.dim}
         return sizes | {"precision": self.feature_precision}
 
     def inputs(self, start: int, stop: int) -> tf.data.Dataset:
-        shape, views, seed = self.base.sample_shape, self.views, self.seed
+        shape, views, seed = self.frozen.sample_shape, self.views, self.seed
         return self.split.inputs(shape, start=start, stop=stop, views=views, seed=seed)
 
     def parts(self, shares: int) -> list[Part]:
@@ -313,7 +313,7 @@ def append_rows(
     work: FeaturePass, partial: Path, stretch: range
 ) -> tuple[int, dict[str, str]]:
     """Computes the features of a stretch of the split, after those that are there."""
-    split, base = work.split, work.base
+    split, frozen = work.split, work.frozen
     partial.mkdir(parents=True, exist_ok=True)
     rows, next_index = _truncate_to_whole_batches(
         partial, work.row_bytes, work.batch_size, stretch.start
@@ -352,10 +352,10 @@ def append_rows(
 
         writing: Future | None = None
         views_in_a_row = (
-            (index.numpy(), tf.reshape(batch, (-1, *base.sample_shape)))
+            (index.numpy(), tf.reshape(batch, (-1, *frozen.sample_shape)))
             for index, batch in samples
         )
-        for index, features in base.over(views_in_a_row):
+        for index, features in frozen.over(views_in_a_row):
             _require_unreadable(work, range(next_index, int(index[-1])), index)
             values = _cached_as(work.feature_precision, features)
             if writing is not None:

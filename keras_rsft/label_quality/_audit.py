@@ -258,7 +258,7 @@ class LeftOutRegression:
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
-        gram, moment = self._normal_equations(weights, self.sampled)
+        gram, moment = self._normal_equations(weights * self.sampled)
         sample = np.concatenate(
             [
                 inputs[self.sampled[start : start + len(inputs)]]
@@ -275,14 +275,13 @@ class LeftOutRegression:
 
         self._ridge = float(min(_neighbours(RIDGES, self._ridge), key=error))
         if not self.sampled.all():
-            gram, moment = self._normal_equations(weights, None)
+            gram, moment = self._normal_equations(weights)
         inverse = _inverse(gram, self._ridge)
         scores = np.empty((len(weights), self._num_classes), np.float32)
         for start, inputs in self._chunks():
-            part = slice(start, start + len(inputs))
-            targets = self._one_hot(part)
-            scores[part] = _leave_one_out(
-                inputs, targets, weights[part], inverse, moment
+            rows = slice(start, start + len(inputs))
+            scores[rows] = _leave_one_out(
+                inputs, self._one_hot(rows), weights[rows], inverse, moment
             )
         return scores
 
@@ -297,9 +296,7 @@ class LeftOutRegression:
     def _one_hot(self, rows: np.ndarray | slice) -> np.ndarray:
         return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
 
-    def _normal_equations(
-        self, weights: np.ndarray, only: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _normal_equations(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the weighted Gram matrix and the moments with the targets."""
         width = self._features.dim + 1
         gram = np.zeros((width, width))
@@ -307,8 +304,6 @@ class LeftOutRegression:
         for start, inputs in self._chunks():
             rows = slice(start, start + len(inputs))
             weighted = inputs * weights[rows, None]
-            if only is not None:
-                weighted *= only[rows, None]
             gram += weighted.T @ inputs
             moment += weighted.T @ self._one_hot(rows)
         return gram, moment.astype(np.float32)
