@@ -194,7 +194,9 @@ def decode_pixels(
     branches = (
         lambda: _refuse_unknown(encoded),
         lambda: _decode_jpeg(encoded, smallest),
-        lambda: _decode_png(encoded, head),
+        lambda: tf.io.decode_png(
+            _require_within_limit(encoded, *png_size(head)), channels=3
+        ),
         lambda: _decode_gif(encoded),
         lambda: _decode_bmp(encoded, head),
         lambda: _decode_webp(encoded, head),
@@ -252,11 +254,6 @@ def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Ten
         for ratio in _JPEG_RATIOS
     ]
     return tf.switch_case(ratio_index, branches)
-
-
-def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-    encoded = _require_within_limit(encoded, *png_size(head))
-    return tf.io.decode_png(encoded, channels=3)
 
 
 def _decode_gif(encoded: tf.Tensor) -> tf.Tensor:
