@@ -81,7 +81,7 @@ class TestRefuses:
         [
             (3, "has 2 blocks. Received: 3"),
             (("block2_con",), "Near it: block2_conv"),
-            (("block2_bn",), "--train-batch-norm"),
+            (("block2_bn",), "train_batch_norm=true"),
             (("block2_add",), "no weights"),
             (0, "at least 1"),
             ((), "at least 1"),

@@ -122,11 +122,11 @@ class _Call(NamedTuple):
 
 
 def trainable_part(
-    base: keras.Model, unfreeze: Unfreeze, *, train_batch_norm: bool = False
+    backbone: keras.Model, unfreeze: Unfreeze, *, train_batch_norm: bool = False
 ) -> TrainablePart:
     """Cuts a backbone as late as it can be before the first layer that shall learn."""
     with built_in_float32():
-        own = copy_model(base)
+        own = copy_model(backbone)
         chosen = _chosen(own, checked_unfreeze(unfreeze), train_batch_norm)
         set_trainable(own, chosen)
         images = keras.Input(own.input_shape[1:], name="images")

@@ -185,7 +185,7 @@ def load_backbone(
               `hub`. Its image converter says how pixels are scaled.
             - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
               other. Loading one runs its initialisers: take it from a source that
-              you trust. What is kept and run later does nothing but compute.
+              you trust. What is stored and run later does nothing but compute.
             - `onnx:FILE@SCALE`, with the extra `onnx`; batch, channels first or
               last and float16 as the file has them. It runs in ONNX Runtime.
             - `minilm`, a sentence encoder, with the extra `text`: it takes texts.
@@ -311,7 +311,7 @@ def _resolve(name: str) -> str:
         raise InvalidArgument(
             "The backbone must be a network of Keras by name, such as resnet50 (all: "
             "keras_rsft.available_backbones()), efficientnet_lite0, your own "
-            "`.keras` file, hub:, savedmodel: or onnx: with a place, or "
+            "`.keras` file, hub:, savedmodel: or onnx: with a path, or "
             f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}."
             f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
         )
@@ -342,19 +342,19 @@ _OF_APPLICATIONS = {
 
 def licence_of_weights(backbone: str, weights: str) -> str:
     if weights == "none":
-        return "The base began with random weights, not with published ones."
+        return "The backbone began with random weights, not with published ones."
     name = plain_name(backbone)
     if weights == "imagenet" and name == plain_name(_lite0.NAME):
         return _licence_of_package(LITE0_DISTRIBUTION)
     for pattern, licence in _OF_APPLICATIONS.items():
         if weights == "imagenet" and re.fullmatch(pattern, name):
             return (
-                f"Licence of the base's weights: {licence}, as the documentation "
+                f"Licence of the backbone's weights: {licence}, as the documentation "
                 "of Keras gives it."
             )
     return (
-        "The licence of the base's weights is not recorded: they stay under that of "
-        "those who published them."
+        "The licence of the backbone's weights is not recorded: they stay under that "
+        "of those who published them."
     )
 
 
@@ -364,16 +364,16 @@ def _licence_of_package(distribution: str) -> str:
         found: Any = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError:
         return (
-            f"The base's weights come with the package {distribution}, which is not "
-            "installed here, so that its licence could not be read."
+            f"The backbone's weights come with the package {distribution}, which is "
+            "not installed here, so that its licence could not be read."
         )
     package = f"the package {distribution} {found['Version']}"
     stated = stated_licence(found)
     if stated:
-        return f"Licence of the base's weights: {stated}, as {package} states."
+        return f"Licence of the backbone's weights: {stated}, as {package} states."
     return (
-        f"The base's weights come with {package}, whose metadata states no licence: "
-        "ask those who published them before you pass the model on."
+        f"The backbone's weights come with {package}, whose metadata states no "
+        "licence: ask those who published them before you pass the model on."
     )
 
 

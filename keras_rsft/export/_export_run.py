@@ -197,7 +197,7 @@ def export_run(
         Where it lies and how large it is.
 
     Raises:
-        InvalidArgument: If an argument does not fit or the place cannot be used.
+        InvalidArgument: If an argument does not fit or the folder cannot be used.
         DataError: If the run cannot be read.
         ImportError: If the format's extra is not installed.
     """
