@@ -97,8 +97,7 @@ def export_litert(
 
 OPSET = 17
 CLASS_NAMES_KEY = "class_names"
-# Opsets that tf2onnx writes. The nodes added here mean the same in all from the first
-# on, but for ReduceMean.
+# Opsets that tf2onnx writes.
 _OLDEST, _NEWEST_OF_TF2ONNX = 13, 18
 _PREFIX = "backbone/"
 
@@ -138,8 +137,8 @@ def export_onnx(
             converted = _joined(model, networks[0].content)
         else:
             forward = ForwardPass(model)
-            function = tf.function(forward, input_signature=[forward.images_spec()])
-            converted = _converted(function, "images", "probabilities", OPSET)
+            spec = forward.images_spec()
+            converted = _converted(forward, spec, "probabilities", OPSET)
     finally:
         logger.setLevel(level)
     entry = converted.metadata_props.add()
@@ -153,14 +152,17 @@ def require_tf2onnx() -> Any:
     return import_extra("tf2onnx", "onnx", "Writing an ONNX file")
 
 
-def _converted(function: Any, taken: str, given: str, opset: int) -> onnx.ModelProto:
-    graph, output = freeze(function.get_concrete_function())
+def _converted(
+    function: Any, spec: tf.TensorSpec, output: str, opset: int
+) -> onnx.ModelProto:
+    traced = tf.function(function, input_signature=[spec], autograph=False)
+    graph, source = freeze(traced.get_concrete_function())
     converted, _ = require_tf2onnx().convert.from_graph_def(
         graph,
-        input_names=[f"{taken}:0"],
-        output_names=[output],
+        input_names=[f"{spec.name}:0"],
+        output_names=[source],
         opset=opset,
-        tensors_to_rename={f"{taken}:0": taken, output: given},
+        tensors_to_rename={f"{spec.name}:0": spec.name, source: output},
     )
     return converted
 
@@ -179,97 +181,49 @@ def _joined(model: keras.Model, content: bytes) -> onnx.ModelProto:
             f"be of opset {_OLDEST} or later. Received: {session.batch or 'any number'}"
             f" of images, opset {opset}. `keras-rsft predict` takes the run as it is."
         )
-    network = compose.add_prefix(network, _PREFIX)
+    shape = model.input_shape[1:]
+    output, features = session.features(np.zeros((1, *shape), np.float32))
+    axes = pooled_axes(features.ndim, channels_first=session.channels_first)
     backbone, head = model.layers[-2:]
-    _prepend(network.graph, session, backbone)
-    _append(network.graph, session, model.input_shape[1:], opset)
-    spec = tf.TensorSpec((None, head.input_shape[-1]), tf.float32, name="head_features")
-    function = tf.function(
-        lambda head_features: head(head_features, training=False),
-        autograph=False,
-        input_signature=[spec],
-    )
-    of_tf2onnx = min(opset, _NEWEST_OF_TF2ONNX)
-    converted = _converted(function, "head_features", "probabilities", of_tf2onnx)
-    if opset > of_tf2onnx:
-        converted = onnx.version_converter.convert_version(converted, opset)
-    # Domains that no node of the head uses.
-    for extra in [one for one in converted.opset_import if one.domain]:
-        converted.opset_import.remove(extra)
-    converted.ir_version = network.ir_version
+
+    def before(images: tf.Tensor) -> tf.Tensor:
+        for layer in backbone.layers:
+            if isinstance(layer, keras.layers.Rescaling):
+                images = layer(images)
+        if session.channels_first:
+            images = tf.transpose(images, [0, 3, 1, 2])
+        return tf.cast(images, session.dtype)
+
+    def after(features: tf.Tensor) -> tf.Tensor:
+        values = tf.cast(features, tf.float32)
+        values = tf.reduce_mean(values, axes) if axes else values
+        return head(values, training=False)
+
+    def converted(function: Any, spec: tf.TensorSpec, output: str) -> onnx.ModelProto:
+        def named(values: tf.Tensor) -> tf.Tensor:
+            with tf.name_scope(output):  # No name may be in both parts.
+                return function(values)
+
+        part = _converted(named, spec, output, min(opset, _NEWEST_OF_TF2ONNX))
+        if opset > _NEWEST_OF_TF2ONNX:
+            part = onnx.version_converter.convert_version(part, opset)
+        for unused in [one for one in part.opset_import if one.domain]:
+            part.opset_import.remove(unused)
+        part.ir_version = network.ir_version
+        return part
+
+    spec = tf.TensorSpec((None, *features.shape[1:]), features.dtype, name="features")
     joined = compose.merge_models(
-        network,
-        converted,
-        io_map=[("features", "head_features")],
+        compose.add_prefix(network, _PREFIX),
+        converted(after, spec, "probabilities"),
+        io_map=[(_PREFIX + output, "features")],
         outputs=["probabilities"],
+    )
+    images = tf.TensorSpec((None, *shape), tf.float32, name="images")
+    joined = compose.merge_models(
+        converted(before, images, "pixels"),
+        joined,
+        io_map=[("pixels", _PREFIX + session.name)],
     )
     onnx.checker.check_model(joined)
     return joined
-
-
-def _prepend(
-    graph: onnx.GraphProto, session: OnnxSession, backbone: keras.Model
-) -> None:
-    """Adds scaling and the order of the axes in front of the network."""
-    from onnx import TensorProto, helper
-
-    factor, offset = np.ones(3, np.float32), np.zeros(3, np.float32)
-    for layer in backbone.layers:
-        if isinstance(layer, keras.layers.Rescaling):
-            factor = np.asarray(layer.scale, np.float32)
-            offset = np.asarray(layer.offset, np.float32)
-    _add_constants(graph, scale_factor=factor, scale_offset=offset)
-    nodes = [
-        helper.make_node("Mul", ["images", "scale_factor"], ["multiplied"]),
-        helper.make_node("Add", ["multiplied", "scale_offset"], ["scaled"]),
-    ]
-    if session.channels_first:
-        nodes.append(
-            helper.make_node("Transpose", ["scaled"], ["turned"], perm=[0, 3, 1, 2])
-        )
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(session.dtype))
-    last = nodes[-1].output[0]
-    nodes.append(helper.make_node("Cast", [last], [_PREFIX + session.name], to=kind))
-    nodes += graph.node
-    del graph.node[:], graph.input[:]
-    graph.node.extend(nodes)
-    shape = ("batch", *backbone.input_shape[1:])
-    graph.input.append(
-        helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)
-    )
-
-
-def _append(
-    graph: onnx.GraphProto, session: OnnxSession, shape: tuple[int, ...], opset: int
-) -> None:
-    """Adds behind the network the mean over all but channels, as `OnnxNetwork` does."""
-    from onnx import TensorProto, helper
-
-    output, features = session.features(np.zeros((1, *shape), np.float32))
-    axes = pooled_axes(features.ndim, channels_first=session.channels_first)
-    source = _PREFIX + output
-    graph.node.append(
-        helper.make_node("Cast", [source], ["floats"], to=TensorProto.FLOAT)
-    )
-    if not axes:
-        node = helper.make_node("Identity", ["floats"], ["features"])
-    elif opset < 18:
-        node = helper.make_node(
-            "ReduceMean", ["floats"], ["features"], axes=axes, keepdims=0
-        )
-    else:
-        _add_constants(graph, axes=np.array(axes, np.int64))
-        node = helper.make_node("ReduceMean", ["floats", "axes"], ["features"])
-        node.attribute.append(helper.make_attribute("keepdims", 0))
-    graph.node.append(node)
-    del graph.output[:]
-    graph.output.append(
-        helper.make_tensor_value_info("features", TensorProto.FLOAT, None)
-    )
-
-
-def _add_constants(graph: onnx.GraphProto, **values: np.ndarray) -> None:
-    from onnx import numpy_helper
-
-    tensors = [numpy_helper.from_array(value, name) for name, value in values.items()]
-    graph.initializer.extend(tensors)
