@@ -352,10 +352,9 @@ def _image_function(
             shape = [None] * 4 if spec.shape.rank is None else spec.shape.as_list()
             is_image = len(shape) == 4 and shape[3] in (None, 3)
             if len(signatures[name]) == 1 and spec.dtype == tf.float32 and is_image:
-                call = functools.partial(_call_signature, loaded, name, key)
-                return call, shape[1:3]
+                return functools.partial(_call, loaded, name, key), shape[1:3]
     if callable(loaded):
-        return functools.partial(_call_object, loaded), [None, None]
+        return functools.partial(_call, loaded, "", ""), [None, None]
     found = []
     for name, inputs in signatures.items():
         specs = (f"{key} {one.dtype.name} {one.shape}" for key, one in inputs.items())
@@ -365,14 +364,11 @@ def _image_function(
     )
 
 
-def _call_signature(
-    loaded: Any, name: str, key: str, images: tf.Tensor
+def _call(
+    loaded: Any, signature: str, key: str, images: tf.Tensor
 ) -> dict[str, tf.Tensor]:
-    # Through the loaded object, which keeps the variables alive.
-    return loaded.signatures[name](**{key: images})
-
-
-def _call_object(loaded: Any, images: tf.Tensor) -> dict[str, tf.Tensor]:
+    if signature:  # Through the loaded object, which keeps the variables alive.
+        return loaded.signatures[signature](**{key: images})
     try:
         outputs = loaded(images, training=False)
     except (TypeError, ValueError):  # It has no such argument.

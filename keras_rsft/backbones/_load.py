@@ -368,8 +368,7 @@ def _licence_of_package(distribution: str) -> str:
             "not installed here, so that its licence could not be read."
         )
     package = f"the package {distribution} {found['Version']}"
-    stated = stated_licence(found)
-    if stated:
+    if stated := stated_licence(found):
         return f"Licence of the backbone's weights: {stated}, as {package} states."
     return (
         f"The backbone's weights come with {package}, whose metadata states no "

@@ -53,7 +53,11 @@ def build(
     tokenizer.tokens_of(np.array([b""], object))  # Fails now, or not at all.
     encoder = build_encoder()
     if weights != "none":
-        _load_weights(encoder, folder / _WEIGHTS_FILE)
+        path = folder / _WEIGHTS_FILE
+        state = _read_safetensors(path)
+        set_layer_weights(
+            encoder, lambda one: _layer_weights(one, state), path, "all-MiniLM-L6-v2"
+        )
     if precision == "bfloat16":
         compute_in_bfloat16(encoder)
     texts = keras.Input((), dtype="string", name="texts")
@@ -133,18 +137,15 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _load_weights(encoder: keras.Model, path: Path) -> None:
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     safetensors = import_extra("safetensors", "text", "A text encoder")
     reader = import_extra("safetensors.numpy", "text", "A text encoder")
     try:
-        state = reader.load(_read(path))
+        return reader.load(_read(path))
     except safetensors.SafetensorError as error:
         raise WeightsUnavailable(
             f"The weights file {path} is damaged: {first_line(error)}."
         ) from error
-    set_layer_weights(
-        encoder, lambda layer: _layer_weights(layer, state), path, "all-MiniLM-L6-v2"
-    )
 
 
 _NAMES = {

@@ -122,7 +122,6 @@ def check_file(path: str | os.PathLike, suffix: str) -> Path:
 
 
 def _check_writable(directory: Path) -> None:
-    """Refuses a folder that can be neither made nor written to."""
     nearest = next(p for p in (directory, *directory.parents) if p.exists())
     if not nearest.is_dir():
         raise InvalidArgument(

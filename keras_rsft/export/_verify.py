@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -166,10 +167,8 @@ def sample_of(split: ImageSplit) -> list[bytes]:
     count = min(len(split), MOST_IMAGES)
     encoded = []
     for index in np.linspace(0, len(split) - 1, count).round().astype(int):
-        try:
+        with contextlib.suppress(OSError):
             encoded.append(split.encoded(int(index)))
-        except OSError:
-            continue
     return encoded
 
 
@@ -196,11 +195,9 @@ def _decoded(
     images = np.zeros((len(encoded), *size, 3), np.float32)
     valid = np.zeros(len(encoded), bool)
     for number, one in enumerate(encoded):
-        try:
+        with contextlib.suppress(tf.errors.OpError):
             images[number] = decode(tf.constant(one))
             valid[number] = True
-        except tf.errors.OpError:
-            continue
     return images, valid
 
 
