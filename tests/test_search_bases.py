@@ -259,7 +259,7 @@ def test_a_model_card_says_that_the_base_was_trained(tuned, call, tmp_path):
     assert (status, error) == (0, "")
     assert "as the run" in output
     (card,) = tmp_path.glob("saved_models/*/1/README.md")
-    assert "A part of the base was trained too." in card.read_text()
+    assert "A part of the backbone was trained too." in card.read_text()
 
 
 @pytest.mark.slow

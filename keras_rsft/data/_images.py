@@ -212,7 +212,7 @@ def checked_size(image_size: Any) -> tuple[int, int]:
         height, width = (operator.index(side) for side in pair)
     except (TypeError, ValueError):
         height = width = 0
-    if height < 1 or width < 1:
+    if height < 1 or width < 1 or any(isinstance(side, bool) for side in pair):
         raise InvalidArgument(
             "`image_size` must be a positive integer or a pair (height, width). "
             f"Received: image_size={image_size!r}. Use 224, for example."
