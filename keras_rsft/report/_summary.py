@@ -73,7 +73,7 @@ def strategy_texts(row: Mapping[str, Any]) -> list[str]:
     elif row["message"]:
         shown = "failed"
     return [
-        row["trainable"],
+        row["unfreeze"],
         row["policy"],
         shown,
         share_text(row["acceptance_rate"]),
@@ -245,7 +245,7 @@ def strategies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         STRATEGY_HEADER,
         tuple(tuple(strategy_texts(row)) for row in rows),
-        title="How much of the base to train",
+        title="How much of the backbone to train",
         note=STRATEGY_NOTE,
         text_columns=2,
     )

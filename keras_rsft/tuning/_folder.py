@@ -40,7 +40,7 @@ from keras_rsft.report._charts import (
 )
 from keras_rsft.report._record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
+from keras_rsft.tuning._choice import UNFREEZE, TrialOutcome
 from keras_rsft.tuning._tuner import RSFTHyperModel
 
 # Folder -------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 _HEAD_SECONDS_FILE = "head_seconds.json"
 _LOCK_FILE = ".lock"
 # Options that may change from one call to the next without another meaning of trials.
-_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "trainable")
+_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "unfreeze")
 
 
 def identity_of(
@@ -173,7 +173,7 @@ def _write_hparams_of(
     import tensorflow as tf
     from tensorboard.plugins.hparams import api, api_pb2, summary
 
-    completed = outcome.status == COMPLETED
+    completed = outcome.completed
     status = api_pb2.STATUS_SUCCESS if completed else api_pb2.STATUS_FAILURE
     ended = summary.session_end_pb(status).SerializeToString()
     writer = tf.summary.create_file_writer(str(folder))
@@ -249,7 +249,7 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
 
 def _difference(part: str, kept: dict[str, Any], identity: dict[str, Any]) -> str:
     if part == "data":
-        return "another data set or base"
+        return "another data set or backbone"
     if part == "space":
         return "another search space"
     was, now = kept.get(part) or {}, identity[part]
@@ -271,9 +271,9 @@ SELECTIVITY = {
 }
 _SHOWN = {"val_accuracy": "validation accuracy", "acceptance_rate": "acceptance rate"}
 _CELLS = 8
-_LOGARITHMIC = ("learning_rate", "weight_decay", "base_learning_rate")
+_LOGARITHMIC = ("learning_rate", "weight_decay", "backbone_learning_rate")
 # In this order; what else a space has follows.
-_FIRST = ("trainable", "policy", "optimizer", "learning_rate")
+_FIRST = (UNFREEZE, "policy", "optimizer", "learning_rate")
 _TICKS = 5
 
 
@@ -287,7 +287,7 @@ def write_pictures(
     maps = [one for name in SELECTIVITY if (one := heat_map(heads, name)) is not None]
     if maps:
         _write(folder / HEAT_MAP_FILE, heat_maps_svg(maps))
-    completed = [one for one in outcomes if one.status == COMPLETED]
+    completed = [one for one in outcomes if one.completed]
     if completed:
         axes = axes_of(completed, options.objective)
         drawn = parallel_coordinates_svg(
@@ -308,7 +308,7 @@ def heat_map(outcomes: Sequence[TrialOutcome], name: str) -> HeatMap | None:
     shown = [
         one
         for one in outcomes
-        if one.status == COMPLETED and {name, "learning_rate"} <= one.values.keys()
+        if one.completed and {name, "learning_rate"} <= one.values.keys()
     ]
     if not shown:
         return None

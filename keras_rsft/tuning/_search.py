@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,33 +22,30 @@ from keras_rsft._runtime import (
 from keras_rsft._storage import (
     CLASSES_FILE,
     HEAD_FILE,
+    MODEL_FILE,
     RESULTS_FILE,
     installed_versions,
     replaced,
     write_json,
 )
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import SearchConfig, TrainConfig
+from keras_rsft.config import FROZEN, SearchConfig, TrainConfig
 from keras_rsft.data._samples import ImageData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import SplitFeatures, open_features
 from keras_rsft.training._unfreeze import BackboneSource, require_layers_to_train
 from keras_rsft.tuning._backbone_trials import (
-    BackboneTrials,
-    chosen_trial,
-    keep_model,
+    BackboneTuner,
     learnable,
-    table_of_strategies,
-    train_backbones,
-    with_frozen,
+    strategy_rows,
+    weights_of,
 )
 from keras_rsft.tuning._choice import (
-    COMPLETED,
+    UNFREEZE,
     Choice,
     TrialOutcome,
     choose_trial,
-    trainable_of,
 )
 from keras_rsft.tuning._folder import (
     TRIALS_FILE,
@@ -62,8 +60,8 @@ from keras_rsft.tuning._folder import (
     write_trials,
 )
 from keras_rsft.tuning._space import Space
-from keras_rsft.tuning._trials import ChosenTrial, run_trials, side_by_side
-from keras_rsft.tuning._tuner import RSFTHyperModel, make_tuner
+from keras_rsft.tuning._trials import run_trials, side_by_side
+from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,15 +72,15 @@ class Search:
         outcomes: All trials, in the order in which they began.
         choice: Which setting to use, and why.
         settings: How to train with it: `finetune(settings=...)` gives its model.
-        head: The chosen trial's `RSFTModel` over features, of its best epoch; where a
-            part of the base learnt, that of the head which it began from.
+        head: The chosen trial's `RSFTModel` over features, of its best epoch; where
+            layers of the backbone were unfrozen, that of the head which it began from.
         results: The chosen setting and plain fine-tuning side by side, for each its
             `validation_accuracy`, its `test_accuracy` where there is a test split,
-            and its `acceptance_rate`; the reason of the choice; the seconds. With a
-            base that learns `strategies`, one row for each.
+            and its `acceptance_rate`; the reason of the choice; the seconds. With an
+            unfrozen backbone `strategies`, one row for each.
         tuner: The Keras Tuner, for `get_best_models` and the like.
         folder: Where the search was written.
-        base_tuner: That of the trials in which the base learnt, or None.
+        backbone_tuner: That of the trials that unfroze the backbone, or None.
     """
 
     outcomes: tuple[TrialOutcome, ...]
@@ -92,7 +90,7 @@ class Search:
     results: dict[str, Any]
     tuner: keras_tuner.Tuner
     folder: Path
-    base_tuner: keras_tuner.Tuner | None = None
+    backbone_tuner: keras_tuner.Tuner | None = None
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
@@ -125,13 +123,13 @@ def search(
 ) -> Search | None:
     """Searches for the policy, its threshold and the learning rate of a new head.
 
-    With `unfreeze=("frozen", "last-block", "all")` also for how much of the base to
-    train: the best plain head and the best one that rejects are trained on with its
-    last block and with all of it, as `unfreeze` of the settings says. The base's
+    With `unfreeze=("frozen", "last-block", "all")` also for how much of the backbone
+    to train: the best plain head and the best one that rejects are trained on with its
+    last block and with all of it, as `unfreeze` of the settings says. The backbone's
     learning rate is then by default a tenth of the head's, and at most 0.001 with SGD
     and 0.0001 with other optimizers.
 
-    The base runs once, for all trials of heads. The same call goes on with a search
+    The backbone runs once, for all trials of heads. The same call resumes a search
     that was stopped; trials that ended are kept. The test split is looked at once, when
     the choice has been made.
 
@@ -161,7 +159,7 @@ def search(
             instead of this process. Default: none.
         worker_timeout: Seconds after which a chief without workers, or a worker
             without its chief, gives up. Default 600.
-        on_note: Called with what is done next where the base learns, in one line.
+        on_note: Called with a line on each step that trains the backbone.
         **changes: Single options, as in `search(data, tuner="grid", ...)`.
 
     Returns:
@@ -179,12 +177,13 @@ def search(
     require_tensorflow_backend("`search`")
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
-    if options.of_base:
+    names = options.unfreeze
+    if options.unfrozen:
         require_layers_to_train(str(backbone), option="--unfreeze")
-    parts = list(options.unfreeze)
 
     def check(base: keras.Model) -> None:
-        parts[:] = learnable(base, options.unfreeze, settings)
+        nonlocal names
+        names = learnable(base, names, settings)
 
     opened = open_features(
         data,
@@ -199,26 +198,14 @@ def search(
         progress=progress,
         on_base=check,
     )
-    if len(parts) < len(options.unfreeze):
-        on_note("The last block is all that can learn of this base: all is left out.")
-    base_source = BackboneSource(
-        judged_data(opened.data, clean_validation=clean_validation),
-        opened.float32_base,
-        feature_precision,
-        cache_dir,
-        progress,
-        on_note,
-    )
-
-    def whole_model(head: keras.Model) -> keras.Model:
-        return build_classifier(
-            opened.float32_base(), opened.data.num_classes, head=head
+    if names != options.unfreeze:
+        on_note(
+            "The last block is all that can learn of this backbone: all is left out."
         )
-
     return search_features(
         opened.features,
         output=output,
-        options=dataclasses.replace(options, unfreeze=tuple(parts)),
+        options=dataclasses.replace(options, unfreeze=names),
         space=space,
         clean_validation=clean_validation,
         settings=settings,
@@ -227,8 +214,17 @@ def search(
         command=command,
         worker_commands=worker_commands,
         worker_timeout=worker_timeout,
-        whole_model=whole_model,
-        base_source=base_source,
+        whole_model=lambda head: build_classifier(
+            opened.float32_base(), opened.data.num_classes, head=head
+        ),
+        backbone_source=BackboneSource(
+            judged_data(opened.data, clean_validation=clean_validation),
+            opened.float32_base,
+            feature_precision,
+            cache_dir,
+            progress,
+            on_note,
+        ),
     )
 
 
@@ -246,9 +242,9 @@ def search_features(
     worker_commands: Sequence[Sequence[str]] = (),
     worker_timeout: float = DEFAULT_TIMEOUT,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
-    base_source: BackboneSource | None = None,
+    backbone_source: BackboneSource | None = None,
 ) -> Search | None:
-    """Searches on features that are kept already.
+    """Searches on cached features.
 
     Args:
         features: The splits.
@@ -264,7 +260,7 @@ def search_features(
         worker_timeout: As in `search`.
         whole_model: Makes of the chosen head the model from images that is kept in
             the folder. Default None: the head alone is kept.
-        base_source: Images and base, for trials in which the base learns. Default
+        backbone_source: Images and backbone, for trials that unfreeze it. Default
             None: there are none.
 
     Returns:
@@ -279,9 +275,9 @@ def search_features(
     require_tensorflow_backend("`search_features`")
     started = time.perf_counter()
     options = options or SearchConfig()
-    if options.of_base and base_source is None:
+    if options.unfrozen and backbone_source is None:
         raise InvalidArgument(
-            "Features alone cannot train a base. Received: "
+            "Features alone cannot train a backbone. Received: "
             f"unfreeze={options.unfreeze}. Use `search`, which has the images."
         )
     features = judged_features(features, clean_validation=clean_validation)
@@ -307,26 +303,30 @@ def search_features(
             workers = functools.partial(
                 leading, tuner, worker_commands, folder, timeout=worker_timeout
             )
-        outcomes = run_trials(tuner, options, progress=progress, workers=workers)
-        head_seconds = note_head_seconds(
+        heads = run_trials(tuner, options, progress=progress, workers=workers)
+        seconds_per_head = note_head_seconds(
             folder, time.perf_counter() - began, len(tuner.oracle.end_order) - before
         )
-        bases = None
-        if options.of_base and base_source is not None:
-            outcomes = with_frozen(outcomes)
-            bases = train_backbones(tuner, options, outcomes, base_source, folder)
-        found, chosen = _concluded(tuner, options, outcomes, bases, folder)
-        if bases is not None:
-            found.results["strategies"] = table_of_strategies(
-                tuner, outcomes, chosen, bases, head_seconds
+        backbones = None
+        if options.unfrozen and backbone_source is not None:
+            heads = tuple(
+                dataclasses.replace(one, values={UNFREEZE: FROZEN, **one.values})
+                for one in heads
             )
-        keep_model(chosen, whole_model, folder)
-        results = found.results | {
-            "command": command,
-            "seconds": time.perf_counter() - started,
-        }
-        write_results(folder, results)  # The last: they say that it has ended.
-    return dataclasses.replace(found, results=results)
+            backbones = BackboneTuner(tuner, heads, options, backbone_source, folder)
+            backbones.search()
+        found = _concluded(tuner, options, heads, backbones, seconds_per_head, folder)
+        chosen = found.choice.chosen
+        if backbones is not None and chosen.cost:
+            trained = backbones.model_file(chosen.trial_id)
+            copy = functools.partial(shutil.copyfile, trained)
+            replaced(folder / MODEL_FILE, copy)
+        elif whole_model is not None:
+            replaced(folder / MODEL_FILE, whole_model(found.head.model).save)
+        found.results["command"] = command
+        found.results["seconds"] = time.perf_counter() - started
+        write_results(folder, found.results)  # The last: they say that it has ended.
+    return found
 
 
 def judged_features(
@@ -357,25 +357,24 @@ def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:
 
 
 def _concluded(
-    tuner: keras_tuner.Tuner,
+    tuner: TrialsTuner,
     options: SearchConfig,
     heads: tuple[TrialOutcome, ...],
-    bases: BackboneTrials | None,
+    backbones: BackboneTuner | None,
+    seconds_per_head: float | None,
     folder: Path,
-) -> tuple[Search, ChosenTrial]:
+) -> Search:
     """Chooses among the trials and writes all but the results, which come last."""
     features = tuner.hypermodel.features
-    outcomes = heads if bases is None else (*heads, *bases.outcomes)
+    of_backbone = () if backbones is None else backbones.outcomes
+    outcomes = (*heads, *of_backbone)
     write_samples(folder, features)
     write_trials(folder, outcomes)
     write_hparams(folder, outcomes, options)
     write_pictures(heads, outcomes, options, folder)
     try:
         choice = choose_trial(
-            outcomes,
-            objective=options.objective,
-            validation_size=len(features.validation),
-            min_acceptance=options.min_acceptance,
+            outcomes, options, validation_size=len(features.validation)
         )
     except TrainingStalled as error:
         # It has ended: with the default folder the next search begins a new one.
@@ -383,24 +382,27 @@ def _concluded(
         raise TrainingStalled(
             f"{error} What became of each trial is in {folder / TRIALS_FILE}."
         ) from error
-    chosen = chosen_trial(tuner, heads, choice.chosen, bases)
-    settings, head = chosen.settings, chosen.head
-    results = side_by_side(tuner, options, outcomes, chosen, folder)
-    if bases is not None:
-        results["chosen"]["trainable"] = trainable_of(choice.chosen)
+    chosen = choice.chosen
+    head = tuner.model_of(chosen if backbones is None else backbones.head_of(chosen))
+    results = side_by_side(tuner, backbones, options, outcomes, chosen, folder)
     results |= {
         "reason": choice.reason,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(chosen.settings),
         "trials": len(outcomes),
         "test_images": len(features.test),
         "versions": installed_versions(),
-        "failed": sum(one.status != COMPLETED for one in outcomes),
+        "failed": sum(not one.completed for one in outcomes),
     }
+    if backbones is not None:
+        results["strategies"] = strategy_rows(
+            (*backbones.best_heads, *of_backbone),
+            chosen,
+            validation_size=len(features.validation),
+            head_seconds=seconds_per_head,
+            head_weights=weights_of(head),
+        )
     replaced(folder / HEAD_FILE, head.save)
-    replaced(
-        folder / CLASSES_FILE,
-        lambda path: write_json(path, list(features.class_names)),
-    )
-    base_tuner = None if bases is None else bases.tuner
-    found = Search(outcomes, choice, settings, head, results, tuner, folder, base_tuner)
-    return found, chosen
+    classes = list(features.class_names)
+    replaced(folder / CLASSES_FILE, lambda path: write_json(path, classes))
+    settings = chosen.settings
+    return Search(outcomes, choice, settings, head, results, tuner, folder, backbones)

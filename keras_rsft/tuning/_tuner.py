@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import time
 import traceback
 import warnings
@@ -35,12 +35,13 @@ from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.training._head import untrained_head
 from keras_rsft.tuning._batched import METRICS, BatchedHeads, OnEpoch
+from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
 from keras_rsft.tuning._space import (
     Space,
     check_space,
     settings_of_values,
-    stack_trials,
     update_rule,
+    values_of,
 )
 
 # Durable state ------------------------------------------------------------------------
@@ -49,17 +50,18 @@ STATE_FILE = "oracle.json"
 # Keras Tuner's protocol drops why a trial failed, so a worker leaves it here.
 _MESSAGE_FILE = "message.txt"
 _WAIT_SECONDS = 1.0
+# Hyperband's own numbers, which are among the values of its trials.
+TUNERS_OWN = "tuner/"
 
 
-class DurableOracle:
-    """Mixed into an oracle: its files are written whole, and no trial gets lost."""
+class DurableOracle(keras_tuner.Oracle):
+    """An oracle whose files are written whole, and that loses no trial."""
 
-    @property
-    def folder(self) -> Path:
-        return Path(self._get_oracle_fname()).parent
+    def _path(self, *names: str) -> Path:
+        return Path(self._get_oracle_fname()).parent.joinpath(*names)
 
     def end_trial(self, trial: Trial) -> None:
-        message = self.folder / f"trial_{trial.trial_id}" / _MESSAGE_FILE
+        message = self._path(f"trial_{trial.trial_id}", _MESSAGE_FILE)
         if trial.message is None and message.exists():
             trial.message = message.read_text(encoding="utf-8")
             message.unlink()
@@ -67,7 +69,7 @@ class DurableOracle:
 
     def save(self) -> None:
         text = json.dumps(self.get_state())
-        replaced(self.folder / STATE_FILE, lambda path: path.write_text(text))
+        replaced(self._path(STATE_FILE), lambda path: path.write_text(text))
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         # A trial that was written just before a kill, of which the oracle's own file
@@ -79,9 +81,9 @@ class DurableOracle:
         super().set_state({**state, "ongoing_trials": {}, "retry_queue": waiting})
 
     def save_trial(self, trial: Trial) -> None:
-        folder = self.folder / f"trial_{trial.trial_id}"
-        folder.mkdir(exist_ok=True)
-        replaced(folder / "trial.json", lambda beside: trial.save(str(beside)))
+        path = self._path(f"trial_{trial.trial_id}", "trial.json")
+        path.parent.mkdir(exist_ok=True)
+        replaced(path, lambda beside: trial.save(str(beside)))
 
     _save_trial = save_trial  # Keras Tuner's name for it.
 
@@ -106,11 +108,47 @@ class DurableTuner(keras_tuner.Tuner):
         if not self.is_worker:
             self.oracle.reload()
 
+    def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
+        """Returns how a trial was trained up to its best epoch, the last of these."""
+        raise NotImplementedError
+
+    @property
+    def outcomes(self) -> tuple[TrialOutcome, ...]:
+        """All trials, in the order in which they began."""
+        trials = [self.oracle.trials[name] for name in self.oracle.start_order]
+        return tuple(self._outcome(trial) for trial in trials)
+
+    def _outcome(self, trial: Trial) -> TrialOutcome:
+        values, completed = trial.hyperparameters.values, trial.status == COMPLETED
+        first = values.get(f"{TUNERS_OWN}initial_epoch", 0)
+        epochs = first + trial.best_step + 1 if completed else 0
+        names = trial.metrics.metrics if completed else ()
+        lines = (trial.message or "").strip().splitlines()
+        return TrialOutcome(
+            trial.trial_id,
+            trial.status,
+            {k: v for k, v in values.items() if not k.startswith(TUNERS_OWN)},
+            {name: trial.metrics.get_last_value(name) for name in names},
+            epochs,
+            lines[-1] if lines else None,
+            self.settings_of(trial, epochs),
+        )
+
 
 class TrialsTuner(DurableTuner):
     """Takes trials from an oracle, trains them and reports them, until none is left."""
 
     parallel_trials = 1
+
+    def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
+        if not epochs:  # It failed, perhaps because of its settings.
+            return self.hypermodel.settings
+        settings = self.hypermodel.settings_of(trial.hyperparameters)
+        return dataclasses.replace(settings, epochs=epochs, unfreeze=None)
+
+    def model_of(self, outcome: TrialOutcome) -> RSFTModel:
+        """Returns a completed trial's model, with the weights of its best epoch."""
+        return self.load_model(self.oracle.trials[outcome.trial_id])
 
     def search(self, *, verbose: int = 0, on_epoch: OnEpoch | None = None) -> None:
         """Trains trials until the oracle has no more."""
@@ -144,7 +182,7 @@ class TrialsTuner(DurableTuner):
 
     def _take_trials(self) -> list[Trial]:
         """Asks the oracle for trials, each under a tuner's name of its own."""
-        taken = []
+        taken: list[Trial] = []
         while len(taken) < self.parallel_trials:
             self.pre_create_trial()
             trial = self.oracle.create_trial(f"{self.tuner_id}-{len(taken)}")
@@ -202,7 +240,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
             )
         self.features = features
         self.settings = settings or TrainConfig()
-        self.space = space or SearchSpace()
+        self.space: Space = space or SearchSpace()
         check_space(self.space, self.settings)
         self._progress = progress
 
@@ -222,7 +260,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         Args:
             hp: The trial's hyperparameters.
         """
-        return settings_of_values(self.space(hp), self.settings)
+        return settings_of_values(values_of(self.space, hp), self.settings)
 
     def build(self, hp: keras_tuner.HyperParameters) -> RSFTModel:
         """Returns a trial's compiled, untrained `RSFTModel` over features."""
@@ -256,15 +294,14 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         own: list[keras.callbacks.Callback] = [batches.callback]
         if model.policy.needs_ledger:
             own.append(RejectionLedger(train.ids, train.labels))
-        history = model.fit(
-            batches.dataset,
-            *args,
-            validation_data=batches_of(self.features.validation),
-            epochs=settings.epochs if epochs is None else epochs,
-            callbacks=[*own, *callbacks],
-            shuffle=False,
-            **({"verbose": 0} | kwargs),
-        )
+        options = {
+            "validation_data": batches_of(self.features.validation),
+            "epochs": settings.epochs if epochs is None else epochs,
+            "callbacks": [*own, *callbacks],
+            "shuffle": False,
+            "verbose": 0,
+        }
+        history = model.fit(batches.dataset, *args, **options | kwargs)
         if not np.isfinite(history.history["val_loss"]).all():
             raise FailedTrialError(DIVERGED)
         return history
@@ -354,57 +391,33 @@ class BatchedTuner(TrialsTuner):
             try:
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
                 rule = (update_rule(settings), settings.epochs)
-                group = groups.setdefault(rule, [])
+                groups.setdefault(rule, []).append((trial, settings))
             except Exception as error:  # Of a user's space: this trial's fault alone.
                 self._fail(trial, f"{type(error).__name__}: {error}")
-            else:
-                group.append((trial, settings))
+        objective = self.oracle.objective
         for group in groups.values():
-            self._train_group(group, on_epoch)
-
-    def _train_group(
-        self,
-        group: Sequence[tuple[Trial, TrainConfig]],
-        on_epoch: OnEpoch | None,
-    ) -> None:
-        settings = [one for _, one in group]
-        hypermodel, heads, loss_limit = self.hypermodel, self._heads, math.inf
-        if any(one.policy.name == "auto" for one in settings):
-            heads.list_samples(hypermodel.label_quality.accept_mask())
-            loss_limit = hypermodel.label_quality.loss_limit
-        trained = heads.train(
-            stack_trials(
-                settings,
-                num_classes=len(hypermodel.features.class_names),
-                steps_per_epoch=heads.steps_per_epoch,
-                loss_limit=loss_limit,
-            ),
-            epochs=settings[0].epochs,
-            objective=self.oracle.objective.name,
-            direction=self.oracle.objective.direction,
-            halvings=self._halvings,
-            on_epoch=on_epoch,
-        )
-        for row, (trial, _) in enumerate(group):
-            if trained.diverged[row]:
-                self._fail(trial, DIVERGED)
-                continue
-            kernel, bias = trained.best_kernels[row], trained.best_biases[row]
-            path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
-            replaced(path, functools.partial(np.savez, kernel=kernel, bias=bias))
-            history = {name: values[row] for name, values in trained.history.items()}
-            self._complete(trial, history, int(trained.best_epochs[row]))
+            auto = any(one.policy.name == "auto" for _, one in group)
+            trained = self._heads.train(
+                [one for _, one in group],
+                self.hypermodel.label_quality if auto else None,
+                objective=objective.name,
+                direction=objective.direction,
+                halvings=self._halvings,
+                on_epoch=on_epoch,
+            )
+            for row, (trial, _) in enumerate(group):
+                if trained.diverged[row]:
+                    self._fail(trial, DIVERGED)
+                    continue
+                parts = {"kernel": trained.kernels[row], "bias": trained.biases[row]}
+                path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
+                replaced(path, functools.partial(np.savez, **parts))
+                history = {name: v[row] for name, v in trained.history.items()}
+                self._complete(trial, history, int(trained.best_epochs[row]))
 
     @functools.cached_property
     def _heads(self) -> BatchedHeads:
-        features, settings = self.hypermodel.features, self.hypermodel.settings
-        return BatchedHeads(
-            features.train,
-            features.validation,
-            num_classes=len(features.class_names),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
+        return BatchedHeads(self.hypermodel.features, self.hypermodel.settings)
 
     def _check_space(self) -> None:
         """Raises InvalidArgument where a policy or an optimizer cannot be batched."""
@@ -502,7 +515,9 @@ class OneByOneTuner(TrialsTuner):
     def load_model(self, trial: Trial) -> RSFTModel:
         """Returns a trial's model with the weights of its best epoch."""
         model = self.hypermodel.build(trial.hyperparameters)
-        model.load_weights(self._weights_of(trial.trial_id))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The optimizer's state is left behind.
+            model.load_weights(self._weights_of(trial.trial_id))
         return model
 
     def _weights_of(self, trial_id: str) -> str:
@@ -513,31 +528,31 @@ def make_tuner(
     hypermodel: RSFTHyperModel, options: SearchConfig, folder: Path
 ) -> TrialsTuner:
     """Returns a tuner, with the trials that `folder/trials` has already."""
-    place = {"directory": str(folder), "project_name": TRIALS_FOLDER}
+    project = {"directory": str(folder), "project_name": TRIALS_FOLDER}
     shared = {
         "objective": keras_tuner.Objective(options.objective, options.direction),
         "seed": hypermodel.settings.seed + 1,  # Keras Tuner takes 0 for any seed.
         # A failed trial is no reason to give up the others.
         "max_consecutive_failed_trials": None,
     }
-    if options.tuner == HYPERBAND:
-        bands = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
-        bands.max_trials = options.max_trials
-        return OneByOneTuner(bands, hypermodel, **place)
     name = options.oracle if options.tuner == BATCHED else options.tuner
     if name == "bayesian" and importlib.util.find_spec("sklearn") is None:
         raise ImportError(
             "The Bayesian oracle needs scikit-learn. "
             'Install it with: pip install "keras_rsft[search]"'
         )
-    kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
-    oracle = kinds[name](max_trials=options.max_trials, **shared)
+    if name == HYPERBAND:
+        oracle = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        oracle.max_trials = options.max_trials
+    else:
+        kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
+        oracle = kinds[name](max_trials=options.max_trials, **shared)
     if options.tuner != BATCHED:
-        return OneByOneTuner(oracle, hypermodel, **place)
+        return OneByOneTuner(oracle, hypermodel, **project)
     return BatchedTuner(
         oracle,
         hypermodel,
         parallel_trials=options.parallel_trials,
         halvings=options.halvings,
-        **place,
+        **project,
     )
