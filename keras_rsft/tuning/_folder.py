@@ -41,6 +41,7 @@ from keras_rsft.report._charts import (
 from keras_rsft.report._record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.tuning._choice import UNFREEZE, TrialOutcome
+from keras_rsft.tuning._space import values_of
 from keras_rsft.tuning._tuner import RSFTHyperModel
 
 # Folder -------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Returns what must stay the same for a search to resume, as JSON can hold it."""
     hp = keras_tuner.HyperParameters()
-    hypermodel.space(hp)
+    values_of(hypermodel.space, hp)
     kept = dataclasses.asdict(options)
     identity = {
         "data": {"source": dict(source), **_samples_of(hypermodel.features)},

@@ -159,7 +159,7 @@ def stack_trials(
     rows = []
     for one in settings:
         policy, decay = one.policy, one.weight_decay
-        way = _ACCEPTANCES[policy.name]
+        way = _ACCEPTANCES[str(policy.name)]
         if way == BELOW and policy.level == "batch":
             way = BATCH_BELOW
         threshold = loss_limit if way == LISTED else policy.threshold

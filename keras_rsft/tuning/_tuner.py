@@ -57,6 +57,8 @@ TUNERS_OWN = "tuner/"
 class DurableOracle(keras_tuner.Oracle):
     """An oracle whose files are written whole, and that loses no trial."""
 
+    trials: dict[str, Trial]
+
     def _path(self, *names: str) -> Path:
         return Path(self._get_oracle_fname()).parent.joinpath(*names)
 
