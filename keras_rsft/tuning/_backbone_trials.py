@@ -42,13 +42,14 @@ from keras_rsft.tuning._batched import METRICS
 from keras_rsft.tuning._choice import ACCURACY, UNFREEZE, TrialOutcome
 from keras_rsft.tuning._tuner import (
     DIVERGED,
+    SECONDS,
     DurableOracle,
     DurableTuner,
     TrialsTuner,
 )
 
 RATE = "backbone_learning_rate"
-SECONDS, WEIGHTS = "training_seconds", "trainable_weights"
+WEIGHTS = "trainable_weights"
 _LAYERS: dict[str, Unfreeze] = {LAST_BLOCK: 1, ALL: ALL}
 _NAMES = {LAST_BLOCK: "the last block", ALL: "all of the backbone"}
 # The backbone's learning rate is a tenth of the head's, and at most this: the rate that
@@ -281,16 +282,15 @@ def strategy_rows(
     chosen: TrialOutcome,
     *,
     validation_size: int,
-    head_seconds: float | None,
     head_weights: int,
 ) -> list[dict[str, Any]]:
     """Returns one row for each trial that stands for a strategy, and the choice."""
     rows = []
     for one in {one.trial_id: one for one in (*outcomes, chosen)}.values():
         accuracy, policy = one.metrics.get(ACCURACY), one.settings.policy.name
-        seconds, weights = one.metrics.get(SECONDS), one.metrics.get(WEIGHTS)
+        weights = one.metrics.get(WEIGHTS)
         if one.unfreeze == FROZEN:
-            seconds, weights = head_seconds, head_weights
+            weights = head_weights
         error = None if accuracy is None else accuracy_error(accuracy, validation_size)
         rows.append(
             {
@@ -301,7 +301,7 @@ def strategy_rows(
                 "validation_accuracy": accuracy,
                 "standard_error": error,
                 "acceptance_rate": one.metrics.get("acceptance_rate"),
-                "seconds": seconds,
+                "seconds": one.metrics.get(SECONDS),
                 "trainable_weights": None if weights is None else int(weights),
                 "chosen": one.trial_id == chosen.trial_id,
                 "message": one.message,

@@ -61,13 +61,6 @@ def head_logits(features: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.T
     return tf.reshape(scores, (-1, classes, trials)) + bias
 
 
-def losses_of(likelihoods: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Returns the cross-entropy of each sample under each head, `(batch, k)`."""
-    wanted = tf.one_hot(labels, likelihoods.shape[1], on_value=True, off_value=False)
-    chosen = tf.where(wanted[:, :, None], likelihoods, 0.0)
-    return -tf.reduce_sum(chosen, axis=1)
-
-
 def log_likelihoods(logits: tf.Tensor) -> tf.Tensor:
     """Returns the logarithms of the probabilities, `(batch, classes, k)`."""
     shifted = logits - tf.reduce_max(logits, axis=1, keepdims=True)
@@ -90,7 +83,7 @@ def step_heads(
     likelihoods = log_likelihoods(head_logits(features, state.kernel, state.bias))
     _, classes, trial_count = likelihoods.shape
     wanted = tf.one_hot(batch.labels, classes)[:, :, None]
-    losses = losses_of(likelihoods, batch.labels)
+    losses = -tf.gather(likelihoods, batch.labels, axis=1, batch_dims=1)
     usable = tf.logical_and(usable, batch.present)[:, None]
     losses = tf.where(usable, losses, float("inf"))
     accepted = tf.transpose(
@@ -260,7 +253,7 @@ class BatchedHeads:
         objective: str = "val_accuracy",
         direction: str = "max",
         halvings: int = 0,
-        on_epoch: OnEpoch | None = None,
+        on_epoch: OnEpoch = lambda heads, value: None,
     ) -> TrainedHeads:
         """Trains one head for each of the settings, all of one rule and length."""
         train, epochs, count = self._features.train, settings[0].epochs, len(settings)
@@ -276,9 +269,8 @@ class BatchedHeads:
             steps_per_epoch=self._steps_per_epoch,
             loss_limit=math.inf if label_quality is None else label_quality.loss_limit,
         )
-        names = METRICS if len(self._features.validation) else METRICS[:3]
         trained = TrainedHeads(
-            {name: np.full((count, epochs), np.nan, np.float32) for name in names},
+            {name: np.full((count, epochs), np.nan, np.float32) for name in METRICS},
             np.zeros((count, train.dim, classes), np.float32),
             np.zeros((count, classes), np.float32),
             np.zeros(count, int),
@@ -297,8 +289,7 @@ class BatchedHeads:
             logs |= self._validate(state)
             for name, numbers in logs.items():
                 trained.history[name][alive, epoch] = numbers
-            scored = logs.get("val_loss", logs["loss"])
-            trained.diverged[alive] |= ~np.isfinite(scored)
+            trained.diverged[alive] |= ~np.isfinite(logs["val_loss"])
             values = sign * logs[objective]
             rows = np.flatnonzero(values > best_values[alive])  # The first of equals.
             better = alive[rows]
@@ -311,8 +302,7 @@ class BatchedHeads:
                 if len(rows):
                     chosen = tf.gather(source, rows, axis=-1).numpy()
                     target[better] = np.moveaxis(chosen, -1, 0)
-            if on_epoch is not None:
-                on_epoch(len(alive), sign * float(best_values.max()))
+            on_epoch(len(alive), sign * float(best_values.max()))
             if epoch + 1 in cuts and len(alive) > 1:
                 worst_last = np.argsort(-best_values[alive], kind="stable")
                 kept = np.sort(worst_last[: -(-len(alive) // 2)])
@@ -375,8 +365,6 @@ class BatchedHeads:
     def _validate(self, state: HeadState) -> dict[str, np.ndarray]:
         validation = self._features.validation
         count = len(validation)
-        if count == 0:
-            return {}
         rows = min(_VALIDATION_ROWS, count)
         totals, start = np.zeros((2, 1), np.float32), 0
         for chunk in validation.chunks(rows):
@@ -444,7 +432,7 @@ def score_block(
 ) -> tf.Tensor:
     """Returns how many labels each head gets right, and its summed loss, `(2, k)`."""
     logits = head_logits((features - moments[0]) / moments[1], kernel, bias)
-    losses = losses_of(log_likelihoods(logits), labels)
+    losses = -tf.gather(log_likelihoods(logits), labels, axis=1, batch_dims=1)
     predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
     right = tf.equal(predicted, labels[:, None])
     present = (tf.range(features.shape[0]) < rows)[:, None]

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import keras_tuner
@@ -51,7 +51,6 @@ from keras_rsft.tuning._folder import (
     TRIALS_FILE,
     identity_of,
     join_search,
-    note_head_seconds,
     open_search,
     write_hparams,
     write_pictures,
@@ -62,6 +61,8 @@ from keras_rsft.tuning._folder import (
 from keras_rsft.tuning._space import Space
 from keras_rsft.tuning._trials import run_trials, side_by_side
 from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
+
+Splits = TypeVar("Splits", SplitFeatures, ImageData)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,6 +203,16 @@ def search(
         on_note(
             "The last block is all that can learn of this backbone: all is left out."
         )
+    backbone_source = None
+    if isinstance(opened.data, ImageData):
+        backbone_source = BackboneSource(
+            judged(opened.data, clean_validation=clean_validation),
+            opened.float32_base,
+            feature_precision,
+            cache_dir,
+            progress,
+            on_note,
+        )
     return search_features(
         opened.features,
         output=output,
@@ -217,14 +228,7 @@ def search(
         whole_model=lambda head: build_classifier(
             opened.float32_base(), opened.data.num_classes, head=head
         ),
-        backbone_source=BackboneSource(
-            judged_data(opened.data, clean_validation=clean_validation),
-            opened.float32_base,
-            feature_precision,
-            cache_dir,
-            progress,
-            on_note,
-        ),
+        backbone_source=backbone_source,
     )
 
 
@@ -280,7 +284,7 @@ def search_features(
             "Features alone cannot train a backbone. Received: "
             f"unfreeze={options.unfreeze}. Use `search`, which has the images."
         )
-    features = judged_features(features, clean_validation=clean_validation)
+    features = judged(features, clean_validation=clean_validation)
     hypermodel = RSFTHyperModel(
         features, settings=settings, space=space, progress=progress
     )
@@ -295,7 +299,6 @@ def search_features(
         return None
     with open_search(output, identity) as folder:
         tuner = tuner_in(folder)
-        before, began = len(tuner.oracle.end_order), time.perf_counter()
         workers = None
         if part == "chief" or worker_commands:
             from keras_rsft.tuning._workers import leading
@@ -304,9 +307,6 @@ def search_features(
                 leading, tuner, worker_commands, folder, timeout=worker_timeout
             )
         heads = run_trials(tuner, options, progress=progress, workers=workers)
-        seconds_per_head = note_head_seconds(
-            folder, time.perf_counter() - began, len(tuner.oracle.end_order) - before
-        )
         backbones = None
         if options.unfrozen and backbone_source is not None:
             heads = tuple(
@@ -315,7 +315,7 @@ def search_features(
             )
             backbones = BackboneTuner(tuner, heads, options, backbone_source, folder)
             backbones.search()
-        found = _concluded(tuner, options, heads, backbones, seconds_per_head, folder)
+        found = _concluded(tuner, options, heads, backbones, folder)
         chosen = found.choice.chosen
         if backbones is not None and chosen.cost:
             trained = backbones.model_file(chosen.trial_id)
@@ -329,31 +329,20 @@ def search_features(
     return found
 
 
-def judged_features(
-    features: SplitFeatures, *, clean_validation: bool
-) -> SplitFeatures:
+def judged(splits: Splits, *, clean_validation: bool) -> Splits:
     """Returns the splits with the labels that trials and the choice are judged by."""
-    validation = features.validation
-    if clean_validation:
-        if validation.clean_labels is None:
-            raise DataError(
-                "The right labels of the validation split are not known. Name them "
-                "with `--clean-label-column`, or leave out "
-                "`--clean-validation`."
-            )
-        validation = validation.with_right_labels()
-    test = features.test.with_right_labels()
-    return dataclasses.replace(features, validation=validation, test=test)
-
-
-def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:
-    """Returns the images with the same labels as `judged_features`."""
     parts = {}
     for name, wanted in (("validation", clean_validation), ("test", True)):
-        split = getattr(data, name)
-        if wanted and split.clean_labels is not None:
-            parts[name] = dataclasses.replace(split, labels=split.clean_labels)
-    return dataclasses.replace(data, **parts)
+        part = getattr(splits, name)
+        if part.clean_labels is not None:
+            if wanted:
+                parts[name] = dataclasses.replace(part, labels=part.clean_labels)
+        elif name == "validation" and wanted:
+            raise DataError(
+                "The right labels of the validation split are not known. Name them "
+                "with `--clean-label-column`, or leave out `--clean-validation`."
+            )
+    return dataclasses.replace(splits, **parts)
 
 
 def _concluded(
@@ -361,7 +350,6 @@ def _concluded(
     options: SearchConfig,
     heads: tuple[TrialOutcome, ...],
     backbones: BackboneTuner | None,
-    seconds_per_head: float | None,
     folder: Path,
 ) -> Search:
     """Chooses among the trials and writes all but the results, which come last."""
@@ -398,7 +386,6 @@ def _concluded(
             (*backbones.best_heads, *of_backbone),
             chosen,
             validation_size=len(features.validation),
-            head_seconds=seconds_per_head,
             head_weights=weights_of(head),
         )
     replaced(folder / HEAD_FILE, head.save)

@@ -1,4 +1,4 @@
-"""Keras Tuner's oracles and tuners, with their known faults mended."""
+"""Keras Tuner's oracles and tuners, durable, and the tuner of many heads at once."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ _MESSAGE_FILE = "message.txt"
 _WAIT_SECONDS = 1.0
 # Hyperband's own numbers, which are among the values of its trials.
 TUNERS_OWN = "tuner/"
+SECONDS = "training_seconds"
 
 
 class DurableOracle(keras_tuner.Oracle):
@@ -141,6 +142,7 @@ class TrialsTuner(DurableTuner):
     """Takes trials from an oracle, trains them and reports them, until none is left."""
 
     parallel_trials = 1
+    _on_epoch: OnEpoch
 
     def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
         if not epochs:  # It failed, perhaps because of its settings.
@@ -152,25 +154,32 @@ class TrialsTuner(DurableTuner):
         """Returns a completed trial's model, with the weights of its best epoch."""
         return self.load_model(self.oracle.trials[outcome.trial_id])
 
-    def search(self, *, verbose: int = 0, on_epoch: OnEpoch | None = None) -> None:
+    def search(
+        self, *, verbose: int = 0, on_epoch: OnEpoch = lambda heads, value: None
+    ) -> None:
         """Trains trials until the oracle has no more."""
-        self.oracle.verbose = verbose
+        self.oracle.verbose, self._on_epoch = verbose, on_epoch
         self.on_search_begin()
         while trials := self._take_trials():
             for trial in trials:
                 self.on_trial_begin(trial)
-            self._train(trials, on_epoch)
+            self._train(trials)
         self.on_search_end()
 
-    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial]) -> None:
         """Trains trials, and ends each by `_complete` or `_fail`."""
         raise NotImplementedError
 
     def _complete(
-        self, trial: Trial, history: Mapping[str, Sequence[float]], best: int
+        self,
+        trial: Trial,
+        history: Mapping[str, Sequence[float]],
+        best: int,
+        seconds: float,
     ) -> None:
         """Reports a trial by the metrics of its best epoch."""
         metrics = {name: float(values[best]) for name, values in history.items()}
+        metrics[SECONDS] = seconds
         self.oracle.update_trial(trial.trial_id, metrics, step=best)
         trial.status = TrialStatus.COMPLETED
         self.on_trial_end(trial)
@@ -207,7 +216,7 @@ DIVERGED = (
 
 
 class RSFTHyperModel(keras_tuner.HyperModel):
-    """A new head on kept features, with its policy, for any of Keras Tuner's tuners.
+    """A new head on cached features, with its policy, for any of Keras Tuner's tuners.
 
     ```python
     hypermodel = RSFTHyperModel(features)
@@ -216,11 +225,11 @@ class RSFTHyperModel(keras_tuner.HyperModel):
     ```
 
     Args:
-        features: Kept features; their test split is never looked at.
+        features: Cached features; their test split is never looked at.
         settings: Epochs, batch size and seed, and every number that `space` leaves
             open. Default: `TrainConfig()`.
         space: What is searched. Default: `SearchSpace()`.
-        progress: Show a progress bar while labels are examined. Default True.
+        progress: Show a progress bar while labels are audited. Default True.
 
     Raises:
         InvalidArgument: If the space is empty or contradicts itself.
@@ -248,7 +257,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
 
     @functools.cached_property
     def label_quality(self) -> LabelQuality:
-        """What `auto` knows about the labels; found out once, for all trials."""
+        """The quality of the labels, for `auto`; found once, for all trials."""
         return audit_labels(
             self.features.train,
             len(self.features.class_names),
@@ -281,7 +290,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         callbacks: Any = (),
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains a trial on the kept features; takes what `keras.Model.fit` takes.
+        """Trains a trial on the cached features; takes what `keras.Model.fit` takes.
 
         Raises:
             keras_tuner.errors.FailedTrialError: If the weights became NaN.
@@ -319,16 +328,16 @@ class BatchedTuner(TrialsTuner):
 
     Results go back to the oracle trial by trial, so that everything else is as with
     any of Keras Tuner's tuners: trial folders, `get_best_models`,
-    `get_best_hyperparameters`, `results_summary`, and going on after a stop. A
+    `get_best_hyperparameters`, `results_summary`, and resuming after a stop. A
     trial's value is that of its best epoch, whose weights are kept.
 
     Args:
-        oracle: Any of Keras Tuner's oracles but Hyperband's. It is told not to stop
+        oracle: Any of Keras Tuner's oracles but Hyperband's. It is set not to stop
             after some failures in a row, which say little of trials trained together.
         hypermodel: What a trial is.
         parallel_trials: Most heads that are trained together, at least 1. Default 64.
         halvings: How often the worse half of the heads is dropped while they train,
-            at least 0; the others go on. Default 0.
+            at least 0. Default 0.
         **kwargs: `directory`, `project_name` and whatever `keras_tuner.Tuner` takes.
 
     Raises:
@@ -347,8 +356,8 @@ class BatchedTuner(TrialsTuner):
     ):
         if not isinstance(hypermodel, RSFTHyperModel):
             raise InvalidArgument(
-                "The batched tuner trains heads on kept features, so `hypermodel` must "
-                f"be an `RSFTHyperModel`. Received: {type(hypermodel).__name__}."
+                "The batched tuner trains heads on cached features, so `hypermodel` "
+                f"must be an `RSFTHyperModel`. Received: {type(hypermodel).__name__}."
             )
         if isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
             raise InvalidArgument(
@@ -386,7 +395,7 @@ class BatchedTuner(TrialsTuner):
         model.policy.note_steps_seen((trial.best_step + 1) * steps)
         return model
 
-    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial]) -> None:
         """Trains trials together, those of each update rule and length at once."""
         groups: dict[tuple, list[tuple[Trial, TrainConfig]]] = {}
         for trial in trials:
@@ -399,14 +408,16 @@ class BatchedTuner(TrialsTuner):
         objective = self.oracle.objective
         for group in groups.values():
             auto = any(one.policy.name == "auto" for _, one in group)
+            began = time.perf_counter()
             trained = self._heads.train(
                 [one for _, one in group],
                 self.hypermodel.label_quality if auto else None,
                 objective=objective.name,
                 direction=objective.direction,
                 halvings=self._halvings,
-                on_epoch=on_epoch,
+                on_epoch=self._on_epoch,
             )
+            seconds = (time.perf_counter() - began) / len(group)
             for row, (trial, _) in enumerate(group):
                 if trained.diverged[row]:
                     self._fail(trial, DIVERGED)
@@ -415,7 +426,7 @@ class BatchedTuner(TrialsTuner):
                 path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
                 replaced(path, functools.partial(np.savez, **parts))
                 history = {name: v[row] for name, v in trained.history.items()}
-                self._complete(trial, history, int(trained.best_epochs[row]))
+                self._complete(trial, history, int(trained.best_epochs[row]), seconds)
 
     @functools.cached_property
     def _heads(self) -> BatchedHeads:
@@ -464,55 +475,46 @@ class GridOracle(DurableOracle, GridSearchOracle):
 class OneByOneTuner(TrialsTuner):
     """Trains one trial at a time, for any oracle."""
 
-    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial]) -> None:
         (trial,) = trials
-        objective = self.oracle.objective
+        objective, began = self.oracle.objective, time.perf_counter()
+        best_of = np.argmax if objective.direction == "max" else np.argmin
         try:
-            history = self.run_trial(trial, on_epoch).history
-            values = history[objective.name]
-            best = (
-                np.argmax(values) if objective.direction == "max" else np.argmin(values)
-            )
+            history = self.run_trial(trial).history
         except FailedTrialError as error:
             self._fail(trial, str(error))
         except Exception:
             self._fail(trial, traceback.format_exc())
         else:
-            self._complete(trial, history, int(best))
+            best = int(best_of(history[objective.name]))
+            self._complete(trial, history, best, time.perf_counter() - began)
 
-    def run_trial(
-        self, trial: Trial, on_epoch: OnEpoch | None = None
-    ) -> keras.callbacks.History:
+    def run_trial(self, trial: Trial) -> keras.callbacks.History:
         """Trains a trial, and keeps the weights of its best epoch."""
         keras.backend.clear_session()
-        hp, name = trial.hyperparameters, self.oracle.objective.name
-        model = self.hypermodel.build(hp)
-        options = {}
+        hp, objective = trial.hyperparameters, self.oracle.objective
+        model, options = self.hypermodel.build(hp), {}
         if "tuner/epochs" in hp.values:  # Hyperband's.
-            options = {
-                "epochs": hp.values["tuner/epochs"],
-                "initial_epoch": hp.values["tuner/initial_epoch"],
-            }
+            names = ("epochs", "initial_epoch")
+            options = {name: hp.values[f"{TUNERS_OWN}{name}"] for name in names}
         if "tuner/trial_id" in hp.values:
             model.load_weights(self._weights_of(hp.values["tuner/trial_id"]))
         best_epoch = keras.callbacks.ModelCheckpoint(
             self._weights_of(trial.trial_id),
-            monitor=name,
-            mode=self.oracle.objective.direction,
+            monitor=objective.name,
+            mode=objective.direction,
             save_best_only=True,
             save_weights_only=True,
         )
-        callbacks = [best_epoch]
-        if on_epoch is not None:
-            callbacks.append(
-                keras.callbacks.LambdaCallback(
-                    on_epoch_end=lambda epoch, logs: on_epoch(1, logs[name])
-                )
-            )
+        report = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: self._on_epoch(1, logs[objective.name])
+        )
         with warnings.catch_warnings():
-            # Told by a trial's acceptance rate, instead of by a warning in each epoch.
+            # A trial's acceptance rate says it, instead of a warning in each epoch.
             warnings.filterwarnings("ignore", message=".*accepted no sample")
-            return self.hypermodel.fit(hp, model, callbacks=callbacks, **options)
+            return self.hypermodel.fit(
+                hp, model, callbacks=[best_epoch, report], **options
+            )
 
     def load_model(self, trial: Trial) -> RSFTModel:
         """Returns a trial's model with the weights of its best epoch."""
