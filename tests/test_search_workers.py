@@ -196,7 +196,7 @@ class TestChief:
         assert not process.is_running()
 
     def test_no_worker_comes(self, chief, address, tmp_path):
-        with pytest.raises(WorkerLost, match=r"No worker was heard of for 0\.3 sec"):
+        with pytest.raises(WorkerLost, match=r"No worker has called for 0\.3 sec"):
             led(chief, tmp_path, timeout=0.3)
 
     def test_a_port_that_is_taken(self, chief, address, tmp_path):
@@ -237,7 +237,7 @@ class TestWorker:
 
         monkeypatch.setattr(chief.oracle, "populate_space", fail)
         thread, ended = work(timeout=5)
-        with pytest.raises(WorkerLost, match="No worker was heard of"):
+        with pytest.raises(WorkerLost, match="No worker has called"):
             led(chief, tmp_path, timeout=3)
         thread.join(20)
         assert "has failed: Exception calling application: no next" in str(ended[0])

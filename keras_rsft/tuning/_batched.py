@@ -76,7 +76,7 @@ def step_heads(
     *,
     groups: dict[int, tf.Tensor],
 ) -> tuple[HeadState, tf.Tensor]:
-    """Takes one step with every head; `groups` are those of `acceptance_groups`."""
+    """Takes one step with every head; also returns `_SUMS` sums for each."""
     usable = tf.reduce_all(tf.math.is_finite(batch.features), axis=-1)
     # A NaN in one row would reach the gradients of all through the product.
     features = tf.where(usable[:, None], batch.features, 0.0)
@@ -98,7 +98,15 @@ def step_heads(
     gradients = tf.reshape(gradient, state.kernel.shape), tf.reduce_sum(errors, axis=0)
     moves = tf.reduce_any(accepted, axis=0)
     state = _updated(state, gradients, trials, moves)
-    return state, _sums(losses, accepted, batch.present[:, None])
+    finite = tf.math.is_finite(losses)
+    rows = [  # As `model.metrics.selection_sums` counts.
+        tf.broadcast_to(tf.cast(batch.present[:, None], tf.float32), tf.shape(losses)),
+        tf.cast(accepted, tf.float32),
+        tf.where(accepted, losses, 0.0),
+        tf.cast(finite, tf.float32),
+        tf.where(finite, losses, 0.0),
+    ]
+    return state, tf.stack([tf.reduce_sum(row, axis=0) for row in rows])
 
 
 def accepted_by_trials(
@@ -114,38 +122,30 @@ def accepted_by_trials(
     for acceptance, positions in groups.items():
         if acceptance == ACCEPT_ALL:
             continue
-        column = {name: tf.gather(v, positions)[:, None] for name, v in trials.items()}
         own = tf.gather(losses, positions)
-        chosen = _accepted_by(acceptance, own, batch, column, step)
+        threshold, keep_fraction, warmup_steps = (
+            tf.gather(trials[name], positions)[:, None]
+            for name in ("threshold", "keep_fraction", "warmup_steps")
+        )
+        in_warmup = tf.ones_like(own, dtype=tf.bool)
+        if acceptance == KEEP_SMALLEST:
+            warmup_steps, ramp_steps = 0, warmup_steps
+            share = rules.ramped_keep_fraction(step, keep_fraction, ramp_steps)
+            chosen = rules.keep_smallest(own, share)
+        elif acceptance == BELOW:
+            chosen = rules.accept_below(own, threshold)
+        elif acceptance == LISTED:
+            in_warmup = tf.logical_and(in_warmup, batch.listed)
+            chosen = rules.accept_listed(batch.listed, own, batch.labels, threshold)
+        else:
+            finite = tf.logical_or(tf.math.is_finite(own), ~batch.present)
+            in_warmup = tf.reduce_all(finite, axis=1, keepdims=True)
+            chosen = rules.accept_batch_below(own, threshold, batch.present)
+        chosen = rules.after_warmup(chosen, in_warmup, step, warmup_steps)
         if acceptance != BATCH_BELOW:  # As `AcceptReviewed` has it.
             chosen = tf.logical_or(chosen, batch.reviewed)
         accepted = tf.tensor_scatter_nd_update(accepted, positions[:, None], chosen)
     return tf.logical_and(accepted, tf.math.is_finite(losses))
-
-
-def _accepted_by(
-    acceptance: int,
-    losses: tf.Tensor,
-    batch: Batch,
-    column: dict[str, tf.Tensor],
-    step: tf.Tensor,
-) -> tf.Tensor:
-    """Decides for the trials of one rule, as its policy does for one."""
-    warmup_steps, threshold = column["warmup_steps"], column["threshold"]
-    if acceptance == KEEP_SMALLEST:
-        share = rules.ramped_keep_fraction(step, column["keep_fraction"], warmup_steps)
-        return rules.keep_smallest(losses, share)
-    in_warmup = tf.ones_like(losses, dtype=tf.bool)
-    if acceptance == BELOW:
-        mask = rules.accept_below(losses, threshold)
-    elif acceptance == LISTED:
-        in_warmup = tf.logical_and(in_warmup, batch.listed)
-        mask = rules.accept_listed(batch.listed, losses, batch.labels, threshold)
-    else:
-        finite = tf.logical_or(tf.math.is_finite(losses), ~batch.present)
-        in_warmup = tf.reduce_all(finite, axis=1, keepdims=True)
-        mask = rules.accept_batch_below(losses, threshold, batch.present)
-    return rules.after_warmup(mask, in_warmup, step, warmup_steps)
 
 
 def _updated(
@@ -158,7 +158,7 @@ def _updated(
     decay = 1.0 - trials["weight_decay"] * trials["learning_rate"]
     iterations = tf.where(moves, state.iterations + 1.0, state.iterations)
     parts = []
-    for weights, gradient, slots, kept in (
+    for weights, gradient, slots, decayed in (
         (state.kernel, gradients[0], state.kernel_slots, decay),
         (state.bias, gradients[1], state.bias_slots, 1.0),  # A bias does not decay.
     ):
@@ -167,7 +167,7 @@ def _updated(
             tf.where(moves, new, old)
             for new, old in zip(_moved(slots, gradient, trials), slots, strict=True)
         )
-        moved = weights * kept + _change(new_slots, trials, iterations)
+        moved = weights * decayed + _change(new_slots, trials, iterations)
         parts.append((tf.where(moves, moved, weights), new_slots))
     (kernel, kernel_slots), (bias, bias_slots) = parts
     return HeadState(kernel, bias, kernel_slots, bias_slots, iterations)
@@ -196,25 +196,12 @@ def _change(
     return -slots[0] * rate / (tf.sqrt(slots[1]) + EPSILON)
 
 
-def _sums(losses: tf.Tensor, accepted: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
-    """Counts for each trial, `(5, k)`, what `model.metrics.selection_sums` does."""
-    finite = tf.math.is_finite(losses)
-    rows = [
-        tf.broadcast_to(tf.cast(present, tf.float32), tf.shape(losses)),
-        tf.cast(accepted, tf.float32),
-        tf.where(accepted, losses, 0.0),
-        tf.cast(finite, tf.float32),
-        tf.where(finite, losses, 0.0),
-    ]
-    return tf.stack([tf.reduce_sum(row, axis=0) for row in rows])
-
-
 # Heads --------------------------------------------------------------------------------
 
 # Rows that are handed to one call of the compiled loop: an epoch, if it is not huge.
 _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
-_SUMS = 5  # What `step_heads` sums for each trial.
+_SUMS = 5  # Of `step_heads`, for each trial.
 OnEpoch = Callable[[int, float], None]
 METRICS = ("loss", "acceptance_rate", "accepted_loss", "val_accuracy", "val_loss")
 
@@ -305,11 +292,11 @@ class BatchedHeads:
             on_epoch(len(alive), sign * float(best_values.max()))
             if epoch + 1 in cuts and len(alive) > 1:
                 worst_last = np.argsort(-best_values[alive], kind="stable")
-                kept = np.sort(worst_last[: -(-len(alive) // 2)])
-                alive = alive[kept]
-                trials = {name: numbers[kept] for name, numbers in trials.items()}
+                left = np.sort(worst_last[: -(-len(alive) // 2)])
+                alive = alive[left]
+                trials = {name: numbers[left] for name, numbers in trials.items()}
                 parts = tf.nest.map_structure(
-                    functools.partial(tf.gather, indices=kept, axis=-1), tuple(state)
+                    functools.partial(tf.gather, indices=left, axis=-1), tuple(state)
                 )
                 state = HeadState(*parts)
         return trained

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import time
@@ -27,6 +25,7 @@ from keras_rsft._storage import (
     numbered,
     read_json,
     replaced,
+    run_identity,
     write_csv,
     write_json,
     written_whole,
@@ -63,22 +62,20 @@ def identity_of(
     hp = keras_tuner.HyperParameters()
     values_of(hypermodel.space, hp)
     features, given = hypermodel.features, dataclasses.asdict(options)
-    judged_by, digest = (features.train, features.validation), hashlib.sha256()
-    for part in judged_by:
-        digest.update("\n".join(map(str, part.ids)).encode())
-        digest.update(np.ascontiguousarray(part.labels, np.int32).tobytes())
-    identity = {
-        "data": {
-            "source": dict(source),
-            "features": [part.path.parent.name for part in judged_by],  # Their keys.
-            "labels": digest.hexdigest(),
-            "classes": list(features.class_names),
-        },
-        "space": hp.get_config()["space"],
-        "settings": dataclasses.asdict(hypermodel.settings),
-        "options": {k: v for k, v in given.items() if k not in _FREE_OPTIONS},
-    }
-    return json.loads(json.dumps(identity, default=str))
+    samples: list[bytes] = []
+    for part in (features.train, features.validation):
+        names = [part.path.parent.name, *map(str, part.ids)]  # The key comes first.
+        labels = np.ascontiguousarray(part.labels, np.int32)
+        samples += ["\n".join(names).encode(), labels.tobytes()]
+    identity = run_identity(
+        dict(source),
+        features.class_names,
+        samples,
+        space=hp.get_config()["space"],
+        settings=dataclasses.asdict(hypermodel.settings),
+        options={k: v for k, v in given.items() if k not in _FREE_OPTIONS},
+    )
+    return {name: part for name, part in identity.items() if name != "versions"}
 
 
 @contextlib.contextmanager
@@ -101,7 +98,7 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
             yield folder
         except BaseException:
             if is_new and not any(folder.glob("*/trial_*")):
-                # It has not begun: what is left would refuse a command that was mended.
+                # It has not begun, and the rest would refuse a corrected command.
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -237,7 +234,7 @@ SELECTIVITY = {
 _SHOWN = {"val_accuracy": "validation accuracy", "acceptance_rate": "acceptance rate"}
 _CELLS = 8
 _LOGARITHMIC = ("learning_rate", "weight_decay", "backbone_learning_rate")
-# In this order; what else a space has follows.
+# In this order; the other names of a space follow.
 _FIRST = (UNFREEZE, "policy", "optimizer", "learning_rate")
 _TICKS = 5
 

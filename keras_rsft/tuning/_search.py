@@ -67,7 +67,7 @@ Splits = TypeVar("Splits", SplitFeatures, ImageData)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Search:
-    """What came out of a search.
+    """The trials of a search, its choice and how it does on the test split.
 
     Attributes:
         outcomes: All trials, in the order in which they began.
@@ -141,7 +141,7 @@ def search(
         data: Loaded images, or what `load_images` takes.
         output: The search's folder. It may exist only if it holds this very search.
         options: Tuner, trials, objective and so on. Default: `SearchConfig()`.
-        space: What is searched. Default: `SearchSpace()`.
+        space: Ranges, or a function that declares them. Default: `SearchSpace()`.
         clean_validation: Judge trials by the validation split's right labels.
             Default False: by the given ones.
         backbone: Name of a base or path of a `.keras` file. Default ResNet50.
@@ -164,7 +164,7 @@ def search(
         **changes: Single options, as in `search(data, tuner="grid", ...)`.
 
     Returns:
-        What was found; None in a worker, for the chief has it.
+        The search; None in a worker, for the chief has it.
 
     Raises:
         InvalidArgument: If an argument cannot be used, or the folder holds another
@@ -258,12 +258,12 @@ def search_features(
         clean_validation: As in `search`.
         settings: As in `search`.
         progress: Show a progress bar over the trials. Default True.
-        source: Where the features come from; part of what makes a search the same.
+        source: Where the features come from; a resumed search has the same.
         command: As in `search`.
         worker_commands: As in `search`.
         worker_timeout: As in `search`.
-        whole_model: Makes of the chosen head the model from images that is kept in
-            the folder. Default None: the head alone is kept.
+        whole_model: Makes of the chosen head the model from images for the folder.
+            Default None: the folder has the head alone.
         backbone_source: Images and backbone, for trials that unfreeze it. Default
             None: there are none.
 
@@ -368,7 +368,7 @@ def _concluded(
         # It has ended: with the default folder the next search begins a new one.
         write_results(folder, {"chosen": None, "reason": str(error)})
         raise TrainingStalled(
-            f"{error} What became of each trial is in {folder / TRIALS_FILE}."
+            f"{error} See {folder / TRIALS_FILE} for each trial."
         ) from error
     chosen = choice.chosen
     head = tuner.model_of(chosen if backbones is None else backbones.head_of(chosen))

@@ -1,4 +1,4 @@
-"""What is searched: ranges of hyperparameters and the settings they mean."""
+"""The search space: ranges of hyperparameters, and the settings they mean."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def check_space(space: Space, given: TrainConfig) -> None:
 ACCEPT_ALL, BELOW, BATCH_BELOW, KEEP_SMALLEST, LISTED = range(5)
 # Adam with decoupled weight decay is AdamW, and Keras gives both the same formula.
 UPDATE_RULES = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}
-# What `keras.optimizers.AdamW` decays by where nothing else is said.
+# The default of `keras.optimizers.AdamW`.
 ADAMW_WEIGHT_DECAY = 0.004
 _GROUP_SIZE = 8
 _ACCEPTANCES = {

@@ -228,7 +228,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         features: Cached features; their test split is never looked at.
         settings: Epochs, batch size and seed, and every number that `space` leaves
             open. Default: `TrainConfig()`.
-        space: What is searched. Default: `SearchSpace()`.
+        space: Ranges, or a function that declares them. Default: `SearchSpace()`.
         progress: Show a progress bar while labels are audited. Default True.
 
     Raises:
@@ -266,7 +266,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         )
 
     def settings_of(self, hp: keras_tuner.HyperParameters) -> TrainConfig:
-        """Returns how to train a trial, and declares what is searched.
+        """Returns how to train a trial, and declares the hyperparameters.
 
         Args:
             hp: The trial's hyperparameters.
@@ -334,7 +334,7 @@ class BatchedTuner(TrialsTuner):
     Args:
         oracle: Any of Keras Tuner's oracles but Hyperband's. It is set not to stop
             after some failures in a row, which say little of trials trained together.
-        hypermodel: What a trial is.
+        hypermodel: Builds the trials.
         parallel_trials: Most heads that are trained together, at least 1. Default 64.
         halvings: How often the worse half of the heads is dropped while they train,
             at least 0. Default 0.
@@ -387,8 +387,8 @@ class BatchedTuner(TrialsTuner):
         """Returns a trial's model with the weights of its best epoch."""
         model = self.hypermodel.build(trial.hyperparameters)
         path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
-        with np.load(path, allow_pickle=False) as kept:
-            weights = [kept["kernel"], kept["bias"]]
+        with np.load(path, allow_pickle=False) as saved:
+            weights = [saved["kernel"], saved["bias"]]
         model.model.get_layer("scores").set_weights(weights)
         batch_size = self.hypermodel.settings.batch_size
         steps = -(-len(self.hypermodel.features.train) // batch_size)
@@ -403,7 +403,7 @@ class BatchedTuner(TrialsTuner):
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
                 rule = (update_rule(settings), settings.epochs)
                 groups.setdefault(rule, []).append((trial, settings))
-            except Exception as error:  # Of a user's space: this trial's fault alone.
+            except Exception as error:  # A user's space: this trial alone is at fault.
                 self._fail(trial, f"{type(error).__name__}: {error}")
         objective = self.oracle.objective
         for group in groups.values():
