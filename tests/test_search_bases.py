@@ -20,7 +20,6 @@ from keras_rsft.report._page import write_report
 from keras_rsft.training._resume import TrainingClock, memory_of
 from keras_rsft.tuning import _backbone_trials as backbone_trials
 from keras_rsft.tuning import _search as search_run
-from keras_rsft.tuning import _trials as trials_module
 from keras_rsft.tuning._choice import Choice
 from keras_rsft.tuning._search import search
 
@@ -197,7 +196,7 @@ def test_the_table_of_strategies(found):
 
 def test_the_test_split_is_looked_at_once(found, run, monkeypatch):
     monkeypatch.setattr(
-        trials_module, "_row", lambda *_: pytest.fail("The test split is read again.")
+        search_run, "_row", lambda *_: pytest.fail("The test split is read again.")
     )
     again = run(found.folder)
     assert again.outcomes == found.outcomes

@@ -19,8 +19,8 @@ from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.tuning import _workers as workers
 from keras_rsft.tuning._folder import join_search, open_search
+from keras_rsft.tuning._search import run_trials
 from keras_rsft.tuning._space import values_of
-from keras_rsft.tuning._trials import run_trials
 from keras_rsft.tuning._tuner import RSFTHyperModel, make_tuner
 
 SETTINGS = TrainConfig(epochs=1, batch_size=16)

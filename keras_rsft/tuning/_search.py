@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import keras
 import keras_tuner
+import numpy as np
 
+from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import (
     DEFAULT_TIMEOUT,
     part_in_search,
@@ -25,6 +29,7 @@ from keras_rsft._storage import (
     MODEL_FILE,
     RESULTS_FILE,
     installed_versions,
+    read_json,
     replaced,
     write_json,
 )
@@ -34,6 +39,7 @@ from keras_rsft.data._samples import ImageData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import SplitFeatures, open_features
+from keras_rsft.training._head import best_of_all_epochs, right_answers, train_head
 from keras_rsft.training._unfreeze import BackboneSource, require_layers_to_train
 from keras_rsft.tuning._backbone_trials import (
     BackboneTuner,
@@ -42,6 +48,8 @@ from keras_rsft.tuning._backbone_trials import (
     weights_of,
 )
 from keras_rsft.tuning._choice import (
+    COMPLETED,
+    PLAIN,
     UNFREEZE,
     Choice,
     TrialOutcome,
@@ -59,7 +67,6 @@ from keras_rsft.tuning._folder import (
     write_trials,
 )
 from keras_rsft.tuning._space import Space
-from keras_rsft.tuning._trials import run_trials, side_by_side
 from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
 
 Splits = TypeVar("Splits", SplitFeatures, ImageData)
@@ -393,3 +400,111 @@ def _concluded(
     replaced(folder / CLASSES_FILE, lambda path: write_json(path, classes))
     settings = chosen.settings
     return Search(outcomes, choice, settings, head, results, tuner, folder, backbones)
+
+
+def run_trials(
+    tuner: TrialsTuner,
+    options: SearchConfig,
+    *,
+    progress: bool = True,
+    workers: Callable[[], AbstractContextManager] | None = None,
+) -> tuple[TrialOutcome, ...]:
+    """Trains all trials that are left, here or by workers, and returns all."""
+    oracle, ended = tuner.oracle, len(tuner.oracle.end_order)
+    epochs = tuner.hypermodel.settings.epochs if workers is None else 1
+    values: list[float] = []  # Of trials that have not ended yet.
+
+    def state() -> str:
+        trials = [oracle.trials[name] for name in tuple(oracle.end_order)]
+        text = f"{len(trials)} of {options.max_trials} trials"
+        scores = [trial.score for trial in trials if trial.status == COMPLETED]
+        known = [value for value in (*scores, *values) if math.isfinite(value)]
+        if known:
+            best = max(known) if options.direction == "max" else min(known)
+            text += f", best {options.objective} {best:.4f}"
+        return text
+
+    with progress_bar(
+        "Searching" if workers is None else "Waiting for workers",
+        total=options.max_trials * epochs,
+        unit="trials" if workers else "epochs",
+        done=ended * epochs,
+        visible=progress,
+    ) as advance:
+        if workers is None:
+
+            def report(heads: int, value: float) -> None:
+                values.append(value)
+                advance(heads, state())
+
+            tuner.search(on_epoch=report)
+        elif ended < options.max_trials:
+            with workers() as trials_left:
+                while trials_left():
+                    now = len(oracle.end_order)
+                    advance(now - ended, state())
+                    ended = now
+    return tuner.outcomes
+
+
+def side_by_side(
+    tuner: TrialsTuner,
+    backbones: BackboneTuner | None,
+    options: SearchConfig,
+    outcomes: Sequence[TrialOutcome],
+    chosen: TrialOutcome,
+    folder: Path,
+) -> dict[str, Any]:
+    """Returns the chosen setting and plain fine-tuning, measured on the test split."""
+    cached = read_json(folder / RESULTS_FILE) or {}
+    same = {"chosen_trial": chosen.trial_id, "trials": len(outcomes)}
+    if same.items() <= cached.items():
+        return {name: cached[name] for name in ("chosen_trial", "chosen", "plain")}
+    plain = [one for one in outcomes if one.is_plain]
+    if plain:
+        sign = 1 if options.direction == "max" else -1
+        best = max(plain, key=lambda one: sign * one.metrics[options.objective])
+        plain_row = {"trial": best.trial_id, **_row(tuner, None, best)}
+    else:
+        plain_row = _trained_plainly(tuner, options, chosen)
+    return {
+        "chosen_trial": chosen.trial_id,
+        "chosen": _row(tuner, backbones, chosen),
+        "plain": plain_row,
+    }
+
+
+def _row(
+    tuner: TrialsTuner, backbones: BackboneTuner | None, outcome: TrialOutcome
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "validation_accuracy": outcome.metrics["val_accuracy"],
+        "acceptance_rate": outcome.acceptance,
+    }
+    if backbones is not None:
+        row["unfreeze"] = outcome.unfreeze
+    test = tuner.hypermodel.features.test
+    if backbones is not None and outcome.unfreeze != FROZEN:
+        row["test_accuracy"] = backbones.test_accuracy(outcome)
+    elif len(test):
+        right = right_answers(tuner.model_of(outcome), test)
+        row["test_accuracy"] = float(np.mean(right))
+    return row
+
+
+def _trained_plainly(
+    tuner: TrialsTuner, options: SearchConfig, chosen: TrialOutcome
+) -> dict[str, Any]:
+    hypermodel = tuner.hypermodel
+    settings, epochs = chosen.settings, hypermodel.settings.epochs
+    policy = dataclasses.replace(settings.policy, name=PLAIN, class_floor=0.0)
+    trained = train_head(
+        hypermodel.features,
+        dataclasses.replace(settings, policy=policy, epochs=epochs, unfreeze=None),
+        callbacks=[
+            best_of_all_epochs(options.objective, options.direction, epochs=epochs)
+        ],
+        progress=False,
+    )
+    names = ("validation_accuracy", "acceptance_rate", "test_accuracy")
+    return {name: trained.results[name] for name in names if name in trained.results}

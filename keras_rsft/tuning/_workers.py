@@ -105,8 +105,7 @@ def follow(make_tuner: Callable[[], Any], results: Path, *, timeout: float) -> N
         elif results.exists():
             return  # All was done before this worker came, and the chief had gone.
         else:
-            why = f"did not answer within {timeout:g} seconds. Is it running, and can "
-            why += "this machine reach it?"
+            why = f"did not answer within {timeout:g} seconds. Is it up and reachable?"
         raise WorkerLost(f"The chief at {_address()} {why}") from None
     finally:
         done.set()
