@@ -52,7 +52,7 @@ def test_with_noise_the_same_head_is_judged_by_other_labels(search, call, tmp_pa
     def result(folder):
         head = keras.saving.load_model(tmp_path / folder / "head.keras")
         results = json.loads((tmp_path / folder / "results.json").read_text())
-        return results, head.get_layer("scores").get_weights()[0]
+        return results, head.model.get_layer("scores").get_weights()[0]
 
     for folder, more in (("noisy", []), ("clean", ["--clean-validation"])):
         status, out, err = search(
