@@ -178,7 +178,7 @@ def test_features_of_another_base_are_not_mixed_in(
     other = dataclasses.replace(
         features, **{part: dataclasses.replace(kept, path=path)}
     )
-    with pytest.raises(InvalidArgument, match="another data set or base"):
+    with pytest.raises(InvalidArgument, match="another data set or backbone"):
         run(found.folder, features=other)
 
 
