@@ -157,6 +157,10 @@ class BackboneTuner(DurableTuner):
             self._run(trial_id, name, head, backbone)
         self.on_search_end()
 
+    def run_trial(self, trial: Trial, *args: Any, **kwargs: Any) -> None:
+        """Exists because Keras Tuner asks for it where there is no hypermodel."""
+        raise NotImplementedError("Use `search`, which plans the trials.")
+
     def load_model(self, trial: Trial) -> keras.Model:
         """Returns a completed trial's model, images to probabilities."""
         return keras.saving.load_model(self.model_file(trial.trial_id), compile=False)
