@@ -18,8 +18,7 @@ from keras_rsft.data._sources import (
     DEFAULT_TEXT_COLUMN,
     IMAGE_SUFFIXES,
     TEXT_SUFFIXES,
-    Columns,
-    read_texts,
+    read_table,
     text_of,
 )
 from keras_rsft.errors import DataError, InvalidArgument
@@ -115,13 +114,13 @@ def predict_samples(
 
 
 def _text_samples(files: Sequence[Sample], text_column: str) -> Iterator[Sample]:
-    columns = Columns(path=text_column, label=text_column, split=None)
     for file in files:
         if not file.name.lower().endswith(".csv"):
             yield file
             continue
-        for line, text, _ in read_texts(file.name, columns):
-            yield Sample(f"{file.name}:{line}", text.encode("utf-8", "surrogatepass"))
+        for line, row in read_table(file.name, [text_column]):
+            content = row[text_column].encode("utf-8", "surrogatepass")
+            yield Sample(f"{file.name}:{line}", content)
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:

@@ -13,7 +13,6 @@ import jinja2
 import keras
 
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._stats import proportion_interval
 from keras_rsft._storage import (
     CONFIG_FILE,
     LEDGER_FILE,
@@ -37,6 +36,7 @@ from keras_rsft.export._places import (
     turn_in,
 )
 from keras_rsft.export._saved_model import export_saved_model
+from keras_rsft.report._summary import accuracy_rows
 from keras_rsft.training._run import read_class_names
 
 # Model card ---------------------------------------------------------------------------
@@ -56,12 +56,6 @@ def model_card(run: FinishedRun, name: str) -> str:
         split: sum(row.get("split") == split for row in samples)
         for split in ("train", "validation", "test")
     }
-    accuracies = []
-    for split in ("validation", "test"):
-        share, count = results.get(f"{split}_accuracy"), sizes[split]
-        if share is not None and count:
-            low, high = proportion_interval(round(share * count), count)
-            accuracies.append((split, 100 * share, 100 * low, 100 * high, count))
     ledger = _read_rows(run.folder / LEDGER_FILE)
     scored = [(float(row.get("suspicion") or 0), row) for row in ledger]
     data = Path(str(config.get("data", "unknown"))).name
@@ -86,7 +80,7 @@ def model_card(run: FinishedRun, name: str) -> str:
         counted=", ".join(f"{size} {split}" for split, size in sizes.items() if size),
         base=Path(backbone).name,
         policy=isinstance(policy, dict) and (policy.get("name") or "auto"),
-        accuracies=accuracies,
+        accuracies=accuracy_rows(results, sizes),
         ledger=ledger,
         found=sorted((p for p in scored if p[0] > SUSPICIOUS), key=lambda p: -p[0]),
         suspicious=SUSPICIOUS,
