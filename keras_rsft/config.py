@@ -292,7 +292,7 @@ POLICY_NAMES = (
 LEVELS = ("sample", "batch")
 DEFAULT_KEEP_FRACTION = 0.7
 # Which policies look at what may be given.
-_USED_BY = {
+USED_BY = {
     "threshold": ("loss-threshold", "self-paced"),
     "keep_fraction": ("keep-fraction",),
     "level": ("loss-threshold",),
@@ -373,7 +373,7 @@ class PolicyConfig:
 
 def require_used(name: str, given: Mapping[str, object]) -> None:
     """Raises InvalidArgument if a policy would not look at a field that was given."""
-    for attribute, users in _USED_BY.items():
+    for attribute, users in USED_BY.items():
         if given.get(attribute) not in (None, LEVELS[0]) and name not in users:
             option = "--" + attribute.replace("_", "-")
             raise InvalidArgument(

@@ -80,12 +80,12 @@ class TestJson:
         }  # fmt: skip
 
     def test_what_a_library_prints_stays_out(self, capsys):
-        with Output(as_json=True) as output:
+        with Output(as_json=True, command="fit") as output:
             print("chatter")
             output.say("a table")
-            output.finish({"a": 1}, "last")
+            output.finish("last", a=1)
         captured = capsys.readouterr()
-        assert parsed(captured.out) == {"a": 1}
+        assert parsed(captured.out) == {"command": "fit", "a": 1}
         assert captured.err == "chatter\na table\n"
 
 
@@ -125,7 +125,7 @@ class TestQuiet:
         with Output(quiet=True) as output:
             print("chatter")
             output.say("a table")
-            output.finish({"a": 1}, "last")
+            output.finish("last", a=1)
         assert capsys.readouterr() == ("last\n", "")
 
 

@@ -12,8 +12,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from keras_rsft import __version__
 from keras_rsft._runtime import DEFAULT_PATIENCE, Terminated, termination_raises
@@ -29,6 +28,7 @@ from keras_rsft.cli._options import (
     split_at,
     typed,
 )
+from keras_rsft.cli._render import Output
 from keras_rsft.config import (
     METHOD_NAMES,
     RANGE_NAMES,
@@ -51,43 +51,42 @@ from keras_rsft.errors import (
 )
 
 USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
+EXPECTED = (DataError, ImportError, TrainingStalled, WeightsUnavailable, WorkerLost)
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(argv)
-    arguments.argv = argv
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    arguments.parser, arguments.argv = parser, argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
         with termination_raises():
             _check_backend()
             _silence_native_libraries()
-            return 0 if arguments.work(arguments) else FAILED
+            with Output(
+                quiet=arguments.quiet,
+                as_json=getattr(arguments, "json", False),
+                command=arguments.command,
+            ) as output:
+                return 0 if arguments.work(arguments, output) else FAILED
     except KeyboardInterrupt as stop:
         status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-        kept = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
-        return _fail(
-            status,
-            f"{kept} Run the same command again to resume:\n  {arguments.command_line}",
-        )
+        text = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
+        command = f"\n  {arguments.command_line}"
+        return _fail(status, f"{text} Run the same command again to resume:{command}")
     except BrokenPipeError:  # `| head` has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
-    except (
-        DataError,
-        ImportError,
-        TrainingStalled,
-        WeightsUnavailable,
-        WorkerLost,
-    ) as error:
+    except EXPECTED as error:
         return _fail(FAILED, str(error))
     except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        return _fail(FAILED, f"{error.strerror or error}{place}")
+        path = f": {error.filename}" if error.filename else ""
+        return _fail(FAILED, f"{error.strerror or error}{path}")
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -155,15 +154,6 @@ _share = typed(
 _port = typed(int, "a whole number in [0, 65535]", lambda port: 0 <= port < 2**16)
 
 
-def _output(default: str) -> Any:
-    return option(None, f"default: {default}", first=5, metavar="FOLDER")
-
-
-def _timeout() -> Any:
-    help = "how long to wait for another worker that shows no sign of life"
-    return option(DEFAULT_PATIENCE, help, type=seconds)
-
-
 @dataclasses.dataclass
 class _Data:
     data: str = option(
@@ -186,13 +176,27 @@ class _Answer:
 
 
 @dataclasses.dataclass
-class _Demo:
-    output: str | None = _output("runs/demo-N")
+class _Output:
+    output: str | None = option(
+        None,
+        "new folder of the results, or that of a stopped run, to resume it; default: "
+        "the next free runs/[COMMAND-]NAME-N",
+        first=5,
+        metavar="FOLDER",
+    )
+
+
+@dataclasses.dataclass
+class _Workers:
+    worker_timeout: float = option(
+        DEFAULT_PATIENCE,
+        "how long to wait for another worker that shows no sign of life",
+        type=seconds,
+    )
 
 
 @dataclasses.dataclass
 class _Fit:
-    output: str | None = _output("runs/NAME-N")
     strategy: str = option(
         "none",
         "none: one device; mirrored: all GPUs of this machine, or else its logical "
@@ -222,7 +226,6 @@ class _Compare:
     seeds: int = option(
         5, "how often to train each, from --seed on", first=3, type=positive
     )
-    output: str | None = _output("runs/compare-NAME-N")
 
 
 @dataclasses.dataclass
@@ -242,7 +245,6 @@ class _Features:
         type=_share,
         metavar="I/N",
     )
-    worker_timeout: float = _timeout()
 
 
 @dataclasses.dataclass
@@ -255,7 +257,6 @@ class _Search:
         type=named_range,
         action="append",
     )
-    output: str | None = _output("runs/search-NAME-N; that of a stopped search: resume")
     clean_validation: bool = option(
         False, "judge trials by the validation split's clean labels"
     )
@@ -265,7 +266,6 @@ class _Search:
         "Tuner's variables KERASTUNER_* say which is which; default: this one alone",
         type=positive,
     )
-    worker_timeout: float = _timeout()
 
 
 @dataclasses.dataclass
@@ -325,47 +325,50 @@ class _Predict:
 
 # === The parsers of the commands ===
 
-# For each command its help, and of which configurations it takes which fields.
-_FEATURES, _SEED = (FeatureConfig, ""), (TrainConfig, "seed")
-_COMMANDS = {
+# The help of each command, and which configurations it takes: whole, or with the names
+# of fields, or after `-` without those.
+_COMMANDS: dict[Callable[..., bool], tuple[str, list[type | tuple[type, str]]]] = {
     commands.demo: (
         "fine-tune on real digits with noisy labels, a minute",
-        [(_Demo, ""), (FeatureConfig, "cache_dir"), _SEED],
+        [_Output, (FeatureConfig, "cache_dir"), (TrainConfig, "seed"), _Answer],
     ),
     commands.fit: (
         "fine-tune on your own images or texts",
-        [(_Data, ""), _FEATURES, (PolicyConfig, ""), (UnfreezeConfig, ""),
-         (TrainConfig, ""), (DataConfig, ""), (_Fit, "")],
+        [_Data, FeatureConfig, PolicyConfig, UnfreezeConfig, TrainConfig, DataConfig,
+         _Output, _Fit, _Answer],
     ),
     commands.compare: (
         "several methods side by side on your own data",
-        [(_Data, ""), _FEATURES, (_Compare, ""), (TrainConfig, "-early_stopping"),
-         (PolicyConfig, "-policy level"), (DataConfig, "")],
+        [_Data, FeatureConfig, _Compare, _Output, (TrainConfig, "-early_stopping"),
+         (PolicyConfig, "-policy level"), DataConfig, _Answer],
     ),
     commands.rank: (
         "which backbone suits your own images or texts",
-        [(_Data, ""), (_Rank, ""), (FeatureConfig, "image_size dtype cache_dir"),
-         _SEED, (DataConfig, "")],
+        [_Data, _Rank, (FeatureConfig, "image_size dtype cache_dir"),
+         (TrainConfig, "seed"), DataConfig, _Answer],
     ),
     commands.features: (
         "extract and cache features, also by shares",
-        [(_Data, ""), _FEATURES, _SEED, (DataConfig, ""), (_Features, "")],
+        [_Data, FeatureConfig, (TrainConfig, "seed"), DataConfig, _Features, _Workers,
+         _Answer],
     ),
     commands.search: (
         "find policy, threshold and learning rate",
-        [(_Data, ""), _FEATURES, (SearchSpace, ""), (SearchConfig, ""), (_Search, ""),
+        [_Data, FeatureConfig, SearchSpace, SearchConfig, _Search, _Output, _Workers,
          (TrainConfig, "epochs batch_size seed"), (UnfreezeConfig, "-unfreeze"),
-         (DataConfig, "")],
+         DataConfig, _Answer],
     ),
-    commands.review: ("look at a run and mend labels in the browser", [(_Review, "")]),
+    commands.review: (
+        "look at a run and correct labels in the browser", [_Review, _Answer],
+    ),
     commands.export: (
         "write a model for TF Serving, LiteRT or ONNX",
-        [(_Export, ""), (ExportConfig, "")],
+        [_Export, ExportConfig, _Answer],
     ),
     commands.predict: (
         "use a trained model on image files or texts; the exit status is 1 if some "
         "could not be read: they are listed on standard error, the others answered",
-        [(_Predict, ""), (DataConfig, "text_column")],
+        [_Predict, (DataConfig, "text_column"), (_Answer, "quiet")],
     ),
 }  # fmt: skip
 
@@ -381,11 +384,10 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for work, (help, takes) in _COMMANDS.items():
         settings: list[Setting] = []
-        for config, which in takes:
-            settings += settings_of(config, which=which)
-        answers = "quiet" if work is commands.predict else ""
-        settings += settings_of(_Answer, which=answers)
-        one = subparsers.add_parser(work.__name__, help=help, description=help)
-        one.add_settings(settings)
-        one.set_defaults(work=work)
+        for one in takes:
+            config, which = one if isinstance(one, tuple) else (one, "")
+            settings += settings_of(config, which)
+        command = subparsers.add_parser(work.__name__, help=help, description=help)
+        command.add_settings(settings)
+        command.set_defaults(work=work)
     return parser

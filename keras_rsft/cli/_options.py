@@ -209,15 +209,14 @@ class Setting:
         return f"{text}; default: {str(shown).lower()}"
 
 
-def settings_of(*configs: type, which: str = "") -> Iterator[Setting]:
-    """Returns the fields that are options: all, those named, or without `-` those."""
+def settings_of(config: type, which: str = "") -> Iterator[Setting]:
+    """Yields the fields that are options: all, those named, or without `-` those."""
     names = which.lstrip("-").split()
-    for config in configs:
-        for field in dataclasses.fields(config):
-            dest = field.metadata.get("name", field.name)
-            named = not names or (dest in names) != which.startswith("-")
-            if "help" in field.metadata and named:
-                yield Setting(dest, field, config)
+    for field in dataclasses.fields(config):
+        dest = field.metadata.get("name", field.name)
+        named = not names or (dest in names) != which.startswith("-")
+        if "help" in field.metadata and named:
+            yield Setting(dest, field, config)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -248,8 +247,11 @@ class CommandParser(argparse.ArgumentParser):
                 "--set", dest="given", action="append", default=[], help=text,
                 metavar="FIELD=VALUE",
             )  # fmt: skip
-            lines = [f"  {one.dest}: {one.help}" for one in rare]
-            self.epilog = _wrapped("fields for --set:", *lines)
+            lines = ["fields for --set:"]
+            for one in rare:
+                text = f"  {one.dest}: {one.help}"
+                lines.append(textwrap.fill(text, 78, subsequent_indent=" " * 6))
+            self.epilog = "\n".join(lines)
         # Where `--help` is already, it comes last.
         self._action_groups.append(self._action_groups.pop(1))
 
@@ -268,10 +270,8 @@ class CommandParser(argparse.ArgumentParser):
             how.setdefault("metavar", _METAVARS.get(one.parse))
         group.add_argument(one.flag, **how)
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """Returns the arguments; ends the process where one is not known."""
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Ends the process where an argument is not known."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = next((text for text in unknown if text.startswith("-")), "")
@@ -307,13 +307,6 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with one sentence, not with a page of options."""
         self.exit(2, f"{self.prog}: error: {message}\nOptions: {self.prog} --help\n")
-
-
-def _wrapped(*lines: str) -> str:
-    """Returns lines as an epilog that is shown as it is."""
-    return "\n".join(
-        textwrap.fill(line, 78, subsequent_indent=" " * 6) for line in lines
-    )
 
 
 # === Types ===
@@ -415,7 +408,7 @@ def unfreezing(
     arguments: argparse.Namespace, layers: Unfreeze | None
 ) -> UnfreezeConfig | None:
     """Returns how these layers are unfrozen; refuses a how without layers."""
-    how = list(settings_of(UnfreezeConfig, which="-unfreeze"))
+    how = list(settings_of(UnfreezeConfig, "-unfreeze"))
     if layers is not None:
         values = {one.field.name: getattr(arguments, one.dest) for one in how}
         return UnfreezeConfig(layers, **values)
