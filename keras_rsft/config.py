@@ -621,6 +621,7 @@ class SearchConfig:
         "of it, on from the best plain head and the best one that rejects, and choose "
         "the cheapest that is as good as the best; default: frozen",
         first=3,
+        name="unfreeze_choices",
         metavar="A,B,C",
     )
 

@@ -269,10 +269,14 @@ class _Search:
 
 
 @dataclasses.dataclass
-class _Review:
+class _Run:
     run: str = option(
         None, "folder of a run or of a search", positional=True, metavar="RUN"
     )
+
+
+@dataclasses.dataclass
+class _Review:
     serve: bool = option(
         False, "show all samples, from a server that only this machine can reach"
     )
@@ -283,7 +287,6 @@ class _Review:
 
 @dataclasses.dataclass
 class _Export:
-    run: str = option(None, "run folder", positional=True, metavar="RUN")
     name: str | None = option(
         None, "the model's name; default: that of the run folder", first=1
     )
@@ -359,11 +362,11 @@ _COMMANDS: dict[Callable[..., bool], tuple[str, list[type | tuple[type, str]]]] 
          DataConfig, _Answer],
     ),
     commands.review: (
-        "look at a run and correct labels in the browser", [_Review, _Answer],
+        "look at a run and correct labels in the browser", [_Run, _Review, _Answer],
     ),
     commands.export: (
         "write a model for TF Serving, LiteRT or ONNX",
-        [_Export, ExportConfig, _Answer],
+        [_Run, _Export, ExportConfig, _Answer],
     ),
     commands.predict: (
         "use a trained model on image files or texts; the exit status is 1 if some "

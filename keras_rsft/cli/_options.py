@@ -414,9 +414,10 @@ def unfreezing(
         return UnfreezeConfig(layers, **values)
     for one in how:
         if getattr(arguments, one.dest) != one.default:
+            is_fit = hasattr(arguments, "unfreeze")
             raise InvalidArgument(
-                f"`{one.dest}` says how unfrozen layers are trained. Say which "
-                "ones with `--unfreeze`."
+                f"`{one.dest}` says how unfrozen layers are trained. Say which ones "
+                f"with `{'--unfreeze' if is_fit else '--unfreeze-choices'}`."
             )
     return None
 

@@ -180,7 +180,7 @@ def search(
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
     if options.of_base:
-        require_layers_to_train(str(backbone), option="--unfreeze")
+        require_layers_to_train(str(backbone), option="--unfreeze-choices")
     parts = list(options.unfreeze)
 
     def check(base: keras.Model) -> None:
