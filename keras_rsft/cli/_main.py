@@ -1,7 +1,6 @@
 """Parses the command line, runs one command, and turns errors into exit statuses.
 
-2 for a command that cannot be run as given, 1 for a run that failed. Imports nothing
-heavy, so that `--help` and typing errors answer at once.
+Imports nothing heavy, so that `--help` and typing errors answer at once.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ def _silence_native_libraries() -> None:
         os.dup2(nothing.fileno(), 2)
 
 
-# === What single commands can be told ===
+# === Options of the command line alone ===
 
 
 def _ranges() -> str:
@@ -155,7 +154,9 @@ _port = typed(int, "a whole number in [0, 65535]", lambda port: 0 <= port < 2**1
 
 
 @dataclasses.dataclass
-class _Data:
+class Options:
+    """Options that belong to no configuration of the library."""
+
     data: str = option(
         None,
         "folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, CSV file, "
@@ -163,20 +164,12 @@ class _Data:
         positional=True,
         metavar="DATA",
     )
-
-
-@dataclasses.dataclass
-class _Answer:
     quiet: bool = option(
         False, "print errors and the last line of the result only, no progress"
     )
     json: bool = option(
         False, "print the result as one JSON document, all else to standard error"
     )
-
-
-@dataclasses.dataclass
-class _Output:
     output: str | None = option(
         None,
         "new folder of the results, or that of a stopped run, to resume it; default: "
@@ -184,19 +177,11 @@ class _Output:
         first=5,
         metavar="FOLDER",
     )
-
-
-@dataclasses.dataclass
-class _Workers:
     worker_timeout: float = option(
         DEFAULT_PATIENCE,
-        "how long to wait for another worker that shows no sign of life",
+        "how long to wait for a worker that does not respond",
         type=seconds,
     )
-
-
-@dataclasses.dataclass
-class _Fit:
     strategy: str = option(
         "none",
         "none: one device; mirrored: all GPUs of this machine, or else its logical "
@@ -204,19 +189,15 @@ class _Fit:
     )
     tensorboard: str | None = option(
         None,
-        "write for TensorBoard, into a folder of the run's name below this one",
+        "write for TensorBoard, to a subfolder with the run's name",
         metavar="FOLDER",
     )
     dry_run: bool = option(
         False,
-        "train nothing: say what 1,000 samples tell about the labels, whether "
+        "train nothing: estimate from 1,000 samples how many labels are wrong, whether "
         "rejection is likely to help, and how long the run will take",
     )
     with_plain: bool = rare(True, "train a plain head too, for the report's comparison")
-
-
-@dataclasses.dataclass
-class _Compare:
     methods: tuple[str, ...] | None = option(
         None,
         f"out of {', '.join(METHOD_NAMES)}; plain is always among them; default: all "
@@ -226,29 +207,17 @@ class _Compare:
     seeds: int = option(
         5, "how often to train each, from --seed on", first=3, type=positive
     )
-
-
-@dataclasses.dataclass
-class _Rank:
     backbones: tuple[str, ...] = option(
         None, "as --backbone of fit takes them", first=1, required=True
     )
     sample: int = option(1000, "training samples to look at", first=2, type=positive)
-
-
-@dataclasses.dataclass
-class _Features:
     share: str | None = option(
         None,
-        "compute the I-th of N shares, from 0 on, and wait for nobody; default: all, "
-        "or by TF_CONFIG one, and wait for the others",
+        "compute the I-th of N shares, from 0 on, and wait for no other; default: all, "
+        "or with TF_CONFIG this worker's, and wait for the others",
         type=_share,
         metavar="I/N",
     )
-
-
-@dataclasses.dataclass
-class _Search:
     range: tuple[str, ...] = option(
         (),
         f"search a number from LOW to HIGH; repeat it for another one; names and "
@@ -263,48 +232,32 @@ class _Search:
     workers: int | None = option(
         None,
         "processes on this machine that share the trials; on several machines Keras "
-        "Tuner's variables KERASTUNER_* say which is which; default: this one alone",
+        "Tuner's variables KERASTUNER_* name them; default: this one alone",
         type=positive,
     )
-
-
-@dataclasses.dataclass
-class _Run:
     run: str = option(
         None, "folder of a run or of a search", positional=True, metavar="RUN"
     )
-
-
-@dataclasses.dataclass
-class _Review:
     serve: bool = option(
         False, "show all samples, from a server that only this machine can reach"
     )
     port: int | None = option(None, "of --serve; default: the run's own", type=_port)
-    rebuild: bool = option(False, "write report.html anew if it is there")
+    rebuild: bool = option(False, "write report.html again if it exists")
     no_browser: bool = option(False, "open nothing; print where the page is")
-
-
-@dataclasses.dataclass
-class _Export:
     name: str | None = option(
         None, "the model's name; default: that of the run folder", first=1
     )
     directory: str = option(
         "saved_models",
-        "where exported models lie, each in a folder of its name",
+        "folder of exported models, each in a folder of its name",
         first=2,
         metavar="FOLDER",
     )
     verify: bool = option(
         False,
-        "load what was written in a fresh process and compare it with the run, on "
-        "images of its validation split",
+        "load the export in a fresh process and compare it with the run, on images of "
+        "its validation split",
     )
-
-
-@dataclasses.dataclass
-class _Predict:
     model: str = option(
         None,
         "run folder, .keras file, exported model, .tflite or .onnx file",
@@ -330,48 +283,52 @@ class _Predict:
 
 # The help of each command, and which configurations it takes: whole, or with the names
 # of fields, or after `-` without those.
-_COMMANDS: dict[Callable[..., bool], tuple[str, list[type | tuple[type, str]]]] = {
+_COMMANDS: dict[Callable[..., bool], tuple[str, dict[type, str]]] = {
     commands.demo: (
         "fine-tune on real digits with noisy labels, a minute",
-        [_Output, (FeatureConfig, "cache_dir"), (TrainConfig, "seed"), _Answer],
+        {Options: "output quiet json", FeatureConfig: "cache_dir", TrainConfig: "seed"},
     ),
     commands.fit: (
         "fine-tune on your own images or texts",
-        [_Data, FeatureConfig, PolicyConfig, UnfreezeConfig, TrainConfig, DataConfig,
-         _Output, _Fit, _Answer],
+        {FeatureConfig: "", PolicyConfig: "", UnfreezeConfig: "", TrainConfig: "",
+         DataConfig: "", Options: "data output strategy tensorboard dry_run with_plain "
+         "quiet json"},
     ),
     commands.compare: (
         "several methods side by side on your own data",
-        [_Data, FeatureConfig, _Compare, _Output, (TrainConfig, "-early_stopping"),
-         (PolicyConfig, "-policy level"), DataConfig, _Answer],
+        {FeatureConfig: "", TrainConfig: "-early_stopping", DataConfig: "",
+         PolicyConfig: "-policy level",
+         Options: "data methods seeds output quiet json"},
     ),
     commands.rank: (
         "which backbone suits your own images or texts",
-        [_Data, _Rank, (FeatureConfig, "image_size dtype cache_dir"),
-         (TrainConfig, "seed"), DataConfig, _Answer],
+        {FeatureConfig: "image_size dtype cache_dir", TrainConfig: "seed",
+         DataConfig: "", Options: "data backbones sample quiet json"},
     ),
     commands.features: (
         "extract and cache features, also by shares",
-        [_Data, FeatureConfig, (TrainConfig, "seed"), DataConfig, _Features, _Workers,
-         _Answer],
+        {FeatureConfig: "", TrainConfig: "seed", DataConfig: "",
+         Options: "data share worker_timeout quiet json"},
     ),
     commands.search: (
         "find policy, threshold and learning rate",
-        [_Data, FeatureConfig, SearchSpace, SearchConfig, _Search, _Output, _Workers,
-         (TrainConfig, "epochs batch_size seed"), (UnfreezeConfig, "-unfreeze"),
-         DataConfig, _Answer],
+        {FeatureConfig: "", SearchSpace: "", SearchConfig: "", DataConfig: "",
+         TrainConfig: "epochs batch_size seed", UnfreezeConfig: "-unfreeze",
+         Options: "data range output clean_validation workers worker_timeout quiet "
+         "json"},
     ),
     commands.review: (
-        "look at a run and correct labels in the browser", [_Run, _Review, _Answer],
+        "look at a run and correct labels in the browser",
+        {Options: "run serve port rebuild no_browser quiet json"},
     ),
     commands.export: (
         "write a model for TF Serving, LiteRT or ONNX",
-        [_Run, _Export, ExportConfig, _Answer],
+        {Options: "run name directory verify quiet json", ExportConfig: ""},
     ),
     commands.predict: (
         "use a trained model on image files or texts; the exit status is 1 if some "
         "could not be read: they are listed on standard error, the others answered",
-        [_Predict, (DataConfig, "text_column"), (_Answer, "quiet")],
+        {Options: "model paths output_format quiet", DataConfig: "text_column"},
     ),
 }  # fmt: skip
 
@@ -387,8 +344,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for work, (help, takes) in _COMMANDS.items():
         settings: list[Setting] = []
-        for one in takes:
-            config, which = one if isinstance(one, tuple) else (one, "")
+        for config, which in takes.items():
             settings += settings_of(config, which)
         command = subparsers.add_parser(work.__name__, help=help, description=help)
         command.add_settings(settings)

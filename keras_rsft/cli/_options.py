@@ -1,8 +1,7 @@
-"""Options: made from the fields of the configurations, and made into them again.
+"""Options from the fields of the configurations, and configurations from options.
 
-A field with a help text is an option of its name. One that is `rare` has none: it is
-given by `--set FIELD=VALUE`, as every other field can be. Ranges are checked by the
-configurations, once; here only the type is.
+A field with a help text becomes an option of its name; a `rare` one is given by `--set
+FIELD=VALUE` only. The type is checked here, the range by the configuration.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 DEFAULT_TEXT_COLUMN = "text"
-FIRST = "what matters first"
+FIRST = "main options"
 # A file system takes 255 bytes; before and after the name of the data comes more.
 _MAX_NAME_BYTES = 200
 
@@ -57,7 +56,7 @@ _MAX_NAME_BYTES = 200
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where labels and splits of a data set are, and what is done to its labels."""
+    """Columns and splits of a data set, noise and corrections of its labels."""
 
     label_column: str = option(
         "label", "column of the labels in a CSV file, or key of a tfds: set"
@@ -169,7 +168,7 @@ _FOR_ARGPARSE = ("metavar", "choices", "nargs", "const", "required", "action", "
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A field as the command line knows it, by the name `dest`."""
+    """A field that is an option; `dest` is its name in the arguments."""
 
     dest: str
     field: dataclasses.Field
