@@ -61,7 +61,11 @@ class Cluster:
         return self.index == 0
 
     def named(self, index: int) -> str:
-        """Returns the name of worker `index` in messages, with its address if any."""
+        """Returns a worker's name for messages, with its address if it has one.
+
+        Args:
+            index: In [0, number of workers).
+        """
         address = self.workers[index]
         return f"worker {index} ({address})" if address else f"worker {index}"
 

@@ -417,8 +417,8 @@ def features(arguments: argparse.Namespace, output: Output) -> bool:
                 "images": len(part),
                 "unreadable": len(part.unreadable),
                 "dim": part.dim,
-                "views": part.views,
-                "precision": part.precision,
+                "augmentations": part.views,
+                "dtype": part.precision,
                 "bytes": part.num_bytes,
                 "path": part.path,
             }
