@@ -134,6 +134,16 @@ def test_the_front_page_is_one_page():
     assert len(PAGES["README.md"].splitlines()) <= FRONT_PAGE_LINES
 
 
+def test_the_table_of_rooms_names_modules_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `?([\w ]+?)/?`? \| ((?:`_\w+` ?)+)\|", text, re.MULTILINE)
+    assert len(rows) == 13
+    for where, modules in rows:
+        folder = ROOT / "keras_rsft" / ("" if where == "top level" else where)
+        for name in re.findall(r"`(\w+)`", modules):
+            assert (folder / f"{name}.py").is_file(), (where, name)
+
+
 def test_the_walk_of_one_photo_names_code_that_is_there():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     walk = re.findall(r"^\d+\. `([\w/]+\.py)`, `(\w+)`", text, re.MULTILINE)
