@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from keras_rsft._stats import Interval
-from keras_rsft.cli._render import Output, json_value
+from keras_rsft._storage import json_value
+from keras_rsft.cli._render import Output
 
 pytestmark = pytest.mark.usefixtures("eager")
 

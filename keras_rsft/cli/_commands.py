@@ -27,7 +27,7 @@ from keras_rsft._runtime import (
     cluster_of,
     part_in_search,
 )
-from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell
+from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
 from keras_rsft.cli._options import (
     DEFAULT_TEXT_COLUMN,
     config_of,
@@ -40,7 +40,7 @@ from keras_rsft.cli._options import (
     unfreezing,
     words_of,
 )
-from keras_rsft.cli._render import Output, json_value
+from keras_rsft.cli._render import Output
 from keras_rsft.config import (
     ALL,
     IMAGES,

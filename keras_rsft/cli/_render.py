@@ -7,17 +7,15 @@ Shares and accuracies are in [0, 1]; what is not known, NaN and infinity are nul
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
-import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from keras_rsft._storage import json_value
 from keras_rsft.report._summary import Summary, Table
 
 if TYPE_CHECKING:
@@ -122,19 +120,3 @@ class Output:
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Prints a warning without its line of code, which tells a user nothing."""
     print(f"Warning: {message}", file=sys.stderr, flush=True)
-
-
-def json_value(value: Any) -> Any:
-    """Returns what JSON can hold, without NaN and infinity."""
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {name: json_value(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): json_value(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_value(one) for one in value]
-    if hasattr(value, "tolist"):  # An array or a number of NumPy.
-        return json_value(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
