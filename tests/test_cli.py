@@ -51,7 +51,7 @@ class TestFit:
         photos = tmp_path / "photos"
         shutil.copytree(photo_folder, photos)
         (photos / "red" / "00.png").write_bytes(b"")
-        status, out, _ = fit("--no-plain", data=photos)
+        status, out, _ = fit("--set", "with_plain=false", data=photos)
         assert status == 0
         assert [run.name for run in (tmp_path / "runs").iterdir()] == ["photos-1"]
         assert "1 images cannot be read" in out
@@ -100,7 +100,7 @@ class TestMistakes:
             (["--set", "augmentations=x"], 2, "whole number"),
             (["--set", "unfreeze_epochs=3"], 2, "`--unfreeze`"),
             (["--unfreeze", "0"], 2, "at least 1"),
-            (["--unfreeze", "last-block", "--set", "train_batch_norm=true"], 2, "1:"),
+            (["--unfreeze=all", "--set", "unfreeze_learning_rate=0"], 2, "positive"),
         ],
     )
     def test_in_an_option(self, fit, arguments, status, message):

@@ -358,7 +358,7 @@ class TestCommandLine:
 
     def test_end_to_end(self, search, call, tmp_path):
         status, out, err = search(
-            "--unfreeze", "last-block", "--set", "unfreeze_epochs=1", "--json",
+            "--unfreeze-choices", "last-block", "--set", "unfreeze_epochs=1", "--json",
             "--set", "unfreeze_learning_rate=1e-4", "--output", "run",
         )  # fmt: skip
         assert status == 0, err
@@ -374,10 +374,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--unfreeze", "last"], "Did you mean 'last-block'?"),
-            (["--set", "unfreeze_epochs=2"], "with `--unfreeze`"),
-            (["--unfreeze", "all", "--set", "unfreeze_epochs=0"], "at least 1"),
-            (["--unfreeze", "all", "--backbone", "onnx:x@0:1"], "`--unfreeze`"),
+            (["--unfreeze-choices", "last"], "Did you mean 'last-block'?"),
+            (["--set", "unfreeze_epochs=2"], "with `--unfreeze-choices`"),
+            (["--unfreeze-choices", "all", "--set", "unfreeze_epochs=0"], "at least 1"),
+            (["--unfreeze-choices=all", "--backbone", "onnx:x@0:1"], "`--unfreeze-"),
         ],
     )
     def test_mistakes(self, search, arguments, message):

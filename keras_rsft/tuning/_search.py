@@ -187,7 +187,7 @@ def search(
     settings = settings or TrainConfig()
     names = options.unfreeze
     if options.unfrozen:
-        require_layers_to_train(str(backbone), option="--unfreeze")
+        require_layers_to_train(str(backbone), option="--unfreeze-choices")
 
     def check(base: keras.Model) -> None:
         nonlocal names
