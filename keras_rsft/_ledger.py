@@ -316,7 +316,8 @@ class RejectionLedger(keras.callbacks.Callback):
         threshold = self.model.policy.threshold_in_use()
         self.loss_histograms.append(loss_histogram(losses, accepted, threshold))
         if self.model.policy.needs_ledger:
-            self.model.policy.note_losses(self.ledger.loss_mean)
+            epochs = len(self.loss_histograms)
+            self.model.policy.note_losses(self.ledger.loss_mean, epochs)
         seen = accepted >= 0
         labels = self.ledger.labels
         with np.errstate(invalid="ignore"):

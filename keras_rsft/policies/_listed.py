@@ -126,13 +126,14 @@ class AcceptReviewed(Policy):
     def threshold_in_use(self) -> float | None:
         return self.policy.threshold_in_use()
 
-    def note_losses(self, losses: np.ndarray) -> None:
+    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
         """Hands the losses of the epochs so far to a policy that learns from them.
 
         Args:
             losses: Float array `(n,)`, the mean loss of each sample.
+            epochs: Epochs that they cover, at least 1.
         """
-        self.policy.note_losses(losses)
+        self.policy.note_losses(losses, epochs)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {

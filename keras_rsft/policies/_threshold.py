@@ -337,7 +337,7 @@ class LossMixture(Policy):
         probability: Least probability of the lower component to accept, in (0, 1).
             Default 0.5.
         warmup_steps: As for every `Policy`; nothing is fitted before the end of the
-            epoch in which it ends. Two epochs are a good value.
+            epoch in which it ends. Default: two epochs.
         class_floor: As for every `Policy`.
 
     Attributes:
@@ -351,7 +351,7 @@ class LossMixture(Policy):
         >>> import keras_rsft as rsft
         >>> policy = rsft.LossMixture()
         >>> losses = np.concatenate([np.linspace(0, 0.5, 20), np.linspace(2, 3, 10)])
-        >>> policy.note_losses(losses)
+        >>> policy.note_losses(losses, epochs=2)
         >>> np.asarray(policy(np.array([0.4, 2.5], "float32"))).tolist()
         [True, False]
     """
@@ -359,8 +359,15 @@ class LossMixture(Policy):
     needs_ledger = True
     _arguments = ("probability",)
 
-    def __init__(self, probability: float = 0.5, **kwargs: Any):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        probability: float = 0.5,
+        *,
+        warmup_steps: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(warmup_steps=warmup_steps or 0, **kwargs)
+        self._least_epochs = 2 if warmup_steps is None else 1
         if not 0 < probability < 1:
             raise InvalidArgument(
                 "`probability` must be in (0, 1). "
@@ -375,14 +382,20 @@ class LossMixture(Policy):
     def _loss_limit(self) -> Any:
         return self.threshold
 
-    def note_losses(self, losses: np.ndarray) -> None:
+    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
         """Moves the threshold by the losses of the epochs so far.
 
         Args:
             losses: Float array `(n,)`, the mean loss of each sample.
+            epochs: Epochs that they cover, at least 1.
         """
-        if int(ops.convert_to_numpy(self.steps_seen)) >= self.warmup_steps:
+        steps = int(ops.convert_to_numpy(self.steps_seen))
+        if epochs >= self._least_epochs and steps >= self.warmup_steps:
             self.threshold.assign(mixture_threshold(losses, self.probability))
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        return config | ({"warmup_steps": None} if self._least_epochs > 1 else {})
 
 
 def mixture_threshold(losses: np.ndarray, probability: float) -> float:
