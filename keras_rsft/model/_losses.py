@@ -107,13 +107,14 @@ class _Unreduced(keras.losses.Loss):
                 counted = one if counted is None else ops.logical_and(counted, one)
         if self._shapes is not None:
             return _by_element(values, counted, y_pred, self._shapes)
-        if counted is None or len(values.shape) == 1:
-            return _mean_of_each_row(values)
+        axes = within(values)
+        if counted is None or not axes:
+            return ops.mean(values, axis=axes)
         # Padding has a loss of 0: counted, it would make short samples look easy.
         values = ops.where(counted, values, 0.0)
         counted = ops.broadcast_to(counted, ops.shape(values))
-        share = _mean_of_each_row(ops.cast(counted, values.dtype))
-        return ops.divide_no_nan(_mean_of_each_row(values), share)
+        share = ops.mean(ops.cast(counted, values.dtype), axis=axes)
+        return ops.divide_no_nan(ops.mean(values, axis=axes), share)
 
 
 def _by_element(values: Any, counted: Any, y_pred: Any, shapes: list[Shape]) -> Any:
@@ -145,8 +146,9 @@ def _by_element(values: Any, counted: Any, y_pred: Any, shapes: list[Shape]) -> 
     return values if counted is None else ops.where(counted, values, LEFT_OUT)
 
 
-def _mean_of_each_row(values: Any) -> Any:
-    return ops.mean(values, axis=tuple(range(1, len(values.shape))))
+def within(values: Any) -> tuple[int, ...]:
+    """Returns the axes within a sample."""
+    return tuple(range(1, len(values.shape)))
 
 
 def aligned(values: Any, like: Any) -> Any:

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model._losses import LEFT_OUT, aligned
+from keras_rsft.model._losses import LEFT_OUT, aligned, within
 from keras_rsft.model._metrics import SELECTION_METRICS, SelectionMetric, selection_sums
 from keras_rsft.policies._policy import Policy
 
@@ -173,7 +173,16 @@ class TrainingStep(keras.Model):
                 "sample_index. Let the data set yield (x, y, sample_weight or None, "
                 "sample_index)."
             )
-        self._recorder(whole.sample_index, *_by_sample(whole.losses, accept_mask))
+        losses = whole.losses
+        if len(losses.shape) > 1:
+            axes, finite = within(losses), ops.isfinite(losses)
+            sums = ops.sum(ops.where(finite, losses, 0.0), axis=axes)
+            judged = ops.cast(ops.not_equal(losses, LEFT_OUT), "int32")
+            accepted = ops.sum(ops.cast(accept_mask, "int32"), axis=axes)
+            losses = sums / ops.sum(ops.cast(finite, "float32"), axis=axes)
+            enough = 2 * accepted >= ops.sum(judged, axis=axes)
+            accept_mask = ops.logical_and(accepted > 0, enough)
+        self._recorder(whole.sample_index, losses, accept_mask)
 
     def _update_if_accepted(
         self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
@@ -313,7 +322,7 @@ def _unusable_overwritten(data: Any, losses: Any) -> Any:
     """Returns a batch in which samples with no finite loss are overwritten."""
     usable = ops.isfinite(losses)
     if len(losses.shape) > 1:
-        axes = _within(losses)
+        axes = within(losses)
         nothing_judged = ops.all(ops.equal(losses, LEFT_OUT), axis=axes)
         usable = ops.logical_or(ops.any(usable, axis=axes), nothing_judged)
     rows = ops.arange(ops.shape(usable)[0], dtype="int32")
@@ -323,20 +332,3 @@ def _unusable_overwritten(data: Any, losses: Any) -> Any:
     return keras.tree.map_structure(
         lambda part: None if part is None else ops.take(part, rows, axis=0), data
     )
-
-
-def _by_sample(losses: Any, accept_mask: Any) -> tuple[Any, Any]:
-    """Returns what a ledger notes of each sample, both `(batch,)`."""
-    if len(losses.shape) == 1:
-        return losses, accept_mask
-    axes = _within(losses)
-    finite = ops.isfinite(losses)
-    sums = ops.sum(ops.where(finite, losses, 0.0), axis=axes)
-    means = sums / ops.sum(ops.cast(finite, "float32"), axis=axes)
-    judged = ops.sum(ops.cast(ops.not_equal(losses, LEFT_OUT), "int32"), axis=axes)
-    accepted = ops.sum(ops.cast(accept_mask, "int32"), axis=axes)
-    return means, ops.logical_and(accepted > 0, 2 * accepted >= judged)
-
-
-def _within(values: Any) -> tuple[int, ...]:
-    return tuple(range(1, len(values.shape)))
