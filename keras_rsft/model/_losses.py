@@ -128,7 +128,7 @@ def _by_element(values: Any, counted: Any, y_pred: Any, shapes: list[Shape]) -> 
         )
     if predicted is None or not _agree(shape, tuple(predicted[1:])[: len(shape)]):
         raise InvalidArgument(
-            "Level 'element' needs a loss for each place of the predictions. "
+            "Level 'element' needs a loss for each position of the predictions. "
             f"Received: losses of shape {('batch', *shape)} for predictions of "
             f"shape {predicted}. Use level 'sample'."
         )

@@ -223,7 +223,7 @@ class RSFTModel(BackendStep):
             store[f"random_state_{number}"] = state.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Restores the states of random layers, so that training goes on alike."""
+        """Restores the states of random layers, so that training resumes alike."""
         for number, state in enumerate(self._random_states()):
             key = f"random_state_{number}"
             if key in store:
