@@ -255,7 +255,7 @@ class TestPoliciesThatKnowTheSamples:
         policy.note_steps_seen(seen)
         losses = np.random.default_rng(0).normal(1.0, 0.1, 200)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # A fit would warn, as below.
+            warnings.simplefilter("error", UserWarning)  # As a fit gives below.
             policy.note_losses(losses, epochs=1)
         assert np.isinf(policy.threshold)
         policy.note_steps_seen(8)
