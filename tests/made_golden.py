@@ -264,7 +264,7 @@ def trained_models() -> dict[str, dict]:
         "KeepFraction floor": rsft.KeepFraction(0.4, class_floor=0.3),
         "SelfPaced": rsft.SelfPaced(0.9, growth=1.3, growth_steps=2),
         "RunningThreshold": rsft.RunningThreshold(0.5, warmup_steps=2),
-        "LossMixture": rsft.LossMixture(0.5, warmup_epochs=1),
+        "LossMixture": rsft.LossMixture(0.5, warmup_steps=0),
         "AcceptListed": rsft.AcceptListed(np.arange(48) % 3 > 0),
     }
     rng = np.random.default_rng(0)

@@ -218,6 +218,26 @@ def test_help_imports_nothing_heavy():
     assert "HEAVY []" in result.stdout
 
 
+@pytest.mark.slow
+def test_keras_imports_no_package_that_it_only_wraps():
+    program = textwrap.dedent("""
+        import sys
+        from keras_rsft._runtime import quick_imports
+        with quick_imports():
+            import keras
+            import tensorflow as tf
+            names = {"jax", "matplotlib", "pandas", "scipy", "sklearn"}
+            print("LEFT OUT", sorted(names - set(sys.modules)))
+            import sklearn.mixture
+            print("OURS", "scipy" in sys.modules)
+    """)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    left_out = "LEFT OUT ['jax', 'matplotlib', 'pandas', 'scipy', 'sklearn']"
+    assert result.stdout.splitlines() == [left_out, "OURS True"]
+
+
 def test_every_public_name_can_be_had():
     import keras_rsft
 

@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` and typing errors answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,7 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from keras_rsft import __version__
-from keras_rsft._runtime import DEFAULT_PATIENCE, Terminated, termination_raises
+from keras_rsft._runtime import (
+    DEFAULT_PATIENCE,
+    Terminated,
+    quick_imports,
+    termination_raises,
+)
 from keras_rsft.cli import _commands as commands
 from keras_rsft.cli._options import (
     CommandParser,
@@ -56,13 +62,15 @@ TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
+    # In another program's process, its Keras is left as it is.
+    imports = quick_imports() if argv is None else contextlib.nullcontext()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     arguments = parser.parse_args(argv)
     arguments.parser, arguments.argv = parser, argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
-        with termination_raises():
+        with termination_raises(), imports:
             _check_backend()
             _silence_native_libraries()
             with Output(
