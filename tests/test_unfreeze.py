@@ -13,7 +13,7 @@ from made_bases import changed_layers, save_three_blocks
 from same_run import assert_same_run
 
 from keras_rsft._predict import predict_files
-from keras_rsft.config import PolicyConfig, TrainConfig, UnfreezeConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.data._samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import ImageBatches
@@ -23,7 +23,7 @@ from keras_rsft.training._features import open_features
 from keras_rsft.training._head import train_head
 from keras_rsft.training._resume import TrainingCheckpoint
 from keras_rsft.training._run import finetune
-from keras_rsft.training._unfreeze import BackboneSource, cut_backbone, train_unfrozen
+from keras_rsft.training._unfreeze import cut_backbone, train_unfrozen
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -51,21 +51,14 @@ def settings():
 
 @pytest.fixture(scope="module")
 def source(noisy_photos, base_file, tmp_path_factory):
-    return open_features(
-        noisy_photos, backbone=str(base_file), weights="imagenet", image_size=None,
-        precision="float32", views=1, seed=0, progress=False,
-        cache_dir=tmp_path_factory.mktemp("cache"),
-    )  # fmt: skip
+    cache = tmp_path_factory.mktemp("cache")
+    config = FeatureConfig(str(base_file), dtype="float32", cache_dir=cache)
+    return open_features(noisy_photos, config, progress=False)
 
 
 @pytest.fixture(scope="module")
 def train(source, settings):
     """Trains a head and then the part, from kept activations or from images."""
-
-    backbone = BackboneSource(
-        source.data, source.float32_base, "float32",
-        source.features.train.path.parent.parent, False, print,
-    )  # fmt: skip
 
     @functools.cache
     def run(
@@ -78,9 +71,9 @@ def train(source, settings):
             ),
         )  # fmt: skip
         trained = train_head(source.features, how, progress=False)
-        part = cut_backbone(source.base, how.unfreeze)
+        part = cut_backbone(source.backbone, how.unfreeze)
         classifier, whole = train_unfrozen(
-            part, trained, backbone, source.features, how, cached=keep
+            part, trained, source, source.features, how, cached=keep
         )
         return part, trained, (classifier, whole)
 
@@ -97,7 +90,8 @@ def fit(noisy_photos, base_file, settings, tmp_path_factory):
             how = dataclasses.replace(settings.unfreeze, **how)
             changes = changes | {"unfreeze": how}
         return finetune(
-            noisy_photos, backbone=str(base_file), output=output, cache_dir=cache,
+            noisy_photos, output=output,
+            features=FeatureConfig(str(base_file), cache_dir=cache),
             settings=dataclasses.replace(settings, **changes), with_plain=False,
             progress=False, **options,
         )  # fmt: skip
@@ -237,7 +231,7 @@ class TestRun:
             fit(None, how={"layers": 7})
         for base in ("onnx:some.onnx@imagenet", "savedmodel:some@0:1"):
             with pytest.raises(InvalidArgument, match="no Keras layers"):
-                finetune(noisy_photos, backbone=base, settings=settings)
+                finetune(noisy_photos, features=base, settings=settings)
 
     def test_settings_that_do_not_fit(self, settings):
         for changes, message in (

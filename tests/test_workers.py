@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.training._run import finetune
 
 pytestmark = pytest.mark.slow
@@ -81,8 +81,8 @@ def one_process(photo_folder, tiny_base_file, tmp_path):
         policy=PolicyConfig("keep-fraction"), epochs=6, batch_size=8, learning_rate=0.05
     )
     run = finetune(
-        str(photo_folder), backbone=str(tiny_base_file), settings=settings,
-        cache_dir=tmp_path / "kept", progress=False,
+        str(photo_folder), settings=settings, progress=False,
+        features=FeatureConfig(str(tiny_base_file), cache_dir=tmp_path / "kept"),
     )  # fmt: skip
     return run.model.get_weights()
 

@@ -33,7 +33,7 @@ from keras_rsft.cli._options import (
     DEFAULT_TEXT_COLUMN,
     config_of,
     data_name,
-    feature_options,
+    features_of,
     fit_command,
     kind_of,
     load_data,
@@ -112,7 +112,7 @@ def demo(arguments: argparse.Namespace) -> bool:
         found = run_demo(
             TrainConfig(epochs=30, seed=arguments.seed),
             arguments.output,
-            cache_dir=arguments.cache_dir,
+            arguments.cache_dir,
             progress=output.progress,
             command=arguments.command_line,
         )
@@ -150,7 +150,7 @@ def fit(arguments: argparse.Namespace) -> bool:
     how = unfreezing(arguments, arguments.unfreeze)
     policy = policy_of(arguments)
     settings = config_of(arguments, TrainConfig, policy=policy, unfreeze=how)
-    options = feature_options(arguments)
+    features = features_of(arguments)
     from keras_rsft._storage import check_new_folder
     from keras_rsft.cli._render import output_of
     from keras_rsft.report._summary import run_summary
@@ -170,11 +170,11 @@ def fit(arguments: argparse.Namespace) -> bool:
             if resumed:
                 output.say(f"Resuming {folder.name}, which was not finished.")
 
-        hparams = options | dataclasses.asdict(settings)
+        hparams = dataclasses.asdict(features) | dataclasses.asdict(settings)
         callbacks_of = _tensorboard(arguments, hparams, began)
         data = _load(arguments, output, "train")
-        shared = options | {"settings": settings, "progress": output.progress}
-        shared["with_plain"] = arguments.with_plain
+        shared = {"features": features, "settings": settings}
+        shared |= {"with_plain": arguments.with_plain, "progress": output.progress}
         if arguments.dry_run:
             _dry_run(arguments, data, shared, output)
             return True
@@ -236,7 +236,7 @@ def _tensorboard(
 
     require_tensorboard()  # Before the work, not after it.
     hparams |= {"data": arguments.data, "noise": arguments.noise}
-    for name in ("cache_dir", "feature_precision", "image_size"):
+    for name in ("cache_dir", "cache_dtype", "image_size"):
         del hparams[name]
     return lambda data: (
         lambda ledger: [
@@ -258,7 +258,7 @@ def compare(arguments: argparse.Namespace) -> bool:
     """Trains with several methods and several seeds."""
     methods = check_methods(arguments.methods)
     settings = config_of(arguments, TrainConfig, policy=policy_of(arguments))
-    options = feature_options(arguments)
+    features = features_of(arguments)
     from keras_rsft._storage import check_new_folder
     from keras_rsft.cli._render import output_of
     from keras_rsft.data._labels import parse_noise
@@ -275,7 +275,7 @@ def compare(arguments: argparse.Namespace) -> bool:
             methods=methods,
             seeds=arguments.seeds,
             noise=arguments.noise,
-            **options,
+            features=features,
             settings=settings,
             output=arguments.output or rsft.NumberedFolder(name),
             progress=output.progress,
@@ -303,7 +303,7 @@ def rank(arguments: argparse.Namespace) -> bool:
     """Ranks backbones by a quick head on a sample."""
     for name in arguments.backbones:
         parse_base_name(name)
-    options = feature_options(arguments)
+    features = dataclasses.replace(features_of(arguments), backbone=None)
     from keras_rsft.backbones._load import check_backbone_name
     from keras_rsft.cli._render import json_value, output_of
     from keras_rsft.report._summary import ranking_summary
@@ -317,9 +317,7 @@ def rank(arguments: argparse.Namespace) -> bool:
             sample=arguments.sample,
             seed=arguments.seed,
             progress=output.progress,
-            **{
-                name: options[name] for name in ("image_size", "precision", "cache_dir")
-            },
+            features=features,
         )
         output.show(ranking_summary(ranking), plain=True)
         best = ranking.ranked[0].name
@@ -335,22 +333,22 @@ def rank(arguments: argparse.Namespace) -> bool:
 def features(arguments: argparse.Namespace) -> bool:
     """Extracts features and caches them, or a share of them."""
     cluster = features_cluster(arguments)
-    options = feature_options(arguments)
+    config = features_of(arguments)
     from keras_rsft.cli._render import output_of, show_features
     from keras_rsft.features._extract import default_cache_dir
     from keras_rsft.training._features import keep_share, open_features
 
-    options |= {"cluster": cluster, "patience": arguments.worker_timeout}
+    options = {"cluster": cluster, "timeout": arguments.worker_timeout}
     options["seed"] = arguments.seed
     folder = arguments.cache_dir or default_cache_dir()
     with output_of(arguments) as output:
         data = _load(arguments, output)
         splits, title = None, "Train on them"
         if arguments.share is None:
-            found = open_features(data, progress=output.progress, **options).features
-            splits = show_features(output, found, data.kind)
+            opened = open_features(data, config, progress=output.progress, **options)
+            splits = show_features(output, opened.features, data.kind)
         else:
-            keep_share(data, progress=output.progress, **options)
+            keep_share(data, config, progress=output.progress, **options)
             output.say(
                 f"Share {cluster.index} of {len(cluster)} is cached in {folder}."
             )
@@ -380,7 +378,7 @@ def search(arguments: argparse.Namespace) -> bool:
     # `options.unfreeze` says which layers.
     how = unfreezing(arguments, ALL if options.of_base else None)
     settings = config_of(arguments, TrainConfig, unfreeze=how)
-    keywords = feature_options(arguments)
+    features = features_of(arguments)
     _check_part(arguments)
     from keras_rsft.cli._render import output_of
     from keras_rsft.report._summary import search_summary
@@ -396,7 +394,7 @@ def search(arguments: argparse.Namespace) -> bool:
             options=options,
             space=space,
             clean_validation=arguments.clean_validation,
-            **keywords,
+            features=features,
             settings=settings,
             progress=output.progress,
             command=arguments.command_line,

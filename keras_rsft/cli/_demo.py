@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import keras_rsft as rsft
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.training._head import train_head
 
 NOISE = "symmetric:0.3"
@@ -30,7 +30,9 @@ class DemoResult:
     results: dict[str, dict[str, float]]
 
 
-def run_demo(settings: TrainConfig, output: str | None, **options: Any) -> DemoResult:
+def run_demo(
+    settings: TrainConfig, output: str | None, cache_dir: str | None, **options: Any
+) -> DemoResult:
     """Fine-tunes on digits, 30 % of the training labels wrong, in three ways."""
     data = rsft.load_images("digits")
     clean = {
@@ -42,9 +44,9 @@ def run_demo(settings: TrainConfig, output: str | None, **options: Any) -> DemoR
     data = rsft.add_label_noise(data, NOISE, seed=settings.seed)
     run = rsft.finetune(
         data,
-        backbone="efficientnet_lite0",
-        image_size=96,
-        precision="float32",
+        features=FeatureConfig(
+            "efficientnet_lite0", image_size=96, dtype="float32", cache_dir=cache_dir
+        ),
         settings=settings,
         output=Path(output) if output else rsft.NumberedFolder("demo"),
         **options,

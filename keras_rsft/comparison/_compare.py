@@ -30,6 +30,7 @@ from keras_rsft.config import (
     EARLY_STOPPING,
     METHOD_NAMES,
     WEIGHT_DECAY,
+    FeatureConfig,
     TrainConfig,
     check_methods,
     has_cleanlab,
@@ -39,7 +40,7 @@ from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import positions_of
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.training._features import SplitFeatures, open_features
+from keras_rsft.training._features import SplitFeatures, open_features, resolve
 
 NOISY_SPLITS = ("train", "validation")
 TABLE_FILE = "comparison.csv"
@@ -86,15 +87,9 @@ def compare(
     methods: Sequence[str] | None = None,
     seeds: int = 5,
     noise: str | None = None,
-    backbone: str = "resnet50",
-    weights: str = "imagenet",
-    image_size: int | None = None,
-    precision: str = "auto",
-    views: int = 1,
-    feature_precision: str = "float32",
+    features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
     output: str | os.PathLike | NumberedFolder | None = None,
-    cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> Comparison:
@@ -111,20 +106,14 @@ def compare(
         seeds: How many seeds, at least 1, from `settings.seed` on. Default 5.
         noise: Labels of the training and validation splits are made wrong on
             purpose, as in `add_label_noise`. Default: none.
-        backbone: Name of a base or path of a `.keras` file. Default ResNet50.
-        weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
-        image_size: Side of the square images in pixels. Default: the base's.
-        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
-        views: Views cached of each training image, at least 1. Default 1.
-        feature_precision: How features are cached: `"float32"` or, in half the space,
-            `"float16"`. Default float32.
+        features: Which features, or the name of a backbone alone. Default:
+            `FeatureConfig()`.
         settings: How each head is trained; the numbers of `settings.policy` are
             those of the methods that are policies. Without early stopping, which is a
             method. Default: `TrainConfig()`.
         output: Folder of the comparison, which must not exist, or
             `NumberedFolder("compare-photos")` for the next number. It is taken at once
             and appears whole at the end. Default: none is written.
-        cache_dir: Where features are cached. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
 
@@ -140,27 +129,17 @@ def compare(
     """
     require_tensorflow_backend("`compare`")
     settings = settings or TrainConfig()
-    _check(settings, seeds, views)
+    _check(settings, seeds)
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
+    data, features = resolve(data, features)
 
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.
         if output is not None:
             place = stack.enter_context(open_place(output, {"kind": "comparison"}))
-        source = open_features(
-            data,
-            backbone=backbone,
-            weights=weights,
-            image_size=image_size,
-            precision=precision,
-            views=views,
-            feature_precision=feature_precision,
-            seed=settings.seed,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
+        source = open_features(data, features, seed=settings.seed, progress=progress)
         noisy_data = {}
         if noise is not None:
             noisy_data = {
@@ -279,15 +258,14 @@ def _missing(features: SplitFeatures, settings: TrainConfig) -> dict[str, str]:
     return missing
 
 
-def _check(settings: TrainConfig, seeds: int, views: int = 1) -> None:
+def _check(settings: TrainConfig, seeds: int) -> None:
     if settings.early_stopping is not None:
         raise InvalidArgument(
             "A comparison has early stopping as a method of its own. Leave "
             "`early_stopping` out of the settings."
         )
-    for name, value in {"seeds": seeds, "views": views}.items():
-        if value < 1:
-            raise InvalidArgument(f"`{name}` must be at least 1. Received: {value}.")
+    if seeds < 1:
+        raise InvalidArgument(f"`seeds` must be at least 1. Received: {seeds}.")
     if not 0 <= settings.seed <= 2**31 - seeds:
         raise InvalidArgument(
             f"Each of the {seeds} seeds from `settings.seed` on must be in "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 
@@ -14,15 +13,14 @@ import numpy as np
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._stats import NORMAL_QUANTILE, paired_share_interval
-from keras_rsft.backbones._load import load_backbone
-from keras_rsft.config import PolicyConfig, TrainConfig, require_takes
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, feature_config
 from keras_rsft.data._samples import SampleData
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._extract import FrozenBase, extract_features, seconds_per_image
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality._audit import LabelQuality, audit_labels
-from keras_rsft.training._features import SplitFeatures, feature_passes, precision_for
+from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
 from keras_rsft.training._head import right_answers, train_head
 
 DEFAULT_SAMPLE = 1000
@@ -81,16 +79,10 @@ class _Tried:
 def run_pilot(
     data: SampleData,
     *,
-    backbone: str = "resnet50",
-    weights: str = "imagenet",
-    image_size: int | None = None,
-    precision: str = "auto",
-    views: int = 1,
-    feature_precision: str = "float32",
+    features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
     sample: int = DEFAULT_SAMPLE,
     with_plain: bool = False,
-    cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Pilot:
     """Tries a run on a stratified sample of the training images.
@@ -106,17 +98,11 @@ def run_pilot(
 
     Args:
         data: The images.
-        backbone: As in `finetune`, like the further options.
-        weights: See there.
-        image_size: See there.
-        precision: See there.
-        views: See there.
-        feature_precision: See there.
-        settings: See there.
+        features: As in `finetune`, like the settings.
+        settings: How the run will train. Default: `TrainConfig()`.
         sample: Most images to look at, at least 4. Default 1000.
         with_plain: Whether the run will train a plain head too, which takes as long
             again. Default False.
-        cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
 
     Returns:
@@ -135,29 +121,16 @@ def run_pilot(
             f"A pilot needs {_LEAST_IMAGES} training images. Received: "
             f"sample={sample} of {len(labels)}."
         )
-    require_takes(backbone, data.kind)
-    base = load_backbone(
-        backbone,
-        weights=weights,
-        image_size=image_size,
-        precision=precision_for(backbone, precision),
-    )
-    frozen = FrozenBase(base)
+    config = feature_config(features, data.kind)
+    frozen = FrozenBase(load_configured(config))
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
-    passes = feature_passes(
-        frozen,
-        data,
-        views=views,
-        seed=settings.seed,
-        feature_precision=feature_precision,
-        cache_dir=cache_dir,
-    )
+    passes = feature_passes(frozen, data, config, seed=settings.seed)
     left = sum(work.views * len(work.split) for work in passes if not work.is_done)
     kept = extract_features(
         frozen,
         images,
-        cache_dir=cache_dir,
-        feature_precision=feature_precision,
+        cache_dir=config.cache_dir,
+        feature_precision=config.cache_dtype,
         progress=progress,
     )
     started = time.perf_counter()

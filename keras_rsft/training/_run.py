@@ -38,18 +38,17 @@ from keras_rsft._storage import (
     write_json,
 )
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import TrainConfig
+from keras_rsft.config import FeatureConfig, TrainConfig
 from keras_rsft.data._labels import COLUMNS as CORRECTION_COLUMNS
 from keras_rsft.data._labels import apply_corrections, correction_cells
 from keras_rsft.data._samples import SampleData
-from keras_rsft.data._sources import load_images
 from keras_rsft.errors import WorkerLost
 from keras_rsft.features._neighbours import near_duplicates
 from keras_rsft.features._thumbnails import write_excerpts, write_thumbnails
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._curves import Overfitting
 from keras_rsft.training._devices import Devices, open_devices
-from keras_rsft.training._features import SplitFeatures, open_features
+from keras_rsft.training._features import SplitFeatures, open_features, resolve
 from keras_rsft.training._head import (
     AgainstPlain,
     Callbacks,
@@ -63,7 +62,6 @@ from keras_rsft.training._resume import (
     run_identity,
 )
 from keras_rsft.training._unfreeze import (
-    BackboneSource,
     cut_backbone,
     require_layers_to_train,
     unfreeze,
@@ -230,16 +228,10 @@ def finetune(
     data: SampleData | str | os.PathLike,
     *,
     corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
-    backbone: str = "resnet50",
-    weights: str = "imagenet",
-    image_size: int | None = None,
-    precision: str = "auto",
-    views: int = 1,
-    feature_precision: str = "float32",
+    features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
     strategy: str | Devices = "none",
     output: str | os.PathLike | NumberedFolder | None = None,
-    cache_dir: str | os.PathLike | None = None,
     callbacks: Callbacks = (),
     with_plain: bool = True,
     progress: bool = True,
@@ -258,14 +250,8 @@ def finetune(
     Args:
         data: Loaded images or texts, or what `load_images` takes.
         corrections: Files for `apply_corrections`. Default: none.
-        backbone: Name of a base or path of a `.keras` file; for texts `"minilm"`.
-            Default ResNet50.
-        weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
-        image_size: Side of the square images in pixels. Default: the base's.
-        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
-        views: Views kept of each training image, at least 1. Default 1.
-        feature_precision: How features are kept: `"float32"` or, in half the space,
-            `"float16"`. Default float32.
+        features: Which features, or the name of a backbone alone. Default:
+            `FeatureConfig()`.
         settings: How to train. Default: `TrainConfig()`.
         strategy: On what the head is trained and the base is run, see `open_devices`:
             `"none"`, one device; `"mirrored"`; `"multiworker"`, where the chief alone
@@ -275,7 +261,6 @@ def finetune(
             for the next `runs/photos-N`. Until the run is finished it is called
             `...unfinished`; killed there, the same call resumes it and ends with
             the same weights. Default: none is written.
-        cache_dir: Where features are kept. Default: the user's cache folder.
         callbacks: Further Keras callbacks for the training of the head, or a function
             that makes them of the run's `RejectionLedger`.
         with_plain: Train a plain head as well, to be compared in the report. Default
@@ -302,37 +287,27 @@ def finetune(
     settings = settings or TrainConfig()
     devices = open_devices(strategy) if isinstance(strategy, str) else strategy
     devices.require_trainable(base_learns=settings.unfreezes_under_policy)
+    if output is not None and not isinstance(output, NumberedFolder):
+        check_new_folder(output)  # Before the work, not after it.
+    data, features = resolve(data, features)
     if settings.unfreeze is not None:
-        require_layers_to_train(str(backbone))
-    options = {
-        "backbone": backbone,
-        "weights": weights,
-        "image_size": image_size,
-        "precision": precision,
-        "views": views,
-        "feature_precision": feature_precision,
-    }
+        require_layers_to_train(features)
     with_plain = with_plain and output is not None
     work = _Work(
-        options,
+        features,
         settings,
         devices,
-        cache_dir,
         callbacks,
         with_plain,
         progress,
         command,
         on_note,
     )
-    if output is not None and not isinstance(output, NumberedFolder):
-        check_new_folder(output)  # Before the work, not after it.
-    if not isinstance(data, SampleData):
-        data = load_images(data)
     if corrections:
         data = apply_corrections(data, corrections)
     identity = run_identity(
         data,
-        **options,
+        features=dataclasses.asdict(dataclasses.replace(features, cache_dir=None)),
         settings=dataclasses.asdict(settings),
         strategy=devices.name,
         callbacks=callbacks_identity(callbacks),
@@ -357,10 +332,9 @@ def finetune(
 class _Work:
     """What to do with the images, whatever place the result gets."""
 
-    options: dict[str, Any]
+    features: FeatureConfig
     settings: TrainConfig
     devices: Devices
-    cache_dir: str | os.PathLike | None
     callbacks: Callbacks
     with_plain: bool
     progress: bool
@@ -382,7 +356,11 @@ def _run_at(place: RunPlace, data: SampleData, work: _Work) -> Run:
         run = dataclasses.replace(run, folder=place.folder)
         place.write(
             lambda folder: fill_run_folder(
-                folder, run, data, cache_dir=work.cache_dir, progress=work.progress
+                folder,
+                run,
+                data,
+                cache_dir=work.features.cache_dir,
+                progress=work.progress,
             )
         )
     except (KeyboardInterrupt, OSError, WorkerLost) as error:
@@ -415,15 +393,15 @@ def _run(
     settings, progress, devices = work.settings, work.progress, work.devices
     source = open_features(
         data,
-        **work.options,
+        work.features,
         seed=settings.seed,
-        cache_dir=work.cache_dir,
         progress=progress,
-        on_base=work.check,
-        device_names=devices.local_names,
         cluster=devices.cluster,
+        device_names=devices.local_names,
+        on_backbone=work.check,
+        on_note=work.on_note,
     )
-    data, features = source.data, source.features
+    features = source.features
     with devices.heeding_loss():
         trained = train_head(
             features,
@@ -437,21 +415,13 @@ def _run(
     head, results = trained.model, trained.results
     if settings.unfreeze is None or not devices.is_chief:
         model = build_classifier(
-            source.float32_base(), data.num_classes, head=head.model
+            source.float32_backbone(), data.num_classes, head=head.model
         )
     else:
         if checkpoint is not None:
             checkpoint.flush()  # What comes now takes longer than all before.
-        backbone = BackboneSource(
-            data,
-            source.float32_base,
-            work.options["feature_precision"],
-            work.cache_dir,
-            progress,
-            work.on_note,
-        )
         model, trained = unfreeze(
-            backbone, features, trained, settings, place=place, checkpoint=of_base
+            source, features, trained, settings, place=place, checkpoint=of_base
         )
     against_plain = None
     if work.with_plain:

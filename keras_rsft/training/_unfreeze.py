@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from keras_rsft.backbones._blocks import TrainablePart, copy_model, trainable_pa
 from keras_rsft.backbones._build import build_classifier, built_in_float32
 from keras_rsft.config import (
     NOT_DECAYED,
+    FeatureConfig,
     PolicyConfig,
     TrainConfig,
     UnfreezeConfig,
@@ -38,7 +38,7 @@ from keras_rsft.features._batches import (
 from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
-from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._features import FeatureSource, SplitFeatures
 from keras_rsft.training._head import TrainedHead, fit_resumable, rejected_shares
 from keras_rsft.training._optimizer import make_optimizer, with_two_rates
 from keras_rsft.training._resume import TrainingCheckpoint
@@ -49,25 +49,14 @@ LARGEST_GRADIENT = 1.0
 LARGEST_SHARE_OF_DISK = 0.5
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BackboneSource:
-    """Images, the backbone in float32, and where its activations are cached."""
-
-    data: ImageData
-    base: Callable[[], keras.Model]
-    feature_precision: str
-    cache_dir: str | os.PathLike | None
-    progress: bool
-    on_note: Callable[[str], None]
-
-
-def require_layers_to_train(backbone: str, *, option: str = "--unfreeze") -> None:
+def require_layers_to_train(features: FeatureConfig) -> None:
     """Refuses by its name a backbone in which no layer can learn."""
+    backbone = str(features.backbone)
     require_base_can_learn(backbone)
     if is_fixed_network(backbone):
         raise InvalidArgument(
             f"No part of {backbone} can learn: it has no Keras layers. Leave out "
-            f"`{option}`, or use a Keras base."
+            "`--unfreeze`, or use a Keras backbone."
         )
 
 
@@ -80,7 +69,7 @@ def cut_backbone(base: keras.Model, how: UnfreezeConfig) -> TrainablePart:
 
 
 def unfreeze(
-    source: BackboneSource,
+    source: FeatureSource,
     features: SplitFeatures,
     trained: TrainedHead,
     settings: TrainConfig,
@@ -89,7 +78,7 @@ def unfreeze(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Trains unfrozen layers as the settings say, and returns the better model."""
-    base, how = source.base(), settings.unfreezing
+    base, how = source.float32_backbone(), settings.unfreezing
     head_only = build_classifier(
         base, len(features.class_names), head=trained.model.model
     )
@@ -116,7 +105,7 @@ def unfreeze(
 
 def tune(
     base: keras.Model,
-    source: BackboneSource,
+    source: FeatureSource,
     features: SplitFeatures,
     trained: TrainedHead,
     settings: TrainConfig,
@@ -242,7 +231,7 @@ def accuracy_on_images(
 def cache_activations(
     part: TrainablePart,
     features: SplitFeatures,
-    source: BackboneSource,
+    source: FeatureSource,
     choice_file: Path | None = None,
 ) -> bool:
     """Says whether activations are cached: if they fit into half of the free disk."""
@@ -250,11 +239,11 @@ def cache_activations(
         kept = read_json(choice_file)
         if isinstance(kept, bool):
             return kept
-    folder = Path(source.cache_dir or default_cache_dir())
+    folder = Path(source.config.cache_dir or default_cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     images = len(features.train) * features.train.views + len(features.validation)
-    itemsize = np.dtype(source.feature_precision).itemsize
+    itemsize = np.dtype(source.config.cache_dtype).itemsize
     needed = images * itemsize * int(part.front.output_shape[-1])
     cached = needed <= LARGEST_SHARE_OF_DISK * free and not part.front_is_preprocessing
     size = f"{needed / 1e9:.2g} GB, {free / 1e9:.3g} GB are free"
@@ -289,7 +278,7 @@ class FrozenFront(keras.layers.Layer):
 
 def _batches(
     part: TrainablePart,
-    source: BackboneSource,
+    source: FeatureSource,
     features: SplitFeatures,
     settings: TrainConfig,
     batch_size: int,
@@ -314,8 +303,8 @@ def _batches(
             part.front, num_images=views * len(data.train) + len(data.validation)
         ),
         seed=settings.seed,
-        feature_precision=source.feature_precision,
-        cache_dir=source.cache_dir,
+        feature_precision=source.config.cache_dtype,
+        cache_dir=source.config.cache_dir,
         called="Activations",
         progress=source.progress,
     )
@@ -339,7 +328,7 @@ def _batches(
 def train_unfrozen(
     part: TrainablePart,
     trained: TrainedHead,
-    source: BackboneSource,
+    source: FeatureSource,
     features: SplitFeatures,
     settings: TrainConfig,
     *,

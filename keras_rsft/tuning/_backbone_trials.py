@@ -29,11 +29,10 @@ from keras_rsft.config import (
     Unfreeze,
 )
 from keras_rsft.training._curves import accuracy_error
-from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._features import FeatureSource, SplitFeatures
 from keras_rsft.training._head import best_of_all_epochs
 from keras_rsft.training._resume import TrainingCheckpoint, TrainingClock
 from keras_rsft.training._unfreeze import (
-    BackboneSource,
     accuracy_on_images,
     begun_from,
     cache_activations,
@@ -167,7 +166,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
         self,
         heads: keras_tuner.Tuner,
         options: SearchConfig,
-        source: BackboneSource,
+        source: FeatureSource,
         folder: Path,
     ):
         oracle = BackboneOracle(
@@ -186,7 +185,7 @@ class BackboneTuner(DurableTuner, keras_tuner.Tuner):
         if not left:
             return
         self.on_search_begin()
-        base = self._source.base()
+        base = self._source.float32_backbone()
         kinds = ", ".join(
             f"{_NAMES[name]} from {count} head{'s' if count > 1 else ''}"
             for name, count in Counter(one.trainable for one in left).items()
@@ -336,7 +335,7 @@ class BackboneTrials:
     tuner: BackboneTuner
     outcomes: tuple[TrialOutcome, ...]
     best_heads: tuple[TrialOutcome, ...]
-    source: BackboneSource
+    source: FeatureSource
 
     def head_of(
         self, outcome: TrialOutcome, heads: Sequence[TrialOutcome]
@@ -360,7 +359,7 @@ def train_backbones(
     heads: keras_tuner.Tuner,
     options: SearchConfig,
     outcomes: Sequence[TrialOutcome],
-    source: BackboneSource,
+    source: FeatureSource,
     folder: Path,
 ) -> BackboneTrials:
     """Trains what is asked for of the backbone, on from the best heads."""

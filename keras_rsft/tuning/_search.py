@@ -27,12 +27,17 @@ from keras_rsft._storage import (
     write_json,
 )
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import SearchConfig, TrainConfig
-from keras_rsft.data._samples import ImageData
+from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig
+from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
-from keras_rsft.training._features import SplitFeatures, open_features
-from keras_rsft.training._unfreeze import BackboneSource, require_layers_to_train
+from keras_rsft.training._features import (
+    FeatureSource,
+    SplitFeatures,
+    open_features,
+    resolve,
+)
+from keras_rsft.training._unfreeze import require_layers_to_train
 from keras_rsft.tuning._backbone_trials import (
     BackboneTrials,
     chosen_trial,
@@ -102,20 +107,14 @@ class Search:
 
 
 def search(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     *,
     output: str | os.PathLike,
     options: SearchConfig | None = None,
     space: Space | None = None,
     clean_validation: bool = False,
-    backbone: str = "resnet50",
-    weights: str = "imagenet",
-    image_size: int | None = None,
-    precision: str = "auto",
-    views: int = 1,
-    feature_precision: str = "float32",
+    features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
-    cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
     worker_commands: Sequence[Sequence[str]] = (),
@@ -145,16 +144,10 @@ def search(
         space: What is searched. Default: `SearchSpace()`.
         clean_validation: Judge trials by the validation split's right labels.
             Default False: by the given ones.
-        backbone: Name of a base or path of a `.keras` file. Default ResNet50.
-        weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
-        image_size: Side of the square images in pixels. Default: the base's.
-        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
-        views: Views kept of each training image, at least 1. Default 1.
-        feature_precision: How features are kept: `"float32"` or, in half the space,
-            `"float16"`. Default float32.
+        features: Which features, or the name of a backbone alone. Default:
+            `FeatureConfig()`.
         settings: Epochs, batch size and seed, and every number that the space leaves
             open. Default: `TrainConfig()`.
-        cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
         worker_commands: Commands that start the workers on this machine, which train
@@ -179,8 +172,9 @@ def search(
     require_tensorflow_backend("`search`")
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
+    data, features = resolve(data, features)
     if options.of_base:
-        require_layers_to_train(str(backbone), option="--unfreeze")
+        require_layers_to_train(features)
     parts = list(options.unfreeze)
 
     def check(base: keras.Model) -> None:
@@ -188,31 +182,21 @@ def search(
 
     opened = open_features(
         data,
-        backbone=backbone,
-        weights=weights,
-        image_size=image_size,
-        precision=precision,
-        views=views,
-        feature_precision=feature_precision,
+        features,
         seed=settings.seed,
-        cache_dir=cache_dir,
         progress=progress,
-        on_base=check,
+        on_backbone=check,
+        on_note=on_note,
     )
     if len(parts) < len(options.unfreeze):
         on_note("The last block is all that can learn of this base: all is left out.")
-    base_source = BackboneSource(
-        judged_data(opened.data, clean_validation=clean_validation),
-        opened.float32_base,
-        feature_precision,
-        cache_dir,
-        progress,
-        on_note,
+    base_source = dataclasses.replace(
+        opened, data=judged_data(opened.data, clean_validation=clean_validation)
     )
 
     def whole_model(head: keras.Model) -> keras.Model:
         return build_classifier(
-            opened.float32_base(), opened.data.num_classes, head=head
+            opened.float32_backbone(), opened.data.num_classes, head=head
         )
 
     return search_features(
@@ -246,7 +230,7 @@ def search_features(
     worker_commands: Sequence[Sequence[str]] = (),
     worker_timeout: float = DEFAULT_TIMEOUT,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
-    base_source: BackboneSource | None = None,
+    base_source: FeatureSource | None = None,
 ) -> Search | None:
     """Searches on features that are kept already.
 
@@ -346,7 +330,7 @@ def judged_features(
     return dataclasses.replace(features, validation=validation, test=test)
 
 
-def judged_data(data: ImageData, *, clean_validation: bool) -> ImageData:
+def judged_data(data: SampleData, *, clean_validation: bool) -> SampleData:
     """Returns the images with the same labels as `judged_features`."""
     parts = {}
     for name, wanted in (("validation", clean_validation), ("test", True)):
