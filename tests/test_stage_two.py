@@ -258,7 +258,7 @@ class TestRun:
         assert 0 <= results["stage2_validation_accuracy"] <= 1
         assert 0 <= results["stage2_test_accuracy"] <= 1
         config = json.loads((done.folder / "config.json").read_text())
-        assert config["unfreeze"]["accepted_only"]
+        assert config["unfreeze"]["layers"] == "last-block"
         (prediction,) = predict_files(done.folder, [photo_folder / "green" / "05.png"])
         assert prediction.label in ("blue", "green", "red")
 

@@ -18,7 +18,6 @@ from keras_rsft._storage import RunPlace, read_json, replaced, write_json
 from keras_rsft.backbones._blocks import TrainablePart, copy_model, trainable_part
 from keras_rsft.backbones._build import build_classifier, built_in_float32
 from keras_rsft.config import (
-    NOT_DECAYED,
     FeatureConfig,
     PolicyConfig,
     TrainConfig,
@@ -414,7 +413,6 @@ def _trainable_model(
         slow_variables=len(part.rest.trainable_variables),
         slow_rate=settings.unfreeze_rate / settings.learning_rate,
     )
-    optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
     model.compile(
         optimizer,
         "sparse_categorical_crossentropy",
