@@ -127,10 +127,9 @@ def find_overfitting(
     for measure, sign in (("accuracy", 1.0), ("loss", -1.0)):
         training = curves.get(f"train_accepted_{measure}", ())
         validation = curves.get(f"val_{measure}", ())
+        errors = curves.get("val_loss_error", ())
         if measure == "accuracy":
             errors = [accuracy_error(value, validation_size) for value in validation]
-        else:
-            errors = curves.get("val_loss_error", ())
         found = _fall(measure, sign, training, validation, errors)
         if found is not None:
             return found

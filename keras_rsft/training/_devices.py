@@ -129,13 +129,15 @@ class Devices:
             ) from error
 
     def _chiefs(self, values: np.ndarray) -> np.ndarray:
+        strategy: Any = self.strategy
+
         def value_of(context: tf.distribute.experimental.ValueContext) -> tf.Tensor:
             chiefs = context.replica_id_in_sync_group == 0
             return tf.constant(values if chiefs else np.zeros_like(values))
 
         with self.heeding_loss():
-            parts = self.strategy.experimental_distribute_values_from_function(value_of)
-            return self.strategy.reduce("SUM", parts, axis=None).numpy()
+            parts = strategy.experimental_distribute_values_from_function(value_of)
+            return strategy.reduce("SUM", parts, axis=None).numpy()
 
 
 ONE_DEVICE = Devices()

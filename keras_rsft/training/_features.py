@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 
 from keras_rsft._runtime import DEFAULT_PATIENCE, Cluster
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
-from keras_rsft.data._samples import SampleData
+from keras_rsft.data._samples import ImageData, SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.features._extract import (
     FeaturePass,
@@ -53,6 +53,11 @@ class FeatureSource:
     config: FeatureConfig
     progress: bool = True
     on_note: Callable[[str], None] = lambda text: None
+
+    @property
+    def images(self) -> ImageData:
+        """The data: a backbone that can learn takes images."""
+        return cast(ImageData, self.data)
 
     @property
     def origin(self) -> dict[str, Any]:

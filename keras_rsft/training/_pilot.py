@@ -156,14 +156,14 @@ def run_pilot(
         smallest_class=(names[least], int(counts[least])),
         noise_rate=share_interval(1.0 - label_quality.right_probability),
         reason=label_quality.reason,
-        policy=policy.name,
+        policy=str(policy.name),
         plain_accuracy=float(plain.right.mean()),
         policy_accuracy=None if rejecting is None else float(rejecting.right.mean()),
         gain=gain,
         images_left=left,
         pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
         training_seconds=training + examining * (settings.policy.name == "auto"),
-        verdict=verdict(policy.name, label_quality.reason, gain),
+        verdict=verdict(str(policy.name), label_quality.reason, gain),
     )
 
 
@@ -255,30 +255,25 @@ def _cross_tried(
         )
         right[~rows] = right_answers(trained.model, held_out)
         steps = math.ceil(len(train) / settings.batch_size)
-        clocks.append(clock.times(steps))
+        clocks.append(clock.seconds(steps))
         advance(1)
     start, step = np.mean(clocks, axis=0)
     return _Tried(right, float(start), float(step))
 
 
 class _EpochClock(keras.callbacks.Callback):
-    """Notes when training began and when each epoch ended."""
+    """Notes when training began, and when each epoch ended."""
 
-    def __init__(self):
-        super().__init__()
-        self._begin = 0.0
-        self._ends: list[float] = []
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._times = [time.perf_counter()]
 
-    def on_train_begin(self, logs=None) -> None:
-        self._begin = time.perf_counter()
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self._times.append(time.perf_counter())
 
-    def on_epoch_end(self, epoch, logs=None) -> None:
-        self._ends.append(time.perf_counter())
-
-    def times(self, steps: int) -> tuple[float, float]:
+    def seconds(self, steps: int) -> tuple[float, float]:
         """Returns the seconds of the start, and of a step; the first epoch has both."""
-        first, last = self._ends[0], self._ends[-1]
-        if len(self._ends) == 1:
-            return 0.0, (first - self._begin) / steps
-        step = (last - first) / ((len(self._ends) - 1) * steps)
-        return max(first - self._begin - step * steps, 0.0), step
+        begin, first, *later = self._times
+        if not later:
+            return 0.0, (first - begin) / steps
+        step = (later[-1] - first) / (len(later) * steps)
+        return max(first - begin - step * steps, 0.0), step

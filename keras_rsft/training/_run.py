@@ -90,67 +90,60 @@ def fill_run_folder(
     write_json(folder / CONFIG_FILE, run.config | described)
     write_json(folder / RESULTS_FILE, results_of(run))
     write_json(folder / CLASSES_FILE, list(run.class_names))
-    names = list(run.history)
-    rows = zip(*(run.history[name] for name in names), strict=True)
-    write_csv(
-        folder / METRICS_FILE,
-        ["epoch", *names],
-        ([epoch, *row] for epoch, row in enumerate(rows, start=1)),
-    )
-    write_csv(
-        folder / SAMPLES_FILE,
-        ["id", "split", "given_label", "clean_label", "decision", "label_before"],
-        _sample_rows(data),
-    )
+    trained, train = run.trained, run.features.train
+    suspicion = trained.ledger.suspicion
+    epochs = enumerate(zip(*run.history.values(), strict=True), 1)
+    tables: dict[str, tuple[Sequence[str], Iterable[Sequence]]] = {
+        METRICS_FILE: (["epoch", *run.history], ([at, *row] for at, row in epochs)),
+        SAMPLES_FILE: (
+            ["id", "split", "given_label", "clean_label", "decision", "label_before"],
+            _sample_rows(data),
+        ),
+        LEDGER_FILE: (COLUMNS, trained.ledger.rows(run.class_names)),
+        ACCEPTANCE_FILE: (
+            ["epoch", *run.class_names],
+            ([at, *row] for at, row in enumerate(trained.acceptance_by_class, 1)),
+        ),
+        HISTOGRAMS_FILE: (
+            HISTOGRAM_COLUMNS,
+            (
+                row
+                for at, histogram in enumerate(trained.loss_histograms, 1)
+                for row in histogram.rows(at)
+            ),
+        ),
+        NEAR_DUPLICATES_FILE: (
+            ["id", "other_id", "similarity"],
+            (
+                [train.ids[one.first], train.ids[one.second], f"{one.similarity:.4f}"]
+                for one in near_duplicates(train, suspicion, progress=progress)
+            ),
+        ),
+    }
     if data.corrections is not None:
         cells = correction_cells(data.corrections.rows)
-        write_csv(folder / CORRECTIONS_FILE, CORRECTION_COLUMNS, cells)
-    trained = run.trained
-    write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
-    write_csv(
-        folder / ACCEPTANCE_FILE,
-        ["epoch", *run.class_names],
-        ([epoch, *row] for epoch, row in enumerate(trained.acceptance_by_class, 1)),
-    )
-    write_csv(
-        folder / HISTOGRAMS_FILE,
-        HISTOGRAM_COLUMNS,
-        (
-            row
-            for epoch, histogram in enumerate(trained.loss_histograms, 1)
-            for row in histogram.rows(epoch)
-        ),
-    )
+        tables[CORRECTIONS_FILE] = (CORRECTION_COLUMNS, cells)
     if run.features.unreadable:
-        write_csv(folder / "unreadable.csv", ["id", "reason"], run.features.unreadable)
-    # What a person looks at: pairs of near duplicates, and the samples.
-    train, suspicion = run.features.train, run.trained.ledger.suspicion
-    write_csv(
-        folder / NEAR_DUPLICATES_FILE,
-        ["id", "other_id", "similarity"],
-        (
-            [str(train.ids[pair.first]), str(train.ids[pair.second]),
-             f"{pair.similarity:.4f}"]
-            for pair in near_duplicates(train, suspicion, progress=progress)
-        ),
-    )  # fmt: skip
+        tables["unreadable.csv"] = (["id", "reason"], run.features.unreadable)
+    for name, (header, rows) in tables.items():
+        write_csv(folder / name, header, rows)
     by_id = dict(zip(map(str, train.ids), suspicion.tolist(), strict=True))
+    split: Any = data.train
     if data.kind == "texts":
-        write_excerpts(data.train, by_id, folder)
-        return
-    write_thumbnails(data.train, by_id, folder, cache_dir=cache_dir, progress=progress)
+        write_excerpts(split, by_id, folder)
+    else:
+        write_thumbnails(split, by_id, folder, cache_dir=cache_dir, progress=progress)
 
 
 def results_of(run: Run) -> dict[str, Any]:
     """Returns what `results.json` holds."""
-    found = run.overfitting
-    results = run.results | {"overfitting": None}
-    if found is not None:
+    results: dict[str, Any] = {**run.results, "overfitting": None}
+    if (found := run.overfitting) is not None:
         described = dataclasses.asdict(found) | {"sentence": found.sentence}
         results["overfitting"] = described
-    if run.against_plain is None:
-        return results
-    return results | {"against_plain": dataclasses.asdict(run.against_plain)}
+    if run.against_plain is not None:
+        results["against_plain"] = dataclasses.asdict(run.against_plain)
+    return results
 
 
 def _sample_rows(data: SampleData) -> Iterable[list[str]]:
@@ -158,11 +151,10 @@ def _sample_rows(data: SampleData) -> Iterable[list[str]]:
     rows = () if data.corrections is None else data.corrections.rows
     decided = {row.id: [row.decision, row.given_label] for row in rows}
     for split in (data.train, data.validation, data.test):
-        clean = split.labels if split.clean_labels is None else split.clean_labels
         known = split.clean_labels is not None
+        clean = split.labels if split.clean_labels is None else split.clean_labels
         for sample_id, given, right in zip(split.ids, split.labels, clean, strict=True):
-            right_name = data.class_names[right] if known else ""
-            names = [data.class_names[given], right_name]
+            names = [data.class_names[given], data.class_names[right] if known else ""]
             decision = decided.get(str(sample_id), ["", ""])
             yield [str(sample_id), split.name, *names, *decision]
 
@@ -293,18 +285,12 @@ def finetune(
     if settings.unfreeze is not None:
         require_layers_to_train(features)
     with_plain = with_plain and output is not None
-    work = _Work(
-        features,
-        settings,
-        devices,
-        callbacks,
-        with_plain,
-        progress,
-        command,
-        on_note,
-    )
     if corrections:
         data = apply_corrections(data, corrections)
+    work = _Work(
+        data, features, settings, devices, callbacks, with_plain, progress, command,
+        on_note,
+    )  # fmt: skip
     identity = run_identity(
         data,
         features=dataclasses.asdict(dataclasses.replace(features, cache_dir=None)),
@@ -315,23 +301,24 @@ def finetune(
     )
     devices.require_same(identity)
     if output is None:
-        return _run(data, work)
+        return work.run()
     if not devices.is_chief:
-        run = _run(data, work, TrainingCheckpoint(Path(), devices=devices))
+        run = work.run(TrainingCheckpoint(Path(), devices=devices))
         devices.from_chief(b"")  # Which is there once the run is written.
         return run
     with open_place(output, identity) as place:
         if on_begin is not None:
             on_begin(place.folder, place.resumed)
-        run = _run_at(place, data, work)
+        run = work.run_at(place)
     devices.from_chief(b"")
     return run
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What to do with the images, whatever place the result gets."""
+    """A run that is asked for, whatever folder its result gets."""
 
+    data: SampleData
     features: FeatureConfig
     settings: TrainConfig
     devices: Devices
@@ -341,108 +328,102 @@ class _Work:
     command: str | None
     on_note: Callable[[str], None]
 
-    def check(self, base: keras.Model) -> None:
-        """Raises where the part of the base that shall learn is not in it."""
-        if self.settings.unfreeze is not None:
-            cut_backbone(base, self.settings.unfreeze)
-
-
-def _run_at(place: RunPlace, data: SampleData, work: _Work) -> Run:
-    """Makes a run and its folder; keeps the training's state where that fails."""
-    checkpoint = TrainingCheckpoint(place.checkpoint, devices=work.devices)
-    of_base = TrainingCheckpoint(place.unfreeze_checkpoint)
-    try:
-        run = _run(data, work, checkpoint, of_base, place)
-        run = dataclasses.replace(run, folder=place.folder)
-        place.write(
-            lambda folder: fill_run_folder(
-                folder,
-                run,
-                data,
-                cache_dir=work.features.cache_dir,
-                progress=work.progress,
+    def run_at(self, place: RunPlace) -> Run:
+        """Makes a run and its folder; writes the training's state where that fails."""
+        checkpoint = TrainingCheckpoint(place.checkpoint, devices=self.devices)
+        of_backbone = TrainingCheckpoint(place.unfreeze_checkpoint)
+        cache_dir, progress = self.features.cache_dir, self.progress
+        try:
+            run = self.run(checkpoint, of_backbone, place)
+            run = dataclasses.replace(run, folder=place.folder)
+            place.write(
+                lambda folder: fill_run_folder(
+                    folder, run, self.data, cache_dir=cache_dir, progress=progress
+                )
             )
-        )
-    except (KeyboardInterrupt, OSError, WorkerLost) as error:
-        for state in (checkpoint, of_base):
-            with contextlib.suppress(OSError):  # The disk may be full.
-                state.flush()
-        if isinstance(error, KeyboardInterrupt) and checkpoint.epochs_done:
-            done = of_base.epochs_done
-            if not work.settings.unfreezes_under_policy:  # Those count from 0 again.
-                done += checkpoint.epochs_done
-            error.add_note(
-                f"{max(done, checkpoint.epochs_done)} of {work.settings.all_epochs} "
-                f"epochs are kept in {place.unfinished}."
-            )
-        said = disk_full_said(error, place.unfinished)
-        if said is error:
-            raise
-        raise said from error
-    return run
+        except (KeyboardInterrupt, OSError, WorkerLost) as error:
+            for state in (checkpoint, of_backbone):
+                with contextlib.suppress(OSError):  # The disk may be full.
+                    state.flush()
+            if isinstance(error, KeyboardInterrupt) and checkpoint.epochs_done:
+                done = of_backbone.epochs_done
+                if not self.settings.unfreezes_under_policy:  # They count from 0 again.
+                    done += checkpoint.epochs_done
+                error.add_note(
+                    f"{max(done, checkpoint.epochs_done)} of "
+                    f"{self.settings.all_epochs} epochs are kept in {place.unfinished}."
+                )
+            described = disk_full_said(error, place.unfinished)
+            if described is error:
+                raise
+            raise described from error
+        return run
 
-
-def _run(
-    data: SampleData,
-    work: _Work,
-    checkpoint: TrainingCheckpoint | None = None,
-    of_base: TrainingCheckpoint | None = None,
-    place: RunPlace | None = None,
-) -> Run:
-    started = time.perf_counter()
-    settings, progress, devices = work.settings, work.progress, work.devices
-    source = open_features(
-        data,
-        work.features,
-        seed=settings.seed,
-        progress=progress,
-        cluster=devices.cluster,
-        device_names=devices.local_names,
-        on_backbone=work.check,
-        on_note=work.on_note,
-    )
-    features = source.features
-    with devices.heeding_loss():
-        trained = train_head(
-            features,
-            settings,
-            callbacks=work.callbacks,
-            progress=progress,
-            checkpoint=checkpoint,
-            devices=devices,
-            curves=True,
+    def run(
+        self,
+        checkpoint: TrainingCheckpoint | None = None,
+        of_backbone: TrainingCheckpoint | None = None,
+        place: RunPlace | None = None,
+    ) -> Run:
+        started = time.perf_counter()
+        settings, devices = self.settings, self.devices
+        source = open_features(
+            self.data,
+            self.features,
+            seed=settings.seed,
+            progress=self.progress,
+            cluster=devices.cluster,
+            device_names=devices.local_names,
+            on_backbone=self._check,
+            on_note=self.on_note,
         )
-    head, results = trained.model, trained.results
-    if settings.unfreeze is None or not devices.is_chief:
-        model = build_classifier(
-            source.float32_backbone(), data.num_classes, head=head.model
-        )
-    else:
-        if checkpoint is not None:
-            checkpoint.flush()  # What comes now takes longer than all before.
-        model, trained = unfreeze(
-            source, features, trained, settings, place=place, checkpoint=of_base
-        )
-    against_plain = None
-    if work.with_plain:
+        features = source.features
         with devices.heeding_loss():
-            against_plain = train_against_plain(
-                features, trained, settings, progress=progress, devices=devices
+            trained = train_head(
+                features,
+                settings,
+                callbacks=self.callbacks,
+                progress=self.progress,
+                checkpoint=checkpoint,
+                devices=devices,
+                curves=True,
             )
-    results["seconds"] = time.perf_counter() - started
-    return Run(
-        model=model,
-        head=head,
-        class_names=data.class_names,
-        history=trained.history,
-        results=results,
-        config={
-            "command": work.command,
-            **source.origin,
-            **dataclasses.asdict(settings),
-            "strategy": devices.name,
-        },
-        features=features,
-        trained=trained,
-        against_plain=against_plain,
-    )
+        head, results = trained.model, trained.results
+        if settings.unfreeze is None or not devices.is_chief:
+            model = build_classifier(
+                source.float32_backbone(), self.data.num_classes, head=head.model
+            )
+        else:
+            if checkpoint is not None:
+                checkpoint.flush()  # What comes now takes longer than all before.
+            model, trained = unfreeze(
+                source, trained, settings, place=place, checkpoint=of_backbone
+            )
+        against_plain = None
+        if self.with_plain:
+            with devices.heeding_loss():
+                against_plain = train_against_plain(
+                    features, trained, settings, progress=self.progress, devices=devices
+                )
+        results["seconds"] = time.perf_counter() - started
+        return Run(
+            model=model,
+            head=head,
+            class_names=self.data.class_names,
+            history=trained.history,
+            results=results,
+            config={
+                "command": self.command,
+                **source.origin,
+                **dataclasses.asdict(settings),
+                "strategy": devices.name,
+            },
+            features=features,
+            trained=trained,
+            against_plain=against_plain,
+        )
+
+    def _check(self, backbone: keras.Model) -> None:
+        """Raises, before features are extracted, where the layers are not in it."""
+        if self.settings.unfreeze is not None:
+            cut_backbone(backbone, self.settings.unfreeze)

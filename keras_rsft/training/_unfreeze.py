@@ -69,7 +69,6 @@ def cut_backbone(base: keras.Model, how: UnfreezeConfig) -> TrainablePart:
 
 def unfreeze(
     source: FeatureSource,
-    features: SplitFeatures,
     trained: TrainedHead,
     settings: TrainConfig,
     *,
@@ -78,6 +77,7 @@ def unfreeze(
 ) -> tuple[keras.Model, TrainedHead]:
     """Trains unfrozen layers as the settings say, and returns the better model."""
     base, how = source.float32_backbone(), settings.unfreezing
+    features = source.features
     head_only = build_classifier(
         base, len(features.class_names), head=trained.model.model
     )
@@ -92,7 +92,7 @@ def unfreeze(
             "below the threshold. Raise `--threshold`, or leave out `--unfreeze`."
         )
     results = trained.results
-    kept = better_model(head_only, tuned, source.data, features, results, name=name)
+    kept = better_model(head_only, tuned, source.images, features, results, name=name)
     if how.accepted_only:
         return kept, trained
     if results["unfrozen_kept"]:
@@ -284,7 +284,7 @@ def _batches(
     cached: bool,
 ) -> tuple[TrainingBatches | ImageBatches, tf.data.Dataset | None, list[str]]:
     """Returns training and validation batches, and the names of cached activations."""
-    data, validation = source.data, None
+    data, validation = source.images, None
     if not cached:
         size = part.base.input_shape[1:3]
         if len(features.validation):
@@ -357,7 +357,7 @@ def train_unfrozen(
             trained.callbacks,
             recorder,
             begin=begin,
-            epochs=how.epochs,
+            epochs=settings.all_epochs - settings.epochs,
             steps=int(train.dataset.cardinality()),
             checkpoint=checkpoint,
             origin={
@@ -378,6 +378,8 @@ def train_unfrozen(
     with built_in_float32():
         classifier = build_classifier(part.base, head.output_shape[-1], head=head)
     after, unknown = len(history["loss"]), float("nan")
+    last = recorder.last_epoch
+    accepted = trained.accepted if last is None else last[1] > 0
     whole = dataclasses.replace(
         trained,
         history={
@@ -385,7 +387,7 @@ def train_unfrozen(
             + history.get(name, [unknown] * after)
             for name in dict.fromkeys([*trained.history, *history])
         },
-        accepted=recorder.last_epoch[1] > 0,
+        accepted=accepted,
         acceptance_by_class=np.stack(recorder.acceptance_by_class),
         loss_histograms=tuple(recorder.loss_histograms),
     )
