@@ -74,7 +74,7 @@ def _file_beside(path: Path) -> Iterator[Path]:
 
 
 def replaced(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has a file written beside its place, and renames it once it is on the disk."""
+    """Has a file written beside its path, and renames it once it is on the disk."""
     with _file_beside(path) as beside:
         write(beside)
         with beside.open("rb") as file:

@@ -191,7 +191,7 @@ class TestRun:
         policy = PolicyConfig(threshold=1e-9, warmup_epochs=HEAD_EPOCHS)
         with (
             pytest.warns(UserWarning, match="accepted no sample"),
-            pytest.raises(TrainingStalled, match="in which the base learns"),
+            pytest.raises(TrainingStalled, match="in which the backbone learns"),
         ):
             fit(tmp_path / "run", changes={"policy": policy})
 

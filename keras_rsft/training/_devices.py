@@ -56,12 +56,12 @@ class Devices:
         replicas = self.strategy.num_replicas_in_sync
         return BatchShare(replicas, first=self.cluster.index * count, count=count)
 
-    def require_trainable(self, *, base_learns: bool) -> None:
+    def require_trainable(self, *, backbone_learns: bool) -> None:
         """Refuses to train the backbone on several devices."""
-        if self.strategy is not None and base_learns:
+        if self.strategy is not None and backbone_learns:
             raise InvalidArgument(
-                "A part of the base is trained on one device. Received: the strategy "
-                f"{self.name}. Leave out `--strategy`, or `--unfreeze`."
+                "A part of the backbone is trained on one device. Received: the "
+                f"strategy {self.name}. Leave out `--strategy`, or `--unfreeze`."
             )
 
     def describe(self) -> str:

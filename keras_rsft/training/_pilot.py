@@ -45,7 +45,7 @@ class Pilot:
         policy_accuracy: The same with the policy; None where it was not tried, as it
             would be the same, or where it accepted nothing.
         gain: `policy_accuracy - plain_accuracy`, with the ends of its 95 % interval.
-        images_left: Images whose features are not kept yet, with all views.
+        images_left: Images whose features are not cached yet, with all augmentations.
         pass_seconds: Expected time of the pass over them.
         training_seconds: Expected time of examining the labels and training the head,
             and the plain one where it was asked for.
@@ -111,7 +111,7 @@ def run_pilot(
     Raises:
         InvalidArgument: If an argument cannot be used.
         DataError: If the images cannot be used.
-        WeightsUnavailable: If the base's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be had.
     """
     require_tensorflow_backend("`run_pilot`")
     settings = settings or TrainConfig()
@@ -126,7 +126,7 @@ def run_pilot(
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
     passes = feature_passes(frozen, data, config, seed=settings.seed)
     left = sum(work.views * len(work.split) for work in passes if not work.is_done)
-    kept = extract_features(
+    sampled = extract_features(
         frozen,
         images,
         cache_dir=config.cache_dir,
@@ -135,14 +135,14 @@ def run_pilot(
     )
     started = time.perf_counter()
     label_quality = audit_labels(
-        kept, data.num_classes, seed=settings.seed, progress=progress
+        sampled, data.num_classes, seed=settings.seed, progress=progress
     )
-    examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(kept))
+    examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(sampled))
     policy = settings.policy
     if policy.name == _PLAIN:
         policy = PolicyConfig()
     plain, rejecting = _try_both(
-        kept, data.class_names, settings, policy, label_quality, progress
+        sampled, data.class_names, settings, policy, label_quality, progress
     )
     steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
     heads = 1 + (with_plain and settings.policy.name != _PLAIN)
@@ -151,7 +151,7 @@ def run_pilot(
     most, least = int(counts.argmax()), int(counts.argmin())
     gain = None if rejecting is None else paired_gain(plain.right, rejecting.right)
     return Pilot(
-        num_images=len(kept),
+        num_images=len(sampled),
         largest_class=(names[most], int(counts[most])),
         smallest_class=(names[least], int(counts[least])),
         noise_rate=share_interval(1.0 - label_quality.right_probability),
@@ -205,7 +205,7 @@ def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
 
 
 def _try_both(
-    kept: FeatureSet,
+    sample: FeatureSet,
     class_names: tuple[str, ...],
     settings: TrainConfig,
     policy: PolicyConfig,
@@ -221,31 +221,31 @@ def _try_both(
     with progress_bar(
         "Training pilot heads", total=2 if same else 4, unit="heads", visible=progress
     ) as advance:
-        tried = _cross_tried(kept, class_names, plain, advance)
+        tried = _cross_tried(sample, class_names, plain, advance)
         if same:
             return tried, None
         try:
-            return tried, _cross_tried(kept, class_names, rejecting, advance)
+            return tried, _cross_tried(sample, class_names, rejecting, advance)
         except TrainingStalled:
             return tried, None
 
 
 def _cross_tried(
-    kept: FeatureSet,
+    sample: FeatureSet,
     class_names: tuple[str, ...],
     settings: TrainConfig,
     advance: Callable[[int], None],
 ) -> _Tried:
-    right = np.zeros(len(kept), bool)
-    half = stratified_sample(kept.labels, len(kept) // 2, seed=settings.seed)
-    chosen = np.zeros(len(kept), bool)
+    right = np.zeros(len(sample), bool)
+    half = stratified_sample(sample.labels, len(sample) // 2, seed=settings.seed)
+    chosen = np.zeros(len(sample), bool)
     chosen[half] = True
     clocks = []
     # A review knows the held-out half too, which no head may learn from.
-    kept = kept.with_labels(kept.labels)
-    nothing = kept.take(np.arange(0))
+    sample = sample.with_labels(sample.labels)
+    nothing = sample.take(np.arange(0))
     for rows in (chosen, ~chosen):
-        train, held_out = (kept.take(np.flatnonzero(part)) for part in (rows, ~rows))
+        train, held_out = (sample.take(np.flatnonzero(part)) for part in (rows, ~rows))
         clock = _EpochClock()
         trained = train_head(
             SplitFeatures(train, nothing, nothing, class_names),

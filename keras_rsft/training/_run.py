@@ -178,7 +178,7 @@ class Run:
             `stage2_validation_accuracy`, `stage2_test_accuracy`, and `stage2_kept`:
             1.0 where `model` is its model. The plain accuracies are then its own,
             and the head's `head_validation_accuracy` and `head_test_accuracy`. Where a
-            part of the base was trained, the same under names with `unfrozen`.
+            part of the backbone was trained, the same under names with `unfrozen`.
         config: Everything that is needed to repeat the run.
         features: The cached features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, label_quality.
@@ -231,11 +231,11 @@ def finetune(
     on_begin: Callable[[Path, bool], None] | None = None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Fine-tunes a new head on a frozen base and writes a run folder.
+    """Fine-tunes a new head on a frozen backbone and writes a run folder.
 
-    With `unfreeze` in the settings, a part of the base, or all of it, then learns with
-    the head: under the same policy, or on the accepted samples alone (Ahn et al., 2024,
-    TURN). The activations before that part are cached like features where the disk has
+    With `unfreeze` in the settings, a part of the backbone, or all of it, then learns
+    with the head: under the same policy, or on the accepted samples alone (Ahn et al.,
+    2024, TURN). The activations before that part are cached like features where the disk has
     room. The result is kept where it gets no fewer validation images right than the
     head alone.
 
@@ -245,10 +245,10 @@ def finetune(
         features: Which features, or the name of a backbone alone. Default:
             `FeatureConfig()`.
         settings: How to train. Default: `TrainConfig()`.
-        strategy: On what the head is trained and the base is run, see `open_devices`:
-            `"none"`, one device; `"mirrored"`; `"multiworker"`, where the chief alone
-            writes the run and the others return it without a folder. Unfrozen layers
-            are trained on one device. Default `"none"`.
+        strategy: The devices that train the head and run the backbone, see
+            `open_devices`: `"none"`, one device; `"mirrored"`; `"multiworker"`, where
+            the chief alone writes the run and the others return it without a folder.
+            Unfrozen layers are trained on one device. Default `"none"`.
         output: The run folder, which must not exist, or `NumberedFolder("photos")`
             for the next `runs/photos-N`. Until the run is finished it is called
             `...unfinished`; killed there, the same call resumes it and ends with
@@ -269,7 +269,7 @@ def finetune(
     Raises:
         InvalidArgument: If an argument cannot be used.
         DataError: If the data cannot be trained on, or not be corrected so.
-        WeightsUnavailable: If the base's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be had.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for unfrozen layers to learn from.
         OSError: If the disk is full; the same call resumes once there is room.
@@ -278,7 +278,7 @@ def finetune(
     require_tensorflow_backend("`finetune`")
     settings = settings or TrainConfig()
     devices = open_devices(strategy) if isinstance(strategy, str) else strategy
-    devices.require_trainable(base_learns=settings.unfreezes_under_policy)
+    devices.require_trainable(backbone_learns=settings.unfreezes_under_policy)
     if output is not None and not isinstance(output, NumberedFolder):
         check_new_folder(output)  # Before the work, not after it.
     data, features = resolve(data, features)
@@ -288,9 +288,16 @@ def finetune(
     if corrections:
         data = apply_corrections(data, corrections)
     work = _Work(
-        data, features, settings, devices, callbacks, with_plain, progress, command,
+        data,
+        features,
+        settings,
+        devices,
+        callbacks,
+        with_plain,
+        progress,
+        command,
         on_note,
-    )  # fmt: skip
+    )
     identity = run_identity(
         data,
         features=dataclasses.asdict(dataclasses.replace(features, cache_dir=None)),

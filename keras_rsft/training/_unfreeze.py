@@ -59,9 +59,9 @@ def require_layers_to_train(features: FeatureConfig) -> None:
         )
 
 
-def cut_backbone(base: keras.Model, how: UnfreezeConfig) -> TrainablePart:
+def cut_backbone(backbone: keras.Model, how: UnfreezeConfig) -> TrainablePart:
     """Cuts a copy of the backbone before its unfrozen layers."""
-    return trainable_part(base, how.cut, train_batch_norm=how.train_batch_norm)
+    return trainable_part(backbone, how.cut, train_batch_norm=how.train_batch_norm)
 
 
 # --- The second half of a run -------------------------------------------------------
@@ -76,20 +76,27 @@ def unfreeze(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Trains unfrozen layers as the settings say, and returns the better model."""
-    base, how = source.float32_backbone(), settings.unfreezing
+    backbone, how = source.float32_backbone(), settings.unfreezing
     features = source.features
     head_only = build_classifier(
-        base, len(features.class_names), head=trained.model.model
+        backbone, len(features.class_names), head=trained.model.model
     )
     name = "stage2" if how.accepted_only else "unfrozen"
     tuned, whole = tune(
-        base, source, features, trained, settings, place=place, checkpoint=checkpoint
+        backbone,
+        source,
+        features,
+        trained,
+        settings,
+        place=place,
+        checkpoint=checkpoint,
     )
     if whole.history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
-            f"The last of the {how.epochs} epochs in which the base learns accepted no "
-            f"sample: the losses, {whole.history['loss'][-1]:.3g} on average, are not "
-            "below the threshold. Raise `--threshold`, or leave out `--unfreeze`."
+            f"The last of the {how.epochs} epochs in which the backbone learns "
+            f"accepted no sample: the losses, {whole.history['loss'][-1]:.3g} on "
+            "average, are not below the threshold. Raise `--threshold`, or leave out "
+            "`--unfreeze`."
         )
     results = trained.results
     kept = better_model(head_only, tuned, source.images, features, results, name=name)
@@ -103,7 +110,7 @@ def unfreeze(
 
 
 def tune(
-    base: keras.Model,
+    backbone: keras.Model,
     source: FeatureSource,
     features: SplitFeatures,
     trained: TrainedHead,
@@ -114,10 +121,28 @@ def tune(
 ) -> tuple[keras.Model, TrainedHead]:
     """Cuts a copy of the backbone and trains it and the head as the settings say."""
     if settings.unfreezing.accepted_only:
-        settings, features = _of_accepted(settings, features, trained.accepted)
-        model = RSFTModel(trained.model.model, AcceptAll())
-        trained = begun_from(model, features)
-    part = cut_backbone(base, settings.unfreezing)
+        if not trained.accepted.any():
+            raise TrainingStalled(
+                "The trained head accepts no sample, so there is nothing to fine-tune "
+                "the last block on. Raise `--threshold`, or leave out `--unfreeze`."
+            )
+        rate = settings.unfreeze_rate
+        settings = dataclasses.replace(
+            settings,
+            policy=PolicyConfig("accept-all"),
+            optimizer="sgd",
+            momentum=0.9,
+            weight_decay=None,
+            learning_rate=rate,
+            unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
+        )
+        features = dataclasses.replace(
+            features,
+            train=features.train.take(np.flatnonzero(trained.accepted)),
+            validation=features.validation.take(np.arange(0)),
+        )
+        trained = begun_from(RSFTModel(trained.model.model, AcceptAll()), features)
+    part = cut_backbone(backbone, settings.unfreezing)
     choice_file = None if place is None else place.cache_choice
     return train_unfrozen(
         part,
@@ -127,32 +152,6 @@ def tune(
         settings,
         cached=cache_activations(part, features, source, choice_file),
         checkpoint=checkpoint,
-    )
-
-
-def _of_accepted(
-    settings: TrainConfig, features: SplitFeatures, accepted: np.ndarray
-) -> tuple[TrainConfig, SplitFeatures]:
-    """Returns how to train on the accepted samples alone, and those samples."""
-    if not accepted.any():
-        raise TrainingStalled(
-            "The trained head accepts no sample, so there is nothing to fine-tune the "
-            "last block on. Raise `--threshold`, or leave out `--unfreeze`."
-        )
-    rate = settings.unfreeze_rate
-    settings = dataclasses.replace(
-        settings,
-        policy=PolicyConfig("accept-all"),
-        optimizer="sgd",
-        momentum=0.9,
-        weight_decay=None,
-        learning_rate=rate,
-        unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
-    )
-    return settings, dataclasses.replace(
-        features,
-        train=features.train.take(np.flatnonzero(accepted)),
-        validation=features.validation.take(np.arange(0)),
     )
 
 
@@ -194,7 +193,7 @@ def better_model(
     if len(features.validation):
         accuracy = accuracy_on_images(tuned, data.validation)
         results[f"{name}_validation_accuracy"] = accuracy
-        # Anew, as the features may have been computed in another precision.
+        # Anew, as the features may have been computed in another dtype.
         kept = accuracy >= accuracy_on_images(head_only, data.validation)
     results[f"{name}_kept"] = float(kept)
     if not kept:
@@ -234,10 +233,9 @@ def cache_activations(
     choice_file: Path | None = None,
 ) -> bool:
     """Says whether activations are cached: if they fit into half of the free disk."""
-    if choice_file is not None:
-        kept = read_json(choice_file)
-        if isinstance(kept, bool):
-            return kept
+    chosen = None if choice_file is None else read_json(choice_file)
+    if isinstance(chosen, bool):
+        return chosen
     folder = Path(source.config.cache_dir or default_cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -245,17 +243,14 @@ def cache_activations(
     itemsize = np.dtype(source.config.cache_dtype).itemsize
     needed = images * itemsize * int(part.front.output_shape[-1])
     cached = needed <= LARGEST_SHARE_OF_DISK * free and not part.front_is_preprocessing
-    size = f"{needed / 1e9:.2g} GB, {free / 1e9:.3g} GB are free"
+    how = "cached" if cached else "computed in each epoch"
+    note = (
+        f"The activations before {part.cut} are {how}: {needed / 1e9:.2g} GB, "
+        f"{free / 1e9:.3g} GB are free."
+    )
     if part.front_is_preprocessing:
-        source.on_note(
-            f"Nothing frozen is before {part.cut}: no activations are cached."
-        )
-    elif cached:
-        source.on_note(f"The activations before {part.cut} are cached: {size}.")
-    else:
-        source.on_note(
-            f"The activations before {part.cut} are computed in each epoch: {size}."
-        )
+        note = f"Nothing frozen is before {part.cut}: no activations are cached."
+    source.on_note(note)
     if choice_file is not None:
         replaced(choice_file, lambda path: write_json(path, cached))
     return cached
@@ -346,7 +341,26 @@ def train_unfrozen(
         policy = type(old).from_config(old.get_config())
         for own, other in zip(policy.variables, old.variables, strict=True):
             own.assign(other)
-        model = _trainable_model(part, head, policy, settings, cached)
+        inputs = keras.Input(part.rest.input_shape[1:], name="activations")
+        activations = inputs
+        if not cached:
+            inputs = keras.Input(part.base.input_shape[1:], name="images")
+            activations = FrozenFront(part.front)(inputs)
+        body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
+        model = RSFTModel(body, policy)
+        optimizer = with_two_rates(
+            make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
+            # In the order of the layers the head's come last.
+            slow_variables=len(part.rest.trainable_variables),
+            slow_rate=settings.unfreeze_rate / settings.learning_rate,
+        )
+        model.compile(
+            optimizer,
+            "sparse_categorical_crossentropy",
+            metrics=["accuracy"],
+            # XLA takes minutes to compile a backbone, and convolves slowly.
+            jit_compile=False,
+        )
     begin = len(trained.history["loss"])
     try:
         history = fit_resumable(
@@ -366,7 +380,7 @@ def train_unfrozen(
                 "first": begin,
                 "settings": dataclasses.asdict(settings),
             },
-            title="Training head and base",
+            title="Training head and backbone",
             progress=source.progress,
         )
     except tf.errors.OpError as error:
@@ -392,33 +406,3 @@ def train_unfrozen(
         loss_histograms=tuple(recorder.loss_histograms),
     )
     return classifier, whole
-
-
-def _trainable_model(
-    part: TrainablePart,
-    head: keras.Model,
-    policy: Any,
-    settings: TrainConfig,
-    cached: bool,
-) -> RSFTModel:
-    """Returns the compiled model from activations, or from images."""
-    inputs = keras.Input(part.rest.input_shape[1:], name="activations")
-    activations = inputs
-    if not cached:
-        inputs = keras.Input(part.base.input_shape[1:], name="images")
-        activations = FrozenFront(part.front)(inputs)
-    body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
-    model = RSFTModel(body, policy)
-    optimizer = with_two_rates(
-        make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
-        # In the order of the layers the head's come last.
-        slow_variables=len(part.rest.trainable_variables),
-        slow_rate=settings.unfreeze_rate / settings.learning_rate,
-    )
-    model.compile(
-        optimizer,
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        jit_compile=False,  # It takes minutes to compile a base, and convolves slowly.
-    )
-    return model
