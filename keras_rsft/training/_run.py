@@ -235,9 +235,9 @@ def finetune(
 
     With `unfreeze` in the settings, a part of the backbone, or all of it, then learns
     with the head: under the same policy, or on the accepted samples alone (Ahn et al.,
-    2024, TURN). The activations before that part are cached like features where the disk has
-    room. The result is kept where it gets no fewer validation images right than the
-    head alone.
+    2024, TURN). The activations before that part are cached like features where the
+    disk has room. The result is kept where it gets no fewer validation images right
+    than the head alone.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
