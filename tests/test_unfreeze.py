@@ -177,8 +177,8 @@ class TestWhatLearns:
         assert tuned[1].ledger is trained.ledger
         assert (trained.ledger.seen == epochs).all()
         whole = tuned[1]
-        assert whole.acceptance_by_class.shape == (epochs, 3)
-        assert len(whole.loss_histograms) == epochs
+        assert np.shape(whole.recorder.acceptance_by_class) == (epochs, 3)
+        assert len(whole.recorder.loss_histograms) == epochs
         assert {len(values) for values in whole.history.values()} == {epochs}
         assert whole.accepted.sum() == pytest.approx(
             whole.history["acceptance_rate"][-1] * len(source.features.train)

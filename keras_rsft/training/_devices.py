@@ -56,14 +56,6 @@ class Devices:
         replicas = self.strategy.num_replicas_in_sync
         return BatchShare(replicas, first=self.cluster.index * count, count=count)
 
-    def require_trainable(self, *, backbone_learns: bool) -> None:
-        """Refuses to train the backbone on several devices."""
-        if self.strategy is not None and backbone_learns:
-            raise InvalidArgument(
-                "A part of the backbone is trained on one device. Received: the "
-                f"strategy {self.name}. Leave out `--strategy`, or `--unfreeze`."
-            )
-
     def describe(self) -> str:
         """Says in a line what this is."""
         count = len(self.local_names)

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft._ledger import Ledger, LossHistogram, RejectionLedger
+from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
 from keras_rsft.config import PolicyConfig, TrainConfig
@@ -45,13 +45,14 @@ class TrainedHead:
     history: dict[str, list[float]]
     results: dict[str, float]
     accepted: np.ndarray
-    ledger: Ledger
-    acceptance_by_class: np.ndarray
     recorder: RejectionLedger
-    label_quality: LabelQuality | None = None
-    loss_histograms: tuple[LossHistogram, ...] = ()
     callbacks: Sequence[keras.callbacks.Callback] = ()
+    label_quality: LabelQuality | None = None
     overfitting: Overfitting | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.recorder.ledger
 
 
 def train_head(
@@ -92,18 +93,14 @@ def train_head(
     if curves:
         own.append(EpochCurves(features, recorder, settings.seed))
     remembering = [*further]
-    if settings.early_stopping is not None:
-        remembering.insert(
-            0,
-            best_of_all_epochs("val_accuracy", "max", epochs=settings.early_stopping),
-        )
+    if (most := settings.early_stopping) is not None:
+        stopping = best_of_all_epochs("val_accuracy", "max", epochs=most)
+        remembering = [stopping, *further]
     validation = None
     if count := len(features.validation):
         rows = even_batch(count)
-        validation = batches_of(
-            features.validation, batch_size=rows, share=devices.share
-        )
-        validation = devices.distributed(validation, count, rows)
+        plain = batches_of(features.validation, batch_size=rows, share=devices.share)
+        validation = devices.distributed(plain, count, rows)
     history = fit_resumable(
         model,
         devices.distributed(batches.dataset, len(train), settings.batch_size),
@@ -164,12 +161,9 @@ def train_head(
         history,
         results,
         accepted,
-        recorder.ledger,
-        np.stack(recorder.acceptance_by_class),
         recorder,
-        label_quality,
-        tuple(recorder.loss_histograms),
         further,
+        label_quality,
         found,
     )
 

@@ -42,7 +42,7 @@ from keras_rsft.config import FeatureConfig, TrainConfig
 from keras_rsft.data._labels import COLUMNS as CORRECTION_COLUMNS
 from keras_rsft.data._labels import apply_corrections, correction_cells
 from keras_rsft.data._samples import SampleData
-from keras_rsft.errors import WorkerLost
+from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features._neighbours import near_duplicates
 from keras_rsft.features._thumbnails import write_excerpts, write_thumbnails
 from keras_rsft.model._rsft_model import RSFTModel
@@ -90,8 +90,8 @@ def fill_run_folder(
     write_json(folder / CONFIG_FILE, run.config | described)
     write_json(folder / RESULTS_FILE, results_of(run))
     write_json(folder / CLASSES_FILE, list(run.class_names))
-    trained, train = run.trained, run.features.train
-    suspicion = trained.ledger.suspicion
+    recorder, train = run.trained.recorder, run.features.train
+    suspicion = recorder.ledger.suspicion
     epochs = enumerate(zip(*run.history.values(), strict=True), 1)
     tables: dict[str, tuple[Sequence[str], Iterable[Sequence]]] = {
         METRICS_FILE: (["epoch", *run.history], ([at, *row] for at, row in epochs)),
@@ -99,16 +99,16 @@ def fill_run_folder(
             ["id", "split", "given_label", "clean_label", "decision", "label_before"],
             _sample_rows(data),
         ),
-        LEDGER_FILE: (COLUMNS, trained.ledger.rows(run.class_names)),
+        LEDGER_FILE: (COLUMNS, recorder.ledger.rows(run.class_names)),
         ACCEPTANCE_FILE: (
             ["epoch", *run.class_names],
-            ([at, *row] for at, row in enumerate(trained.acceptance_by_class, 1)),
+            ([at, *row] for at, row in enumerate(recorder.acceptance_by_class, 1)),
         ),
         HISTOGRAMS_FILE: (
             HISTOGRAM_COLUMNS,
             (
                 row
-                for at, histogram in enumerate(trained.loss_histograms, 1)
+                for at, histogram in enumerate(recorder.loss_histograms, 1)
                 for row in histogram.rows(at)
             ),
         ),
@@ -278,7 +278,11 @@ def finetune(
     require_tensorflow_backend("`finetune`")
     settings = settings or TrainConfig()
     devices = open_devices(strategy) if isinstance(strategy, str) else strategy
-    devices.require_trainable(backbone_learns=settings.unfreezes_under_policy)
+    if devices.strategy is not None and settings.unfreezes_under_policy:
+        raise InvalidArgument(
+            "A part of the backbone is trained on one device. Received: the strategy "
+            f"{devices.name}. Leave out `--strategy`, or `--unfreeze`."
+        )
     if output is not None and not isinstance(output, NumberedFolder):
         check_new_folder(output)  # Before the work, not after it.
     data, features = resolve(data, features)

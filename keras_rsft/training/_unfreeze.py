@@ -170,8 +170,6 @@ def begun_from(
         history={"loss": [float("nan")] * epochs},
         results={},
         accepted=np.zeros(len(train), bool),
-        ledger=recorder.ledger,
-        acceptance_by_class=np.zeros((0, len(features.class_names))),
         recorder=recorder,
         callbacks=callbacks,
     )
@@ -402,7 +400,5 @@ def train_unfrozen(
             for name in dict.fromkeys([*trained.history, *history])
         },
         accepted=accepted,
-        acceptance_by_class=np.stack(recorder.acceptance_by_class),
-        loss_histograms=tuple(recorder.loss_histograms),
     )
     return classifier, whole
