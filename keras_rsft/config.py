@@ -268,6 +268,11 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         if self.backbone is not None:
+            if not isinstance(self.backbone, str | os.PathLike):
+                raise InvalidArgument(
+                    "The backbone must be a name or a path. Received: "
+                    f"{self.backbone!r}."
+                )
             object.__setattr__(self, "backbone", os.fspath(self.backbone))
             parse_base_name(self.backbone)
         _require_least(self, {"image_size": 1, "augmentations": 1})

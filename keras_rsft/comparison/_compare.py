@@ -106,8 +106,8 @@ def compare(
         seeds: How many seeds, at least 1, from `settings.seed` on. Default 5.
         noise: Labels of the training and validation splits are made wrong on
             purpose, as in `add_label_noise`. Default: none.
-        features: Which features, or the name of a backbone alone. Default:
-            `FeatureConfig()`.
+        features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
+            Default: `FeatureConfig()`.
         settings: How each head is trained; the numbers of `settings.policy` are
             those of the methods that are policies. Without early stopping, which is a
             method. Default: `TrainConfig()`.

@@ -242,8 +242,8 @@ def finetune(
     Args:
         data: Loaded images or texts, or what `load_images` takes.
         corrections: Files for `apply_corrections`. Default: none.
-        features: Which features, or the name of a backbone alone. Default:
-            `FeatureConfig()`.
+        features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
+            Default: `FeatureConfig()`.
         settings: How to train. Default: `TrainConfig()`.
         strategy: The devices that train the head and run the backbone, see
             `open_devices`: `"none"`, one device; `"mirrored"`; `"multiworker"`, where

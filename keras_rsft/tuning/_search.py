@@ -144,8 +144,8 @@ def search(
         space: What is searched. Default: `SearchSpace()`.
         clean_validation: Judge trials by the validation split's right labels.
             Default False: by the given ones.
-        features: Which features, or the name of a backbone alone. Default:
-            `FeatureConfig()`.
+        features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
+            Default: `FeatureConfig()`.
         settings: Epochs, batch size and seed, and every number that the space leaves
             open. Default: `TrainConfig()`.
         progress: Show progress bars. Default True.
