@@ -149,9 +149,9 @@ def parse_pixel_scale(text: str) -> PixelScale:
 
 
 def _standardised(mean: tuple[float, ...], std: tuple[float, ...]) -> PixelScale:
-    factor = tuple(1.0 / (255.0 * one) for one in std)
-    offset = tuple(-m / s for m, s in zip(mean, std, strict=True))
-    return PixelScale(factor, offset)
+    red, green, blue = (1.0 / (255.0 * one) for one in std)
+    low_red, low_green, low_blue = (-m / s for m, s in zip(mean, std, strict=True))
+    return PixelScale((red, green, blue), (low_red, low_green, low_blue))
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -362,14 +362,15 @@ class PolicyConfig:
     class_floor: float = rare(0.0, "least share of each class in a batch to accept")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or self._implied_name())
-        if self.keep_fraction is None:
-            object.__setattr__(self, "keep_fraction", DEFAULT_KEEP_FRACTION)
-        require_known("policy", self.name, POLICY_NAMES)
+        name, keep = self.name or self._implied_name(), self.keep_fraction
+        keep = DEFAULT_KEEP_FRACTION if keep is None else keep
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "keep_fraction", keep)
+        require_known("policy", name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
         _require_positive(self, "threshold", "relative_threshold")
         ranges = {
-            "keep_fraction": (0 < self.keep_fraction <= 1, "in (0, 1]"),
+            "keep_fraction": (0 < keep <= 1, "in (0, 1]"),
             "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "at least 0"),
             "class_floor": (0 <= self.class_floor <= 1, "in [0, 1]"),
         }
