@@ -184,7 +184,7 @@ def test_the_table_of_strategies(found):
         accuracy = by_trial[row["trial"]].metrics["val_accuracy"]
         assert row["validation_accuracy"] == accuracy
     page = write_report(found).read_text()
-    assert "How much of the base to train" in page
+    assert "How much of the backbone to train" in page
     assert "last-block-" in page
     assert "Weights" in found._repr_html_()
 
@@ -257,7 +257,7 @@ def test_a_model_card_says_that_the_base_was_trained(tuned, call, tmp_path):
     assert (status, error) == (0, "")
     assert "as the run" in output
     (card,) = tmp_path.glob("saved_models/*/1/README.md")
-    assert "A part of the base was trained too." in card.read_text()
+    assert "A part of the backbone was trained too." in card.read_text()
 
 
 @pytest.mark.slow
@@ -361,7 +361,7 @@ class TestCommandLine:
         settings = json.loads((tmp_path / "run" / "search.json").read_text())
         assert settings["settings"]["unfreeze"]["epochs"] == 1
         assert "The base learns: the last block from 1 head" in err
-        assert "How much of the base to train" in err
+        assert "How much of the backbone to train" in err
         assert call("review", "run", "--no-browser")[0] == 0
 
     @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from keras_rsft.config import SearchConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.report._summary import strategy_texts
+from keras_rsft.report._summary import strategies_table
 from keras_rsft.tuning._backbone_trials import (
     base_learning_rate,
     best_heads,
@@ -142,9 +142,9 @@ class TestRows:
         assert failed["validation_accuracy"] is failed["seconds"] is None
 
     def test_words(self, rows):
-        texts = [strategy_texts(row) for row in rows]
-        assert texts[2] == [
+        texts = strategies_table(rows).rows
+        assert texts[2] == (
             "frozen", "keep-fraction", "75.0 ± 4.3", "90.0 %", "0.2 s", "30", "chosen",
-        ]  # fmt: skip
-        assert texts[3][4:] == ["64 s", "1,234", ""]
-        assert texts[4] == ["all", "keep-fraction", "failed", "-", "-", "-", ""]
+        )  # fmt: skip
+        assert texts[3][4:] == ("64 s", "1,234", "")
+        assert texts[4] == ("all", "keep-fraction", "failed", "-", "-", "-", "")

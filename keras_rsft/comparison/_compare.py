@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,8 +11,14 @@ from typing import Any
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._stats import Interval
-from keras_rsft._storage import NumberedFolder, open_place, write_csv, write_json
+from keras_rsft._storage import (
+    CONFIG_FILE,
+    NumberedFolder,
+    json_value,
+    open_place,
+    write_csv,
+    write_json,
+)
 from keras_rsft.comparison._methods import (
     MethodSummary,
     Outcome,
@@ -39,14 +44,9 @@ from keras_rsft.data._labels import add_label_noise, parse_noise
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import positions_of
-from keras_rsft.features._store import FeatureSet
 from keras_rsft.training._features import SplitFeatures, open_features, resolve
 
 NOISY_SPLITS = ("train", "validation")
-TABLE_FILE = "comparison.csv"
-SUMMARY_FILE = "summary.json"
-LABELS_FILE = "labels.csv"
-CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def compare(
         DataError: If the data has no test split, or lacks what a method that was
             asked for by name needs.
         ImportError: If `cleanlab` is asked for by name and not installed.
-        WeightsUnavailable: If the base's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be had.
     """
     require_tensorflow_backend("`compare`")
     settings = settings or TrainConfig()
@@ -141,13 +141,11 @@ def compare(
             place = stack.enter_context(open_place(output, {"kind": "comparison"}))
         source = open_features(data, features, seed=settings.seed, progress=progress)
         noisy_data = {}
-        if noise is not None:
-            noisy_data = {
-                seed: add_label_noise(
+        for seed in range(settings.seed, settings.seed + seeds):
+            if noise is not None:
+                noisy_data[seed] = add_label_noise(
                     source.data, noise, seed=seed, splits=NOISY_SPLITS
                 )
-                for seed in range(settings.seed, settings.seed + seeds)
-            }
 
         def features_of(seed: int) -> SplitFeatures:
             if noise is None:
@@ -161,19 +159,20 @@ def compare(
             settings=settings,
             progress=progress,
         )
-        config = {
-            "command": command,
-            **source.origin,
-            "methods": list(comparison.summaries),
-            "seeds": seeds,
-            "noise": noise,
-            **dataclasses.asdict(settings),
-        }
         comparison = dataclasses.replace(
-            comparison, config=config, noisy_data=noisy_data
+            comparison,
+            config={
+                "command": command,
+                **source.origin,
+                "methods": list(comparison.summaries),
+                "seeds": seeds,
+                "noise": noise,
+                **dataclasses.asdict(settings),
+            },
+            noisy_data=noisy_data,
+            folder=None if place is None else place.folder,
         )
         if place is not None:
-            comparison = dataclasses.replace(comparison, folder=place.folder)
             place.write(lambda folder: _write_files(folder, comparison))
     return comparison
 
@@ -195,15 +194,13 @@ def compare_features(
     first = features_of(settings.seed)
     if not len(first.test):
         raise DataError("A comparison needs a test split, and there is none.")
-    missing = _missing(first, settings)
+    missing, notes = _missing(first, settings), []
     if methods is None:
         methods = tuple(name for name in METHOD_NAMES if name not in missing)
-        notes = tuple(f"{name} was left out: {why}" for name, why in missing.items())
-    else:
-        notes = ()
-        for name in methods:
-            if name in missing:
-                raise DataError(f"The method {name} cannot run: {missing[name]}")
+        notes = [f"{name} was left out: {why}" for name, why in missing.items()]
+    for name in methods:
+        if name in missing:
+            raise DataError(f"The method {name} cannot run: {missing[name]}")
     outcomes = []
     with progress_bar(
         "Comparing", total=seeds * len(methods), unit="heads", visible=progress
@@ -218,26 +215,19 @@ def compare_features(
             for name in methods:
                 outcomes.append(run_method(name, trial))
                 advance(1)
-    return Comparison(tuple(outcomes), summarize(outcomes), judge(outcomes), notes)
+    verdict = judge(outcomes)
+    return Comparison(tuple(outcomes), summarize(outcomes), verdict, tuple(notes))
 
 
 def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
     """Returns the same features under the labels that a data set gives their ids."""
-
-    def relabel(part: FeatureSet, name: str) -> FeatureSet:
-        split = getattr(data, name)
+    parts = {}
+    for name in ("train", "validation", "test"):
+        part, split = getattr(features, name), getattr(data, name)
         rows = positions_of(part, split)
-        clean = split.clean_labels
-        return part.with_labels(
-            split.labels[rows], None if clean is None else clean[rows]
-        )
-
-    return dataclasses.replace(
-        features,
-        train=relabel(features.train, "train"),
-        validation=relabel(features.validation, "validation"),
-        test=relabel(features.test, "test"),
-    )
+        clean = None if split.clean_labels is None else split.clean_labels[rows]
+        parts[name] = part.with_labels(split.labels[rows], clean)
+    return dataclasses.replace(features, **parts)
 
 
 def _missing(features: SplitFeatures, settings: TrainConfig) -> dict[str, str]:
@@ -274,41 +264,21 @@ def _check(settings: TrainConfig, seeds: int) -> None:
 
 
 def _write_files(folder: Path, comparison: Comparison) -> None:
-    """Writes all files of a comparison into an empty folder."""
     columns = [field.name for field in dataclasses.fields(Outcome)]
     columns[columns.index("test_right")] = "test_accuracy"
-    write_csv(
-        folder / TABLE_FILE,
-        columns,
-        ([getattr(one, name) for name in columns] for one in comparison.outcomes),
-    )
+    rows = ([getattr(one, name) for name in columns] for one in comparison.outcomes)
+    write_csv(folder / "comparison.csv", columns, rows)
     summary = {
-        "verdict": dataclasses.asdict(comparison.verdict),
-        "methods": {
-            name: {
-                field.name: _plain_value(getattr(summary, field.name))
-                for field in dataclasses.fields(summary)
-            }
-            for name, summary in comparison.summaries.items()
-        },
-        "notes": list(comparison.notes),
+        "verdict": comparison.verdict,
+        "methods": comparison.summaries,
+        "notes": comparison.notes,
     }
-    write_json(folder / SUMMARY_FILE, summary)
+    write_json(folder / "summary.json", json_value(summary))
     write_json(folder / CONFIG_FILE, comparison.config)
     if comparison.noisy_data:
-        write_csv(
-            folder / LABELS_FILE,
-            ["seed", "id", "split", "given_label", "clean_label"],
-            _label_rows(comparison.noisy_data),
-        )
-
-
-def _plain_value(value: Any) -> Any:
-    """Returns what JSON can hold; the width for a single seed becomes null."""
-    if not isinstance(value, Interval):
-        return value
-    width = value.half_width if math.isfinite(value.half_width) else None
-    return {"mean": value.mean, "half_width": width}
+        header = ("seed", "id", "split", "given_label", "clean_label")
+        labels = _label_rows(comparison.noisy_data)
+        write_csv(folder / "labels.csv", header, labels)
 
 
 def _label_rows(noisy_data: dict[int, SampleData]) -> Iterable[tuple]:

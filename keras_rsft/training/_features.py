@@ -19,7 +19,6 @@ from keras_rsft.features._extract import (
     FrozenBase,
     choose_precision,
     keep_shares,
-    make_pass,
     open_kept,
     run_alone,
     run_together,
@@ -178,7 +177,7 @@ def feature_passes(
             device_names=device_names,
         )
     return [
-        make_pass(
+        FeaturePass(
             backbone,
             split,
             cache_dir=config.cache_dir,

@@ -40,7 +40,7 @@ from keras_rsft._storage import (
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.config import FeatureConfig, TrainConfig
 from keras_rsft.data._labels import COLUMNS as CORRECTION_COLUMNS
-from keras_rsft.data._labels import apply_corrections, correction_cells
+from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features._neighbours import near_duplicates
@@ -121,8 +121,7 @@ def fill_run_folder(
         ),
     }
     if data.corrections is not None:
-        cells = correction_cells(data.corrections.rows)
-        tables[CORRECTIONS_FILE] = (CORRECTION_COLUMNS, cells)
+        tables[CORRECTIONS_FILE] = (CORRECTION_COLUMNS, data.corrections.rows)
     if run.features.unreadable:
         tables["unreadable.csv"] = (["id", "reason"], run.features.unreadable)
     for name, (header, rows) in tables.items():
