@@ -76,14 +76,12 @@ def write_table(path: Path, samples: int | None) -> None:
         writer.writerows(pairs[number] for number in order)
 
 
-def train(data, policy: str, seed: int, epochs: int, **options) -> rsft.Run:
+def train(data, policy: str, seed: int, epochs: int, features) -> rsft.Run:
     """Trains a new head on the cached features under a policy."""
     settings = rsft.TrainConfig(
         policy=rsft.PolicyConfig(policy), epochs=epochs, seed=seed
     )
-    return rsft.finetune(
-        data, backbone="minilm", settings=settings, progress=False, **options
-    )
+    return rsft.finetune(data, features=features, settings=settings, progress=False)
 
 
 def with_right_labels(data: rsft.TextData) -> rsft.TextData:
@@ -136,12 +134,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_table(Path(folder, "sentences.csv"), options.samples)
         texts = rsft.load_texts(Path(folder, "sentences.csv"))
-        kept = {"weights": options.weights, "cache_dir": Path(folder, "features")}
+        features = rsft.FeatureConfig(
+            "minilm", weights=options.weights, cache_dir=Path(folder, "features")
+        )
         for seed in range(options.seeds):
             noisy = rsft.add_label_noise(texts, f"symmetric:{WRONG}", seed=seed)
             for name, policy in methods.items():
                 data = with_right_labels(noisy) if name.startswith("right") else noisy
-                run = train(data, policy, seed, options.epochs, **kept)
+                run = train(data, policy, seed, options.epochs, features)
                 rows[name].append(run.results)
                 if name == "auto" and seed == 0:
                     draw(options.figure, noisy, run)

@@ -1,8 +1,4 @@
-"""Files and folders of results: whole or not at all, never over what exists.
-
-Atomic writers, JSON and CSV, locks, numbered folders, and the folder of an unfinished
-run. Imports nothing heavy.
-"""
+"""Files and folders of results: whole or not at all, never over what exists."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import csv
 import dataclasses
 import errno
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -80,7 +75,7 @@ def _file_beside(path: Path) -> Iterator[Path]:
 
 
 def replaced(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has a file written beside its place, and renames it once it is on the disk."""
+    """Has a file written beside its path, and renames it once it is on the disk."""
     with _file_beside(path) as beside:
         write(beside)
         with beside.open("rb") as file:
@@ -281,7 +276,8 @@ _SUFFIX = ".unfinished"
 _IDENTITY_FILE = "identity.json"
 _LOCK_FILE = ".lock"
 _RUN_FOLDER = "run"
-# What an unfinished run knows beside its identity, and another one must not.
+# The state of the head's training, of the backbone's, and whether activations are
+# cached: another run must not read them.
 _STATE_FILES = ("training.npz", "base_training.npz", "activations.json")
 _OWN_NAMES = {_IDENTITY_FILE, _LOCK_FILE, _RUN_FOLDER, *_STATE_FILES}
 
@@ -296,17 +292,14 @@ class RunPlace:
 
     @property
     def checkpoint(self) -> Path:
-        """File of the state of the head's training."""
         return self.unfinished / _STATE_FILES[0]
 
     @property
     def unfreeze_checkpoint(self) -> Path:
-        """File of the state of the backbone's training."""
         return self.unfinished / _STATE_FILES[1]
 
     @property
     def cache_choice(self) -> Path:
-        """File of whether that training caches activations."""
         return self.unfinished / _STATE_FILES[2]
 
     def write(self, fill: Callable[[Path], None]) -> None:
@@ -326,25 +319,19 @@ class _Taken(InvalidArgument):
     """This folder cannot be had; another one may."""
 
 
-def run_identity(
-    source: Any, classes: Sequence[str], samples: Iterable[bytes], **choices: Any
-) -> dict[str, Any]:
-    """Returns what two runs must share to be the same run, as JSON can hold it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in samples:
-        digest.update(part)
-    data = [source, list(classes), digest.hexdigest()]
-    identity = {"data": data, **choices, "versions": package_versions()}
-    return json.loads(json.dumps(identity, default=str))
-
-
 @contextlib.contextmanager
 def open_place(
     output: str | os.PathLike | NumberedFolder, identity: dict[str, Any]
 ) -> Iterator[RunPlace]:
-    """Holds the place of a run: a new one, or an unfinished one of this identity."""
+    """Holds the folder of a run: a new one, or an unfinished one of this identity."""
     with contextlib.ExitStack() as stack:
-        place = _claimed(output, identity, stack)
+        for folder in _candidates(output, identity):
+            try:
+                place = stack.enter_context(_claimed(folder, identity))
+                break
+            except _Taken:
+                if not isinstance(output, NumberedFolder):
+                    raise
         try:
             yield place
         except (DataError, InvalidArgument, TrainingStalled):
@@ -355,43 +342,46 @@ def open_place(
                 shutil.rmtree(place.unfinished, ignore_errors=True)
 
 
-def _claimed(
-    output: str | os.PathLike | NumberedFolder,
-    identity: dict[str, Any],
-    stack: contextlib.ExitStack,
-) -> RunPlace:
+def _candidates(
+    output: str | os.PathLike | NumberedFolder, identity: dict[str, Any]
+) -> Iterator[Path]:
+    """Yields the folders that a run may have: first those of unfinished ones."""
     if not isinstance(output, NumberedFolder):
-        return _claim(check_new_folder(output), identity, stack)
+        yield check_new_folder(output)
+        return
     root = Path(output.root).absolute()
-    found = sorted(root.glob(f"{glob.escape(output.name)}-*{_SUFFIX}"))
     same = []
-    for unfinished in found:
+    for unfinished in sorted(root.glob(f"{glob.escape(output.name)}-*{_SUFFIX}")):
         folder = unfinished.with_name(unfinished.name.removesuffix(_SUFFIX))
         if folder.exists():  # Killed between finished and cleared.
             with contextlib.suppress(_Taken), _held(unfinished):
                 shutil.rmtree(unfinished, ignore_errors=True)
         elif read_json(unfinished / _IDENTITY_FILE) == identity:
             same.append(folder)
-    candidates = itertools.chain(same, numbered(root, output.name))
-    while True:  # There always is a next number.
-        folder = next(candidates)
+    for folder in itertools.chain(same, numbered(root, output.name)):
         if not folder.exists():
-            with contextlib.suppress(_Taken):
-                return _claim(check_new_folder(folder), identity, stack)
+            yield check_new_folder(folder)
 
 
-def _claim(
-    folder: Path, identity: dict[str, Any], stack: contextlib.ExitStack
-) -> RunPlace:
+@contextlib.contextmanager
+def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[RunPlace]:
     unfinished = folder.with_name(f"{folder.name}{_SUFFIX}")
-    with contextlib.ExitStack() as own:
-        own.enter_context(_held(unfinished))
+    with _held(unfinished):
         if folder.exists():  # Finished by another process just now.
             raise _Taken(f"{folder} exists. Nothing is overwritten.")
         before = read_json(unfinished / _IDENTITY_FILE)
         place = RunPlace(folder, unfinished, resumed=before == identity)
         if before not in (None, identity) and place.checkpoint.exists():
-            raise _Taken(_other_run(unfinished, before, identity))
+            names = sorted(
+                name
+                for name in before.keys() | identity.keys()
+                if before.get(name) != identity.get(name)
+            )
+            raise _Taken(
+                f"{unfinished} is a run that was not finished, with other "
+                f"{' and '.join(names)}. Repeat its command to resume it, remove it, "
+                "or choose another `--output`."
+            )
         for left in unfinished.glob(f"{_PARTIAL}*"):  # By a process that was killed.
             shutil.rmtree(left, ignore_errors=True)
         if not place.resumed:
@@ -400,8 +390,7 @@ def _claim(
             replaced(
                 unfinished / _IDENTITY_FILE, lambda path: write_json(path, identity)
             )
-        stack.push(own.pop_all())
-    return place
+        yield place
 
 
 @contextlib.contextmanager
@@ -423,22 +412,8 @@ def _held(unfinished: Path) -> Iterator[None]:
         while True:
             unfinished.mkdir(parents=True, exist_ok=True)
             lock = locked(unfinished / _LOCK_FILE, timeout=0, taken=busy)
-            try:
+            # Not found where its last owner is done and has removed the folder.
+            with contextlib.suppress(FileNotFoundError):
                 stack.enter_context(lock)
                 break
-            except FileNotFoundError:  # Its last owner is done and removed the folder.
-                continue
         yield
-
-
-def _other_run(unfinished: Path, kept: dict[str, Any], identity: dict[str, Any]) -> str:
-    names = sorted(
-        name
-        for name in kept.keys() | identity.keys()
-        if kept.get(name) != identity.get(name)
-    )
-    return (
-        f"{unfinished} is a run that was not finished, with other "
-        f"{' and '.join(names)}. Repeat its command to resume it, remove it, or "
-        "choose another `--output`."
-    )

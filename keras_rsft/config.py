@@ -212,7 +212,6 @@ class FeatureConfig:
             bfloat16 where the hardware has it. Default `"auto"`.
         cache_dtype: Of the features on disk: `"float32"` or `"float16"`. Default
             `"float32"`.
-        batch_size: Images per step of the backbone, at least 1. Default 32.
 
     Raises:
         InvalidArgument: If a value is unknown or out of its range.
@@ -233,7 +232,7 @@ class FeatureConfig:
     )
     weights: str = option("imagenet", "imagenet, none or a file; of minilm a folder")
     image_size: int | None = option(None, "pixels; default: the backbone's own")
-    cache_dir: str | None = option(
+    cache_dir: str | os.PathLike[str] | None = option(  # noqa: RUF009
         None,
         "where features are cached; default: the user's cache folder",
         metavar="FOLDER",
@@ -251,21 +250,33 @@ class FeatureConfig:
         "float32",
         f"of the cached features: {', '.join(CACHE_DTYPES)}, which halves them",
     )
-    batch_size: int = 32
 
     def __post_init__(self) -> None:
         if self.backbone is not None:
-            parse_base_name(os.fspath(self.backbone))
-        _require_least(self, {"image_size": 1, "augmentations": 1, "batch_size": 1})
+            if not isinstance(self.backbone, str | os.PathLike):
+                raise InvalidArgument(
+                    "The backbone must be a name or a path. Received: "
+                    f"{self.backbone!r}."
+                )
+            object.__setattr__(self, "backbone", os.fspath(self.backbone))
+            parse_base_name(self.backbone)
+        _require_least(self, {"image_size": 1, "augmentations": 1})
         require_known("dtype", self.dtype, DTYPES)
         require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
 
 
-def backbone_for(features: FeatureConfig, kind: str) -> str:
-    """Returns the backbone for `"images"` or `"texts"`: given or default."""
-    name = features.backbone or DEFAULT_BACKBONES[kind]
-    require_takes(name, kind)
-    return name
+def feature_config(features: FeatureConfig | str | None, kind: str) -> FeatureConfig:
+    """Returns `features`, or the backbone of that name, for images or texts."""
+    if not isinstance(features, FeatureConfig):
+        features = FeatureConfig(features)
+    backbone = features.backbone or DEFAULT_BACKBONES[kind]
+    require_takes(backbone, kind)
+    if kind == TEXTS and features.augmentations > 1:
+        raise InvalidArgument(
+            "A text has no augmentations. Received: "
+            f"augmentations={features.augmentations}."
+        )
+    return dataclasses.replace(features, backbone=backbone)
 
 
 # === Policies ===

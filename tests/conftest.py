@@ -215,7 +215,7 @@ def noisy_photos(photo_folder):
 @pytest.fixture(scope="session")
 def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
     """Fine-tunes on 36 photos for five epochs, into the run folder that it is given."""
-    from keras_rsft.config import PolicyConfig, TrainConfig
+    from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
     from keras_rsft.training._run import finetune
 
     cache = tmp_path_factory.mktemp("cache")
@@ -233,8 +233,8 @@ def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
         options |= {"batch_size": 8, "learning_rate": 0.05} | changes
         with eagerly():
             return finetune(
-                data, backbone=str(tiny_base_file),
-                settings=TrainConfig(**options), output=output, cache_dir=cache,
+                data, features=FeatureConfig(str(tiny_base_file), cache_dir=cache),
+                settings=TrainConfig(**options), output=output,
                 progress=False, callbacks=callbacks, on_begin=on_begin,
                 with_plain=with_plain,
             )  # fmt: skip

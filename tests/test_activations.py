@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from made_bases import save_three_blocks
 
-from keras_rsft.config import UnfreezeConfig
+from keras_rsft.config import FeatureConfig, UnfreezeConfig
 from keras_rsft.training import _unfreeze as unfreezing
+from keras_rsft.training._features import FeatureSource
 from keras_rsft.training._unfreeze import (
-    BackboneSource,
     cache_activations,
     cut_backbone,
 )
@@ -42,7 +42,8 @@ def choose(tmp_path, monkeypatch):
         disk = types.SimpleNamespace(free=free(needed))
         monkeypatch.setattr(unfreezing.shutil, "disk_usage", lambda folder: disk)
         notes = []
-        source = BackboneSource(None, None, dtype, tmp_path, False, notes.append)
+        config = FeatureConfig(cache_dir=tmp_path, cache_dtype=dtype)
+        source = FeatureSource(None, None, None, config, on_note=notes.append)
         return cache_activations(part, features, source, choice_file), notes
 
     return call

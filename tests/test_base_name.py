@@ -1,7 +1,8 @@
-"""Names of bases that are no Keras models of this process: what they mean."""
+"""Names of backbones, and which features are asked for."""
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,11 @@ import textwrap
 import pytest
 
 from keras_rsft.config import (
+    IMAGES,
+    TEXTS,
+    FeatureConfig,
     PixelScale,
+    feature_config,
     is_fixed_network,
     parse_base_name,
     parse_pixel_scale,
@@ -94,3 +99,33 @@ def test_a_name_is_refused_before_anything_heavy_is_imported():
     assert done.returncode == 2
     assert "@imagenet" in done.stderr
     assert done.stdout.strip() == "[]"
+
+
+class TestFeatures:
+    def test_a_name_stands_for_its_configuration(self, tmp_path):
+        given = FeatureConfig("resnet50")
+        assert feature_config("resnet50", IMAGES) == given
+        assert feature_config(given, IMAGES) == given
+        assert feature_config(tmp_path / "a.keras", IMAGES).backbone == str(
+            tmp_path / "a.keras"
+        )
+
+    def test_the_default_backbone_is_that_of_the_data(self):
+        assert feature_config(None, IMAGES).backbone == "resnet50"
+        config = FeatureConfig(cache_dtype="float16")
+        assert feature_config(config, TEXTS) == dataclasses.replace(
+            config, backbone="minilm"
+        )
+
+    @pytest.mark.parametrize(
+        ("features", "kind", "said"),
+        [
+            ("minilm", IMAGES, "takes texts"),
+            ("resnet50", TEXTS, "--backbone minilm"),
+            (FeatureConfig(augmentations=2), TEXTS, "augmentations=2"),
+            (5, IMAGES, "a name or a path"),
+        ],
+    )
+    def test_what_does_not_fit(self, features, kind, said):
+        with pytest.raises(InvalidArgument, match=said):
+            feature_config(features, kind)

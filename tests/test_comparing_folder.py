@@ -12,7 +12,7 @@ from keras_rsft._storage import NumberedFolder, open_place
 from keras_rsft.comparison import _compare as comparison_module
 from keras_rsft.comparison._compare import compare
 from keras_rsft.comparison._methods import Outcome
-from keras_rsft.config import TrainConfig
+from keras_rsft.config import FeatureConfig, TrainConfig
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
 
@@ -27,10 +27,9 @@ def written(photo_folder, tiny_base_file, tmp_path_factory):
             methods=["gce", "clean-subset"],
             seeds=2,
             noise="symmetric:0.25",
-            backbone=str(tiny_base_file),
+            features=FeatureConfig(str(tiny_base_file), cache_dir=cache),
             settings=TrainConfig(epochs=2, batch_size=8, seed=3),
             output=output,
-            cache_dir=cache,
             progress=False,
             **options,
         )

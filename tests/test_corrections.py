@@ -13,7 +13,7 @@ from made_images import SPLIT_NAMES, all_ids, named_labels
 
 from keras_rsft._ledger import Ledger
 from keras_rsft._storage import guarded_cell, plain_cell, read_csv, write_csv
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._labels import Correction, add_label_noise, apply_corrections
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
@@ -331,8 +331,10 @@ class TestRound:
     def fit(self, settings, tiny_base_file, tmp_path):
         def run(data, name, **options):
             return finetune(
-                data, backbone=str(tiny_base_file), output=tmp_path / name,
-                cache_dir=tmp_path / "kept", progress=False,
+                data, output=tmp_path / name, progress=False,
+                features=FeatureConfig(
+                    str(tiny_base_file), cache_dir=tmp_path / "kept"
+                ),
                 **({"settings": settings} | options),
             )  # fmt: skip
 

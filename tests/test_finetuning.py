@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from keras_rsft._predict import predict_files
-from keras_rsft.config import POLICY_NAMES, PolicyConfig, TrainConfig
+from keras_rsft.config import POLICY_NAMES, FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._labels import add_label_noise
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument, TrainingStalled
@@ -37,11 +37,14 @@ def settings():
 
 @pytest.fixture(scope="module")
 def fit_to(noisy, settings, tiny_base_file, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
+    features = FeatureConfig(
+        str(tiny_base_file), cache_dir=tmp_path_factory.mktemp("cache")
+    )
 
-    def run(output=None, data=noisy, **changes):
-        options = {"backbone": str(tiny_base_file), "settings": settings} | changes
-        return finetune(data, output=output, cache_dir=cache, progress=False, **options)
+    def run(output=None, data=noisy, augmentations=1, **changes):
+        config = dataclasses.replace(features, augmentations=augmentations)
+        options = {"features": config, "settings": settings} | changes
+        return finetune(data, output=output, progress=False, **options)
 
     return run
 
@@ -208,7 +211,7 @@ class TestRun:
         assert {"acceptance_rate", "loss", "val_accuracy"} <= set(seen[0])
 
     def test_views_train(self, fit_to):
-        assert len(fit_to(views=2, settings=TrainConfig(epochs=1)).history) > 0
+        assert len(fit_to(augmentations=2, settings=TrainConfig(epochs=1)).history) > 0
 
 
 class TestSettings:

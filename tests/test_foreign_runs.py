@@ -8,7 +8,13 @@ from made_bases import save_onnx, save_signature
 
 from keras_rsft import cli
 from keras_rsft._predict import predict_files
-from keras_rsft.config import ExportConfig, PolicyConfig, TrainConfig, UnfreezeConfig
+from keras_rsft.config import (
+    ExportConfig,
+    FeatureConfig,
+    PolicyConfig,
+    TrainConfig,
+    UnfreezeConfig,
+)
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export._export_run import export_run
@@ -25,10 +31,9 @@ def run_on(photo_folder, tmp_path_factory):
         root = tmp_path_factory.mktemp("run")
         return finetune(
             load_images(photo_folder),
-            backbone=name,
+            features=FeatureConfig(name, cache_dir=root / "kept"),
             settings=SETTINGS,
             output=root / "run",
-            cache_dir=root / "kept",
             progress=False,
         )
 
@@ -128,4 +133,4 @@ def test_a_fixed_number_of_images_is_not_joined(tmp_path):
 def test_stage_two_is_refused_before_the_work(photo_folder):
     settings = TrainConfig(unfreeze=UnfreezeConfig())
     with pytest.raises(InvalidArgument, match="no Keras layers"):
-        finetune(photo_folder, backbone="onnx:missing.onnx@0:1", settings=settings)
+        finetune(photo_folder, features="onnx:missing.onnx@0:1", settings=settings)

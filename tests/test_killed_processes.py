@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 DRIVER = textwrap.dedent("""
     import importlib, os, signal, sys
     from keras_rsft import cli
-    from keras_rsft.finetuning import resume
+    from keras_rsft.training import _resume as resume
 
     resume.TIMES_ITS_COST = 0.0
     resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
@@ -78,7 +78,7 @@ def start(many_photos, tiny_base_file):
             "fit", many_photos, "--backbone", tiny_base_file,
             "--cache-dir", folder / "kept", "--epochs", "6",
             "--policy", "running-threshold", "--noise", "symmetric:0.2",
-            "--learning-rate", "0.01", "--no-plain", *options,
+            "--learning-rate", "0.01", "--set", "with_plain=false", *options,
         ]  # fmt: skip
         return start_command(folder, arguments, **how)
 
@@ -89,7 +89,7 @@ def start(many_photos, tiny_base_file):
 def finish():
     def finish(process):
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=300)
         finally:
             process.kill()
         return process.returncode, out, err
@@ -139,7 +139,7 @@ def test_killed_at_every_stage_and_started_again(start, finish, whole, tmp_path)
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_asked_to_end(start, finish, tmp_path, sent, status):
     process = start(tmp_path, "--epochs", "20000")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob("runs/*.unfinished/training.npz")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
@@ -147,10 +147,11 @@ def test_asked_to_end(start, finish, tmp_path, sent, status):
     process.send_signal(sent)
     actual, _, err = finish(process)
     assert actual == status
-    (*_, said) = err.strip().splitlines()
+    *_, said, command = err.strip().splitlines()
     assert said.startswith("keras-rsft: Interrupted.")
     assert "of 20000 epochs are kept" in said
-    assert said.endswith("Run the same command again to go on.")
+    assert said.endswith("Run the same command again to resume:")
+    assert command.strip().startswith("keras-rsft fit ")
     assert "Traceback" not in err
     (left,) = tmp_path.glob("runs/*")
     assert {path.name for path in left.iterdir()} == {

@@ -9,7 +9,7 @@ import pytest
 from made_features import split_features
 
 from keras_rsft.comparison._compare import compare_features
-from keras_rsft.config import SearchConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig
 from keras_rsft.report._notebook import table_html
 from keras_rsft.report._summary import Table
 from keras_rsft.training._run import finetune
@@ -42,10 +42,9 @@ def run(photo_folder, tiny_base_file, tmp_path_factory):
         shutil.copytree(photo_folder / source, root / "photos" / name)
     return finetune(
         root / "photos",
-        backbone=str(tiny_base_file),
+        features=FeatureConfig(str(tiny_base_file), cache_dir=root / "kept"),
         settings=SETTINGS,
         output=root / "<i>run</i>",
-        cache_dir=root / "kept",
         progress=False,
     )
 

@@ -11,7 +11,7 @@ from made_features import feature_set
 from keras_rsft import cli
 from keras_rsft._stats import paired_share_interval
 from keras_rsft.backbones._load import load_backbone
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
@@ -113,13 +113,9 @@ def pilot_of(photo_folder, tiny_base_file, tmp_path_factory):
         how = {"epochs": 3, "batch_size": 32, "learning_rate": 0.05}
         how |= {name: options.pop(name) for name in how if name in options}
         settings = TrainConfig(policy=policy, **how)
-        chosen = options.pop("data", data)
-        return run_pilot(
-            chosen,
-            backbone=str(tiny_base_file),
-            settings=settings,
-            **({"cache_dir": kept} | options),
-        )
+        chosen, cache = options.pop("data", data), options.pop("cache_dir", kept)
+        features = FeatureConfig(str(tiny_base_file), cache_dir=cache)
+        return run_pilot(chosen, features=features, settings=settings, **options)
 
     return run
 
@@ -172,7 +168,7 @@ def test_images_that_a_review_dropped_leave_nothing_to_run(
 ):
     data = load_images(photo_folder)
     base = load_backbone(str(tiny_base_file))
-    extract_all(base, data, cache_dir=tmp_path / "kept", progress=False)
+    extract_all(base, data, FeatureConfig(cache_dir=tmp_path / "kept"), progress=False)
     dropped, label = data.train.ids[0], data.class_names[data.train.labels[0]]
     rows = f"id,given_label,decision,new_label\n{dropped},{label},drop,\n"
     (tmp_path / "corrections.csv").write_text(rows)

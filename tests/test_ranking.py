@@ -8,6 +8,7 @@ import pytest
 
 from keras_rsft import cli
 from keras_rsft.comparison._rank import label_weights, rank_backbones, weighted_mean
+from keras_rsft.config import FeatureConfig
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 from keras_rsft.label_quality._audit import LabelQuality
@@ -32,7 +33,7 @@ def ranking(photo_folder, tiny_base_file, blind_base_file, tmp_path_factory):
         load_images(photo_folder),
         [blind_base_file, damaged, tiny_base_file, blind_base_file],
         sample=20,
-        cache_dir=tmp_path_factory.mktemp("kept"),
+        features=FeatureConfig(cache_dir=tmp_path_factory.mktemp("kept")),
     )
 
 

@@ -274,7 +274,7 @@ def test_the_server_shows_what_the_file_left_out(
 def test_from_wrong_labels_to_a_better_model(
     open_page, photo_folder, tiny_base_file, tmp_path
 ):
-    from keras_rsft.config import TrainConfig
+    from keras_rsft.config import FeatureConfig, TrainConfig
     from keras_rsft.data._labels import add_label_noise, read_corrections
     from keras_rsft.data._sources import load_images
     from keras_rsft.training._run import finetune
@@ -284,10 +284,9 @@ def test_from_wrong_labels_to_a_better_model(
     def fit(name, **options):
         return finetune(
             noisy,
-            backbone=str(tiny_base_file),
+            features=FeatureConfig(str(tiny_base_file), cache_dir=tmp_path / "cache"),
             settings=TrainConfig(epochs=12, batch_size=8, learning_rate=0.02),
             output=tmp_path / name,
-            cache_dir=tmp_path / "cache",
             progress=False,
             **options,
         )

@@ -14,7 +14,7 @@ from made_bases import changed_layers, network, save_three_blocks
 from keras_rsft._predict import predict_files
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli._commands import chosen_words
-from keras_rsft.config import SearchSpace, TrainConfig, UnfreezeConfig
+from keras_rsft.config import FeatureConfig, SearchSpace, TrainConfig, UnfreezeConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report._page import write_report
 from keras_rsft.training._resume import TrainingClock, memory_of
@@ -48,13 +48,11 @@ def run(noisy_photos, base_file, tmp_path_factory):
 
     def call(output, **options):
         given = {
-            "backbone": str(base_file), "settings": SETTINGS, "space": SPACE,
+            "features": FeatureConfig(str(base_file), cache_dir=cache),
+            "settings": SETTINGS, "space": SPACE,
             "max_trials": 4, "unfreeze": ("frozen", "last-block"),
         }  # fmt: skip
-        return search(
-            noisy_photos, output=output, cache_dir=cache, progress=False,
-            **(given | options),
-        )  # fmt: skip
+        return search(noisy_photos, output=output, progress=False, **(given | options))
 
     return call
 
@@ -307,7 +305,7 @@ class TestRefused:
     @pytest.mark.parametrize("base", ["onnx:some.onnx@imagenet", "savedmodel:some@0:1"])
     def test_a_base_without_keras_layers(self, run, base, tmp_path):
         with pytest.raises(InvalidArgument, match=r"no Keras layers.*--unfreeze"):
-            run(tmp_path / "run", backbone=base)
+            run(tmp_path / "run", features=base)
         assert not (tmp_path / "run").exists()
 
     def test_a_base_in_which_nothing_can_learn(self, run, tmp_path):
@@ -315,7 +313,7 @@ class TestRefused:
         pooled = keras.layers.GlobalAveragePooling2D()(images)
         keras.Model(images, pooled).save(tmp_path / "pooled.keras")
         with pytest.raises(InvalidArgument, match="no Keras layer that could learn"):
-            run(tmp_path / "run", backbone=str(tmp_path / "pooled.keras"))
+            run(tmp_path / "run", features=str(tmp_path / "pooled.keras"))
 
     def test_features_alone(self, found):
         with pytest.raises(InvalidArgument, match="Features alone"):

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from made_features import split_features
 
-from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
+from keras_rsft.config import FeatureConfig, SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.training._head import train_head
 from keras_rsft.tuning import _search as search_run
@@ -286,9 +286,9 @@ def test_from_images(photo_folder, tiny_base_file, tmp_path):
     from keras_rsft._predict import predict_files
 
     found = search(
-        str(photo_folder), output=tmp_path / "run", backbone=str(tiny_base_file),
+        str(photo_folder), output=tmp_path / "run",
+        features=FeatureConfig(str(tiny_base_file), cache_dir=tmp_path / "kept"),
         max_trials=3, settings=SETTINGS, space=SPACE, progress=False,
-        cache_dir=tmp_path / "kept",
     )  # fmt: skip
     (prediction,) = predict_files(found.folder, [photo_folder / "green" / "05.png"])
     assert prediction.label in ("blue", "green", "red")

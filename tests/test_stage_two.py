@@ -16,7 +16,7 @@ from keras_rsft._predict import predict_files
 from keras_rsft.backbones._build import build_head, leaf_layers
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli import main
-from keras_rsft.config import TrainConfig, UnfreezeConfig
+from keras_rsft.config import FeatureConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.data._labels import add_label_noise
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, TrainingStalled
@@ -25,9 +25,9 @@ from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
 from keras_rsft.training import _features as features_module
 from keras_rsft.training import _unfreeze as unfreezing
-from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._features import FeatureSource, SplitFeatures
 from keras_rsft.training._run import finetune
-from keras_rsft.training._unfreeze import BackboneSource, accuracy_on_images, begun_from
+from keras_rsft.training._unfreeze import accuracy_on_images, begun_from
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -86,9 +86,8 @@ def tune(base, head, split, kept, accepted):
         )
         nothing = given["split"].take(np.zeros(0, np.int64))
         data = types.SimpleNamespace(train=given["split"], validation=nothing)
-        source = BackboneSource(
-            data, lambda: base, "float32", kept.path.parent.parent, False, print
-        )
+        config = FeatureConfig(cache_dir=kept.path.parent.parent, dtype="float32")
+        source = FeatureSource(data, base, None, config, progress=False)
         empty = given["kept"].take(np.zeros(0, np.int64))
         features = SplitFeatures(given["kept"], empty, empty, ("a", "b", "c"))
         model = RSFTModel(given["head"], AcceptAll())
@@ -242,10 +241,11 @@ class TestRun:
             data = load_images(str(photo_folder), **changes)
             return finetune(
                 add_label_noise(data, "symmetric:0.25", seed=0),
-                backbone=str(tiny_base_file),
+                features=FeatureConfig(
+                    str(tiny_base_file), cache_dir=tmp_path / "cache"
+                ),
                 settings=settings,
                 output=tmp_path / "run",
-                cache_dir=tmp_path / "cache",
                 progress=False,
             )
 
@@ -258,7 +258,7 @@ class TestRun:
         assert 0 <= results["stage2_validation_accuracy"] <= 1
         assert 0 <= results["stage2_test_accuracy"] <= 1
         config = json.loads((done.folder / "config.json").read_text())
-        assert config["unfreeze"]["accepted_only"]
+        assert config["unfreeze"]["layers"] == "last-block"
         (prediction,) = predict_files(done.folder, [photo_folder / "green" / "05.png"])
         assert prediction.label in ("blue", "green", "red")
 

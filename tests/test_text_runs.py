@@ -92,9 +92,8 @@ class TestRun:
         data = rsft.load_texts(root / "texts.csv")
         run = rsft.finetune(
             data,
-            backbone="minilm",
+            features=rsft.FeatureConfig(cache_dir=root / "kept"),
             settings=rsft.TrainConfig(epochs=3, batch_size=8),
-            cache_dir=root / "kept",
             progress=False,
         )
         assert run.class_names == ("animals", "cooking", "money")
@@ -180,9 +179,10 @@ class TestRefusals:
         assert (status, said in err) == (2, True), err
         assert err.count("\n") == 1
 
-    def test_texts_in_python_with_the_default_base(self, root):
+    def test_texts_in_python_with_a_base_for_images(self, root):
+        texts = rsft.load_texts(root / "texts.csv")
         with pytest.raises(InvalidArgument, match="--backbone minilm"):
-            rsft.finetune(rsft.load_texts(root / "texts.csv"), progress=False)
+            rsft.finetune(texts, features="resnet50", progress=False)
 
     @pytest.mark.parametrize(
         "kind",

@@ -6,8 +6,6 @@ import keras
 import numpy as np
 import pytest
 
-import keras_rsft as rsft
-from keras_rsft.errors import InvalidArgument
 from keras_rsft.training._optimizer import with_two_rates
 
 
@@ -67,33 +65,3 @@ def test_equal_rates_change_nothing_and_slow_ones_do(name):
     np.testing.assert_array_equal(slow[1], plain[1])
     start = np.float32([1.0, -2.0])
     assert np.all(np.abs(slow[0] - start) < np.abs(plain[0] - start))
-
-
-def test_saved_and_loaded(small_data, make_model, tmp_path):
-    x, y = small_data
-    model = rsft.RSFTModel(make_model(), rsft.AcceptAll())
-    optimizer = with_two_rates(
-        keras.optimizers.Adam(0.01), slow_variables=2, slow_rate=0.25
-    )
-    model.compile(optimizer, "sparse_categorical_crossentropy")
-    model.fit(x, y, epochs=1, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert isinstance(loaded.optimizer, keras.optimizers.Adam)
-    assert (loaded.optimizer.slow_variables, loaded.optimizer.slow_rate) == (2, 0.25)
-    for one in (model, loaded):
-        one.fit(x, y, epochs=1, shuffle=False, verbose=0)
-    for own, other in zip(loaded.weights, model.weights, strict=True):
-        np.testing.assert_allclose(own.numpy(), other.numpy(), atol=1e-6)
-
-
-def test_what_cannot_be():
-    class Own(keras.optimizers.SGD):
-        pass
-
-    with pytest.raises(InvalidArgument, match="Received: Own"):
-        with_two_rates(Own(0.1), slow_variables=1, slow_rate=0.1)
-    for wrong in ({"slow_variables": -1}, {"slow_rate": float("nan")}):
-        options = {"slow_variables": 1, "slow_rate": 0.1} | wrong
-        with pytest.raises(InvalidArgument, match="at least 0"):
-            with_two_rates(keras.optimizers.SGD(0.1), **options)

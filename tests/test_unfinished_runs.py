@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -48,8 +47,7 @@ class TestPlaces:
         self, name, called, tmp_path
     ):
         (tmp_path / name).mkdir()
-        arguments = argparse.Namespace(data=str(tmp_path / name))
-        assert data_name(arguments) == called
+        assert data_name(str(tmp_path / name)) == called
         (tmp_path / f".partial-compare-{called}-12345.unfinished-12345678").mkdir()
 
     def test_an_unfinished_run_with_other_settings_is_not_touched(

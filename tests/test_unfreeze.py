@@ -13,7 +13,7 @@ from made_bases import changed_layers, save_three_blocks
 from same_run import assert_same_run
 
 from keras_rsft._predict import predict_files
-from keras_rsft.config import PolicyConfig, TrainConfig, UnfreezeConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.data._samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import ImageBatches
@@ -23,7 +23,7 @@ from keras_rsft.training._features import open_features
 from keras_rsft.training._head import train_head
 from keras_rsft.training._resume import TrainingCheckpoint
 from keras_rsft.training._run import finetune
-from keras_rsft.training._unfreeze import BackboneSource, cut_backbone, train_unfrozen
+from keras_rsft.training._unfreeze import cut_backbone, train_unfrozen
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -51,21 +51,14 @@ def settings():
 
 @pytest.fixture(scope="module")
 def source(noisy_photos, base_file, tmp_path_factory):
-    return open_features(
-        noisy_photos, backbone=str(base_file), weights="imagenet", image_size=None,
-        precision="float32", views=1, seed=0, progress=False,
-        cache_dir=tmp_path_factory.mktemp("cache"),
-    )  # fmt: skip
+    cache = tmp_path_factory.mktemp("cache")
+    config = FeatureConfig(str(base_file), dtype="float32", cache_dir=cache)
+    return open_features(noisy_photos, config, progress=False)
 
 
 @pytest.fixture(scope="module")
 def train(source, settings):
     """Trains a head and then the part, from kept activations or from images."""
-
-    backbone = BackboneSource(
-        source.data, source.float32_base, "float32",
-        source.features.train.path.parent.parent, False, print,
-    )  # fmt: skip
 
     @functools.cache
     def run(
@@ -78,9 +71,9 @@ def train(source, settings):
             ),
         )  # fmt: skip
         trained = train_head(source.features, how, progress=False)
-        part = cut_backbone(source.base, how.unfreeze)
+        part = cut_backbone(source.backbone, how.unfreeze)
         classifier, whole = train_unfrozen(
-            part, trained, backbone, source.features, how, cached=keep
+            part, trained, source, source.features, how, cached=keep
         )
         return part, trained, (classifier, whole)
 
@@ -97,7 +90,8 @@ def fit(noisy_photos, base_file, settings, tmp_path_factory):
             how = dataclasses.replace(settings.unfreeze, **how)
             changes = changes | {"unfreeze": how}
         return finetune(
-            noisy_photos, backbone=str(base_file), output=output, cache_dir=cache,
+            noisy_photos, output=output,
+            features=FeatureConfig(str(base_file), cache_dir=cache),
             settings=dataclasses.replace(settings, **changes), with_plain=False,
             progress=False, **options,
         )  # fmt: skip
@@ -134,15 +128,18 @@ class TestWhatLearns:
         if layers == 2:
             changes |= {"optimizer": "adam", "learning_rate": 0.01}
         part, trained, tuned = train(**changes)
-        assert changed_layers(source.base, part.base) == expected
+        assert changed_layers(source.backbone, part.base) == expected
         own_base, own_head = tuned[0].layers[1:]
         assert own_base is part.base
         assert changed_layers(trained.model.model, own_head) == {"scores"}
         assert not any(v.trainable for v in own_base.variables)
 
     def test_batch_norm_where_it_is_asked_for(self, train, source):
-        part, _, _ = train(batch_norm=True, epochs=1)
-        assert changed_layers(source.base, part.base) == {"block3_conv", "block3_bn"}
+        part, _, _ = train(train_batch_norm=True, epochs=1)
+        assert changed_layers(source.backbone, part.base) == {
+            "block3_conv",
+            "block3_bn",
+        }
         norm = part.base.get_layer(part.base.layers[1].name).get_layer("block3_bn")
         assert not np.allclose(norm.moving_mean.numpy(), 0.1)
 
@@ -150,7 +147,7 @@ class TestWhatLearns:
     def test_a_slow_base_moves_less_and_the_head_as_before(self, train, source):
         def movement(rate):
             part, trained, tuned = train(epochs=1, base_rate=rate)
-            own, given = part.base.get_weights(), source.base.get_weights()
+            own, given = part.base.get_weights(), source.backbone.get_weights()
             base = sum(
                 np.abs(one - other).sum() for one, other in zip(own, given, strict=True)
             )
@@ -180,8 +177,8 @@ class TestWhatLearns:
         assert tuned[1].ledger is trained.ledger
         assert (trained.ledger.seen == epochs).all()
         whole = tuned[1]
-        assert whole.acceptance_by_class.shape == (epochs, 3)
-        assert len(whole.loss_histograms) == epochs
+        assert np.shape(whole.recorder.acceptance_by_class) == (epochs, 3)
+        assert len(whole.recorder.loss_histograms) == epochs
         assert {len(values) for values in whole.history.values()} == {epochs}
         assert whole.accepted.sum() == pytest.approx(
             whole.history["acceptance_rate"][-1] * len(source.features.train)
@@ -194,7 +191,7 @@ class TestRun:
         policy = PolicyConfig(threshold=1e-9, warmup_epochs=HEAD_EPOCHS)
         with (
             pytest.warns(UserWarning, match="accepted no sample"),
-            pytest.raises(TrainingStalled, match="in which the base learns"),
+            pytest.raises(TrainingStalled, match="in which the backbone learns"),
         ):
             fit(tmp_path / "run", changes={"policy": policy})
 
@@ -237,7 +234,7 @@ class TestRun:
             fit(None, how={"layers": 7})
         for base in ("onnx:some.onnx@imagenet", "savedmodel:some@0:1"):
             with pytest.raises(InvalidArgument, match="no Keras layers"):
-                finetune(noisy_photos, backbone=base, settings=settings)
+                finetune(noisy_photos, features=base, settings=settings)
 
     def test_settings_that_do_not_fit(self, settings):
         for changes, message in (
@@ -257,9 +254,6 @@ class TestRun:
         status, _, error = call("fit", photo_folder, "--unfreeze", "0")
         assert status == 2
         assert "at least 1" in error
-        status, _, error = call("fit", photo_folder, "--unfreeze", 1, "--stage2")
-        assert status == 2
-        assert "Give one of them" in error
 
 
 class TestWhichIsKept:
@@ -341,7 +335,7 @@ class TestGoesOn:
 
     @pytest.mark.slow
     def test_on_accepted_samples_alone(self, fit, tmp_path, stop_at):
-        how = {"accepted_only": True, "epochs": 4, "learning_rate": 1e-4}
+        how = {"layers": "last-block", "epochs": 4, "learning_rate": 1e-4}
         whole = fit(tmp_path / "whole", how=how)
         stop_at(3)  # The head has two epochs, and the unfrozen layers count anew.
         with pytest.raises(KeyboardInterrupt) as stop:

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.training._run import finetune
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ SECONDS_UNTIL_LOST = 5
 DRIVER = textwrap.dedent(f"""
     import pathlib, sys, time
     from keras_rsft import cli
-    from keras_rsft.finetuning import resume, devices
+    from keras_rsft.training import _devices as devices, _resume as resume
 
     devices.SECONDS_UNTIL_LOST = {SECONDS_UNTIL_LOST}
     resume.TIMES_ITS_COST = 0.0
@@ -54,7 +54,8 @@ def start(photo_folder, tiny_base_file, tmp_path):
     def start(worker, addresses, *under, then="go on"):
         command = [
             *under, sys.executable, "-c", DRIVER, tmp_path / f"reached-{worker}", then,
-            "fit", photo_folder, "--backbone", tiny_base_file, "--no-plain",
+            "fit", photo_folder, "--backbone", tiny_base_file,
+            "--set", "with_plain=false",
             "--strategy", "multiworker", "--cache-dir", tmp_path / "kept",
             "--policy", "keep-fraction", "--epochs", "6", "--batch-size", "8",
             "--learning-rate", "0.05",
@@ -81,8 +82,8 @@ def one_process(photo_folder, tiny_base_file, tmp_path):
         policy=PolicyConfig("keep-fraction"), epochs=6, batch_size=8, learning_rate=0.05
     )
     run = finetune(
-        str(photo_folder), backbone=str(tiny_base_file), settings=settings,
-        cache_dir=tmp_path / "kept", progress=False,
+        str(photo_folder), settings=settings, progress=False,
+        features=FeatureConfig(str(tiny_base_file), cache_dir=tmp_path / "kept"),
     )  # fmt: skip
     return run.model.get_weights()
 

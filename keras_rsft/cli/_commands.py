@@ -32,7 +32,7 @@ from keras_rsft.cli._options import (
     DEFAULT_TEXT_COLUMN,
     config_of,
     data_name,
-    feature_options,
+    features_of,
     fit_command,
     kind_of,
     load_data,
@@ -47,6 +47,7 @@ from keras_rsft.config import (
     TEXTS,
     USED_BY,
     ExportConfig,
+    FeatureConfig,
     PolicyConfig,
     SearchConfig,
     SearchSpace,
@@ -141,10 +142,12 @@ def demo(arguments: argparse.Namespace, output: Output) -> bool:
     data = rsft.add_label_noise(data, "symmetric:0.3", seed=arguments.seed)
     run = rsft.finetune(
         data,
-        backbone="efficientnet_lite0",
-        image_size=96,
-        precision="float32",
-        cache_dir=arguments.cache_dir,
+        features=FeatureConfig(
+            "efficientnet_lite0",
+            image_size=96,
+            dtype="float32",
+            cache_dir=arguments.cache_dir,
+        ),
         settings=settings,
         output=arguments.output or rsft.NumberedFolder("demo"),
         progress=output.progress,
@@ -222,7 +225,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> bool:
     how = unfreezing(arguments, arguments.unfreeze)
     policy = policy_of(arguments)
     settings = config_of(arguments, TrainConfig, policy=policy, unfreeze=how)
-    features = feature_options(arguments)
+    features = features_of(arguments)
     folder = _new_folder(arguments)
     from keras_rsft.training._devices import open_devices
     from keras_rsft.training._run import results_of
@@ -236,7 +239,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> bool:
         board.require_tensorboard()
     data = _load(arguments, output, "train")
     shared = {"settings": settings, "progress": output.progress}
-    shared |= {"with_plain": arguments.with_plain, **features}
+    shared |= {"with_plain": arguments.with_plain, "features": features}
     if arguments.dry_run:
         _dry_run(arguments, output, data, shared)
         return True
@@ -249,8 +252,8 @@ def fit(arguments: argparse.Namespace, output: Output) -> bool:
 
     def tensorboard(ledger: rsft.RejectionLedger) -> list[rsft.RejectionTensorBoard]:
         hparams = {"data": arguments.data, "noise": arguments.noise}
-        hparams |= features | dataclasses.asdict(settings)
-        for name in ("cache_dir", "feature_precision", "image_size"):
+        hparams |= dataclasses.asdict(features) | dataclasses.asdict(settings)
+        for name in ("cache_dir", "cache_dtype", "image_size"):
             del hparams[name]
         return [
             rsft.RejectionTensorBoard(
@@ -332,7 +335,7 @@ def compare(arguments: argparse.Namespace, output: Output) -> bool:
     """Trains with several methods and several seeds."""
     methods = check_methods(arguments.methods)
     settings = config_of(arguments, TrainConfig, policy=policy_of(arguments))
-    features = feature_options(arguments)
+    features = features_of(arguments)
     folder = _new_folder(arguments, "compare-")
     from keras_rsft.data._labels import parse_noise
 
@@ -343,7 +346,7 @@ def compare(arguments: argparse.Namespace, output: Output) -> bool:
         methods=methods,
         seeds=arguments.seeds,
         noise=arguments.noise,
-        **features,
+        features=features,
         settings=settings,
         output=folder,
         progress=output.progress,
@@ -370,7 +373,7 @@ def rank(arguments: argparse.Namespace, output: Output) -> bool:
     """Ranks backbones by a quick head on a sample."""
     for name in arguments.backbones:
         parse_base_name(name)
-    features = feature_options(arguments)
+    features = dataclasses.replace(features_of(arguments), backbone=None)
     from keras_rsft.backbones._load import check_backbone_name
 
     for name in arguments.backbones:
@@ -381,7 +384,7 @@ def rank(arguments: argparse.Namespace, output: Output) -> bool:
         sample=arguments.sample,
         seed=arguments.seed,
         progress=output.progress,
-        **{name: features[name] for name in ("image_size", "precision", "cache_dir")},
+        features=features,
     )
     output.show(summary.ranking_summary(ranking), plain=True)
     best = ranking.ranked[0].name
@@ -397,16 +400,16 @@ def rank(arguments: argparse.Namespace, output: Output) -> bool:
 def features(arguments: argparse.Namespace, output: Output) -> bool:
     """Extracts features and caches them, or a share of them."""
     cluster = features_cluster(arguments)
-    options = feature_options(arguments)
+    config = features_of(arguments)
     from keras_rsft.features._extract import default_cache_dir
     from keras_rsft.training._features import keep_share, open_features
 
-    options |= {"cluster": cluster, "patience": arguments.worker_timeout}
+    options = {"cluster": cluster, "timeout": arguments.worker_timeout}
     options |= {"seed": arguments.seed, "progress": output.progress}
     folder = arguments.cache_dir or default_cache_dir()
     data = _load(arguments, output)
     if arguments.share is None:
-        found, splits = open_features(data, **options).features, {}
+        found, splits = open_features(data, config, **options).features, {}
         for name in ("train", "validation", "test"):
             part = getattr(found, name)
             text = f"{name}: {len(part):,} {data.kind}, {part.dim:,} features each"
@@ -427,7 +430,7 @@ def features(arguments: argparse.Namespace, output: Output) -> bool:
         title = "Train on them"
     else:
         splits = None
-        keep_share(data, **options)
+        keep_share(data, config, **options)
         output.say(f"Share {cluster.index} of {len(cluster)} is cached in {folder}.")
         title = "Once all shares are cached, put them together and train"
     output.next_command(title, fit_command(arguments, f"--seed={arguments.seed}"))
@@ -453,7 +456,7 @@ def search(arguments: argparse.Namespace, output: Output) -> bool:
     # `options.unfreeze` says which layers.
     how = unfreezing(arguments, ALL if options.unfrozen else None)
     settings = config_of(arguments, TrainConfig, unfreeze=how)
-    features = feature_options(arguments)
+    features = features_of(arguments)
     _check_part(arguments)
     from keras_rsft.tuning._folder import next_search_folder
 
@@ -465,7 +468,7 @@ def search(arguments: argparse.Namespace, output: Output) -> bool:
         options=options,
         space=space,
         clean_validation=arguments.clean_validation,
-        **features,
+        features=features,
         settings=settings,
         progress=output.progress,
         command=arguments.command_line,

@@ -31,7 +31,7 @@ from keras_rsft.config import (
     TrainConfig,
     Unfreeze,
     UnfreezeConfig,
-    backbone_for,
+    feature_config,
     nearest_name_hint,
     option,
     parse_unfreeze,
@@ -421,19 +421,10 @@ def unfreezing(
     return None
 
 
-def feature_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the features that were asked for as the library's keywords."""
+def features_of(arguments: argparse.Namespace) -> FeatureConfig:
+    """Returns the features that were asked for."""
     config_of(arguments, DataConfig)  # Refused before anything heavy is imported.
-    features = config_of(arguments, FeatureConfig)
-    return {
-        "backbone": backbone_for(features, kind_of(arguments)),
-        "weights": features.weights,
-        "image_size": features.image_size,
-        "precision": features.dtype,
-        "views": features.augmentations,
-        "feature_precision": features.cache_dtype,
-        "cache_dir": features.cache_dir,
-    }
+    return feature_config(config_of(arguments, FeatureConfig), kind_of(arguments))
 
 
 # === From configurations to a command ===

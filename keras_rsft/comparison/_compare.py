@@ -35,6 +35,7 @@ from keras_rsft.config import (
     EARLY_STOPPING,
     METHOD_NAMES,
     WEIGHT_DECAY,
+    FeatureConfig,
     TrainConfig,
     check_methods,
     has_cleanlab,
@@ -43,7 +44,7 @@ from keras_rsft.data._labels import add_label_noise, parse_noise
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import positions_of
-from keras_rsft.training._features import SplitFeatures, open_features
+from keras_rsft.training._features import SplitFeatures, open_features, resolve
 
 NOISY_SPLITS = ("train", "validation")
 
@@ -86,15 +87,9 @@ def compare(
     methods: Sequence[str] | None = None,
     seeds: int = 5,
     noise: str | None = None,
-    backbone: str = "resnet50",
-    weights: str = "imagenet",
-    image_size: int | None = None,
-    precision: str = "auto",
-    views: int = 1,
-    feature_precision: str = "float32",
+    features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
     output: str | os.PathLike | NumberedFolder | None = None,
-    cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> Comparison:
@@ -111,20 +106,14 @@ def compare(
         seeds: How many seeds, at least 1, from `settings.seed` on. Default 5.
         noise: Labels of the training and validation splits are made wrong on
             purpose, as in `add_label_noise`. Default: none.
-        backbone: Name of a backbone or path of a `.keras` file. Default ResNet50.
-        weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
-        image_size: Side of the square images in pixels. Default: the backbone's.
-        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the backbone's pass.
-        views: Augmentations cached of each training image, at least 1. Default 1.
-        feature_precision: How features are cached: `"float32"` or, in half the space,
-            `"float16"`. Default float32.
+        features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
+            Default: `FeatureConfig()`.
         settings: How each head is trained; the numbers of `settings.policy` are
             those of the methods that are policies. Without early stopping, which is a
             method. Default: `TrainConfig()`.
         output: Folder of the comparison, which must not exist, or
             `NumberedFolder("compare-photos")` for the next number. It is taken at once
             and appears whole at the end. Default: none is written.
-        cache_dir: Where features are cached. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
 
@@ -144,23 +133,13 @@ def compare(
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
+    data, features = resolve(data, features)
 
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.
         if output is not None:
             place = stack.enter_context(open_place(output, {"kind": "comparison"}))
-        source = open_features(
-            data,
-            backbone=backbone,
-            weights=weights,
-            image_size=image_size,
-            precision=precision,
-            views=views,
-            feature_precision=feature_precision,
-            seed=settings.seed,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
+        source = open_features(data, features, seed=settings.seed, progress=progress)
         noisy_data = {}
         for seed in range(settings.seed, settings.seed + seeds):
             if noise is not None:

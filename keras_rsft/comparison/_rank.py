@@ -13,15 +13,15 @@ import tensorflow as tf
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._stats import NORMAL_QUANTILE
 from keras_rsft.backbones._foreign import weights_bytes
-from keras_rsft.backbones._load import check_backbone_name, load_backbone
-from keras_rsft.config import require_takes
+from keras_rsft.backbones._load import check_backbone_name
+from keras_rsft.config import FeatureConfig, feature_config
 from keras_rsft.data._samples import SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.features._extract import FrozenBase, extract_features, seconds_per_image
 from keras_rsft.label_quality._audit import MIN_NOISE_RATE, LabelQuality, audit_labels
-from keras_rsft.training._features import precision_for
+from keras_rsft.training._features import load_configured
 
 DEFAULT_SAMPLE = 1000
 # Errors of one backbone, after which the others are still ranked.
@@ -73,10 +73,8 @@ def rank_backbones(
     backbones: Sequence[str | os.PathLike],
     *,
     sample: int = DEFAULT_SAMPLE,
-    image_size: int | None = None,
-    precision: str = "auto",
+    features: FeatureConfig | None = None,
     seed: int = 0,
-    cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> BackboneRanking:
     """Scores backbones on a stratified sample of the training images.
@@ -92,10 +90,9 @@ def rank_backbones(
         data: Loaded images or texts, or what `load_images` takes.
         backbones: Names, as in `load_backbone`.
         sample: Most images to look at, at least 2. Default 1000.
-        image_size: Side of the images for all backbones. Default: each one's own.
-        precision: As in `finetune`.
+        features: Which features of all backbones, without augmentations. Default:
+            `FeatureConfig()`.
         seed: Chooses the sample. Default 0.
-        cache_dir: Where features are cached. Default: the user's cache folder.
         progress: Show progress bars. Default True.
 
     Returns:
@@ -113,23 +110,33 @@ def rank_backbones(
             "Expected at least one backbone, and a sample of at least 2 images. "
             f"Received: {names}, sample={sample}."
         )
+    if features is not None and features.backbone is not None:
+        raise InvalidArgument(
+            "The names of the backbones come in `backbones`. Received: "
+            f"features.backbone={features.backbone!r}."
+        )
     for name in names:
         check_backbone_name(name)
     if not isinstance(data, SampleData):
         data = load_images(os.fspath(data))
-    for name in names:
-        require_takes(name, data.kind)
+    shared = features or FeatureConfig()
+    configs = [
+        feature_config(dataclasses.replace(shared, backbone=name), data.kind)
+        for name in names
+    ]
     chosen = stratified_sample(data.train.labels, sample, seed=seed)
     images = data.train.take(chosen)
     measured, failed = [], []
-    for name in names:
+    for name, config in zip(names, configs, strict=True):
         try:
-            backbone = load_backbone(
-                name, image_size=image_size, precision=precision_for(name, precision)
-            )
+            backbone = load_configured(config)
             frozen = FrozenBase(backbone, num_images=len(images))
             cached = extract_features(
-                frozen, images, cache_dir=cache_dir, progress=progress
+                frozen,
+                images,
+                cache_dir=config.cache_dir,
+                feature_precision=config.cache_dtype,
+                progress=progress,
             )
             quality = audit_labels(cached, data.num_classes, progress=progress)
             costs: dict[str, Any] = {

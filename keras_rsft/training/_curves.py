@@ -62,22 +62,17 @@ class EpochCurves(keras.callbacks.Callback):
             return
         losses, hits = self._train.losses_and_hits(self.model)
         accepted = self._recorder.last_epoch[1][self._train.rows] > 0
-        logs |= _means("train", losses, hits, np.ones(len(hits), bool))
-        logs |= _means("train_accepted", losses, hits, accepted)
+        everything = np.ones(len(hits), bool)
+        for name, chosen in (("train", everything), ("train_accepted", accepted)):
+            counted = chosen & np.isfinite(losses)
+            hit_rate = hits[chosen].mean() if chosen.any() else np.nan
+            mean_loss = losses[counted].mean() if counted.any() else np.nan
+            logs[f"{name}_accuracy"] = float(hit_rate)
+            logs[f"{name}_loss"] = float(mean_loss)
         if self._validation is not None:
             losses, _ = self._validation.losses_and_hits(self.model)
             error = np.std(losses) / np.sqrt(self._validation.whole_count)
             logs["val_loss_error"] = float(error)
-
-
-def _means(
-    name: str, losses: np.ndarray, hits: np.ndarray, chosen: np.ndarray
-) -> dict[str, float]:
-    counted = chosen & np.isfinite(losses)
-    return {
-        f"{name}_accuracy": float(hits[chosen].mean()) if chosen.any() else np.nan,
-        f"{name}_loss": float(losses[counted].mean()) if counted.any() else np.nan,
-    }
 
 
 # Overfitting --------------------------------------------------------------------------
@@ -101,11 +96,15 @@ class Overfitting:
     @property
     def sentence(self) -> str:
         """What happened, from which epoch on, and what to do."""
-        worse, better = ("fell", "rose") if self.measure == "accuracy" else (
-            "rose", "fell"
-        )  # fmt: skip
+        worse, better = "fell", "rose"
+        if self.measure == "loss":
+            worse, better = better, worse
         (best, last), (before, after) = self.validation, self.training
-        shown = self._shown
+
+        def shown(value: float) -> str:
+            is_share = self.measure == "accuracy"
+            return f"{100 * value:.1f} %" if is_share else f"{value:.3g}"
+
         return (
             f"Overfitting from epoch {self.best_epoch + 1} on: validation "
             f"{self.measure} {worse} from {shown(best)} to {shown(last)} (standard "
@@ -114,23 +113,17 @@ class Overfitting:
             f"`--epochs {self.best_epoch}` or `--weight-decay`."
         )
 
-    def _shown(self, value: float) -> str:
-        if self.measure == "accuracy":
-            return f"{100 * value:.1f} %"
-        return f"{value:.3g}"
-
 
 def find_overfitting(
     curves: Mapping[str, Sequence[float]], validation_size: int
 ) -> Overfitting | None:
-    """Looks for a training that goes on improving while validation falls."""
+    """Looks for a training that still improves while validation falls."""
     for measure, sign in (("accuracy", 1.0), ("loss", -1.0)):
         training = curves.get(f"train_accepted_{measure}", ())
         validation = curves.get(f"val_{measure}", ())
+        errors = curves.get("val_loss_error", ())
         if measure == "accuracy":
             errors = [accuracy_error(value, validation_size) for value in validation]
-        else:
-            errors = curves.get("val_loss_error", ())
         found = _fall(measure, sign, training, validation, errors)
         if found is not None:
             return found

@@ -56,14 +56,6 @@ class Devices:
         replicas = self.strategy.num_replicas_in_sync
         return BatchShare(replicas, first=self.cluster.index * count, count=count)
 
-    def require_trainable(self, *, base_learns: bool) -> None:
-        """Refuses to train the backbone on several devices."""
-        if self.strategy is not None and base_learns:
-            raise InvalidArgument(
-                "A part of the base is trained on one device. Received: the strategy "
-                f"{self.name}. Leave out `--strategy`, or `--unfreeze`."
-            )
-
     def describe(self) -> str:
         """Says in a line what this is."""
         count = len(self.local_names)
@@ -129,13 +121,15 @@ class Devices:
             ) from error
 
     def _chiefs(self, values: np.ndarray) -> np.ndarray:
+        strategy: Any = self.strategy
+
         def value_of(context: tf.distribute.experimental.ValueContext) -> tf.Tensor:
             chiefs = context.replica_id_in_sync_group == 0
             return tf.constant(values if chiefs else np.zeros_like(values))
 
         with self.heeding_loss():
-            parts = self.strategy.experimental_distribute_values_from_function(value_of)
-            return self.strategy.reduce("SUM", parts, axis=None).numpy()
+            parts = strategy.experimental_distribute_values_from_function(value_of)
+            return strategy.reduce("SUM", parts, axis=None).numpy()
 
 
 ONE_DEVICE = Devices()

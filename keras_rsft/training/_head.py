@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft._ledger import Ledger, LossHistogram, RejectionLedger
+from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
 from keras_rsft.config import PolicyConfig, TrainConfig
@@ -45,13 +45,14 @@ class TrainedHead:
     history: dict[str, list[float]]
     results: dict[str, float]
     accepted: np.ndarray
-    ledger: Ledger
-    acceptance_by_class: np.ndarray
     recorder: RejectionLedger
-    label_quality: LabelQuality | None = None
-    loss_histograms: tuple[LossHistogram, ...] = ()
     callbacks: Sequence[keras.callbacks.Callback] = ()
+    label_quality: LabelQuality | None = None
     overfitting: Overfitting | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.recorder.ledger
 
 
 def train_head(
@@ -67,14 +68,15 @@ def train_head(
 ) -> TrainedHead:
     """Trains a new head on cached features and evaluates it."""
     train = features.train
-    require_validation(settings, features)
+    if settings.early_stopping is not None and not len(features.validation):
+        raise InvalidArgument(
+            "Early stopping goes by the validation split, and there is none. Leave out "
+            "`--early-stopping`, or give `--validation-fraction`."
+        )
     label_quality = None
     if settings.policy.name == "auto":
         label_quality = audit_labels(
-            train,
-            len(features.class_names),
-            seed=settings.seed,
-            progress=progress,
+            train, len(features.class_names), seed=settings.seed, progress=progress
         )
     with devices.scope():
         model = untrained_head(features, settings, label_quality)
@@ -90,14 +92,15 @@ def train_head(
     own: list[keras.callbacks.Callback] = [batches.callback, recorder]
     if curves:
         own.append(EpochCurves(features, recorder, settings.seed))
-    remembering = [*early_stopping(settings), *further]
+    remembering = [*further]
+    if (most := settings.early_stopping) is not None:
+        stopping = best_of_all_epochs("val_accuracy", "max", epochs=most)
+        remembering = [stopping, *further]
     validation = None
     if count := len(features.validation):
         rows = even_batch(count)
-        validation = batches_of(
-            features.validation, batch_size=rows, share=devices.share
-        )
-        validation = devices.distributed(validation, count, rows)
+        plain = batches_of(features.validation, batch_size=rows, share=devices.share)
+        validation = devices.distributed(plain, count, rows)
     history = fit_resumable(
         model,
         devices.distributed(batches.dataset, len(train), settings.batch_size),
@@ -114,8 +117,10 @@ def train_head(
         title=called or f"Training the head with {settings.policy.name}",
         progress=progress,
     )
-    kept = kept_epoch(settings, history)
-    if history["acceptance_rate"][kept] == 0:
+    best = len(history["loss"]) - 1
+    if settings.early_stopping is not None:
+        best = int(np.argmax(history["val_accuracy"]))
+    if history["acceptance_rate"][best] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
             f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
@@ -126,11 +131,19 @@ def train_head(
         for name, part in (("validation", features.validation), ("test", features.test))
         if len(part)
     }
-    results["acceptance_rate"] = history["acceptance_rate"][kept]
+    results["acceptance_rate"] = history["acceptance_rate"][best]
     if settings.early_stopping is not None:
-        results |= {"best_epoch": kept + 1, "epochs_trained": len(history["loss"])}
+        results |= {"best_epoch": best + 1, "epochs_trained": len(history["loss"])}
     probabilities = head_probabilities(model, train)
-    accepted = _final_decisions(model, train.labels, probabilities, batches, settings)
+    # What the finished model accepts, in the last epoch's batches.
+    losses = keras.losses.sparse_categorical_crossentropy(train.labels, probabilities)
+    losses = losses.numpy()
+    samples = batches.order(settings.epochs - 1)[0].numpy()
+    accepted = np.zeros(len(train), bool)
+    for start in range(0, len(samples), settings.batch_size):
+        batch = samples[start : start + settings.batch_size]
+        with keras.StatelessScope():  # Judging changes no running statistics.
+            accepted[batch] = model.policy(losses[batch], train.labels[batch], batch)
     if label_quality is not None:
         probabilities = label_quality.out_of_sample
         if label_quality.noise_rate > 0:  # Else there was too little to judge by.
@@ -148,12 +161,9 @@ def train_head(
         history,
         results,
         accepted,
-        recorder.ledger,
-        np.stack(recorder.acceptance_by_class),
         recorder,
-        label_quality,
-        tuple(recorder.loss_histograms),
         further,
+        label_quality,
         found,
     )
 
@@ -265,24 +275,6 @@ def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
     return head_probabilities(model, part).argmax(axis=-1) == part.labels
 
 
-def _final_decisions(
-    model: RSFTModel,
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    batches: TrainingBatches,
-    settings: TrainConfig,
-) -> np.ndarray:
-    """Returns which samples the finished model accepts, in the last epoch's batches."""
-    losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities).numpy()
-    samples = batches.order(settings.epochs - 1)[0].numpy()
-    accepted = np.zeros(len(labels), bool)
-    for start in range(0, len(samples), settings.batch_size):
-        batch = samples[start : start + settings.batch_size]
-        with keras.StatelessScope():  # Judging changes no running statistics.
-            accepted[batch] = model.policy(losses[batch], labels[batch], batch)
-    return accepted
-
-
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
     """Returns how many wrong labels there are, and which shares were rejected."""
     wrong = train.labels != train.clean_labels
@@ -294,46 +286,13 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
     return shares
 
 
-# --- Early stopping ------------------------------------------------------------------
-
-
-def early_stopping(settings: TrainConfig) -> list[keras.callbacks.Callback]:
-    """Returns the callback that ends a training early, or none."""
-    if settings.early_stopping is None:
-        return []
-    return [
-        keras.callbacks.EarlyStopping(
-            monitor="val_accuracy",
-            mode="max",
-            patience=settings.early_stopping,
-            restore_best_weights=True,
-        )
-    ]
-
-
 def best_of_all_epochs(
     monitor: str, mode: str, *, epochs: int
 ) -> keras.callbacks.Callback:
-    """Returns the callback that ends no training and keeps its best epoch's weights."""
+    """Restores the best weights, at the end or after `epochs` epochs that are worse."""
     return keras.callbacks.EarlyStopping(
         monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
     )
-
-
-def kept_epoch(settings: TrainConfig, history: dict[str, list[float]]) -> int:
-    """Returns which epoch's weights are kept, from 0: the last, or the first best."""
-    if settings.early_stopping is None:
-        return len(history["acceptance_rate"]) - 1
-    return int(np.argmax(history["val_accuracy"]))
-
-
-def require_validation(settings: TrainConfig, features: SplitFeatures) -> None:
-    """Raises InvalidArgument where early stopping has nothing to go by."""
-    if settings.early_stopping is not None and not len(features.validation):
-        raise InvalidArgument(
-            "Early stopping goes by the validation split, and there is none. Leave out "
-            "`--early-stopping`, or give `--validation-fraction`."
-        )
 
 
 # --- A plain head beside it ----------------------------------------------------------

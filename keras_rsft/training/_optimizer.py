@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import keras
@@ -40,16 +39,12 @@ def make_optimizer(
 # Discriminative learning rates --------------------------------------------------------
 
 
-class _TwoRates:
+class _TwoRates(keras.optimizers.Optimizer):
     """Mixed into an optimizer's class: the first variables are the slow ones."""
 
-    def __init__(
-        self, *, slow_variables: int = 0, slow_rate: float = 1.0, **options: Any
-    ):
-        super().__init__(**options)
-        self.slow_variables = slow_variables
-        self.slow_rate = slow_rate
-        self._slow: set[Any] = set()
+    weight_decay: Any
+    slow_variables: int
+    slow_rate: float
 
     def build(self, variables: list[Any]) -> None:
         self._slow = {self._var_key(one) for one in variables[: self.slow_variables]}
@@ -59,12 +54,6 @@ class _TwoRates:
         if self._var_key(variable) in self._slow:
             learning_rate = learning_rate * self.slow_rate
         super().update_step(gradient, variable, learning_rate)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "slow_variables": self.slow_variables,
-            "slow_rate": self.slow_rate,
-        }
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         decay = self.weight_decay
@@ -80,34 +69,12 @@ class _TwoRates:
             self.weight_decay = decay
 
 
-# A class of each of Keras's optimizers, so that all can be saved.
-_TWO_RATES = {
-    kind: keras.saving.register_keras_serializable("keras_rsft")(
-        type(f"TwoRates{name}", (_TwoRates, kind), {})
-    )
-    for name, kind in sorted(vars(keras.optimizers).items())
-    if inspect.isclass(kind)
-    and issubclass(kind, keras.optimizers.Optimizer)
-    and kind not in (keras.optimizers.Optimizer, keras.optimizers.LossScaleOptimizer)
-}
-
-
 def with_two_rates(
     optimizer: keras.optimizers.Optimizer, *, slow_variables: int, slow_rate: float
 ) -> keras.optimizers.Optimizer:
     """Returns the same optimizer with a smaller rate for the first variables."""
-    two_rates = _TWO_RATES.get(type(optimizer))
-    if two_rates is None:
-        raise InvalidArgument(
-            "Two learning rates need one of Keras's own optimizers. Received: "
-            f"{type(optimizer).__name__}."
-        )
-    if slow_variables < 0 or not 0 <= slow_rate < float("inf"):
-        raise InvalidArgument(
-            "`slow_variables` and `slow_rate` must be at least 0. Received: "
-            f"slow_variables={slow_variables}, slow_rate={slow_rate}."
-        )
-    config = optimizer.get_config()
-    return two_rates.from_config(
-        config | {"slow_variables": slow_variables, "slow_rate": slow_rate}
-    )
+    kind: Any = type("TwoRates", (_TwoRates, type(optimizer)), {})
+    two_rates = kind.from_config(optimizer.get_config())
+    two_rates.slow_variables, two_rates.slow_rate = slow_variables, slow_rate
+    two_rates.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+    return two_rates

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 
@@ -14,15 +13,14 @@ import numpy as np
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._stats import NORMAL_QUANTILE, paired_share_interval
-from keras_rsft.backbones._load import load_backbone
-from keras_rsft.config import PolicyConfig, TrainConfig, require_takes
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, feature_config
 from keras_rsft.data._samples import SampleData
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._extract import FrozenBase, extract_features, seconds_per_image
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality._audit import LabelQuality, audit_labels
-from keras_rsft.training._features import SplitFeatures, feature_passes, precision_for
+from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
 from keras_rsft.training._head import right_answers, train_head
 
 DEFAULT_SAMPLE = 1000
@@ -47,7 +45,7 @@ class Pilot:
         policy_accuracy: The same with the policy; None where it was not tried, as it
             would be the same, or where it accepted nothing.
         gain: `policy_accuracy - plain_accuracy`, with the ends of its 95 % interval.
-        images_left: Images whose features are not kept yet, with all views.
+        images_left: Images whose features are not cached yet, with all augmentations.
         pass_seconds: Expected time of the pass over them.
         training_seconds: Expected time of examining the labels and training the head,
             and the plain one where it was asked for.
@@ -81,16 +79,10 @@ class _Tried:
 def run_pilot(
     data: SampleData,
     *,
-    backbone: str = "resnet50",
-    weights: str = "imagenet",
-    image_size: int | None = None,
-    precision: str = "auto",
-    views: int = 1,
-    feature_precision: str = "float32",
+    features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
     sample: int = DEFAULT_SAMPLE,
     with_plain: bool = False,
-    cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Pilot:
     """Tries a run on a stratified sample of the training images.
@@ -106,17 +98,11 @@ def run_pilot(
 
     Args:
         data: The images.
-        backbone: As in `finetune`, like the further options.
-        weights: See there.
-        image_size: See there.
-        precision: See there.
-        views: See there.
-        feature_precision: See there.
-        settings: See there.
+        features: As in `finetune`, like the settings.
+        settings: How the run will train. Default: `TrainConfig()`.
         sample: Most images to look at, at least 4. Default 1000.
         with_plain: Whether the run will train a plain head too, which takes as long
             again. Default False.
-        cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
 
     Returns:
@@ -125,7 +111,7 @@ def run_pilot(
     Raises:
         InvalidArgument: If an argument cannot be used.
         DataError: If the images cannot be used.
-        WeightsUnavailable: If the base's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be had.
     """
     require_tensorflow_backend("`run_pilot`")
     settings = settings or TrainConfig()
@@ -135,41 +121,28 @@ def run_pilot(
             f"A pilot needs {_LEAST_IMAGES} training images. Received: "
             f"sample={sample} of {len(labels)}."
         )
-    require_takes(backbone, data.kind)
-    base = load_backbone(
-        backbone,
-        weights=weights,
-        image_size=image_size,
-        precision=precision_for(backbone, precision),
-    )
-    frozen = FrozenBase(base)
+    config = feature_config(features, data.kind)
+    frozen = FrozenBase(load_configured(config))
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
-    passes = feature_passes(
-        frozen,
-        data,
-        views=views,
-        seed=settings.seed,
-        feature_precision=feature_precision,
-        cache_dir=cache_dir,
-    )
+    passes = feature_passes(frozen, data, config, seed=settings.seed)
     left = sum(work.views * len(work.split) for work in passes if not work.is_done)
-    kept = extract_features(
+    sampled = extract_features(
         frozen,
         images,
-        cache_dir=cache_dir,
-        feature_precision=feature_precision,
+        cache_dir=config.cache_dir,
+        feature_precision=config.cache_dtype,
         progress=progress,
     )
     started = time.perf_counter()
     label_quality = audit_labels(
-        kept, data.num_classes, seed=settings.seed, progress=progress
+        sampled, data.num_classes, seed=settings.seed, progress=progress
     )
-    examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(kept))
+    examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(sampled))
     policy = settings.policy
     if policy.name == _PLAIN:
         policy = PolicyConfig()
     plain, rejecting = _try_both(
-        kept, data.class_names, settings, policy, label_quality, progress
+        sampled, data.class_names, settings, policy, label_quality, progress
     )
     steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
     heads = 1 + (with_plain and settings.policy.name != _PLAIN)
@@ -178,19 +151,19 @@ def run_pilot(
     most, least = int(counts.argmax()), int(counts.argmin())
     gain = None if rejecting is None else paired_gain(plain.right, rejecting.right)
     return Pilot(
-        num_images=len(kept),
+        num_images=len(sampled),
         largest_class=(names[most], int(counts[most])),
         smallest_class=(names[least], int(counts[least])),
         noise_rate=share_interval(1.0 - label_quality.right_probability),
         reason=label_quality.reason,
-        policy=policy.name,
+        policy=str(policy.name),
         plain_accuracy=float(plain.right.mean()),
         policy_accuracy=None if rejecting is None else float(rejecting.right.mean()),
         gain=gain,
         images_left=left,
         pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
         training_seconds=training + examining * (settings.policy.name == "auto"),
-        verdict=verdict(policy.name, label_quality.reason, gain),
+        verdict=verdict(str(policy.name), label_quality.reason, gain),
     )
 
 
@@ -232,7 +205,7 @@ def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
 
 
 def _try_both(
-    kept: FeatureSet,
+    sample: FeatureSet,
     class_names: tuple[str, ...],
     settings: TrainConfig,
     policy: PolicyConfig,
@@ -248,31 +221,31 @@ def _try_both(
     with progress_bar(
         "Training pilot heads", total=2 if same else 4, unit="heads", visible=progress
     ) as advance:
-        tried = _cross_tried(kept, class_names, plain, advance)
+        tried = _cross_tried(sample, class_names, plain, advance)
         if same:
             return tried, None
         try:
-            return tried, _cross_tried(kept, class_names, rejecting, advance)
+            return tried, _cross_tried(sample, class_names, rejecting, advance)
         except TrainingStalled:
             return tried, None
 
 
 def _cross_tried(
-    kept: FeatureSet,
+    sample: FeatureSet,
     class_names: tuple[str, ...],
     settings: TrainConfig,
     advance: Callable[[int], None],
 ) -> _Tried:
-    right = np.zeros(len(kept), bool)
-    half = stratified_sample(kept.labels, len(kept) // 2, seed=settings.seed)
-    chosen = np.zeros(len(kept), bool)
+    right = np.zeros(len(sample), bool)
+    half = stratified_sample(sample.labels, len(sample) // 2, seed=settings.seed)
+    chosen = np.zeros(len(sample), bool)
     chosen[half] = True
     clocks = []
     # A review knows the held-out half too, which no head may learn from.
-    kept = kept.with_labels(kept.labels)
-    nothing = kept.take(np.arange(0))
+    sample = sample.with_labels(sample.labels)
+    nothing = sample.take(np.arange(0))
     for rows in (chosen, ~chosen):
-        train, held_out = (kept.take(np.flatnonzero(part)) for part in (rows, ~rows))
+        train, held_out = (sample.take(np.flatnonzero(part)) for part in (rows, ~rows))
         clock = _EpochClock()
         trained = train_head(
             SplitFeatures(train, nothing, nothing, class_names),
@@ -282,30 +255,25 @@ def _cross_tried(
         )
         right[~rows] = right_answers(trained.model, held_out)
         steps = math.ceil(len(train) / settings.batch_size)
-        clocks.append(clock.times(steps))
+        clocks.append(clock.seconds(steps))
         advance(1)
     start, step = np.mean(clocks, axis=0)
     return _Tried(right, float(start), float(step))
 
 
 class _EpochClock(keras.callbacks.Callback):
-    """Notes when training began and when each epoch ended."""
+    """Notes when training began, and when each epoch ended."""
 
-    def __init__(self):
-        super().__init__()
-        self._begin = 0.0
-        self._ends: list[float] = []
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._times = [time.perf_counter()]
 
-    def on_train_begin(self, logs=None) -> None:
-        self._begin = time.perf_counter()
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self._times.append(time.perf_counter())
 
-    def on_epoch_end(self, epoch, logs=None) -> None:
-        self._ends.append(time.perf_counter())
-
-    def times(self, steps: int) -> tuple[float, float]:
+    def seconds(self, steps: int) -> tuple[float, float]:
         """Returns the seconds of the start, and of a step; the first epoch has both."""
-        first, last = self._ends[0], self._ends[-1]
-        if len(self._ends) == 1:
-            return 0.0, (first - self._begin) / steps
-        step = (last - first) / ((len(self._ends) - 1) * steps)
-        return max(first - self._begin - step * steps, 0.0), step
+        begin, first, *later = self._times
+        if not later:
+            return 0.0, (first - begin) / steps
+        step = (later[-1] - first) / (len(later) * steps)
+        return max(first - begin - step * steps, 0.0), step

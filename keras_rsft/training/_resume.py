@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import io
 import json
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import keras
 import numpy as np
 
-from keras_rsft import _storage
 from keras_rsft._ledger import RejectionLedger
+from keras_rsft._storage import package_versions, replaced
 from keras_rsft.data._samples import SampleData
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 
@@ -25,7 +26,8 @@ from keras_rsft.training._devices import ONE_DEVICE, Devices
 # takes: a kill loses little, and writing costs little.
 SECONDS_BETWEEN = 10.0
 TIMES_ITS_COST = 50.0
-_DESCRIPTION = "description"
+# Names in the file: of what is JSON, and of arrays in the memory of callbacks.
+_DESCRIPTION, _ARRAY = "description", "array/"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +43,9 @@ class TrainingState:
 
 
 class TrainingCheckpoint(keras.callbacks.Callback):
-    """Keeps the state of a training in a file, and resumes from it."""
+    """Writes the state of a training to a file, and resumes from it."""
+
+    _recorder: RejectionLedger
 
     def __init__(
         self,
@@ -54,7 +58,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._devices = devices
         self._path = path
         self._seconds_between = seconds_between
-        self._recorder: RejectionLedger | None = None
         self._others: Sequence[keras.callbacks.Callback] = ()
         self._belongs_to: Any = None
         self._restored: TrainingState | None = None
@@ -82,7 +85,13 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         """Reads the state of this training, and the memory of its callbacks."""
         self._belongs_to = json.loads(json.dumps(belongs_to))
         self._recorder, self._others = recorder, others
-        state = self._kept_state()
+        if self._devices.cluster.is_alone:
+            state = read_state(self._path)
+        else:
+            content = b""
+            if self._devices.is_chief and self._path.exists():
+                content = self._path.read_bytes()
+            state = read_state(io.BytesIO(self._devices.from_chief(content)))
         if state is not None and state.belongs_to == self._belongs_to:
             self._restored = self._latest = self._on_disk = state
             self.history = {name: list(row) for name, row in state.history.items()}
@@ -103,22 +112,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     def flush(self) -> None:
         """Writes the state of the last whole epoch, if it is not on disk yet."""
-        if self._latest is None or self._latest is self._on_disk:
-            return
-        if not self._devices.is_chief:
-            return
         state, started = self._latest, time.monotonic()
-        _storage.replaced(self._path, lambda beside: write_state(beside, state))
+        if state is None or state is self._on_disk or not self._devices.is_chief:
+            return
+        replaced(self._path, lambda beside: write_state(beside, state))
         self._on_disk, self._written_at = state, time.monotonic()
         self._cost = self._written_at - started
-
-    def _kept_state(self) -> TrainingState | None:
-        if self._devices.cluster.is_alone:
-            return read_state(self._path)
-        kept = b""
-        if self._devices.is_chief and self._path.exists():
-            kept = self._path.read_bytes()
-        return read_state(io.BytesIO(self._devices.from_chief(kept)))
 
     def _state(self, epochs_done: int) -> TrainingState:
         arrays = {
@@ -140,14 +139,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     def _restore(self, state: TrainingState) -> None:
         for number, variable in enumerate(self._variables()):
             variable.assign(state.arrays[f"variable/{number}"])
-        prefix = "ledger/"
-        self._recorder.restore(
-            {
-                name.removeprefix(prefix): value
-                for name, value in state.arrays.items()
-                if name.startswith(prefix)
-            }
-        )
+        prefix, arrays = "ledger/", state.arrays
+        ledger = {n.removeprefix(prefix): arrays[n] for n in arrays if prefix in n}
+        self._recorder.restore(ledger)
         for callback, remembered in zip(self._others, state.callbacks, strict=True):
             vars(callback).update(remembered)
 
@@ -160,15 +154,16 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
 def write_state(path: Path, state: TrainingState) -> None:
     """Writes a state as one `.npz` file at exactly this path."""
-    arrays = dict(state.arrays)
-    description = {
-        "belongs_to": state.belongs_to,
-        "epochs_done": state.epochs_done,
-        "stopped": state.stopped,
-        "history": state.history,
-        "callbacks": encoded(state.callbacks, arrays),
-    }
-    text = json.dumps(description).encode()
+    arrays: dict[str, Any] = dict(state.arrays)
+
+    def named(value: np.ndarray) -> dict[str, str]:
+        name = f"{_ARRAY}{len(arrays)}"
+        arrays[name] = value
+        return {_ARRAY: name}
+
+    described = {**vars(state)}
+    del described["arrays"]
+    text = json.dumps(described, default=named).encode()
     arrays[_DESCRIPTION] = np.frombuffer(text, np.uint8)
     with path.open("wb") as file:
         np.savez(file, **arrays)
@@ -178,17 +173,19 @@ def read_state(file: Path | BinaryIO) -> TrainingState | None:
     """Reads a state, or None where there is none or it is damaged."""
     damages = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
     with contextlib.suppress(*damages):
-        with np.load(file, allow_pickle=False) as kept:
-            arrays = {name: kept[name] for name in kept.files}
-        description = json.loads(arrays.pop(_DESCRIPTION).tobytes())
-        callbacks = decoded(description.pop("callbacks"), arrays)
-        return TrainingState(**description, callbacks=callbacks, arrays=arrays)
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        described = json.loads(
+            arrays.pop(_DESCRIPTION).tobytes(),
+            object_hook=lambda one: (
+                arrays[one[_ARRAY]] if set(one) == {_ARRAY} else one
+            ),
+        )
+        return TrainingState(**described, arrays=arrays)
     return None
 
 
 # --- What a callback remembers -----------------------------------------------------
-
-_ARRAY = "array"
 
 
 def memory_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
@@ -214,40 +211,17 @@ def callbacks_identity(callbacks: Any) -> Any:
     return [options_of(callback) for callback in callbacks]
 
 
-def encoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Returns plain values as JSON can hold them, and adds their arrays to `arrays`."""
-    if isinstance(value, dict):
-        return {name: encoded(item, arrays) for name, item in value.items()}
-    if isinstance(value, list):
-        return [encoded(item, arrays) for item in value]
-    if isinstance(value, np.ndarray):
-        name = f"{_ARRAY}/{len(arrays)}"
-        arrays[name] = value
-        return {_ARRAY: name}
-    return value
-
-
-def decoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Returns what `encoded` was given."""
-    if isinstance(value, list):
-        return [decoded(item, arrays) for item in value]
-    if isinstance(value, dict) and set(value) == {_ARRAY}:
-        return arrays[value[_ARRAY]]
-    if isinstance(value, dict):
-        return {name: decoded(item, arrays) for name, item in value.items()}
-    return value
-
-
 def _plain_attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
     attributes = vars(callback).items()
     return {name: _copied(value) for name, value in attributes if _is_plain(value)}
 
 
 def _parameters(kind: type) -> set[str]:
-    constructors = (base.__init__ for base in kind.__mro__ if "__init__" in vars(base))
+    constructors = (vars(base).get("__init__") for base in kind.__mro__)
     return {
         name
         for constructor in constructors
+        if constructor is not None
         for name in inspect.signature(constructor).parameters
     }
 
@@ -269,18 +243,21 @@ def _copied(value: Any) -> Any:
 
 
 def run_identity(data: SampleData, **choices: Any) -> dict[str, Any]:
-    """Returns what two runs on the same data must share to be the same run."""
-
-    def samples() -> Iterator[bytes]:
-        for split in (data.train, data.validation, data.test):
-            yield "\n".join(split.ids.tolist()).encode()
-            # What was reviewed is accepted whatever the policy says.
-            for values in (split.labels, split.clean_labels, split.reviewed):
-                yield b"-" if values is None else b"+"
-                if values is not None:
-                    yield np.ascontiguousarray(values).tobytes()
-
-    return _storage.run_identity(data.source, data.class_names, samples(), **choices)
+    """Returns what two runs must share to be the same run, as JSON can hold it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in (data.train, data.validation, data.test):
+        digest.update("\n".join(split.ids.tolist()).encode())
+        # A reviewed label is accepted whatever the policy says.
+        for values in (split.labels, split.clean_labels, split.reviewed):
+            digest.update(b"-" if values is None else b"+")
+            if values is not None:
+                digest.update(np.ascontiguousarray(values).tobytes())
+    identity = {
+        "data": [data.source, list(data.class_names), digest.hexdigest()],
+        **choices,
+        "versions": package_versions(),
+    }
+    return json.loads(json.dumps(identity, default=str))
 
 
 class TrainingClock(keras.callbacks.Callback):
@@ -289,18 +266,10 @@ class TrainingClock(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
         self.seconds = 0.0
-        self._lap = _Lap()
+        # A tuple, which is not taken for the callback's memory.
+        self._since = (time.perf_counter(),)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self.seconds += self._lap.seconds()
-
-
-class _Lap:
-    """A clock of this process: no number that a checkpoint would take for its own."""
-
-    def __init__(self):
-        self._from = time.perf_counter()
-
-    def seconds(self) -> float:
-        begun, self._from = self._from, time.perf_counter()
-        return self._from - begun
+        now = time.perf_counter()
+        self.seconds += now - self._since[0]
+        self._since = (now,)

@@ -82,27 +82,27 @@ class RejectionTensorBoard(keras.callbacks.Callback):
         self._writer: Any = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        # Opened at the first epoch's end: a training that goes on where another process
-        # was killed has by then been given back the folder that it wrote to.
+        # Opened at the first epoch's end: a resumed training has by then been given
+        # back the folder that the killed one wrote to.
         self._writer = None
 
-    def _open(self) -> None:
-        self._writer = tf.summary.create_file_writer(self._log_dir)
-        if self._hparams:
-            from tensorboard.plugins.hparams import api
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        step, is_new = epoch + 1, self._writer is None
+        if is_new:
+            self._writer = tf.summary.create_file_writer(self._log_dir)
+        with self._writer.as_default():
+            if is_new and self._hparams:
+                from tensorboard.plugins.hparams import api
 
-            with self._writer.as_default():
                 # Else runs with equal settings on other data would count as one.
                 api.hparams(self._hparams, trial_id=os.path.basename(self._log_dir))
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        step = epoch + 1
-        if self._writer is None:
-            self._open()
-        with self._writer.as_default():
             for name, value in (logs or {}).items():
                 tf.summary.scalar(name, value, step)
-            self._write_threshold(step)
+            threshold = self.model.policy.threshold_in_use()
+            if threshold is not None:
+                self._thresholds.append(threshold)
+                tf.summary.scalar("threshold", threshold, step)
+                tf.summary.histogram("thresholds", self._thresholds, step)
             if self._recorder.last_epoch is not None:
                 self._write_samples(*self._recorder.last_epoch, step)
         self._writer.flush()
@@ -110,14 +110,6 @@ class RejectionTensorBoard(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
-
-    def _write_threshold(self, step: int) -> None:
-        threshold = self.model.policy.threshold_in_use()
-        if threshold is None:
-            return
-        self._thresholds.append(threshold)
-        tf.summary.scalar("threshold", threshold, step)
-        tf.summary.histogram("thresholds", self._thresholds, step)
 
     def _write_samples(
         self, losses: np.ndarray, accepted: np.ndarray, step: int
@@ -131,12 +123,10 @@ class RejectionTensorBoard(keras.callbacks.Callback):
         if not len(suspects):
             return
         tf.summary.text("rejected_samples", self._listed(suspects, losses), step)
-        if self._images is not None:
-            shown = self._decoded(suspects)
-            if shown:
-                tf.summary.image(
-                    "rejected_images", np.stack(shown), step, max_outputs=len(shown)
-                )
+        if shown := self._decoded(suspects):
+            tf.summary.image(
+                "rejected_images", np.stack(shown), step, max_outputs=len(shown)
+            )
 
     def _listed(self, suspects: np.ndarray, losses: np.ndarray) -> str:
         ledger = self._recorder.ledger
@@ -150,15 +140,16 @@ class RejectionTensorBoard(keras.callbacks.Callback):
 
     def _decoded(self, suspects: np.ndarray) -> list[np.ndarray]:
         """Returns the images that can still be read, uint8 `(128, 128, 3)` each."""
-        ids = self._recorder.ledger.ids[suspects].tolist()
-        place = {sample_id: at for at, sample_id in enumerate(self._images.ids)}
+        if self._images is None:
+            return []
+        index = {sample_id: at for at, sample_id in enumerate(self._images.ids)}
         shown = []
-        for sample_id in ids:
+        for sample_id in self._recorder.ledger.ids[suspects].tolist():
             try:
-                encoded = tf.constant(self._images.encoded(place[sample_id]))
+                encoded = tf.constant(self._images.encoded(index[sample_id]))
                 image = decode_image(encoded, (IMAGE_SIZE, IMAGE_SIZE))
             except (KeyError, OSError, tf.errors.OpError):
-                continue  # Gone since its features were kept.
+                continue  # Gone since its features were cached.
             shown.append(np.clip(image.numpy(), 0, 255).astype(np.uint8))
         return shown
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from keras_rsft._storage import RunPlace, read_json, replaced, write_json
 from keras_rsft.backbones._blocks import TrainablePart, copy_model, trainable_part
 from keras_rsft.backbones._build import build_classifier, built_in_float32
 from keras_rsft.config import (
-    NOT_DECAYED,
+    FeatureConfig,
     PolicyConfig,
     TrainConfig,
     UnfreezeConfig,
@@ -38,7 +37,7 @@ from keras_rsft.features._batches import (
 from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
-from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._features import FeatureSource, SplitFeatures
 from keras_rsft.training._head import TrainedHead, fit_resumable, rejected_shares
 from keras_rsft.training._optimizer import make_optimizer, with_two_rates
 from keras_rsft.training._resume import TrainingCheckpoint
@@ -49,39 +48,29 @@ LARGEST_GRADIENT = 1.0
 LARGEST_SHARE_OF_DISK = 0.5
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BackboneSource:
-    """Images, the backbone in float32, and where its activations are cached."""
-
-    data: ImageData
-    base: Callable[[], keras.Model]
-    feature_precision: str
-    cache_dir: str | os.PathLike | None
-    progress: bool
-    on_note: Callable[[str], None]
-
-
-def require_layers_to_train(backbone: str, *, option: str = "--unfreeze") -> None:
+def require_layers_to_train(
+    features: FeatureConfig, option: str = "--unfreeze"
+) -> None:
     """Refuses by its name a backbone in which no layer can learn."""
+    backbone = str(features.backbone)
     require_base_can_learn(backbone)
     if is_fixed_network(backbone):
         raise InvalidArgument(
             f"No part of {backbone} can learn: it has no Keras layers. Leave out "
-            f"`{option}`, or use a Keras base."
+            f"`{option}`, or use a Keras backbone."
         )
 
 
-def cut_backbone(base: keras.Model, how: UnfreezeConfig) -> TrainablePart:
+def cut_backbone(backbone: keras.Model, how: UnfreezeConfig) -> TrainablePart:
     """Cuts a copy of the backbone before its unfrozen layers."""
-    return trainable_part(base, how.cut, train_batch_norm=how.train_batch_norm)
+    return trainable_part(backbone, how.cut, train_batch_norm=how.train_batch_norm)
 
 
 # --- The second half of a run -------------------------------------------------------
 
 
 def unfreeze(
-    source: BackboneSource,
-    features: SplitFeatures,
+    source: FeatureSource,
     trained: TrainedHead,
     settings: TrainConfig,
     *,
@@ -89,22 +78,30 @@ def unfreeze(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Trains unfrozen layers as the settings say, and returns the better model."""
-    base, how = source.base(), settings.unfreezing
+    backbone, how = source.float32_backbone(), settings.unfreezing
+    features = source.features
     head_only = build_classifier(
-        base, len(features.class_names), head=trained.model.model
+        backbone, len(features.class_names), head=trained.model.model
     )
     name = "stage2" if how.accepted_only else "unfrozen"
     tuned, whole = tune(
-        base, source, features, trained, settings, place=place, checkpoint=checkpoint
+        backbone,
+        source,
+        features,
+        trained,
+        settings,
+        place=place,
+        checkpoint=checkpoint,
     )
     if whole.history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
-            f"The last of the {how.epochs} epochs in which the base learns accepted no "
-            f"sample: the losses, {whole.history['loss'][-1]:.3g} on average, are not "
-            "below the threshold. Raise `--threshold`, or leave out `--unfreeze`."
+            f"The last of the {how.epochs} epochs in which the backbone learns "
+            f"accepted no sample: the losses, {whole.history['loss'][-1]:.3g} on "
+            "average, are not below the threshold. Raise `--threshold`, or leave out "
+            "`--unfreeze`."
         )
     results = trained.results
-    kept = better_model(head_only, tuned, source.data, features, results, name=name)
+    kept = better_model(head_only, tuned, source.images, features, results, name=name)
     if how.accepted_only:
         return kept, trained
     if results["unfrozen_kept"]:
@@ -115,8 +112,8 @@ def unfreeze(
 
 
 def tune(
-    base: keras.Model,
-    source: BackboneSource,
+    backbone: keras.Model,
+    source: FeatureSource,
     features: SplitFeatures,
     trained: TrainedHead,
     settings: TrainConfig,
@@ -126,10 +123,28 @@ def tune(
 ) -> tuple[keras.Model, TrainedHead]:
     """Cuts a copy of the backbone and trains it and the head as the settings say."""
     if settings.unfreezing.accepted_only:
-        settings, features = _of_accepted(settings, features, trained.accepted)
-        model = RSFTModel(trained.model.model, AcceptAll())
-        trained = begun_from(model, features)
-    part = cut_backbone(base, settings.unfreezing)
+        if not trained.accepted.any():
+            raise TrainingStalled(
+                "The trained head accepts no sample, so there is nothing to fine-tune "
+                "the last block on. Raise `--threshold`, or leave out `--unfreeze`."
+            )
+        rate = settings.unfreeze_rate
+        settings = dataclasses.replace(
+            settings,
+            policy=PolicyConfig("accept-all"),
+            optimizer="sgd",
+            momentum=0.9,
+            weight_decay=None,
+            learning_rate=rate,
+            unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
+        )
+        features = dataclasses.replace(
+            features,
+            train=features.train.take(np.flatnonzero(trained.accepted)),
+            validation=features.validation.take(np.arange(0)),
+        )
+        trained = begun_from(RSFTModel(trained.model.model, AcceptAll()), features)
+    part = cut_backbone(backbone, settings.unfreezing)
     choice_file = None if place is None else place.cache_choice
     return train_unfrozen(
         part,
@@ -139,32 +154,6 @@ def tune(
         settings,
         cached=cache_activations(part, features, source, choice_file),
         checkpoint=checkpoint,
-    )
-
-
-def _of_accepted(
-    settings: TrainConfig, features: SplitFeatures, accepted: np.ndarray
-) -> tuple[TrainConfig, SplitFeatures]:
-    """Returns how to train on the accepted samples alone, and those samples."""
-    if not accepted.any():
-        raise TrainingStalled(
-            "The trained head accepts no sample, so there is nothing to fine-tune the "
-            "last block on. Raise `--threshold`, or leave out `--unfreeze`."
-        )
-    rate = settings.unfreeze_rate
-    settings = dataclasses.replace(
-        settings,
-        policy=PolicyConfig("accept-all"),
-        optimizer="sgd",
-        momentum=0.9,
-        weight_decay=None,
-        learning_rate=rate,
-        unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
-    )
-    return settings, dataclasses.replace(
-        features,
-        train=features.train.take(np.flatnonzero(accepted)),
-        validation=features.validation.take(np.arange(0)),
     )
 
 
@@ -183,8 +172,6 @@ def begun_from(
         history={"loss": [float("nan")] * epochs},
         results={},
         accepted=np.zeros(len(train), bool),
-        ledger=recorder.ledger,
-        acceptance_by_class=np.zeros((0, len(features.class_names))),
         recorder=recorder,
         callbacks=callbacks,
     )
@@ -206,7 +193,7 @@ def better_model(
     if len(features.validation):
         accuracy = accuracy_on_images(tuned, data.validation)
         results[f"{name}_validation_accuracy"] = accuracy
-        # Anew, as the features may have been computed in another precision.
+        # Anew, as the features may have been computed in another dtype.
         kept = accuracy >= accuracy_on_images(head_only, data.validation)
     results[f"{name}_kept"] = float(kept)
     if not kept:
@@ -242,32 +229,28 @@ def accuracy_on_images(
 def cache_activations(
     part: TrainablePart,
     features: SplitFeatures,
-    source: BackboneSource,
+    source: FeatureSource,
     choice_file: Path | None = None,
 ) -> bool:
     """Says whether activations are cached: if they fit into half of the free disk."""
-    if choice_file is not None:
-        kept = read_json(choice_file)
-        if isinstance(kept, bool):
-            return kept
-    folder = Path(source.cache_dir or default_cache_dir())
+    chosen = None if choice_file is None else read_json(choice_file)
+    if isinstance(chosen, bool):
+        return chosen
+    folder = Path(source.config.cache_dir or default_cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     images = len(features.train) * features.train.views + len(features.validation)
-    itemsize = np.dtype(source.feature_precision).itemsize
+    itemsize = np.dtype(source.config.cache_dtype).itemsize
     needed = images * itemsize * int(part.front.output_shape[-1])
     cached = needed <= LARGEST_SHARE_OF_DISK * free and not part.front_is_preprocessing
-    size = f"{needed / 1e9:.2g} GB, {free / 1e9:.3g} GB are free"
+    how = "cached" if cached else "computed in each epoch"
+    note = (
+        f"The activations before {part.cut} are {how}: {needed / 1e9:.2g} GB, "
+        f"{free / 1e9:.3g} GB are free."
+    )
     if part.front_is_preprocessing:
-        source.on_note(
-            f"Nothing frozen is before {part.cut}: no activations are cached."
-        )
-    elif cached:
-        source.on_note(f"The activations before {part.cut} are cached: {size}.")
-    else:
-        source.on_note(
-            f"The activations before {part.cut} are computed in each epoch: {size}."
-        )
+        note = f"Nothing frozen is before {part.cut}: no activations are cached."
+    source.on_note(note)
     if choice_file is not None:
         replaced(choice_file, lambda path: write_json(path, cached))
     return cached
@@ -289,14 +272,14 @@ class FrozenFront(keras.layers.Layer):
 
 def _batches(
     part: TrainablePart,
-    source: BackboneSource,
+    source: FeatureSource,
     features: SplitFeatures,
     settings: TrainConfig,
     batch_size: int,
     cached: bool,
 ) -> tuple[TrainingBatches | ImageBatches, tf.data.Dataset | None, list[str]]:
     """Returns training and validation batches, and the names of cached activations."""
-    data, validation = source.data, None
+    data, validation = source.images, None
     if not cached:
         size = part.base.input_shape[1:3]
         if len(features.validation):
@@ -314,8 +297,8 @@ def _batches(
             part.front, num_images=views * len(data.train) + len(data.validation)
         ),
         seed=settings.seed,
-        feature_precision=source.feature_precision,
-        cache_dir=source.cache_dir,
+        feature_precision=source.config.cache_dtype,
+        cache_dir=source.config.cache_dir,
         called="Activations",
         progress=source.progress,
     )
@@ -339,7 +322,7 @@ def _batches(
 def train_unfrozen(
     part: TrainablePart,
     trained: TrainedHead,
-    source: BackboneSource,
+    source: FeatureSource,
     features: SplitFeatures,
     settings: TrainConfig,
     *,
@@ -358,7 +341,26 @@ def train_unfrozen(
         policy = type(old).from_config(old.get_config())
         for own, other in zip(policy.variables, old.variables, strict=True):
             own.assign(other)
-        model = _trainable_model(part, head, policy, settings, cached)
+        inputs = keras.Input(part.rest.input_shape[1:], name="activations")
+        activations = inputs
+        if not cached:
+            inputs = keras.Input(part.base.input_shape[1:], name="images")
+            activations = FrozenFront(part.front)(inputs)
+        body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
+        model = RSFTModel(body, policy)
+        optimizer = with_two_rates(
+            make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
+            # In the order of the layers the head's come last.
+            slow_variables=len(part.rest.trainable_variables),
+            slow_rate=settings.unfreeze_rate / settings.learning_rate,
+        )
+        model.compile(
+            optimizer,
+            "sparse_categorical_crossentropy",
+            metrics=["accuracy"],
+            # XLA takes minutes to compile a backbone, and convolves slowly.
+            jit_compile=False,
+        )
     begin = len(trained.history["loss"])
     try:
         history = fit_resumable(
@@ -369,7 +371,7 @@ def train_unfrozen(
             trained.callbacks,
             recorder,
             begin=begin,
-            epochs=how.epochs,
+            epochs=settings.all_epochs - settings.epochs,
             steps=int(train.dataset.cardinality()),
             checkpoint=checkpoint,
             origin={
@@ -378,7 +380,7 @@ def train_unfrozen(
                 "first": begin,
                 "settings": dataclasses.asdict(settings),
             },
-            title="Training head and base",
+            title="Training head and backbone",
             progress=source.progress,
         )
     except tf.errors.OpError as error:
@@ -390,6 +392,8 @@ def train_unfrozen(
     with built_in_float32():
         classifier = build_classifier(part.base, head.output_shape[-1], head=head)
     after, unknown = len(history["loss"]), float("nan")
+    last = recorder.last_epoch
+    accepted = trained.accepted if last is None else last[1] > 0
     whole = dataclasses.replace(
         trained,
         history={
@@ -397,39 +401,6 @@ def train_unfrozen(
             + history.get(name, [unknown] * after)
             for name in dict.fromkeys([*trained.history, *history])
         },
-        accepted=recorder.last_epoch[1] > 0,
-        acceptance_by_class=np.stack(recorder.acceptance_by_class),
-        loss_histograms=tuple(recorder.loss_histograms),
+        accepted=accepted,
     )
     return classifier, whole
-
-
-def _trainable_model(
-    part: TrainablePart,
-    head: keras.Model,
-    policy: Any,
-    settings: TrainConfig,
-    cached: bool,
-) -> RSFTModel:
-    """Returns the compiled model from activations, or from images."""
-    inputs = keras.Input(part.rest.input_shape[1:], name="activations")
-    activations = inputs
-    if not cached:
-        inputs = keras.Input(part.base.input_shape[1:], name="images")
-        activations = FrozenFront(part.front)(inputs)
-    body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
-    model = RSFTModel(body, policy)
-    optimizer = with_two_rates(
-        make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
-        # In the order of the layers the head's come last.
-        slow_variables=len(part.rest.trainable_variables),
-        slow_rate=settings.unfreeze_rate / settings.learning_rate,
-    )
-    optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
-    model.compile(
-        optimizer,
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        jit_compile=False,  # It takes minutes to compile a base, and convolves slowly.
-    )
-    return model

@@ -28,10 +28,10 @@ from keras_rsft.config import (
     Unfreeze,
 )
 from keras_rsft.training._curves import accuracy_error
+from keras_rsft.training._features import FeatureSource
 from keras_rsft.training._head import best_of_all_epochs
 from keras_rsft.training._resume import TrainingCheckpoint, TrainingClock
 from keras_rsft.training._unfreeze import (
-    BackboneSource,
     accuracy_on_images,
     begun_from,
     cache_activations,
@@ -114,7 +114,7 @@ class BackboneTuner(DurableTuner):
         tuner: TrialsTuner,
         heads: Sequence[TrialOutcome],
         options: SearchConfig,
-        source: BackboneSource,
+        source: FeatureSource,
         folder: Path,
     ):
         oracle = DurableOracle(
@@ -142,7 +142,7 @@ class BackboneTuner(DurableTuner):
         if not left:
             return
         self.on_search_begin()
-        backbone = self._source.base()
+        backbone = self._source.float32_backbone()
         kinds = ", ".join(
             f"{_NAMES[name]} from {count} head{'s' if count > 1 else ''}"
             for name, count in Counter(name for name, _ in left.values()).items()

@@ -34,13 +34,18 @@ from keras_rsft._storage import (
     write_json,
 )
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import FROZEN, SearchConfig, TrainConfig
-from keras_rsft.data._samples import ImageData
+from keras_rsft.config import FROZEN, FeatureConfig, SearchConfig, TrainConfig
+from keras_rsft.data._samples import ImageData, SampleData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
-from keras_rsft.training._features import SplitFeatures, open_features
+from keras_rsft.training._features import (
+    FeatureSource,
+    SplitFeatures,
+    open_features,
+    resolve,
+)
 from keras_rsft.training._head import best_of_all_epochs, right_answers, train_head
-from keras_rsft.training._unfreeze import BackboneSource, require_layers_to_train
+from keras_rsft.training._unfreeze import require_layers_to_train
 from keras_rsft.tuning._backbone_trials import (
     BackboneTuner,
     learnable,
@@ -108,20 +113,14 @@ class Search:
 
 
 def search(
-    data: ImageData | str | os.PathLike,
+    data: SampleData | str | os.PathLike,
     *,
     output: str | os.PathLike,
     options: SearchConfig | None = None,
     space: Space | None = None,
     clean_validation: bool = False,
-    backbone: str = "resnet50",
-    weights: str = "imagenet",
-    image_size: int | None = None,
-    precision: str = "auto",
-    views: int = 1,
-    feature_precision: str = "float32",
+    features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
-    cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     command: str | None = None,
     worker_commands: Sequence[Sequence[str]] = (),
@@ -151,16 +150,10 @@ def search(
         space: Ranges, or a function that declares them. Default: `SearchSpace()`.
         clean_validation: Judge trials by the validation split's right labels.
             Default False: by the given ones.
-        backbone: Name of a base or path of a `.keras` file. Default ResNet50.
-        weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
-        image_size: Side of the square images in pixels. Default: the base's.
-        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
-        views: Views kept of each training image, at least 1. Default 1.
-        feature_precision: How features are kept: `"float32"` or, in half the space,
-            `"float16"`. Default float32.
+        features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
+            Default: `FeatureConfig()`.
         settings: Epochs, batch size and seed, and every number that the space leaves
             open. Default: `TrainConfig()`.
-        cache_dir: Where features are kept. Default: the user's cache folder.
         progress: Show progress bars. Default True.
         command: The command line that asked for this, for the record.
         worker_commands: Commands that start the workers on this machine, which train
@@ -185,9 +178,10 @@ def search(
     require_tensorflow_backend("`search`")
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
+    data, features = resolve(data, features)
     names = options.unfreeze
     if options.unfrozen:
-        require_layers_to_train(str(backbone), option="--unfreeze-choices")
+        require_layers_to_train(features, option="--unfreeze-choices")
 
     def check(base: keras.Model) -> None:
         nonlocal names
@@ -195,31 +189,18 @@ def search(
 
     opened = open_features(
         data,
-        backbone=backbone,
-        weights=weights,
-        image_size=image_size,
-        precision=precision,
-        views=views,
-        feature_precision=feature_precision,
+        features,
         seed=settings.seed,
-        cache_dir=cache_dir,
         progress=progress,
-        on_base=check,
+        on_backbone=check,
+        on_note=on_note,
     )
     if names != options.unfreeze:
         on_note(
             "The last block is all that can learn of this backbone: all is left out."
         )
-    backbone_source = None
-    if isinstance(opened.data, ImageData):
-        backbone_source = BackboneSource(
-            judged(opened.data, clean_validation=clean_validation),
-            opened.float32_base,
-            feature_precision,
-            cache_dir,
-            progress,
-            on_note,
-        )
+    judged_data = judged(opened.data, clean_validation=clean_validation)
+
     return search_features(
         opened.features,
         output=output,
@@ -233,9 +214,9 @@ def search(
         worker_commands=worker_commands,
         worker_timeout=worker_timeout,
         whole_model=lambda head: build_classifier(
-            opened.float32_base(), opened.data.num_classes, head=head
+            opened.float32_backbone(), opened.data.num_classes, head=head
         ),
-        backbone_source=backbone_source,
+        backbone_source=dataclasses.replace(opened, data=judged_data),
     )
 
 
@@ -253,7 +234,7 @@ def search_features(
     worker_commands: Sequence[Sequence[str]] = (),
     worker_timeout: float = DEFAULT_TIMEOUT,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
-    backbone_source: BackboneSource | None = None,
+    backbone_source: FeatureSource | None = None,
 ) -> Search | None:
     """Searches on cached features.
 

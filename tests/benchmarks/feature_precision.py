@@ -17,7 +17,7 @@ from pathlib import Path
 
 from keras_rsft._stats import paired_interval
 from keras_rsft.comparison._compare import compare
-from keras_rsft.config import TrainConfig
+from keras_rsft.config import FeatureConfig, TrainConfig
 from keras_rsft.data._sources import load_images
 
 METHODS = ("plain", "auto")
@@ -60,14 +60,16 @@ def measure(
     for split_seed in range(arguments.splits):
         result = compare(
             load_images("digits", split_seed=split_seed),
-            backbone="efficientnet_lite0",
+            features=FeatureConfig(
+                "efficientnet_lite0",
+                image_size=96,
+                cache_dtype=precision,
+                cache_dir=folder,
+            ),
             methods=list(METHODS),
             seeds=arguments.seeds,
             noise=noise,
-            image_size=96,
-            feature_precision=precision,
             settings=TrainConfig(epochs=30),
-            cache_dir=folder,
         )
         for outcome in result.outcomes:
             found[outcome.method].append(outcome.test_accuracy)

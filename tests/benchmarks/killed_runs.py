@@ -31,7 +31,7 @@ EXPORT = ["export", "runs/digits-1", "--name", "photos"]
 PROGRAM = """
 import sys
 from keras_rsft import cli
-from keras_rsft.finetuning import resume
+from keras_rsft.training import _resume as resume
 resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.2
 sys.exit(cli.main())
 """
@@ -97,7 +97,7 @@ def killed(
     if when == "finished":
         return when, "was finished"
     _, out = finish(start(folder, command))
-    return when, "went on" if "Going on with" in out else "began anew"
+    return when, "resumed" if "Resuming " in out else "began anew"
 
 
 def seconds_of(command: list[str], folder: Path) -> float:

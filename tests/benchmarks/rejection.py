@@ -27,7 +27,7 @@ import numpy as np
 from keras_rsft._stats import paired_right_interval
 from keras_rsft.cli._render import Output
 from keras_rsft.comparison._compare import Comparison, compare
-from keras_rsft.config import AUTO, CLEAN_SUBSET, TrainConfig
+from keras_rsft.config import AUTO, CLEAN_SUBSET, FeatureConfig, TrainConfig
 from keras_rsft.data._samples import ImageData
 from keras_rsft.data._sources import load_images
 from keras_rsft.report._summary import comparison_summary
@@ -112,13 +112,15 @@ def measure(condition: Condition, arguments: argparse.Namespace) -> None:
         methods = [name for name in methods if name != CLEAN_SUBSET]
     result = compare(
         data,
-        backbone=BACKBONE,
+        features=FeatureConfig(
+            BACKBONE,
+            image_size=96 if condition.is_digits else 128,
+            cache_dir=arguments.cache_dir,
+        ),
         methods=methods,
         seeds=arguments.seeds,
         noise=condition.noise,
-        image_size=96 if condition.is_digits else 128,
         settings=TrainConfig(epochs=30 if condition.is_digits else 20),
-        cache_dir=arguments.cache_dir,
     )
     wrong = condition.noise or "no wrong labels"
     if train.clean_labels is not None:

@@ -17,7 +17,7 @@ import dataclasses
 import numpy as np
 
 from keras_rsft._stats import mean_interval, paired_interval
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._labels import add_label_noise
 from keras_rsft.data._sources import load_images
 from keras_rsft.features._store import FeatureSet
@@ -67,10 +67,11 @@ def main() -> None:
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
     opened = open_features(
-        load_images("digits"), backbone="efficientnet_lite0", weights="imagenet",
-        image_size=96, precision="auto", views=1, seed=0,
-        cache_dir=arguments.cache_dir, progress=True,
-    )  # fmt: skip
+        load_images("digits"),
+        FeatureConfig(
+            "efficientnet_lite0", image_size=96, cache_dir=arguments.cache_dir
+        ),
+    )
     by_seed = []
     for seed in range(arguments.seeds):
         noisy = add_label_noise(opened.data, arguments.noise, seed=seed).train

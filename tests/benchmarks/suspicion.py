@@ -42,7 +42,9 @@ def main() -> None:
             label_column=column,
             clean_label_column="clean_label",
         )
-        features = extract_all(base, data, cache_dir=arguments.cache_dir)
+        features = extract_all(
+            base, data, rsft.FeatureConfig(cache_dir=arguments.cache_dir)
+        )
         train = features.train
         found = rsft.audit_labels(train, data.num_classes)
         with tempfile.TemporaryDirectory() as folder:
