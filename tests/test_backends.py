@@ -91,8 +91,8 @@ RULES = (
 def test_the_rules_hold(backend):
     paths = [HERE / f"test_{name}.py" for name in RULES]
     # PyTorch, TensorFlow and JAX in one process do not get on.
-    options = "-n 0 -q -p no:cacheprovider -m".split()
-    options += ["not slow", "-k", "not in_pytorch"]
+    options = ["-n", "0", "-q", "-p", "no:cacheprovider"]
+    options += ["-m", "not slow", "-k", "not in_pytorch"]
     output = under(backend, "-m", "pytest", *paths, *options)
     assert int(re.search(r"(\d+) passed", output)[1]) > 100, output
 
@@ -125,6 +125,7 @@ def test_what_needs_tensorflow_says_so(backend):
     assert f"Received: KERAS_BACKEND={backend}. Leave it out" in refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_the_example_of_custom_training_runs(backend):
     output = under(backend, HERE.parent / "examples" / "custom_training.py")

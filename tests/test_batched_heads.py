@@ -17,6 +17,8 @@ from keras_rsft.training._head import train_head
 from keras_rsft.tuning._batched import BatchedHeads
 from keras_rsft.tuning._space import stack_trials
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 BATCH = 16
 
 

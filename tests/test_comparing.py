@@ -21,6 +21,8 @@ from keras_rsft.features._store import FeatureSet
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.training._head import head_probabilities, train_head
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 CLASSES = 3
 DIM = 6
 

@@ -18,10 +18,10 @@ from keras_rsft.policies._threshold import AcceptAll, KeepFraction, LossThreshol
 SCORES = "sparse_categorical_crossentropy"
 
 
-def compiled(inner, policy=None, **optimizer_options):
+def compiled(inner, policy=None, *, run_eagerly=True, **optimizer_options):
     model = RSFTModel(inner, policy or LossThreshold(1.1, warmup_steps=2))
     optimizer = keras.optimizers.Adam(0.02, **optimizer_options)
-    model.compile(optimizer, SCORES, metrics=["accuracy"])
+    model.compile(optimizer, SCORES, metrics=["accuracy"], run_eagerly=run_eagerly)
     return model
 
 
@@ -39,7 +39,7 @@ def assert_same(one, other):
 
 class TestKerasFile:
     def test_goes_on_bit_for_bit(self, make_model, small_data, tmp_path):
-        model = compiled(make_model())
+        model = compiled(make_model(), run_eagerly=False)
         fit(model, small_data)
         model.policy.threshold.assign(0.9)
         model.save(tmp_path / "model.keras")
@@ -137,19 +137,19 @@ class TestCallbacks:
     def test_an_interrupted_run_resumes_bit_for_bit(
         self, make_model, small_data, tmp_path
     ):
-        whole = compiled(make_model())
+        whole = compiled(make_model(), run_eagerly=False)
         fit(whole, small_data, epochs=4)
 
         def stop(epoch, logs):
             if epoch == 2:
                 raise KeyboardInterrupt
 
-        cut = compiled(make_model())
+        cut = compiled(make_model(), run_eagerly=False)
         backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
         note = keras.callbacks.LambdaCallback(on_epoch_begin=stop)
         with pytest.raises(KeyboardInterrupt):
             fit(cut, small_data, epochs=4, callbacks=[backup, note])
-        resumed = compiled(make_model())
+        resumed = compiled(make_model(), run_eagerly=False)
         backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
         fit(resumed, small_data, epochs=4, callbacks=[backup])
         assert_same(resumed, whole)
