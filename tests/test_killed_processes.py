@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 DRIVER = textwrap.dedent("""
     import importlib, os, signal, sys
     from keras_rsft import cli
-    from keras_rsft.finetuning import resume
+    from keras_rsft.training import _resume as resume
 
     resume.TIMES_ITS_COST = 0.0
     resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0

@@ -27,7 +27,7 @@ SECONDS_UNTIL_LOST = 5
 DRIVER = textwrap.dedent(f"""
     import pathlib, sys, time
     from keras_rsft import cli
-    from keras_rsft.finetuning import resume, devices
+    from keras_rsft.training import _devices as devices, _resume as resume
 
     devices.SECONDS_UNTIL_LOST = {SECONDS_UNTIL_LOST}
     resume.TIMES_ITS_COST = 0.0
