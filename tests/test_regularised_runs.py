@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from eagerly import eagerly
 from made_features import feature_set, split_features
 from same_run import assert_same_run
 
@@ -138,7 +139,8 @@ class TestWarning:
 
     @pytest.fixture(scope="class")
     def overfitted(self, learnt_by_heart):
-        return train(learnt_by_heart, epochs=60)
+        with eagerly(False):  # So many epochs are worth tracing.
+            return train(learnt_by_heart, epochs=60)
 
     def test_a_run_that_overfits_warns(self, overfitted):
         run = overfitted
@@ -153,9 +155,9 @@ class TestWarning:
         assert run.results[name] > overfitted.results[name]
 
     def test_a_run_that_does_not_overfit_does_not_warn(self, features):
-        assert (
-            train(features, epochs=20, policy=PolicyConfig("auto")).overfitting is None
-        )
+        with eagerly(False):
+            run = train(features, epochs=20, policy=PolicyConfig("auto"))
+        assert run.overfitting is None
 
 
 @pytest.mark.parametrize(
