@@ -137,19 +137,19 @@ class TestCallbacks:
     def test_an_interrupted_run_resumes_bit_for_bit(
         self, make_model, small_data, tmp_path
     ):
-        whole = compiled(make_model(), run_eagerly=False)
+        whole = compiled(make_model())
         fit(whole, small_data, epochs=4)
 
         def stop(epoch, logs):
             if epoch == 2:
                 raise KeyboardInterrupt
 
-        cut = compiled(make_model(), run_eagerly=False)
+        cut = compiled(make_model())
         backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
         note = keras.callbacks.LambdaCallback(on_epoch_begin=stop)
         with pytest.raises(KeyboardInterrupt):
             fit(cut, small_data, epochs=4, callbacks=[backup, note])
-        resumed = compiled(make_model(), run_eagerly=False)
+        resumed = compiled(make_model())
         backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
         fit(resumed, small_data, epochs=4, callbacks=[backup])
         assert_same(resumed, whole)
