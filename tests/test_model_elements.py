@@ -24,7 +24,12 @@ from keras_rsft.policies._threshold import (
 SCORES = "sparse_categorical_crossentropy"
 COMPILED = {"run_eagerly": False}
 MODES = pytest.mark.parametrize(
-    "options", [COMPILED, COMPILED | {"jit_compile": True}, {}]
+    "options",
+    [
+        COMPILED,
+        pytest.param(COMPILED | {"jit_compile": True}, marks=pytest.mark.slow),
+        {},
+    ],
 )
 RATE = 0.5
 # Of a batch of three samples with four places each.
