@@ -13,18 +13,19 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft._storage import CLASSES_FILE, MODEL_FILE
+from keras_rsft.backbones._build import first_line
+from keras_rsft.config import IMAGES, TEXTS
 from keras_rsft.data._images import decode_images
 from keras_rsft.data._sources import (
     DEFAULT_TEXT_COLUMN,
     IMAGE_SUFFIXES,
     TEXT_SUFFIXES,
-    Columns,
-    read_texts,
+    read_table,
     text_of,
 )
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import unusable_model
-from keras_rsft.export._runtimes import load_exported
+from keras_rsft.export._runtimes import ExportedModel, load_exported
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._run import read_class_names
 
@@ -41,6 +42,7 @@ class Prediction:
     error: str | None = None
 
 
+# Labels, scores, and why a sample cannot be used, or None.
 Answers = tuple[list[str], np.ndarray, list[str | None]]
 
 
@@ -54,7 +56,7 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What is asked about."""
+    """A file, or a text of a CSV file."""
 
     name: str
     content: bytes | None = None
@@ -99,67 +101,67 @@ def predict_files(
 def samples_in(
     files: Sequence[str | os.PathLike], classifier: Classifier, *, text_column: str
 ) -> list[Sample]:
-    """Returns what the files hold: themselves, or the rows of CSV files of texts."""
-    samples = [Sample(os.fspath(file)) for file in files]
-    if classifier.takes != "texts":
-        return samples
-    return list(_text_samples(samples, text_column))
+    """Returns the files themselves, or the rows of CSV files of texts."""
+    samples = []
+    for file in (os.fspath(file) for file in files):
+        if classifier.takes != TEXTS or not file.lower().endswith(".csv"):
+            samples.append(Sample(file))
+            continue
+        for line, row in read_table(file, [text_column]):
+            content = row[text_column].encode("utf-8", "surrogatepass")
+            samples.append(Sample(f"{file}:{line}", content))
+    return samples
 
 
 def predict_samples(
     classifier: Classifier, samples: Sequence[Sample]
 ) -> Iterator[Prediction]:
-    """Yields one prediction a sample, in order."""
     for start in range(0, len(samples), BATCH_SIZE):
-        yield from _predict_batch(classifier, samples[start : start + BATCH_SIZE])
-
-
-def _text_samples(files: Sequence[Sample], text_column: str) -> Iterator[Sample]:
-    columns = Columns(path=text_column, label=text_column, split=None)
-    for file in files:
-        if not file.name.lower().endswith(".csv"):
-            yield file
-            continue
-        for line, text, _ in read_texts(file.name, columns):
-            yield Sample(f"{file.name}:{line}", text.encode("utf-8", "surrogatepass"))
+        batch = samples[start : start + BATCH_SIZE]
+        encoded, unread = zip(*(sample.read() for sample in batch), strict=True)
+        labels, scores, unusable = classifier.classify(list(encoded))
+        for sample, label, score, *errors in zip(
+            batch, labels, scores, unread, unusable, strict=True
+        ):
+            error = errors[0] or errors[1]
+            if error is not None:
+                yield Prediction(sample.name, None, None, error)
+            else:
+                yield Prediction(sample.name, label, float(score))
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Returns `find_files` of image files."""
-    return find_files(paths, IMAGE_SUFFIXES, "image")
+    """Replaces folders and patterns by the image files in them, sorted."""
+    return _find_files(paths, IMAGE_SUFFIXES, "image")
 
 
 def find_texts(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Returns `find_files` of text files."""
-    return find_files(paths, TEXT_SUFFIXES, "text")
+    """Replaces folders and patterns by the text files in them, sorted."""
+    return _find_files(paths, TEXT_SUFFIXES, "text")
 
 
-def find_files(
+def _find_files(
     paths: Sequence[str | os.PathLike], suffixes: frozenset[str], kind: str
 ) -> list[str]:
-    """Replaces folders and patterns by the files in them, sorted."""
     found: dict[str, None] = {}
-    for path in map(os.fspath, paths):
+    for path in (os.fspath(path) for path in paths):
         if os.path.isdir(path):
-            files = _files_below(path, suffixes)
+            below = ((file, file.relative_to(path)) for file in Path(path).rglob("*"))
+            files = sorted(
+                str(file)
+                for file, relative in below
+                if not any(part[0] == "." for part in relative.parts)
+                and file.suffix.lower() in suffixes
+                and file.is_file()
+            )
         elif not os.path.lexists(path) and glob.has_magic(path):
-            matches = glob.glob(path, recursive=True)
-            files = sorted(match for match in matches if os.path.isfile(match))
+            files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         else:
             files = [path]
         if not files:
             raise DataError(f"There is no {kind} file in {path}.")
         found |= dict.fromkeys(files)
     return list(found)
-
-
-def _files_below(folder: str, suffixes: frozenset[str]) -> list[str]:
-    found = []
-    for file in Path(folder).rglob("*"):
-        hidden = any(part[0] == "." for part in file.relative_to(folder).parts)
-        if not hidden and file.suffix.lower() in suffixes and file.is_file():
-            found.append(str(file))
-    return sorted(found)
 
 
 def load_classifier(model: str | os.PathLike) -> Classifier:
@@ -171,28 +173,13 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
         beside = path.with_name(CLASSES_FILE)
         names = read_class_names(path.parent) if beside.is_file() else None
         return _keras_classifier(path, names)
-    if path.suffix in (".tflite", ".onnx") and path.is_file():
-        exported = load_exported(path)
-        return _images_classifier(
-            exported.image_size, exported.class_names, exported.probabilities
-        )
-    saved = _saved_model_folder(path)
-    if saved is not None:
-        loaded = tf.saved_model.load(str(saved))
-        serve = loaded.signatures.get("serving_default")
-        inputs = {} if serve is None else serve.structured_input_signature[1]
-        if "image_bytes" not in inputs:
-            raise InvalidArgument(
-                f"{saved} has no signature from `image_bytes`: "
-                "it was not written by `export_saved_model`."
-            )
-
-        def classify(encoded: list[bytes]) -> Answers:
-            served = serve(image_bytes=tf.constant(encoded, tf.string))
-            labels = [label.decode() for label in served["label"].numpy()]
-            return labels, served["score"].numpy(), _image_errors(served["valid"])
-
-        return Classifier("images", classify)
+    if path.is_dir() and not (path / "saved_model.pb").is_file():
+        versions = [child for child in path.iterdir() if child.name.isdigit()]
+        versions = [one for one in versions if (one / "saved_model.pb").is_file()]
+        path = max(versions, key=lambda version: int(version.name), default=path)
+    is_file = path.suffix in (".tflite", ".onnx") and path.is_file()
+    if is_file or (path / "saved_model.pb").is_file():
+        return _images_classifier(load_exported(path))
     raise unusable_model(model)
 
 
@@ -200,29 +187,25 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
     try:
         model = keras.saving.load_model(path, compile=False)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"{path} cannot be read: {reason}") from error
+        raise DataError(f"{path} cannot be read: {first_line(error)}.") from error
     if isinstance(model, RSFTModel):
         model = model.model
-    names = class_names or [str(i) for i in range(model.output_shape[-1])]
+    names = tuple(class_names or map(str, range(model.output_shape[-1])))
     if model.inputs[0].dtype == "string":
 
         def classify(encoded: list[bytes]) -> Answers:
             texts, errors = zip(*map(_text_or_error, encoded), strict=True)
-            probabilities = np.asarray(
-                model.predict_on_batch(tf.constant(texts, tf.string))
-            )
-            labels = [names[best] for best in probabilities.argmax(axis=-1)]
-            return labels, probabilities.max(axis=-1), list(errors)
+            probabilities = model.predict_on_batch(tf.constant(texts, tf.string))
+            return *_best(np.asarray(probabilities), names), list(errors)
 
-        return Classifier("texts", classify)
+        return Classifier(TEXTS, classify)
     if len(getattr(model, "input_shape", ())) != 4:
         raise InvalidArgument(
             f"The model must take images or texts. Received: {path}, which does not: "
             "a head takes features. Give the run folder instead."
         )
     size = tuple(model.input_shape[1:3])
-    return _images_classifier(size, names, model.predict_on_batch)
+    return _images_classifier(ExportedModel(size, names, model.predict_on_batch))
 
 
 def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
@@ -232,50 +215,24 @@ def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
         return b"", str(error)
 
 
-def _images_classifier(
-    size: tuple[int, int],
-    names: Sequence[str],
-    probabilities_of: Callable[[np.ndarray], np.ndarray],
-) -> Classifier:
+def _images_classifier(model: ExportedModel) -> Classifier:
     decode = tf.function(
-        lambda encoded: decode_images(encoded, size),
+        lambda encoded: decode_images(encoded, model.image_size),
         input_signature=[tf.TensorSpec((None,), tf.string)],
     )
+    error = "not an image that can be decoded"
 
     def classify(encoded: list[bytes]) -> Answers:
         images, valid = decode(tf.constant(encoded, tf.string))
-        probabilities = np.asarray(probabilities_of(images.numpy()))
-        labels = [names[best] for best in probabilities.argmax(axis=-1)]
-        return labels, probabilities.max(axis=-1), _image_errors(valid)
+        probabilities = np.asarray(model.probabilities(images.numpy()))
+        errors = [None if one else error for one in valid.numpy().tolist()]
+        return *_best(probabilities, model.class_names), errors
 
-    return Classifier("images", classify)
-
-
-def _image_errors(valid: tf.Tensor) -> list[str | None]:
-    error = "not an image that can be decoded"
-    return [None if one else error for one in valid.numpy().tolist()]
+    return Classifier(IMAGES, classify)
 
 
-def _saved_model_folder(path: Path) -> Path | None:
-    if (path / "saved_model.pb").is_file():
-        return path
-    if not path.is_dir():
-        return None
-    versions = [child for child in path.iterdir() if child.name.isdigit()]
-    versions = [child for child in versions if (child / "saved_model.pb").is_file()]
-    return max(versions, key=lambda child: int(child.name), default=None)
-
-
-def _predict_batch(
-    classifier: Classifier, samples: Sequence[Sample]
-) -> Iterator[Prediction]:
-    encoded, unread = zip(*(sample.read() for sample in samples), strict=True)
-    labels, scores, unusable = classifier.classify(list(encoded))
-    for sample, label, score, *errors in zip(
-        samples, labels, scores, unread, unusable, strict=True
-    ):
-        error = errors[0] or errors[1]
-        if error is not None:
-            yield Prediction(sample.name, None, None, error)
-        else:
-            yield Prediction(sample.name, label, float(score))
+def _best(
+    probabilities: np.ndarray, names: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    labels = [names[best] for best in probabilities.argmax(axis=-1)]
+    return labels, probabilities.max(axis=-1)

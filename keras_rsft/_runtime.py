@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from keras_rsft.config import STRATEGY_NAMES, require_known
@@ -216,6 +217,17 @@ def require_tensorflow_backend(what: str, *, instead: str = "") -> None:
         raise InvalidArgument(
             f"{what} needs Keras's TensorFlow backend. Received: {backend}. {hint}"
         )
+
+
+def import_extra(module: str, extra: str, user: str) -> ModuleType:
+    """Imports a module that one of this package's extras brings."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{user} needs the package {module.partition('.')[0]}. Install it with: "
+            f'pip install "keras_rsft[{extra}]".'
+        ) from error
 
 
 # Signals ------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,22 @@ def write_json(path: Path, content: Any) -> None:
     """Writes readable JSON; what it does not know is written as text."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def json_value(value: Any) -> Any:
+    """Returns what JSON can hold, without NaN and infinity."""
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: json_value(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): json_value(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(one) for one in value]
+    if hasattr(value, "tolist"):  # An array or a number of NumPy.
+        return json_value(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
 
 
 def read_json(path: Path) -> Any:

@@ -13,12 +13,9 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_rsft.errors import InvalidArgument
-
-if TYPE_CHECKING:
-    import keras_tuner
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -657,7 +654,7 @@ class SearchConfig:
                 )
 
     @property
-    def of_base(self) -> tuple[str, ...]:
+    def unfrozen(self) -> tuple[str, ...]:
         """Those of `unfreeze` in which the backbone learns, the cheapest first."""
         return self.unfreeze[1:]
 
@@ -680,8 +677,8 @@ def checked_names(names: Sequence[str]) -> tuple[str, ...]:
 class SearchSpace:
     """Ranges of the hyperparameters; a range of one value fixes it.
 
-    Called with Keras Tuner's hyperparameters, it declares them and returns their
-    values. Any function that does so can take its place:
+    A function that declares Keras Tuner's hyperparameters and returns their values can
+    take its place:
 
     ```python
     def space(hp):
@@ -709,11 +706,10 @@ class SearchSpace:
             may be, or a name is not known.
 
     Example:
-        >>> import keras_rsft as rsft, keras_tuner
+        >>> import keras_rsft as rsft
         >>> space = rsft.SearchSpace(policies=("keep-fraction",), optimizers=("sgd",))
-        >>> values = space(keras_tuner.HyperParameters())
-        >>> sorted(values)
-        ['keep_fraction', 'learning_rate', 'optimizer', 'policy', 'warmup_epochs']
+        >>> space.keep_fraction
+        (0.4, 0.95)
     """
 
     learning_rate: tuple[float, float] = (1e-4, 1e-1)
@@ -749,12 +745,6 @@ class SearchSpace:
             require_known("policy", policy, SEARCHED_POLICIES)
         for optimizer in self.optimizers:
             require_known("optimizer", optimizer.lower(), OPTIMIZER_NAMES)
-
-    def __call__(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
-        """Declares the hyperparameters and returns those that are active."""
-        from keras_rsft.tuning._space import declare
-
-        return declare(self, hp)
 
     def _check_range(self, name: str) -> None:
         least, above, most, whole = RANGE_NAMES[name]

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.backbones._blocks import block_starts, leaf_layers
+
 SIDE, DIM = 16, 6
 
 
@@ -46,6 +48,12 @@ def changed_layers(before: keras.Model, after: keras.Model) -> set[str]:
         for own, other in zip(before.weights, after.weights, strict=True)
         if not np.array_equal(own.numpy(), other.numpy())
     }
+
+
+def last_block(model: keras.Model) -> list[keras.Layer]:
+    """The layers of the last block of a backbone, and all that come after."""
+    starts = block_starts(model)
+    return leaf_layers(model)[starts[-1] :] if starts else []
 
 
 def save_signature(folder: Path, *, outputs=None, side: int | None = SIDE) -> Path:

@@ -38,7 +38,7 @@ def choose(tmp_path, monkeypatch):
 
     def call(free, *, layers=1, dtype="float32", choice_file=None):
         part = cut_backbone(base, UnfreezeConfig(layers))
-        needed = 25 * int(np.prod(part.shape)) * np.dtype(dtype).itemsize
+        needed = 25 * part.front.output_shape[-1] * np.dtype(dtype).itemsize
         disk = types.SimpleNamespace(free=free(needed))
         monkeypatch.setattr(unfreezing.shutil, "disk_usage", lambda folder: disk)
         notes = []

@@ -14,6 +14,7 @@ from keras_rsft.backbones._build import (
     _declared_image_size,
     applications,
     default_image_size,
+    preprocessing_of,
 )
 from keras_rsft.backbones._load import available_backbones, load_backbone
 from keras_rsft.errors import InvalidArgument
@@ -69,13 +70,14 @@ def test_names_are_those_of_keras_applications():
 def test_each_name_has_the_preprocessing_of_its_own_module():
     pixel = np.array([[[[10.0, 20.0, 30.0]]]], "float32")
     for name, application in applications().items():
-        assert application.function.__name__.lower() == name
-        home = application.function.__module__.rpartition(".")[2]
+        assert application.__name__.lower() == name
+        home = application.__module__.rpartition(".")[2]
         module = getattr(keras.applications, home)
-        assert application.preprocess_input is module.preprocess_input
+        preprocess = preprocessing_of(application)
+        assert preprocess is module.preprocess_input
         images = keras.Input((1, 1, 3))
         # Through one more layer: an identity alone is no model.
-        outputs = keras.layers.Identity()(application.preprocess_input(images))
+        outputs = keras.layers.Identity()(preprocess(images))
         symbolic = keras.Model(images, outputs)
         expected = module.preprocess_input(pixel.copy())
         np.testing.assert_allclose(symbolic(pixel), expected, atol=1e-5)
@@ -149,7 +151,7 @@ def test_preprocessing_is_inside(name, expected):
     preprocessed = np.broadcast_to(np.float32(expected), pixels.shape)
     features = np.asarray(backbone(pixels))
     assert_close(features, body(preprocessed))
-    module_says = applications()[name].preprocess_input(IMAGES.copy())
+    module_says = preprocessing_of(applications()[name])(IMAGES.copy())
     assert_close(backbone(IMAGES), body(module_says))
 
 
@@ -259,7 +261,7 @@ def test_global_policy_survives_an_error(dtype_policy):
 
 @pytest.mark.parametrize("image_size", [0, -1, 2.5, "96", True, (32,), (1, 2, 3)])
 def test_wrong_image_size(image_size):
-    with pytest.raises(InvalidArgument, match="`image_size` must be a number"):
+    with pytest.raises(InvalidArgument, match="must be a positive integer"):
         load_backbone("mobilenetv2", weights="none", image_size=image_size)
 
 

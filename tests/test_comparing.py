@@ -158,7 +158,8 @@ class TestBaselines:
         given = np.eye(CLASSES)[train.labels]
         weight = (p * given).sum(axis=1, keepdims=True) ** 0.7
         gradient = (weight * (p - given)).mean(axis=0)
-        head = methods.train_gce(trial.features, settings)
+        loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=methods.GCE_Q)
+        head = methods.train_stock(trial.features, settings, loss)
         np.testing.assert_allclose(head.get_weights()[-1], -0.1 * gradient, atol=1e-5)
 
     def test_co_teaching_heads_exchange_what_they_choose(self):
@@ -246,12 +247,12 @@ class TestComparison:
         assert result.summaries["plain"].test_accuracy is not None
 
     def test_a_head_that_diverged_is_no_accuracy(self, trial, monkeypatch):
-        def diverged(features, settings):
+        def diverged(features, settings, loss):
             head = methods.build_head(DIM, CLASSES)
             head.set_weights([w * np.nan for w in head.get_weights()])
             return head
 
-        monkeypatch.setattr(methods, "train_gce", diverged)
+        monkeypatch.setattr(methods, "train_stock", diverged)
         outcome = methods.run_method("gce", trial)
         assert outcome.test_accuracy is None
         assert "NaN" in outcome.stalled

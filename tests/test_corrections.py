@@ -181,7 +181,7 @@ class TestRefused:
             ([",cat,keep,"], "line 2 has no id"),
             (["{0},,keep,"], "no given_label"),
             (["{0},cat,keep,,,"], "more cells than the header"),
-            ([], "no decision below"),
+            ([], "no row below the header"),
             (['{0},"cat,keep,'], "comma-separated"),
         ],
     )
@@ -198,9 +198,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         "content, message",
         [
-            (b"", "is empty"),
+            (b"", "It has: none"),
             (b"id,given_label,decision\na,b,keep\n", "no column 'new_label'"),
-            (b"id;given_label;decision;new_label\n", "Received: 'id;given"),
+            (b"id;given_label;decision;new_label\n", "It has: 'id;given"),
             (b"\xff\xfe\x00", "in UTF-8"),
         ],
     )

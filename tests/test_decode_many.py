@@ -82,14 +82,6 @@ def test_nothing_good(decode_batch, files):
     assert not images.any()
 
 
-def test_what_is_beyond_the_budget_is_decoded_too(monkeypatch):
-    monkeypatch.setattr(decode, "PIXEL_BUDGET", 40_000)
-    files = [*GOOD.values(), BAD["cut PNG"]]
-    images, valid = decode_images(tf.constant(files), SIZE)
-    assert valid.numpy().tolist() == [True] * len(GOOD) + [False]
-    np.testing.assert_array_equal(images[:-1], one_by_one(files[:-1]))
-
-
 def test_more_pixels_than_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 400 * 300)
     images, valid = decode_images(tf.constant(list(LARGE.values())), SIZE)

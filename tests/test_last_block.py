@@ -5,8 +5,9 @@ from __future__ import annotations
 import keras
 import pytest
 from keras import layers
+from made_bases import last_block
 
-from keras_rsft.backbones._blocks import last_block, leaf_layers
+from keras_rsft.backbones._blocks import leaf_layers
 from keras_rsft.backbones._load import load_backbone
 
 

@@ -13,6 +13,7 @@ from keras_rsft.report._record import read_run
 
 pytestmark = pytest.mark.usefixtures("eager")
 
+ACCURACY = "Accuracy, given labels"
 CURVES = {
     f"{part}_{measure}": [value, value + step, value + 2 * step]
     for part, value in (("train", 0.5), ("train_accepted", 0.6))
@@ -32,50 +33,48 @@ def record(before):
     return dataclasses.replace(before, metrics=metrics)
 
 
-def lines_of(record, key):
+def lines_of(record, title):
     """Returns style and texts of each line by its name."""
-    chart = next(one for one in learning_curves(record) if one.key == key)
-    return dict(
-        zip(chart.names, zip(chart.styles, chart.texts, strict=True), strict=True)
-    )
+    chart = next(one for one in learning_curves(record) if one.title == title)
+    names, styles, texts = (chart.data[key] for key in ("names", "styles", "texts"))
+    return dict(zip(names, zip(styles, texts, strict=True), strict=True))
 
 
 def test_accepted_and_all_samples(record):
-    for key in ("accuracy", "loss"):
-        lines = lines_of(record, key)
+    for title in (ACCURACY, "Loss"):
+        lines = lines_of(record, title)
         assert lines["training, all samples"][0] == "quiet"
         assert lines["training, accepted samples"][0] == "quiet dashed"
         assert lines["validation"][0] == "first"
-    assert lines_of(record, "accuracy")["training, accepted samples"][1] == (
-        "60.0 %", "70.0 %", "80.0 %",
-    )  # fmt: skip
+    texts = lines_of(record, ACCURACY)["training, accepted samples"][1]
+    assert texts == ["60.0 %", "70.0 %", "80.0 %"]
 
 
 def test_where_nothing_is_rejected_a_line_is_drawn_once(record):
     plain = dataclasses.replace(
         record, metrics=record.metrics | {"acceptance_rate": [1.0] * 3}
     )
-    for key in ("accuracy", "loss"):
-        assert not any("accepted" in name for name in lines_of(plain, key))
-    assert list(lines_of(plain, "selection")) == ["accepted samples"]
+    for title in (ACCURACY, "Loss"):
+        assert not any("accepted" in name for name in lines_of(plain, title))
+    assert list(lines_of(plain, "Acceptance")) == ["accepted samples"]
 
 
 def test_a_run_of_before_shows_what_it_has(before):
-    assert list(lines_of(before, "accuracy")) == [
+    assert list(lines_of(before, ACCURACY)) == [
         "training, all samples", "validation", "validation, plain head",
     ]  # fmt: skip
-    assert list(lines_of(before, "loss")) == ["training, all samples", "threshold"]
+    assert list(lines_of(before, "Loss")) == ["training, all samples", "threshold"]
     assert curves_note(before) == ""
 
 
-def test_epochs_that_train_the_base_have_the_mean_over_the_epoch(record):
+def test_epochs_that_train_the_backbone_have_the_mean_over_the_epoch(record):
     metrics = record.metrics | {"train_accuracy": [0.5, 0.6, math.nan]}
     longer = dataclasses.replace(record, metrics=metrics)
-    _, texts = lines_of(longer, "accuracy")["training, all samples"]
-    assert texts == ("50.0 %", "60.0 %", "80.0 %")
+    _, texts = lines_of(longer, ACCURACY)["training, all samples"]
+    assert texts == ["50.0 %", "60.0 %", "80.0 %"]
     assert curves_note(record).startswith("Measured at the end of each epoch")
-    assert "epochs that train the base" not in curves_note(record)
-    assert "epochs that train the base" in curves_note(longer)
+    assert "epochs that train the backbone" not in curves_note(record)
+    assert "epochs that train the backbone" in curves_note(longer)
 
 
 def test_a_warning_is_shown_and_escaped(record):

@@ -48,7 +48,7 @@ def test_says_what_the_run_says(full_run):
     assert "About 20 % look wrong." in card
     assert "policy `auto`" in card
     assert "keras 3.15" in card
-    assert "## Licence of the weights\n\nLicence of the base's weights: MIT" in card
+    assert "## Licence of the weights\n\nLicence of the backbone's weights: MIT" in card
     assert "/home/me" not in card  # Where the data lay is nobody's business.
     head = head_of(card)
     assert head["pipeline_tag"] == "image-classification"

@@ -58,7 +58,9 @@ def test_a_base_that_fails_is_listed_with_its_reason(ranking):
 
 def test_where_no_base_can_be_used(photo_folder, tmp_path):
     (tmp_path / "a.keras").write_bytes(b"no model")
-    with pytest.raises(WeightsUnavailable, match=r"(?s)None of the bases.*a\.keras"):
+    with pytest.raises(
+        WeightsUnavailable, match=r"(?s)None of the backbones.*a\.keras"
+    ):
         rank_backbones(load_images(photo_folder), [tmp_path / "a.keras"])
 
 
@@ -68,7 +70,7 @@ def test_where_no_base_can_be_used(photo_folder, tmp_path):
         (["resnet51"], "Did you mean 'resnet50'"),
         (["missing.keras"], "no backbone file"),
         (["onnx:missing.onnx@0:1"], "no backbone file"),
-        ([], "at least one base"),
+        ([], "at least one backbone"),
     ],
 )
 def test_a_name_that_is_none_is_refused_before_the_work(names, message):

@@ -112,7 +112,7 @@ class TestOutcome:
         assert "90.0 % of 200 test images right, plain fine-tuning 80.0 %" in (
             found.sentence
         )
-        notes = {figure.name: figure.note for figure in found.figures}
+        notes = {name: note for name, _, note in found.figures}
         assert notes == {
             "Test, chosen": "95 %: 85.1 to 93.4",
             "Validation, chosen": "",
@@ -123,7 +123,7 @@ class TestOutcome:
     def test_of_a_search_that_chose_nothing(self, record):
         results = {"chosen": None, "reason": "All 2 trials failed."}
         found = outcome_of(dataclasses.replace(record, samples=None, results=results))
-        assert (found.sentence, found.figures) == ("All 2 trials failed.", ())
+        assert (found.sentence, found.figures) == ("All 2 trials failed.", [])
 
     def test_without_anything_to_judge_by(self, record):
         changed = dataclasses.replace(record, results={})
@@ -132,34 +132,32 @@ class TestOutcome:
 
 class TestCharts:
     def test_places_by_hand(self):
-        chart = charts.line_chart(
-            "a", "Accuracy", [("one", "first", [0.0, 0.5, 1.0])], as_percent=True
-        )
+        chart = charts.line_chart("Accuracy", [("one", "first", [0.0, 0.5, 1.0])])
         middle = (charts.LEFT + charts.WIDTH - charts.RIGHT) / 2
-        assert chart.data["x"] == (charts.LEFT, middle, charts.WIDTH - charts.RIGHT)
+        assert chart.data["x"] == [charts.LEFT, middle, charts.WIDTH - charts.RIGHT]
         bottom = charts.HEIGHT - charts.BOTTOM
-        places = (bottom, (bottom + charts.TOP) / 2, charts.TOP)
-        assert chart.data["y"] == (places,)
-        assert chart.texts == (("0.0 %", "50.0 %", "100.0 %"),)
+        heights = [bottom, (bottom + charts.TOP) / 2, charts.TOP]
+        assert chart.data["y"] == [heights]
+        assert chart.data["texts"] == [["0.0 %", "50.0 %", "100.0 %"]]
         assert "one from 0.0 % to 100.0 %" in chart.summary
 
     def test_a_gap_breaks_the_line(self):
         values = [1.0, math.nan, 2.0, math.inf, 3.0, 4.0]
-        chart = charts.line_chart("a", "A", [("one", "", values)], as_percent=False)
+        chart = charts.line_chart("A", [("one", "", values)], as_percent=False)
         assert chart.svg.count("<polyline") == 3
-        assert chart.texts[0][1] == "-"
+        assert chart.data["texts"][0][1] == "-"
 
     def test_nothing_to_draw(self):
         series = [("one", "", [math.nan]), ("other", "", [])]
-        assert charts.line_chart("a", "A", series, as_percent=False) is None
+        assert charts.line_chart("A", series, as_percent=False) is None
 
     @pytest.mark.parametrize(
         "values", [[0.5], [0.0] * 3, [1e-9, 2e-9], [-1.0, 1e6], [1.0] * 500]
     )
     def test_everything_is_inside_the_picture(self, values):
-        chart = charts.line_chart("a", "A", [("one", "", values)], as_percent=False)
-        for place in chart.heights[0]:
-            assert charts.TOP <= place <= charts.HEIGHT - charts.BOTTOM
+        chart = charts.line_chart("A", [("one", "", values)], as_percent=False)
+        for height in chart.data["y"][0]:
+            assert charts.TOP <= height <= charts.HEIGHT - charts.BOTTOM
         root = ElementTree.fromstring(chart.svg)
         ticks = [one.get("text-anchor") for one in root.iter("text")]
         assert 2 <= ticks.count("end") <= 9
@@ -268,10 +266,10 @@ class TestGallery:
             predicted=np.array([0, 1, 1, 1, -1]),
         )
         confusion = confusion_of(samples, 3)
-        assert confusion.counts == ((1, 2, 0), (0, 1, 0), (0, 0, 0))
-        assert confusion.pairs == ((0, 1, 2),)
-        assert confusion.strengths[1] == (0, 9, 0)
-        assert confusion_of(samples, 3, max_classes=2).classes == ()
+        assert confusion.counts == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
+        assert confusion.pairs == [(0, 1, 2)]
+        assert confusion.strengths[1] == [0, 9, 0]
+        assert confusion_of(samples, 3, max_classes=2).counts == []
 
 
 class TestPage:
@@ -354,7 +352,7 @@ class TestPage:
 
     def test_tensorflow_is_not_needed(self, run_folder, tmp_path):
         program = (
-            "import sys; from keras_rsft.report import write_report; "
+            "import sys; from keras_rsft import write_report; "
             f"write_report({str(run_folder)!r}, {str(tmp_path / 'r.html')!r}); "
             "assert not {'tensorflow', 'keras'} & set(sys.modules)"
         )

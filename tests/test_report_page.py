@@ -303,7 +303,7 @@ def test_from_wrong_labels_to_a_better_model(
         page.keyboard.press(str(1 + right[text_of(page, "id")]))
     page.keyboard.press("Escape")
     file = download(page)
-    decided = {row.id: row for row in read_corrections(file)}
+    decided = {row.id: row for _, row in read_corrections(file)}
     for sample_id, label in zip(train.ids, train.labels, strict=True):
         row = decided[sample_id]
         assert row.given_label == names[label]

@@ -24,10 +24,10 @@ from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _extract as extraction
 from keras_rsft.features._extract import (
+    FeaturePass,
     FrozenBase,
     extract_features,
     keep_shares,
-    make_pass,
     open_kept,
     run_together,
 )
@@ -129,7 +129,7 @@ def alone(base, split, tmp_path_factory):
 
 @pytest.fixture
 def work(base, split, tmp_path):
-    return make_pass(
+    return FeaturePass(
         base, split, cache_dir=tmp_path / "kept", batch_size=4, progress=False
     )
 
@@ -222,7 +222,7 @@ class TestTogether:
             (folder / broken).write_bytes(b"no image")
         split = load_images(str(folder)).train
         alone = extract_features(base, split, cache_dir=tmp_path / "alone")
-        work = make_pass(base, split, cache_dir=tmp_path / "kept", batch_size=4)
+        work = FeaturePass(base, split, cache_dir=tmp_path / "kept", batch_size=4)
         keep_shares([work], workers(2, 1))
         run_together([work], workers(2, 0))
         kept = open_kept(work.folder, split)
@@ -234,7 +234,7 @@ class TestTogether:
         for number in range(12):
             write(tmp_path / "photos" / f"{number % 2}" / f"{number}.png", b"no image")
         split = load_images(str(tmp_path / "photos")).train
-        work = make_pass(base, split, cache_dir=tmp_path / "kept", batch_size=2)
+        work = FeaturePass(base, split, cache_dir=tmp_path / "kept", batch_size=2)
         keep_shares([work], workers(2, 1))
         for index in (0, 1):
             with pytest.raises(DataError, match="can be read"):
@@ -242,7 +242,7 @@ class TestTogether:
 
     def test_an_empty_split(self, base, split, tmp_path):
         empty = split.take(np.array([], np.int64))
-        work = make_pass(base, empty, cache_dir=tmp_path)
+        work = FeaturePass(base, empty, cache_dir=tmp_path)
         run_together([work], workers(2, 0))
         assert len(open_kept(work.folder, empty)) == 0
 

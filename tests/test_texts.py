@@ -208,13 +208,13 @@ class TestSplit:
 
     def test_a_base_for_images_and_views_are_refused(self, table):
         split = load_texts(table).train
-        with pytest.raises(InvalidArgument, match="texts, and the base takes images"):
+        with pytest.raises(InvalidArgument, match="texts, and the backbone"):
             split.inputs((16, 16, 3))
         with pytest.raises(InvalidArgument, match="one view"):
             split.inputs((), views=2)
 
     def test_images_refuse_a_base_for_texts(self, photo_folder):
-        with pytest.raises(InvalidArgument, match="images, and the base takes texts"):
+        with pytest.raises(InvalidArgument, match="images, and the backbone"):
             load_images(photo_folder).train.inputs(())
 
     def test_noise_made_of_images_is_refused(self, table):

@@ -81,7 +81,7 @@ class TestRefuses:
         [
             (3, "has 2 blocks. Received: 3"),
             (("block2_con",), "Near it: block2_conv"),
-            (("block2_bn",), "--train-batch-norm"),
+            (("block2_bn",), "train_batch_norm=true"),
             (("block2_add",), "no weights"),
             (0, "at least 1"),
             ((), "at least 1"),
@@ -139,6 +139,6 @@ def test_the_parts_together_are_the_base(name):
         first = leaf_layers(part.base)[starts[-count]]
         assert first.name.split("_")[0] == part.cut.split("_")[0]
         activations = part.front(images.astype("float32"))
-        assert activations.shape == (2, np.prod(part.shape))
+        assert activations.shape == (2, part.rest.input_shape[-1])
         features = np.asarray(part.rest(activations))
         np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)

@@ -399,4 +399,4 @@ def test_export_with_verification(fit, call, tmp_path, choose):
     assert (status, error) == (0, "")
     assert "as the run" in output
     (card,) = tmp_path.glob("saved_models/*/1/README.md")
-    assert "A part of the base was trained too." in card.read_text()
+    assert "A part of the backbone was trained too." in card.read_text()

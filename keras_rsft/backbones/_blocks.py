@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 from keras import layers
 
-from keras_rsft.backbones._build import built_in_float32
+from keras_rsft.backbones._build import built_in_float32, leaf_layers
 from keras_rsft.config import ALL, Unfreeze, checked_unfreeze
 from keras_rsft.errors import InvalidArgument
 
@@ -26,62 +27,33 @@ _NOT_LEARNT = (layers.BatchNormalization, layers.Normalization)
 _UPSAMPLING = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
 
-def last_block(body: keras.Model) -> list[keras.Layer]:
-    """Returns the layers of the last block of a base, and all that come after it."""
-    starts = block_starts(body)
-    return leaf_layers(body)[starts[-1] :] if starts else []
-
-
 def block_starts(body: keras.Model) -> list[int]:
-    """Returns where the blocks of a base begin, as positions in `leaf_layers`."""
+    """Returns where the blocks of a backbone begin, as indices in `leaf_layers`."""
     # A block begins, by the first of these that gives one with a layer to train in it,
     # 1. where layers are named as in `keras.applications`, at the first of each name,
     # 2. behind each layer that halves height and width,
     # 3. at each layer to train.
     found = leaf_layers(body)
-    for starts in (_named_starts(found), _halved_starts(found)):
-        ends = [*starts, len(found)][1:]
+    named: dict[str, int] = {}
+    for index, layer in enumerate(found):
+        match = _BLOCK_NAME.match(layer.name) or _SEPARABLE_NAME.match(layer.name)
+        if match:
+            named.setdefault(match[1], index)
+    halved = [index + 1 for index, layer in enumerate(found) if _halves(layer)]
+    for starts in (list(named.values()), halved):
         blocks = [
             start
-            for start, end in zip(starts, ends, strict=True)
+            for start, end in zip(starts, [*starts, len(found)][1:], strict=True)
             if any(learns(layer) for layer in found[start:end])
         ]
         if blocks:
             return blocks
-    return [at for at, layer in enumerate(found) if learns(layer)]
-
-
-def leaf_layers(model: keras.Model) -> list[keras.Layer]:
-    """Returns a model's layers in order, those of nested models in their place."""
-    found: list[keras.Layer] = []
-    for layer in model.layers:
-        found += leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
-    return found
+    return [index for index, layer in enumerate(found) if learns(layer)]
 
 
 def learns(layer: keras.Layer) -> bool:
     """Says whether a layer has weights that are not those of a normalisation."""
     return bool(layer.weights) and not isinstance(layer, _NOT_LEARNT)
-
-
-def is_batch_norm(layer: keras.Layer) -> bool:
-    """Says whether a layer is a BatchNorm."""
-    return isinstance(layer, layers.BatchNormalization)
-
-
-def _named_starts(found: list[keras.Layer]) -> list[int]:
-    blocks = [_block_of(layer.name) for layer in found]
-    names = dict.fromkeys(block for block in blocks if block is not None)
-    return sorted(blocks.index(name) for name in names)
-
-
-def _halved_starts(found: list[keras.Layer]) -> list[int]:
-    return [at + 1 for at, layer in enumerate(found) if _halves(layer)]
-
-
-def _block_of(layer_name: str) -> str | None:
-    match = _BLOCK_NAME.match(layer_name) or _SEPARABLE_NAME.match(layer_name)
-    return match[1] if match else None
 
 
 def _halves(layer: keras.Layer) -> bool:
@@ -98,22 +70,8 @@ def copy_model(model: keras.Model) -> keras.Model:
     return copy
 
 
-def set_trainable(base: keras.Model, chosen: Sequence[keras.Layer]) -> None:
-    """Lets some layers of a base learn and freezes all others."""
-    # Layer by layer, as a model that has the value already does not pass it on. The
-    # base itself stays frozen, which has no say in what a model around it trains. A
-    # BatchNorm layer that is not trainable runs in inference mode; one inside of a
-    # chosen layer is not trainable either.
-    learning = {id(layer) for layer in chosen}
-    for layer in leaf_layers(base):
-        layer.trainable = id(layer) in learning
-        for part in layer._flatten_layers(include_self=False):
-            if is_batch_norm(part):
-                part.trainable = False
-
-
 def _copy_weights(source: keras.Model, target: keras.Model) -> None:
-    """Copies layer by layer: a clone may list parallel layers in another order."""
+    # Layer by layer: a clone may list parallel layers in another order.
     for layer in source.layers:
         if not layer.weights:  # A clone may call its input otherwise.
             continue
@@ -122,28 +80,40 @@ def _copy_weights(source: keras.Model, target: keras.Model) -> None:
             _copy_weights(layer, own)
             continue
         own.set_weights(layer.get_weights())
-        if isinstance(own, keras.layers.Normalization):
+        if isinstance(own, layers.Normalization):
             own.finalize_state()  # It computes with what it derives from weights.
+
+
+def set_trainable(backbone: keras.Model, chosen: Sequence[keras.Layer]) -> None:
+    """Lets some layers of a backbone learn and freezes all others."""
+    # Layer by layer, as a model that has the value already does not pass it on. The
+    # backbone itself stays frozen, which has no say in what a model around it trains. A
+    # BatchNorm layer that is not trainable runs in inference mode; one inside of a
+    # chosen layer is not trainable either.
+    learning = {id(layer) for layer in chosen}
+    for layer in leaf_layers(backbone):
+        layer.trainable = id(layer) in learning
+        for part in layer._flatten_layers(include_self=False):
+            if isinstance(part, layers.BatchNormalization):
+                part.trainable = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainablePart:
-    """A copy of a base, and the same layers as two models one after the other."""
+    """A copy of a backbone, and the same layers as two models one after the other."""
 
     base: keras.Model
     front: keras.Model
     rest: keras.Model
     layers: tuple[keras.Layer, ...]
     cut: str
-    shape: tuple[int, ...]
     front_is_preprocessing: bool
 
     def freeze(self) -> None:
         set_trainable(self.base, [])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One layer at work: tensors are named by their identity."""
 
     operation: Any
@@ -152,134 +122,116 @@ class _Call:
 
 
 def trainable_part(
-    base: keras.Model,
-    unfreeze: Unfreeze,
-    *,
-    train_batch_norm: bool = False,
+    backbone: keras.Model, unfreeze: Unfreeze, *, train_batch_norm: bool = False
 ) -> TrainablePart:
-    """Cuts a base at the latest place before the first layer that shall learn."""
+    """Cuts a backbone as late as it can be before the first layer that shall learn."""
     with built_in_float32():
-        own = copy_model(base)
+        own = copy_model(backbone)
         chosen = _chosen(own, checked_unfreeze(unfreeze), train_batch_norm)
         set_trainable(own, chosen)
         images = keras.Input(own.input_shape[1:], name="images")
         calls: list[_Call] = []
         features = _replayed(own, images, calls)
         # The calls are in an order in which each comes after what it needs, so a tensor
-        # that all ways from images to features lead through is alone at its place.
+        # that all ways from images to features lead through is alone at its index.
         learning = {id(layer) for layer in chosen}
         last = next(
-            at for at, call in enumerate(calls) if id(call.operation) in learning
+            index for index, call in enumerate(calls) if id(call.operation) in learning
         )
         last_use = {id(features): len(calls)}
-        for at, call in enumerate(calls):
-            for name in call.inputs:
-                last_use[name] = max(at, last_use.get(name, -1))
+        for index, call in enumerate(calls):
+            last_use |= dict.fromkeys(set(call.inputs) - {id(features)}, index)
         alive = {id(images): images}
-        best = (0, images)
-        for at, call in enumerate(calls[: last + 1]):
-            alive = {name: one for name, one in alive.items() if last_use[name] >= at}
+        crossing, cut = images, calls[0].operation.name
+        for index, call in enumerate(calls[: last + 1]):
+            alive = {key: one for key, one in alive.items() if last_use[key] >= index}
             if len(alive) == 1:
-                (crossing,) = alive.values()
-                if None not in crossing.shape[1:]:
-                    best = (at, crossing)
+                (only,) = alive.values()
+                if None not in only.shape[1:]:
+                    crossing, cut = only, call.operation.name
             for output in call.outputs:
                 if id(output) in last_use:
                     alive[id(output)] = output
-        at, crossing = best
-        flatten = keras.layers.Flatten(dtype="float32", name="activations")
+        flatten = layers.Flatten(dtype="float32", name="activations")
         front = keras.Model(images, flatten(crossing), name="front")
         shape = tuple(crossing.shape[1:])
-        rest = _rest(crossing, features)
+        body = keras.Model(crossing, features, name="rest")
+        activations = keras.Input((math.prod(shape),), name="activations")
+        whole = layers.Reshape(shape, name="in_shape")(activations)
+        rest = keras.Model(activations, body(whole), name="rest_of_activations")
     return TrainablePart(
         base=own,
         front=front,
         rest=rest,
         layers=tuple(chosen),
-        cut=calls[at].operation.name,
-        shape=shape,
+        cut=cut,
         front_is_preprocessing=not any(learns(layer) for layer in front.layers),
     )
 
 
-def _rest(crossing: keras.KerasTensor, features: keras.KerasTensor) -> keras.Model:
-    body = keras.Model(crossing, features, name="rest")
-    shape = tuple(crossing.shape[1:])
-    size = 1
-    for side in shape:
-        size *= side
-    activations = keras.Input((size,), name="activations")
-    whole = keras.layers.Reshape(shape, name="in_shape")(activations)
-    return keras.Model(activations, body(whole), name="rest_of_activations")
-
-
 def _chosen(
-    base: keras.Model, unfreeze: Unfreeze, train_batch_norm: bool
+    backbone: keras.Model, unfreeze: Unfreeze, train_batch_norm: bool
 ) -> list[keras.Layer]:
-    found = leaf_layers(base)
-    if not any(learns(layer) for layer in found):
+    found = leaf_layers(backbone)
+    known = [layer.name for layer in found if learns(layer)]
+    if not known:
         raise InvalidArgument(
-            f"The base {base.name} has no Keras layer that could learn. Leave all of "
-            "it frozen, or use another base."
+            f"The backbone {backbone.name} has no Keras layer that could learn. Leave "
+            "all of it frozen, or use another one."
         )
-    if isinstance(unfreeze, tuple):
-        return [_layer_named(name, found, train_batch_norm) for name in unfreeze]
-    start = 0
-    if unfreeze != ALL:
-        starts = block_starts(base)
-        if unfreeze > len(starts):
-            raise InvalidArgument(
-                f"The base {base.name} has {len(starts)} blocks. Received: "
-                f"{unfreeze}. Use all to train the layers before them too."
-            )
-        start = starts[-unfreeze]
-    return [
+    able = [
         layer
-        for layer in found[start:]
+        for layer in found
         if learns(layer) or (train_batch_norm and _can_normalise(layer))
     ]
-
-
-def _layer_named(
-    name: str, found: list[keras.Layer], train_batch_norm: bool
-) -> keras.Layer:
-    by_name = {layer.name: layer for layer in found}
-    layer = by_name.get(name)
-    if layer is None:
-        known = [one.name for one in found if learns(one)]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-3:]
-        raise InvalidArgument(
-            f"The base has no layer {name!r}. Near it: {', '.join(near)}. A number "
-            "means so many of the last blocks, all the whole base."
-        )
-    if learns(layer) or (train_batch_norm and _can_normalise(layer)):
-        return layer
-    if _can_normalise(layer):
-        raise InvalidArgument(
-            f"The layer {name!r} is a BatchNorm, which stays as it is unless "
-            "`--set train_batch_norm=true` is given."
-        )
-    raise InvalidArgument(f"The layer {name!r} has no weights that could learn.")
+    if isinstance(unfreeze, int):
+        starts = block_starts(backbone)
+        if unfreeze > len(starts):
+            raise InvalidArgument(
+                f"The backbone {backbone.name} has {len(starts)} blocks. Received: "
+                f"{unfreeze}. Use {ALL} to train the layers before them too."
+            )
+        return [layer for layer in found[starts[-unfreeze] :] if layer in able]
+    if unfreeze == ALL:
+        return able
+    chosen = []
+    for name in unfreeze:
+        layer = {layer.name: layer for layer in found}.get(name)
+        if layer is None:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[-3:]
+            raise InvalidArgument(
+                f"The backbone has no layer {name!r}. Near it: {', '.join(near)}. Name "
+                f"layers, give the number of blocks to train, or {ALL}."
+            )
+        if layer not in able and _can_normalise(layer):
+            raise InvalidArgument(
+                f"The layer {name!r} is a BatchNorm, which stays as it is unless "
+                "`--set train_batch_norm=true` is given."
+            )
+        if layer not in able:
+            raise InvalidArgument(
+                f"The layer {name!r} has no weights that could learn."
+            )
+        chosen.append(layer)
+    return chosen
 
 
 def _can_normalise(layer: keras.Layer) -> bool:
-    return is_batch_norm(layer) and bool(layer.weights)
+    return isinstance(layer, layers.BatchNormalization) and bool(layer.weights)
 
 
 def _replayed(model: keras.Model, inputs: keras.KerasTensor, calls: list[_Call]) -> Any:
     """Calls a model's layers one by one, those of nested models too, and notes it."""
 
     def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_graph(operation):
+        if isinstance(operation, keras.Sequential) or (
+            isinstance(operation, keras.Model)
+            and hasattr(operation, "_run_through_graph")
+        ):
             return _replayed(operation, args[0], calls)
         outputs = operation(*args, **kwargs)
-        calls.append(
-            _Call(
-                operation,
-                tuple(map(id, _tensors((args, kwargs)))),
-                tuple(_tensors(outputs)),
-            )
-        )
+        taken = tuple(map(id, _tensors((args, kwargs))))
+        calls.append(_Call(operation, taken, tuple(_tensors(outputs))))
         return outputs
 
     if isinstance(model, keras.Sequential):
@@ -291,14 +243,6 @@ def _replayed(model: keras.Model, inputs: keras.KerasTensor, calls: list[_Call])
     return outputs[0] if isinstance(outputs, list) and len(outputs) == 1 else outputs
 
 
-def _is_graph(operation: Any) -> bool:
-    if not isinstance(operation, keras.Model):
-        return False
-    sequential = isinstance(operation, keras.Sequential)
-    return sequential or hasattr(operation, "_run_through_graph")
-
-
-def _tensors(structure: Any) -> Iterator[keras.KerasTensor]:
-    for value in keras.tree.flatten(structure):
-        if isinstance(value, keras.KerasTensor):
-            yield value
+def _tensors(structure: Any) -> list[keras.KerasTensor]:
+    values = keras.tree.flatten(structure)
+    return [value for value in values if isinstance(value, keras.KerasTensor)]

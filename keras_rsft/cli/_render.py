@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from keras_rsft._storage import json_value
 from keras_rsft.config import IMAGES, TrainConfig
 from keras_rsft.report._summary import Summary, about, share_text
 from keras_rsft.report._summary import Table as Summarised
@@ -135,22 +133,6 @@ def _as_a_sentence(message: Warning | str, *place: Any, **_: Any) -> None:
 def output_of(arguments: argparse.Namespace) -> Output:
     """Returns where the words of a command go."""
     return Output(quiet=arguments.quiet, as_json=getattr(arguments, "json", False))
-
-
-def json_value(value: Any) -> Any:
-    """Returns what JSON can hold, without NaN and infinity."""
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {name: json_value(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): json_value(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_value(one) for one in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return json_value(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
 
 
 # === Data ===

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,8 +11,14 @@ from typing import Any
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._stats import Interval
-from keras_rsft._storage import NumberedFolder, open_place, write_csv, write_json
+from keras_rsft._storage import (
+    CONFIG_FILE,
+    NumberedFolder,
+    json_value,
+    open_place,
+    write_csv,
+    write_json,
+)
 from keras_rsft.comparison._methods import (
     MethodSummary,
     Outcome,
@@ -38,14 +43,9 @@ from keras_rsft.data._labels import add_label_noise, parse_noise
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import positions_of
-from keras_rsft.features._store import FeatureSet
 from keras_rsft.training._features import SplitFeatures, open_features
 
 NOISY_SPLITS = ("train", "validation")
-TABLE_FILE = "comparison.csv"
-SUMMARY_FILE = "summary.json"
-LABELS_FILE = "labels.csv"
-CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +111,11 @@ def compare(
         seeds: How many seeds, at least 1, from `settings.seed` on. Default 5.
         noise: Labels of the training and validation splits are made wrong on
             purpose, as in `add_label_noise`. Default: none.
-        backbone: Name of a base or path of a `.keras` file. Default ResNet50.
+        backbone: Name of a backbone or path of a `.keras` file. Default ResNet50.
         weights: `"imagenet"`, `"none"`, or a file. Default `"imagenet"`.
-        image_size: Side of the square images in pixels. Default: the base's.
-        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the base's pass.
-        views: Views cached of each training image, at least 1. Default 1.
+        image_size: Side of the square images in pixels. Default: the backbone's.
+        precision: `"auto"`, `"float32"` or `"bfloat16"`, for the backbone's pass.
+        views: Augmentations cached of each training image, at least 1. Default 1.
         feature_precision: How features are cached: `"float32"` or, in half the space,
             `"float16"`. Default float32.
         settings: How each head is trained; the numbers of `settings.policy` are
@@ -136,11 +136,11 @@ def compare(
         DataError: If the data has no test split, or lacks what a method that was
             asked for by name needs.
         ImportError: If `cleanlab` is asked for by name and not installed.
-        WeightsUnavailable: If the base's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be had.
     """
     require_tensorflow_backend("`compare`")
     settings = settings or TrainConfig()
-    _check(settings, seeds, views)
+    _check(settings, seeds)
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
@@ -162,13 +162,11 @@ def compare(
             progress=progress,
         )
         noisy_data = {}
-        if noise is not None:
-            noisy_data = {
-                seed: add_label_noise(
+        for seed in range(settings.seed, settings.seed + seeds):
+            if noise is not None:
+                noisy_data[seed] = add_label_noise(
                     source.data, noise, seed=seed, splits=NOISY_SPLITS
                 )
-                for seed in range(settings.seed, settings.seed + seeds)
-            }
 
         def features_of(seed: int) -> SplitFeatures:
             if noise is None:
@@ -182,19 +180,20 @@ def compare(
             settings=settings,
             progress=progress,
         )
-        config = {
-            "command": command,
-            **source.origin,
-            "methods": list(comparison.summaries),
-            "seeds": seeds,
-            "noise": noise,
-            **dataclasses.asdict(settings),
-        }
         comparison = dataclasses.replace(
-            comparison, config=config, noisy_data=noisy_data
+            comparison,
+            config={
+                "command": command,
+                **source.origin,
+                "methods": list(comparison.summaries),
+                "seeds": seeds,
+                "noise": noise,
+                **dataclasses.asdict(settings),
+            },
+            noisy_data=noisy_data,
+            folder=None if place is None else place.folder,
         )
         if place is not None:
-            comparison = dataclasses.replace(comparison, folder=place.folder)
             place.write(lambda folder: _write_files(folder, comparison))
     return comparison
 
@@ -216,15 +215,13 @@ def compare_features(
     first = features_of(settings.seed)
     if not len(first.test):
         raise DataError("A comparison needs a test split, and there is none.")
-    missing = _missing(first, settings)
+    missing, notes = _missing(first, settings), []
     if methods is None:
         methods = tuple(name for name in METHOD_NAMES if name not in missing)
-        notes = tuple(f"{name} was left out: {why}" for name, why in missing.items())
-    else:
-        notes = ()
-        for name in methods:
-            if name in missing:
-                raise DataError(f"The method {name} cannot run: {missing[name]}")
+        notes = [f"{name} was left out: {why}" for name, why in missing.items()]
+    for name in methods:
+        if name in missing:
+            raise DataError(f"The method {name} cannot run: {missing[name]}")
     outcomes = []
     with progress_bar(
         "Comparing", total=seeds * len(methods), unit="heads", visible=progress
@@ -239,26 +236,19 @@ def compare_features(
             for name in methods:
                 outcomes.append(run_method(name, trial))
                 advance(1)
-    return Comparison(tuple(outcomes), summarize(outcomes), judge(outcomes), notes)
+    verdict = judge(outcomes)
+    return Comparison(tuple(outcomes), summarize(outcomes), verdict, tuple(notes))
 
 
 def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
     """Returns the same features under the labels that a data set gives their ids."""
-
-    def relabel(part: FeatureSet, name: str) -> FeatureSet:
-        split = getattr(data, name)
+    parts = {}
+    for name in ("train", "validation", "test"):
+        part, split = getattr(features, name), getattr(data, name)
         rows = positions_of(part, split)
-        clean = split.clean_labels
-        return part.with_labels(
-            split.labels[rows], None if clean is None else clean[rows]
-        )
-
-    return dataclasses.replace(
-        features,
-        train=relabel(features.train, "train"),
-        validation=relabel(features.validation, "validation"),
-        test=relabel(features.test, "test"),
-    )
+        clean = None if split.clean_labels is None else split.clean_labels[rows]
+        parts[name] = part.with_labels(split.labels[rows], clean)
+    return dataclasses.replace(features, **parts)
 
 
 def _missing(features: SplitFeatures, settings: TrainConfig) -> dict[str, str]:
@@ -279,15 +269,14 @@ def _missing(features: SplitFeatures, settings: TrainConfig) -> dict[str, str]:
     return missing
 
 
-def _check(settings: TrainConfig, seeds: int, views: int = 1) -> None:
+def _check(settings: TrainConfig, seeds: int) -> None:
     if settings.early_stopping is not None:
         raise InvalidArgument(
             "A comparison has early stopping as a method of its own. Leave "
             "`early_stopping` out of the settings."
         )
-    for name, value in {"seeds": seeds, "views": views}.items():
-        if value < 1:
-            raise InvalidArgument(f"`{name}` must be at least 1. Received: {value}.")
+    if seeds < 1:
+        raise InvalidArgument(f"`seeds` must be at least 1. Received: {seeds}.")
     if not 0 <= settings.seed <= 2**31 - seeds:
         raise InvalidArgument(
             f"Each of the {seeds} seeds from `settings.seed` on must be in "
@@ -296,41 +285,21 @@ def _check(settings: TrainConfig, seeds: int, views: int = 1) -> None:
 
 
 def _write_files(folder: Path, comparison: Comparison) -> None:
-    """Writes all files of a comparison into an empty folder."""
     columns = [field.name for field in dataclasses.fields(Outcome)]
     columns[columns.index("test_right")] = "test_accuracy"
-    write_csv(
-        folder / TABLE_FILE,
-        columns,
-        ([getattr(one, name) for name in columns] for one in comparison.outcomes),
-    )
+    rows = ([getattr(one, name) for name in columns] for one in comparison.outcomes)
+    write_csv(folder / "comparison.csv", columns, rows)
     summary = {
-        "verdict": dataclasses.asdict(comparison.verdict),
-        "methods": {
-            name: {
-                field.name: _plain_value(getattr(summary, field.name))
-                for field in dataclasses.fields(summary)
-            }
-            for name, summary in comparison.summaries.items()
-        },
-        "notes": list(comparison.notes),
+        "verdict": comparison.verdict,
+        "methods": comparison.summaries,
+        "notes": comparison.notes,
     }
-    write_json(folder / SUMMARY_FILE, summary)
+    write_json(folder / "summary.json", json_value(summary))
     write_json(folder / CONFIG_FILE, comparison.config)
     if comparison.noisy_data:
-        write_csv(
-            folder / LABELS_FILE,
-            ["seed", "id", "split", "given_label", "clean_label"],
-            _label_rows(comparison.noisy_data),
-        )
-
-
-def _plain_value(value: Any) -> Any:
-    """Returns what JSON can hold; the width for a single seed becomes null."""
-    if not isinstance(value, Interval):
-        return value
-    width = value.half_width if math.isfinite(value.half_width) else None
-    return {"mean": value.mean, "half_width": width}
+        header = ("seed", "id", "split", "given_label", "clean_label")
+        labels = _label_rows(comparison.noisy_data)
+        write_csv(folder / "labels.csv", header, labels)
 
 
 def _label_rows(noisy_data: dict[int, SampleData]) -> Iterable[tuple]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ from keras_rsft.training._head import (
 from keras_rsft.training._optimizer import make_optimizer
 
 # Verdict ------------------------------------------------------------------------------
+
+REJECTED = ("wrong_labels_rejected", "right_labels_rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +99,29 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
         name: right.mean(axis=1).tolist()
         for name, right in _complete_right(outcomes).items()
     }
-    means = {name: mean_interval(values).mean for name, values in complete.items()}
     summaries = {}
-    for name in _names(outcomes):
-        mine = [outcome for outcome in outcomes if outcome.method == name]
-        accuracies = _known(mine, "test_accuracy")
+    for name, mine in _by_method(outcomes).items():
+        known = {}
+        for field in ("test_accuracy", "acceptance_rate", *REJECTED):
+            values = (getattr(outcome, field) for outcome in mine)
+            known[field] = [value for value in values if value is not None]
+        accuracies = known.pop("test_accuracy")
         difference = recovered = None
         if name in complete and PLAIN in complete and name != PLAIN:
             difference = paired_interval(complete[name], complete[PLAIN])
         if {name, PLAIN, CLEAN_SUBSET} <= complete.keys():
-            recovered = recovered_share(means[name], means[PLAIN], means[CLEAN_SUBSET])
+            compared = (complete[one] for one in (name, PLAIN, CLEAN_SUBSET))
+            recovered = recovered_share(*map(statistics.fmean, compared))
         summaries[name] = MethodSummary(
             test_accuracy=mean_interval(accuracies) if accuracies else None,
             difference_to_plain=difference,
             recovered=recovered,
-            acceptance_rate=_mean(mine, "acceptance_rate"),
-            wrong_labels_rejected=_mean(mine, "wrong_labels_rejected"),
-            right_labels_rejected=_mean(mine, "right_labels_rejected"),
-            seconds=sum(outcome.seconds for outcome in mine) / len(mine),
+            seconds=statistics.fmean(outcome.seconds for outcome in mine),
             stalled=sum(outcome.stalled is not None for outcome in mine),
+            **{
+                field: statistics.fmean(values) if values else None
+                for field, values in known.items()
+            },
         )
     return summaries
 
@@ -140,45 +147,35 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
         )
     tied = (best, *level)
     names = f"{', '.join(tied[:-1])} and {tied[-1]}"
+    reason = (
+        "No method is ahead by more than what other seeds and test samples may change"
+    )
     if len(right[best]) < 2:
-        sentence = f"One seed cannot tell a lead from chance: {names} are tied."
-    else:
-        sentence = (
-            "No method is ahead by more than what other seeds and test samples may "
-            f"change: {names} are tied."
-        )
-    return Verdict(None, tied, sentence)
+        reason = "One seed cannot tell a lead from chance"
+    return Verdict(None, tied, f"{reason}: {names} are tied.")
 
 
 def recovered_share(method: float, plain: float, clean: float) -> float | None:
-    """Returns the share of what wrong labels cost that a method wins back."""
+    """Returns the share of the accuracy lost to wrong labels that a method recovers."""
     return (method - plain) / (clean - plain) if clean > plain else None
+
+
+def _by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.method, []).append(outcome)
+    return groups
 
 
 def _complete_right(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
     """Returns `(seeds, n)`, in the order of seeds, of each method without a stall."""
     right = {}
-    for name in _names(outcomes):
-        mine = [outcome for outcome in outcomes if outcome.method == name]
+    for name, mine in _by_method(outcomes).items():
         mine.sort(key=lambda outcome: outcome.seed)
         judged = [one.test_right for one in mine if one.test_right is not None]
         if len(judged) == len(mine):
             right[name] = np.stack(judged)
     return right
-
-
-def _names(outcomes: Sequence[Outcome]) -> list[str]:
-    return list(dict.fromkeys(outcome.method for outcome in outcomes))
-
-
-def _known(outcomes: Sequence[Outcome], field: str) -> list[float]:
-    values = [getattr(outcome, field) for outcome in outcomes]
-    return [value for value in values if value is not None]
-
-
-def _mean(outcomes: Sequence[Outcome], field: str) -> float | None:
-    values = _known(outcomes, field)
-    return sum(values) / len(values) if values else None
 
 
 # Methods ------------------------------------------------------------------------------
@@ -211,8 +208,8 @@ class Trial:
         return probabilities, time.perf_counter() - started
 
 
-# What a method gives: which test samples it gets right, and which training samples it
-# accepts in the end (None where it has no such notion), with the share accepted.
+# Which test samples a method gets right, and which training samples it accepts in the
+# end (None where it has no such notion), with the share accepted.
 Trained = tuple[np.ndarray, np.ndarray | None, float | None]
 
 
@@ -222,24 +219,31 @@ def run_method(name: str, trial: Trial) -> Outcome:
     # Computed once for the methods that share it, and counted for each of them.
     shared_seconds = trial.out_of_fold[1] if shared else 0.0
     started = time.perf_counter()
-    stalled = None
-    right = accepted = acceptance_rate = None
+    right = accepted = acceptance_rate = stalled = None
     try:
         with warnings.catch_warnings():
-            # Said by the outcome, once, instead of by a warning in each epoch.
+            # The outcome reports it once, instead of a warning in each epoch.
             warnings.filterwarnings("ignore", message=".*accepted no sample")
             right, accepted, acceptance_rate = _METHODS[name](trial)
     except TrainingStalled as error:
-        stalled = str(error)
-        acceptance_rate = 0.0
+        stalled, acceptance_rate = str(error), 0.0
+    seconds = shared_seconds + time.perf_counter() - started
+    rejected, train = {}, trial.features.train
+    if accepted is not None and train.clean_labels is not None:
+        wrong = train.labels != train.clean_labels
+        rejected = {
+            field: float(np.mean(~accepted[part]))
+            for field, part in zip(REJECTED, (wrong, ~wrong), strict=True)
+            if part.any()
+        }
     return Outcome(
         method=name,
         seed=trial.settings.seed,
-        seconds=shared_seconds + time.perf_counter() - started,
+        seconds=seconds,
         test_right=right,
         acceptance_rate=acceptance_rate,
         stalled=stalled,
-        **_rejected_shares(trial, accepted),
+        **rejected,
     )
 
 
@@ -247,48 +251,35 @@ def _policy(
     trial: Trial,
     name: str,
     *,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    best_epoch: bool = False,
+    decayed: bool = False,
     **changes: Any,
 ) -> Trained:
     """Trains with a policy by name, with the numbers of the trial's settings."""
     choice = dataclasses.replace(trial.settings.policy, name=name, **changes)
     settings = dataclasses.replace(trial.settings, policy=choice)
+    if decayed:
+        settings = dataclasses.replace(settings, weight_decay=WEIGHT_DECAY_STRENGTH)
+    callbacks = []
+    if best_epoch:  # The weights of the first epoch that is best on validation.
+        callbacks = [best_of_all_epochs("val_accuracy", "max", epochs=settings.epochs)]
     trained = train_head(trial.features, settings, callbacks=callbacks, progress=False)
-    return (
-        _test_right(trained.model, trial),
-        trained.accepted,
-        trained.results["acceptance_rate"],
-    )
-
-
-def _plain(trial: Trial) -> Trained:
-    return _policy(trial, "accept-all")
-
-
-def _early_stopping(trial: Trial) -> Trained:
-    """Plain, with the weights of the first epoch that is best on validation."""
-    best_epoch = best_of_all_epochs("val_accuracy", "max", epochs=trial.settings.epochs)
-    return _policy(trial, "accept-all", callbacks=[best_epoch])
-
-
-def _weight_decay(trial: Trial, policy: str) -> Trained:
-    """Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019."""
-    settings = dataclasses.replace(trial.settings, weight_decay=WEIGHT_DECAY_STRENGTH)
-    return _policy(dataclasses.replace(trial, settings=settings), policy)
+    right = _test_right(trained.model, trial)
+    return right, trained.accepted, trained.results["acceptance_rate"]
 
 
 def _article(trial: Trial) -> Trained:
     """The RSFT article's rule: a fixed threshold on the batch's mean loss."""
-    above_a_new_head: dict[str, Any] = {}
+    changes: dict[str, Any] = {"level": "batch", "warmup_epochs": 0.0}
     if trial.settings.policy.threshold is None:
-        above_a_new_head["relative_threshold"] = ARTICLE_THRESHOLD
-    return _policy(
-        trial, "loss-threshold", level="batch", warmup_epochs=0.0, **above_a_new_head
-    )
+        changes["relative_threshold"] = ARTICLE_THRESHOLD
+    return _policy(trial, "loss-threshold", **changes)
 
 
 def _gce(trial: Trial) -> Trained:
-    head = train_gce(trial.features, trial.settings)
+    """The generalised cross-entropy loss, `(1 - p**0.7) / 0.7`."""
+    loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
+    head = train_stock(trial.features, trial.settings, loss)
     return _test_right(head, trial), None, None
 
 
@@ -302,18 +293,12 @@ def _co_teaching(trial: Trial) -> Trained:
 
 def _cleanlab(trial: Trial) -> Trained:
     """Filter once, then plain: on what cleanlab does not call a label issue."""
-    train = trial.features.train
     require_cleanlab()
     from cleanlab.filter import find_label_issues
 
-    accepted = ~find_label_issues(train.labels, trial.out_of_fold[0], n_jobs=1)
-    return _on_subset(trial, accepted)
-
-
-def _clean_subset(trial: Trial) -> Trained:
-    """Plain on the samples whose label is right: what no method can know."""
     train = trial.features.train
-    return _on_subset(trial, train.labels == train.clean_labels)
+    issues = find_label_issues(train.labels, trial.out_of_fold[0], n_jobs=1)
+    return _on_subset(trial, ~issues)
 
 
 def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
@@ -321,23 +306,27 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
         raise TrainingStalled("No sample was left to train on.")
     part = trial.features.train.take(np.flatnonzero(accepted))
     features = dataclasses.replace(trial.features, train=part)
-    right, _, _ = _plain(dataclasses.replace(trial, features=features))
+    right, _, _ = _policy(dataclasses.replace(trial, features=features), "accept-all")
     return right, accepted, float(accepted.mean())
 
 
+# Weight decay: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
 _METHODS: dict[str, Callable[[Trial], Trained]] = {
-    PLAIN: _plain,
-    EARLY_STOPPING: _early_stopping,
-    WEIGHT_DECAY: lambda trial: _weight_decay(trial, "accept-all"),
+    PLAIN: lambda trial: _policy(trial, "accept-all"),
+    EARLY_STOPPING: lambda trial: _policy(trial, "accept-all", best_epoch=True),
+    WEIGHT_DECAY: lambda trial: _policy(trial, "accept-all", decayed=True),
     "article": _article,
     "loss-threshold": lambda trial: _policy(trial, "loss-threshold", level="sample"),
     "keep-fraction": lambda trial: _policy(trial, "keep-fraction"),
     AUTO: lambda trial: _policy(trial, AUTO),
-    AUTO_WEIGHT_DECAY: lambda trial: _weight_decay(trial, AUTO),
+    AUTO_WEIGHT_DECAY: lambda trial: _policy(trial, AUTO, decayed=True),
     "gce": _gce,
     "co-teaching": _co_teaching,
     CLEANLAB: _cleanlab,
-    CLEAN_SUBSET: _clean_subset,
+    # Plain on the samples whose label is right, which no method can know.
+    CLEAN_SUBSET: lambda trial: _on_subset(
+        trial, trial.features.train.labels == trial.features.train.clean_labels
+    ),
 }
 
 
@@ -349,28 +338,7 @@ def _test_right(head: keras.Model, trial: Trial) -> np.ndarray:
     return probabilities.argmax(axis=-1) == test.labels
 
 
-def _rejected_shares(
-    trial: Trial, accepted: np.ndarray | None
-) -> dict[str, float | None]:
-    train = trial.features.train
-    if accepted is None or train.clean_labels is None:
-        return {}
-    wrong = train.labels != train.clean_labels
-    shares = {"wrong_labels_rejected": wrong, "right_labels_rejected": ~wrong}
-    return {
-        name: float(np.mean(~accepted[part]))
-        for name, part in shares.items()
-        if part.any()
-    }
-
-
 # -- Baselines that no policy expresses -----------------------------------------
-
-
-def train_gce(features: SplitFeatures, settings: TrainConfig) -> keras.Model:
-    """Trains a head with the generalised cross-entropy loss, `(1 - p**0.7) / 0.7`."""
-    loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
-    return _train_stock(features, settings, loss)
 
 
 def train_co_teaching(
@@ -378,11 +346,11 @@ def train_co_teaching(
 ) -> tuple[keras.Model, np.ndarray]:
     """Trains two heads, each on the samples that have a small loss for the other."""
     train = features.train
-    seeds = (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31)
-    heads = [_new_head(features, seed) for seed in seeds]
-    optimizers = [make_optimizer(settings) for _ in heads]
-    for head, optimizer in zip(heads, optimizers, strict=True):
-        optimizer.build(head.trainable_variables)
+    heads, optimizers = [], []
+    for seed in (settings.seed, (settings.seed + _SECOND_HEAD) % 2**31):
+        heads.append(_new_head(features, seed))
+        optimizers.append(make_optimizer(settings))
+        optimizers[-1].build(heads[-1].trainable_variables)
     batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
 
     @tf.function
@@ -435,7 +403,7 @@ def co_teaching_step(
 def out_of_fold_probabilities(
     features: SplitFeatures, settings: TrainConfig
 ) -> np.ndarray:
-    """Returns what plain heads say of training samples that they have not seen."""
+    """Returns plain heads' probabilities of training samples outside of their fold."""
     train = features.train
     folds = np.random.default_rng(settings.seed).permutation(len(train)) % FOLDS
     loss = "sparse_categorical_crossentropy"
@@ -445,7 +413,7 @@ def out_of_fold_probabilities(
         if not held_out.any():
             continue
         seen = train.take(np.flatnonzero(~held_out))
-        head = _train_stock(dataclasses.replace(features, train=seen), settings, loss)
+        head = train_stock(dataclasses.replace(features, train=seen), settings, loss)
         probabilities[held_out] = head_probabilities(head, train)[held_out]
     return probabilities
 
@@ -471,7 +439,7 @@ def _new_head(features: SplitFeatures, seed: int) -> keras.Model:
     )
 
 
-def _train_stock(
+def train_stock(
     features: SplitFeatures, settings: TrainConfig, loss: str | keras.losses.Loss
 ) -> keras.Model:
     train = features.train

@@ -24,7 +24,7 @@ from keras_rsft.label_quality._audit import MIN_NOISE_RATE, LabelQuality, audit_
 from keras_rsft.training._features import precision_for
 
 DEFAULT_SAMPLE = 1000
-# What is one base's own trouble; the others go on.
+# Errors of one backbone, after which the others are still ranked.
 _OWN_TROUBLE = (
     InvalidArgument, WeightsUnavailable, DataError, ImportError, tf.errors.OpError
 )  # fmt: skip
@@ -32,7 +32,7 @@ _OWN_TROUBLE = (
 
 @dataclasses.dataclass(frozen=True)
 class RankedBackbone:
-    """A base and its scores."""
+    """A backbone and its scores."""
 
     name: str
     accuracy: float
@@ -48,14 +48,14 @@ class RankedBackbone:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneRanking:
-    """Bases by expected accuracy.
+    """Backbones by expected accuracy.
 
     Attributes:
-        ranked: The bases, the best first.
-        failed: Name and reason of each base that could not be used.
+        ranked: The backbones, the best first.
+        failed: Name and reason of each backbone that could not be used.
         num_images: Images that were looked at.
         num_classes: Classes.
-        noise_rate: Share of the labels that look wrong, a mean over the bases.
+        noise_rate: Share of the labels that look wrong, a mean over the backbones.
         counts_right_labels: Whether each label counts by how likely it is right, as
             `noise_rate` is not negligible; else all count the same.
     """
@@ -79,38 +79,38 @@ def rank_backbones(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> BackboneRanking:
-    """Scores bases on a stratified sample of the training images.
+    """Scores backbones on a stratified sample of the training images.
 
     The expected accuracy is that of the ridge regression of `audit_labels`, each
     sample predicted from the others (Allen, 1974). Where labels look wrong, agreement
     with them would count for mistakes too: then each label counts by the probability
-    that it is right, a mean over the bases, so that none is judged by its own opinion
-    alone.
-    Where only the given labels counted, wrong ones spread evenly over the classes
-    would lower all accuracies without changing their order.
+    that it is right, a mean over the backbones, so that none is judged by its own
+    opinion alone. Where only the given labels counted, wrong ones spread evenly over
+    the classes would lower all accuracies without changing their order.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
         backbones: Names, as in `load_backbone`.
         sample: Most images to look at, at least 2. Default 1000.
-        image_size: Side of the images for all bases. Default: each base's own.
+        image_size: Side of the images for all backbones. Default: each one's own.
         precision: As in `finetune`.
         seed: Chooses the sample. Default 0.
-        cache_dir: Where features are kept. Default: the user's cache folder.
+        cache_dir: Where features are cached. Default: the user's cache folder.
         progress: Show progress bars. Default True.
 
     Returns:
-        The bases, the best first, and those that could not be used, with the reason.
+        The backbones, the best first, and those that could not be used, with the
+        reason.
 
     Raises:
         InvalidArgument: A name is not known, before anything is loaded.
-        WeightsUnavailable: No base could be used.
+        WeightsUnavailable: No backbone could be used.
     """
     require_tensorflow_backend("`rank_backbones`")
     names = list(dict.fromkeys(os.fspath(name) for name in backbones))
     if not names or sample < 2:
         raise InvalidArgument(
-            "Expected at least one base, and a sample of at least 2 images. "
+            "Expected at least one backbone, and a sample of at least 2 images. "
             f"Received: {names}, sample={sample}."
         )
     for name in names:
@@ -124,48 +124,47 @@ def rank_backbones(
     measured, failed = [], []
     for name in names:
         try:
-            base = load_backbone(
+            backbone = load_backbone(
                 name, image_size=image_size, precision=precision_for(name, precision)
             )
-            frozen = FrozenBase(base, num_images=len(images))
-            kept = extract_features(
+            frozen = FrozenBase(backbone, num_images=len(images))
+            cached = extract_features(
                 frozen, images, cache_dir=cache_dir, progress=progress
             )
-            found = audit_labels(kept, data.num_classes, progress=progress)
-            sizes: dict[str, Any] = {
+            quality = audit_labels(cached, data.num_classes, progress=progress)
+            costs: dict[str, Any] = {
+                "name": name,
                 "seconds_per_image": seconds_per_image(frozen, images),
-                "weights_bytes": weights_bytes(base),
+                "weights_bytes": weights_bytes(backbone),
                 "dim": frozen.dim,
                 "image_size": frozen.image_size,
             }
-            measured.append((name, found, sizes))
+            measured.append((quality, costs))
         except _OWN_TROUBLE as error:
             failed.append((name, str(error)))
     if not measured:
         reasons = "\n".join(f"{name}: {reason}" for name, reason in failed)
-        raise WeightsUnavailable(f"None of the bases can be used.\n{reasons}")
-    weights = label_weights([found for _, found, _ in measured])
+        raise WeightsUnavailable(f"None of the backbones can be used.\n{reasons}")
+    weights = label_weights([quality for quality, _ in measured])
     noise_rate = float(1.0 - weights.mean())
     counted = noise_rate >= MIN_NOISE_RATE
     if not counted:
         weights = np.ones_like(weights)
-    rights = [one.out_of_sample.argmax(axis=1) == one.labels for _, one, _ in measured]
+    rights = [one.out_of_sample.argmax(axis=1) == one.labels for one, _ in measured]
     best = max(rights, key=lambda right: weights @ right)
     ranked = []
-    for (name, _, sizes), right in zip(measured, rights, strict=True):
+    for (_, costs), right in zip(measured, rights, strict=True):
         accuracy, accuracy_error = weighted_mean(right, weights)
         behind, behind_error = weighted_mean(best.astype(float) - right, weights)
-        ranked.append(
-            RankedBackbone(
-                name=name,
-                accuracy=accuracy,
-                accuracy_error=accuracy_error,
-                given_label_accuracy=float(right.mean()),
-                behind=behind,
-                behind_error=behind_error,
-                **sizes,
-            )
+        one = RankedBackbone(
+            accuracy=accuracy,
+            accuracy_error=accuracy_error,
+            given_label_accuracy=float(right.mean()),
+            behind=behind,
+            behind_error=behind_error,
+            **costs,
         )
+        ranked.append(one)
     ranked.sort(key=lambda one: (-one.accuracy, one.seconds_per_image))
     return BackboneRanking(
         ranked=tuple(ranked),

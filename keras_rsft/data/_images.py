@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def head_bytes(encoded: tf.Tensor) -> tf.Tensor:
 def image_kind(head: tf.Tensor) -> tf.Tensor:
     """Returns the position in `KINDS` as int32, by signature only."""
     signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
-    start = head[..., None, : signatures.shape[1]]
+    start = head[: signatures.shape[1]]
     same = (start == signatures) | (signatures == ord("."))
     matches = tf.cast(tf.reduce_all(same, axis=-1), tf.int32)
     return tf.reduce_sum(matches * np.arange(1, len(KINDS), dtype=np.int32), axis=-1)
@@ -62,23 +62,23 @@ def jpeg_size(encoded: tf.Tensor) -> Size:
 
 def png_size(head: tf.Tensor) -> Size:
     """Returns the size in a PNG file's IHDR chunk, which must come first."""
-    return _big_endian(head, 16, 4), _big_endian(head, 20, 4)
+    return _number(head, 16, 4, -1), _number(head, 20, 4, -1)
 
 
 def bmp_size(head: tf.Tensor) -> Size:
     """Returns the size of a BMP file; a negative height means top row first."""
-    height = _little_endian(head, 22, 4)
+    height = _number(head, 22, 4)
     height = tf.where(height >= 2**31, 2**32 - height, height)
-    return _little_endian(head, 18, 4), height
+    return _number(head, 18, 4), height
 
 
 def webp_size(head: tf.Tensor) -> Size:
     """Returns the size of a WebP file: lossy, lossless or extended."""
-    lossless_bits = _little_endian(head, 21, 4)
+    lossless_bits = _number(head, 21, 4)
     cases = (
-        (b"VP8 ", _low14(head, 26), _low14(head, 28)),
+        (b"VP8 ", _number(head, 26, 2) % 2**14, _number(head, 28, 2) % 2**14),
         (b"VP8L", lossless_bits % 2**14 + 1, lossless_bits // 2**14 % 2**14 + 1),
-        (b"VP8X", _little_endian(head, 24, 3) + 1, _little_endian(head, 27, 3) + 1),
+        (b"VP8X", _number(head, 24, 3) + 1, _number(head, 27, 3) + 1),
     )
     width = height = tf.zeros([], tf.int64)
     for chunk, case_width, case_height in cases:
@@ -100,27 +100,28 @@ def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tenso
 def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
     """Cuts a GIF file down to its first frame."""
     # TensorFlow's decoder unpacks every frame before it returns the first, so an
-    # animation would cost the time and the memory of all of them.
-    raw = tf.cast(tf.io.decode_raw(encoded, tf.uint8), tf.int32)
-    # Zeros end every walk; no step below reaches further behind the end.
-    raw = tf.pad(raw, [[0, 1024]])
-    # For each byte, where 32 data blocks further would be if one began there.
-    # A GIF's data lies in blocks of a length byte and up to 255 bytes; following them
-    # one at a time in a graph loop would take longer than decoding.
-    here = tf.range(tf.size(raw))
-    last = tf.size(raw) - 1
-    jump = tf.where(raw == 0, here, tf.minimum(here + raw + 1, last))
-    for _ in range(5):
-        jump = tf.gather(jump, jump)
-    extension, palette_flag = 0x21, 0x80
-    start = 13 + _palette_bytes(raw[10], palette_flag)
+    # animation of any number and size would be in memory at once.
+    raw = tf.io.decode_raw(encoded, tf.uint8)
+    raw = tf.pad(raw, [[0, 1024]])  # Zeros end every walk, which cannot leap over them.
+
+    def byte(at: tf.Tensor) -> tf.Tensor:
+        return tf.cast(raw[at], tf.int32)
+
+    def after_palette(at: tf.Tensor, flags: tf.Tensor) -> tf.Tensor:
+        size = 3 * tf.bitwise.left_shift(2, flags % 8)
+        return at + tf.where(flags >= 0x80, size, 0)
+
+    def after_blocks(at: tf.Tensor) -> tf.Tensor:
+        """Follows blocks of a length byte and up to 255 bytes to the empty one."""
+        step = (lambda at: byte(at) > 0), (lambda at: (at + byte(at) + 1,))
+        return tf.while_loop(*step, (at,))[0] + 1
+
     (frame,) = tf.while_loop(
-        lambda at: raw[at] == extension,
-        lambda at: (_after_blocks(jump, at + 2),),
-        (start,),
+        lambda at: byte(at) == 0x21,  # An extension, such as a comment.
+        lambda at: (after_blocks(at + 2),),
+        (after_palette(13, byte(10)),),
     )
-    data = frame + 10 + _palette_bytes(raw[frame + 9], palette_flag) + 1
-    end = _after_blocks(jump, data)
+    end = after_blocks(after_palette(frame + 10, byte(frame + 9)) + 1)
     parts = (
         bytes_at(encoded, 0, frame + 1),
         tf.constant(b"\0\0\0\0"),  # left and top
@@ -128,48 +129,25 @@ def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
         tf.constant(b";"),
     )
     size = tf.cast(raw[frame + 5 : frame + 9], tf.int64)
-    return tf.strings.join(parts), (
-        _little_endian(size, 0, 2),
-        _little_endian(size, 2, 2),
-    )
-
-
-def _after_blocks(jump: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
-    """Returns the position behind the empty block that ends a run of blocks."""
-    (end,) = tf.while_loop(lambda at: jump[at] != at, lambda at: (jump[at],), (start,))
-    return end + 1
-
-
-def _palette_bytes(flags: tf.Tensor, palette_flag: int) -> tf.Tensor:
-    size = 3 * tf.bitwise.left_shift(2, flags % 8)
-    return tf.where(flags >= palette_flag, size, 0)
+    return tf.strings.join(parts), (_number(size, 0, 2), _number(size, 2, 2))
 
 
 def _has(head: tf.Tensor, at: int, signature: bytes) -> tf.Tensor:
-    expected = tf.constant(list(signature), tf.int64)
-    return tf.reduce_all(head[at : at + len(signature)] == expected)
+    return tf.reduce_all(head[at : at + len(signature)] == list(signature))
 
 
-def _little_endian(head: tf.Tensor, at: int, count: int) -> tf.Tensor:
-    places = tf.constant([256**place for place in range(count)], tf.int64)
-    return tf.reduce_sum(head[at : at + count] * places)
-
-
-def _big_endian(head: tf.Tensor, at: int, count: int) -> tf.Tensor:
-    places = tf.constant([256**place for place in reversed(range(count))], tf.int64)
-    return tf.reduce_sum(head[..., at : at + count] * places, axis=-1)
-
-
-def _low14(head: tf.Tensor, at: int) -> tf.Tensor:
-    return _little_endian(head, at, 2) % 2**14
+def _number(head: tf.Tensor, at: int, count: int, order: int = 1) -> tf.Tensor:
+    """Reads an unsigned number, little-endian, or big-endian with an order of -1."""
+    values = tf.constant([256**power for power in range(count)][::order], tf.int64)
+    return tf.reduce_sum(head[..., at : at + count] * values, axis=-1)
 
 
 MAX_PIXELS = 100_000_000
 """An image with more pixels than this is refused before any is allocated."""
 
-# Random views: how much of the image a crop keeps, and how much it may be
+# Random views: how much of the image a crop has, and how much it may be
 # stretched. Milder than what is usual for training from scratch, because the
-# features come from a frozen base and no later layer can undo a lost object.
+# features come from a frozen backbone and no later layer can undo a lost object.
 CROP_AREA = (0.5, 1.0)
 CROP_STRETCH = (3 / 4, 4 / 3)
 
@@ -177,7 +155,7 @@ CROP_STRETCH = (3 / 4, 4 / 3)
 # where what is left is still this many times the target, then the antialiased
 # resize decides the result: less than 1 of 255 levels away on the mean.
 _SCALED_DECODE_MARGIN = 3
-JPEG_RATIOS = (1, 2, 4)
+_JPEG_RATIOS = (1, 2, 4)
 
 
 def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Tensor:
@@ -221,7 +199,9 @@ def decode_pixels(
     branches = (
         lambda: _refuse_unknown(encoded),
         lambda: _decode_jpeg(encoded, smallest),
-        lambda: _decode_png(encoded, head),
+        lambda: tf.io.decode_png(
+            _require_within_limit(encoded, *png_size(head)), channels=3
+        ),
         lambda: _decode_gif(encoded),
         lambda: _decode_bmp(encoded, head),
         lambda: _decode_webp(encoded, head),
@@ -237,7 +217,7 @@ def checked_size(image_size: Any) -> tuple[int, int]:
         height, width = (operator.index(side) for side in pair)
     except (TypeError, ValueError):
         height = width = 0
-    if height < 1 or width < 1:
+    if height < 1 or width < 1 or any(isinstance(side, bool) for side in pair):
         raise InvalidArgument(
             "`image_size` must be a positive integer or a pair (height, width). "
             f"Received: image_size={image_size!r}. Use 224, for example."
@@ -253,11 +233,10 @@ def readable_reason(error: tf.errors.OpError) -> str:
 
 
 def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
-    names = ", ".join(KINDS[1:])
     message = tf.where(
         tf.strings.length(encoded) == 0,
         "The file is empty.",
-        f"Not an image of a known kind ({names}).",
+        f"Not an image of a known kind ({', '.join(KINDS[1:])}).",
     )
     with tf.control_dependencies([tf.debugging.Assert(False, [message])]):
         return tf.zeros([1, 1, 3], tf.uint8)
@@ -268,38 +247,30 @@ def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Ten
     encoded = _require_within_limit(encoded, width, height)
     if smallest is None:
         return tf.io.decode_jpeg(encoded, channels=3)
-    branches = [
-        lambda ratio=ratio: tf.io.decode_jpeg(encoded, channels=3, ratio=ratio)
-        for ratio in JPEG_RATIOS
-    ]
-    return tf.switch_case(jpeg_ratio_index(width, height, smallest), branches)
-
-
-def jpeg_ratio_index(
-    width: tf.Tensor, height: tf.Tensor, smallest: tuple[int, int]
-) -> tf.Tensor:
-    """Returns by which of `JPEG_RATIOS` a JPEG of that size is decoded smaller."""
     scale = tf.minimum(height // smallest[0], width // smallest[1])
-    return tf.add_n(
-        [tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32) for r in JPEG_RATIOS[1:]]
+    ratio_index = tf.add_n(
+        [
+            tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32)
+            for r in _JPEG_RATIOS[1:]
+        ]
     )
-
-
-def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-    encoded = _require_within_limit(encoded, *png_size(head))
-    return tf.io.decode_png(encoded, channels=3)
+    branches = [
+        functools.partial(tf.io.decode_jpeg, encoded, channels=3, ratio=ratio)
+        for ratio in _JPEG_RATIOS
+    ]
+    return tf.switch_case(ratio_index, branches)
 
 
 def _decode_gif(encoded: tf.Tensor) -> tf.Tensor:
-    frame, (width, height) = first_gif_frame(encoded)
-    return tf.io.decode_gif(_require_within_limit(frame, width, height))[0]
+    frame, size = first_gif_frame(encoded)
+    return tf.io.decode_gif(_require_within_limit(frame, *size))[0]
 
 
 def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     header_size, bits, compression = (
-        _little_endian(head, 14, 4),
-        _little_endian(head, 28, 2),
-        _little_endian(head, 30, 4),
+        _number(head, 14, 4),
+        _number(head, 28, 2),
+        _number(head, 30, 4),
     )
     # TensorFlow would take compressed bytes for pixels. 3 means colour masks,
     # which 32-bit files with transparency have; they are in the usual order.
@@ -309,20 +280,15 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     encoded = _require(encoded, known, tf.constant(message))
     encoded = _require_within_limit(encoded, *bmp_size(head))
     pixels = tf.io.decode_bmp(encoded, channels=0)
-    return tf.cond(
-        bits == 8,
-        lambda: _look_up_colours(encoded, header_size, pixels[..., 0]),
-        lambda: pixels[..., :3],
-    )
 
+    def look_up() -> tf.Tensor:
+        # TensorFlow returns an 8-bit BMP's colour numbers as if they were grey.
+        table = bytes_at(encoded, 14 + header_size, 1024)
+        table = tf.io.decode_raw(table, tf.uint8, fixed_length=1024)
+        colours = tf.reshape(table, [256, 4])[:, 2::-1]
+        return tf.gather(colours, tf.cast(pixels[..., 0], tf.int32))
 
-def _look_up_colours(
-    encoded: tf.Tensor, header_size: tf.Tensor, numbers: tf.Tensor
-) -> tf.Tensor:
-    # TensorFlow returns an 8-bit BMP's colour numbers as if they were grey.
-    table = bytes_at(encoded, 14 + header_size, 1024)
-    table = tf.io.decode_raw(table, tf.uint8, fixed_length=1024)
-    return tf.gather(tf.reshape(table, [256, 4])[:, 2::-1], tf.cast(numbers, tf.int32))
+    return tf.cond(bits == 8, look_up, lambda: pixels[..., :3])
 
 
 def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
@@ -339,13 +305,8 @@ def _require_within_limit(
 ) -> tf.Tensor:
     template = f"An image of {{}} x {{}} pixels; the most is {MAX_PIXELS:,}."
     message = tf.strings.format(template, (width, height))
-    return _require(encoded, within_limit(width, height), message)
-
-
-def within_limit(width: tf.Tensor, height: tf.Tensor) -> tf.Tensor:
-    """Says whether an image of that size, int64 of any shape, may be decoded."""
     # Dividing, for the product of two 32-bit numbers may not fit 64 bits.
-    return width <= MAX_PIXELS // tf.maximum(height, 1)
+    return _require(encoded, width <= MAX_PIXELS // tf.maximum(height, 1), message)
 
 
 def _require(encoded: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf.Tensor:
@@ -410,131 +371,26 @@ def _between(unit: tf.Tensor, low: float, high: float) -> tf.Tensor:
     return low + unit * (high - low)
 
 
-# Pixels that may lie decoded at the same time. What is beyond goes the slower way,
-# which holds no more of them than there are cores.
-PIXEL_BUDGET = 64_000_000
-
-_JPEG, _PNG = KINDS.index("JPEG"), KINDS.index("PNG")
-_UNKNOWN = KINDS.index("unknown")
-
-
 def decode_images(
     encoded: tf.Tensor, image_size: int | tuple[int, int]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes what can be decoded; the rest is black and not valid."""
-    size = checked_size(image_size)
-    heads = head_bytes(encoded)
-    kinds = image_kind(heads)
-    shapes = _caught(
-        encoded,
-        kinds == _JPEG,
-        tf.io.extract_jpeg_shape,
-        tf.zeros([tf.size(encoded), 3], tf.int32),
-    )
-    width, height = png_size(heads)
-    is_png = kinds == _PNG
-    jpeg_height, jpeg_width = tf.unstack(tf.cast(shapes[:, :2], tf.int64), axis=1)
-    width, height = (
-        tf.where(is_png, width, jpeg_width),
-        tf.where(is_png, height, jpeg_height),
-    )
-    ratio = jpeg_ratio_index(width, height, size)
-    ratio = tf.where(kinds == _JPEG, ratio, 0)
-    readable = (width > 0) & (height > 0) & within_limit(width, height)
-    pixels = tf.where(readable, width * height // 4 ** tf.cast(ratio, tf.int64), 0)
-    quick = readable & (tf.cumsum(pixels) <= PIXEL_BUDGET)
-    slow = (readable & ~quick) | ((kinds != _JPEG) & (kinds != _PNG))
-    serialised = _decode_quickly(encoded, quick, kinds, ratio)
-    images = _resize_all(serialised, size)
-    found = tf.strings.length(serialised) > 0
-    chosen = slow & (kinds != _UNKNOWN)
-
-    def decode_others() -> tuple[tf.Tensor, tf.Tensor]:
-        index, decoded = _run(encoded, chosen, lambda one: decode_image(one, size))
-        marks = tf.ones_like(index, tf.bool)
-        place = index[:, None]
-        return (
-            tf.tensor_scatter_nd_update(images, place, decoded),
-            tf.tensor_scatter_nd_update(found, place, marks),
-        )
-
-    return tf.cond(tf.reduce_any(chosen), decode_others, lambda: (images, found))
-
-
-def _decode_quickly(
-    encoded: tf.Tensor, chosen: tf.Tensor, kinds: tf.Tensor, ratio_index: tf.Tensor
-) -> tf.Tensor:
-    """Returns pixels as serialised tensors, empty where there are none."""
-    serialised = tf.fill([tf.size(encoded)], "")
-    for index, ratio in enumerate(JPEG_RATIOS):
-        serialised = _caught(
-            encoded,
-            chosen & (kinds == _JPEG) & (ratio_index == index),
-            lambda one, ratio=ratio: tf.io.serialize_tensor(
-                tf.io.decode_jpeg(one, channels=3, ratio=ratio)
-            ),
-            serialised,
-        )
-    return _caught(
-        encoded,
-        chosen & (kinds == _PNG),
-        lambda one: tf.io.serialize_tensor(tf.io.decode_png(one, channels=3)),
-        serialised,
-    )
-
-
-def _resize_all(serialised: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    def resize(one: tf.Tensor) -> tf.Tensor:
-        pixels = tf.io.parse_tensor(one, tf.uint8)
-        return centre_resize(tf.ensure_shape(pixels, (None, None, 3)), size)
-
-    black = tf.io.serialize_tensor(tf.zeros([1, 1, 3], tf.uint8))
-    return tf.map_fn(
-        resize,
-        tf.where(tf.strings.length(serialised) > 0, serialised, black),
-        fn_output_signature=tf.TensorSpec((*size, 3), tf.float32),
-        parallel_iterations=32,
-    )
-
-
-def _caught(
-    encoded: tf.Tensor,
-    chosen: tf.Tensor,
-    function: Callable[[tf.Tensor], tf.Tensor],
-    values: tf.Tensor,
-) -> tf.Tensor:
-    """Puts a function's results for the chosen files in the place of `values`."""
-
-    def put() -> tf.Tensor:
-        index, results = _run(encoded, chosen, function)
-        return tf.tensor_scatter_nd_update(values, index[:, None], results)
-
-    return tf.cond(tf.reduce_any(chosen), put, lambda: values)
-
-
-def _run(
-    encoded: tf.Tensor,
-    chosen: tf.Tensor,
-    function: Callable[[tf.Tensor], tf.Tensor],
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Runs a function on the chosen files; leaves out those on which it fails."""
-    index = tf.where(chosen)[:, 0]
-    files = tf.gather(encoded, index)
-    # One that always works: there must be a batch, even if all of them fail.
-    index = tf.concat([index, [-1]], axis=0)
+    """Decodes all files that it can; the other images are black and not valid."""
+    size, count = checked_size(image_size), tf.size(encoded)
+    # One more that always works: there must be a batch, even if all files fail.
     works = tf.io.encode_jpeg(tf.zeros([1, 1, 3], tf.uint8))
-    files = tf.concat([files, works[None]], axis=0)
-    data = tf.data.Dataset.from_tensor_slices((index, files)).map(
-        lambda at, one: (at, function(one)),
+    files = tf.concat([encoded, works[None]], axis=0)
+    data = tf.data.Dataset.from_tensor_slices((tf.range(count + 1), files)).map(
+        lambda index, one: (index, decode_image(one, size)),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=False,
     )
-    data = data.ignore_errors().batch(tf.size(index, tf.int64))
-    # For those that a served graph runs anew on each request: looking for a better form
-    # of the pipeline takes longer there than the pipeline.
+    data = data.ignore_errors().batch(tf.cast(count + 1, tf.int64))
+    # A served graph runs the pipeline anew on each request: looking for a better form
+    # of it takes longer there than the pipeline.
     options = tf.data.Options()
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
-    index, results = data.with_options(options).get_single_element()
-    kept = index >= 0
-    return tf.boolean_mask(index, kept), tf.boolean_mask(results, kept)
+    index, decoded = data.with_options(options).get_single_element()
+    images = tf.scatter_nd(index[:, None], decoded, [count + 1, *size, 3])
+    valid = tf.reduce_any(index == tf.range(count)[:, None], axis=1)
+    return images[:count], valid

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import functools
 import hashlib
 import operator
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import tensorflow as tf
@@ -22,91 +23,71 @@ from keras_rsft.data._images import (
     traced_views,
     without_autotuning,
 )
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument
 
-if TYPE_CHECKING:
-    from keras_rsft.data._labels import Corrections
-
-
-class Reader(Protocol):
-    """What an `ImageSplit` asks of the place where its images are."""
-
-    any_order: bool
-
-    def entries(self, start: int) -> tf.data.Dataset:
-        """Returns `(index, key)` pairs in index order from `start` on."""
-
-    def load(self, key: tf.Tensor) -> tf.Tensor:
-        """Turns a key into an image file's bytes, as a graph op."""
-
-    def encoded(self, index: int) -> bytes:
-        """Returns one image file's bytes; raises OSError if it has none."""
-
-    def fingerprint(self) -> str:
-        """Returns a hex digest of the images: which they are, and their state."""
-
-    def take(self, indices: np.ndarray) -> Reader:
-        """Returns a reader of the images at these increasing positions."""
+SPLITS = ("train", "validation", "test")
 
 
-class FileReader:
-    """Reads image files below one folder."""
+class Reader(abc.ABC):
+    """Reads samples one after the other; `_items` are the keys that `load` takes."""
 
-    any_order = True
-
-    def __init__(self, root: str, ids: np.ndarray):
-        self._root = root
-        self._ids = ids
-
-    def entries(self, start: int) -> tf.data.Dataset:
-        indices = np.arange(start, len(self._ids), dtype=np.int64)
-        return tf.data.Dataset.from_tensor_slices((indices, self._ids[start:]))
-
-    def load(self, key: tf.Tensor) -> tf.Tensor:
-        return tf.io.read_file(tf.strings.join([self._root, os.sep, key]))
-
-    def encoded(self, index: int) -> bytes:
-        with open(self._path(self._ids[index]), "rb") as file:
-            return file.read()
-
-    def fingerprint(self) -> str:
-        return digest(f"{name}\0{self._state(name)}\0".encode() for name in self._ids)
-
-    def take(self, indices: np.ndarray) -> FileReader:
-        return FileReader(self._root, self._ids[indices])
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._root, name)
-
-    def _state(self, name: str) -> str:
-        try:
-            status = os.stat(self._path(name))
-        except OSError:
-            return "missing"
-        return f"{status.st_size} {status.st_mtime_ns}"
-
-
-class MemoryReader:
-    """Reads what is in memory, for data sets of a few megabytes."""
-
-    any_order = True
+    any_order: ClassVar[bool] = True
 
     def __init__(self, ids: np.ndarray, items: np.ndarray):
         self._ids = ids
         self._items = items
 
     def entries(self, start: int) -> tf.data.Dataset:
+        """Returns `(index, key)` pairs in index order from `start` on."""
         indices = np.arange(start, len(self._ids), dtype=np.int64)
         return tf.data.Dataset.from_tensor_slices((indices, self._items[start:]))
 
     def load(self, key: tf.Tensor) -> tf.Tensor:
+        """Turns a key into a file's bytes, as a graph op."""
         return key
 
-    def take(self, indices: np.ndarray) -> Self:
+    def take(self, indices: np.ndarray) -> Reader:
+        """Returns a reader of the samples at these increasing positions."""
         return type(self)(self._ids[indices], self._items[indices])
 
+    @abc.abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """Returns one file's bytes; raises OSError if it has none."""
 
-class ArrayReader(MemoryReader):
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Returns a hex digest of the samples: which they are, and their state."""
+
+
+class FileReader(Reader):
+    """Reads files below one folder."""
+
+    def __init__(self, root: str, ids: np.ndarray):
+        super().__init__(ids, ids)
+        self._root = root
+
+    def load(self, key: tf.Tensor) -> tf.Tensor:
+        return tf.io.read_file(tf.strings.join([self._root, os.sep, key]))
+
+    def encoded(self, index: int) -> bytes:
+        with open(os.path.join(self._root, self._ids[index]), "rb") as file:
+            return file.read()
+
+    def fingerprint(self) -> str:
+        def state(name: str) -> str:
+            try:
+                status = os.stat(os.path.join(self._root, name))
+            except OSError:
+                return "missing"
+            return f"{status.st_size} {status.st_mtime_ns}"
+
+        return digest(f"{name}\0{state(name)}\0".encode() for name in self._ids)
+
+    def take(self, indices: np.ndarray) -> FileReader:
+        return FileReader(self._root, self._ids[indices])
+
+
+class ArrayReader(Reader):
     """Reads images, uint8 `(n, height, width, channels)`, from memory."""
 
     def load(self, key: tf.Tensor) -> tf.Tensor:
@@ -147,19 +128,32 @@ class SampleSplit(abc.ABC):
 
     @abc.abstractmethod
     def inputs(
-        self,
-        sample_shape: tuple[int | None, ...],
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        views: int = 1,
-        seed: int = 0,
+        self, sample_shape: tuple[int | None, ...], **options: Any
     ) -> tf.data.Dataset:
-        """Reads the samples one after the other, as a base takes them."""
+        """Reads the samples as a backbone takes them; for options see `images`."""
 
     @abc.abstractmethod
+    def check(self, encoded: bytes) -> None:
+        """Raises DataError or OpError if a sample's bytes cannot be used."""
+
     def read_error(self, index: int) -> str | None:
-        """Says in one sentence why a sample cannot be read; None if it can."""
+        """Says why a sample cannot be read.
+
+        Args:
+            index: Its position in this split.
+
+        Returns:
+            One sentence, or None if it can be read.
+        """
+        try:
+            self.check(self.encoded(index))
+        except tf.errors.OpError as error:
+            return readable_reason(error)
+        except DataError as error:
+            return str(error)
+        except OSError as error:
+            return f"The file cannot be opened: {error.strerror}."
+        return None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -174,13 +168,19 @@ class SampleSplit(abc.ABC):
         self, labels: np.ndarray, clean_labels: np.ndarray | None = None
     ) -> Self:
         """Returns the same samples with other labels."""
-        labels = _checked_labels("labels", labels, len(self))
-        if clean_labels is None:
-            return dataclasses.replace(self, labels=labels, reviewed=None)
-        clean = _checked_labels("clean_labels", clean_labels, len(self))
-        return dataclasses.replace(
-            self, labels=labels, clean_labels=clean, reviewed=None
-        )
+        changed: dict[str, Any] = {"labels": labels}
+        if clean_labels is not None:
+            changed["clean_labels"] = clean_labels
+        for name, values in changed.items():
+            values = np.asarray(values)
+            integers = np.issubdtype(values.dtype, np.integer)
+            if values.shape != (len(self),) or not integers:
+                raise InvalidArgument(
+                    f"`{name}` must be {len(self)} integers, one for each sample. "
+                    f"Received: shape {values.shape}, dtype {values.dtype}."
+                )
+            changed[name] = values.astype(np.int32)
+        return dataclasses.replace(self, **changed, reviewed=None)
 
     def take(self, indices: np.ndarray) -> Self:
         """Returns some of the samples, in the same order."""
@@ -225,6 +225,59 @@ class SampleSplit(abc.ABC):
         return without_autotuning(made.ignore_errors(log_warning=False))
 
 
+def require_in_range(name: str, value: int, low: int, high: int) -> None:
+    try:
+        inside = low <= operator.index(value) <= high
+    except TypeError:
+        inside = False
+    if not inside:
+        raise InvalidArgument(
+            f"`{name}` must be an integer in [{low}, {high}]. "
+            f"Received: {name}={value!r}."
+        )
+
+
+class Correction(NamedTuple):
+    """The decision about one sample."""
+
+    id: str
+    given_label: str
+    decision: str
+    new_label: str = ""
+
+
+KEEP, RELABEL, DROP = DECISIONS = ("keep", "relabel", "drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrections:
+    """All corrections of a data set, against its labels as they were loaded."""
+
+    rows: tuple[Correction, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
+    tested: int = 0
+
+    def describe(self) -> str:
+        """Says in one line, or two, what was changed."""
+        counts = collections.Counter(row.decision for row in self.rows)
+        text = (
+            f"Corrections: {counts[KEEP]} labels kept, {counts[RELABEL]} relabelled, "
+            f"{counts[DROP]} samples dropped."
+        )
+        if self.tested:
+            text += (
+                f"\n{self.tested} of these samples are in the test split: its accuracy "
+                "cannot be compared with one from before."
+            )
+        return text
+
+    def record(self) -> dict[str, Any]:
+        """Returns the files and the counts, as JSON can hold them."""
+        files = [{"path": path, "sha256": digest} for path, digest in self.files]
+        decisions = [row.decision for row in self.rows]
+        return {"files": files} | {one: decisions.count(one) for one in DECISIONS}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleData:
     """A data set of labelled samples."""
@@ -250,32 +303,6 @@ class SampleData:
         return self.train.kind
 
 
-def require_in_range(name: str, value: int, low: int, high: int) -> None:
-    """Raises InvalidArgument unless a value is an integer in [low, high]."""
-    try:
-        inside = low <= operator.index(value) <= high
-    except TypeError:
-        inside = False
-    if not inside:
-        raise InvalidArgument(
-            f"`{name}` must be an integer in [{low}, {high}]. "
-            f"Received: {name}={value!r}."
-        )
-
-
-def _checked_labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise InvalidArgument(
-            f"`{name}` must be {count} integers, one for each sample. "
-            f"Received: shape {labels.shape}, dtype {labels.dtype}."
-        )
-    return labels.astype(np.int32)
-
-
-_IMAGE_RANK = 3
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSplit(SampleSplit):
     """The images of one split, in an order that does not change between runs.
@@ -288,21 +315,14 @@ class ImageSplit(SampleSplit):
     kind: ClassVar[str] = "images"
 
     def inputs(
-        self,
-        sample_shape: tuple[int | None, ...],
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        views: int = 1,
-        seed: int = 0,
+        self, sample_shape: tuple[int | None, ...], **options: Any
     ) -> tf.data.Dataset:
-        if len(sample_shape) != _IMAGE_RANK:
+        if len(sample_shape) != 3:  # Height, width, channels.
             raise InvalidArgument(
-                "The data are images, and the base takes texts. Give a base for "
-                "images, or load the data as texts (--text-column, `load_texts`)."
+                "The data are images, and the backbone takes texts. Give a backbone "
+                "for images, or load the data as texts (--text-column, `load_texts`)."
             )
-        size = sample_shape[:2]
-        return self.images(size, start=start, stop=stop, views=views, seed=seed)
+        return self.images(checked_size(sample_shape[:2]), **options)
 
     def images(
         self,
@@ -346,50 +366,8 @@ class ImageSplit(SampleSplit):
 
         return self.mapped(render, start, stop)
 
-    def read_error(self, index: int) -> str | None:
-        """Says why an image cannot be read.
-
-        Args:
-            index: The image's position in this split.
-
-        Returns:
-            One sentence, or None if the image can be read.
-        """
-        try:
-            decode_pixels(tf.constant(self.encoded(index)))
-        except tf.errors.OpError as error:
-            return readable_reason(error)
-        except OSError as error:
-            return f"The file cannot be opened: {error.strerror}."
-        return None
-
-    def images_in_order(
-        self,
-        indices: np.ndarray,
-        image_size: int | tuple[int, int],
-        *,
-        views: int = 1,
-        seed: int = 0,
-    ) -> tf.data.Dataset:
-        """Decodes some of the images in any order, from a source that can do so.
-
-        Args:
-            indices: Shape `(k,)`, positions in [0, n).
-            image_size: As in `images`.
-            views: As in `images`.
-            seed: As in `images`.
-
-        Returns:
-            What `images` returns; the index is a position in `indices`.
-
-        Raises:
-            InvalidArgument: If the source gives its images in one order only.
-        """
-        if not self.reader.any_order:
-            raise InvalidArgument("This source gives its images in one order only.")
-        reader = self.reader.take(indices)
-        ordered = dataclasses.replace(self, ids=self.ids[indices], reader=reader)
-        return ordered.images(image_size, views=views, seed=seed)
+    def check(self, encoded: bytes) -> None:
+        decode_pixels(tf.constant(encoded))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
 import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.config import nearest_name_hint
 from keras_rsft.data._samples import (
     ArrayReader,
     FileReader,
     ImageData,
-    MemoryReader,
+    ImageSplit,
+    Reader,
     SampleData,
     SampleSplit,
     digest,
@@ -29,42 +29,49 @@ from keras_rsft.data._samples import (
 from keras_rsft.data._splits import (
     SPLIT_ALIASES,
     TRAIN,
-    Listing,
+    Cut,
+    Data,
     NamedSample,
-    check_fractions,
     cut_splits,
-    list_named,
+    data_of,
 )
-from keras_rsft.data._tfds import list_tfds
+from keras_rsft.data._tfds import tfds_data
 from keras_rsft.errors import DataError, InvalidArgument
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
 )
+TEXT_SUFFIXES = frozenset((".txt",))
+
+# Folders ------------------------------------------------------------------------------
 
 
-def list_folder(
-    root: str,
-    *,
-    source: str,
-    suffixes: frozenset[str] = IMAGE_SUFFIXES,
-    kind: str = "images",
-) -> Listing:
-    """Lists the images, or texts, of a folder of class folders."""
-    root = os.path.abspath(root)
+def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
+    """Reads a folder of class folders, or of split folders of these."""
+    root = os.path.abspath(source)
+    kind = data_type.split_type.kind
+    suffixes = IMAGE_SUFFIXES if kind == "images" else TEXT_SUFFIXES
+    folders, ignored = _visible(root)
+    splits = [SPLIT_ALIASES.get(name.lower(), "") for name in folders]
+    if "train" not in splits or "" in splits:
+        folders, splits, ignored = [""], ["train"], 0
+    if len(set(splits)) < len(splits):
+        raise DataError(
+            f"Two folders in {root} are for the same split. Received: "
+            f"{', '.join(folders)}. Put their images into one."
+        )
     samples: list[NamedSample] = []
-    layout, ignored = _split_folders(root)
-    for prefix, split in layout:
-        folders, others = _visible(os.path.join(root, prefix))
+    for prefix, split in zip(folders, splits, strict=True):
+        labels, others = _visible(os.path.join(root, prefix))
         ignored += others
-        if not folders:
+        if not labels:
             raise DataError(
                 f"Expected one folder for each class in {os.path.join(root, prefix)}. "
                 f"Received: no folder. Sort the {kind} into <class>/<{kind[:-1]}> "
                 "first."
             )
-        for name in folders:
-            below = os.path.join(prefix, name)
+        for label in labels:
+            below = os.path.join(prefix, label)
             ids, others = _files_below(root, below, suffixes)
             if not ids:
                 raise DataError(
@@ -73,7 +80,7 @@ def list_folder(
                     f"end in {', '.join(sorted(suffixes))}. Add some or remove the "
                     "folder."
                 )
-            samples += [NamedSample(id=id_, label=name, split=split) for id_ in ids]
+            samples += [NamedSample(id_, label, split) for id_ in ids]
             ignored += others
     for sample in samples:
         try:
@@ -84,24 +91,13 @@ def list_folder(
                 f"Received: {sample.id!r}. Rename the file or its folder."
             ) from error
     reader_of = functools.partial(FileReader, root)
-    return list_named(samples, reader_of, source=source, ignored_files=ignored)
-
-
-def _split_folders(root: str) -> tuple[list[tuple[str, str]], int]:
-    """Returns each split's folder, and how many other entries lie beside them."""
-    folders, others = _visible(root)
-    splits = [SPLIT_ALIASES.get(name.lower()) for name in folders]
-    if "train" not in splits or None in splits:
-        return [("", "train")], 0
-    if len(set(splits)) < len(splits):
-        raise DataError(
-            f"Two folders in {root} are for the same split. Received: "
-            f"{', '.join(folders)}. Put their images into one."
-        )
-    return list(zip(folders, splits, strict=True)), others
+    return data_of(
+        data_type, samples, reader_of, cut, source=source, ignored_files=ignored
+    )
 
 
 def _visible(folder: str) -> tuple[list[str], int]:
+    """Returns the folders in a folder, and how many other entries it has."""
     entries = _entries(folder)
     folders = [e.name for e in entries if _is_dir(e) and not e.name.startswith(".")]
     return folders, len(entries) - len(folders)
@@ -112,16 +108,23 @@ def _files_below(
 ) -> tuple[list[str], int]:
     ids: list[str] = []
     others = 0
-    start = os.path.join(root, below)
-    waiting = [(below, (os.path.realpath(start),))]
+    chain: tuple[str, ...] = (os.path.realpath(os.path.join(root, below)),)
+    waiting = [(below, chain)]
     while waiting:
         folder, chain = waiting.pop()
         for entry in _entries(os.path.join(root, folder)):
             name = os.path.join(folder, entry.name)
             if entry.name.startswith("."):
                 others += 1
+            elif _is_dir(entry) and not entry.is_symlink():
+                waiting.append((name, chain))
             elif _is_dir(entry):
-                waiting += _descend(entry, name, chain)
+                real = os.path.realpath(entry.path)
+                inside = (
+                    f"{one}{os.sep}".startswith(f"{real}{os.sep}") for one in chain
+                )
+                if not any(inside):  # A link back to a folder that it lies in is left.
+                    waiting.append((name, (*chain, real)))
             elif os.path.splitext(entry.name)[1].lower() in suffixes and os.path.isfile(
                 entry
             ):
@@ -129,18 +132,6 @@ def _files_below(
             else:
                 others += 1
     return ids, others
-
-
-def _descend(
-    entry: os.DirEntry, name: str, chain: tuple[str, ...]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields the folder, unless it links back to one that it lies in."""
-    if not entry.is_symlink():
-        yield name, chain
-        return
-    real = os.path.realpath(entry.path)
-    if not any(f"{place}{os.sep}".startswith(f"{real}{os.sep}") for place in chain):
-        yield name, (*chain, real)
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
@@ -160,47 +151,49 @@ def _entries(folder: str) -> list[os.DirEntry]:
         ) from error
 
 
+# Tables -------------------------------------------------------------------------------
+
 DEFAULT_SPLIT_COLUMN = "split"
-# Ten times what a text may have. Where a quote is never closed, the rest of the file is
+# Ten times the limit of a text. Where a quote is never closed, the rest of the file is
 # one cell: it must not all go into memory.
 _MAX_CELL = 10_000_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """The names of the columns to read; None for one that is not wanted."""
-
-    path: str = "path"
-    label: str = "label"
-    split: str | None = DEFAULT_SPLIT_COLUMN
-    clean_label: str | None = None
-    further: tuple[str, ...] = ()
-
-
-def table_rows(file: str, columns: Columns, source: str) -> Iterator[tuple[int, dict]]:
-    """Yields each row of a CSV file with the number of its line."""
+def read_table(
+    file: str | os.PathLike, required: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields each row of a CSV file, at least one, with the number of its line."""
+    is_empty = True
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
-            _require_columns(reader.fieldnames or [], columns, source)
+            found = reader.fieldnames or []
+            missing = [name for name in required if name not in found]
+            if missing:
+                raise DataError(
+                    f"{file} has no column {', '.join(map(repr, missing))}. "
+                    f"It has: {', '.join(map(repr, found)) or 'none'}."
+                )
             while (row := _next_row(reader)) is not None:
                 if None in row:
                     raise DataError(
-                        f"{source}, line {reader.line_num}, has more cells than the "
+                        f"{file}, line {reader.line_num}, has more cells than the "
                         "header. Put quotes around a cell with a comma in it."
                     )
-                yield reader.line_num, row
+                is_empty = False
+                yield reader.line_num, {name: row[name] or "" for name in found}
+            if is_empty:
+                raise DataError(f"There is no row below the header in {file}.")
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
-            f"Expected {source} to be a comma-separated table in UTF-8. "
+            f"Expected {file} to be a comma-separated table in UTF-8. "
             f"Received: {error}. Save it again as CSV (UTF-8)."
         ) from error
     except OSError as error:
-        raise DataError(f"Cannot read {source}: {error.strerror}.") from error
+        raise DataError(f"Cannot read {file}: {error.strerror}.") from error
 
 
-def _next_row(reader: csv.DictReader) -> dict | None:
-    """Returns the next row, of cells up to `_MAX_CELL` characters; None at the end."""
+def _next_row(reader: csv.DictReader) -> dict[str, Any] | None:
     # The limit is one of the process: nobody else's reading must notice.
     before = csv.field_size_limit(_MAX_CELL)
     try:
@@ -209,116 +202,91 @@ def _next_row(reader: csv.DictReader) -> dict | None:
         csv.field_size_limit(before)
 
 
-def _require_columns(found: list[str], columns: Columns, source: str) -> None:
-    wanted = [columns.path, columns.label, *columns.further]
-    if columns.split != DEFAULT_SPLIT_COLUMN:
-        wanted.append(columns.split)
-    wanted.append(columns.clean_label)
-    missing = [name for name in wanted if name is not None and name not in found]
-    if missing:
-        raise DataError(
-            f"{source} has no column {', '.join(map(repr, missing))}. "
-            f"It has: {', '.join(map(repr, found)) or 'none'}."
-        )
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """The columns to read; the first has the path or the text."""
+
+    content: str
+    label: str
+    split: str | None
+    clean_label: str | None
+
+    def rows(
+        self, file: str, *further: str | None
+    ) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yields where each row is, and the row."""
+        split = None if self.split == DEFAULT_SPLIT_COLUMN else self.split
+        names = (self.content, self.label, *further, split, self.clean_label)
+        for line, row in read_table(file, [one for one in names if one is not None]):
+            yield f"{file}, line {line}", row
+
+    def sample(self, row: dict[str, str], name: str, where: str) -> NamedSample:
+        """Returns the sample of a row."""
+        given = (row.get(self.split or "", "")).strip() or "train"
+        if given.lower() not in SPLIT_ALIASES:
+            raise DataError(
+                f"The split must be one of {', '.join(SPLIT_ALIASES)} or empty. "
+                f"Received: {given!r} in {where}."
+            )
+        clean = None
+        if self.clean_label is not None:
+            clean = _value(row, self.clean_label, where)
+        label = _value(row, self.label, where)
+        return NamedSample(name, label, SPLIT_ALIASES[given.lower()], clean)
 
 
-def named_sample(row: dict, columns: Columns, name: str, place: str) -> NamedSample:
-    """Returns the sample of a row."""
-    clean = columns.clean_label
-    given = (row.get(columns.split) or "train").strip() or "train"
-    split = SPLIT_ALIASES.get(given.lower())
-    if split is None:
-        raise DataError(
-            f"The split must be one of {', '.join(SPLIT_ALIASES)} or empty. "
-            f"Received: {given!r} in {place}."
-        )
-    return NamedSample(
-        id=name,
-        label=_value(row, columns.label, place),
-        split=split,
-        clean_label=None if clean is None else _value(row, clean, place),
-    )
-
-
-def _value(row: dict, column: str, place: str) -> str:
-    value = (row[column] or "").strip()
+def _value(row: dict[str, str], column: str, where: str) -> str:
+    value = row[column].strip()
     if not value:
-        raise DataError(f"Expected a value in column {column!r} of {place}.")
+        raise DataError(f"Expected a value in column {column!r} of {where}.")
     return value
 
 
-class _Locator:
-    """Turns a path of the table into an id, if it stays inside the folder."""
+def _image_table(file: str, columns: _Columns, cut: Cut) -> ImageData:
+    """Reads a table of images, whose paths are relative to its own folder."""
+    folder = os.path.dirname(os.path.abspath(file))
+    root = os.path.join(os.path.realpath(folder), "")
+    # Most files share a folder: resolving each anew would take long.
+    resolve = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
-    def __init__(self, folder: str):
-        self.found = 0
-        self._folder = folder
-        self._root = os.path.realpath(folder)
-        self._seen: set[str] = set()
-        # Most files share a folder: resolving each anew would take long.
-        self._resolve = functools.lru_cache(maxsize=4096)(os.path.realpath)
-
-    def __call__(self, path: str, place: str) -> str:
-        name = os.path.normpath(path)
-        full = os.path.join(self._folder, name)
-        if "\0" in path or os.path.isabs(path) or not self._is_inside(full):
-            raise DataError(
-                "Paths must be relative to the CSV's folder and stay inside it. "
-                f"Received: {path!r} in {place}."
-            )
-        name = name.replace(os.sep, "/")
-        if name in self._seen:
-            raise DataError(f"{path!r} in {place} has been listed before.")
-        self._seen.add(name)
-        self.found += _is_file(full, place)
-        return name
-
-    def _is_inside(self, full: str) -> bool:
+    def is_inside(full: str) -> bool:
         parent, name = os.path.split(full)
-        real = os.path.join(self._resolve(parent), name)
+        real = os.path.join(resolve(parent), name)
         if os.path.islink(real) or name == os.pardir:
             real = os.path.realpath(real)
-        return real.startswith(os.path.join(self._root, ""))
+        return real.startswith(root)
+
+    samples: dict[str, NamedSample] = {}
+    found = 0
+    for where, row in columns.rows(file):
+        path = _value(row, columns.content, where)
+        name = os.path.normpath(path)
+        full = os.path.join(folder, name)
+        if "\0" in path or os.path.isabs(path) or not is_inside(full):
+            raise DataError(
+                "Paths must be relative to the CSV's folder and stay inside it. "
+                f"Received: {path!r} in {where}."
+            )
+        name = name.replace(os.sep, "/")
+        if name in samples:
+            raise DataError(f"{path!r} in {where} has been listed before.")
+        if os.path.isfile(full):
+            found += 1
+        elif os.path.exists(full):  # Reading a pipe or a device might never end.
+            raise DataError(f"{full} is not a file, in {where}.")
+        samples[name] = columns.sample(row, name, where)
+    if not found:
+        raise DataError(
+            f"None of the {len(samples)} files listed in {file} exists, such as "
+            f"{next(iter(samples))!r}. Paths are relative to the CSV's folder, "
+            f"{folder}."
+        )
+    reader_of = functools.partial(FileReader, folder)
+    return data_of(ImageData, samples.values(), reader_of, cut, source=file)
 
 
-def _is_file(full: str, place: str) -> bool:
-    try:
-        mode = os.stat(full).st_mode
-    except OSError:
-        return False
-    # Reading a pipe or a device might never end.
-    if not stat.S_ISREG(mode):
-        raise DataError(f"{full} is not a file, in {place}.")
-    return True
+# Texts --------------------------------------------------------------------------------
 
-
-_BRIGHTEST = 16
-
-
-def list_digits(*, source: str) -> Listing:
-    """Lists the digits, as "digits/0000" to "digits/1796"."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            'The source "digits" needs scikit-learn. '
-            'Install it with: pip install "keras_rsft[demo]"'
-        ) from error
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / _BRIGHTEST)).astype(np.uint8)
-    ids = np.array([f"digits/{number:04}" for number in range(len(pixels))])
-    return Listing(
-        ids=ids,
-        labels=bunch.target.astype(np.int32),
-        clean_labels=None,
-        splits=np.full(len(ids), TRAIN, np.int8),
-        class_names=tuple(str(name) for name in bunch.target_names),
-        reader=ArrayReader(ids, pixels[..., np.newaxis]),
-        source=source,
-    )
-
-
-TEXT_SUFFIXES = frozenset((".txt",))
 DEFAULT_TEXT_COLUMN = "text"
 MAX_BYTES = 1_000_000
 _ID_DIGITS = 16
@@ -343,23 +311,23 @@ class TextSplit(SampleSplit):
         start: int = 0,
         stop: int | None = None,
         views: int = 1,
-        seed: int = 0,
+        **options: Any,
     ) -> tf.data.Dataset:
         if sample_shape:
             raise InvalidArgument(
-                "The data are texts, and the base takes images. Give a text encoder: "
-                "minilm."
+                "The data are texts, and the backbone takes images. Give a text "
+                "encoder: minilm."
             )
         if views != 1:
             raise InvalidArgument(
                 f"A text has one view. Received: augmentations={views}."
             )
 
-        def checked(encoded: bytes) -> bytes:
-            return text_of(encoded).encode()
-
         def read(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(tf.numpy_function(checked, [encoded], tf.string), ())
+            text = tf.numpy_function(
+                lambda one: text_of(one).encode(), [encoded], tf.string
+            )
+            return tf.ensure_shape(text, ())
 
         return self.mapped(read, start, stop)
 
@@ -375,14 +343,8 @@ class TextSplit(SampleSplit):
         """
         return text_of(self.encoded(index))
 
-    def read_error(self, index: int) -> str | None:
-        try:
-            self.text(index)
-        except DataError as error:
-            return str(error)
-        except OSError as error:
-            return f"The file cannot be opened: {error.strerror}."
-        return None
+    def check(self, encoded: bytes) -> None:
+        text_of(encoded)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -436,25 +398,17 @@ def load_texts(
         InvalidArgument: If there is no such source, or an option is wrong.
         DataError: If the source cannot be trained on as it is.
     """
-    check_fractions(validation_fraction, test_fraction)
+    cut = Cut(validation_fraction, test_fraction, split_seed)
     name = os.fspath(source)
     if os.path.isdir(name):
-        listing = list_folder(name, source=name, suffixes=TEXT_SUFFIXES, kind="texts")
-    elif not os.path.isfile(name) or not name.lower().endswith(".csv"):
+        return _folder_data(TextData, name, cut)
+    if not os.path.isfile(name) or not name.lower().endswith(".csv"):
         raise InvalidArgument(
             "`source` must be a .csv file with a column of texts, or a folder with one "
             f"folder of .txt files for each class. Received: {name!r}."
         )
-    else:
-        columns = Columns(text_column, label_column, split_column, clean_label_column)
-        listing = _list_table(name, columns, id_column)
-    return cut_splits(
-        listing,
-        validation_fraction=validation_fraction,
-        test_fraction=test_fraction,
-        split_seed=split_seed,
-        data_type=TextData,
-    )
+    columns = _Columns(text_column, label_column, split_column, clean_label_column)
+    return _text_table(name, columns, id_column, cut)
 
 
 def text_of(encoded: bytes) -> str:
@@ -472,55 +426,44 @@ def text_of(encoded: bytes) -> str:
     return text
 
 
-def read_texts(
-    file: str | os.PathLike, columns: Columns
-) -> list[tuple[int, str, dict[str, str]]]:
-    """Reads the rows of a CSV file with a column of texts."""
-    name = os.fspath(file)
-    rows = []
-    for line, row in table_rows(name, columns, name):
-        rows.append((line, row[columns.path] or "", row))
-    if not rows:
-        raise DataError(f"There is no row below the header in {name}.")
-    return rows
-
-
-def _list_table(file: str, columns: Columns, id_column: str | None) -> Listing:
+def _text_table(
+    file: str, columns: _Columns, id_column: str | None, cut: Cut
+) -> TextData:
     samples: list[NamedSample] = []
     texts: dict[str, bytes] = {}
     repeated: collections.Counter[str] = collections.Counter()
-    wanted = dataclasses.replace(columns, further=(id_column,) if id_column else ())
-    for line, text, row in read_texts(file, wanted):
-        place, encoded = f"{file}, line {line}", text.encode("utf-8", "surrogatepass")
+    for where, row in columns.rows(file, id_column):
+        encoded = row[columns.content].encode("utf-8", "surrogatepass")
         if id_column is None:  # The same wherever the row lies.
             name = hashlib.sha256(encoded).hexdigest()[:_ID_DIGITS]
             repeated[name] += 1
             if repeated[name] > 1:
                 name = f"{name}-{repeated[name]}"
         else:
-            name = (row[id_column] or "").strip()
+            name = row[id_column].strip()
             if not name or name in texts:
                 raise DataError(
                     f"Each text must have an id of its own in column {id_column!r}. "
-                    f"Received: {name!r} in {place}."
+                    f"Received: {name!r} in {where}."
                 )
-        samples.append(named_sample(row, columns, name, place))
+        samples.append(columns.sample(row, name, where))
         texts[name] = encoded
     if not any(text.strip() for text in texts.values()):
-        raise DataError(f"The column {columns.path!r} of {file} has no text.")
+        raise DataError(f"The column {columns.content!r} of {file} has no text.")
 
     def reader_of(ids: np.ndarray) -> TextReader:
         return TextReader(ids, np.array([texts[one] for one in ids.tolist()], object))
 
-    listing = list_named(samples, reader_of, source=file)
-    first: dict[bytes | str, str] = {}  # Texts without a word are no copies.
-    groups = [
-        first.setdefault(texts[one].strip() or one, one) for one in listing.ids.tolist()
-    ]
-    return dataclasses.replace(listing, groups=np.array(groups, np.str_))
+    def groups_of(ids: np.ndarray) -> np.ndarray:
+        first: dict[bytes | str, str] = {}  # Texts without a word are no copies.
+        names = ids.tolist()
+        groups = [first.setdefault(texts[one].strip() or one, one) for one in names]
+        return np.array(groups, np.str_)
+
+    return data_of(TextData, samples, reader_of, cut, source=file, groups_of=groups_of)
 
 
-class TextReader(MemoryReader):
+class TextReader(Reader):
     """Reads texts, bytes in UTF-8, from memory."""
 
     def encoded(self, index: int) -> bytes:
@@ -531,8 +474,11 @@ class TextReader(MemoryReader):
         return digest(f"{name}\0{len(text)}\0".encode() + text for name, text in named)
 
 
+# Images -------------------------------------------------------------------------------
+
 TFDS_PREFIX = "tfds:"
 DIGITS = "digits"
+_BRIGHTEST_DIGIT = 16
 
 
 def load_images(
@@ -577,7 +523,7 @@ def load_images(
         validation_fraction: Share of the training samples, in [0, 1).
         test_fraction: Share of the training samples, in [0, 1).
         split_seed: Chooses which samples are taken for a missing split.
-        data_dir: TFDS: where prepared data are kept. None is TFDS's own place.
+        data_dir: TFDS: folder of prepared data. Default None: TFDS's own folder.
 
     Returns:
         The data set.
@@ -595,32 +541,14 @@ def load_images(
         >>> data.class_names[:3]
         ('0', '1', '2')
     """
-    check_fractions(validation_fraction, test_fraction)
+    cut = Cut(validation_fraction, test_fraction, split_seed)
     name = os.fspath(source)
     if name.startswith(TFDS_PREFIX):
-        listing = list_tfds(
-            name.removeprefix(TFDS_PREFIX),
-            label_key=label_key,
-            clean_label_key=clean_label_key,
-            data_dir=data_dir,
-            source=name,
-        )
-    elif source == DIGITS:
-        listing = list_digits(source=name)
-    else:
-        columns = Columns(path_column, label_column, split_column, clean_label_column)
-        listing = _list_path(name, columns)
-    return cut_splits(
-        listing,
-        validation_fraction=validation_fraction,
-        test_fraction=test_fraction,
-        split_seed=split_seed,
-    )
-
-
-def _list_path(name: str, columns: Columns) -> Listing:
+        return tfds_data(name, label_key, clean_label_key, data_dir, cut)
+    if source == DIGITS:
+        return _digits(cut)
     if os.path.isdir(name):
-        return list_folder(name, source=name)
+        return _folder_data(ImageData, name, cut)
     if not os.path.exists(name):
         raise InvalidArgument(
             f"`source` must be {_KNOWN}. Received: {name!r}, which does not exist."
@@ -630,22 +558,27 @@ def _list_path(name: str, columns: Columns) -> Listing:
         raise InvalidArgument(
             f"`source` must be {_KNOWN}. Received: {name!r}, another kind of file."
         )
-    # Lists the images of a CSV file (UTF-8, comma-separated, with a header).
-    folder = os.path.dirname(os.path.abspath(name))
-    locate = _Locator(folder)
-    samples = []
-    for line, row in table_rows(name, columns, name):
-        place = f"{name}, line {line}"
-        found = locate(_value(row, columns.path, place), place)
-        samples.append(named_sample(row, columns, found, place))
-    if not samples:
-        raise DataError(f"There is no row below the header in {name}.")
-    if locate.found == 0:
-        raise DataError(
-            f"None of the {len(samples)} files listed in {name} exists, such as "
-            f"{samples[0].id!r}. Paths are relative to the CSV's folder, {folder}."
-        )
-    return list_named(samples, functools.partial(FileReader, folder), source=name)
+    columns = _Columns(path_column, label_column, split_column, clean_label_column)
+    return _image_table(name, columns, cut)
+
+
+def _digits(cut: Cut) -> ImageData:
+    """Reads scikit-learn's digits, as "digits/0000" to "digits/1796"."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'The source "digits" needs scikit-learn. '
+            'Install it with: pip install "keras_rsft[demo]"'
+        ) from error
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / _BRIGHTEST_DIGIT)).astype(np.uint8)
+    ids = np.array([f"digits/{number:04}" for number in range(len(pixels))])
+    reader = ArrayReader(ids, pixels[..., np.newaxis])
+    whole = ImageSplit("all", ids, bunch.target.astype(np.int32), None, reader)
+    names = tuple(str(name) for name in bunch.target_names)
+    data = ImageData(whole, whole, whole, names, DIGITS)
+    return cut_splits(data, np.full(len(ids), TRAIN, np.int8), cut, ids)
 
 
 _KNOWN = 'a folder, a .csv file, "tfds:NAME" or "digits"'
@@ -658,6 +591,4 @@ def _suggestion(name: str) -> str:
     except OSError:
         return f" Neither does {parent!r}."
     known = [os.path.join(parent, other) for other in names] + [DIGITS]
-    target = os.path.join(parent, wanted)
-    close = difflib.get_close_matches(target, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return nearest_name_hint(os.path.join(parent, wanted), known, 0.6)

@@ -7,131 +7,115 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from keras_rsft.data._samples import ImageData, Reader, SampleData
+from keras_rsft.data._samples import SPLITS, Reader, SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 
-SPLITS = ("train", "validation", "test")
-SPLIT_ALIASES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-}
+SPLIT_ALIASES = {name: name for name in SPLITS}
+SPLIT_ALIASES |= {"valid": "validation", "val": "validation"}
 TRAIN, VALIDATION, TEST = range(3)
 
-# With so many samples of a class, each split that is cut gets at least one.
+# From this many samples of a class on, each split that is cut gets at least one.
 _SMALLEST_CLASS_TO_CUT = 3
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Listing:
-    """All samples of a source, before the missing splits are cut."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    clean_labels: np.ndarray | None
-    splits: np.ndarray
-    class_names: tuple[str, ...]
-    reader: Reader
-    source: str
-    ignored_files: int = 0
-    groups: np.ndarray | None = None
+Data = TypeVar("Data", bound=SampleData)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class NamedSample:
-    """One sample as a folder or a table names it; `split` is one of `SPLITS`."""
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How missing splits are cut from the training samples."""
+
+    validation_fraction: float
+    test_fraction: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        fractions = (self.validation_fraction, self.test_fraction)
+        if not all(0 <= fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
+            raise InvalidArgument(
+                "`validation_fraction` and `test_fraction` must be in [0, 1) and their "
+                f"sum below 1. Received: validation_fraction={fractions[0]}, "
+                f"test_fraction={fractions[1]}."
+            )
+
+
+class NamedSample(NamedTuple):
+    """One sample as a folder or a table names it."""
 
     id: str
     label: str
-    split: str = "train"
+    split: str
     clean_label: str | None = None
 
 
-def list_named(
-    samples: Sequence[NamedSample],
+def data_of(
+    data_type: type[Data],
+    samples: Iterable[NamedSample],
     reader_of: Callable[[np.ndarray], Reader],
+    cut: Cut,
     *,
     source: str,
     ignored_files: int = 0,
-) -> Listing:
-    """Sorts samples by id and numbers their classes."""
-    samples = sorted(samples, key=lambda sample: sample.id)
+    groups_of: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Data:
+    """Sorts samples by id, numbers their classes and makes three splits of them."""
+    samples = sorted(samples)
     names = sorted_names({s.label for s in samples if s.split == "train"})
     number = {name: position for position, name in enumerate(names)}
     _refuse_stray(((s.label, s.split) for s in samples), number, source)
-    clean_labels = None
-    if samples and samples[0].clean_label is not None:
-        clean = ((s.clean_label, "the clean labels") for s in samples)
-        _refuse_stray(clean, number, source)
-        clean_labels = np.array([number[s.clean_label] for s in samples], np.int32)
+    clean = [s.clean_label for s in samples if s.clean_label is not None]
+    _refuse_stray(((name, "the clean labels") for name in clean), number, source)
     ids = np.array([s.id for s in samples], dtype=np.str_)
-    return Listing(
-        ids=ids,
-        labels=np.array([number[s.label] for s in samples], np.int32),
-        clean_labels=clean_labels,
-        splits=np.array([SPLITS.index(s.split) for s in samples], np.int8),
-        class_names=names,
-        reader=reader_of(ids),
-        source=source,
-        ignored_files=ignored_files,
+    whole = data_type.split_type(
+        "all",
+        ids,
+        np.array([number[s.label] for s in samples], np.int32),
+        np.array([number[name] for name in clean], np.int32) if clean else None,
+        reader_of(ids),
+    )
+    return cut_splits(
+        data_type(whole, whole, whole, names, source, ignored_files),
+        np.array([SPLITS.index(s.split) for s in samples], np.int8),
+        cut,
+        ids if groups_of is None else groups_of(ids),
     )
 
 
-def cut_splits(
-    listing: Listing,
-    *,
-    validation_fraction: float,
-    test_fraction: float,
-    split_seed: int,
-    data_type: type[SampleData] = ImageData,
-) -> SampleData:
-    """Makes three splits of a listing; a split that it has is left alone."""
-    check_fractions(validation_fraction, test_fraction)
-    trained = set(np.unique(listing.labels[listing.splits == TRAIN]).tolist())
-    if not trained:
-        raise DataError(f"There is no training sample in {listing.source}.")
-    pairs = zip(listing.labels.tolist(), listing.splits.tolist(), strict=True)
-    stray = {pair for pair in pairs if pair[0] not in trained}
+def cut_splits(data: Data, splits: np.ndarray, cut: Cut, groups: np.ndarray) -> Data:
+    """Makes three splits of data whose splits are all samples; cuts missing ones."""
+    whole, source = data.train, data.source
+    trained = np.unique(whole.labels[splits == TRAIN])
+    if not len(trained):
+        raise DataError(f"There is no training sample in {source}.")
+    stray = np.flatnonzero(~np.isin(whole.labels, trained))
     _refuse_stray(
-        ((listing.class_names[label], SPLITS[split]) for label, split in stray),
+        ((data.class_names[whole.labels[i]], SPLITS[splits[i]]) for i in stray),
         {},
-        listing.source,
+        source,
     )
     if len(trained) < 2:
-        only = listing.class_names[trained.pop()]
         raise DataError(
             "Training needs samples of two classes or more. "
-            f"Received: only {only!r} in {listing.source}."
+            f"Received: only {data.class_names[trained[0]]!r} in {source}."
         )
-    splits = listing.splits.copy()
+    splits = splits.copy()
     pool = np.flatnonzero(splits == TRAIN)
-    groups = listing.ids if listing.groups is None else listing.groups
     splits[pool] = assign_splits(
         groups[pool],
-        listing.labels[pool],
-        validation_fraction=0.0 if VALIDATION in splits else validation_fraction,
-        test_fraction=0.0 if TEST in splits else test_fraction,
-        split_seed=split_seed,
+        whole.labels[pool],
+        validation_fraction=0.0 if VALIDATION in splits else cut.validation_fraction,
+        test_fraction=0.0 if TEST in splits else cut.test_fraction,
+        split_seed=cut.seed,
     )
-    whole = data_type.split_type(
-        "all", listing.ids, listing.labels, listing.clean_labels, listing.reader
-    )
-    parts = {
+    parts: dict[str, Any] = {
         name: dataclasses.replace(whole.take(np.flatnonzero(splits == code)), name=name)
         for code, name in enumerate(SPLITS)
     }
-    return data_type(
-        **parts,
-        class_names=listing.class_names,
-        source=listing.source,
-        ignored_files=listing.ignored_files,
-    )
+    return dataclasses.replace(data, **parts)
 
 
 def assign_splits(
@@ -200,9 +184,12 @@ def split_counts(
     count: int, validation_fraction: float, test_fraction: float
 ) -> tuple[int, int]:
     """Returns how many samples of a class go to validation and to test."""
-    validation, test = (
-        _share(count, fraction) for fraction in (validation_fraction, test_fraction)
-    )
+
+    def share(fraction: float) -> int:
+        wanted = fraction > 0 and count >= _SMALLEST_CLASS_TO_CUT
+        return max(math.floor(count * fraction + 0.5), int(wanted))
+
+    validation, test = share(validation_fraction), share(test_fraction)
     while validation + test >= count and validation + test > 0:
         if validation >= test:
             validation -= 1
@@ -219,34 +206,16 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Refuses fractions that cannot be cut."""
-    fractions = (validation_fraction, test_fraction)
-    if not all(0 <= fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
-        raise InvalidArgument(
-            "`validation_fraction` and `test_fraction` must be in [0, 1) and their "
-            f"sum below 1. Received: validation_fraction={validation_fraction}, "
-            f"test_fraction={test_fraction}."
-        )
-
-
-def _share(count: int, fraction: float) -> int:
-    rounded = math.floor(count * fraction + 0.5)
-    wanted = fraction > 0 and count >= _SMALLEST_CLASS_TO_CUT
-    return max(rounded, 1) if wanted else rounded
-
-
 def _refuse_stray(
     labels: Iterable[tuple[str, str]], known: dict[str, int], source: str
 ) -> None:
-    stray = {(label, place) for label, place in labels if label not in known}
-    if not stray:
-        return
-    listed = ", ".join(f"{label!r} in {place}" for label, place in sorted(stray)[:10])
-    raise DataError(
-        f"Every class must have a sample in the training split of {source}. "
-        f"Without one: {listed}. Add training samples, or leave these out."
-    )
+    stray = sorted({pair for pair in labels if pair[0] not in known})[:10]
+    if stray:
+        listed = ", ".join(f"{label!r} in {split}" for label, split in stray)
+        raise DataError(
+            f"Every class must have a sample in the training split of {source}. "
+            f"Without one: {listed}. Add training samples, or leave these out."
+        )
 
 
 def stratified_sample(labels: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
@@ -264,12 +233,11 @@ def stratified_sample(labels: np.ndarray, count: int, *, seed: int = 0) -> np.nd
     while shares.sum() > count:
         excess = np.where(shares > least, shares - exact, -np.inf)
         shares[np.argmax(excess)] -= 1
-    for place in np.argsort(shares - exact, kind="stable")[: count - shares.sum()]:
-        shares[place] += 1
-    taken = shares
+    for label in np.argsort(shares - exact, kind="stable")[: count - shares.sum()]:
+        shares[label] += 1
     rng = np.random.default_rng(seed)
     chosen = [
         rng.permutation(np.flatnonzero(labels == label))[:number]
-        for label, number in zip(classes, taken, strict=True)
+        for label, number in zip(classes, shares, strict=True)
     ]
     return np.sort(np.concatenate(chosen)).astype(np.int64)

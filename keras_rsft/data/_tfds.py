@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data._samples import digest
-from keras_rsft.data._splits import SPLIT_ALIASES, SPLITS, TRAIN, Listing
+from keras_rsft.data._samples import SPLITS, ImageData, ImageSplit, Reader, digest
+from keras_rsft.data._splits import SPLIT_ALIASES, TRAIN, Cut, cut_splits
 from keras_rsft.errors import DataError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -24,101 +23,102 @@ _ROWS_A_STEP = 1024
 _NO_LABEL = -1
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TfdsReader:
+class TfdsReader(Reader):
     """Reads samples of TFDS splits, one split after the other."""
 
-    builder: DatasetBuilder
-    image_key: str
-    ids: np.ndarray
-    splits: np.ndarray
-    positions: np.ndarray
+    any_order = False
 
-    any_order: ClassVar[bool] = False
+    def __init__(
+        self,
+        builder: DatasetBuilder,
+        image_key: str,
+        ids: np.ndarray,
+        splits: np.ndarray,
+        positions: np.ndarray,
+    ):
+        super().__init__(ids, positions)
+        self._builder = builder
+        self._image_key = image_key
+        self._splits = splits
 
     def entries(self, start: int) -> tf.data.Dataset:
-        borders = np.flatnonzero(self.splits[1:] != self.splits[:-1]) + 1
-        runs = np.split(np.arange(len(self.ids)), borders)
+        borders = np.flatnonzero(self._splits[1:] != self._splits[:-1]) + 1
+        runs = np.split(np.arange(len(self._ids)), borders)
         streams = [self._stream(run[run >= start]) for run in runs if run[-1:] >= start]
         if not streams:
             nothing = (np.zeros(0, np.int64), np.zeros(0, np.str_))
             return tf.data.Dataset.from_tensor_slices(nothing)
         return functools.reduce(lambda one, two: one.concatenate(two), streams)
 
-    def load(self, key: tf.Tensor) -> tf.Tensor:
-        return key
-
     def encoded(self, index: int) -> bytes:
         _, encoded = next(iter(self._stream(np.array([index]))))
         return encoded.numpy()
 
     def fingerprint(self) -> str:
-        return digest(
-            f"{name}\0".encode() for name in (self.builder.info.full_name, *self.ids)
-        )
+        names = (self._builder.info.full_name, *self._ids)
+        return digest(f"{name}\0".encode() for name in names)
 
     def take(self, indices: np.ndarray) -> TfdsReader:
-        return dataclasses.replace(
-            self,
-            ids=self.ids[indices],
-            splits=self.splits[indices],
-            positions=self.positions[indices],
-        )
+        parts = (part[indices] for part in (self._ids, self._splits, self._items))
+        return TfdsReader(self._builder, self._image_key, *parts)
 
     def _stream(self, indices: np.ndarray) -> tf.data.Dataset:
         """Streams `(index, encoded)` of samples that are all of one TFDS split."""
-        first, last = self.positions[indices[[0, -1]]]
+        first, last = self._items[indices[[0, -1]]]
         index_at = np.full(last + 1 - first, -1, np.int64)
-        index_at[self.positions[indices] - first] = indices
+        index_at[self._items[indices] - first] = indices
         index_at = tf.constant(index_at)
-        part = f"{self.splits[indices[0]]}[{first}:{last + 1}]"
-        samples = _read(self.builder, part, self.image_key).enumerate()
+        part = f"{self._splits[indices[0]]}[{first}:{last + 1}]"
+        samples = _read(self._builder, part, self._image_key).enumerate()
         return samples.map(
-            lambda number, sample: (index_at[number], sample[self.image_key])
+            lambda number, sample: (index_at[number], sample[self._image_key])
         ).filter(lambda index, _: index >= 0)
 
 
-def list_tfds(
-    name: str,
-    *,
+def tfds_data(
+    source: str,
     label_key: str,
     clean_label_key: str | None,
     data_dir: str | Path | None,
-    source: str,
-) -> Listing:
-    """Lists the samples of a TFDS data set, which is downloaded if need be."""
-    builder = _prepared_builder(name, data_dir, source)
-    image_key = _image_key(builder, source)
-    given = _class_label(builder, label_key, "label_key", source)
+    cut: Cut,
+) -> ImageData:
+    """Reads a TFDS data set, which is downloaded if need be."""
+    builder = _prepared_builder(source, data_dir)
+    # Sorted, for TFDS has the features in another order in each process.
+    features = dict(sorted(builder.info.features.items()))
+    image_key = _image_key(features, source)
+    given = _class_label(features, label_key, "label_key", source)
     keys = [label_key]
     names = tuple(given.names)
     if clean_label_key is not None:
-        clean = _class_label(builder, clean_label_key, "clean_label_key", source)
+        clean = _class_label(features, clean_label_key, "clean_label_key", source)
         # Prefers the clean label's names where the given one has mere numbers.
         numbers = [str(number) for number in range(given.num_classes)]
-        same_count = given.num_classes == clean.num_classes
-        names = tuple(
-            clean.names if same_count and given.names == numbers else given.names
-        )
+        if given.num_classes == clean.num_classes and given.names == numbers:
+            names = tuple(clean.names)
         keys.append(clean_label_key)
-    ids, labels, origins, positions = _gather_all(builder, image_key, keys)
-    splits = _split_codes(origins)
-    return Listing(
-        ids=ids,
-        labels=_given_labels(labels, splits, source),
-        clean_labels=_clean_labels(labels, source),
-        splits=splits,
-        class_names=names,
-        reader=TfdsReader(builder, image_key, ids, origins, positions),
-        source=source,
-    )
+    origins = list(builder.info.splits)
+    if "train" in origins:
+        origins = [one for one in origins if one in SPLIT_ALIASES]
+        codes = [SPLITS.index(SPLIT_ALIASES[one]) for one in origins]
+    else:
+        codes = [TRAIN] * len(origins)
+    parts = [_gather(builder, origin, image_key, keys) for origin in origins]
+    sizes = [len(ids) for ids, _ in parts]
+    ids = np.concatenate([ids for ids, _ in parts])
+    labels = np.concatenate([labels for _, labels in parts])
+    splits = np.repeat(np.array(codes, np.int8), sizes)
+    positions = np.concatenate([np.arange(size) for size in sizes])
+    reader = TfdsReader(builder, image_key, ids, np.repeat(origins, sizes), positions)
+    whole = ImageSplit("all", ids, *_checked_labels(labels, splits, source), reader)
+    data = ImageData(whole, whole, whole, names, source)
+    return cut_splits(data, splits, cut, ids)
 
 
-def _prepared_builder(
-    name: str, data_dir: str | Path | None, source: str
-) -> DatasetBuilder:
+def _prepared_builder(source: str, data_dir: str | Path | None) -> DatasetBuilder:
     import tensorflow_datasets as tfds
 
+    name = source.removeprefix("tfds:")
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (ValueError, ImportError) as error:
@@ -145,10 +145,9 @@ def _prepared_builder(
     return builder
 
 
-def _image_key(builder: DatasetBuilder, source: str) -> str:
+def _image_key(features: dict[str, Any], source: str) -> str:
     import tensorflow_datasets as tfds
 
-    features = dict(sorted(builder.info.features.items()))
     keys = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     if "image" in keys:
         return "image"
@@ -161,29 +160,17 @@ def _image_key(builder: DatasetBuilder, source: str) -> str:
 
 
 def _class_label(
-    builder: DatasetBuilder, key: str, argument: str, source: str
+    features: dict[str, Any], key: str, argument: str, source: str
 ) -> ClassLabel:
     import tensorflow_datasets as tfds
 
-    # Sorted, for TFDS has the features in another order in each process.
-    features = sorted(builder.info.features.items())
-    labels = {k: f for k, f in features if isinstance(f, tfds.features.ClassLabel)}
+    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if key not in labels:
         raise InvalidArgument(
             f"`{argument}` must be a class label of {source}, which has: "
             f"{', '.join(labels) or 'none'}. Received: {argument}={key!r}."
         )
-    return labels[key]
-
-
-def _split_codes(origins: np.ndarray) -> np.ndarray:
-    """Maps TFDS splits to positions in `SPLITS`; without a train, all are train."""
-    if "train" not in origins:
-        return np.full(len(origins), TRAIN, np.int8)
-    codes = np.zeros(len(origins), np.int8)
-    for origin in np.unique(origins):
-        codes[origins == origin] = SPLITS.index(SPLIT_ALIASES[str(origin)])
-    return codes
+    return features[key]
 
 
 def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Dataset:
@@ -202,21 +189,6 @@ def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Datase
     )
 
 
-def _gather_all(
-    builder: DatasetBuilder, image_key: str, keys: list[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    splits = list(builder.info.splits)
-    splits = [s for s in splits if s in SPLIT_ALIASES] if "train" in splits else splits
-    parts = [_gather(builder, split, image_key, keys) for split in splits]
-    sizes = [len(ids) for ids, _ in parts]
-    return (
-        np.concatenate([ids for ids, _ in parts]),
-        np.concatenate([labels for _, labels in parts]),
-        np.repeat(splits, sizes),
-        np.concatenate([np.arange(size) for size in sizes]),
-    )
-
-
 def _gather(
     builder: DatasetBuilder, split: str, image_key: str, keys: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -232,28 +204,25 @@ def _gather(
     return np.array(ids, dtype=np.str_), np.concatenate(labels)
 
 
-def _given_labels(labels: np.ndarray, splits: np.ndarray, source: str) -> np.ndarray:
-    given = labels[:, 0].copy()
+def _checked_labels(
+    labels: np.ndarray, splits: np.ndarray, source: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the given labels and the clean ones, if they were asked for."""
+    given, clean = labels[:, 0].copy(), None
     if labels.shape[1] > 1:
+        clean = labels[:, 1].copy()
         # cifar10_n, say, has human labels for its training images only.
         fill = (given == _NO_LABEL) & (splits != TRAIN)
-        given[fill] = labels[fill, 1]
+        given[fill] = clean[fill]
     if np.any(given < 0):
         raise DataError(
             f"{np.count_nonzero(given < 0)} of {len(given)} samples of {source} have "
             "no label. Use another `label_key`; if only validation or test lack "
             "labels, pass `clean_label_key`."
         )
-    return given
-
-
-def _clean_labels(labels: np.ndarray, source: str) -> np.ndarray | None:
-    if labels.shape[1] == 1:
-        return None
-    clean = labels[:, 1].copy()
-    if np.any(clean < 0):
+    if clean is not None and np.any(clean < 0):
         raise DataError(
             f"{np.count_nonzero(clean < 0)} of {len(clean)} samples of {source} have "
             "no clean label. Use another `clean_label_key`, or none."
         )
-    return clean
+    return given, clean

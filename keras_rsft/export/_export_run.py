@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import html
 import json
@@ -13,7 +14,6 @@ import jinja2
 import keras
 
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._stats import proportion_interval
 from keras_rsft._storage import (
     CONFIG_FILE,
     LEDGER_FILE,
@@ -24,12 +24,13 @@ from keras_rsft._storage import (
     read_csv,
     write_new_file,
 )
+from keras_rsft.backbones._build import first_line
 from keras_rsft.backbones._foreign import weights_bytes
 from keras_rsft.backbones._load import licence_of_weights
+from keras_rsft.config import ExportConfig
 from keras_rsft.errors import DataError
 from keras_rsft.export._formats import export_litert, export_onnx, require_tf2onnx
 from keras_rsft.export._places import (
-    ExportConfig,
     check_run_folder,
     free_file,
     free_version,
@@ -37,6 +38,7 @@ from keras_rsft.export._places import (
     turn_in,
 )
 from keras_rsft.export._saved_model import export_saved_model
+from keras_rsft.report._summary import accuracy_rows
 from keras_rsft.training._run import read_class_names
 
 # Model card ---------------------------------------------------------------------------
@@ -47,46 +49,44 @@ MOST_NAMED = 20
 
 def model_card(run: FinishedRun, name: str) -> str:
     """Returns the card of a run's model; what its folder does not hold is left out."""
-    config, results = run.config, {}
-    if (run.folder / RESULTS_FILE).is_file():
-        results = json.loads((run.folder / RESULTS_FILE).read_text(encoding="utf-8"))
-        results |= results.get("chosen") or {}  # Of a search.
+    config, results = run.config, _read_json(run.folder / RESULTS_FILE)
+    results |= results.get("chosen") or {}  # Of a search.
     samples = _read_rows(run.folder / SAMPLES_FILE)
-    sizes = {
-        split: sum(row.get("split") == split for row in samples)
-        for split in ("train", "validation", "test")
-    }
-    accuracies = []
-    for split in ("validation", "test"):
-        share, count = results.get(f"{split}_accuracy"), sizes[split]
-        if share is not None and count:
-            low, high = proportion_interval(round(share * count), count)
-            accuracies.append((split, 100 * share, 100 * low, 100 * high, count))
+    sizes = collections.Counter(row.get("split") for row in samples)
     ledger = _read_rows(run.folder / LEDGER_FILE)
     scored = [(float(row.get("suspicion") or 0), row) for row in ledger]
     data = Path(str(config.get("data", "unknown"))).name
     policy = config.get("policy")
     backbone = str(config.get("backbone", "unknown"))
+    accuracy = results.get("test_accuracy")
+    metric = {"type": "accuracy", "value": accuracy}
+    entry = {
+        "task": {"type": "image-classification"},
+        "dataset": {"type": "image", "name": data},
+        "metrics": [] if accuracy is None else [metric],
+    }
     environment = jinja2.Environment(  # noqa: S701 - `finalize` escapes, for Markdown.
         loader=jinja2.PackageLoader("keras_rsft.export"),
         finalize=_text,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["raw"] = _Escaped
     environment.filters["code"] = _code
-    environment.filters["tojson_line"] = lambda value: _Escaped(json.dumps(value))
-    template = environment.get_template("model_card.md")
-    return template.render(
-        head=_head(name, data, results.get("test_accuracy")),
+    environment.filters["json"] = json.dumps
+    return environment.get_template("model_card.md").render(
+        index=[{"name": name, "results": [entry]}],
         name=name,
         run=run,
         results=results,
         data=data,
-        counted=", ".join(f"{size} {split}" for split, size in sizes.items() if size),
-        base=Path(backbone).name,
+        counted=", ".join(
+            f"{sizes[split]} {split}"
+            for split in ("train", "validation", "test")
+            if sizes[split]
+        ),
+        backbone=Path(backbone).name,
         policy=isinstance(policy, dict) and (policy.get("name") or "auto"),
-        accuracies=accuracies,
+        accuracies=accuracy_rows(results, sizes),
         ledger=ledger,
         found=sorted((p for p in scored if p[0] > SUSPICIOUS), key=lambda p: -p[0]),
         suspicious=SUSPICIOUS,
@@ -95,42 +95,21 @@ def model_card(run: FinishedRun, name: str) -> str:
     )
 
 
-def _head(name: str, data: str, accuracy: float | None) -> dict[str, Any]:
-    entry = {
-        "task": {"type": "image-classification"},
-        "dataset": {"type": "image", "name": data},
-        "metrics": []
-        if accuracy is None
-        else [{"type": "accuracy", "value": accuracy}],
-    }
-    return {
-        "library_name": "keras",
-        "pipeline_tag": "image-classification",
-        "license": "other",
-        "tags": ["keras_rsft", "tensorflow", "noisy-labels"],
-        "model-index": [{"name": name, "results": [entry]}],
-    }
-
-
-class _Escaped(str):
-    """Text that is printed as it is."""
-
-
 def _read_rows(path: Path) -> list[dict[str, str]]:
     return list(read_csv(path)) if path.is_file() else []
 
 
 def _text(value: Any) -> str:
     """Makes text harmless in Markdown, its tables and its HTML."""
-    if isinstance(value, _Escaped):
+    if hasattr(value, "__html__"):  # Marked as safe in the template.
         return value
     escaped = html.escape(" ".join(str(value).split()), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in escaped)
 
 
-def _code(text: str) -> _Escaped:
+def _code(text: str) -> str:
     """Makes text harmless between backticks."""
-    return _Escaped(" ".join(text.split()).replace("`", "'").replace("|", "\\|"))
+    return " ".join(text.split()).replace("`", "'").replace("|", "\\|")
 
 
 # Export -------------------------------------------------------------------------------
@@ -166,30 +145,25 @@ class Export:
 
 
 def read_run(folder: str | os.PathLike) -> FinishedRun:
-    """Reads a run folder back."""
     folder = Path(folder)
     check_run_folder(folder)
     try:
         model = keras.saving.load_model(folder / MODEL_FILE, compile=False)
         class_names = read_class_names(folder)
-        config = _read_config(folder)
+        if (folder / SEARCH_FILE).is_file():
+            results = _read_json(folder / RESULTS_FILE)
+            config = _read_json(folder / SEARCH_FILE)["data"]["source"]
+            config |= results.get("settings") or {}
+            config |= {name: results.get(name) for name in ("command", "versions")}
+        else:
+            config = _read_json(folder / CONFIG_FILE)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"The run {folder} cannot be read: {reason} Its base, head and class "
-            f"names must be whole; a base with layers of your own needs these "
-            "registered with Keras first."
+            f"The run {folder} cannot be read: {first_line(error)}. Its backbone, head "
+            "and class names must be whole; a backbone with layers of your own needs "
+            "these registered with Keras first."
         ) from error
     return FinishedRun(folder, model, class_names, config)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / SEARCH_FILE).is_file():
-        return _read_json(folder / CONFIG_FILE)
-    results = _read_json(folder / RESULTS_FILE)
-    source = _read_json(folder / SEARCH_FILE)["data"]["source"]
-    recorded = {name: results.get(name) for name in ("command", "versions")}
-    return source | (results.get("settings") or {}) | recorded
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -217,7 +191,7 @@ def export_run(
         Where it lies and how large it is.
 
     Raises:
-        InvalidArgument: If an argument does not fit or the place cannot be used.
+        InvalidArgument: If an argument does not fit or the folder cannot be used.
         DataError: If the run cannot be read.
         ImportError: If the format's extra is not installed.
     """
@@ -231,7 +205,27 @@ def export_run(
         require_tf2onnx()
     if not isinstance(run, FinishedRun):
         run = read_run(run)
-    path = _write(run, target, settings)
+    names, card = run.class_names, model_card(run, target.name)
+    dtype = settings.weight_dtype
+    if settings.file_format == "saved-model":
+        path = export_saved_model(
+            run.model,
+            target,
+            class_names=names,
+            version=settings.version,
+            top_k=settings.top_k,
+            weight_dtype=dtype,
+            model_card=card,
+        )
+    else:
+        with turn_in(target):
+            if settings.file_format == "litert":
+                path = free_file(target, "tflite")
+                export_litert(run.model, path, class_names=names, weight_dtype=dtype)
+            else:
+                path = free_file(target, "onnx")
+                export_onnx(run.model, path, class_names=names)
+            write_new_file(Path(f"{path}.md"), card.encode())
     return Export(
         path=path,
         name=target.name,
@@ -241,33 +235,6 @@ def export_run(
     )
 
 
-def _write(run: FinishedRun, target: Path, settings: ExportConfig) -> Path:
-    names, card = run.class_names, model_card(run, target.name)
-    if settings.file_format == "saved-model":
-        return export_saved_model(
-            run.model,
-            target,
-            class_names=names,
-            version=settings.version,
-            top_k=settings.top_k,
-            weight_dtype=settings.weight_dtype,
-            model_card=card,
-        )
-    with turn_in(target):
-        if settings.file_format == "litert":
-            path = export_litert(
-                run.model,
-                free_file(target, "tflite"),
-                class_names=names,
-                weight_dtype=settings.weight_dtype,
-            )
-        else:
-            path = export_onnx(run.model, free_file(target, "onnx"), class_names=names)
-        write_new_file(Path(f"{path}.md"), card.encode())
-    return path
-
-
 def size_on_disk(path: Path) -> int:
-    """Returns the bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

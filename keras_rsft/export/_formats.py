@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
 import os
-import types
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +15,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft._runtime import require_tensorflow_backend
+from keras_rsft._runtime import import_extra, require_tensorflow_backend
 from keras_rsft._storage import write_new_file
+from keras_rsft.backbones._build import leaf_layers
 from keras_rsft.backbones._foreign import (
-    OnnxInput,
     OnnxNetwork,
-    describe_input,
-    features_output,
-    foreign_layers,
+    OnnxSession,
     freeze,
-    open_session,
+    pooled_axes,
 )
+from keras_rsft.config import ExportConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export._places import check_file
 from keras_rsft.export._saved_model import ForwardPass, check_class_names
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
 
 # LiteRT -------------------------------------------------------------------------------
 
-LITERT_WEIGHT_DTYPES = ("float32", "float16", "int8")
 LABELS_MEMBER = "labels.txt"
 
 
@@ -72,11 +68,7 @@ def export_litert(
     require_tensorflow_backend("`export_litert`")
     path = check_file(path, "tflite")
     check_class_names(model, class_names)
-    if weight_dtype not in LITERT_WEIGHT_DTYPES:
-        raise InvalidArgument(
-            f"LiteRT's `weight_dtype` must be one of {', '.join(LITERT_WEIGHT_DTYPES)}."
-            f" Received: {weight_dtype!r}."
-        )
+    ExportConfig("litert", weight_dtype)
     forward = ForwardPass(model)
     module = tf.Module()
     module.forward = forward
@@ -91,167 +83,23 @@ def export_litert(
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if weight_dtype == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    content = converter.convert()
-    write_new_file(path, _with_labels(content, class_names))
-    return path
-
-
-def _with_labels(content: bytes, class_names: Sequence[str]) -> bytes:
-    file = io.BytesIO(content)
+    file = io.BytesIO(converter.convert())
     file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file, "a") as archive:
         # A fixed time, so that the same model gives the same file.
         member = zipfile.ZipInfo(LABELS_MEMBER, date_time=(1980, 1, 1, 0, 0, 0))
         archive.writestr(member, "\n".join(class_names) + "\n")
-    return file.getvalue()
+    write_new_file(path, file.getvalue())
+    return path
 
 
 # ONNX ---------------------------------------------------------------------------------
 
-# Opsets that tf2onnx writes. The nodes added here mean the same in all from the first
-# on, but for ReduceMean.
-_OLDEST, _NEWEST_OF_TF2ONNX = 13, 18
-_PREFIX = "base/"
-
-
-def onnx_base(model: keras.Model) -> OnnxNetwork | None:
-    """Returns the ONNX base of a model, or None."""
-    found = [one for one in foreign_layers(model) if isinstance(one, OnnxNetwork)]
-    return found[0] if found else None
-
-
-def join_head(model: keras.Model) -> onnx.ModelProto:
-    """Returns one ONNX model from `images` to `probabilities`."""
-    import onnx
-    from onnx import compose
-
-    content = onnx_base(model).content
-    session = open_session(content)
-    taken = describe_input(session)
-    base = onnx.load_model_from_string(content)
-    opset = next(one.version for one in base.opset_import if not one.domain)
-    if taken.batch is not None or opset < _OLDEST:
-        raise InvalidArgument(
-            "To be exported, an ONNX base must leave the number of images open and be "
-            f"of opset {_OLDEST} or later. Received: {taken.batch or 'any number of'} "
-            f"images, opset {opset}. `keras-rsft predict` takes the run as it is."
-        )
-    output, rank = features_output(session, model.input_shape[1:3])
-    base = compose.add_prefix(base, _PREFIX)
-    backbone, head = model.layers[-2:]
-    _prepend(base, taken, backbone)
-    _append(base, output, rank, channels_first=taken.channels_first, opset=opset)
-    joined = compose.merge_models(
-        base,
-        _head_model(head, opset, base.ir_version),
-        io_map=[("features", "head_features")],
-        outputs=["probabilities"],
-    )
-    onnx.checker.check_model(joined)
-    return joined
-
-
-def _prepend(base: onnx.ModelProto, taken: OnnxInput, backbone: keras.Model) -> None:
-    """Adds scaling and the order of the axes in front of the base."""
-    from onnx import TensorProto, helper
-
-    factor, offset = _scale_of(backbone)
-    _add_constants(base, {"scale_factor": factor, "scale_offset": offset})
-    nodes = [
-        helper.make_node("Mul", ["images", "scale_factor"], ["multiplied"]),
-        helper.make_node("Add", ["multiplied", "scale_offset"], ["scaled"]),
-    ]
-    if taken.channels_first:
-        nodes.append(
-            helper.make_node("Transpose", ["scaled"], ["turned"], perm=[0, 3, 1, 2])
-        )
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(taken.dtype))
-    last = nodes[-1].output[0]
-    nodes.append(helper.make_node("Cast", [last], [_PREFIX + taken.name], to=kind))
-    old = [*nodes, *base.graph.node]
-    del base.graph.node[:]
-    base.graph.node.extend(old)
-    del base.graph.input[:]
-    shape = ("batch", *backbone.input_shape[1:])
-    base.graph.input.append(
-        helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)
-    )
-
-
-def _append(
-    base: onnx.ModelProto, output: str, rank: int, *, channels_first: bool, opset: int
-) -> None:
-    """Adds behind the base what `pooled` does."""
-    from onnx import TensorProto, helper
-
-    source = _PREFIX + output
-    base.graph.node.append(
-        helper.make_node("Cast", [source], ["floats"], to=TensorProto.FLOAT)
-    )
-    first = 2 if channels_first and rank == 4 else 1
-    axes = list(range(first, first + rank - 2))
-    if not axes:
-        node = helper.make_node("Identity", ["floats"], ["features"])
-    elif opset < 18:
-        node = helper.make_node(
-            "ReduceMean", ["floats"], ["features"], axes=axes, keepdims=0
-        )
-    else:
-        _add_constants(base, {"axes": np.array(axes, np.int64)})
-        node = helper.make_node("ReduceMean", ["floats", "axes"], ["features"])
-        node.attribute.append(helper.make_attribute("keepdims", 0))
-    base.graph.node.append(node)
-    del base.graph.output[:]
-    base.graph.output.append(
-        helper.make_tensor_value_info("features", TensorProto.FLOAT, None)
-    )
-
-
-def _add_constants(base: onnx.ModelProto, values: dict[str, np.ndarray]) -> None:
-    from onnx import numpy_helper
-
-    tensors = [numpy_helper.from_array(value, name) for name, value in values.items()]
-    base.graph.initializer.extend(tensors)
-
-
-def _scale_of(backbone: keras.Model) -> tuple[np.ndarray, np.ndarray]:
-    for layer in backbone.layers:
-        if isinstance(layer, keras.layers.Rescaling):
-            return np.float32(layer.scale), np.float32(layer.offset)
-    return np.ones(3, np.float32), np.zeros(3, np.float32)
-
-
-def _head_model(head: keras.Model, opset: int, ir_version: int) -> Any:
-    import onnx
-    import tf2onnx
-
-    spec = tf.TensorSpec((None, head.input_shape[-1]), tf.float32, name="head_features")
-    function = tf.function(
-        lambda head_features: head(head_features, training=False), autograph=False
-    )
-    graph, (output,) = freeze(function.get_concrete_function(spec))
-    converted, _ = tf2onnx.convert.from_graph_def(
-        graph,
-        input_names=["head_features:0"],
-        output_names=[output],
-        opset=min(opset, _NEWEST_OF_TF2ONNX),
-        tensors_to_rename={
-            "head_features:0": "head_features",
-            output: "probabilities",
-        },
-    )
-    if opset > _NEWEST_OF_TF2ONNX:
-        converted = onnx.version_converter.convert_version(converted, opset)
-    # Domains that no node of the head uses.
-    extra = [one for one in converted.opset_import if one.domain]
-    for one in extra:
-        converted.opset_import.remove(one)
-    converted.ir_version = ir_version
-    return converted
-
-
 OPSET = 17
 CLASS_NAMES_KEY = "class_names"
+# Opsets that tf2onnx writes.
+_OLDEST, _NEWEST_OF_TF2ONNX = 13, 18
+_PREFIX = "backbone/"
 
 
 def export_onnx(
@@ -279,10 +127,20 @@ def export_onnx(
     path = check_file(path, "onnx")
     check_class_names(model, class_names)
     require_tf2onnx()
-    with _quiet("tf2onnx"):
-        converted = (
-            join_head(model) if onnx_base(model) else _converted(ForwardPass(model))
-        )
+    networks = [one for one in leaf_layers(model) if isinstance(one, OnnxNetwork)]
+    # Its notes on its progress are of no use; errors still raise.
+    logger = logging.getLogger("tf2onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        if networks:
+            converted = _joined(model, networks[0].content)
+        else:
+            forward = ForwardPass(model)
+            spec = forward.images_spec()
+            converted = _converted(forward, spec, "probabilities", OPSET)
+    finally:
+        logger.setLevel(level)
     entry = converted.metadata_props.add()
     entry.key = CLASS_NAMES_KEY
     entry.value = json.dumps(list(class_names), ensure_ascii=False)
@@ -290,40 +148,82 @@ def export_onnx(
     return path
 
 
-def require_tf2onnx() -> types.ModuleType:
-    """Returns the converter."""
-    try:
-        import tf2onnx
-    except ImportError as error:
-        raise ImportError(
-            'ONNX needs the package tf2onnx. Install it with: pip install "keras_rsft'
-            '[onnx]".'
-        ) from error
-    return tf2onnx
+def require_tf2onnx() -> Any:
+    return import_extra("tf2onnx", "onnx", "Writing an ONNX file")
 
 
-def _converted(forward: ForwardPass) -> onnx.ModelProto:
-    import tf2onnx
-
-    function = tf.function(forward, input_signature=[forward.images_spec()])
-    graph, (output,) = freeze(function.get_concrete_function())
-    converted, _ = tf2onnx.convert.from_graph_def(
+def _converted(
+    function: Any, spec: tf.TensorSpec, output: str, opset: int
+) -> onnx.ModelProto:
+    traced = tf.function(function, input_signature=[spec], autograph=False)
+    graph, source = freeze(traced.get_concrete_function())
+    converted, _ = require_tf2onnx().convert.from_graph_def(
         graph,
-        input_names=["images:0"],
-        output_names=[output],
-        opset=OPSET,
-        tensors_to_rename={"images:0": "images", output: "probabilities"},
+        input_names=[f"{spec.name}:0"],
+        output_names=[source],
+        opset=opset,
+        tensors_to_rename={f"{spec.name}:0": spec.name, source: output},
     )
     return converted
 
 
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keeps a library's progress notes off the terminal; errors still raise."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _joined(model: keras.Model, content: bytes) -> onnx.ModelProto:
+    """Returns one ONNX model of an ONNX backbone and a head of Keras."""
+    import onnx
+    from onnx import compose
+
+    session = OnnxSession(content)
+    network = onnx.load_model_from_string(content)
+    opset = next(one.version for one in network.opset_import if not one.domain)
+    if session.batch is not None or opset < _OLDEST:
+        raise InvalidArgument(
+            "To be exported, an ONNX backbone must leave the number of images open and "
+            f"be of opset {_OLDEST} or later. Received: {session.batch or 'any number'}"
+            f" of images, opset {opset}. `keras-rsft predict` takes the run as it is."
+        )
+    shape = model.input_shape[1:]
+    output, features = session.features(np.zeros((1, *shape), np.float32))
+    axes = pooled_axes(features.ndim, channels_first=session.channels_first)
+    backbone, head = model.layers[-2:]
+
+    def before(images: tf.Tensor) -> tf.Tensor:
+        for layer in backbone.layers:
+            if isinstance(layer, keras.layers.Rescaling):
+                images = layer(images)
+        if session.channels_first:
+            images = tf.transpose(images, [0, 3, 1, 2])
+        return tf.cast(images, session.dtype)
+
+    def after(features: tf.Tensor) -> tf.Tensor:
+        values = tf.cast(features, tf.float32)
+        values = tf.reduce_mean(values, axes) if axes else values
+        return head(values, training=False)
+
+    def converted(function: Any, spec: tf.TensorSpec, output: str) -> onnx.ModelProto:
+        def named(values: tf.Tensor) -> tf.Tensor:
+            with tf.name_scope(output):  # No name may be in both parts.
+                return function(values)
+
+        part = _converted(named, spec, output, min(opset, _NEWEST_OF_TF2ONNX))
+        if opset > _NEWEST_OF_TF2ONNX:
+            part = onnx.version_converter.convert_version(part, opset)
+        for unused in [one for one in part.opset_import if one.domain]:
+            part.opset_import.remove(unused)
+        part.ir_version = network.ir_version
+        return part
+
+    spec = tf.TensorSpec((None, *features.shape[1:]), features.dtype, name="features")
+    joined = compose.merge_models(
+        compose.add_prefix(network, _PREFIX),
+        converted(after, spec, "probabilities"),
+        io_map=[(_PREFIX + output, "features")],
+        outputs=["probabilities"],
+    )
+    images = tf.TensorSpec((None, *shape), tf.float32, name="images")
+    joined = compose.merge_models(
+        converted(before, images, "pixels"),
+        joined,
+        io_map=[("pixels", _PREFIX + session.name)],
+    )
+    onnx.checker.check_model(joined)
+    return joined

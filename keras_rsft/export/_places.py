@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
@@ -12,43 +11,6 @@ from pathlib import Path
 
 from keras_rsft._storage import MODEL_FILE, highest_number, locked
 from keras_rsft.errors import InvalidArgument
-
-WEIGHT_DTYPES_OF_FORMAT = {
-    "saved-model": ("float32", "float16"),
-    "litert": ("float32", "float16", "int8"),
-    "onnx": ("float32",),
-}
-FORMATS = tuple(WEIGHT_DTYPES_OF_FORMAT)
-WEIGHT_DTYPES = ("float32", "float16", "int8")
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportConfig:
-    """The format of an export and its options."""
-
-    file_format: str = "saved-model"
-    weight_dtype: str = "float32"
-    version: int | None = None
-    top_k: int | None = None
-
-    def __post_init__(self):
-        if self.file_format not in FORMATS:
-            raise InvalidArgument(
-                f"The format must be one of {', '.join(FORMATS)}. "
-                f"Received: {self.file_format!r}."
-            )
-        known = WEIGHT_DTYPES_OF_FORMAT[self.file_format]
-        if self.weight_dtype not in known:
-            raise InvalidArgument(
-                f"The format {self.file_format} stores weights as {' or '.join(known)}."
-                f" Received: {self.weight_dtype!r}."
-            )
-        if self.file_format != "saved-model" and (self.version or self.top_k):
-            raise InvalidArgument(
-                "A version and the most probable classes can be chosen for the format "
-                f"saved-model only. Received: the format {self.file_format}."
-            )
-
 
 MODELS_CONFIG = "models.config"
 BATCHING_CONFIG = "batching.config"
@@ -77,13 +39,11 @@ def unusable_model(model: str | os.PathLike) -> InvalidArgument:
 
 
 def check_exists(model: str | os.PathLike) -> None:
-    """Raises InvalidArgument if a run or an export is not there."""
     if not os.path.exists(model):
         raise unusable_model(model)
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises InvalidArgument if a folder is not that of a run."""
     if not (folder / MODEL_FILE).is_file():
         state = f"no {MODEL_FILE} in it" if folder.is_dir() else "no such folder"
         raise InvalidArgument(
@@ -103,20 +63,16 @@ def model_folder(
 def check_model_folder(directory: str | os.PathLike) -> Path:
     """Returns the folder of a model's versions; it need not exist."""
     directory = Path(directory).absolute()
-    if _check_writable(directory):
-        others = sorted(p.name for p in directory.iterdir() if not _is_ours(p))
-        if others:
+    _check_writable(directory)
+    for path in sorted(directory.iterdir()) if directory.exists() else []:
+        if not _OURS.fullmatch(path.name) or (
+            path.name.isdigit() and not path.is_dir()
+        ):
             raise InvalidArgument(
-                f"{directory} must hold exported models only. Found: {others[0]!r}. "
+                f"{directory} must hold exported models only. Found: {path.name!r}. "
                 "Choose another folder."
             )
     return directory
-
-
-def _is_ours(path: Path) -> bool:
-    if path.name.isdigit():
-        return path.is_dir()
-    return _OURS.fullmatch(path.name) is not None
 
 
 def free_version(directory: Path, version: int | None) -> int:
@@ -132,7 +88,6 @@ def free_version(directory: Path, version: int | None) -> int:
 
 
 def free_file(directory: Path, suffix: str) -> Path:
-    """Returns the first free `model-N.SUFFIX` after the highest."""
     number = highest_number(directory, rf"model-(\d+)\.{suffix}") + 1
     return directory / f"model-{number}.{suffix}"
 
@@ -153,7 +108,6 @@ def turn_in(directory: Path) -> Iterator[None]:
 
 
 def check_file(path: str | os.PathLike, suffix: str) -> Path:
-    """Returns the path of a file that can be written."""
     path = Path(path).absolute()
     if path.suffix != f".{suffix}":
         raise InvalidArgument(
@@ -167,8 +121,7 @@ def check_file(path: str | os.PathLike, suffix: str) -> Path:
     return path
 
 
-def _check_writable(directory: Path) -> bool:
-    """Returns whether the folder exists, if one can be made or written to."""
+def _check_writable(directory: Path) -> None:
     nearest = next(p for p in (directory, *directory.parents) if p.exists())
     if not nearest.is_dir():
         raise InvalidArgument(
@@ -180,4 +133,3 @@ def _check_writable(directory: Path) -> bool:
             f"{nearest} cannot be written to. Choose another folder, or change its "
             "permissions."
         )
-    return nearest == directory

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft._runtime import import_extra
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._formats import CLASS_NAMES_KEY, LABELS_MEMBER
 
@@ -31,66 +32,59 @@ def load_exported(path: str | os.PathLike) -> ExportedModel:
     if path.suffix == ".tflite" and path.is_file():
         return _load_litert(path)
     if path.suffix == ".onnx" and path.is_file():
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError(
-                "Running an ONNX model needs the package onnxruntime. Install it with: "
-                'pip install "keras_rsft[onnx]".'
-            ) from error
-        errors = onnxruntime.capi.onnxruntime_pybind11_state
-        try:
-            session = onnxruntime.InferenceSession(
-                path, providers=["CPUExecutionProvider"]
-            )
-        except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-        metadata = session.get_modelmeta().custom_metadata_map
-        if CLASS_NAMES_KEY not in metadata:
-            raise DataError(f"{path} has no class names in its metadata.")
-        height, width = session.get_inputs()[0].shape[1:3]
-
-        def probabilities(images: np.ndarray) -> np.ndarray:
-            return session.run(["probabilities"], {"images": images})[0]
-
-        names = tuple(json.loads(metadata[CLASS_NAMES_KEY]))
-        return ExportedModel((height, width), names, probabilities)
+        return _load_onnx(path)
     if (path / "saved_model.pb").is_file():
-        loaded = tf.saved_model.load(str(path))
-        serve = loaded.signatures.get("serving_images")
-        labels = path / "assets" / "labels.txt"
-        if serve is None or not labels.is_file():
-            raise DataError(f"{path} has no signature `serving_images`, or no labels.")
-        shape = serve.structured_input_signature[1]["images"].shape
-
-        def probabilities(images: np.ndarray) -> np.ndarray:
-            # Keeps the loaded object alive: a signature alone loses its variables.
-            signature = loaded.signatures["serving_images"]
-            return signature(images=tf.constant(images))["probabilities"].numpy()
-
-        return ExportedModel(
-            tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities
-        )
+        return _load_saved_model(path)
     raise InvalidArgument(
         "An exported model is the folder of a SavedModel's version, a .tflite or an "
         f".onnx file. Received: {path}."
     )
 
 
-def _load_litert(path: Path) -> ExportedModel:
+def _load_saved_model(path: Path) -> ExportedModel:
+    loaded = tf.saved_model.load(str(path))
+    serve = loaded.signatures.get("serving_images")
+    labels = path / "assets" / "labels.txt"
+    if serve is None or not labels.is_file():
+        raise DataError(f"{path} has no signature `serving_images`, or no labels.")
+    shape = serve.structured_input_signature[1]["images"].shape
+
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        # Keeps the loaded object alive: a signature alone loses its variables.
+        signature = loaded.signatures["serving_images"]
+        return signature(images=tf.constant(images))["probabilities"].numpy()
+
+    return ExportedModel(tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities)
+
+
+def _load_onnx(path: Path) -> ExportedModel:
+    onnxruntime = import_extra("onnxruntime", "onnx", "Running an ONNX model")
+    errors = onnxruntime.capi.onnxruntime_pybind11_state
     try:
-        from ai_edge_litert.interpreter import Interpreter
-    except ImportError as error:
-        raise ImportError(
-            "Running a LiteRT model needs the package ai-edge-litert. Install it "
-            'with: pip install "keras_rsft[litert]".'
-        ) from error
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    metadata = session.get_modelmeta().custom_metadata_map
+    if CLASS_NAMES_KEY not in metadata:
+        raise DataError(f"{path} has no class names in its metadata.")
+    height, width = session.get_inputs()[0].shape[1:3]
+    return ExportedModel(
+        (height, width),
+        tuple(json.loads(metadata[CLASS_NAMES_KEY])),
+        lambda images: session.run(["probabilities"], {"images": images})[0],
+    )
+
+
+def _load_litert(path: Path) -> ExportedModel:
+    module = import_extra(
+        "ai_edge_litert.interpreter", "litert", "Running a LiteRT model"
+    )
     try:
         with zipfile.ZipFile(path) as archive:
             names = _lines(archive.read(LABELS_MEMBER))
     except (zipfile.BadZipFile, KeyError) as error:
         raise DataError(f"{path} has no {LABELS_MEMBER} in it.") from error
-    interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
+    interpreter = module.Interpreter(model_path=str(path), num_threads=os.cpu_count())
     taken, given = interpreter.get_input_details()[0], interpreter.get_output_details()
 
     def probabilities(images: np.ndarray) -> np.ndarray:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft._runtime import require_tensorflow_backend
+from keras_rsft._runtime import import_extra, require_tensorflow_backend
 from keras_rsft._storage import write_new_file, written_whole
 from keras_rsft.backbones._foreign import require_tensorflow
+from keras_rsft.config import ExportConfig
 from keras_rsft.data._images import decode_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export._places import (
@@ -28,14 +29,14 @@ from keras_rsft.export._places import (
     turn_in,
 )
 
+# The graph ----------------------------------------------------------------------------
+
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 # A variable costs about 3 kB of graph, to read, to save and to restore it. A network
 # has many small ones (BatchNorm has four a layer), which would make a small model a
 # tenth larger, so they share one. As constants they would be folded into their
 # neighbours, which changes the answers in the fifth digit.
 MAX_PACKED_BYTES = 16_384
-
-Outputs = dict[str, tf.Tensor]
 
 
 class ForwardPass(tf.Module):
@@ -47,17 +48,31 @@ class ForwardPass(tf.Module):
         super().__init__()
         require_tensorflow(model)
         self.image_size = tuple(model.input_shape[1:3])
-        stored = [(v, _as_stored(v.value, float16)) for v in model.variables]
-        small = [one for one in stored if pack and _is_small(one[1])]
-        packed = {id(v) for v, _ in small}
-        alone = [one for one in stored if id(one[0]) not in packed]
-        packs = _packs(small)
-        self._weights = [kept for _, kept in alone] + [one.values for one in packs]
+        alone: list[tuple[keras.Variable, tf.Tensor]] = []
+        small: dict[tf.DType, list[tuple[keras.Variable, tf.Tensor]]] = {}
+        for variable in model.variables:
+            value = variable.value
+            if float16 and _fits_float16(value):
+                value = tf.Variable(tf.cast(value, tf.float16))
+            is_small = value.shape.num_elements() * value.dtype.size <= MAX_PACKED_BYTES
+            together = small.setdefault(value.dtype, []) if pack and is_small else alone
+            together.append((variable, value))
+        # Small weights of one type, end to end in one variable.
+        packs = [
+            (
+                [variable for variable, _ in pairs],
+                tf.Variable(tf.concat([tf.reshape(one, [-1]) for _, one in pairs], 0)),
+            )
+            for pairs in small.values()
+        ]
+        self._weights = [value for _, value in alone] + [values for _, values in packs]
 
         # A closure: what is an attribute of a module is saved with it, and tracking
         # the Keras model would store every weight twice.
         def predict(images: tf.Tensor) -> tf.Tensor:
-            state = alone + [pair for one in packs for pair in one.unpacked()]
+            state = list(alone)
+            for variables, values in packs:
+                state += zip(variables, _unpacked(values, variables), strict=True)
             widened = [(v, tf.cast(kept, v.dtype)) for v, kept in state]
             with keras.StatelessScope(state_mapping=widened):
                 return tf.cast(model(images, training=False), tf.float32)
@@ -65,51 +80,19 @@ class ForwardPass(tf.Module):
         self._predict = predict
 
     def __call__(self, images: tf.Tensor) -> tf.Tensor:
-        """Returns probabilities, float32 `(batch, classes)`."""
         return self._predict(images)
 
-    def images_spec(self, batch: int | None = None) -> tf.TensorSpec:
-        return tf.TensorSpec((batch, *self.image_size, 3), tf.float32, name="images")
+    def images_spec(self) -> tf.TensorSpec:
+        return tf.TensorSpec((None, *self.image_size, 3), tf.float32, name="images")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pack:
-    """Small weights of one type, end to end in one variable."""
-
-    variables: tuple[keras.Variable, ...]
-    values: tf.Variable
-
-    def unpacked(self) -> list[tuple[keras.Variable, tf.Tensor]]:
-        shapes = [tuple(variable.shape) for variable in self.variables]
-        parts = tf.split(self.values, [math.prod(shape) for shape in shapes])
-        shaped = (
-            part if len(shape) == 1 else tf.reshape(part, shape)
-            for part, shape in zip(parts, shapes, strict=True)
-        )
-        return list(zip(self.variables, shaped, strict=True))
-
-
-def _packs(small: Sequence[tuple[keras.Variable, tf.Variable]]) -> list[_Pack]:
-    by_type: dict[tf.DType, list[tuple[keras.Variable, tf.Variable]]] = {}
-    for pair in small:
-        by_type.setdefault(pair[1].dtype, []).append(pair)
+def _unpacked(values: tf.Variable, like: Sequence[keras.Variable]) -> list[tf.Tensor]:
+    shapes = [tuple(variable.shape) for variable in like]
+    parts = tf.split(values, [math.prod(shape) for shape in shapes])
     return [
-        _Pack(
-            tuple(variable for variable, _ in pairs),
-            tf.Variable(tf.concat([tf.reshape(kept, [-1]) for _, kept in pairs], 0)),
-        )
-        for pairs in by_type.values()
+        part if len(shape) == 1 else tf.reshape(part, shape)
+        for part, shape in zip(parts, shapes, strict=True)
     ]
-
-
-def _is_small(stored: tf.Variable) -> bool:
-    return stored.shape.num_elements() * stored.dtype.size <= MAX_PACKED_BYTES
-
-
-def _as_stored(weight: tf.Variable, float16: bool) -> tf.Variable:
-    if float16 and _fits_float16(weight):
-        return tf.Variable(tf.cast(weight, tf.float16))
-    return weight
 
 
 def _fits_float16(weight: tf.Variable) -> bool:
@@ -120,69 +103,57 @@ def _fits_float16(weight: tf.Variable) -> bool:
     return bool(tf.reduce_max(tf.abs(weight)) <= MAX_FLOAT16)
 
 
-class ServingGraph(tf.Module):
-    """The functions that TF Serving calls, with what they need."""
+def serving_graph(
+    forward: ForwardPass,
+    class_names: Sequence[str],
+    labels_file: Path,
+    top_k: int | None,
+) -> tuple[tf.Module, dict[str, Any]]:
+    """Returns a module with what the signatures need, and the signatures."""
+    module = tf.Module()
+    module.labels = tf.saved_model.Asset(str(labels_file))
+    module.forward = forward
 
-    def __init__(
-        self,
-        forward: ForwardPass,
-        class_names: Sequence[str],
-        labels_file: Path,
-        *,
-        top_k: int | None = None,
-    ):
-        super().__init__()
-        self._labels_asset = tf.saved_model.Asset(str(labels_file))
-        self._forward = forward
-        self._class_names = list(class_names)
-        self._top_k = top_k
-
-    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
-        images = self._forward.images_spec()
-        # Not attributes: those would be traced, and saved, once more.
-        serve_images = tf.function(
-            self._serve_images, input_signature=[images]
-        ).get_concrete_function()
-        serve_bytes = tf.function(
-            lambda image_bytes: self._serve_bytes(image_bytes, serve_images),
-            input_signature=[encoded],
-        ).get_concrete_function()
-        return {"serving_default": serve_bytes, "serving_images": serve_images}
-
-    def _serve_images(self, images: tf.Tensor) -> Outputs:
+    @tf.function(input_signature=[forward.images_spec()])
+    def serve_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
         # Some kernels refuse an empty batch: one blank image is added, then cut.
         count = tf.shape(images)[0]
         padding = tf.cast(count == 0, tf.int32)
         padded = tf.pad(images, [[0, padding], [0, 0], [0, 0], [0, 0]])
-        probabilities = self._forward(padded)[:count]
+        probabilities = forward(padded)[:count]
         # A constant, not a lookup table: a table would need an initialisation step.
-        names = tf.constant(self._class_names)
+        names = tf.constant(list(class_names))
         best = tf.argmax(probabilities, axis=-1, output_type=tf.int32)
         served = {
             "label": tf.gather(names, best),
             "score": tf.reduce_max(probabilities, axis=-1),
             "probabilities": probabilities,
         }
-        if self._top_k is not None:
-            scores, positions = tf.math.top_k(probabilities, k=self._top_k)
+        if top_k is not None:
+            scores, positions = tf.math.top_k(probabilities, k=top_k)
             served |= {"top_labels": tf.gather(names, positions), "top_scores": scores}
         return served
 
-    def _serve_bytes(
-        self, image_bytes: tf.Tensor, serve_images: Callable[..., Outputs]
-    ) -> Outputs:
-        images, valid = decode_images(image_bytes, self._forward.image_size)
-        served = serve_images(images=images)  # A call: one copy of the model.
-        blanked = {name: _blank(value, valid) for name, value in served.items()}
-        return blanked | {"valid": valid}
+    # Not attributes: those would be traced, and saved, once more.
+    images_signature = serve_images.get_concrete_function()
+
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string)])
+    def serve_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        images, valid = decode_images(image_bytes, forward.image_size)
+        served = images_signature(images=images)  # A call: one copy of the model.
+        # Empty text or zeros where an image is not valid.
+        for name, value in served.items():
+            mask = tf.reshape(valid, [-1] + [1] * (value.shape.rank - 1))
+            served[name] = tf.where(mask, value, tf.zeros([], value.dtype))
+        return served | {"valid": valid}
+
+    return module, {
+        "serving_default": serve_bytes.get_concrete_function(),
+        "serving_images": images_signature,
+    }
 
 
-def _blank(value: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
-    """Returns empty text or zeros where an image is not valid."""
-    mask = tf.reshape(valid, [-1] + [1] * (value.shape.rank - 1))
-    return tf.where(mask, value, tf.zeros([], value.dtype))
-
+# For the server -----------------------------------------------------------------------
 
 WARMUP_FILE = Path("assets.extra") / "tf_serving_warmup_requests"
 WARMUP_BATCHES = (1, 8)
@@ -191,19 +162,13 @@ MAX_REQUEST, MAX_BATCH = 128, 32
 
 
 def warmup_available() -> bool:
-    """Says whether the extra `serving` is installed."""
     return importlib.util.find_spec("tensorflow_serving") is not None
 
 
 def warmup_requests(model_name: str) -> list[bytes]:
     """Returns serialised `PredictionLog` messages for `serving_default`."""
-    try:
-        from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
-    except ImportError as error:
-        raise ImportError(
-            "Warm-up requests need the package tensorflow-serving-api. Install it "
-            'with: pip install "keras_rsft[serving]".'
-        ) from error
+    import_extra("tensorflow_serving.apis", "serving", "Writing warm-up requests")
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
     height, width = WARMUP_IMAGE_SIZE
     down = tf.linspace(0.0, 3.0, height)[:, None, None]
@@ -225,26 +190,6 @@ def warmup_requests(model_name: str) -> list[bytes]:
         log.predict_log.request.CopyFrom(request)
         logs.append(log.SerializeToString(deterministic=True))
     return logs
-
-
-def write_warmup(version: Path, requests: list[bytes]) -> None:
-    """Writes the requests into a version's folder, where the server looks for them."""
-    path = version / WARMUP_FILE
-    path.parent.mkdir()
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for request in requests:
-            writer.write(request)
-
-
-def write_configs(directory: Path) -> None:
-    """Writes the server's configurations of a model, where there are none yet."""
-    contents = {
-        MODELS_CONFIG: models_config(directory.name),
-        BATCHING_CONFIG: batching_config(),
-    }
-    for name, content in contents.items():
-        if not (directory / name).exists():  # The user may have changed it.
-            write_new_file(directory / name, content.encode())
 
 
 def models_config(name: str) -> str:
@@ -271,7 +216,7 @@ max_enqueued_batches {{ value: 100 }}
 """
 
 
-WEIGHT_DTYPES = ("float32", "float16")
+# Writing ------------------------------------------------------------------------------
 
 
 def export_saved_model(
@@ -323,11 +268,17 @@ def export_saved_model(
     require_tensorflow_backend("`export_saved_model`")
     directory = check_model_folder(directory)
     check_name(directory.name)
-    _check_fit(model, class_names, top_k, weight_dtype)
+    check_class_names(model, class_names)
+    ExportConfig("saved-model", weight_dtype, version, top_k)
+    if top_k is not None and top_k > len(class_names):
+        raise InvalidArgument(
+            f"`top_k` must be in [1, {len(class_names)}], the number of classes. "
+            f"Received: {top_k}."
+        )
     free_version(directory, version)  # Refused before the work.
     if warmup is None:
         warmup = warmup_available()
-    requests = warmup_requests(directory.name) if warmup else None
+    requests = warmup_requests(directory.name) if warmup else []
     forward = ForwardPass(model, float16=weight_dtype == "float16", pack=True)
     with turn_in(directory):
         target = directory / str(free_version(directory, version))
@@ -335,18 +286,25 @@ def export_saved_model(
         with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
             labels = Path(assets) / "labels.txt"
             labels.write_text("\n".join(class_names) + "\n", encoding="utf-8")
-            graph = ServingGraph(forward, class_names, labels, top_k=top_k)
-            tf.saved_model.save(graph, str(partial), signatures=graph.signatures())
-            if requests is not None:
-                write_warmup(partial, requests)
+            module, signatures = serving_graph(forward, class_names, labels, top_k)
+            tf.saved_model.save(module, str(partial), signatures=signatures)
+            if requests:
+                (partial / WARMUP_FILE).parent.mkdir()
+                with tf.io.TFRecordWriter(str(partial / WARMUP_FILE)) as writer:
+                    for request in requests:
+                        writer.write(request)
             if model_card is not None:
                 (partial / "README.md").write_text(model_card, encoding="utf-8")
-        write_configs(directory)
+        for name, content in (
+            (MODELS_CONFIG, models_config(directory.name)),
+            (BATCHING_CONFIG, batching_config()),
+        ):
+            if not (directory / name).exists():  # The user may have changed it.
+                write_new_file(directory / name, content.encode())
     return target
 
 
 def check_class_names(model: keras.Model, class_names: Sequence[str]) -> None:
-    """Refuses names that do not fit the model."""
     if len(class_names) != model.output_shape[-1]:
         raise InvalidArgument(
             f"The model has {model.output_shape[-1]} classes. "
@@ -357,22 +315,3 @@ def check_class_names(model: keras.Model, class_names: Sequence[str]) -> None:
             raise InvalidArgument(
                 f"A class name must be one line of text. Received: {name!r}."
             )
-
-
-def _check_fit(
-    model: keras.Model,
-    class_names: Sequence[str],
-    top_k: int | None,
-    weight_dtype: str,
-) -> None:
-    check_class_names(model, class_names)
-    if top_k is not None and not 1 <= top_k <= len(class_names):
-        raise InvalidArgument(
-            f"`top_k` must be in [1, {len(class_names)}], the number of classes. "
-            f"Received: {top_k}."
-        )
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise InvalidArgument(
-            f"A SavedModel's `weight_dtype` must be one of {', '.join(WEIGHT_DTYPES)}. "
-            f"Received: {weight_dtype!r}."
-        )

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
-from keras_rsft._storage import read_csv
+from keras_rsft._storage import SAMPLES_FILE, read_csv
 from keras_rsft.data._images import decode_image
 from keras_rsft.data._samples import ImageData, ImageSplit
 from keras_rsft.errors import DataError
 from keras_rsft.export._export_run import Export, FinishedRun
 from keras_rsft.export._runtimes import load_exported
+
+MOST_IMAGES, BATCH_SIZE = 128, 32
+TIMEOUT_SECONDS = 600
+
+# Accuracy -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,6 @@ class AccuracyCheck:
 
 
 def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
-    """Returns the images that the run was validated on."""
     known, found = set(_validation_labels(run)), data.validation.ids.tolist()
     if not known or not known <= set(found):
         raise DataError(
@@ -53,14 +58,14 @@ def check_accuracy(
     labels = _validation_labels(run)
     given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
     exported = load_exported(export.path)
-    forward = _forward_of(run.model)
     hits, exported_hits, images, largest = 0, 0, 0, 0.0
     with progress_bar(
         "Validation", total=len(validation), unit="images", visible=progress
     ) as advance:
         batches = validation.images(run.model.input_shape[1:3]).batch(BATCH_SIZE)
         for index, batch in batches.as_numpy_iterator():
-            expected, received = forward(batch), exported.probabilities(batch)
+            expected = np.asarray(run.model.predict_on_batch(batch), np.float32)
+            received = exported.probabilities(batch)
             hits += int(np.sum(expected.argmax(axis=-1) == given[index]))
             exported_hits += int(np.sum(received.argmax(axis=-1) == given[index]))
             images += len(index)
@@ -71,29 +76,21 @@ def check_accuracy(
     return AccuracyCheck(hits / images, exported_hits / images, images, largest)
 
 
-def _forward_of(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda images: np.asarray(model.predict_on_batch(images), np.float32)
-
-
 def _validation_labels(run: FinishedRun) -> dict[str, int]:
     numbers = {name: number for number, name in enumerate(run.class_names)}
-    samples = run.folder / "samples.csv"
-    if not samples.is_file():
-        return {}
+    samples = run.folder / SAMPLES_FILE
     return {
         row["id"]: numbers[row["given_label"]]
-        for row in read_csv(samples)
+        for row in (read_csv(samples) if samples.is_file() else ())
         if row["split"] == "validation"
     }
 
 
-MOST_IMAGES, BATCH_SIZE = 128, 32
+# Verification -------------------------------------------------------------------------
+
 SIZES = ((20, 30), (64, 64), (97, 61), (300, 400), (480, 640), (1200, 900))
 ALLOWED = {"saved-model": 1e-5, "litert": 1e-3, "onnx": 1e-3}
-TIMEOUT_SECONDS = 600
-_IMAGES, _PROBABILITIES, _VALID, _SECONDS = (
-    f"{name}.npy" for name in ("images", "probabilities", "valid", "seconds")
-)
+_IMAGES, _ANSWERS = "images.npy", "answers.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,26 +123,34 @@ def verify_export(
     progress: bool = True,
 ) -> Verification:
     """Loads an export in a fresh process and compares its answers with the run's."""
-    encoded = list(generated_images() if images is None else images)
+    encoded = list(_generated_images() if images is None else images)
     encoded.append(encoded[0][: len(encoded[0]) // 2])
+    decoded, valid = _decoded(encoded, run.model.input_shape[1:3])
+    if not valid.any():
+        raise DataError("None of the images to compare on can be decoded.")
+    answers = []
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as name,
         progress_bar(
             "The run", total=2 * len(encoded), unit="images", visible=progress
         ) as advance,
     ):
-        place = Path(folder)
-        expected, valid = _expect(run, encoded, place, advance)
+        folder = Path(name)
+        for number, file in enumerate(encoded):
+            (folder / f"{number:03}.image").write_bytes(file)
+        np.save(folder / _IMAGES, decoded)
+        for batch in _batches(decoded):
+            answers.append(np.asarray(run.model.predict_on_batch(batch), np.float32))
+            advance(len(batch))
         advance(0, "A fresh process")
-        _run_fresh_process(export.path, place)
+        _run_fresh_process(export.path, folder)
         advance(len(encoded))
-        received = np.load(place / _PROBABILITIES)
-        seconds = float(np.load(place / _SECONDS))
-        refused = None
-        if (place / _VALID).exists():
-            refused = np.array_equal(np.load(place / _VALID), valid)
+        with np.load(folder / _ANSWERS) as file:
+            found = dict(file)
+    expected, received = np.concatenate(answers), found["probabilities"]
     exact = export.settings.weight_dtype == "float32"
     same = expected[valid].argmax(axis=-1) == received[valid].argmax(axis=-1)
+    refused = np.array_equal(found["valid"], valid) if "valid" in found else None
     return Verification(
         images=int(valid.sum()),
         generated=images is None,
@@ -153,7 +158,7 @@ def verify_export(
         largest_difference=float(np.abs(expected - received)[valid].max()),
         allowed_difference=ALLOWED[export.settings.file_format] if exact else None,
         broken_refused=refused,
-        load_seconds=seconds,
+        load_seconds=float(found["seconds"]),
     )
 
 
@@ -161,15 +166,13 @@ def sample_of(split: ImageSplit) -> list[bytes]:
     """Returns image files of a split, `MOST_IMAGES` at most, evenly spread."""
     count = min(len(split), MOST_IMAGES)
     encoded = []
-    for at in np.linspace(0, len(split) - 1, count).round().astype(int):
-        try:
-            encoded.append(split.encoded(int(at)))
-        except OSError:
-            continue
+    for index in np.linspace(0, len(split) - 1, count).round().astype(int):
+        with contextlib.suppress(OSError):
+            encoded.append(split.encoded(int(index)))
     return encoded
 
 
-def generated_images() -> list[bytes]:
+def _generated_images() -> list[bytes]:
     """Returns JPEG and PNG files of coloured patches, in each of `SIZES`."""
     rng = np.random.default_rng(0)
     files = []
@@ -179,24 +182,6 @@ def generated_images() -> list[bytes]:
         pixels = tf.cast(tf.clip_by_value(smooth, 0, 255), tf.uint8)
         files += [tf.io.encode_jpeg(pixels).numpy(), tf.io.encode_png(pixels).numpy()]
     return files
-
-
-def _expect(
-    run: FinishedRun, encoded: list[bytes], place: Path, advance: Callable[..., None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Writes files and pixels for the fresh process; returns what the run says."""
-    size = tuple(run.model.input_shape[1:3])
-    images, valid = _decoded(encoded, size)
-    if not valid.any():
-        raise DataError("None of the images to compare on can be decoded.")
-    for number, file in enumerate(encoded):
-        (place / f"{number:03}.image").write_bytes(file)
-    np.save(place / _IMAGES, images)
-    answers = []
-    for batch in _batches(images):
-        answers.append(np.asarray(run.model.predict_on_batch(batch), np.float32))
-        advance(len(batch))
-    return np.concatenate(answers), valid
 
 
 def _decoded(
@@ -210,23 +195,20 @@ def _decoded(
     images = np.zeros((len(encoded), *size, 3), np.float32)
     valid = np.zeros(len(encoded), bool)
     for number, one in enumerate(encoded):
-        try:
+        with contextlib.suppress(tf.errors.OpError):
             images[number] = decode(tf.constant(one))
             valid[number] = True
-        except tf.errors.OpError:
-            continue
     return images, valid
 
 
-def _batches(items: Sequence) -> Iterator[Sequence]:
-    for start in range(0, len(items), BATCH_SIZE):
-        yield items[start : start + BATCH_SIZE]
+def _batches(items: Any) -> Iterator[Any]:
+    return (items[at : at + BATCH_SIZE] for at in range(0, len(items), BATCH_SIZE))
 
 
-def _run_fresh_process(export: Path, place: Path) -> None:
+def _run_fresh_process(export: Path, folder: Path) -> None:
     try:
         result = subprocess.run(  # noqa: S603 - this very program, no shell.
-            [sys.executable, "-m", __spec__.name, str(export), str(place)],
+            [sys.executable, "-m", __spec__.name, str(export), str(folder)],
             capture_output=True,
             text=True,
             check=False,
@@ -242,21 +224,25 @@ def _run_fresh_process(export: Path, place: Path) -> None:
         raise DataError(f"{export} failed in a fresh process: {lines[-1]}")
 
 
-def _answer(export: Path, place: Path) -> None:
+def _answer(export: Path, folder: Path) -> None:
     started = time.perf_counter()
-    if not export.is_dir():
+    if export.is_dir():
+        loaded = tf.saved_model.load(str(export))
+        seconds = time.perf_counter() - started
+        serve = loaded.signatures["serving_default"]
+        files = [file.read_bytes() for file in sorted(folder.glob("*.image"))]
+        answers = [serve(image_bytes=tf.constant(batch)) for batch in _batches(files)]
+        names = ["probabilities", "valid"]
+    else:
         exported = load_exported(export)
-        np.save(place / _SECONDS, time.perf_counter() - started)
-        answers = map(exported.probabilities, _batches(np.load(place / _IMAGES)))
-        np.save(place / _PROBABILITIES, np.concatenate(list(answers)))
-        return
-    loaded = tf.saved_model.load(str(export))
-    np.save(place / _SECONDS, time.perf_counter() - started)
-    serve = loaded.signatures["serving_default"]
-    files = [file.read_bytes() for file in sorted(place.glob("*.image"))]
-    served = [serve(image_bytes=tf.constant(batch)) for batch in _batches(files)]
-    for name, file in (("probabilities", _PROBABILITIES), ("valid", _VALID)):
-        np.save(place / file, np.concatenate([batch[name] for batch in served]))
+        seconds = time.perf_counter() - started
+        images = np.load(folder / _IMAGES)
+        batches = map(exported.probabilities, _batches(images))
+        answers, names = [{"probabilities": one} for one in batches], ["probabilities"]
+    found: dict[str, Any] = {"seconds": seconds}
+    for name in names:
+        found[name] = np.concatenate([one[name] for one in answers])
+    np.savez(folder / _ANSWERS, **found)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import keras
 import numpy as np
@@ -40,8 +41,8 @@ class BatchShare:
         self, order: tuple[tf.Tensor, ...], batch_size: int
     ) -> tuple[tf.Tensor, ...]:
         edges = self._edges(batch_size)
-        place = tf.range(tf.size(order[0])) % batch_size
-        ours = (place >= edges[0]) & (place < edges[-1])
+        row = tf.range(tf.size(order[0])) % batch_size
+        ours = (row >= edges[0]) & (row < edges[-1])
         return tuple(tf.boolean_mask(part, ours) for part in order)
 
     def _edges(self, batch_size: int) -> list[int]:
@@ -63,7 +64,6 @@ TENSOR_ALIGNMENT = 64
 _ROWS_PER_READ = 1024  # The most that Linux and macOS take.
 
 Order = Callable[[], tuple[tf.Tensor, tf.Tensor]]
-Columns = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple]
 
 
 class TrainingBatches:
@@ -121,13 +121,12 @@ class TrainingBatches:
                 f"`batch_size` must be at least 1. Received: batch_size={batch_size}."
             )
         self._features = features
-        self._sample_index = sample_index
-        self._share = share
-        self._batch_size = batch_size
         self._seed = seed
         self._epoch = tf.Variable(0, dtype=tf.int32, trainable=False)
         self.callback = _EpochNumber(self._epoch)
-        self.dataset = self._make_dataset()
+        self.dataset = _gathered(
+            features, self.epoch_order, batch_size, share, sample_index=sample_index
+        )
 
     def order(self, epoch: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the samples and their rows in an epoch, int64 `(n,)` each.
@@ -137,7 +136,7 @@ class TrainingBatches:
         """
         count, views = len(self._features), self._features.views
         seed = tf.stack([tf.cast(self._seed, tf.int32), tf.cast(epoch, tf.int32)])
-        if _in_one_window(self._features):
+        if self._features.num_bytes <= WINDOW_BYTES:
             samples = _shuffled(count, seed)
         else:
             row_bytes = self._features.row_bytes
@@ -158,18 +157,6 @@ class TrainingBatches:
         """Returns `order` of the epoch that began last."""
         return self.order(self._epoch)
 
-    def _make_dataset(self) -> tf.data.Dataset:
-        columns = _with_index if self._sample_index else _without_index
-        if self._sample_index and self._share is not None:
-            columns = _with_weights_and_index  # Replicas cannot be handed a None.
-        return _gathered(
-            self._features,
-            self.epoch_order,
-            self._batch_size,
-            columns,
-            self._share,
-        )
-
 
 def batches_of(
     features: FeatureSet, *, batch_size: int = 256, share: BatchShare | None = None
@@ -177,7 +164,7 @@ def batches_of(
     """Returns the plain images' features in order, for evaluation."""
     samples = tf.range(len(features), dtype=tf.int64)
     order = (samples, samples * features.views)
-    return _gathered(features, lambda: order, batch_size, _without_index, share)
+    return _gathered(features, lambda: order, batch_size, share)
 
 
 class _EpochNumber(keras.callbacks.Callback):
@@ -189,27 +176,15 @@ class _EpochNumber(keras.callbacks.Callback):
         self._epoch.assign(epoch)
 
 
-def _with_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
-    return x, y, None, tf.cast(sample, tf.int32)
-
-
-def _with_weights_and_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
-    return x, y, tf.ones(tf.shape(sample)), tf.cast(sample, tf.int32)
-
-
-def _without_index(x: tf.Tensor, y: tf.Tensor, sample: tf.Tensor) -> tuple:
-    return x, y
-
-
 def _gathered(
     features: FeatureSet,
     order: Order,
     batch_size: int,
-    columns: Columns,
-    share: BatchShare | None = None,
+    share: BatchShare | None,
+    *,
+    sample_index: bool = False,
 ) -> tf.data.Dataset:
     """Returns batches of the samples and rows that `order` names."""
-    # A batch is what `columns` makes of features, labels and the samples themselves.
     # Rows are gathered for many batches at once, and no data set is made inside of
     # another, since functions of `tf.data` cost more than the copying: some 30
     # microseconds a call, some 5 milliseconds each time that an epoch begins.
@@ -223,19 +198,29 @@ def _gathered(
         blocks = rows.rebatch(block_rows).map(lambda s, row: (s, read(row)))
     else:
         read = _make_row_reader(features)
-        one_window = _in_one_window(features)
+        one_window = features.num_bytes <= WINDOW_BYTES
         chunk_rows = block_rows if one_window else WINDOW_BYTES // features.row_bytes
         chunks = rows.rebatch(max(1, chunk_rows)).map(lambda s, row: (s, read(row)))
         blocks = chunks.prefetch(1).rebatch(block_rows)
 
     def complete(sample: tf.Tensor, values: tf.Tensor) -> tuple:
-        wide = tf.cast(values, tf.float32)
-        return columns(wide, tf.gather(labels, sample), sample)
+        columns = tf.cast(values, tf.float32), tf.gather(labels, sample)
+        if not sample_index:
+            return columns
+        # Replicas cannot be handed a None.
+        weights = None if share is None else tf.ones(tf.shape(sample))
+        return *columns, weights, tf.cast(sample, tf.int32)
 
     samples = blocks.map(complete).prefetch(1)
     if share is not None:  # Their number differs where the last batch is small.
         return without_autotuning(samples.rebatch(share.row_counts(batch_size)))
-    batches = samples.rebatch(batch_size)
+    return _counted(samples.rebatch(batch_size), features, batch_size)
+
+
+def _counted(
+    batches: tf.data.Dataset, features: FeatureSet, batch_size: int
+) -> tf.data.Dataset:
+    """Returns the batches, whose number is that of the features' samples."""
     steps = -(-len(features) // batch_size)
     return without_autotuning(
         batches.apply(tf.data.experimental.assert_cardinality(steps))
@@ -253,10 +238,10 @@ def shuffled_by_stretches(
     samples = tf.reshape(stretches[:, None] * stretch_rows + within, (-1,))
     samples = samples[samples < count]  # The last stretch of the file is shorter.
     window = tf.range(count, dtype=tf.int64) // window_rows
-    place = tf.random.stateless_uniform(
+    within = tf.random.stateless_uniform(
         (count,), tf.add(seed, [2, 0]), dtype=tf.float64
     )
-    by_window = tf.argsort(tf.cast(window, tf.float64) + place, stable=True)
+    by_window = tf.argsort(tf.cast(window, tf.float64) + within, stable=True)
     return tf.gather(samples, by_window)
 
 
@@ -264,10 +249,6 @@ def _shuffled(count: int, seed: tf.Tensor) -> tf.Tensor:
     return tf.random.experimental.stateless_shuffle(
         tf.range(count, dtype=tf.int64), seed=seed
     )
-
-
-def _in_one_window(features: FeatureSet) -> bool:
-    return features.num_bytes <= WINDOW_BYTES
 
 
 def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -282,43 +263,42 @@ def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]
 
 def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from int64 rows `(k,)` to features `(k, dim)` from disk."""
-    # Neighbours in the file are read together, each row right to its place. A memory
-    # map would count its pages as ours, and bring in many more than were asked for.
+    # Neighbours in the file are read together, each row right into its position. A
+    # memory map would count its pages as ours, and bring in many more than asked for.
     file = features.path.open("rb", buffering=0)
     _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")  # It need not read ahead.
-    precision, row_bytes = np.dtype(features.precision), features.row_bytes
+    dtype, row_bytes = np.dtype(features.precision), features.row_bytes
 
     def read(rows: np.ndarray) -> np.ndarray:
         descriptor = file.fileno()  # Of the file, which is open as long as we are.
         samples, view = np.divmod(rows, features.views)
         rows = features.file_rows(samples) * features.views + view
-        values = _aligned_array(len(rows), features.dim, precision)
-        places = values.view(np.uint8)
+        values = _aligned_array(len(rows), features.dim, dtype)
+        filled = values.view(np.uint8)
         by_row = np.argsort(rows)
-        breaks = np.flatnonzero(np.diff(rows[by_row]) != 1) + 1
-        runs = np.split(by_row, breaks)
+        runs = np.split(by_row, np.flatnonzero(np.diff(rows[by_row]) != 1) + 1)
         offsets = [int(rows[run[0]]) * row_bytes for run in runs]
         for run, offset in zip(runs, offsets, strict=True):  # All asked for at once:
             _advise(descriptor, offset, len(run) * row_bytes, "POSIX_FADV_WILLNEED")
         for run, offset in zip(runs, offsets, strict=True):
             for start in range(0, len(run), _ROWS_PER_READ):
-                part = [places[at] for at in run[start : start + _ROWS_PER_READ]]
+                part = [filled[at] for at in run[start : start + _ROWS_PER_READ]]
                 _read_into(descriptor, part, offset + start * row_bytes)
         return values
 
     def read_rows(rows: tf.Tensor) -> tf.Tensor:
-        values = tf.numpy_function(read, [rows], tf.as_dtype(precision))
+        values = tf.numpy_function(read, [rows], tf.as_dtype(dtype))
         return tf.ensure_shape(values, (None, features.dim))
 
     return read_rows
 
 
-def _aligned_array(rows: int, dim: int, precision: np.dtype) -> np.ndarray:
+def _aligned_array(rows: int, dim: int, dtype: np.dtype) -> np.ndarray:
     """Returns an unfilled array that becomes a tensor as it is, without a copy."""
-    size = rows * dim * precision.itemsize
+    size = rows * dim * dtype.itemsize
     room = np.empty(size + TENSOR_ALIGNMENT, np.uint8)
     start = -room.ctypes.data % TENSOR_ALIGNMENT
-    return room[start : start + size].view(precision).reshape(rows, dim)
+    return room[start : start + size].view(dtype).reshape(rows, dim)
 
 
 def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
@@ -328,12 +308,12 @@ def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
 
 
 def _read_into(descriptor: int, places: list[np.ndarray], offset: int) -> None:
-    """Fills byte arrays, one after the other, with what the file has from `offset`."""
+    """Fills byte arrays, one after the other, from the file's bytes at `offset`."""
     while places:
-        count = os.preadv(descriptor, places, offset)
+        count = os.preadv(descriptor, [one.data for one in places], offset)
         if count == 0:
             raise OSError(
-                errno.EIO, "The kept features are shorter than they should be"
+                errno.EIO, "The cached features are shorter than they should be"
             )
         offset += count
         while places and count >= len(places[0]):
@@ -355,31 +335,28 @@ class ImageBatches:
     def __init__(
         self,
         split: ImageSplit,
-        kept: FeatureSet,
+        features: FeatureSet,
         image_size: tuple[int, int],
         *,
         batch_size: int,
         seed: int,
     ):
-        self._kept = kept
+        self._features = features
         self._image_size = image_size
         self._seed = seed
-        self._positions = positions_of(kept, split)
+        self._positions = positions_of(features, split)
         self._split = split
-        self._order_of = TrainingBatches(kept, batch_size=batch_size, seed=seed)
+        self._order_of = TrainingBatches(features, batch_size=batch_size, seed=seed)
         self.callback = self._order_of.callback
         self.failure: DataError | None = None
-        self.dataset = self._make_dataset(batch_size)
-
-    def _make_dataset(self, batch_size: int) -> tf.data.Dataset:
         windows = tf.data.Dataset.from_generator(
             self._parts,
             output_signature=(
-                tf.TensorSpec((None, *self._image_size, 3), tf.float32),
+                tf.TensorSpec((None, *image_size, 3), tf.float32),
                 tf.TensorSpec((None,), tf.int64),
             ),
         )
-        labels = tf.constant(self._kept.labels)
+        labels = tf.constant(features.labels)
         batches = windows.prefetch(1).rebatch(batch_size)
         batches = batches.map(
             lambda images, sample: (
@@ -389,91 +366,76 @@ class ImageBatches:
                 tf.cast(sample, tf.int32),
             )
         )
-        steps = -(-len(self._kept) // batch_size)
-        return without_autotuning(
-            batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(1)
-        )
+        self.dataset = _counted(batches, features, batch_size).prefetch(1)
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields images and samples: some, or a window where a source has an order."""
         samples, rows = (part.numpy() for part in self._order_of.epoch_order())
-        views = self._kept.views
+        views, any_order = self._features.views, self._split.reader.any_order
         image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
-        read = self._streamed if self._split.reader.any_order else self._by_windows
-        at = 0
-        for images in read(samples, max(1, IMAGE_WINDOW_BYTES // image_bytes)):
-            part = slice(at, at + len(images))
-            at += len(images)
-            if views > 1:
-                view = rows[part] - samples[part] * views
-                images = images[np.arange(len(images)), view]
-            yield images, samples[part]
+        window = max(1, IMAGE_WINDOW_BYTES // image_bytes)
+        stretch, size = window, window
+        if any_order:
+            stretch, size = len(samples), min(window, _IMAGES_A_PART)
+        for start in range(0, len(samples), stretch):
+            positions = self._positions[samples[start : start + stretch]]
+            order = np.arange(len(positions)) if any_order else np.argsort(positions)
+            done = 0
+            for images in self._decoded(positions[order], size):
+                if not any_order:
+                    images = images[np.argsort(order)]
+                part = slice(start + done, start + done + len(images))
+                done += len(images)
+                if views > 1:
+                    view = rows[part] - samples[part] * views
+                    images = images[np.arange(len(images)), view]
+                yield images, samples[part]
 
-    def _streamed(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
-        positions = self._positions[samples]
-        images = self._split.images_in_order(
-            positions, self._image_size, views=self._kept.views, seed=self._seed
+    def _decoded(self, positions: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Yields images in parts; raises DataError where one is left out."""
+        ids, reader = self._split.ids[positions], self._split.reader.take(positions)
+        images = dataclasses.replace(self._split, ids=ids, reader=reader).images(
+            self._image_size, views=self._features.views, seed=self._seed
         )
         done = 0
-        parts = images.batch(min(window, _IMAGES_A_PART)).prefetch(2)
-        for index, values in parts.as_numpy_iterator():
-            self._require_all(index, positions, done)
+        for index, values in images.batch(size).prefetch(2).as_numpy_iterator():
+            expected = np.arange(done, done + len(index))
+            if not np.array_equal(index, expected):
+                self._fail(int(positions[expected[index != expected][0]]))
             done += len(index)
             yield values
-        self._require_all(np.zeros(0, np.int64), positions, done, at_the_end=True)
+        if done < len(positions):
+            self._fail(int(positions[done]))
 
-    def _by_windows(self, samples: np.ndarray, window: int) -> Iterator[np.ndarray]:
-        """Yields windows of images that their source gives in one order only."""
-        for start in range(0, len(samples), window):
-            positions = self._positions[samples[start : start + window]]
-            inside = np.sort(positions)
-            images = self._split.take(inside).images(
-                self._image_size, views=self._kept.views, seed=self._seed
-            )
-            decoded = images.batch(len(inside)).as_numpy_iterator()
-            index, values = next(decoded, (np.zeros(0, np.int64), None))
-            self._require_all(index, inside, 0, at_the_end=True)
-            yield values[np.searchsorted(inside, positions)]
-
-    def _require_all(
-        self,
-        index: np.ndarray,
-        positions: np.ndarray,
-        done: int,
-        *,
-        at_the_end: bool = False,
-    ) -> None:
-        """Raises where an image is left out: it could be read for its features."""
-        last = len(positions) if at_the_end else done + len(index)
-        missing = np.setdiff1d(np.arange(done, last), index)
-        if len(missing):
-            position = int(positions[missing[0]])
-            self.failure = DataError(
-                f"{self._split.ids[position]} could be read before and now cannot: "
-                f"{self._split.read_error(position)}"
-            )
-            raise self.failure
+    def _fail(self, position: int) -> NoReturn:
+        self.failure = DataError(
+            f"{self._split.ids[position]} could be read before and now cannot: "
+            f"{self._split.read_error(position)}"
+        )
+        raise self.failure
 
 
 def labelled_images(
-    split: ImageSplit, kept: FeatureSet, image_size: tuple[int, int], *, batch_size: int
+    split: ImageSplit,
+    features: FeatureSet,
+    image_size: tuple[int, int],
+    *,
+    batch_size: int,
 ) -> tf.data.Dataset:
     """Returns a split's readable images in order, for evaluation."""
     labels = tf.constant(split.labels)
     batches = split.images(image_size).batch(batch_size)
     batches = batches.map(lambda index, images: (images, tf.gather(labels, index)))
-    steps = -(-len(kept) // batch_size)
-    return without_autotuning(
-        batches.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
-    )
+    return _counted(batches, features, batch_size).prefetch(2)
 
 
-def positions_of(kept: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
+def positions_of(features: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
     """Returns where the samples of a feature set are in their split, int64 `(n,)`."""
     position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
-    positions = [position_of.get(sample_id, -1) for sample_id in kept.ids.tolist()]
+    positions = [position_of.get(sample_id, -1) for sample_id in features.ids.tolist()]
     if -1 in positions:
         raise DataError(
             "The features must be of the images of the split. Received: features of "
-            f"{kept.ids[positions.index(-1)]!r}, which is not in it."
+            f"{features.ids[positions.index(-1)]!r}, which is not in it."
         )
     return np.array(positions, np.int64)

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from keras_rsft._storage import locked, write_json
 from keras_rsft.backbones import _build as assembly
 from keras_rsft.config import require_known
 from keras_rsft.data._samples import SampleSplit
-from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument, WorkerLost
 from keras_rsft.features._shares import (
     CHECKSUM,
     Part,
@@ -36,7 +37,7 @@ from keras_rsft.features._shares import (
     parts_of,
     publish,
     size_of,
-    wait_until,
+    watched,
 )
 from keras_rsft.features._store import (
     FEATURE_PRECISIONS,
@@ -55,7 +56,7 @@ MAX_BYTES_AS_CONSTANTS = 2**28
 
 
 class FrozenBase:
-    """A base as it is now; what is done to its weights later goes unnoticed."""
+    """A backbone as it is now; what is done to its weights later goes unnoticed."""
 
     def __init__(
         self,
@@ -75,8 +76,9 @@ class FrozenBase:
     def fingerprint(self) -> str:
         """32 hexadecimal digits: the architecture and every weight."""
         digest = hashlib.blake2b(digest_size=16)
-        config = json.dumps(_nameless_config(self._backbone), sort_keys=True)
-        digest.update(config.encode())
+        config = json.loads(self._backbone.to_json())
+        config.pop("build_config", None)
+        digest.update(json.dumps(_nameless(config, {}), sort_keys=True).encode())
         for weight in self._backbone.weights:
             digest.update(np.ascontiguousarray(weight.numpy()).data)
         return digest.hexdigest()
@@ -88,7 +90,7 @@ class FrozenBase:
     def over(
         self, batches: Iterable[tuple[Any, tf.Tensor]]
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        """Runs the base over batches, each on one device, all devices at once."""
+        """Runs the backbone over batches, each on one device, all devices at once."""
         if len(self._device_names) < 2:
             for number, images in batches:
                 yield number, self.forward(images).numpy()
@@ -96,8 +98,9 @@ class FrozenBase:
         functions = [self._on_device(name) for name in self._device_names]
         waiting: collections.deque = collections.deque()
         with ThreadPoolExecutor(len(functions)) as threads:
-            for at, (number, images) in enumerate(batches):
-                run = functions[at % len(functions)]
+            for run, (number, images) in zip(
+                itertools.cycle(functions), batches, strict=False
+            ):
                 waiting.append((number, threads.submit(run, images)))
                 if len(waiting) == len(functions):
                     number, features = waiting.popleft()
@@ -118,88 +121,66 @@ class FrozenBase:
         return on_device
 
     def _traced(self, copies: Sequence[tuple[Any, tf.Tensor]]) -> Any:
-        backbone, weights = self._backbone, []
+        backbone = self._backbone
+        weights: list[tuple[Any, np.ndarray]] = []
         if self._num_images >= MIN_IMAGES_FOR_CONSTANTS:
             weights = [(variable, variable.numpy()) for variable in backbone.variables]
         if sum(value.nbytes for _, value in weights) > MAX_BYTES_AS_CONSTANTS:
             weights = []
+        spec = tf.TensorSpec((None, *self.sample_shape), backbone.inputs[0].dtype)
 
-        @tf.function(
-            input_signature=[
-                tf.TensorSpec((None, *self.sample_shape), backbone.inputs[0].dtype)
-            ]
-        )
+        @tf.function(input_signature=[spec])
         def forward(images: tf.Tensor) -> tf.Tensor:
             constants = [(variable, tf.constant(value)) for variable, value in weights]
-            constants = constants or copies
-            with keras.StatelessScope(state_mapping=constants):
+            with keras.StatelessScope(state_mapping=constants or copies):
                 return tf.cast(backbone(images, training=False), tf.float32)
 
         return forward
 
 
-def _nameless_config(backbone: keras.Model) -> Any:
-    """Returns the config without the layers' names."""
-    # Keras numbers its automatic names through a process: the second load of a base
-    # differs from the first in nothing else.
-    config = json.loads(backbone.to_json())
-    config.pop("build_config", None)
-    return _nameless(config, {})
-
-
-def _nameless(node: Any, places: Mapping[str, int]) -> Any:
-    """Returns a part of a config, in which layers are called by their places."""
+def _nameless(node: Any, positions: Mapping[str, int]) -> Any:
+    """Returns a part of a config, in which layers are called by their positions."""
+    # Keras numbers its automatic names through a process: the second load of a
+    # backbone differs from the first in nothing else.
     if isinstance(node, list):
-        return [_nameless(child, places) for child in node]
+        return [_nameless(child, positions) for child in node]
     if not isinstance(node, dict):
         return node
-    if _is_model(node):
-        layers = node["layers"]
-        places = {_name_of(layer): at for at, layer in enumerate(layers)}
-        ends = {
-            key: _placed(node[key], places)
-            for key in ("input_layers", "output_layers")
-            if key in node
-        }
-        node = node | ends | {"layers": [_unnamed_layer(layer) for layer in layers]}
+    layers = node.get("layers")
+    if isinstance(layers, list) and all(
+        isinstance(one, dict) and isinstance(one.get("config"), dict) for one in layers
+    ):
+        names = [one.get("name", one["config"].get("name")) for one in layers]
+        positions = {name: position for position, name in enumerate(names)}
+        unnamed = [
+            _unnamed(one) | {"config": _unnamed(one["config"])} for one in layers
+        ]
+        node = node | {"layers": unnamed}
+        for key in ("input_layers", "output_layers"):
+            if key in node:
+                node[key] = _by_position(node[key], positions)
     if "keras_history" in node:
-        history = _placed(node["keras_history"], places)
+        history = _by_position(node["keras_history"], positions)
         node = node | {"keras_history": history}
     if "trainable" in node:  # Also of a layer within another one.
         node = _unnamed(node)
-    return {key: _nameless(value, places) for key, value in node.items()}
-
-
-def _is_model(config: dict[str, Any]) -> bool:
-    layers = config.get("layers")
-    return isinstance(layers, list) and all(
-        isinstance(layer, dict) and isinstance(layer.get("config"), dict)
-        for layer in layers
-    )
-
-
-def _name_of(layer: dict[str, Any]) -> str:
-    return layer.get("name", layer["config"].get("name"))
-
-
-def _unnamed_layer(layer: dict[str, Any]) -> dict[str, Any]:
-    return _unnamed(layer) | {"config": _unnamed(layer["config"])}
+    return {key: _nameless(value, positions) for key, value in node.items()}
 
 
 def _unnamed(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "name"}
 
 
-def _placed(references: Any, places: Mapping[str, int]) -> Any:
-    """Returns references to layers, nested in any way, by place instead of name."""
+def _by_position(references: Any, positions: Mapping[str, int]) -> Any:
+    """Returns references to layers, nested in any way, without their names."""
     if isinstance(references, dict):
-        return {key: _placed(value, places) for key, value in references.items()}
+        return {key: _by_position(one, positions) for key, one in references.items()}
     if not isinstance(references, list):
         return references
     if references and isinstance(references[0], str):
         name, *rest = references
-        return [places.get(name, name), *rest]
-    return [_placed(one, places) for one in references]
+        return [positions.get(name, name), *rest]
+    return [_by_position(one, positions) for one in references]
 
 
 PRECISIONS = ("auto", *assembly.PRECISIONS)
@@ -239,7 +220,7 @@ _MOST_BATCHES = 20
 def seconds_per_image(
     base: FrozenBase, split: SampleSplit, *, batch_size: int = 32
 ) -> float:
-    """Measures the pass: reading and decoding images, and the base on them."""
+    """Measures the pass: reading and decoding images, and the backbone on them."""
     images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
     if next(iter(split.inputs(base.sample_shape).take(1)), None) is None:
         raise DataError(
@@ -260,19 +241,43 @@ def seconds_per_image(
     return (now - started) / counted
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FeaturePass:
-    """One pass of a base over a split, as `extract_features` was asked for it."""
+# Part of every key: raise it when decoding, resizing, the format, or how a backbone is
+# told from another changes.
+FORMAT_VERSION = 2
 
-    base: FrozenBase
+
+@dataclasses.dataclass(eq=False)
+class FeaturePass:
+    """One pass of a backbone over a split, as `extract_features` is asked for it."""
+
+    backbone: keras.Model | FrozenBase
     split: SampleSplit
-    folder: Path
-    batch_size: int
-    views: int
-    seed: int
-    feature_precision: str
-    called: str
-    progress: bool
+    cache_dir: str | os.PathLike | None = None
+    batch_size: int = 32
+    views: int = 1
+    seed: int = 0
+    feature_precision: str = "float32"
+    called: str = "Features"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        while self.split.before_review is not None:
+            self.split = self.split.before_review
+        root = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        if not isinstance(self.backbone, FrozenBase):
+            num_images = self.views * len(self.split)
+            self.backbone = FrozenBase(self.backbone, num_images=num_images)
+        self.frozen = self.backbone
+        dtype = self.feature_precision
+        require_known("feature precision", dtype, FEATURE_PRECISIONS)
+        self.folder = root / feature_key(
+            self.frozen,
+            self.split,
+            views=self.views,
+            seed=self.seed,
+            feature_precision=dtype,
+        )
 
     @property
     def is_done(self) -> bool:
@@ -280,26 +285,35 @@ class FeaturePass:
 
     @property
     def row_bytes(self) -> int:
-        return np.dtype(self.feature_precision).itemsize * self.views * self.base.dim
+        return np.dtype(self.feature_precision).itemsize * self.views * self.frozen.dim
 
     @property
     def meta(self) -> dict[str, Any]:
-        return {
-            "views": self.views,
-            "dim": self.base.dim,
-            "precision": self.feature_precision,
-        }
+        sizes = {"views": self.views, "dim": self.frozen.dim}
+        return sizes | {"precision": self.feature_precision}
 
     def inputs(self, start: int, stop: int) -> tf.data.Dataset:
-        shape, views, seed = self.base.sample_shape, self.views, self.seed
+        shape, views, seed = self.frozen.sample_shape, self.views, self.seed
         return self.split.inputs(shape, start=start, stop=stop, views=views, seed=seed)
+
+    def parts(self, shares: int) -> list[Part]:
+        return parts_of(self.folder, len(self.split), self.batch_size, shares)
+
+    def join(self, parts: Sequence[Part], timeout: float) -> None:
+        """Makes one set of finished parts."""
+        require_rows(sum(part.rows for part in parts), self.split)
+        name = self.split.name
+        join_parts(
+            self.folder, parts, self.meta, name=name, timeout=timeout,
+            progress=self.progress,
+        )  # fmt: skip
 
 
 def append_rows(
     work: FeaturePass, partial: Path, stretch: range
 ) -> tuple[int, dict[str, str]]:
     """Computes the features of a stretch of the split, after those that are there."""
-    split, base = work.split, work.base
+    split, frozen = work.split, work.frozen
     partial.mkdir(parents=True, exist_ok=True)
     rows, next_index = _truncate_to_whole_batches(
         partial, work.row_bytes, work.batch_size, stretch.start
@@ -316,6 +330,10 @@ def append_rows(
     samples = work.inputs(next_index, stretch.stop)
     samples = samples.batch(work.batch_size).prefetch(2)
     done = next_index - stretch.start
+    digests = {}
+    for name in (FEATURES_FILE, INDEX_FILE):
+        with (partial / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, CHECKSUM)
     with (
         (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
         (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
@@ -325,19 +343,25 @@ def append_rows(
         ) as advance,
         ThreadPoolExecutor(1) as writer,
     ):  # fmt: skip
-        rows_file = _RowFiles(features_file, index_file, partial)
+
+        def write(values: np.ndarray, index: np.ndarray) -> None:
+            # The index only after its features are safe.
+            for file, array in ((features_file, values), (index_file, index)):
+                _append(file, array)
+                digests[Path(file.name).name].update(_bytes_of(array))
+
         writing: Future | None = None
         views_in_a_row = (
-            (index.numpy(), tf.reshape(batch, (-1, *base.sample_shape)))
+            (index.numpy(), tf.reshape(batch, (-1, *frozen.sample_shape)))
             for index, batch in samples
         )
-        for index, features in base.over(views_in_a_row):
+        for index, features in frozen.over(views_in_a_row):
             _require_unreadable(work, range(next_index, int(index[-1])), index)
-            values = _kept_as(work.feature_precision, features)
+            values = _cached_as(work.feature_precision, features)
             if writing is not None:
                 writing.result()
-            # The disk is waited for while the base is busy with the next batch.
-            writing = writer.submit(rows_file.append, values, index)
+            # The disk is waited for while the backbone is busy with the next batch.
+            writing = writer.submit(write, values, index)
             rows += len(index)
             reached = int(index[-1]) + 1
             advance(reached - next_index)
@@ -345,24 +369,7 @@ def append_rows(
         if writing is not None:
             writing.result()
         _require_unreadable(work, range(next_index, stretch.stop), ())
-    return rows, rows_file.checksums()
-
-
-class _RowFiles:
-    """Appends batches to the two files of a pass, and takes their checksums."""
-
-    def __init__(self, features_file: Any, index_file: Any, folder: Path):
-        self._files = {FEATURES_FILE: features_file, INDEX_FILE: index_file}
-        self._digests = {name: _digest_of(folder / name) for name in self._files}
-
-    def append(self, values: np.ndarray, index: np.ndarray) -> None:
-        # The index only after its features are safe.
-        for name, array in ((FEATURES_FILE, values), (INDEX_FILE, index)):
-            _append(self._files[name], array)
-            self._digests[name].update(_bytes_of(array))
-
-    def checksums(self) -> dict[str, str]:
-        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+    return rows, {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def require_rows(rows: int, split: SampleSplit) -> None:
@@ -388,19 +395,19 @@ def _require_unreadable(
                 errno.EIO,
                 f"Could not be read for the features of {split.name}, and could on a "
                 "second try. See to the disk that it is on, and run the same command "
-                "again: it goes on from here",
+                "again: it resumes from here",
                 str(split.ids[left_out]),
             )
 
 
-def _kept_as(precision: str, values: np.ndarray) -> np.ndarray:
+def _cached_as(precision: str, values: np.ndarray) -> np.ndarray:
     if precision == "float32":
         return values
     largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
     if largest > np.finfo(precision).max:
         raise DataError(
-            f"This base has a feature of {largest:.3g}, which float16 cannot hold. "
-            "Keep its features in float32: leave out `--set cache_dtype`."
+            f"This backbone has a feature of {largest:.3g}, which float16 cannot hold. "
+            "Cache its features in float32: leave out `--set cache_dtype`."
         )
     return values.astype(precision)
 
@@ -417,11 +424,6 @@ def _append(file: Any, values: np.ndarray) -> None:
 
 def _bytes_of(values: np.ndarray) -> memoryview:
     return np.ascontiguousarray(values).data.cast("B")
-
-
-def _digest_of(path: Path) -> Any:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, CHECKSUM)
 
 
 def _truncate_to_whole_batches(
@@ -444,11 +446,6 @@ def _truncate_to_whole_batches(
     return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
 
 
-# Part of every key: raise it when decoding, resizing, the format, or how a base is told
-# from another changes.
-FORMAT_VERSION = 2
-
-
 def extract_features(
     backbone: keras.Model | FrozenBase,
     split: SampleSplit,
@@ -461,11 +458,11 @@ def extract_features(
     called: str = "Features",
     progress: bool = True,
 ) -> FeatureSet:
-    """Returns the features of a split: kept ones, or those of one pass.
+    """Returns the features of a split: cached ones, or those of one pass.
 
     The pass appends chunk after chunk to a file beside its final place and is
-    renamed when it is complete. Interrupted at any moment, the next call goes
-    on after the last whole chunk. Two processes that want the same features
+    renamed when it is complete. Interrupted at any moment, the next call resumes
+    after the last whole chunk. Two processes that want the same features
     take turns, and shares that several processes have computed are put together. A
     split that images were dropped from is served by the features of the whole one.
 
@@ -474,13 +471,13 @@ def extract_features(
             [0, 255], or texts `(batch,)`, to features `(batch, dim)`; or a
             `FrozenBase` of one, which serves several splits faster.
         split: The images, or texts.
-        cache_dir: Folder for kept features. Default: `keras_rsft/features` in
+        cache_dir: Folder for cached features. Default: `keras_rsft/features` in
             the user's cache folder.
-        batch_size: Images per step of the base, at least 1. Default 32.
-        views: Views kept of each image, at least 1; view 0 is the plain image,
+        batch_size: Images per step of the backbone, at least 1. Default 32.
+        views: Views cached of each image, at least 1; view 0 is the plain image,
             the others are flipped and cropped at random. Default 1.
         seed: Seed of the random views. Default 0.
-        feature_precision: How features are kept: `"float32"`, the default, or
+        feature_precision: Dtype of the cached features: `"float32"`, the default, or
             `"float16"` for half the disk.
         called: What the progress bar calls them. Default "Features".
         progress: Show a progress bar. Default True.
@@ -489,60 +486,23 @@ def extract_features(
         The features of all readable images, in the order of the split.
 
     Raises:
-        InvalidArgument: If `feature_precision` is neither, or the base does not take
-            such samples.
+        InvalidArgument: If `feature_precision` is neither, or the backbone does not
+            take such samples.
         DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features, or a sample was left out
-            that could be read on a second try; the same call goes on.
+            that could be read on a second try; the same call resumes.
     """
     require_tensorflow_backend("`extract_features`")
-    work = make_pass(
-        backbone,
-        split,
-        cache_dir=cache_dir,
-        batch_size=batch_size,
-        views=views,
-        seed=seed,
-        feature_precision=feature_precision,
-        called=called,
-        progress=progress,
-    )
+    work = FeaturePass(
+        backbone, split, cache_dir, batch_size, views, seed, feature_precision, called,
+        progress,
+    )  # fmt: skip
     run_alone(work)
     return open_kept(work.folder, split)
 
 
-def make_pass(
-    backbone: keras.Model | FrozenBase,
-    split: SampleSplit,
-    *,
-    cache_dir: str | os.PathLike | None = None,
-    batch_size: int = 32,
-    views: int = 1,
-    seed: int = 0,
-    feature_precision: str = "float32",
-    called: str = "Features",
-    progress: bool = True,
-) -> FeaturePass:
-    """Says which pass `extract_features` with these arguments would make, if any."""
-    while split.before_review is not None:
-        split = split.before_review
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    root.mkdir(parents=True, exist_ok=True)
-    base = backbone
-    if not isinstance(base, FrozenBase):
-        base = FrozenBase(backbone, num_images=views * len(split))
-    require_known("feature precision", feature_precision, FEATURE_PRECISIONS)
-    key = feature_key(
-        base, split, views=views, seed=seed, feature_precision=feature_precision
-    )
-    return FeaturePass(
-        base, split, root / key, batch_size, views, seed, feature_precision, called,
-        progress,
-    )  # fmt: skip
-
-
 def default_cache_dir() -> Path:
-    """Returns the folder for kept features, in `XDG_CACHE_HOME` if it is set."""
+    """Returns the folder for cached features, in `XDG_CACHE_HOME` if it is set."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "keras_rsft" / "features"
 
@@ -555,14 +515,9 @@ def feature_key(
     seed: int = 0,
     feature_precision: str = "float32",
 ) -> str:
-    """Names the features of these images under this base, with its weights."""
-    described = [
-        FORMAT_VERSION,
-        base.fingerprint,
-        split.fingerprint,
-        views,
-        seed if views > 1 else None,
-    ]
+    """Names the features of these samples under this backbone, with its weights."""
+    prints = [base.fingerprint, split.fingerprint]
+    described = [FORMAT_VERSION, *prints, views, seed if views > 1 else None]
     if feature_precision != "float32":
         described.append(feature_precision)
     encoded = json.dumps(described).encode()
@@ -579,7 +534,7 @@ def run_alone(work: FeaturePass) -> None:
 def _run_pass(work: FeaturePass) -> None:
     parts = finished_parts(work.folder, len(work.split))
     if parts is not None:  # Other processes have computed all of it.
-        join_pass(work, parts, patience=DEFAULT_PATIENCE)
+        work.join(parts, DEFAULT_PATIENCE)
         return
     partial = work.folder.with_name(f"{work.folder.name}.partial")
     rows, _ = append_rows(work, partial, range(len(work.split)))
@@ -588,56 +543,36 @@ def _run_pass(work: FeaturePass) -> None:
     publish(partial, work.folder)
 
 
-def join_pass(work: FeaturePass, parts: Sequence[Part], *, patience: float) -> None:
-    """Makes one set of finished parts, as `join_parts` does."""
-    require_rows(sum(part.rows for part in parts), work.split)
-    join_parts(
-        work.folder,
-        parts,
-        work.meta,
-        name=work.split.name,
-        patience=patience,
-        progress=work.progress,
-    )
-
-
 def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
     """Returns the features in a finished folder, with the labels of the split."""
-    if split.before_review is not None:
-        return _left_over(open_kept(folder, split.before_review), split)
-    meta = read_meta(folder)
-    if meta is None:
-        raise OSError(errno.EIO, "The kept features are damaged", str(folder))
-    index = np.fromfile(folder / INDEX_FILE, dtype=np.int64)
-    missing = np.setdiff1d(np.arange(len(split)), index)
-    unreadable = tuple(
-        (str(split.ids[i]), split.read_error(int(i)) or "unreadable") for i in missing
-    )
-    return FeatureSet(
-        path=folder / FEATURES_FILE,
-        labels=split.labels[index],
-        ids=split.ids[index],
-        dim=meta["dim"],
-        views=meta["views"],
-        clean_labels=None if split.clean_labels is None else split.clean_labels[index],
-        unreadable=unreadable,
-        precision=meta["precision"],
-        reviewed=None if split.reviewed is None else split.reviewed[index],
-    )
-
-
-def _left_over(before_review: FeatureSet, split: SampleSplit) -> FeatureSet:
-    at = {sample_id: place for place, sample_id in enumerate(split.ids.tolist())}
-    ids = before_review.ids.tolist()
-    remains = np.array([sample_id in at for sample_id in ids], bool)
-    index = np.array([at[sample_id] for sample_id in ids if sample_id in at], np.int64)
+    whole = None
+    if split.before_review is None:
+        meta = read_meta(folder)
+        if meta is None:
+            raise OSError(errno.EIO, "The cached features are damaged", str(folder))
+        index = np.fromfile(folder / INDEX_FILE, dtype=np.int64)
+        missing = np.setdiff1d(np.arange(len(split)), index)
+        unreadable = [
+            (str(split.ids[i]), split.read_error(int(i)) or "unreadable")
+            for i in missing
+        ]
+        sizes = {name: meta[name] for name in ("dim", "views", "precision")}
+        features = FeatureSet(
+            folder / FEATURES_FILE, split.labels[index], split.ids[index], **sizes
+        )
+    else:
+        whole = open_kept(folder, split.before_review)
+        position_of = {name: at for at, name in enumerate(split.ids.tolist())}
+        at = np.array([position_of.get(one, -1) for one in whole.ids.tolist()], int)
+        features, index = whole.take(np.flatnonzero(at >= 0)), at[at >= 0]
+        unreadable = [pair for pair in whole.unreadable if pair[0] in position_of]
     return dataclasses.replace(
-        before_review.take(np.flatnonzero(remains)),
+        features,
         labels=split.labels[index],
         clean_labels=None if split.clean_labels is None else split.clean_labels[index],
         reviewed=None if split.reviewed is None else split.reviewed[index],
-        before_review=before_review,
-        unreadable=tuple(pair for pair in before_review.unreadable if pair[0] in at),
+        before_review=whole,
+        unreadable=tuple(unreadable),
     )
 
 
@@ -653,66 +588,69 @@ def run_together(
     for work in passes:
         _wait_for_parts(work, cluster, patience)
     for work in passes:
-        parts = _parts(work, cluster)
+        parts = work.parts(len(cluster))
         rows = sum(part.rows for part in parts)  # First: they go when the set is there.
         if work.is_done:
             continue
         require_rows(rows, work.split)
         if cluster.is_chief:
-            join_pass(work, parts, patience=patience)
+            work.join(parts, patience)
             continue
         joining = joining_folder(work.folder) / FEATURES_FILE
-        text = (
-            f"All shares of {work.split.name} are finished, and {cluster.named(0)} has "
-            f"not put them together for {patience:.0f} s. Start the same command there "
-            "again, and here: all that was computed is kept."
-        )
-        wait_until(
-            lambda work=work: work.is_done,
-            lambda joining=joining: {0: size_of(joining)},
-            patience,
-            lambda lost, reached, text=text: text,
-        )
+        for _, lost in watched(functools.partial(_sizes, joining), patience):
+            if work.is_done:
+                break
+            if lost:
+                raise WorkerLost(
+                    f"All shares of {work.split.name} are finished, and "
+                    f"{cluster.named(0)} has not put them together for "
+                    f"{patience:.0f} s. Start the same command there again, and here: "
+                    "everything that was computed is cached."
+                )
 
 
-def _wait_for_parts(work: FeaturePass, cluster: Cluster, patience: float) -> None:
+def _sizes(joining: Path) -> dict[int, int]:
+    return {0: size_of(joining)}
+
+
+def _wait_for_parts(work: FeaturePass, cluster: Cluster, timeout: float) -> None:
     """Waits until all parts are finished, or put together already."""
-    parts, name = _parts(work, cluster), work.split.name
+    parts, name = work.parts(len(cluster)), work.split.name
     total, shown = sum(len(part.stretch) for part in parts), 0
 
-    def missing() -> dict[int, int]:
-        nonlocal shown
-        unfinished = [at for at, part in enumerate(parts) if part.finished() is None]
-        rows = {at: parts[at].reached() for at in unfinished}
-        done = total - sum(len(parts[at].stretch) - rows[at] for at in unfinished)
-        advance(max(0, done - shown))
-        shown = max(done, shown)
-        return rows
-
-    def message(lost: Sequence[int], reached: Mapping[int, int]) -> str:
-        said = [
-            f"{cluster.named(who)} has {reached[who]} of the images "
-            f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
-            for who in lost
-        ]
-        text = (
-            f"Features of {name} are missing, and nothing is added any more: "
-            f"{'; '.join(said)}. Start the same command there again, and here: all "
-            "that was computed is kept."
-        )
-        if not all(parts[who].path.exists() for who in lost):
-            text += (
-                " If it is running, it is computing other features: all workers need "
-                "the same folder of features, the same images, with the same times of "
-                "change, the same base and the same `--set dtype`."
-            )
-        return text
+    def unfinished() -> dict[int, int]:
+        waited = [at for at, part in enumerate(parts) if part.finished() is None]
+        return {at: parts[at].reached() for at in waited}
 
     with progress_bar(
         f"Features of {name}, all workers",
         total=total, unit="images", visible=work.progress,
     ) as advance:  # fmt: skip
-        wait_until(lambda: work.is_done or not missing(), missing, patience, message)
+        for rows, lost in watched(unfinished, timeout):
+            done = total - sum(len(parts[at].stretch) - rows[at] for at in rows)
+            advance(max(0, done - shown))
+            shown = max(done, shown)
+            if work.is_done or not rows:
+                return
+            if not lost:
+                continue
+            said = [
+                f"{cluster.named(who)} has {rows[who]} of the images "
+                f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
+                for who in lost
+            ]
+            text = (
+                f"Features of {name} are missing, and nothing is added any more: "
+                f"{'; '.join(said)}. Start the same command there again, and here: "
+                "everything that was computed is cached."
+            )
+            if not all(parts[who].path.exists() for who in lost):
+                text += (
+                    " If it is running, it is computing other features: all workers "
+                    "need the same folder of features, the same images, with the same "
+                    "times of change, the same backbone and the same `--set dtype`."
+                )
+            raise WorkerLost(text)
 
 
 def keep_shares(
@@ -723,14 +661,10 @@ def keep_shares(
 ) -> None:
     """Computes this process's share of each pass, and waits for nobody."""
     for work in passes:
-        parts = _parts(work, cluster)
+        parts = work.parts(len(cluster))
         if work.is_done or cluster.index >= len(parts):
             continue
         part = parts[cluster.index]
         with part.held(patience):
             if part.finished() is None and not work.is_done:
                 part.finish(*append_rows(work, part.path, part.stretch))
-
-
-def _parts(work: FeaturePass, cluster: Cluster) -> list[Part]:
-    return parts_of(work.folder, len(work.split), work.batch_size, len(cluster))

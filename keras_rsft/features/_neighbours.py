@@ -49,14 +49,14 @@ def near_duplicates(
     if features.dim > _SKETCH_DIM:
         rng = np.random.default_rng(0)
         projection = rng.normal(size=(features.dim, _SKETCH_DIM)).astype(np.float32)
-    parts = []
-    for chunk in features.chunks():
-        values = (chunk - mean) * scale
-        parts.append(_unit(values if projection is None else values @ projection))
-    sketches = np.concatenate(parts)
+    sketches = np.concatenate(
+        [
+            _unit(chunk if projection is None else chunk @ projection)
+            for chunk in ((chunk - mean) * scale for chunk in features.chunks())
+        ]
+    )
     queries = np.argsort(-suspicion, kind="stable")[:max_queries]
     block = max(1, _BLOCK_VALUES // max(count, 1))
-    limit = min_similarity - _SKETCH_SLACK
     found: list[NearDuplicate] = []
     with progress_bar(
         "Near duplicates", total=len(queries), unit="images", visible=progress
@@ -65,54 +65,29 @@ def near_duplicates(
             rows = queries[start : start + block]
             cosines = sketches[rows] @ sketches.T
             cosines[features.labels[rows][:, None] == features.labels] = -1.0
-            partners = cosines.argmax(axis=1)  # One each, or a thousand black images
-            likely = cosines.max(axis=1) >= limit  # would give a million pairs.
-            found += _verified(
-                features,
-                (mean, scale),
-                rows[likely],
-                partners[likely],
-                min_similarity,
-            )
+            # One partner each, or a thousand black images would give a million pairs.
+            likely = cosines.max(axis=1) >= min_similarity - _SKETCH_SLACK
+            pairs = np.stack([rows, cosines.argmax(axis=1)], axis=1)[likely]
+            step = max(1, _BLOCK_VALUES // (2 * features.dim))
+            for first in range(0, len(pairs), step):
+                one, other = (
+                    _unit((features.views_of(part)[:, 0] - mean) * scale)
+                    for part in pairs[first : first + step].T
+                )
+                exact = np.einsum("ij,ij->i", one, other)
+                found += [
+                    NearDuplicate(int(pair[0]), int(pair[1]), float(cosine))
+                    for pair, cosine in zip(pairs[first:], exact, strict=False)
+                    if cosine >= min_similarity
+                ]
             advance(len(rows))
-    return _most_alike(found, max_pairs)
-
-
-def _verified(
-    features: FeatureSet,
-    moments: tuple[np.ndarray, np.ndarray],
-    firsts: np.ndarray,
-    seconds: np.ndarray,
-    min_similarity: float,
-) -> list[NearDuplicate]:
-    mean, scale = moments
-    found = []
-    step = max(1, _BLOCK_VALUES // (2 * features.dim))
-    for start in range(0, len(firsts), step):
-        pairs = np.stack([firsts[start : start + step], seconds[start : start + step]])
-        one, other = (
-            _unit((features.views_of(rows)[:, 0] - mean) * scale) for rows in pairs
-        )
-        cosines = np.einsum("ij,ij->i", one, other)
-        found += [
-            NearDuplicate(int(first), int(second), float(cosine))
-            for first, second, cosine in zip(*pairs, cosines, strict=True)
-            if cosine >= min_similarity
-        ]
-    return found
-
-
-def _most_alike(found: list[NearDuplicate], max_pairs: int) -> list[NearDuplicate]:
     taken: set[int] = set()
-    kept = []
+    most_alike: list[NearDuplicate] = []
     for pair in sorted(found, key=lambda one: (-one.similarity, one.first)):
-        members = {pair.first, pair.second}
-        if len(kept) == max_pairs:
-            break
-        if taken.isdisjoint(members):
-            taken |= members
-            kept.append(pair)
-    return kept
+        if len(most_alike) < max_pairs and taken.isdisjoint((pair.first, pair.second)):
+            taken |= {pair.first, pair.second}
+            most_alike.append(pair)
+    return most_alike
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,11 +33,8 @@ def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
     # Whole batches of the whole split, so that each sample is computed together with
     # those that it would have been computed with by one process.
     each, more = divmod(-(-count // batch_size), shares)
-    start, stop = (
-        min(count, batch_size * (number * each + min(number, more)))
-        for number in (index, index + 1)
-    )
-    return range(start, stop)
+    starts = [number * each + min(number, more) for number in (index, index + 1)]
+    return range(*(min(count, batch_size * start) for start in starts))
 
 
 def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
@@ -47,7 +44,7 @@ def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
         longest[stretch.start] = stretch
     chain, reached = [], 0
     while reached < count:
-        stretch = longest.get(reached)
+        stretch = longest.get(reached, range(0))
         if not stretch:
             return None
         chain.append(stretch)
@@ -65,8 +62,7 @@ class Part:
     @classmethod
     def of(cls, folder: Path, stretch: range) -> Part:
         """Returns the part of the set that will be at `folder`; it need not exist."""
-        name = f"{stretch.start}-{stretch.stop}"
-        return cls(shares_folder(folder) / name, stretch)
+        return cls(shares_folder(folder) / f"{stretch.start}-{stretch.stop}", stretch)
 
     def finished(self) -> dict[str, Any] | None:
         """Returns `rows` and `checksums` of a finished part, else None."""
@@ -82,16 +78,15 @@ class Part:
 
     @property
     def rows(self) -> int:
-        said = self.finished()
-        return 0 if said is None else said["rows"]
+        return (self.finished() or {"rows": 0})["rows"]
 
     def reached(self) -> int:
         """Returns how many rows are on disk, as far as this machine can see."""
         return size_of(self.path / INDEX_FILE) // 8
 
-    def held(self, patience: float) -> contextlib.AbstractContextManager[None]:
+    def held(self, timeout: float) -> contextlib.AbstractContextManager[None]:
         """Keeps others of this machine, at least, from writing the same part."""
-        return held(self.path / LOCK_FILE, patience)
+        return held(self.path / LOCK_FILE, timeout)
 
 
 def parts_of(folder: Path, count: int, batch_size: int, shares: int) -> list[Part]:
@@ -105,14 +100,13 @@ def parts_of(folder: Path, count: int, batch_size: int, shares: int) -> list[Par
 
 def finished_parts(folder: Path, count: int) -> list[Part] | None:
     """Returns finished parts of a set that make it whole; None if they do not."""
-    stretches = []
-    for path in shares_folder(folder).glob("*-*"):
-        ends = path.name.split("-")
-        if len(ends) == 2 and all(end.isdigit() for end in ends):
-            stretch = range(*map(int, ends))
-            if Part(path, stretch).finished():
-                stretches.append(stretch)
-    chain = chain_of(stretches, count)
+    names = [path.name.split("-") for path in shares_folder(folder).glob("*-*")]
+    parts = [
+        Part.of(folder, range(int(ends[0]), int(ends[1])))
+        for ends in names
+        if len(ends) == 2 and all(end.isdigit() for end in ends)
+    ]
+    chain = chain_of((part.stretch for part in parts if part.finished()), count)
     return [Part.of(folder, stretch) for stretch in chain] if chain else None
 
 
@@ -126,14 +120,14 @@ def joining_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.joining")
 
 
-def held(path: Path, patience: float) -> contextlib.AbstractContextManager[None]:
+def held(path: Path, timeout: float) -> contextlib.AbstractContextManager[None]:
     """Holds a lock, where the file system has locks; WorkerLost if others do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lost = WorkerLost(
-        f"Another process has held {path.parent} for {patience:.0f} s. "
+        f"Another process has held {path.parent} for {timeout:.0f} s. "
         "Each worker must have an index of its own; end the other one."
     )
-    return locked(path, timeout=patience, taken=lost, needed=False)
+    return locked(path, timeout=timeout, taken=lost, needed=False)
 
 
 def size_of(path: Path) -> int:
@@ -147,32 +141,27 @@ def size_of(path: Path) -> int:
 class Watch:
     """Tells who has not moved for too long."""
 
-    def __init__(self, patience: float):
-        self._patience = patience
+    def __init__(self, timeout: float):
+        self._timeout = timeout
         self._last: dict[int, tuple[int, float]] = {}
 
     def lost(self, reached: Mapping[int, int], now: float) -> list[int]:
-        """Returns whose number has been the same for longer than the patience."""
+        """Returns whose number has been the same for longer than the timeout."""
         for who, value in reached.items():
             if self._last.get(who, (None, now))[0] != value:
                 self._last[who] = (value, now)
-        return [who for who in reached if now - self._last[who][1] > self._patience]
+        return [who for who in reached if now - self._last[who][1] > self._timeout]
 
 
-def wait_until(
-    done: Callable[[], bool],
-    reached: Callable[[], Mapping[int, int]],
-    patience: float,
-    message: Callable[[Sequence[int], Mapping[int, int]], str],
-) -> None:
-    """Waits, and raises WorkerLost where one that is waited for does not get on."""
-    watch = Watch(patience)
-    while not done():
+def watched(
+    reached: Callable[[], Mapping[int, int]], timeout: float
+) -> Iterator[tuple[Mapping[int, int], list[int]]]:
+    """Yields now and then how far all are, and who has not moved for too long."""
+    watch = Watch(timeout)
+    while True:
         now = reached()
-        lost = watch.lost(now, time.monotonic())
-        if lost:
-            raise WorkerLost(message(lost, now))
-        time.sleep(min(SECONDS_BETWEEN_LOOKS, patience))
+        yield now, watch.lost(now, time.monotonic())
+        time.sleep(min(SECONDS_BETWEEN_LOOKS, timeout))
 
 
 def join_parts(
@@ -181,54 +170,51 @@ def join_parts(
     meta: Mapping[str, Any],
     *,
     name: str,
-    patience: float,
+    timeout: float,
     progress: bool,
 ) -> None:
     """Puts finished parts together, verifies the set, and gives it its name."""
-    # Verified are each part's checksums against those of what its worker wrote, the
-    # number of its rows, and that its samples are of its share, in order, none twice.
-    # Afterwards all parts are removed.
-    with held(shares_folder(folder) / LOCK_FILE, patience):
+    # Verified are each part's checksums against those of its worker, the number of its
+    # rows, and that its samples are of its share, in order, none twice. Afterwards all
+    # parts are removed.
+    files = (FEATURES_FILE, INDEX_FILE)
+    with (
+        held(shares_folder(folder) / LOCK_FILE, timeout),
+        contextlib.ExitStack() as stack,
+    ):
         if read_meta(folder) is None:
             joining = joining_folder(folder)
             shutil.rmtree(joining, ignore_errors=True)  # Of one that was killed.
             joining.mkdir(parents=True)
-            # Appends all parts to one set, and returns its number of rows.
-            files = (FEATURES_FILE, INDEX_FILE)
             total = sum(size_of(part.path / file) for part in parts for file in files)
             rows = 0
-            with contextlib.ExitStack() as stack:
-                targets = {
-                    file: stack.enter_context((joining / file).open("wb"))
-                    for file in files
-                }
-                advance = stack.enter_context(
-                    progress_bar(
-                        f"{name}: putting shares together",
-                        total=-(-total // 2**20), unit="MiB", visible=progress,
+            opened = [stack.enter_context((joining / one).open("wb")) for one in files]
+            advance = stack.enter_context(
+                progress_bar(
+                    f"{name}: putting shares together",
+                    total=-(-total // 2**20), unit="MiB", visible=progress,
+                )
+            )  # fmt: skip
+            for part in parts:
+                said = part.finished() or {"rows": -1, "checksums": {}}
+                index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
+                fault = index_fault(index, part.stretch, said["rows"])
+                for file, target in zip(files, opened, strict=True):
+                    checksum = append_file(part.path / file, target, advance)
+                    if fault is None and checksum != said["checksums"].get(file):
+                        fault = f"{file} is not what was written"
+                if fault is not None:
+                    shutil.rmtree(part.path, ignore_errors=True)
+                    first, last = part.stretch.start, part.stretch.stop - 1
+                    raise DataError(
+                        f"The share of {name} from image {first} to {last} is damaged: "
+                        f"{fault}. It was removed. Run the same command again, on all "
+                        "workers; see that each has an index of its own."
                     )
-                )  # fmt: skip
-                for part in parts:
-                    said = part.finished() or {"rows": -1, "checksums": {}}
-                    index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
-                    fault = index_fault(index, part.stretch, said["rows"])
-                    for file, target in targets.items():
-                        checksum = append_file(part.path / file, target, advance)
-                        if fault is None and checksum != said["checksums"].get(file):
-                            fault = f"{file} is not what was written"
-                    if fault is not None:
-                        shutil.rmtree(part.path, ignore_errors=True)
-                        first, last = part.stretch.start, part.stretch.stop - 1
-                        raise DataError(
-                            f"The share of {name} from image {first} to {last} is "
-                            f"damaged: {fault}. It was removed. Run the same command "
-                            "again, on all workers; see that each has an index of its "
-                            "own."
-                        )
-                    rows += len(index)
-                for target in targets.values():
-                    target.flush()
-                    os.fsync(target.fileno())
+                rows += len(index)
+            for target in opened:
+                target.flush()
+                os.fsync(target.fileno())
             write_json(joining / META_FILE, {"rows": rows, **meta})
             publish(joining, folder)
         shutil.rmtree(shares_folder(folder), ignore_errors=True)

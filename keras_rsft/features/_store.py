@@ -15,7 +15,7 @@ FEATURES_FILE = "features.bin"
 INDEX_FILE = "index.bin"
 META_FILE = "meta.json"
 FEATURE_PRECISIONS = ("float32", "float16")
-# What a feature varies at least, in mean variances, as far as standardising goes.
+# Variance floor for standardisation, as a fraction of the mean variance.
 LEAST_VARIANCE = 0.1
 
 
@@ -28,7 +28,7 @@ class FeatureSet:
         labels: int32 array of shape `(n,)`, the given labels.
         ids: String array of shape `(n,)`.
         dim: Number of features of an image.
-        views: Views kept of each image; view 0 is the plain image.
+        views: Views cached of each image; view 0 is the plain image.
         clean_labels: int32 array of shape `(n,)`, or None if not known.
         unreadable: `(id, reason)` of each image that could not be read.
         precision: Of the values in the file, `"float32"` or `"float16"`. What comes out

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,31 +41,29 @@ def write_thumbnails(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Puts a pack of thumbnails into a folder; kept ones if there are any."""
+    """Puts a pack of thumbnails into a folder; cached ones if there are any."""
     if len(split) > MAX_THUMBNAILS:
         chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
         _render(split.take(chosen), folder, progress)
         return
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir)
     root.mkdir(parents=True, exist_ok=True)
     if split.before_review is not None:
-        split = split.before_review  # Those that were kept before serve still.
+        split = split.before_review  # Those that were cached before serve still.
     described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
     encoded = json.dumps(described).encode()
-    kept = root / f"thumbnails-{hashlib.blake2b(encoded, digest_size=16).hexdigest()}"
-    with locked(f"{kept}.lock"):
-        if not kept.exists():
-            for left in root.glob(f".{kept.name}-*"):  # By one that was killed.
+    pack = root / f"thumbnails-{hashlib.blake2b(encoded, digest_size=16).hexdigest()}"
+    with locked(f"{pack}.lock"):
+        if not pack.exists():
+            for left in root.glob(f".{pack.name}-*"):  # By one that was killed.
                 shutil.rmtree(left, ignore_errors=True)
-            with written_whole(kept) as partial:
+            with written_whole(pack) as partial:
                 _render(split, partial, progress)
     for name in (THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE):
-        source = kept / name
-        target = folder / name
         try:
-            os.link(source, target)  # No second copy on the same disk.
+            os.link(pack / name, folder / name)  # No second copy on the same disk.
         except OSError:
-            shutil.copyfile(source, target)
+            shutil.copyfile(pack / name, folder / name)
 
 
 def most_suspicious(
@@ -109,10 +106,13 @@ MAX_CHARACTERS = 600
 
 def write_excerpts(split: TextSplit, suspicion: dict[str, float], folder: Path) -> None:
     """Puts the beginnings of the texts that can be read into a folder."""
-    chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
     with (folder / TEXTS_FILE).open("w", encoding="utf-8") as file:
-        for sample_id, text in _readable(split, chosen):
-            line = {"id": sample_id, "text": excerpt_of(text)}
+        for index in most_suspicious(split, suspicion, MAX_THUMBNAILS).tolist():
+            try:
+                text = split.text(index)
+            except (DataError, OSError):  # It is in unreadable.csv, or gone since.
+                continue
+            line = {"id": str(split.ids[index]), "text": excerpt_of(text)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -122,11 +122,3 @@ def excerpt_of(text: str) -> str:
     if len(flat) <= MAX_CHARACTERS and len(text) <= 10 * MAX_CHARACTERS:
         return flat
     return f"{flat[: MAX_CHARACTERS - 1]}…"
-
-
-def _readable(split: TextSplit, chosen: np.ndarray) -> Iterator[tuple[str, str]]:
-    for index in chosen.tolist():
-        try:
-            yield str(split.ids[index]), split.text(index)
-        except (DataError, OSError):  # It is in unreadable.csv, or gone since.
-            continue

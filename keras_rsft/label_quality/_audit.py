@@ -164,9 +164,24 @@ def audit_labels(
             f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
             "labels by",
         )
-    evidence = _Evidence.of(features)
-    regression = LeftOutRegression(evidence.features, num_classes, seed)
-    weights = np.where(evidence.dropped, np.float32(0), np.float32(1))
+    # The noise is estimated from all samples there were before a review; `judged` are
+    # the positions of today's among them.
+    before = features.before_review if features.reviewed is not None else None
+    learnt, given, judged = features, labels, np.arange(len(labels))
+    if before is not None:
+        rows = features.file_rows(judged)
+        judged = np.searchsorted(before.file_rows(np.arange(len(before))), rows)
+        right_labels = np.array(before.labels)
+        right_labels[judged] = labels
+        learnt, given = before.with_labels(right_labels), np.asarray(before.labels)
+    known = None
+    if features.reviewed is not None:
+        known = np.full(len(given), -1)
+        known[judged[features.reviewed]] = labels[features.reviewed]
+    dropped = np.ones(len(given), bool)
+    dropped[judged] = False
+    regression = LeftOutRegression(learnt, num_classes, seed)
+    weights = np.where(dropped, np.float32(0), np.float32(1))
     sharpness: float | None = None
     noise = np.eye(num_classes)
     with progress_bar(
@@ -175,21 +190,21 @@ def audit_labels(
         for _ in range(ROUNDS):
             scores = regression.left_out_scores(weights)
             sharpness, noise = fit_noise(
-                scores,
-                evidence.given,
-                known=evidence.known,
-                near=sharpness,
-                chosen=regression.sampled,
+                scores, given, known=known, near=sharpness, chosen=regression.sampled
             )
             out_of_sample = softmax(sharpness * scores)
-            weights = _right_probability(out_of_sample, noise, evidence.given)
-            if evidence.known is not None:
-                weights[evidence.known >= 0] = 1.0
-            weights[evidence.dropped] = 0.0
+            for part in _parts(*out_of_sample.shape):
+                posterior = true_label_posterior(
+                    out_of_sample[part], noise, given[part]
+                )
+                weights[part] = posterior[np.arange(len(posterior)), given[part]]
+            if known is not None:
+                weights[known >= 0] = 1.0
+            weights[dropped] = 0.0
             advance(1)
-    probability = weights[evidence.places]
+    probability = weights[judged]
     label_quality = LabelQuality(
-        out_of_sample[evidence.places].astype(np.float32),
+        out_of_sample[judged].astype(np.float32),
         probability,
         float(1.0 - probability.mean()),
         noise,
@@ -215,37 +230,6 @@ def _reason_to_keep_all(label_quality: LabelQuality) -> str | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Evidence:
-    """What the noise is estimated from: `m` samples, among them the examined ones."""
-
-    features: FeatureSet
-    given: np.ndarray
-    known: np.ndarray | None
-    dropped: np.ndarray
-    places: np.ndarray
-
-    @classmethod
-    def of(cls, features: FeatureSet) -> _Evidence:
-        labels = np.asarray(features.labels)
-        before, count = features.before_review, len(features)
-        if features.reviewed is None or before is None:
-            known = None
-            if features.reviewed is not None:
-                known = np.where(features.reviewed, labels, -1)
-            return cls(features, labels, known, np.zeros(count, bool), np.arange(count))
-        rows = features.file_rows(np.arange(count))
-        places = np.searchsorted(before.file_rows(np.arange(len(before))), rows)
-        learnt = np.array(before.labels)
-        learnt[places] = labels
-        known = np.full(len(before), -1)
-        known[places[features.reviewed]] = labels[features.reviewed]
-        dropped = np.ones(len(before), bool)
-        dropped[places] = False
-        given = np.asarray(before.labels)
-        return cls(before.with_labels(learnt), given, known, dropped, places)
-
-
 # -- Class scores of each sample from the other samples alone --------------------
 
 
@@ -258,7 +242,13 @@ class LeftOutRegression:
         self._num_classes = num_classes
         mean, variance = features.moments()
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
-            raise DataError(_not_finite_message(features))
+            finite = [np.isfinite(chunk).all(axis=1) for chunk in features.chunks()]
+            bad = ~np.concatenate(finite)
+            raise DataError(
+                f"The features of {np.count_nonzero(bad)} of {len(features)} images "
+                f"are NaN or infinite, for example {', '.join(features.ids[bad][:3])}. "
+                "Try `--set dtype=float32`, or another backbone."
+            )
         self._mean, self._scale = mean, 1.0 / np.sqrt(variance)
         count = len(features)
         chosen = np.random.default_rng(seed).permutation(count)[:MAX_ROWS_TO_CHOOSE]
@@ -268,14 +258,14 @@ class LeftOutRegression:
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
-        gram, moment = self._normal_equations(weights, self.sampled)
+        gram, moment = self._normal_equations(weights * self.sampled)
         sample = np.concatenate(
             [
                 inputs[self.sampled[start : start + len(inputs)]]
                 for start, inputs in self._chunks()
             ]
         )
-        targets = self._one_hot(np.flatnonzero(self.sampled))
+        targets = self._one_hot(self.sampled)
         sample_weights = weights[self.sampled]
 
         def error(ridge: float) -> float:
@@ -285,14 +275,13 @@ class LeftOutRegression:
 
         self._ridge = float(min(_neighbours(RIDGES, self._ridge), key=error))
         if not self.sampled.all():
-            gram, moment = self._normal_equations(weights, None)
+            gram, moment = self._normal_equations(weights)
         inverse = _inverse(gram, self._ridge)
         scores = np.empty((len(weights), self._num_classes), np.float32)
         for start, inputs in self._chunks():
-            place = slice(start, start + len(inputs))
-            targets = self._one_hot(np.arange(start, start + len(inputs)))
-            scores[place] = _leave_one_out(
-                inputs, targets, weights[place], inverse, moment
+            rows = slice(start, start + len(inputs))
+            scores[rows] = _leave_one_out(
+                inputs, self._one_hot(rows), weights[rows], inverse, moment
             )
         return scores
 
@@ -304,21 +293,17 @@ class LeftOutRegression:
             yield start, inputs
             start += len(chunk)
 
-    def _one_hot(self, rows: np.ndarray) -> np.ndarray:
+    def _one_hot(self, rows: np.ndarray | slice) -> np.ndarray:
         return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
 
-    def _normal_equations(
-        self, weights: np.ndarray, only: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _normal_equations(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the weighted Gram matrix and the moments with the targets."""
         width = self._features.dim + 1
         gram = np.zeros((width, width))
         moment = np.zeros((width, self._num_classes))
         for start, inputs in self._chunks():
-            rows = np.arange(start, start + len(inputs))
+            rows = slice(start, start + len(inputs))
             weighted = inputs * weights[rows, None]
-            if only is not None:
-                weighted *= only[rows, None]
             gram += weighted.T @ inputs
             moment += weighted.T @ self._one_hot(rows)
         return gram, moment.astype(np.float32)
@@ -347,19 +332,8 @@ def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
     """Returns the values next to one of them; all if that is None."""
     if near is None:
         return values
-    place = int(np.argmin(np.abs(values - near)))
-    return values[max(place - 1, 0) : place + 2]
-
-
-def _not_finite_message(features: FeatureSet) -> str:
-    bad = np.concatenate(
-        [~np.isfinite(chunk).all(axis=1) for chunk in features.chunks()]
-    )
-    named = ", ".join(map(str, features.ids[bad][:3]))
-    return (
-        f"The features of {np.count_nonzero(bad)} of {len(features)} images are NaN or "
-        f"infinite, for example {named}. Try `--set dtype=float32`, or another base."
-    )
+    nearest = int(np.argmin(np.abs(values - near)))
+    return values[max(nearest - 1, 0) : nearest + 2]
 
 
 # -- The matrix of label noise ---------------------------------------------------
@@ -400,17 +374,6 @@ def _parts(count: int, num_classes: int) -> list[slice]:
     """Cuts samples into parts: a thousand classes would need much memory at once."""
     rows = max(1, CHUNK_VALUES // num_classes)
     return [slice(at, at + rows) for at in range(0, count, rows)]
-
-
-def _right_probability(
-    probabilities: np.ndarray, noise: np.ndarray, labels: np.ndarray
-) -> np.ndarray:
-    """Returns how likely each given label is right, float32 `(n,)`."""
-    right = np.empty(len(labels), np.float32)
-    for part in _parts(*probabilities.shape):
-        posterior = true_label_posterior(probabilities[part], noise, labels[part])
-        right[part] = posterior[np.arange(len(posterior)), labels[part]]
-    return right
 
 
 def fit_noise(

@@ -21,7 +21,7 @@ _SHOWN_EPOCHS = 6
 _MOST_RATE_TICKS = 5
 # Styles of the lines of one chart, in the order in which they are told apart best.
 STYLES = ("quiet", "second", "first")
-# Where a trial passes the axis of a hyperparameter that it does not have.
+# Where a trial crosses the axis of a hyperparameter that it does not have.
 UNUSED = -0.15
 _VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
 # Plasma without its ends, which are lost on dark or on light.
@@ -48,37 +48,40 @@ _RULES = {
     ".dot.hollow": "fill:{paper};fill-opacity:1;stroke:{ink}",
     ".dot.chosen": "fill:{second};fill-opacity:1;stroke:{paper}",
 }
-
-
-def _rules(colours: Mapping[str, str]) -> str:
-    return "".join(
+_LIGHT, _DARK = (
+    "".join(
         f"svg.keras-rsft {name}{{{rule.format(**colours)}}}"
         for name, rule in _RULES.items()
     )
-
-
-_STYLE = (
-    f"{_rules(_COLOURS[0])}@media (prefers-color-scheme:dark){{{_rules(_COLOURS[1])}}}"
+    for colours in _COLOURS
 )
+_STYLE = f"{_LIGHT}@media (prefers-color-scheme:dark){{{_DARK}}}"
 
 
 # -- Pieces of every chart -----------------------------------------------------
 
 
-def _tag(name: str, content: str = "", **attributes: Any) -> str:
+def _tag(name: str, content: str = "", /, **attributes: Any) -> str:
     """Returns an element around markup; `class_` is class, `_` a hyphen."""
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{_attribute(value)}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
+    written = ""
+    for key, value in attributes.items():
+        if value is not None:
+            text = f"{round(value, 2):g}" if isinstance(value, float) else str(value)
+            key = key.rstrip("_").replace("_", "-")
+            written += f' {key}="{html.escape(text)}"'
     return f"<{name}{written}>{content}</{name}>"
 
 
-def _attribute(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{round(value, 2):g}"
-    return html.escape(str(value))
+def _line(class_: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return _tag("line", class_=class_, x1=x1, y1=y1, x2=x2, y2=y2)
+
+
+def _dot(class_: str, x: float, y: float, radius: float) -> str:
+    return _tag("circle", class_=class_, cx=x, cy=y, r=radius)
+
+
+def _rect(x: float, y: float, width: float, height: float, **colour: str) -> str:
+    return _tag("rect", x=x, y=y, width=width, height=height, **colour)
 
 
 def _words(
@@ -90,35 +93,37 @@ def _words(
 def _svg(
     content: str, width: float, height: float, summary: str, /, **attributes: Any
 ) -> str:
-    return _tag(
-        "svg", content, viewBox=f"0 0 {width:g} {height:g}", role="img",
-        aria_label=summary, **attributes,
-    )  # fmt: skip
+    view = f"0 0 {width:g} {height:g}"
+    attributes |= {"viewBox": view, "role": "img", "aria_label": summary}
+    return _tag("svg", content, **attributes)
 
 
 def _alone(content: str, width: float, height: float, summary: str) -> str:
     """Returns a drawing that brings its own colours and paper."""
-    paper = _tag("rect", class_="paper", width=width, height=height)
-    return _svg(
-        f"{_tag('style', _STYLE)}{paper}{content}", width, height, summary,
-        xmlns="http://www.w3.org/2000/svg", class_="keras-rsft", width=width,
-        height=height, style="max-width:100%;height:auto",
-    )  # fmt: skip
+    content = _rect(0, 0, width, height, class_="paper") + content
+    content = _tag("style", _STYLE) + content
+    attributes: dict[str, Any] = {
+        "xmlns": "http://www.w3.org/2000/svg",
+        "class": "keras-rsft",
+    }
+    attributes |= {"width": width, "height": height}
+    attributes["style"] = "max-width:100%;height:auto"
+    return _svg(content, width, height, summary, **attributes)
 
 
 def _scale(
     low: float, high: float, start: float, end: float, *, log: bool = False
 ) -> Callable[[float], float]:
-    """Returns what takes a value to its pixel, logarithmically with `log`."""
+    """Returns the function from a value to its pixel, logarithmic with `log`."""
     if log:
         low, high = math.log(low), math.log(high)
 
-    def place(value: float) -> float:
+    def pixel(value: float) -> float:
         value = math.log(value) if log else value
         share = (value - low) / (high - low) if high > low else 0.5
         return round(start + share * (end - start), 2)
 
-    return place
+    return pixel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,25 +144,25 @@ class _Box:
         y_label: str = "",
         title: str = "",
     ) -> str:
-        middle = (self.left + self.right) / 2
-        parts = []
-        for y, text in y_ticks:
-            parts.append(
-                _tag("line", class_="grid", x1=self.left, x2=self.right, y1=y, y2=y)
-            )
-            parts.append(_words(text, self.left - 8, y + 4, "end"))
-        parts += [_words(text, x, self.bottom + 18, "middle") for x, text in x_ticks]
+        drawn = "".join(
+            _line("grid", self.left, y, self.right, y)
+            + _words(text, self.left - 8, y + 4, "end")
+            for y, text in y_ticks
+        )
+        for x, text in x_ticks:
+            drawn += _words(text, x, self.bottom + 18, "middle")
         if x_label:
-            parts.append(_words(x_label, middle, self.bottom + 36, "middle"))
+            middle = (self.left + self.right) / 2
+            drawn += _words(x_label, middle, self.bottom + 36, "middle")
         if y_label:
-            parts.append(_words(y_label, self.left - 34, self.top - 10))
+            drawn += _words(y_label, self.left - 34, self.top - 10)
         if title:
-            parts.append(_words(title, self.right, self.top - 10, "end", "title"))
-        return "".join(parts)
+            drawn += _words(title, self.right, self.top - 10, "end", "title")
+        return drawn
 
 
 def nice_ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Returns about so many even, round numbers that cover a range."""
+    """Returns about this many even, round numbers that cover a range."""
     if high <= low:
         high = low + (abs(low) or 1.0) * 0.1
     rough = (high - low) / about
@@ -170,7 +175,7 @@ def nice_ticks(low: float, high: float, *, about: int = 5) -> list[float]:
 def rate_ticks(low: float, high: float) -> list[float]:
     """Returns up to five round learning rates in a range, at least one."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
+    for steps in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
         ticks = [float(f"{step}e{d}") for d in decades for step in steps]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= _MOST_RATE_TICKS:
@@ -193,17 +198,12 @@ def _colour(share: float, anchors: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LineChart:
-    """Lines over epochs: a drawing, and what is beside it on the page."""
+    """Lines over epochs: a drawing, and the data that the page's script reads."""
 
-    key: str
     title: str
     summary: str
-    names: tuple[str, ...]
-    styles: tuple[str, ...]
-    x_places: tuple[float, ...]
-    heights: tuple[tuple[float | None, ...], ...]
-    texts: tuple[tuple[str, ...], ...]
     content: str
+    data: dict[str, Any]
 
     @property
     def svg(self) -> str:
@@ -211,29 +211,14 @@ class LineChart:
         drawn = self.content + _tag("g", data_marks="")
         return _svg(drawn, WIDTH, HEIGHT, self.summary, tabindex=0)
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the page's script reads values off by."""
-        return {
-            "x": self.x_places,
-            "epochs": list(range(1, len(self.x_places) + 1)),
-            "top": TOP,
-            "bottom": HEIGHT - BOTTOM,
-            "lines": self.styles,
-            "names": self.names,
-            "y": self.heights,
-            "texts": self.texts,
-        }
-
 
 def line_chart(
-    key: str,
     title: str,
     series: Sequence[tuple[str, str, Sequence[float]]],
     *,
-    as_percent: bool,
+    as_percent: bool = True,
 ) -> LineChart | None:
-    """Returns a chart of values by epoch, or None where there is no finite value."""
+    """Draws `(name, style, values by epoch)`; None where no value is finite."""
     series = [one for one in series if any(map(math.isfinite, one[2]))]
     if not series:
         return None
@@ -245,78 +230,71 @@ def line_chart(
     count = max(len(one[2]) for one in series)
     x = _scale(0, max(count - 1, 1), LEFT, WIDTH - RIGHT)
     y = _scale(min(ticks[0], low), max(ticks[-1], high), HEIGHT - BOTTOM, TOP)
-    places = tuple(map(x, range(count)))
-    heights = tuple(
-        tuple(y(value) if math.isfinite(value) else None for value in one[2])
-        for one in series
-    )
-    shown = "{:.1%}" if as_percent else "{:.3g}"
-    texts = tuple(
-        tuple(
-            shown.format(value).replace("%", " %") if math.isfinite(value) else "-"
-            for value in one[2]
-        )
-        for one in series
-    )
-    ends = "; ".join(
-        f"{one[0]} from {known[0]} to {known[-1]}"
-        for one, row in zip(series, texts, strict=True)
-        for known in [[text for text in row if text != "-"]]
-    )
-    summary = f"{title} over {count} epochs: {ends}."
+    xs = [x(epoch) for epoch in range(count)]
     step = next(
         s * 10**e for e in range(9) for s in (1, 2, 5) if count / (s * 10**e) <= 7
     )
     marked = [0, *(i - 1 for i in range(step, count + 1, step) if i > 1)]
     drawn = _Box(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM).axes(
-        [(places[i], str(i + 1)) for i in marked],
+        [(xs[i], str(i + 1)) for i in marked],
         [(y(v), f"{100 * v:.0f} %" if as_percent else f"{v:.3g}") for v in ticks],
     )
-    for one, row in zip(series, heights, strict=True):
-        for points in _pieces(places, row):
-            drawn += _tag("polyline", class_=f"line {one[1]}", points=points)
+    heights, texts, ends = [], [], []
+    for name, style, line in series:
+        row = [y(value) if math.isfinite(value) else None for value in line]
+        pairs = itertools.groupby(
+            zip(xs, row, strict=False), lambda pair: pair[1] is not None
+        )
+        for is_known, piece in pairs:  # A gap breaks the line.
+            if is_known:
+                points = " ".join(f"{left:g},{top:g}" for left, top in piece)
+                drawn += _tag("polyline", class_=f"line {style}", points=points)
+        shown = [
+            (f"{100 * value:.1f} %" if as_percent else f"{value:.3g}")
+            if math.isfinite(value)
+            else "-"
+            for value in line
+        ]
+        known = [text for text in shown if text != "-"]
+        ends.append(f"{name} from {known[0]} to {known[-1]}")
+        heights.append(row)
+        texts.append(shown)
     return LineChart(
-        key=key,
         title=title,
-        summary=summary,
-        names=tuple(one[0] for one in series),
-        styles=tuple(one[1] for one in series),
-        x_places=places,
-        heights=heights,
-        texts=texts,
+        summary=f"{title} over {count} epochs: {'; '.join(ends)}.",
         content=drawn,
+        data={
+            "x": xs,
+            "epochs": list(range(1, count + 1)),
+            "top": TOP,
+            "bottom": HEIGHT - BOTTOM,
+            "styles": [style for _, style, _ in series],
+            "names": [name for name, _, _ in series],
+            "y": heights,
+            "texts": texts,
+        },
     )
 
 
-def _pieces(xs: Sequence[float], ys: Sequence[float | None]) -> list[str]:
-    """Returns the points of each unbroken piece of a line."""
-    pairs = itertools.groupby(
-        zip(xs, ys, strict=False), lambda pair: pair[1] is not None
-    )
-    return [
-        " ".join(f"{x:g},{y:g}" for x, y in piece) for there, piece in pairs if there
-    ]
-
-
-def line_charts_svg(charts: Sequence[LineChart]) -> str:
+def line_charts_svg(charts: Sequence[LineChart | None]) -> str:
     """Returns learning curves side by side, to stand alone; "" without any."""
-    if not charts:
+    drawable = [one for one in charts if one is not None]
+    if not drawable:
         return ""
-    rows = 34 + 18 * max(len(one.names) for one in charts)
+    rows = 34 + 18 * max(len(one.data["names"]) for one in drawable)
     drawn = ""
-    for number, one in enumerate(charts):
-        left = number * (WIDTH + 20)
-        drawn += _words(one.title, left + LEFT, 16, class_="title")
-        for row, (name, style) in enumerate(zip(one.names, one.styles, strict=True)):
+    for number, one in enumerate(drawable):
+        left = number * (WIDTH + 20) + LEFT
+        drawn += _words(one.title, left, 16, class_="title")
+        legend = zip(one.data["names"], one.data["styles"], strict=True)
+        for row, (name, style) in enumerate(legend):
             at = 34 + 18 * row
-            drawn += _tag(
-                "line", class_=f"line {style}", x1=left + LEFT, x2=left + LEFT + 18,
-                y1=at - 4, y2=at - 4,
-            )  # fmt: skip
-            drawn += _words(name, left + LEFT + 26, at)
-        drawn += _tag("g", one.content, transform=f"translate({left} {rows - 14})")
-    width = len(charts) * (WIDTH + 20)
-    summary = " ".join(one.summary for one in charts)
+            drawn += _line(f"line {style}", left, at - 4, left + 18, at - 4)
+            drawn += _words(name, left + 26, at)
+        moved = f"translate({left - LEFT} {rows - 14})"
+        drawn += _tag("g", one.content, transform=moved)
+    width = len(drawable) * (WIDTH + 20)
+    summary = " ".join(one.summary for one in drawable)
     return _alone(drawn, width, rows + HEIGHT - 14, summary)
 
 
@@ -348,11 +326,11 @@ def histograms(losses: Sequence[EpochLosses]) -> tuple[Histogram, ...]:
 def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histogram:
     base = SMALL_HEIGHT - 22
     x = _scale(low, high, 16, SMALL_WIDTH - 16, log=True)
-    drawn = _tag("line", class_="axis", x1=0, x2=SMALL_WIDTH, y1=base, y2=base)
+    drawn = _line("axis", 0, base, SMALL_WIDTH, base)
     for start, end, *counts in epoch.bins:
         left, width = x(start), max(x(end) - x(start) - 1, 0.5)
         accepted, rejected = ((base - 14) * count / most for count in counts)
-        said = (
+        words = (
             f"loss {start:.2g} to {end:.2g}: {counts[0]:,} accepted, "
             f"{counts[1]:,} rejected"
         )
@@ -361,28 +339,22 @@ def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histog
             ("accepted", base - accepted, accepted),
             ("rejected", base - accepted - rejected, rejected),
         )
-        drawn += _tag(
-            "g",
-            _tag("title", said)
-            + "".join(
-                _tag("rect", class_=name, x=left, y=top, width=width, height=height)
-                for name, top, height in bars
-            ),
-            class_="bin",
+        content = _tag("title", words) + "".join(
+            _rect(left, top, width, height, class_=name) for name, top, height in bars
         )
+        drawn += _tag("g", content, class_="bin")
     threshold = epoch.threshold
     if threshold is not None and low <= threshold <= high:
         at = x(threshold)
-        side = -1 if at >= SMALL_WIDTH - 50 else 1
-        drawn += _tag("line", class_="line threshold", x1=at, x2=at, y1=4, y2=base)
-        anchor = "start" if side > 0 else "end"
+        side, anchor = (-1, "end") if at >= SMALL_WIDTH - 50 else (1, "start")
+        drawn += _line("line threshold", at, 4, at, base)
         drawn += _words(f"{threshold:.2f}", at + 4 * side, 12, anchor)
     decades = range(math.ceil(math.log10(low) - 1e-6), int(math.log10(high) + 1e-6) + 1)
     for decade in decades:
         text = f"{10.0**decade:g}"
         drawn += _words(text, x(10.0**decade), SMALL_HEIGHT - 6, "middle")
-    accepted, rejected = (sum(one[i] for one in epoch.bins) for i in (2, 3))
-    shown = f"{accepted:,} accepted, {rejected:,} rejected"
+    total = (sum(one[i] for one in epoch.bins) for i in (2, 3))
+    shown = "{:,} accepted, {:,} rejected".format(*total)
     summary = f"Losses of epoch {epoch.epoch}: {shown}"
     if threshold is not None:
         summary += f"; threshold {threshold:.3g}"
@@ -397,26 +369,23 @@ def intervals_svg(intervals: Mapping[str, Interval]) -> str:
     """Returns the accuracy of each method with its interval; "" without any."""
     if not intervals:
         return ""
-    widths = [
-        one.half_width if math.isfinite(one.half_width) else 0.0
+    drawable = [
+        one if math.isfinite(one.half_width) else Interval(one.mean, 0.0)
         for one in intervals.values()
     ]
-    means = [one.mean for one in intervals.values()]
-    low = min(mean - width for mean, width in zip(means, widths, strict=True))
-    high = max(mean + width for mean, width in zip(means, widths, strict=True))
-    ticks = nice_ticks(100 * low, 100 * high)
-    box = _Box(150, 10, 640, 10 + 24 * len(means))
+    lowest, highest = min(o.low for o in drawable), max(o.high for o in drawable)
+    ticks = nice_ticks(100 * lowest, 100 * highest)
+    box = _Box(150, 10, 640, 10 + 24 * len(drawable))
     x = _scale(ticks[0], ticks[-1], box.left, box.right)
-    rows = [box.top + 24 * row + 12 for row in range(len(means))]
+    rows = [box.top + 24 * row + 12 for row in range(len(drawable))]
     drawn = box.axes(
         [(x(tick), f"{tick:g}") for tick in ticks],
         zip(rows, intervals, strict=True),
         x_label="test accuracy in percent",
     )
-    for y, mean, width in zip(rows, means, widths, strict=True):
-        left, right = x(100 * (mean - width)), x(100 * (mean + width))
-        drawn += _tag("line", class_="line first", x1=left, x2=right, y1=y, y2=y)
-        drawn += _tag("circle", class_="dot chosen", cx=x(100 * mean), cy=y, r=4)
+    for y, one in zip(rows, drawable, strict=True):
+        drawn += _line("line first", x(100 * one.low), y, x(100 * one.high), y)
+        drawn += _dot("dot chosen", x(100 * one.mean), y, 4)
     return _alone(drawn, 660, box.bottom + 48, "Test accuracy of each method.")
 
 
@@ -439,12 +408,8 @@ def trials_svg(
     )
     marks = [(point, "dot", 4) for point in points] + [(chosen, "dot chosen", 7)]
     for (accepted, accuracy), style, radius in marks:
-        drawn += _tag(
-            "circle", class_=style, cx=x(100 * accepted), cy=y(100 * accuracy), r=radius
-        )
-    drawn += _tag(
-        "circle", class_="dot chosen", cx=box.right - 52, cy=box.top - 14, r=7
-    )
+        drawn += _dot(style, x(100 * accepted), y(100 * accuracy), radius)
+    drawn += _dot("dot chosen", box.right - 52, box.top - 14, 7)
     drawn += _words("chosen", box.right, box.top - 10, "end")
     return _alone(drawn, 640, 296, "Validation accuracy by accepted share.")
 
@@ -466,16 +431,16 @@ class HeatMap:
 
 def heat_maps_svg(maps: Sequence[HeatMap]) -> str:
     """Returns a row of heat maps for each number that says how selective a trial is."""
-    drawn = "".join(
-        _heat_map(one, title, _Box(60 + 450 * at, 40 + 300 * row, 380 + 450 * at,
-                                   250 + 300 * row))
-        for row, one in enumerate(maps)
-        for at, title in enumerate(one.means)
-    )  # fmt: skip
-    return _alone(
-        drawn, 910, 300 * len(maps),
-        "Means of the trials by learning rate and selectivity; each dot is a trial.",
-    )  # fmt: skip
+    drawn = ""
+    for row, one in enumerate(maps):
+        top = 40 + 300 * row
+        for column, title in enumerate(one.means):
+            left = 60 + 450 * column
+            drawn += _heat_map(one, title, _Box(left, top, left + 320, top + 210))
+    summary = (
+        "Means of the trials by learning rate and selectivity; each dot is a trial."
+    )
+    return _alone(drawn, 910, 300 * len(maps), summary)
 
 
 def _heat_map(one: HeatMap, title: str, box: _Box) -> str:
@@ -485,32 +450,25 @@ def _heat_map(one: HeatMap, title: str, box: _Box) -> str:
     y = _scale(numbers[0], numbers[-1], box.bottom, box.top)
     lowest, highest = float(np.nanmin(means)), float(np.nanmax(means))
     height = _scale(lowest, highest, 0, 1)
+    y_ticks = nice_ticks(numbers[0], numbers[-1])
     drawn = box.axes(
         [(x(tick), f"{tick:g}") for tick in rate_ticks(rates[0], rates[-1])],
-        [
-            (y(tick), f"{tick:g}")
-            for tick in nice_ticks(numbers[0], numbers[-1])
-            if numbers[0] <= tick <= numbers[-1]
-        ],
+        [(y(t), f"{t:g}") for t in y_ticks if numbers[0] <= t <= numbers[-1]],
         x_label="learning rate",
         y_label=one.label,
         title=title,
     )
     for row, column in np.argwhere(np.isfinite(means)).tolist():
-        left, right = (x(edge) for edge in one.rate_edges[column : column + 2])
-        bottom, top = (y(edge) for edge in one.edges[row : row + 2])
-        drawn += _tag(
-            "rect", x=left, y=top, width=right - left, height=bottom - top,
-            fill=_colour(height(float(means[row, column])), _VIRIDIS),
-        )  # fmt: skip
+        left, right = (x(edge) for edge in rates[column : column + 2])
+        bottom, top = (y(edge) for edge in numbers[row : row + 2])
+        colour = _colour(height(float(means[row, column])), _VIRIDIS)
+        drawn += _rect(left, top, right - left, bottom - top, fill=colour)
     for rate, number in zip(one.rates, one.numbers, strict=True):
-        drawn += _tag("circle", class_="dot hollow", cx=x(rate), cy=y(number), r=2.5)
+        drawn += _dot("dot hollow", x(rate), y(number), 2.5)
+    tall = (box.bottom - box.top) / 30
     for step in range(30):
-        tall = (box.bottom - box.top) / 30
-        drawn += _tag(
-            "rect", x=box.right + 14, y=box.bottom - tall * (step + 1), width=12,
-            height=tall + 0.5, fill=_colour(step / 29, _VIRIDIS),
-        )  # fmt: skip
+        top, colour = box.bottom - tall * (step + 1), _colour(step / 29, _VIRIDIS)
+        drawn += _rect(box.right + 14, top, 12, tall + 0.5, fill=colour)
     for at, value in ((box.bottom, lowest), (box.top, highest)):
         drawn += _words(f"{100 * value:.1f} %", box.right + 30, at + 4)
     return drawn
@@ -537,20 +495,17 @@ def parallel_coordinates_svg(axes: Sequence[Axis], *, higher_is_better: bool) ->
             f"{box.left + 130 * column:g},{y(at):g}"
             for column, at in enumerate(lines[row].tolist())
         )
-        drawn += _tag(
-            "polyline", points=points, fill="none", stroke_width=1.4, opacity=0.8,
-            stroke=_colour(float(goodness[row]), _PLASMA),
-        )  # fmt: skip
+        colour = _colour(float(goodness[row]), _PLASMA)
+        style = {"fill": "none", "stroke_width": 1.4, "opacity": 0.8}
+        drawn += _tag("polyline", points=points, stroke=colour, **style)
     for column, axis in enumerate(axes):
         x = box.left + 130 * column
-        drawn += _tag("line", class_="axis", x1=x, x2=x, y1=box.top, y2=box.bottom)
-        drawn += "".join(
-            _words(text, x + 5, y(at) + 4, class_="halo")
-            for at, text in axis.ticks.items()
-        )
+        drawn += _line("axis", x, box.top, x, box.bottom)
+        for at, text in axis.ticks.items():
+            drawn += _words(text, x + 5, y(at) + 4, class_="halo")
         name = axis.name.replace("_", " ")
         drawn += _words(name, x, box.bottom + 22, "middle" if column else None, "title")
-    return _alone(
-        drawn, box.right + 100, 370,
-        "Each line is a trial and runs through its hyperparameters to what it reached.",
-    )  # fmt: skip
+    summary = (
+        "Each line is a trial and runs through its hyperparameters to its objective."
+    )
+    return _alone(drawn, box.right + 100, 370, summary)

@@ -25,25 +25,20 @@ def run_html(run: Any) -> str:
     about = [("Classes", f"{shown} and {more} more" if more > 0 else shown)]
     if run.folder is not None:
         about.append(("Run folder", str(run.folder)))
-    groups = {
-        "Loss": ("loss", "accepted_loss", "val_loss"),
-        "Shares": ("accuracy", "val_accuracy", "acceptance_rate"),
-    }
-    drawn = [
-        charts.line_chart(
-            title.lower(),
-            title,
-            [
-                (name.replace("_", " "), style, run.history.get(name, []))
-                for name, style in zip(names, charts.STYLES, strict=True)
-            ],
-            as_percent=title == "Shares",
-        )
-        for title, names in groups.items()
-    ]
+
+    def curves(title: str, *names: str) -> charts.LineChart | None:
+        lines = [
+            (name.replace("_", " "), style, run.history.get(name, []))
+            for name, style in zip(names, charts.STYLES, strict=True)
+        ]
+        return charts.line_chart(title, lines, as_percent=title == "Shares")
+
+    drawn = (
+        curves("Loss", "loss", "accepted_loss", "val_loss"),
+        curves("Shares", "accuracy", "val_accuracy", "acceptance_rate"),
+    )
     table = table_html(Table(("", ""), tuple(about)))
-    curves = charts.line_charts_svg([one for one in drawn if one is not None])
-    return _summary_html(run_summary(run)) + table + curves
+    return _summary_html(run_summary(run)) + table + charts.line_charts_svg(drawn)
 
 
 def comparison_html(comparison: Any) -> str:
@@ -58,15 +53,15 @@ def comparison_html(comparison: Any) -> str:
 
 def search_html(found: Any) -> str:
     """Returns the best trials, the chosen setting beside plain, and all as points."""
-    points = [
-        (one.metrics["acceptance_rate"], one.metrics["val_accuracy"])
-        for one in found.outcomes
-        if one.metrics
-    ]
-    chosen = found.choice.chosen.metrics
-    return _summary_html(search_summary(found, MOST_TRIALS)) + charts.trials_svg(
-        points, (chosen["acceptance_rate"], chosen["val_accuracy"])
+    chosen, *points = (
+        (metrics["acceptance_rate"], metrics["val_accuracy"])
+        for metrics in (
+            found.choice.chosen.metrics,
+            *(one.metrics for one in found.outcomes if one.metrics),
+        )
     )
+    summary = _summary_html(search_summary(found, MOST_TRIALS))
+    return summary + charts.trials_svg(points, chosen)
 
 
 def _summary_html(summary: Summary) -> str:

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_rsft import _storage
-from keras_rsft._storage import read_csv
-from keras_rsft.config import takes_texts
+from keras_rsft.config import IMAGES, TEXTS, takes_texts
 from keras_rsft.errors import DataError, InvalidArgument
 
 TRIALS_FILE, HEAT_MAP_FILE = "trials.csv", "heatmap.svg"
 PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
-_NUMBERS = ("predicted_probability", "loss_mean", "loss_last", "suspicion")
-_COUNTS = ("seen", "accepted", "rejected")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """The ledger, one entry a training sample."""
+    """The ledger, one entry per training sample; an unknown label is -1."""
 
     ids: list[str]
     given: np.ndarray
     predicted: np.ndarray
     clean: np.ndarray
-    numbers: dict[str, np.ndarray]
-    counts: dict[str, np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    probability: np.ndarray
+    suspicion: np.ndarray
+    loss: np.ndarray
+    seen: np.ndarray
+    rejected: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +65,10 @@ class RunRecord:
 
     @property
     def is_search(self) -> bool:
-        """Whether this is the folder of a search."""
         return self.samples is None
 
     @property
     def ledger(self) -> Samples:
-        """The samples of a run."""
         if self.samples is None:
             raise InvalidArgument(f"{self.folder} is a search and has no ledger.")
         return self.samples
@@ -87,19 +83,19 @@ class RunRecord:
         return digest.hexdigest()[:16]
 
     @functools.cached_property
-    def thumbnail_places(self) -> dict[str, tuple[int, int]]:
+    def thumbnail_index(self) -> dict[str, tuple[int, int]]:
         """Offset and length in bytes of each sample's thumbnail, by id."""
         rows = _rows(self.folder / _storage.THUMBNAILS_INDEX_FILE)
         return {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
 
     def thumbnail(self, sample_id: str) -> bytes | None:
         """Returns a JPEG file, or None where the image has none."""
-        place = self.thumbnail_places.get(sample_id)
-        if place is None:
+        if sample_id not in self.thumbnail_index:
             return None
+        offset, length = self.thumbnail_index[sample_id]
         with (self.folder / _storage.THUMBNAILS_FILE).open("rb") as file:
-            file.seek(place[0])
-            return file.read(place[1])
+            file.seek(offset)
+            return file.read(length)
 
     @functools.cached_property
     def texts(self) -> dict[str, str]:
@@ -108,8 +104,8 @@ class RunRecord:
         if not path.is_file():
             return {}
         with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        return {str(row["id"]): str(row["text"]) for row in rows}
+            rows = map(json.loads, lines)
+            return {str(row["id"]): str(row["text"]) for row in rows}
 
     @property
     def kind(self) -> str:
@@ -117,17 +113,14 @@ class RunRecord:
         recorded = self.config
         if isinstance(recorded.get("data"), dict):  # A search has it one level deeper.
             recorded = recorded["data"].get("source", {})
-        return "texts" if takes_texts(recorded.get("backbone") or "") else "images"
+        return TEXTS if takes_texts(recorded.get("backbone") or "") else IMAGES
 
     @property
     def pictures(self) -> dict[str, bytes]:
-        """The search's SVG files that are there: `heat_map`, `parallel_coordinates`."""
-        files = {
-            "heat_map": self.folder / HEAT_MAP_FILE,
-            "parallel_coordinates": self.folder / PARALLEL_COORDINATES_FILE,
-        }
-        there = {name: path for name, path in files.items() if path.exists()}
-        return {name: path.read_bytes() for name, path in there.items()}
+        """The search's SVG files that exist: `heatmap`, `parallel_coordinates`."""
+        names = (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
+        paths = (self.folder / name for name in names)
+        return {path.stem: path.read_bytes() for path in paths if path.exists()}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -149,95 +142,82 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _read(folder: Path, *, is_search: bool) -> RunRecord:
-    config = _json(
-        folder / (_storage.SEARCH_FILE if is_search else _storage.CONFIG_FILE)
-    )
-    classes = folder / _storage.CLASSES_FILE
-    if is_search and not classes.exists():  # Every trial failed: there is no model.
-        class_names = tuple(config["data"]["classes"])
+    def json_of(name: str) -> Any:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    config = json_of(_storage.SEARCH_FILE if is_search else _storage.CONFIG_FILE)
+    if is_search and not (folder / _storage.CLASSES_FILE).exists():
+        class_names = tuple(config["data"]["classes"])  # All trials failed: no model.
     else:
-        class_names = tuple(_json(classes))
-    metrics = list(_rows(folder / _storage.METRICS_FILE))
+        class_names = tuple(json_of(_storage.CLASSES_FILE))
+    metrics = _rows(folder / _storage.METRICS_FILE)
+    by_epoch = itertools.groupby(
+        _rows(folder / _storage.HISTOGRAMS_FILE), lambda row: int(row["epoch"])
+    )
+    acceptance, path = None, folder / _storage.ACCEPTANCE_FILE
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            *_, last = csv.reader(file)  # By position: a class may be called "epoch".
+        acceptance = np.array([_number(cell) for cell in last[1:]])
     return RunRecord(
         folder=folder,
         class_names=class_names,
         config=config,
-        results=_json(folder / _storage.RESULTS_FILE),
+        results=json_of(_storage.RESULTS_FILE),
         metrics={
             name: [_number(row[name]) for row in metrics]
             for name in (metrics[0] if metrics else {})
         },
         samples=None if is_search else _samples(folder, class_names),
-        losses=_losses(folder),
-        acceptance=_acceptance(folder),
+        losses=tuple(_losses(epoch, list(rows)) for epoch, rows in by_epoch),
+        acceptance=acceptance,
         pairs=tuple(
             (row["id"], row["other_id"], float(row["similarity"]))
             for row in _rows(folder / _storage.NEAR_DUPLICATES_FILE)
         ),
-        split_sizes=_split_sizes(folder),
+        split_sizes=dict(
+            collections.Counter(
+                row["split"] for row in _rows(folder / _storage.SAMPLES_FILE)
+            )
+        ),
         trials=tuple(_rows(folder / TRIALS_FILE)),
     )
 
 
 def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
-    place = {name: index for index, name in enumerate(class_names)} | {"": -1}
-    rows = list(_rows(folder / _storage.LEDGER_FILE))
+    positions = {name: index for index, name in enumerate(class_names)} | {"": -1}
+    rows = _rows(folder / _storage.LEDGER_FILE)
 
     def labels(column: str) -> np.ndarray:
-        return np.array([place[row[column]] for row in rows], np.int32)
+        return np.array([positions[row[column]] for row in rows], np.int32)
+
+    def numbers(column: str) -> np.ndarray:
+        return np.array([_number(row[column]) for row in rows])
 
     return Samples(
         ids=[row["id"] for row in rows],
         given=labels("given_label"),
         predicted=labels("predicted_label"),
         clean=labels("clean_label"),
-        numbers={
-            name: np.array([_number(row[name]) for row in rows]) for name in _NUMBERS
-        },
-        counts={
-            name: np.array([int(row[name]) for row in rows], np.int64)
-            for name in _COUNTS
-        },
+        probability=numbers("predicted_probability"),
+        suspicion=numbers("suspicion"),
+        loss=numbers("loss_mean"),
+        seen=numbers("seen").astype(np.int64),
+        rejected=numbers("rejected").astype(np.int64),
     )
 
 
-def _losses(folder: Path) -> tuple[EpochLosses, ...]:
-    bins: dict[int, list[tuple[float, float, int, int]]] = {}
-    thresholds: dict[int, float | None] = {}
-    for row in _rows(folder / _storage.HISTOGRAMS_FILE):
-        epoch = int(row["epoch"])
-        counts = (int(row["accepted"]), int(row["rejected"]))
-        one = (float(row["low"]), float(row["high"]), *counts)
-        bins.setdefault(epoch, []).append(one)
-        thresholds[epoch] = float(row["threshold"]) if row["threshold"] else None
-    return tuple(
-        EpochLosses(epoch, thresholds[epoch], tuple(bins[epoch]))
-        for epoch in sorted(bins)
+def _losses(epoch: int, rows: list[dict[str, str]]) -> EpochLosses:
+    threshold = rows[-1]["threshold"]
+    bins = tuple(
+        (float(r["low"]), float(r["high"]), int(r["accepted"]), int(r["rejected"]))
+        for r in rows
     )
+    return EpochLosses(epoch, float(threshold) if threshold else None, bins)
 
 
-def _acceptance(folder: Path) -> np.ndarray | None:
-    path = folder / _storage.ACCEPTANCE_FILE
-    if not path.exists():
-        return None
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))  # By place: a class may be called "epoch".
-    return np.array([_number(cell) for cell in lines[-1][1:]])
-
-
-def _split_sizes(folder: Path) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for row in _rows(folder / _storage.SAMPLES_FILE):
-        sizes[row["split"]] = sizes.get(row["split"], 0) + 1
-    return sizes
-
-
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    return read_csv(path) if path.exists() else iter(())
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(_storage.read_csv(path)) if path.exists() else []
 
 
 def _number(cell: str) -> float:

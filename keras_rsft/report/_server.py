@@ -38,7 +38,7 @@ class ReviewServer(http.server.ThreadingHTTPServer):
     def __init__(self, record: RunRecord, *, port: int | None = None):
         self.record = record
         self.page = render_page(record, served=True).encode("utf-8")
-        record.thumbnail_places  # noqa: B018 -- Read before threads ask for it.
+        record.thumbnail_index  # noqa: B018 -- Read before threads ask for it.
         try:
             first = own_port(record) if port is None else port
             super().__init__((ADDRESS, first), _Handler)
@@ -54,11 +54,6 @@ class ReviewServer(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://{ADDRESS}:{self.server_port}/"
 
-    def is_own_host(self, host: str | None) -> bool:
-        """Says whether a request's Host header names this server."""
-        names = (ADDRESS, "localhost")
-        return host in [f"{name}:{self.server_port}" for name in names]
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A browser that turns a page before all pictures have come is no error.
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -72,7 +67,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        if not self.server.is_own_host(self.headers.get("Host")):
+        own = [f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")]
+        if self.headers.get("Host") not in own:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"Another host's name.\n")
         elif self.path == "/":
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)

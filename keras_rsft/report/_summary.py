@@ -1,21 +1,18 @@
-"""One tabular summary per result."""
+"""One tabular summary per result, which every renderer reads."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from keras_rsft._stats import Interval, proportion_interval
 from keras_rsft.config import takes_texts
-
-if TYPE_CHECKING:
-    from keras_rsft._stats import Interval
-
 
 # Words --------------------------------------------------------------------------------
 
-# Of the results of a run those that are shares, in the order in which they are shown.
+# The shares among the results of a run, in the order in which they are shown.
 RESULT_NAMES = {
     "test_accuracy": "Accuracy on the test split",
     "validation_accuracy": "Accuracy on the validation split",
@@ -23,18 +20,16 @@ RESULT_NAMES = {
     "head_validation_accuracy": "Head alone, validation split",
     "stage2_test_accuracy": "Last block fine-tuned, test split",
     "stage2_validation_accuracy": "Last block fine-tuned, validation split",
-    "unfrozen_test_accuracy": "Base trained too, test split",
-    "unfrozen_validation_accuracy": "Base trained too, validation split",
-    "acceptance_rate": "Accepted in the last epoch",
+    "unfrozen_test_accuracy": "Backbone trained too, test split",
+    "unfrozen_validation_accuracy": "Backbone trained too, validation split",
+    "acceptance_rate": "Accepted, last epoch",
     "estimated_wrong_labels": "Labels that look wrong",
     "wrong_labels": "Wrong training labels",
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
 }
-
-
-# What was done to the base after the head: its name in the results, and in words.
-TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Base trained too"}
+# How the backbone was trained after the head: the name in the results, and in words.
+TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Backbone trained too"}
 
 
 def share_text(share: float | None, digits: int = 1) -> str:
@@ -44,66 +39,19 @@ def share_text(share: float | None, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def interval_text(interval: Interval | None, sign: str = "") -> str:
-    """Returns a mean ± half of its interval in percent; no width for one seed."""
-    if interval is None:
-        return "-"
-    mean = f"{100 * interval.mean:{sign}.1f}"
-    if math.isinf(interval.half_width):
-        return mean
-    return f"{mean} ± {100 * interval.half_width:.1f}"
+def range_text(low: float, high: float, sign: str = "") -> str:
+    """Returns the ends of an interval of shares, in percent."""
+    return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
 
-def setting_text(values: Mapping[str, Any]) -> str:
-    """Returns names and values of a trial in one line, numbers to three digits."""
-    short = (
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in values.items()
-    )
-    return ", ".join(short)
-
-
-def strategy_texts(row: Mapping[str, Any]) -> list[str]:
-    """Returns the cells of one `StrategyRow`, given as a mapping of its fields."""
-    accuracy, seconds = row["validation_accuracy"], row["seconds"]
-    weights = row["trainable_weights"]
-    shown = "-"
-    if accuracy is not None:
-        shown = f"{100 * accuracy:.1f} ± {100 * row['standard_error']:.1f}"
-    elif row["message"]:
-        shown = "failed"
-    return [
-        row["trainable"],
-        row["policy"],
-        shown,
-        share_text(row["acceptance_rate"]),
-        "-" if seconds is None else seconds_text(seconds),
-        "-" if weights is None else f"{weights:,}",
-        "chosen" if row["chosen"] else "",
-    ]
-
-
-STRATEGY_HEADER = (
-    "Trained",
-    "Policy",
-    "Validation",
-    "Accepted",
-    "Time",
-    "Weights",
-    "",
-)
-STRATEGY_NOTE = (
-    "Validation accuracy in percent ± its standard error; a head's time is its share "
-    "of the time of all heads; weights are those that learn."
-)
+def proportion_text(share: float, count: int) -> str:
+    """Returns the 95 % interval of a share of `count` samples, in percent."""
+    return range_text(*proportion_interval(round(share * count), count))
 
 
 def seconds_text(seconds: float) -> str:
-    """Returns a measured time in seconds, or in minutes where it is long."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
     if seconds < 600:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{int(seconds < 10)}f} s"
     return f"{seconds / 60:.0f} min"
 
 
@@ -120,8 +68,6 @@ def about(seconds: float) -> str:
 
 # Summaries ----------------------------------------------------------------------------
 
-SHOWN_TRIALS = 5
-
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -136,11 +82,24 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Tables, what should worry a reader, and what explains the numbers."""
+    """Tables, warnings, and notes that explain the numbers."""
 
     tables: tuple[Table, ...]
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def accuracy_rows(
+    results: Mapping[str, Any], sizes: Mapping[str, int]
+) -> list[tuple[str, str, str, str]]:
+    """Returns split, accuracy, its 95 % interval and samples, where it is known."""
+    rows = []
+    for split in ("validation", "test"):
+        share, count = results.get(f"{split}_accuracy"), sizes.get(split)
+        if share is not None and count:
+            interval = f"{proportion_text(share, count)} %"
+            rows.append((split, share_text(share), interval, f"{count:,}"))
+    return rows
 
 
 def run_summary(run: Any) -> Summary:
@@ -173,80 +132,113 @@ def run_summary(run: Any) -> Summary:
 
 def comparison_summary(comparison: Any) -> Summary:
     """Summarises a `Comparison`: a row for each method, and the verdict."""
-    columns = ("Method", "Test", "To plain", "Accepted", "Recovered", "Seconds")
+
+    def points(interval: Interval | None, sign: str = "") -> str:
+        if interval is None:
+            return "-"
+        mean = f"{100 * interval.mean:{sign}.1f}"
+        if math.isinf(interval.half_width):  # One seed has no interval.
+            return mean
+        return f"{mean} ± {100 * interval.half_width:.1f}"
+
     rows = []
     for name, method in comparison.summaries.items():
-        accuracy = interval_text(method.test_accuracy)
+        accuracy = points(method.test_accuracy)
         if method.stalled:
             accuracy = f"{accuracy}, {method.stalled} stalled".removeprefix("-, ")
-        difference = interval_text(method.difference_to_plain, sign="+")
+        difference = points(method.difference_to_plain, sign="+")
         shares = (method.acceptance_rate, method.recovered)
         shown = (share_text(share, 0) for share in shares)
         rows.append((name, accuracy, difference, *shown, f"{method.seconds:.1f}"))
     seeds = len({outcome.seed for outcome in comparison.outcomes})
-    spread = covered = made_wrong = ""
-    if seeds > 1:  # One has no interval.
+    spread = covered = ""
+    if seeds > 1:
         spread = f", mean of {seeds} seeds ± half of its 95 % interval over seeds"
         covered = " The verdict allows for other test samples too."
+    notes = [
+        f"Test accuracy in percent{spread}; differences to plain are paired by seed."
+        f"{covered}",
+        comparison.verdict.sentence,
+    ]
     if noise := comparison.config.get("noise"):
         made_wrong = (
             f"Training and validation labels were made wrong on purpose ({noise}), "
             "other ones for each seed."
         )
-    measured = (
-        f"Test accuracy in percent{spread}; differences to plain are paired by seed."
-    )
-    notes = (made_wrong, measured + covered, comparison.verdict.sentence)
-    return Summary(
-        (Table(columns, tuple(rows)),), comparison.notes, tuple(filter(None, notes))
-    )
+        notes.insert(0, made_wrong)
+    columns = ("Method", "Test", "To plain", "Accepted", "Recovered", "Seconds")
+    return Summary((Table(columns, tuple(rows)),), comparison.notes, tuple(notes))
 
 
-def search_summary(found: Any, most_trials: int = SHOWN_TRIALS) -> Summary:
+def search_summary(found: Any, most_trials: int = 5) -> Summary:
     """Summarises a `Search`: the best trials, and the choice beside plain."""
-    results = found.results
     better = sorted(
         (one for one in found.outcomes if one.metrics),
         key=lambda one: -one.metrics["val_accuracy"],
     )
+    rows = []
+    for one in better[:most_trials]:
+        setting = ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in one.values.items()
+        )
+        names = ("val_accuracy", "acceptance_rate")
+        shares = (share_text(one.metrics[name]) for name in names)
+        rows.append((one.trial_id, setting, *shares))
     trials = Table(
         ("Trial", "Setting", "Validation", "Accepted"),
-        tuple(
-            (
-                one.trial_id,
-                setting_text(one.values),
-                share_text(one.metrics["val_accuracy"]),
-                share_text(one.metrics["acceptance_rate"]),
-            )
-            for one in better[:most_trials]
-        ),
+        tuple(rows),
         title=f"The best of {len(found.outcomes)} trials",
         text_columns=2,
     )
-    strategies = strategies_table(results.get("strategies", ()))
-    names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
-    choice = Table(
-        ("", "Validation", "Test", "Accepted"),
-        tuple(
-            (title, *(share_text(results[key].get(name)) for name in names))
-            for key, title in (("chosen", "chosen"), ("plain", "plain fine-tuning"))
-        ),
-    )
     warnings: tuple[str, ...] = ()
-    if failed := results["failed"]:
+    if failed := found.results["failed"]:
         noun = "trial" if failed == 1 else "trials"
         warnings = (f"{failed} {noun} failed; see trials.csv.",)
-    tables = (trials, *([strategies] if strategies.rows else []), choice)
-    return Summary(tables, warnings, (found.choice.reason,))
+    strategies = strategies_table(found.results.get("strategies", ()))
+    tables = (trials, strategies, choice_table(found.results))
+    return Summary(
+        tuple(one for one in tables if one.rows), warnings, (found.choice.reason,)
+    )
 
 
-def strategies_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns how much of the backbone to train, from the fields of `StrategyRow`s."""
+def choice_table(results: Mapping[str, Any]) -> Table:
+    """Returns the chosen setting beside plain, from the results of a search."""
+    names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
+    rows = []
+    for key, title in (("chosen", "chosen"), ("plain", "plain fine-tuning")):
+        numbers = results.get(key) or {}
+        rows.append((title, *(share_text(numbers.get(name)) for name in names)))
+    return Table(("", "Validation", "Test", "Accepted"), tuple(rows))
+
+
+def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the trials that train more or less of the backbone, from a search."""
+    rows = []
+    for row in strategies:
+        shown = "failed" if row["message"] else "-"
+        if (accuracy := row["validation_accuracy"]) is not None:
+            shown = f"{100 * accuracy:.1f} ± {100 * row['standard_error']:.1f}"
+        seconds, weights = row["seconds"], row["trainable_weights"]
+        rows.append(
+            (
+                row["unfreeze"],
+                row["policy"],
+                shown,
+                share_text(row["acceptance_rate"]),
+                "-" if seconds is None else seconds_text(seconds),
+                "-" if weights is None else f"{weights:,}",
+                "chosen" if row["chosen"] else "",
+            )
+        )
     return Table(
-        STRATEGY_HEADER,
-        tuple(tuple(strategy_texts(row)) for row in rows),
-        title="How much of the base to train",
-        note=STRATEGY_NOTE,
+        ("Trained", "Policy", "Validation", "Accepted", "Time", "Weights", ""),
+        tuple(rows),
+        title="How much of the backbone to train",
+        note=(
+            "Validation accuracy in percent ± its standard error; a head's time is its "
+            "share of the time of all heads; weights are those that learn."
+        ),
         text_columns=2,
     )
 
@@ -268,12 +260,12 @@ def ranking_summary(ranking: Any) -> Summary:
     notes = [
         f"Accuracy in percent of a quick head on {ranking.num_images} training "
         "samples, each predicted from the others, ± half of its 95 % interval; ms of "
-        "the pass for a sample."
+        "feature extraction for a sample."
     ]
     if ranking.counts_right_labels:
         notes.append(
             f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong: each "
-            "label counts by how likely it is right, by all bases together."
+            "label counts by how likely it is right, by all backbones together."
         )
     equal = [one.name for one in others if one.behind <= one.behind_error]
     if equal:
@@ -282,5 +274,5 @@ def ranking_summary(ranking: Any) -> Summary:
             "--sample tells more."
         )
     warnings = [f"{name}: {why.partition(chr(10))[0]}" for name, why in ranking.failed]
-    columns = ("Base", "Accuracy", "Behind", "ms", "MB", "Features")
+    columns = ("Backbone", "Accuracy", "Behind", "ms", "MB", "Features")
     return Summary((Table(columns, rows),), tuple(warnings), tuple(notes))

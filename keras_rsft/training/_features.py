@@ -20,7 +20,6 @@ from keras_rsft.features._extract import (
     FrozenBase,
     choose_precision,
     keep_shares,
-    make_pass,
     open_kept,
     run_alone,
     run_together,
@@ -95,7 +94,7 @@ def feature_passes(
     if not isinstance(base, FrozenBase):
         base = FrozenBase(base, num_images=num_images, device_names=device_names)
     return [
-        make_pass(base, split, views=views if split is data.train else 1, **options)
+        FeaturePass(base, split, views=views if split is data.train else 1, **options)
         for split in splits
     ]
 

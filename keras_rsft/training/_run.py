@@ -40,7 +40,7 @@ from keras_rsft._storage import (
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.config import TrainConfig
 from keras_rsft.data._labels import COLUMNS as CORRECTION_COLUMNS
-from keras_rsft.data._labels import apply_corrections, correction_cells
+from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._samples import SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import WorkerLost
@@ -105,8 +105,8 @@ def fill_run_folder(
         _sample_rows(data),
     )
     if data.corrections is not None:
-        cells = correction_cells(data.corrections.rows)
-        write_csv(folder / CORRECTIONS_FILE, CORRECTION_COLUMNS, cells)
+        corrected = data.corrections.rows
+        write_csv(folder / CORRECTIONS_FILE, CORRECTION_COLUMNS, corrected)
     trained = run.trained
     write_csv(folder / LEDGER_FILE, COLUMNS, trained.ledger.rows(run.class_names))
     write_csv(

@@ -38,7 +38,7 @@ function readableChart(figure) {
     marks.replaceChildren(
       drawn("line", { class: "rule", x1: x, x2: x, y1: data.top, y2: data.bottom }),
     );
-    data.lines.forEach((style, line) => {
+    data.styles.forEach((style, line) => {
       const y = data.y[line][index];
       if (y !== null && y !== undefined) {
         marks.append(drawn("circle", { class: `dot ${style}`, cx: x, cy: y, r: 3.5 }));
