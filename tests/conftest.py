@@ -1,4 +1,7 @@
-"""What the tests of several rooms share: tiny data, tiny models, bit equality."""
+"""What the tests of several rooms share: tiny data, tiny models, bit equality.
+
+Keras is imported where it is used: the process that hands out the tests needs none.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,8 @@ import shutil
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # As the command line has it.
 
-import keras
 import numpy as np
 import pytest
-from eagerly import eagerly
 from filelock import FileLock
 from hypothesis import is_hypothesis_test, settings
 from made_images import png, write
@@ -38,8 +39,18 @@ def pytest_configure(config):
     settings.load_profile("thorough" if slow else "quick")
 
 
+# Each takes more than about ten seconds; begun first, the processes end together.
+LONG = (
+    "unfreeze", "stage_two", "search_bases", "comparing", "features", "backends",
+    "regularised_runs", "resume", "export", "cli", "report_page", "backbones",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    import keras
+
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     backend = keras.backend.backend()
     for item in items:
         for mark in item.iter_markers("only_under"):
@@ -55,6 +66,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="module")
 def eager():
     """Has the tests of a module train eagerly."""
+    from eagerly import eagerly
+
     with eagerly():
         yield
 
@@ -62,6 +75,7 @@ def eager():
 @pytest.fixture(scope="session")
 def compile_options():
     """Returns options of `compile`, or skips a test where Keras does not know them."""
+    import keras
 
     def checked(**options):
         wanted = options.get("jit_compile") or options.get("steps_per_execution", 1) > 1
@@ -84,6 +98,7 @@ def small_data():
 @pytest.fixture(scope="session")
 def make_model():
     """Builds 8 -> 3 with BatchNorm and Dropout, the same weights every time."""
+    import keras
 
     def build(*extra_layers, dtype=None):
         keras.utils.set_random_seed(0)
@@ -116,6 +131,8 @@ def values_of():
 @pytest.fixture
 def dtype_policy():
     """Sets Keras's global precision for the time of one test."""
+    import keras
+
     before = keras.config.dtype_policy()
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy(before)
@@ -141,6 +158,8 @@ def photo_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_base_file(tmp_path_factory):
     """A base of a user's own: 16 x 16 images to 6 features, in a .keras file."""
+    import keras
+
     keras.utils.set_random_seed(1)
     images = keras.Input((16, 16, 3))
     values = keras.layers.Rescaling(1 / 255)(images)
@@ -215,6 +234,8 @@ def noisy_photos(photo_folder):
 @pytest.fixture(scope="session")
 def fit_photos(noisy_photos, tiny_base_file, tmp_path_factory):
     """Fine-tunes on 36 photos for five epochs, into the run folder that it is given."""
+    from eagerly import eagerly
+
     from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
     from keras_rsft.training._run import finetune
 

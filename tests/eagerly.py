@@ -10,11 +10,10 @@ from unittest import mock
 
 import keras
 
-_ALWAYS = property(lambda model: True, lambda model, value: None)
-
 
 @contextlib.contextmanager
-def eagerly():
-    """Has `fit`, `evaluate` and `predict` of each Keras model run eagerly."""
-    with mock.patch.object(keras.Model, "run_eagerly", _ALWAYS):
+def eagerly(always=True):
+    """Has `fit`, `evaluate` and `predict` of each Keras model run eagerly, or not."""
+    fixed = property(lambda model: always, lambda model, value: None)
+    with mock.patch.object(keras.Model, "run_eagerly", fixed):
         yield

@@ -17,6 +17,8 @@ from keras_rsft.training._head import best_of_all_epochs, train_head
 from keras_rsft.tuning._batched import BatchedHeads
 from keras_rsft.tuning._space import update_rule
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 BATCH = 16
 
 
@@ -26,6 +28,7 @@ def features(tmp_path_factory):
 
 
 SETTINGS = TrainConfig(epochs=5, batch_size=BATCH, learning_rate=0.02)
+FEW_EPOCHS = dataclasses.replace(SETTINGS, epochs=3)
 POLICIES = {
     "accept-all": PolicyConfig("accept-all"),
     "below": PolicyConfig("loss-threshold", threshold=1.0, warmup_epochs=0),
@@ -80,11 +83,16 @@ def assert_equal_to_alone(features, settings, together):
 
 @pytest.mark.parametrize(
     "optimizer, policies",
-    [("sgd", tuple(POLICIES)), ("adam", ("article, warm-up", "keep-fraction"))],
+    [
+        ("sgd", tuple(POLICIES)),
+        pytest.param(
+            "adam", ("article, warm-up", "keep-fraction"), marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_each_policy_equals_the_ordinary_path(features, optimizer, policies):
     settings = [
-        dataclasses.replace(SETTINGS, policy=POLICIES[name], optimizer=optimizer)
+        dataclasses.replace(FEW_EPOCHS, policy=POLICIES[name], optimizer=optimizer)
         for name in policies
     ]
     together = trained_together(features, settings)
@@ -102,8 +110,8 @@ def test_what_was_reviewed_is_accepted_as_on_the_ordinary_path(features):
     )
     features = dataclasses.replace(features, train=train)
     settings = [
-        dataclasses.replace(SETTINGS, policy=POLICIES[name])
-        for name in ("accept-all", "below", "article", "keep-fraction", "auto")
+        dataclasses.replace(FEW_EPOCHS, policy=POLICIES[name])
+        for name in ("accept-all", "below", "article", "auto")
     ]
     together = trained_together(features, settings)
     assert_equal_to_alone(features, settings, together)
@@ -112,7 +120,7 @@ def test_what_was_reviewed_is_accepted_as_on_the_ordinary_path(features):
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
 def test_each_optimizer_equals_the_ordinary_path(features, rule):
     settings = [
-        dataclasses.replace(SETTINGS, policy=POLICIES["below, warm-up"], **changes)
+        dataclasses.replace(FEW_EPOCHS, policy=POLICIES["below, warm-up"], **changes)
         for name, changes in OPTIMIZERS.items()
         if name.startswith(rule)
     ]

@@ -23,6 +23,8 @@ from keras_rsft.tuning._tuner import (
     make_tuner,
 )
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SLOW_TUNERS = ("bayesian", "hyperband", "grid")
 SETTINGS = TrainConfig(epochs=3, batch_size=16)
 SPACE = SearchSpace(learning_rate=(1e-3, 1e-1), optimizers=("sgd", "adamw"))

@@ -16,6 +16,8 @@ from keras_rsft.config import FeatureConfig, TrainConfig
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture(scope="module")
 def written(photo_folder, tiny_base_file, tmp_path_factory):

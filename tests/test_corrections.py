@@ -24,6 +24,8 @@ from keras_rsft.policies._listed import AcceptReviewed
 from keras_rsft.policies._threshold import LossMixture, LossThreshold
 from keras_rsft.training._run import finetune
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 HEADER = "id,given_label,decision,new_label"
 
 

@@ -117,6 +117,7 @@ class TestExtraction:
         program = textwrap.dedent(f"""
             import os, sys
             from keras_rsft import extract_features, load_backbone, load_images
+            from keras_rsft.features import _extract as extraction
             append, calls = extraction._append, []
             def kill_half_way(file, values):
                 calls.append(1)

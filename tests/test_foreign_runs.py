@@ -22,6 +22,8 @@ from keras_rsft.export._formats import export_onnx
 from keras_rsft.export._runtimes import load_exported
 from keras_rsft.training._run import finetune
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SETTINGS = TrainConfig(policy=PolicyConfig("accept-all"), epochs=3, learning_rate=0.05)
 
 

@@ -293,7 +293,10 @@ class TestPoliciesThatKnowTheSamples:
         self, small_data, make_model, tmp_path, policy
     ):
         x, y = small_data
-        model = compiled(make_model, policy())
+        policy = policy()
+        # One of them compiled.
+        eagerly = not isinstance(policy, RunningThreshold)
+        model = compiled(make_model, policy, run_eagerly=eagerly)
         model.fit(indexed(x, y), epochs=2, verbose=0, callbacks=[ledger_of(y)])
         model.save(tmp_path / "model.keras")
         loaded = keras.saving.load_model(tmp_path / "model.keras")

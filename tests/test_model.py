@@ -52,18 +52,36 @@ def fit(model, data, **options):
     return model.fit(*data, **options).history
 
 
+# Each optimizer at both levels and each mode; the slow tests have more pairs.
 REJECTION_CASES = [
-    *((name, "graph") for name in OPTIMIZERS),
-    *(("momentum", mode) for mode in MODES if mode != "graph"),
-    ("adam", "eager"),
-    ("accumulation", "mixed_float16"),
-    ("adamw", "mixed_bfloat16"),
+    ("sgd", "graph", "sample"), ("sgd", "eager", "batch"),
+    ("momentum", "xla", "sample"), ("momentum", "graph", "batch"),
+    ("momentum", "mixed_float16", "sample"), ("adam", "eager", "sample"),
+    ("adam", "steps_per_execution", "batch"), ("adamw", "graph", "sample"),
+    ("adamw", "mixed_bfloat16", "batch"), ("ema", "eager", "sample"),
+    ("ema", "graph", "batch"), ("accumulation", "graph", "sample"),
+    ("accumulation", "mixed_float16", "batch"), ("clipnorm", "eager", "sample"),
+    ("clipnorm", "graph", "batch"),
+]  # fmt: skip
+MORE_CASES = [
+    (optimizer, mode, level)
+    for optimizer, mode in [
+        *((name, "graph") for name in OPTIMIZERS),
+        *(("momentum", mode) for mode in MODES if mode != "graph"),
+        ("accumulation", "mixed_float16"),
+        ("adamw", "mixed_bfloat16"),
+    ]
+    for level in ("sample", "batch")
+    if (optimizer, mode, level) not in REJECTION_CASES
 ]
 
 
 @pytest.mark.filterwarnings("ignore:Epoch 1 accepted no sample")
-@pytest.mark.parametrize("level", ["sample", "batch"])
-@pytest.mark.parametrize("optimizer, mode", REJECTION_CASES)
+@pytest.mark.parametrize(
+    "optimizer, mode, level",
+    REJECTION_CASES
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES],
+)
 def test_rejected_batch_changes_no_variable(
     optimizer, mode, level, small_data, make_model, values_of, dtype_policy,
     compile_options,
@@ -122,22 +140,22 @@ def mixture_that_rejects_all():
 
 @pytest.mark.filterwarnings("ignore:Epoch 1 accepted no sample")
 @pytest.mark.parametrize(
-    "policy",
+    "policy, eagerly",
     [
-        lambda: SelfPaced(1e-9, growth_steps=10),
-        lambda: RunningThreshold(-1e3),
-        lambda: RunningThreshold(-1e3, num_classes=3),
-        lambda: AcceptListed(np.arange(100) == 99),
-        mixture_that_rejects_all,
+        (lambda: SelfPaced(1e-9, growth_steps=10), True),
+        (lambda: RunningThreshold(-1e3), True),
+        (lambda: RunningThreshold(-1e3, num_classes=3), False),
+        (lambda: AcceptListed(np.arange(100) == 99), False),
+        (mixture_that_rejects_all, True),
     ],
 )
 def test_a_rejected_batch_changes_no_variable_whatever_rejected_it(
-    policy, small_data, make_model, values_of
+    policy, eagerly, small_data, make_model, values_of
 ):
     x, y = small_data
     wrapped = make_model()
     model = RSFTModel(wrapped, AcceptAll())
-    model.compile(OPTIMIZERS["momentum"](), SCORES)
+    model.compile(OPTIMIZERS["momentum"](), SCORES, run_eagerly=eagerly)
     fit(model, small_data)  # So that momentum is not zero.
     trained = values_of(wrapped, model.optimizer)
     model.policy = policy()
@@ -193,15 +211,21 @@ def train_beside_stock_keras(policy, optimizer, options, data, make_model, value
 @pytest.mark.parametrize(
     "policy, optimizer, mode",
     [
-        ("AcceptAll", "momentum", "graph"),
         ("AcceptAll", "adamw", "steps_per_execution"),
         ("AcceptAll", "ema", "eager"),
-        ("AcceptAll", "accumulation", "graph"),
-        ("AcceptAll", "momentum", "mixed_bfloat16"),
+        ("AcceptAll", "accumulation", "eager"),
         ("AcceptAll", "adam", "mixed_float16"),
         ("LossThreshold", "momentum", "graph"),
         ("LossThreshold", "adamw", "eager"),
-        ("LossThreshold", "adam", "mixed_bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("AcceptAll", "momentum", "graph"),
+                ("AcceptAll", "accumulation", "graph"),
+                ("AcceptAll", "momentum", "mixed_bfloat16"),
+                ("LossThreshold", "adam", "mixed_bfloat16"),
+            ]
+        ),
     ],
 )
 def test_accepting_everything_equals_stock_keras(
@@ -253,7 +277,7 @@ def test_a_label_that_is_not_finite_is_rejected(policy, small_data):
     target[3] = np.nan
     head = keras.layers.Dense(1, kernel_initializer="zeros")
     model = RSFTModel(keras.Sequential([keras.Input((8,)), head]), policy())
-    model.compile(keras.optimizers.SGD(0.5), "mse")
+    model.compile(keras.optimizers.SGD(0.5), "mse", run_eagerly=True)
     history = fit(model, (x, target))
     others = np.delete(x, 3, axis=0)  # d/dw of (0 - 1)^2 is -2x
     np.testing.assert_allclose(
@@ -262,7 +286,9 @@ def test_a_label_that_is_not_finite_is_rejected(policy, small_data):
     assert history["loss"] == [1.0]
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 2, 5])
+@pytest.mark.parametrize(
+    "steps_per_execution", [1, 2, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_the_logs_cover_the_epoch(steps_per_execution, compile_options):
     losses = np.linspace(0.1, 2.2, 22).astype("float32")  # Batches of 8, 8 and 6.
     model = RSFTModel(
@@ -289,8 +315,9 @@ def test_the_logs_cover_the_epoch(steps_per_execution, compile_options):
     )
 
 
-@pytest.mark.parametrize("known_size", [True, False])
-@pytest.mark.parametrize("steps_per_execution", [1, 2])
+@pytest.mark.parametrize(
+    "steps_per_execution, known_size", [(1, True), (2, True), (2, False)]
+)
 def test_steps_are_counted_once(
     steps_per_execution, known_size, small_data, compile_options
 ):
@@ -327,7 +354,7 @@ def test_padding_does_not_make_a_sample_easy():
         ]
     )
     model = RSFTModel(inner, LossThreshold(1.0))
-    model.compile("sgd", SCORES)
+    model.compile("sgd", SCORES, run_eagerly=True)
     with pytest.warns(UserWarning, match=r"lowest loss judged was 1\.099"):
         fit(model, (words, np.zeros((3, 4))))
 
@@ -335,7 +362,7 @@ def test_padding_does_not_make_a_sample_easy():
 def test_a_callback_list_gets_the_guard_too(small_data):
     inner = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, "softmax")])
     model = RSFTModel(inner, LossThreshold(1e-9))
-    model.compile("sgd", SCORES)
+    model.compile("sgd", SCORES, run_eagerly=True)
     callbacks = keras.callbacks.CallbackList(add_history=True, model=model)
     with pytest.warns(UserWarning, match="Epoch 1 accepted no sample"):
         fit(model, small_data, callbacks=callbacks)

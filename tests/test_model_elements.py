@@ -22,8 +22,14 @@ from keras_rsft.policies._threshold import (
 )
 
 SCORES = "sparse_categorical_crossentropy"
+COMPILED = {"run_eagerly": False}
 MODES = pytest.mark.parametrize(
-    "options", [{}, {"jit_compile": True}, {"run_eagerly": True}]
+    "options",
+    [
+        COMPILED,
+        pytest.param(COMPILED | {"jit_compile": True}, marks=pytest.mark.slow),
+        {},
+    ],
 )
 RATE = 0.5
 # Of a batch of three samples with four places each.
@@ -51,7 +57,8 @@ def places():
 
 
 def linear(policy, *, units=3, activation="softmax", loss=SCORES, **options):
-    """One linear layer, at zero, for each place or sample."""
+    """One linear layer, at zero, for each place or sample; not compiled."""
+    options = {"run_eagerly": True} | options
     layer = keras.layers.Dense(units, activation, kernel_initializer="zeros")
     model = RSFTModel(keras.Sequential([layer]), policy)
     model.compile(keras.optimizers.SGD(RATE), loss, **options)
@@ -136,7 +143,7 @@ def test_nothing_accepted_changes_no_variable(places, values_of, optimizer):
         ]
     )
     model = RSFTModel(inner, LossThreshold(1e9, level="element"))
-    model.compile(optimizer, SCORES)
+    model.compile(optimizer, SCORES, run_eagerly=optimizer == "sgd")
     model.fit(*places, verbose=0)
     before = values_of(inner, model.optimizer)
     model.policy.threshold.assign(1e-9)
@@ -221,6 +228,7 @@ class TestLeftOut:
 
 
 def detector(policy, box_places=4, **options):
+    options = {"run_eagerly": True} | options
     inputs = keras.Input((4, 5))
     dense = keras.layers.Dense
     outputs = {
@@ -242,7 +250,7 @@ class TestSeveralOutputs:
 
     def test_losses_add_up_box_by_box(self, places):
         y = self.targets(places)
-        model = detector(AcceptPlaces(MASK))
+        model = detector(AcceptPlaces(MASK), **COMPILED)
         logs = model.train_on_batch(places[0], y, return_dict=True)
         each = np.log(3) + 0.25 * np.mean(y["box"] ** 2 / 2, axis=-1)
         assert logs["accepted_loss"] == pytest.approx(each[MASK].mean(), rel=1e-5)
@@ -284,7 +292,7 @@ def test_accepting_everything_trains_as_stock_keras(level, places):
             [keras.Input((4, 5)), keras.layers.Dense(3, activation="softmax")]
         )
         model = wrap(inner)
-        model.compile(keras.optimizers.SGD(0.05), SCORES)
+        model.compile(keras.optimizers.SGD(0.05), SCORES, run_eagerly=level == "sample")
         history = model.fit(*places, epochs=3, verbose=0, shuffle=False).history
         outcomes.append((inner.get_weights(), history["loss"]))
     for one, other in zip(*(weights for weights, _ in outcomes), strict=True):

@@ -18,10 +18,10 @@ from keras_rsft.policies._threshold import AcceptAll, KeepFraction, LossThreshol
 SCORES = "sparse_categorical_crossentropy"
 
 
-def compiled(inner, policy=None, **optimizer_options):
+def compiled(inner, policy=None, *, run_eagerly=True, **optimizer_options):
     model = RSFTModel(inner, policy or LossThreshold(1.1, warmup_steps=2))
     optimizer = keras.optimizers.Adam(0.02, **optimizer_options)
-    model.compile(optimizer, SCORES, metrics=["accuracy"])
+    model.compile(optimizer, SCORES, metrics=["accuracy"], run_eagerly=run_eagerly)
     return model
 
 
@@ -39,7 +39,7 @@ def assert_same(one, other):
 
 class TestKerasFile:
     def test_goes_on_bit_for_bit(self, make_model, small_data, tmp_path):
-        model = compiled(make_model())
+        model = compiled(make_model(), run_eagerly=False)
         fit(model, small_data)
         model.policy.threshold.assign(0.9)
         model.save(tmp_path / "model.keras")

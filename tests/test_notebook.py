@@ -15,6 +15,8 @@ from keras_rsft.report._summary import Table
 from keras_rsft.training._run import finetune
 from keras_rsft.tuning._search import search_features
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=a>', "$\\frac{<b>")
 SETTINGS = TrainConfig(epochs=2, batch_size=16, learning_rate=0.05)

@@ -26,6 +26,8 @@ from keras_rsft.training._pilot import (
     verdict,
 )
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 def test_the_gain_is_paired():
     plain = np.array([True, True, False, False])

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from eagerly import eagerly
 from made_features import feature_set, split_features
 from same_run import assert_same_run
 
@@ -136,23 +137,27 @@ class TestWarning:
             ("a", "b", "c"),
         )
 
-    def test_a_run_that_overfits_warns(self, learnt_by_heart):
-        run = train(learnt_by_heart, epochs=60)
+    @pytest.fixture(scope="class")
+    def overfitted(self, learnt_by_heart):
+        with eagerly(False):  # So many epochs are worth tracing.
+            return train(learnt_by_heart, epochs=60)
+
+    def test_a_run_that_overfits_warns(self, overfitted):
+        run = overfitted
         assert run.history["train_accuracy"][-1] == 1.0
         assert run.overfitting is not None
         assert run.overfitting.best_epoch < 30
 
-    def test_early_stopping_has_dealt_with_it(self, learnt_by_heart):
+    def test_early_stopping_has_dealt_with_it(self, learnt_by_heart, overfitted):
         run = train(learnt_by_heart, epochs=60, early_stopping=5)
         assert run.overfitting is None
-        plain = train(learnt_by_heart, epochs=60)
         name = "validation_accuracy"
-        assert run.results[name] > plain.results[name]
+        assert run.results[name] > overfitted.results[name]
 
     def test_a_run_that_does_not_overfit_does_not_warn(self, features):
-        assert (
-            train(features, epochs=20, policy=PolicyConfig("auto")).overfitting is None
-        )
+        with eagerly(False):
+            run = train(features, epochs=20, policy=PolicyConfig("auto"))
+        assert run.overfitting is None
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from keras_rsft.training._tensorboard import (
     most_suspicious,
 )
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator"
 )

@@ -16,6 +16,8 @@ from keras_rsft.report._page import write_report
 from keras_rsft.report._record import read_run
 from keras_rsft.report._server import ReviewServer
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 

@@ -41,7 +41,9 @@ class Killed(BaseException):
 
 
 class TestGoesOn:
-    @pytest.mark.parametrize("stopped_after", [1, 3, EPOCHS])
+    @pytest.mark.parametrize(
+        "stopped_after", [1, pytest.param(3, marks=pytest.mark.slow), EPOCHS]
+    )
     def test_equal_to_the_run_that_was_never_stopped(
         self, fit_photos, whole_run, tmp_path, stop_at, stopped_after
     ):
@@ -62,9 +64,13 @@ class TestGoesOn:
         "policy",
         [
             PolicyConfig("auto"),
-            PolicyConfig("loss-mixture", warmup_epochs=1),
             PolicyConfig("running-threshold", warmup_epochs=1),
-            PolicyConfig("keep-fraction", warmup_epochs=4),
+            pytest.param(
+                PolicyConfig("loss-mixture", warmup_epochs=1), marks=pytest.mark.slow
+            ),
+            pytest.param(
+                PolicyConfig("keep-fraction", warmup_epochs=4), marks=pytest.mark.slow
+            ),
         ],
         ids=lambda choice: choice.name,
     )
@@ -164,7 +170,9 @@ class TestGoesOn:
         fit_photos(tmp_path / "run", callbacks=[Epochs()])
         assert seen == [0, 1, 2, 3, 4]
 
-    @pytest.mark.parametrize("stopped_after", [2, 4])
+    @pytest.mark.parametrize(
+        "stopped_after", [2, pytest.param(4, marks=pytest.mark.slow)]
+    )
     def test_callbacks_remember(self, fit_photos, tmp_path, stop_at, stopped_after):
         # Loss never falls by 10, so training ends after epoch 4, the first one's
         # weights come back, and the learning rate falls twice.

@@ -297,6 +297,7 @@ class TestLost:
 DRIVER = textwrap.dedent("""
     import os, signal, sys
     from keras_rsft import cli
+    from keras_rsft.features import _extract as extraction
 
     append, left = extraction._append, int(sys.argv[1])
 

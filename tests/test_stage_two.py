@@ -232,20 +232,24 @@ class TestTheModel:
 
 
 class TestRun:
+    @pytest.fixture(scope="class")
+    def cache(self, tmp_path_factory):
+        return tmp_path_factory.mktemp("cache")
+
     @pytest.fixture
-    def fit(self, photo_folder, tiny_base_file, tmp_path):
+    def fit(self, photo_folder, tiny_base_file, tmp_path, cache):
         def call(**changes):
             settings = TrainConfig(
-                epochs=4, batch_size=8, learning_rate=0.05, unfreeze=UnfreezeConfig()
-            )
+                epochs=3, batch_size=8, learning_rate=0.05,
+                unfreeze=UnfreezeConfig(epochs=2),
+            )  # fmt: skip
             data = load_images(str(photo_folder), **changes)
             return finetune(
                 add_label_noise(data, "symmetric:0.25", seed=0),
-                features=FeatureConfig(
-                    str(tiny_base_file), cache_dir=tmp_path / "cache"
-                ),
+                features=FeatureConfig(str(tiny_base_file), cache_dir=cache),
                 settings=settings,
                 output=tmp_path / "run",
+                with_plain=False,
                 progress=False,
             )
 

@@ -18,6 +18,8 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.report._page import gallery_data, render_page
 from keras_rsft.report._record import read_run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 FEW = ("--epochs", "3", "--batch-size", "8", "--quiet")
 
 

@@ -186,6 +186,11 @@ def decode_views(
     return tf.stack([centre_resize(pixels, size), *random])
 
 
+# Their graphs are large: they are traced once for all datasets of a size.
+traced_image = tf.function(decode_image, autograph=False)
+traced_views = tf.function(decode_views, autograph=False)
+
+
 def decode_pixels(
     encoded: tf.Tensor, *, smallest: tuple[int, int] | None = None
 ) -> tf.Tensor:

@@ -17,10 +17,10 @@ import tensorflow as tf
 
 from keras_rsft.data._images import (
     checked_size,
-    decode_image,
     decode_pixels,
-    decode_views,
     readable_reason,
+    traced_image,
+    traced_views,
     without_autotuning,
 )
 from keras_rsft.errors import DataError, InvalidArgument
@@ -384,8 +384,8 @@ class ImageSplit(SampleSplit):
 
         def render(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
             if views == 1:
-                return decode_image(encoded, size)
-            return decode_views(encoded, size, views=views, seed=seed, index=index)
+                return traced_image(encoded, size)
+            return traced_views(encoded, size, views=views, seed=seed, index=index)
 
         return self.mapped(render, start, stop)
 

@@ -59,7 +59,7 @@ from keras_rsft.training._head import (
 from keras_rsft.training._resume import (
     TrainingCheckpoint,
     callbacks_identity,
-    run_identity,
+    identity_of_run,
 )
 from keras_rsft.training._unfreeze import (
     cut_backbone,
@@ -301,7 +301,7 @@ def finetune(
         command,
         on_note,
     )
-    identity = run_identity(
+    identity = identity_of_run(
         data,
         features=dataclasses.asdict(dataclasses.replace(features, cache_dir=None)),
         settings=dataclasses.asdict(settings),

@@ -171,7 +171,7 @@ class BackboneTuner(DurableTuner):
 
     def test_accuracy(self, outcome: TrialOutcome) -> float:
         model = self.load_model(self.oracle.trials[outcome.trial_id])
-        return accuracy_on_images(model, self._source.data.test)
+        return accuracy_on_images(model, self._source.images.test)
 
     def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
         name = trial.hyperparameters.values[UNFREEZE]

@@ -35,7 +35,7 @@ from keras_rsft._storage import (
 )
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.config import FROZEN, FeatureConfig, SearchConfig, TrainConfig
-from keras_rsft.data._samples import ImageData, SampleData
+from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import (
@@ -74,7 +74,7 @@ from keras_rsft.tuning._folder import (
 from keras_rsft.tuning._space import Space
 from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
 
-Splits = TypeVar("Splits", SplitFeatures, ImageData)
+Splits = TypeVar("Splits", SplitFeatures, SampleData)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
