@@ -6,8 +6,11 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. A table, because
 # the only other way is to depend on SciPy.
@@ -79,6 +82,8 @@ def paired_share_interval(
 
 def paired_right_interval(ones: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % interval of a difference of accuracies over seeds and items."""
+    import numpy as np
+
     differences = np.subtract(ones, others, dtype=np.float64)
     of_items = differences.mean(axis=0)
     difference, over_items = _matched_difference(
