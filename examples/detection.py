@@ -52,11 +52,11 @@ def make_pictures(digits, names, count: int, seed: int):
             inside = inside[np.ix_((inside > 6).any(1), (inside > 6).any(0))]
             size = np.array(inside.shape)
             corner = 48 * np.array(divmod(quarter, 2)) + rng.integers(0, 49 - size)
-            place = tuple(
+            region = tuple(
                 slice(a, b) for a, b in zip(corner, corner + size, strict=True)
             )
             color = rng.uniform(130, 255, 3) * inside[..., None] / 16
-            picture[place] = np.where(inside[..., None] > 6, color, picture[place])
+            picture[region] = np.where(inside[..., None] > 6, color, picture[region])
             (row, column), offset = divmod(corner + size / 2, CELL)
             cell = int(row), int(column)
             kind[cell] = 1 + names[one]
@@ -80,8 +80,10 @@ def spoil(kinds: np.ndarray, boxes: np.ndarray, seed: int):
 
 def frozen_map(weights: str) -> keras.Model:
     """Returns the frozen backbone: pictures to maps `(6, 6, 304)` from two depths."""
-    base = rsft.load_backbone("efficientnet_lite0", weights=weights, image_size=SIDE)
-    network = base.get_layer("efficientnet_lite0")
+    backbone = rsft.load_backbone(
+        "efficientnet_lite0", weights=weights, image_size=SIDE
+    )
+    network = backbone.get_layer("efficientnet_lite0")
     maps = [network.get_layer(f"block{number}_add").output for number in (10, 14)]
     maps[1] = keras.layers.UpSampling2D(2)(maps[1])
     return keras.Model(network.input, keras.layers.Concatenate()(maps))
@@ -180,8 +182,8 @@ def main() -> None:
     digits = digits.reshape(-1, 8, 8)
     pictures, *right = make_pictures(digits[TRAIN], names[TRAIN], options.samples, 0)
     tests, *answers = make_pictures(digits[TEST], names[TEST], options.samples, 2)
-    base = frozen_map(options.weights)
-    maps, test_maps = (base.predict(x, verbose=0) for x in (pictures, tests))
+    backbone = frozen_map(options.weights)
+    maps, test_maps = (backbone.predict(x, verbose=0) for x in (pictures, tests))
 
     steps = -(-options.samples // BATCH)  # Per epoch.
 

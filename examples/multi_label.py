@@ -42,8 +42,8 @@ def make_pictures(digits, names, count: int, seed: int):
             digit = np.clip(zoom(digits[one], scale, order=1), 0, 16) * 255 / 16
             size = len(digit)
             corner = 64 * np.array(divmod(quarter, 2)) + rng.integers(0, 65 - size, 2)
-            place = picture[tuple(slice(start, start + size) for start in corner)]
-            np.maximum(place, digit, out=place)
+            region = picture[tuple(slice(start, start + size) for start in corner)]
+            np.maximum(region, digit, out=region)
             label[names[one]] = 1
     return np.repeat(pictures[..., None], 3, axis=-1), labels
 
@@ -112,10 +112,12 @@ def main() -> None:
     digits = digits.reshape(-1, 8, 8)
     pictures, right = make_pictures(digits[TRAIN], names[TRAIN], options.samples, 0)
     tests, answers = make_pictures(digits[TEST], names[TEST], options.samples, 2)
-    base = rsft.load_backbone(
+    backbone = rsft.load_backbone(
         "efficientnet_lite0", weights=options.weights, image_size=SIDE
     )
-    features, test_features = (base.predict(x, verbose=0) for x in (pictures, tests))
+    features, test_features = (
+        backbone.predict(x, verbose=0) for x in (pictures, tests)
+    )
 
     steps = -(-options.samples // BATCH)  # Per epoch.
 

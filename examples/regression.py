@@ -51,8 +51,10 @@ def spoil(angles: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def frozen_map(weights: str) -> keras.Model:
     """Returns the frozen backbone: pictures to spatial maps `(6, 6, 112)`."""
-    base = rsft.load_backbone("efficientnet_lite0", weights=weights, image_size=SIDE)
-    network = base.get_layer("efficientnet_lite0")
+    backbone = rsft.load_backbone(
+        "efficientnet_lite0", weights=weights, image_size=SIDE
+    )
+    network = backbone.get_layer("efficientnet_lite0")
     return keras.Model(network.input, network.get_layer("block10_add").output)
 
 
@@ -103,8 +105,10 @@ def main() -> None:
     digits = load_digits().images
     pictures, right = make_pictures(digits[TRAIN], options.samples, 0)
     tests, answers = make_pictures(digits[TEST], options.samples, 2)
-    base = frozen_map(options.weights)
-    features, test_features = (base.predict(x, verbose=0) for x in (pictures, tests))
+    backbone = frozen_map(options.weights)
+    features, test_features = (
+        backbone.predict(x, verbose=0) for x in (pictures, tests)
+    )
 
     steps = -(-options.samples // BATCH)  # Per epoch.
 

@@ -45,10 +45,12 @@ def make_pictures(digits, names, count: int, seed: int):
             one = rng.integers(len(digits))
             digit = zoom(digits[one], rng.integers(5, 7), order=1)
             size, corner = len(digit), (rng.integers(0, 97 - len(digit)), left)
-            place = tuple(slice(start, start + size) for start in corner)
+            region = tuple(slice(start, start + size) for start in corner)
             inside = digit > 6
-            picture[place][inside] = rng.uniform(130, 255, 3) * digit[inside, None] / 16
-            mask[place][inside] = 1 + names[one]
+            picture[region][inside] = (
+                rng.uniform(130, 255, 3) * digit[inside, None] / 16
+            )
+            mask[region][inside] = 1 + names[one]
     return np.clip(pictures, 0, 255), masks[:, ::2, ::2]
 
 
@@ -73,8 +75,10 @@ def spoil(masks: np.ndarray, seed: int) -> np.ndarray:
 
 def frozen_maps(weights: str) -> keras.Model:
     """Returns the frozen backbone: pictures to maps `(24, 24, 176)`, three depths."""
-    base = rsft.load_backbone("efficientnet_lite0", weights=weights, image_size=SIDE)
-    network = base.get_layer("efficientnet_lite0")
+    backbone = rsft.load_backbone(
+        "efficientnet_lite0", weights=weights, image_size=SIDE
+    )
+    network = backbone.get_layer("efficientnet_lite0")
     maps = [
         keras.layers.UpSampling2D(scale)(network.get_layer(f"block{number}_add").output)
         for number, scale in ((2, 1), (4, 2), (10, 4))
@@ -155,8 +159,8 @@ def main() -> None:
     digits = digits.reshape(-1, 8, 8)
     pictures, right = make_pictures(digits[TRAIN], names[TRAIN], options.samples, 0)
     tests, answers = make_pictures(digits[TEST], names[TEST], options.samples, 2)
-    base = frozen_maps(options.weights)
-    maps, test_maps = (base.predict(x, verbose=0) for x in (pictures, tests))
+    backbone = frozen_maps(options.weights)
+    maps, test_maps = (backbone.predict(x, verbose=0) for x in (pictures, tests))
 
     steps = -(-options.samples // BATCH)  # Per epoch.
 

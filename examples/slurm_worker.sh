@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Tells a command which of the workers of a Slurm job it is, and runs it:
+# Runs a command as one worker of a Slurm job:
 #
 #   srun examples/slurm_worker.sh keras-rsft fit photos/ --strategy multiworker
 #
-# TF_CONFIG, which `fit` reads, and Keras Tuner's variables, which `search` reads, are made
-# of Slurm's own, so each machine must run one task, with all the GPUs that it has; task 0
-# is the chief. KERAS_RSFT_PORT is where they talk to each other; by default it depends on
-# the number of the job, so that two jobs may share a machine.
+# It sets TF_CONFIG for `fit` and Keras Tuner's variables for `search` from Slurm's own.
+# Each machine must run one task, with all its GPUs; task 0 is the chief. The workers
+# connect at KERAS_RSFT_PORT; its default depends on the job's number, so that two jobs can
+# share a machine.
 set -euo pipefail
 
 nodes=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:?run this with srun, inside a job}}

@@ -30,7 +30,7 @@ HISTOGRAM_COLUMNS = ("epoch", "threshold", "low", "high", "accepted", "rejected"
 # What lies outside is counted in the first and the last bin.
 HISTOGRAM_EDGES = np.geomspace(1e-3, 1e2, 51)
 _NOT_SEEN = -1.0
-_COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "_loss_last")
+_COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "loss_last")
 
 
 class Ledger:
@@ -46,6 +46,7 @@ class Ledger:
         accepted: int32 array `(n,)`, how often it was accepted.
         predicted: int32 array `(n,)`, predicted labels; -1 where not known.
         predicted_probability: Float32 array `(n,)`; NaN where not known.
+        loss_last: Float32 array `(n,)`, the last loss, NaN or infinite as it came.
 
     Raises:
         InvalidArgument: If the arrays differ in length.
@@ -56,13 +57,9 @@ class Ledger:
         self.clean_labels = None
         if clean_labels is not None:
             self.clean_labels = np.asarray(clean_labels, np.int32)
+        clean = self.labels if clean_labels is None else clean_labels
+        _require_equally_long(ids=self.ids, labels=labels, clean_labels=clean)
         count = len(self.ids)
-        clean_count = count if clean_labels is None else len(clean_labels)
-        if {len(self.labels), clean_count} != {count}:
-            raise InvalidArgument(
-                "`ids`, `labels` and `clean_labels` must be equally long. Received: "
-                f"{count}, {len(self.labels)} and {clean_count}."
-            )
         self.seen = np.zeros(count, np.int32)
         self.accepted = np.zeros(count, np.int32)
         self.predicted = np.full(count, -1, np.int32)
@@ -70,7 +67,7 @@ class Ledger:
         self._loss_sum = np.zeros(count, np.float32)
         self._finite = np.zeros(count, np.int32)
         self._loss_first = np.full(count, np.nan, np.float32)
-        self._loss_last = np.full(count, np.nan, np.float32)
+        self.loss_last = np.full(count, np.nan, np.float32)
         self._suspicion: np.ndarray | None = None
         self._reviewed = np.zeros(count, bool)
 
@@ -89,14 +86,9 @@ class Ledger:
         return self._loss_sum / counts.astype(np.float32)
 
     @property
-    def loss_last(self) -> np.ndarray:
-        """Float32 array `(n,)`, the last loss, NaN or infinite as it came."""
-        return self._loss_last
-
-    @property
     def loss_trend(self) -> np.ndarray:
         """Float32 array `(n,)`: last loss less first loss; falling is negative."""
-        return self._loss_last - self._loss_first
+        return self.loss_last - self._loss_first
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -131,7 +123,7 @@ class Ledger:
         finite = seen & np.isfinite(losses)
         first = seen & (self.seen == 0)
         self._loss_first[first] = losses[first]
-        self._loss_last[seen] = losses[seen]
+        self.loss_last[seen] = losses[seen]
         self._loss_sum[finite] += losses[finite]
         self._finite[finite] += 1
         self.seen[seen] += 1
@@ -197,11 +189,7 @@ def datalab_inputs(
     Raises:
         InvalidArgument: If the arrays differ in length.
     """
-    if not len(features) == len(labels) == len(probabilities):
-        raise InvalidArgument(
-            "`features`, `labels` and `probabilities` must be equally long. Received: "
-            f"{len(features)}, {len(labels)} and {len(probabilities)}."
-        )
+    _require_equally_long(features=features, labels=labels, probabilities=probabilities)
     probabilities = np.asarray(probabilities, np.float64)
     return {
         "features": np.asarray(features, np.float32),
@@ -270,21 +258,20 @@ class RejectionLedger(keras.callbacks.Callback):
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns copies of what the epochs so far have left, by name."""
-        histograms = self.loss_histograms
-        # None, which no array of numbers can hold, is written as NaN.
-        thresholds = [one.threshold for one in histograms]
+        # A threshold of None, which no array of numbers can hold, becomes NaN.
+        histograms = [
+            (h.threshold, *h.accepted, *h.rejected) for h in self.loss_histograms
+        ]
         state = self.ledger.counts() | {
             "acceptance_by_class": np.array(self.acceptance_by_class, np.float32),
-            "thresholds": np.array(thresholds, np.float64),
-            "accepted_losses": np.array([one.accepted for one in histograms]),
-            "rejected_losses": np.array([one.rejected for one in histograms]),
+            "loss_histograms": np.array(histograms, np.float64),
         }
         if self.last_epoch is not None:
             state["last_epoch"] = np.stack(self.last_epoch)
         return state
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Goes on from what `state` gave at the end of an epoch.
+        """Resumes from what `state` gave at the end of an epoch.
 
         Args:
             state: Arrays by name, of a ledger of the same samples.
@@ -295,13 +282,11 @@ class RejectionLedger(keras.callbacks.Callback):
         if "last_epoch" in state:
             self.last_epoch = tuple(state["last_epoch"])
         self.loss_histograms = [
-            LossHistogram(None if np.isnan(threshold) else float(threshold), *counts)
-            for threshold, *counts in zip(
-                state["thresholds"],
-                state["accepted_losses"],
-                state["rejected_losses"],
-                strict=True,
+            LossHistogram(
+                None if np.isnan(threshold) else float(threshold),
+                *np.split(np.array(counts, np.int64), 2),
             )
+            for threshold, *counts in state["loss_histograms"]
         ]
 
     def set_model(self, model: keras.Model) -> None:
@@ -316,7 +301,8 @@ class RejectionLedger(keras.callbacks.Callback):
         threshold = self.model.policy.threshold_in_use()
         self.loss_histograms.append(loss_histogram(losses, accepted, threshold))
         if self.model.policy.needs_ledger:
-            self.model.policy.note_losses(self.ledger.loss_mean)
+            epochs = len(self.loss_histograms)
+            self.model.policy.note_losses(self.ledger.loss_mean, epochs)
         seen = accepted >= 0
         labels = self.ledger.labels
         with np.errstate(invalid="ignore"):
@@ -383,6 +369,13 @@ def loss_histogram(
         for chosen in (accepted > 0, accepted == 0)
     )
     return LossHistogram(threshold, *counts)
+
+
+def _require_equally_long(**arrays: Any) -> None:
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        names = ", ".join(f"`{name}`" for name in lengths)
+        raise InvalidArgument(f"{names} must be equally long. Received: {lengths}.")
 
 
 def _written(number: Any) -> str:

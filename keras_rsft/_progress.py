@@ -39,13 +39,13 @@ def progress_bar(
         yield lambda finished, description=None: None
         return
     # On a narrow terminal the bar gives way, and no line breaks.
-    numbers = {"table_column": Column(no_wrap=True)}
+    unbroken = Column(no_wrap=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None, table_column=Column(max_width=_BAR_WIDTH)),
-        MofNCompleteColumn(**numbers),
-        RateColumn(**numbers),
-        TimeRemainingColumn(compact=True, **numbers),
+        MofNCompleteColumn(table_column=unbroken),
+        RateColumn(table_column=unbroken),
+        TimeRemainingColumn(compact=True, table_column=unbroken),
         console=console,
         speed_estimate_period=_SECONDS_OF_RATE,
     ) as progress:

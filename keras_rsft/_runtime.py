@@ -1,9 +1,10 @@
-"""The process: its place in a cluster, Keras's backend, and signals."""
+"""The process: its index in a cluster, Keras's backend, and signals."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -30,9 +31,9 @@ class Cluster:
     """Several processes that do one thing together, and which of them this one is.
 
     Attributes:
-        workers: `host:port` of each, in an order that all of them share. Who only
-            computes features makes no connection, and needs no address.
-        index: The place of this process among them, from 0.
+        workers: `host:port` of each, in the same order everywhere; `""` where no
+            connection is made, as for features.
+        index: Index of this process, from 0.
 
     Raises:
         InvalidArgument: If there is no such worker.
@@ -42,7 +43,6 @@ class Cluster:
     index: int = 0
 
     def __post_init__(self) -> None:
-        """Raises InvalidArgument if there is no such worker."""
         if not 0 <= self.index < len(self.workers):
             raise InvalidArgument(
                 f"The index of a worker must be in [0, {len(self.workers)}), as there "
@@ -63,7 +63,7 @@ class Cluster:
         return self.index == 0
 
     def named(self, index: int) -> str:
-        """Returns how a worker is called in messages, with its address if it has one.
+        """Returns a worker's name for messages, with its address if it has one.
 
         Args:
             index: In [0, number of workers).
@@ -81,8 +81,8 @@ def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
         environment: Variables by name. Default: the process's.
 
     Raises:
-        InvalidArgument: If it is not as TensorFlow wants it, or has tasks of another
-            type than these two.
+        InvalidArgument: If TensorFlow could not use it, or it has tasks of another
+            type than `chief` and `worker`.
 
     Example:
         >>> import keras_rsft as rsft
@@ -98,17 +98,53 @@ def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
     if not text:
         return Cluster()
     try:
-        config = json.loads(text)
+        return _cluster_in(json.loads(text))
     except ValueError as error:
-        raise _invalid(f"it is no JSON: {error}", text) from error
-    addresses = _addresses(config, text)
-    chiefs, workers = (addresses.get(name, []) for name in _TASK_TYPES)
-    if not chiefs + workers:
+        is_json = not isinstance(error, json.JSONDecodeError)
+        reason = error if is_json else f"it is no JSON: {error}"
+        raise InvalidArgument(
+            f"{CLUSTER_VARIABLE} cannot be used: {reason}. Expected, for example, "
+            '{"cluster": {"worker": ["host-a:2222", "host-b:2222"]}, "task": {"type": '
+            f'"worker", "index": 0}}}}. Received: {text}'
+        ) from error
+
+
+def _cluster_in(config: Any) -> Cluster:
+    cluster = config.get("cluster", {}) if isinstance(config, dict) else None
+    if not isinstance(cluster, dict):
+        raise ValueError('"cluster" must be an object of lists of addresses')
+    for name, addresses in cluster.items():
+        if name not in _TASK_TYPES:
+            raise ValueError(
+                f'"cluster" has tasks of type {name!r}; only "worker" and "chief" are '
+                "used, as there are no parameter servers"
+            )
+        is_list = isinstance(addresses, list) and addresses
+        if not is_list or not all(isinstance(one, str) and one for one in addresses):
+            raise ValueError(f'"cluster"."{name}" must be a list of "host:port"')
+    chiefs, workers = (cluster.get(name, []) for name in _TASK_TYPES)
+    if len(chiefs) > 1:
+        raise ValueError("there may be one chief")
+    every = (*chiefs, *workers)
+    if len(set(every)) < len(every):
+        raise ValueError("two tasks have the same address")
+    if not every:
         return Cluster()
-    kind, index = _task(config, addresses, text)
-    if kind == "worker":
-        index += len(chiefs)
-    return Cluster((*chiefs, *workers), index)
+    task = config.get("task")
+    if not isinstance(task, dict) or "type" not in task or "index" not in task:
+        raise ValueError('"task" must have "type" and "index"')
+    kind, index = task["type"], task["index"]
+    if isinstance(index, str) and index.isascii() and index.isdigit():
+        index = int(index)  # As shell scripts often have it.
+    if kind not in cluster:
+        raise ValueError(f'"task"."type" is {kind!r}, which is not in "cluster"')
+    count = len(cluster[kind])
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        raise ValueError(
+            f'"task"."index" must be in [0, {count}), as there are {count} of type '
+            f"{kind!r}; it is {index!r}"
+        )
+    return Cluster(every, index + len(chiefs) if kind == "worker" else index)
 
 
 def check_strategy(name: str, environment: Mapping[str, str] = os.environ) -> Cluster:
@@ -122,59 +158,6 @@ def check_strategy(name: str, environment: Mapping[str, str] = os.environ) -> Cl
             "names all workers and says which one this is. Received: none."
         )
     return cluster_of(environment)
-
-
-def _addresses(config: Any, text: str) -> dict[str, list[str]]:
-    """Returns the addresses of each type of task."""
-    cluster = config.get("cluster", {}) if isinstance(config, dict) else None
-    if not isinstance(cluster, dict):
-        raise _invalid('"cluster" must be an object of lists of addresses', text)
-    for name, addresses in cluster.items():
-        if name not in _TASK_TYPES:
-            raise _invalid(
-                f'"cluster" has tasks of type {name!r}, and only "worker" and "chief" '
-                "are used here, as there are no parameter servers",
-                text,
-            )
-        is_list = isinstance(addresses, list) and addresses
-        if not is_list or not all(isinstance(one, str) and one for one in addresses):
-            raise _invalid(f'"cluster"."{name}" must be a list of "host:port"', text)
-    if len(cluster.get("chief", [])) > 1:
-        raise _invalid("there may be one chief", text)
-    every = [address for addresses in cluster.values() for address in addresses]
-    if len(set(every)) < len(every):
-        raise _invalid("two tasks have the same address", text)
-    return cluster
-
-
-def _task(
-    config: dict[str, Any], addresses: dict[str, list[str]], text: str
-) -> tuple[str, int]:
-    """Returns type and index of this process."""
-    task = config.get("task")
-    if not isinstance(task, dict) or "type" not in task or "index" not in task:
-        raise _invalid('"task" must have "type" and "index"', text)
-    kind, index = task["type"], task["index"]
-    if isinstance(index, str) and index.isascii() and index.isdigit():
-        index = int(index)  # As shell scripts often have it.
-    if kind not in addresses:
-        raise _invalid(f'"task"."type" is {kind!r}, which "cluster" has not', text)
-    count = len(addresses[kind])
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-        raise _invalid(
-            f'"task"."index" must be in [0, {count}), as there are {count} of type '
-            f"{kind!r}; it is {index!r}",
-            text,
-        )
-    return kind, index
-
-
-def _invalid(reason: str, text: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"{CLUSTER_VARIABLE} cannot be used: {reason}. Expected, for example, "
-        '{"cluster": {"worker": ["host-a:2222", "host-b:2222"]}, "task": {"type": '
-        f'"worker", "index": 0}}}}. Received: {text}'
-    )
 
 
 # Keras Tuner's own variables of a search by several processes.
@@ -230,6 +213,41 @@ def import_extra(module: str, extra: str, user: str) -> ModuleType:
         ) from error
 
 
+# Imports ------------------------------------------------------------------------------
+
+# Keras and TensorFlow import them where they are installed, to wrap what a user might
+# hand over: two fifths of their start-up, and the command line hands nothing over.
+_WRAPPED = frozenset({"jax", "matplotlib", "pandas", "scipy", "sklearn"})
+
+
+class _LeaveOutWrapped:
+    """A finder for which Keras and TensorFlow, and nobody else, lack these packages."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name not in _WRAPPED:
+            return
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        importer = "" if frame is None else frame.f_globals.get("__name__", "")
+        if importer.partition(".")[0] in ("keras", "tensorflow"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Imports Keras and TensorFlow without the packages that they only wrap."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10_000)  # Millions of objects are made that stay.
+    sys.meta_path.insert(0, _LeaveOutWrapped)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(_LeaveOutWrapped)
+        gc.set_threshold(*thresholds)
+
+
 # Signals ------------------------------------------------------------------------------
 
 SECONDS_UNTIL_AGAIN = 0.05
@@ -252,11 +270,12 @@ def termination_raises() -> Iterator[None]:
     hook = sys.unraisablehook
 
     def report(dropped: Any) -> None:
-        number = _signal_of(dropped.exc_type)
-        if number is None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
             hook(dropped)
+        elif issubclass(dropped.exc_type, Terminated):
+            _send_again(signal.SIGTERM)
         else:
-            _send_again(number)
+            _send_again(signal.SIGINT)
 
     sys.unraisablehook = report
     before = {number: signal.signal(number, _interrupt) for number in numbers}
@@ -269,25 +288,12 @@ def termination_raises() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _in_finaliser(frame):
-        _send_again(number)
-        return
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-
-def _in_finaliser(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            return True
+        if frame.f_code.co_name == "__del__":  # There an exception would be lost.
+            _send_again(number)
+            return
         frame = frame.f_back
-    return False
-
-
-def _signal_of(exception: type[BaseException]) -> int | None:
-    """Returns the signal that is answered with such an exception, None if none is."""
-    if issubclass(exception, Terminated):
-        return signal.SIGTERM
-    return signal.SIGINT if issubclass(exception, KeyboardInterrupt) else None
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _send_again(number: int) -> None:

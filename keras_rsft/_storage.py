@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import errno
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -317,6 +318,18 @@ class RunPlace:
 
 class _Taken(InvalidArgument):
     """This folder cannot be had; another one may."""
+
+
+def run_identity(
+    source: Any, classes: Sequence[str], samples: Iterable[bytes], **choices: Any
+) -> dict[str, Any]:
+    """Returns what two runs must share to be the same run, as JSON can hold it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in samples:
+        digest.update(part)
+    data = [source, list(classes), digest.hexdigest()]
+    identity = {"data": data, **choices, "versions": package_versions()}
+    return json.loads(json.dumps(identity, default=str))
 
 
 @contextlib.contextmanager

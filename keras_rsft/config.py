@@ -1,8 +1,7 @@
 """Every choice of a user: its name, default, range and help text.
 
-Imports no Keras, so that the command line refuses a typing error at once. The command
-line makes its options from the fields: `metadata` has a field's help text, its group
-and, for a rare one, that it is given by `--set`.
+The command line makes its options from the fields: `metadata` has a field's help text
+and, for a rare one, that it is given by `--set`. Imports no Keras.
 """
 
 from __future__ import annotations
@@ -13,12 +12,9 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_rsft.errors import InvalidArgument
-
-if TYPE_CHECKING:
-    import keras_tuner
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -42,7 +38,7 @@ def nearest_name_hint(name: str, known: Sequence[str], cutoff: float = 0.4) -> s
 
 
 def require_known(kind: str, name: str, known: Sequence[str]) -> None:
-    """Raises InvalidArgument with the nearest name if a name is not known."""
+    """Refuses a name that is not known, and hints at the nearest one."""
     if name not in known:
         raise InvalidArgument(
             f"The {kind} must be one of {', '.join(known)}. "
@@ -56,7 +52,7 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
 
 
 def _require_least(config: object, least: Mapping[str, int]) -> None:
-    """Checks finite numbers that have a lower bound; None is none."""
+    """Checks finite numbers with a lower bound; None is allowed."""
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None:
@@ -64,7 +60,7 @@ def _require_least(config: object, least: Mapping[str, int]) -> None:
 
 
 def _require_positive(config: object, *names: str) -> None:
-    """Checks fields that are positive, finite numbers; None is none."""
+    """Checks positive, finite numbers; None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None:
@@ -80,8 +76,7 @@ TEXT_ENCODERS = ("minilm",)
 IMAGES, TEXTS = "images", "texts"
 DEFAULT_BACKBONES = {IMAGES: "resnet50", TEXTS: TEXT_ENCODERS[0]}
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+_IMAGENET_SCALE = "0.485:0.456:0.406/0.229:0.224:0.225"
 _SCALE_FORMS = (
     "@0:1 (image models of TensorFlow Hub), @-1:1, @0:255 (preprocessing is in the "
     "model), @imagenet (Torchvision, most of timm) or "
@@ -134,37 +129,27 @@ def parse_base_name(name: str) -> BaseName | None:
 
 def parse_pixel_scale(text: str) -> PixelScale:
     """Reads `LOW:HIGH`, `imagenet`, or `MEAN/STD` of three channels each."""
-    if text == "imagenet":
-        return _standardised(_IMAGENET_MEAN, _IMAGENET_STD)
-    parts = [_numbers(part) for part in text.split("/")]
+    numbers = _IMAGENET_SCALE if text == "imagenet" else text
+    try:
+        parts = [[float(one) for one in p.split(":")] for p in numbers.split("/")]
+    except ValueError:
+        parts = []
+    finite = all(math.isfinite(value) for part in parts for value in part)
     lengths = [len(part) for part in parts]
-    if lengths == [2] and parts[0][0] < parts[0][1]:
+    if finite and lengths == [2] and parts[0][0] < parts[0][1]:
         low, high = parts[0]
-        return PixelScale(((high - low) / 255.0,) * 3, (low,) * 3)
-    if lengths == [3, 3] and min(parts[1]) > 0:
-        return _standardised(*parts)
+        return PixelScale(((high - low) / 255,) * 3, (low,) * 3)
+    if finite and lengths == [3, 3] and min(parts[1]) > 0:
+        (r, g, b), (x, y, z) = parts  # Means and standard deviations.
+        factor = (1 / (255 * x), 1 / (255 * y), 1 / (255 * z))
+        return PixelScale(factor, (-r / x, -g / y, -b / z))
     raise InvalidArgument(
         f"The scale of the pixels must be {_SCALE_FORMS}. Received: @{text}"
     )
 
 
-def _standardised(mean: tuple[float, ...], std: tuple[float, ...]) -> PixelScale:
-    red, green, blue = (1.0 / (255.0 * one) for one in std)
-    low_red, low_green, low_blue = (-m / s for m, s in zip(mean, std, strict=True))
-    return PixelScale((red, green, blue), (low_red, low_green, low_blue))
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(":"))
-    except ValueError:
-        return ()
-    finite = all(abs(value) < float("inf") for value in values)
-    return values if finite else ()
-
-
 def plain_name(name: str) -> str:
-    """Returns a name without what does not tell names apart."""
+    """Returns a name in lower case, without hyphens and underscores."""
     return name.lower().replace("_", "").replace("-", "")
 
 
@@ -174,17 +159,17 @@ def takes_texts(name: str | os.PathLike[str]) -> bool:
 
 
 def require_takes(name: str | os.PathLike[str], kind: str) -> None:
-    """Refuses a backbone that does not take the samples of a data set, by its kind."""
+    """Refuses a backbone that does not take samples of this kind."""
     if takes_texts(name) == (kind == TEXTS):
         return
     if kind == TEXTS:
         raise InvalidArgument(
-            f"The data are texts, and the base takes images. Received: {name}. Use "
-            f"`--backbone {TEXT_ENCODERS[0]}`."
+            f"The data are texts, and the backbone takes images. Received: {name}. "
+            f"Use `--backbone {TEXT_ENCODERS[0]}`."
         )
     raise InvalidArgument(
-        f"The data are images, and the base takes texts. Received: {name}. Use a base "
-        "for images, such as efficientnet_lite0."
+        f"The data are images, and the backbone takes texts. Received: {name}. Use a "
+        "backbone for images, such as efficientnet_lite0."
     )
 
 
@@ -192,7 +177,7 @@ def require_base_can_learn(name: str | os.PathLike[str]) -> None:
     """Refuses the training of a text encoder."""
     if takes_texts(name):
         raise InvalidArgument(
-            f"A text encoder stays as it is, only its head learns. Received: {name}. "
+            f"A text encoder stays frozen; only the head is trained. Received: {name}. "
             "Leave out `--unfreeze`."
         )
 
@@ -303,7 +288,7 @@ POLICY_NAMES = (
 LEVELS = ("sample", "batch")
 DEFAULT_KEEP_FRACTION = 0.7
 # Which policies look at what may be given.
-_USED_BY = {
+USED_BY = {
     "threshold": ("loss-threshold", "self-paced"),
     "keep_fraction": ("keep-fraction",),
     "level": ("loss-threshold",),
@@ -362,30 +347,27 @@ class PolicyConfig:
     class_floor: float = rare(0.0, "least share of each class in a batch to accept")
 
     def __post_init__(self) -> None:
-        name, keep = self.name or self._implied_name(), self.keep_fraction
-        keep = DEFAULT_KEEP_FRACTION if keep is None else keep
+        name = self.name
+        if name is None:
+            name = "auto" if self.keep_fraction is None else "keep-fraction"
+            if self.threshold is not None or self.level == "batch":
+                name = "loss-threshold"
+        share = self.keep_fraction
+        share = DEFAULT_KEEP_FRACTION if share is None else share
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "keep_fraction", keep)
+        object.__setattr__(self, "keep_fraction", share)
         require_known("policy", name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
         _require_positive(self, "threshold", "relative_threshold")
-        ranges = {
-            "keep_fraction": (0 < keep <= 1, "in (0, 1]"),
-            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "at least 0"),
-            "class_floor": (0 <= self.class_floor <= 1, "in [0, 1]"),
-        }
-        for name, (holds, expected) in ranges.items():
-            _require(name, getattr(self, name), holds, expected)
-
-    def _implied_name(self) -> str:
-        if self.threshold is not None or self.level == "batch":
-            return "loss-threshold"
-        return "auto" if self.keep_fraction is None else "keep-fraction"
+        _require_least(self, {"warmup_epochs": 0})
+        _require("keep_fraction", share, 0 < share <= 1, "in (0, 1]")
+        floor = self.class_floor
+        _require("class_floor", floor, 0 <= floor <= 1, "in [0, 1]")
 
 
 def require_used(name: str, given: Mapping[str, object]) -> None:
     """Raises InvalidArgument if a policy would not look at a field that was given."""
-    for attribute, users in _USED_BY.items():
+    for attribute, users in USED_BY.items():
         if given.get(attribute) not in (None, LEVELS[0]) and name not in users:
             option = "--" + attribute.replace("_", "-")
             raise InvalidArgument(
@@ -399,7 +381,6 @@ def require_used(name: str, given: Mapping[str, object]) -> None:
 # From the cheapest on: the head alone, with the last block, with all layers.
 FROZEN, LAST_BLOCK, ALL = "frozen", "last-block", "all"
 UNFREEZE_NAMES = (FROZEN, LAST_BLOCK, ALL)
-ALL = ALL
 # A number of blocks, `ALL`, or names of layers.
 Unfreeze = int | str | tuple[str, ...]
 
@@ -428,7 +409,7 @@ def checked_unfreeze(value: Unfreeze | list[str]) -> Unfreeze:
     ):
         return tuple(names)
     raise InvalidArgument(
-        "What learns of the base must be a number of blocks, at least 1, all, or names "
+        "The layers to unfreeze must be a number of blocks, at least 1, all, or names "
         f"of layers. Received: {value!r}."
     )
 
@@ -439,24 +420,24 @@ class UnfreezeConfig:
 
     Attributes:
         layers: `"last-block"`, the cautious preset: the last block, on the samples
-            that the finished head accepts; how many of the last blocks, at least 1;
-            `"all"`; or names of layers. Default `"last-block"`.
+            that the finished head accepts; a number of last blocks, at least 1, `"all"`
+            or names of layers, under the policy of the head. Default `"last-block"`.
         epochs: At least 1. Default None: 3 for the preset, 5 otherwise.
         learning_rate: Of the unfrozen layers, positive. Default None: a tenth of the
             head's; the preset has its own, 0.0001.
         batch_size: At least 1. Default None: the head's.
-        train_batch_norm: Have their BatchNorm layers learn and normalise by the
-            batch. Default False: they are in inference mode.
+        train_batch_norm: Whether their BatchNorm layers learn and normalise by the
+            batch. Default False: they stay in inference mode.
 
     Raises:
-        InvalidArgument: If a value is out of its range, or not for the preset.
+        InvalidArgument: If a value is out of its range.
     """
 
     layers: Unfreeze = option(  # noqa: RUF009
         LAST_BLOCK,
-        "after the head, train a part of the backbone with it: last-block (on accepted "
-        "samples only), the last N blocks, all, or layers by name; kept where "
-        "validation is no worse; default: frozen",
+        "after the head, train layers of the backbone too: last-block (on accepted "
+        "samples only), the last N blocks, all, or layers by name; the result is used "
+        "if validation is no worse; default: frozen",
         first=3,
         name="unfreeze",
         metavar="last-block|N|all|LAYER,...",
@@ -501,10 +482,9 @@ OPTIMIZER_NAMES = (
     "sgd", "adam", "adamw", "rmsprop", "nadam", "adamax", "adagrad", "adadelta",
     "adafactor", "ftrl", "lion", "muon", "schedulefreeadamw",
 )  # fmt: skip
-# Of the head's learning rate: what a pretrained backbone knows is soon unlearnt.
+# The default learning rate of unfrozen layers, as a share of the head's.
 SHARE_OF_LEARNING_RATE = 0.1
-# Parts of the names of variables that weight decay leaves alone: a bias, and the scale
-# and offset of a normalisation, do not make a function any wilder.
+# Parts of the names of variables without weight decay.
 NOT_DECAYED = ("bias", "gamma", "beta")
 
 
@@ -527,8 +507,8 @@ class TrainConfig:
             kept. Default None: all epochs, and the weights of the last.
         seed: Seed of the initial weights and of the order. Default 0.
         momentum: Of `"sgd"`, in [0, 1]. Default 0.9.
-        unfreeze: Which layers of the backbone learn with the head once that has been
-            trained for `epochs`, and how. Default None: none.
+        unfreeze: Which layers of the backbone to train with the head after its
+            `epochs`, and how. Default None: none.
 
     Raises:
         InvalidArgument: If a value is out of its range or unknown.
@@ -649,6 +629,7 @@ class SearchConfig:
         "of it, on from the best plain head and the best one that rejects, and choose "
         "the cheapest that is as good as the best; default: frozen",
         first=3,
+        name="unfreeze_choices",
         metavar="A,B,C",
     )
 
@@ -669,7 +650,7 @@ class SearchConfig:
                 )
 
     @property
-    def of_base(self) -> tuple[str, ...]:
+    def unfrozen(self) -> tuple[str, ...]:
         """Those of `unfreeze` in which the backbone learns, the cheapest first."""
         return self.unfreeze[1:]
 
@@ -692,8 +673,8 @@ def checked_names(names: Sequence[str]) -> tuple[str, ...]:
 class SearchSpace:
     """Ranges of the hyperparameters; a range of one value fixes it.
 
-    Called with Keras Tuner's hyperparameters, it declares them and returns their
-    values. Any function that does so can take its place:
+    A function that declares Keras Tuner's hyperparameters and returns their values can
+    take its place:
 
     ```python
     def space(hp):
@@ -721,11 +702,10 @@ class SearchSpace:
             may be, or a name is not known.
 
     Example:
-        >>> import keras_rsft as rsft, keras_tuner
+        >>> import keras_rsft as rsft
         >>> space = rsft.SearchSpace(policies=("keep-fraction",), optimizers=("sgd",))
-        >>> values = space(keras_tuner.HyperParameters())
-        >>> sorted(values)
-        ['keep_fraction', 'learning_rate', 'optimizer', 'policy', 'warmup_epochs']
+        >>> space.keep_fraction
+        (0.4, 0.95)
     """
 
     learning_rate: tuple[float, float] = (1e-4, 1e-1)
@@ -761,12 +741,6 @@ class SearchSpace:
             require_known("policy", policy, SEARCHED_POLICIES)
         for optimizer in self.optimizers:
             require_known("optimizer", optimizer.lower(), OPTIMIZER_NAMES)
-
-    def __call__(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
-        """Declares the hyperparameters and returns those that are active."""
-        from keras_rsft.tuning._space import declare
-
-        return declare(self, hp)
 
     def _check_range(self, name: str) -> None:
         least, above, most, whole = RANGE_NAMES[name]
@@ -818,7 +792,7 @@ METHOD_NAMES = (
 
 
 def check_methods(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Returns the methods to run, `plain` first, each once; None means all that can."""
+    """Returns each method once, `plain` first; None means all that can run."""
     if names is None:
         return None
     if isinstance(names, str) or not names:

@@ -1,7 +1,6 @@
-"""The errors that a user can cause, so that the command line can tell them from bugs.
+"""The errors that a user can cause; the command line tells them from bugs.
 
-Owns the types only. Each room raises them with a message that says what was
-expected, what came and what to do; `cli.py` turns them into an exit status.
+Their messages say what was expected, what was received, and what to do.
 """
 
 
@@ -18,8 +17,8 @@ class WeightsUnavailable(RuntimeError):
 
 
 class TrainingStalled(RuntimeError):
-    """Training accepted nothing, so there is no model to speak of (exit status 1)."""
+    """Training accepted nothing, so there is no trained model (exit status 1)."""
 
 
 class WorkerLost(RuntimeError):
-    """A worker does not do its part, so the others cannot go on (exit status 1)."""
+    """A worker is gone, so the others cannot continue (exit status 1)."""

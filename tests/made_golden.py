@@ -127,7 +127,7 @@ FINISHED = {
     "search": (
         "search", "{root}/photos", *COMMON, *NOISE, "--epochs", 2, "--batch-size", 8,
         "--max-trials", 4, "--policies", "loss-threshold", "--optimizers", "adamw",
-        "--relative-threshold", "1.2:3", "--warmup-epochs", "1:1",
+        "--range", "relative_threshold=1.2:3", "--range", "warmup_epochs=1:1",
         "--output", "{root}/search",
     ),
     "export": ("export", "{root}/photos-1", "--json"),
@@ -149,26 +149,28 @@ def finish(root: Path, command: str) -> Answer:
         return run_command(root, *in_folder(root, *FINISHED[command]))
 
 
+_FLOAT16 = ("--set", "cache_dtype=float16", "--set", "augmentations=2")
 POLICIES = {
     "auto": (),
     "accept-all": ("--policy", "accept-all"),
     "loss-threshold": ("--threshold", 1.2),
     "batch": ("--threshold", 1.2, "--level", "batch"),
-    "keep-fraction": ("--keep-fraction", 0.6, "--class-floor", 0.1),
+    "keep-fraction": ("--keep-fraction", 0.6, "--set", "class_floor=0.1"),
     "self-paced": ("--policy", "self-paced"),
     "running-threshold": ("--policy", "running-threshold"),
     "loss-mixture": ("--policy", "loss-mixture"),
     "adam": ("--threshold", 1.2, "--optimizer", "adamw", "--weight-decay", 0.01),
     "stopping": ("--threshold", 1.2, "--early-stopping", 1, "--epochs", 6),
-    "float16": ("--threshold", 1.2, "--feature-precision", "float16", "--views", 2),
-    "unfreeze": ("--threshold", 1.2, "--unfreeze", "all", "--base-epochs", 1),
+    "float16": ("--threshold", 1.2, *_FLOAT16),
+    "unfreeze": ("--threshold", 1.2, "--unfreeze", "all", "--set", "unfreeze_epochs=1"),
 }
 
 
 def fit_under(root: Path, policy: str) -> dict:
     """The summary of a run with one policy or option."""
     arguments = (
-        "fit", "{root}/photos", *COMMON, *NOISE, "--no-plain", "--epochs", 3,
+        "fit", "{root}/photos", *COMMON, *NOISE, "--epochs", 3, "--set",
+        "with_plain=false",
         "--batch-size", 8, "--learning-rate", 0.05, "--output", f"of-{policy}",
         *POLICIES[policy],
     )  # fmt: skip
@@ -198,8 +200,9 @@ BAD = (
     "fit photos --backbone missing.keras", "fit photos --noise symmetric",
     "fit photos --noise symmetric:2", "fit photos --noise nothing:0.1",
     "fit photos --validation-fraction 1", "fit photos --test-fraction -0.1",
-    "fit photos --precision float8", "fit photos --image-size -5",
-    "fit photos --views 0", "fit photos --class-floor 2", "fit photos --seed -1",
+    "fit photos --set dtype=float8", "fit photos --image-size -5",
+    "fit photos --set augmentations=0", "fit photos --set class_floor=2",
+    "fit photos --seed -1",
     "fit photos --warmup-epochs -1", "fit photos --thershold 1", "fit photos more",
     "fit photos -x", "fit photos --strategy tpu", "fit photos --weight-decay -1",
     "fit photos --early-stopping 0", "fit photos --corrections missing.csv",
@@ -212,10 +215,10 @@ BAD = (
     "compare photos --policy accept-all", "compare photos --noise instance",
     "compare photos --backbone tiny.keras --methods clean-subset --seeds 1",
     "search photos --tuner bayes", "search photos --objective accuracy",
-    "search photos --max-trials 0", "search photos --learning-rate 0.1:0.01",
-    "search photos --keep-fraction 0.5:2", "search photos --policies auto,keep",
+    "search photos --max-trials 0", "search photos --range learning_rate=0.1:0.01",
+    "search photos --range keep_fraction=0.5:2", "search photos --policies auto,keep",
     "search photos --backbone tiny.keras --policies self-paced",
-    "search photos --warmup-epochs 0.5:1",
+    "search photos --range warmup_epochs=0.5:1",
     "search photos --backbone tiny.keras --clean-validation",
     "export nowhere", "export photos", "export nowhere --name ../up",
     "export nowhere --format tar", "export nowhere --format onnx --weight-dtype int8",
@@ -261,7 +264,7 @@ def trained_models() -> dict[str, dict]:
         "KeepFraction floor": rsft.KeepFraction(0.4, class_floor=0.3),
         "SelfPaced": rsft.SelfPaced(0.9, growth=1.3, growth_steps=2),
         "RunningThreshold": rsft.RunningThreshold(0.5, warmup_steps=2),
-        "LossMixture": rsft.LossMixture(0.5, warmup_epochs=1),
+        "LossMixture": rsft.LossMixture(0.5, warmup_steps=0),
         "AcceptListed": rsft.AcceptListed(np.arange(48) % 3 > 0),
     }
     rng = np.random.default_rng(0)

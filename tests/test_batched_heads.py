@@ -13,9 +13,9 @@ from made_features import CLASSES, DIM, feature_set, split_features
 from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.label_quality._audit import audit_labels
-from keras_rsft.training._head import train_head
+from keras_rsft.training._head import best_of_all_epochs, train_head
 from keras_rsft.tuning._batched import BatchedHeads
-from keras_rsft.tuning._space import stack_trials
+from keras_rsft.tuning._space import update_rule
 
 BATCH = 16
 
@@ -51,29 +51,18 @@ OPTIMIZERS = {
 
 def trained_together(features, settings, **options):
     """Trains heads of one update rule, 5 epochs unless told otherwise."""
-    first = settings[0]
-    heads = BatchedHeads(
-        features.train,
-        features.validation,
-        num_classes=CLASSES,
-        batch_size=first.batch_size,
-        seed=first.seed,
-    )
-    limits = {}
+    label_quality = None
     if any(one.policy.name == "auto" for one in settings):
         label_quality = audit_labels(features.train, CLASSES, progress=False)
         assert math.isfinite(label_quality.loss_limit)  # So that it is in play.
-        heads.list_samples(label_quality.accept_mask())
-        limits = {"loss_limit": label_quality.loss_limit}
-    trials = stack_trials(
-        settings, num_classes=CLASSES, steps_per_epoch=heads.steps_per_epoch, **limits
-    )
-    return heads.train(trials, epochs=first.epochs, **options)
+    return BatchedHeads(features, settings[0]).train(settings, label_quality, **options)
 
 
 def assert_equal_to_alone(features, settings, together):
     for row, one in enumerate(settings):
-        alone = train_head(features, one, progress=False)
+        best = best_of_all_epochs("val_accuracy", "max", epochs=one.epochs)
+        alone = train_head(features, one, callbacks=[best], progress=False)
+        assert together.best_epochs[row] == best.best_epoch
         kernel, bias = alone.model.model.get_layer("scores").get_weights()
         np.testing.assert_allclose(together.kernels[row], kernel, atol=1e-4)
         np.testing.assert_allclose(together.biases[row], bias, atol=1e-4)
@@ -180,29 +169,28 @@ def test_a_row_that_is_not_finite_is_rejected_by_all(features, tmp_path):
     """One NaN must not reach the gradients through the product."""
     train = feature_set(tmp_path, "broken", 37, seed=3)
     values = np.array(train.features)
-    heads = BatchedHeads(
-        train, features.validation, num_classes=CLASSES, batch_size=BATCH, seed=0
-    )
+    policies = [POLICIES[name] for name in ("accept-all", "article", "keep-fraction")]
+    settings = [
+        dataclasses.replace(SETTINGS, policy=policy, epochs=2) for policy in policies
+    ]
+    heads = BatchedHeads(dataclasses.replace(features, train=train), settings[0])
     values[5] = np.nan
     values.tofile(train.path)  # After the moments were taken.
-    policies = [POLICIES[name] for name in ("accept-all", "article", "keep-fraction")]
-    settings = [dataclasses.replace(SETTINGS, policy=policy) for policy in policies]
-    trials = stack_trials(settings, num_classes=CLASSES, steps_per_epoch=3)
-    together = heads.train(trials, epochs=2)
+    together = heads.train(settings)
     assert np.isfinite(together.kernels).all()
     np.testing.assert_allclose(together.history["acceptance_rate"][0], 36 / 37)
 
 
-def test_the_best_epoch_is_kept_beside_the_last(features):
+def test_the_best_epoch_is_kept(features):
     settings = [dataclasses.replace(SETTINGS, policy=POLICIES["accept-all"])]
-    together = trained_together(features, settings)
-    values = together.history["val_accuracy"][0]
-    best = together.best_epochs[0]
-    assert best == int(np.argmax(values))
-    again = trained_together(
-        features, [dataclasses.replace(settings[0], epochs=int(best) + 1)]
+    # The loss falls, so that the first epoch has the highest.
+    together = trained_together(features, settings, objective="loss", direction="max")
+    assert together.best_epochs[0] == 0
+    alone = train_head(
+        features, dataclasses.replace(settings[0], epochs=1), progress=False
     )
-    np.testing.assert_allclose(together.best_kernels, again.kernels, atol=1e-6)
+    kernel = alone.model.model.get_layer("scores").get_weights()[0]
+    np.testing.assert_allclose(together.kernels[0], kernel, atol=1e-4)
 
 
 def test_halving_drops_the_worse_half(features):
@@ -219,7 +207,7 @@ def test_halving_drops_the_worse_half(features):
     assert seen == [4, 4, 2, 2, 2]
     losses = halved.history["val_loss"]
     assert np.isnan(losses).sum(axis=1).tolist() == [3, 0, 3, 0]
-    whole = trained_together(features, settings)
+    whole = trained_together(features, settings, objective="val_loss", direction="min")
     np.testing.assert_allclose(halved.kernels[[1, 3]], whole.kernels[[1, 3]], atol=1e-6)
     assert (halved.best_epochs[[0, 2]] == 1).all()
 
@@ -234,8 +222,4 @@ def test_halving_drops_the_worse_half(features):
 )
 def test_what_cannot_be_batched_names_a_tuner_that_can(changes, what):
     with pytest.raises(InvalidArgument, match=f"{what}.*use the tuner random"):
-        stack_trials(
-            [dataclasses.replace(SETTINGS, **changes)],
-            num_classes=CLASSES,
-            steps_per_epoch=7,
-        )
+        update_rule(dataclasses.replace(SETTINGS, **changes))

@@ -102,7 +102,7 @@ def test_the_warm_up_stays_over_where_samples_were_reviewed(features, tmp_path):
     reviewed = np.arange(len(features.train)) == 0
     train = dataclasses.replace(features.train, reviewed=reviewed)
     space = dataclasses.replace(
-        SPACE, policies=("loss-threshold",), warmup_epochs=(0.5, 0.5)
+        SPACE, policies=("loss-threshold",), warmup_epochs=(1, 1)
     )
     tuner = make(
         dataclasses.replace(features, train=train),

@@ -51,7 +51,7 @@ class TestFit:
         photos = tmp_path / "photos"
         shutil.copytree(photo_folder, photos)
         (photos / "red" / "00.png").write_bytes(b"")
-        status, out, _ = fit("--no-plain", data=photos)
+        status, out, _ = fit("--set", "with_plain=false", data=photos)
         assert status == 0
         assert [run.name for run in (tmp_path / "runs").iterdir()] == ["photos-1"]
         assert "1 images cannot be read" in out
@@ -100,7 +100,7 @@ class TestMistakes:
             (["--set", "augmentations=x"], 2, "whole number"),
             (["--set", "unfreeze_epochs=3"], 2, "`--unfreeze`"),
             (["--unfreeze", "0"], 2, "at least 1"),
-            (["--unfreeze", "last-block", "--set", "train_batch_norm=true"], 2, "1:"),
+            (["--unfreeze=all", "--set", "unfreeze_learning_rate=0"], 2, "positive"),
         ],
     )
     def test_in_an_option(self, fit, arguments, status, message):
@@ -216,6 +216,26 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert "HEAVY []" in result.stdout
+
+
+@pytest.mark.slow
+def test_keras_imports_no_package_that_it_only_wraps():
+    program = textwrap.dedent("""
+        import sys
+        from keras_rsft._runtime import quick_imports
+        with quick_imports():
+            import keras
+            import tensorflow as tf
+            names = {"jax", "matplotlib", "pandas", "scipy", "sklearn"}
+            print("LEFT OUT", sorted(names - set(sys.modules)))
+            import sklearn.mixture
+            print("OURS", "scipy" in sys.modules)
+    """)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    left_out = "LEFT OUT ['jax', 'matplotlib', 'pandas', 'scipy', 'sklearn']"
+    assert result.stdout.splitlines() == [left_out, "OURS True"]
 
 
 def test_every_public_name_can_be_had():

@@ -40,6 +40,8 @@ def test_features_are_kept_and_found_by_shares_of_several_tasks(features, tmp_pa
         24, 6, 6
     ]  # fmt: skip
     assert splits["train"]["bytes"] == 24 * 6 * 4
+    train = splits["train"]
+    assert (train["augmentations"], train["dtype"]) == (1, "float32")
 
 
 def test_a_worker_that_does_not_come_is_told_in_a_line(features, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 from keras_rsft._stats import Interval
-from keras_rsft.cli._render import Output, json_value
+from keras_rsft._storage import json_value
+from keras_rsft.cli._render import Output
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -80,13 +82,54 @@ class TestJson:
         }  # fmt: skip
 
     def test_what_a_library_prints_stays_out(self, capsys):
-        with Output(as_json=True) as output:
+        with Output(as_json=True, command="fit") as output:
             print("chatter")
             output.say("a table")
-            output.finish({"a": 1}, "last")
+            output.finish("last", a=1)
         captured = capsys.readouterr()
-        assert parsed(captured.out) == {"a": 1}
+        assert parsed(captured.out) == {"command": "fit", "a": 1}
         assert captured.err == "chatter\na table\n"
+
+
+class TestCommandsToPaste:
+    """What a command prints to continue with runs as it is printed."""
+
+    @pytest.fixture
+    def pasted(self, finished, call, tmp_path, monkeypatch):
+        def run(text):
+            lines = re.findall(r"^  (keras-rsft .+)$", text, re.MULTILINE)
+            for line in lines:
+                words = shlex.split(line)[1:]
+                monkeypatch.chdir(finished.root)
+                if words[0] == "review":
+                    words.append("--no-browser")
+                if words[0] == "fit":
+                    words += ["--output", tmp_path / "run", "--set", "with_plain=false"]
+                status, _, err = call(*words)
+                assert status == 0, (line, err)
+            return lines
+
+        return run
+
+    def test_after_fit(self, finished, pasted):
+        review, predict = pasted(finished("fit").err)
+        assert review.startswith("keras-rsft review ")
+        assert predict.startswith("keras-rsft predict ")
+
+    def test_after_search(self, finished, pasted):
+        *_, fit = pasted(finished("search").err)
+        assert f"--backbone={finished.root / 'tiny.keras'}" in fit
+        assert f"fit {finished.root / 'photos'} " in fit
+
+    def test_after_features_and_rank(self, finished, call, pasted):
+        photos, base = finished.root / "photos", finished.root / "tiny.keras"
+        cache = ["--cache-dir", finished.root / "cache", "--image-size", 16]
+        _, out, _ = call("features", photos, "--backbone", base, *cache, "--seed", 7)
+        (fit,) = pasted(out)
+        assert f"--backbone={base}" in fit
+        assert "--seed=7" in fit
+        _, out, _ = call("rank", photos, "--backbones", base, *cache)
+        assert f"--backbone={base}" in re.search("keras-rsft fit .*", out)[0]
 
 
 class TestQuiet:
@@ -125,7 +168,7 @@ class TestQuiet:
         with Output(quiet=True) as output:
             print("chatter")
             output.say("a table")
-            output.finish({"a": 1}, "last")
+            output.finish("last", a=1)
         assert capsys.readouterr() == ("last\n", "")
 
 

@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 
+import keras
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -44,6 +46,34 @@ def test_tables_a_reason_and_a_command_that_trains_the_same(
         assert again[name] == pytest.approx(results["chosen"][name])
 
 
+def test_with_noise_the_same_head_is_judged_by_other_labels(search, call, tmp_path):
+    """A search makes validation labels noisy too, `fit` training labels alone."""
+
+    def result(folder):
+        head = keras.saving.load_model(tmp_path / folder / "head.keras")
+        results = json.loads((tmp_path / folder / "results.json").read_text())
+        return results, head.model.get_layer("scores").get_weights()[0]
+
+    for folder, more in (("noisy", []), ("clean", ["--clean-validation"])):
+        status, out, err = search(
+            "--noise", "symmetric:0.5", "--max-trials", 1, "--epochs", 1,
+            "--policies", "keep-fraction", "--output", folder, *more,
+        )  # fmt: skip
+        assert status == 0, err
+    command = re.search(r"^  keras-rsft (fit .*)$", out, re.MULTILINE)[1]
+    assert call(*shlex.split(command), "--output", "again")[0] == 0
+    (noisy, kernel), (clean, other) = result("noisy"), result("clean")
+    again, trained = result("again")
+    np.testing.assert_array_equal(kernel, other)
+    np.testing.assert_allclose(trained, kernel, atol=1e-4)
+    assert again["acceptance_rate"] == pytest.approx(noisy["chosen"]["acceptance_rate"])
+    for one in (noisy, clean):
+        assert again["test_accuracy"] == pytest.approx(one["chosen"]["test_accuracy"])
+    accuracy = clean["chosen"]["validation_accuracy"]
+    assert again["validation_accuracy"] == pytest.approx(accuracy)
+    assert noisy["chosen"]["validation_accuracy"] != pytest.approx(accuracy)
+
+
 def test_a_search_that_was_stopped_goes_on(search, tmp_path, photo_folder, monkeypatch):
     from keras_rsft.tuning import _search as search_run
 
@@ -77,8 +107,8 @@ def test_a_search_that_was_stopped_goes_on(search, tmp_path, photo_folder, monke
         (["--range", "keep_fraction=0.5:2"], "at most 1"),
         (["--range", "epochs=0:2"], "at least 1"),
         (["--range", "treshold=1:2"], "Did you mean 'threshold'?"),
-        (["--unfreeze", "last"], "Did you mean 'last-block'?"),
-        (["--set", "unfreeze_epochs=3"], "Say which ones with `--unfreeze`"),
+        (["--unfreeze-choices", "last"], "Did you mean 'last-block'?"),
+        (["--set", "unfreeze_epochs=3"], "Say which ones with `--unfreeze-choices`"),
         (["--policies", "auto,keep"], "Did you mean 'keep-fraction'?"),
         (["--policies", "self-paced"], "use the tuner random"),
         (["--clean-validation"], "--clean-label-column"),

@@ -21,7 +21,7 @@ import pytest
 from keras_rsft._runtime import check_strategy
 from keras_rsft.cli._commands import features_cluster, search_space
 from keras_rsft.cli._main import build_parser
-from keras_rsft.cli._options import config_of, policy_of, unfreezing
+from keras_rsft.cli._options import FIRST, config_of, policy_of, unfreezing
 from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig, check_methods
 from keras_rsft.data._labels import parse_noise
 
@@ -36,7 +36,7 @@ NOT_RUN = re.compile(r"<!-- not run: .+? -->\s*\Z", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # Options of other programs that the pages name.
 FOREIGN_OPTIONS = {"--grpc", "--logdir", "--no-deps", "--torch-python"}
-FRONT_PAGE_LINES = 130
+FRONT_PAGE_LINES = 100
 SLOW_PAGES = {"docs/python.md"}  # A fit and a search.
 TWO_WORKERS = json.dumps(
     {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
@@ -134,6 +134,25 @@ def test_the_front_page_is_one_page():
     assert len(PAGES["README.md"].splitlines()) <= FRONT_PAGE_LINES
 
 
+def test_the_table_of_rooms_names_modules_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `?([\w ]+?)/?`? \| ((?:`_\w+` ?)+)\|", text, re.MULTILINE)
+    assert len(rows) == 13
+    for where, modules in rows:
+        folder = ROOT / "keras_rsft" / ("" if where == "top level" else where)
+        for name in re.findall(r"`(\w+)`", modules):
+            assert (folder / f"{name}.py").is_file(), (where, name)
+
+
+def test_the_walk_of_one_photo_names_code_that_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walk = re.findall(r"^\d+\. `([\w/]+\.py)`, `(\w+)`", text, re.MULTILINE)
+    assert 8 <= len(walk) <= 10
+    for file, name in walk:
+        code = (ROOT / "keras_rsft" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE), file
+
+
 def test_the_lines_that_are_run_as_written():
     text = PAGES["README.md"]
     assert text.count('pip install ".[test]"') == 1
@@ -183,6 +202,30 @@ B=1 keras-rsft search 'x y' > out.txt && keras-rsft demo
         ["out.txt"],
         ["keras-rsft", "demo"],
     ]
+
+
+def test_an_option_is_the_same_in_every_command():
+    parsers = build_parser()._subparsers._group_actions[0].choices
+    known: dict[str, tuple] = {}
+    for parser in parsers.values():
+        for action in parser._actions:
+            for flag in action.option_strings:
+                what = (type(action), action.type, action.default, action.metavar)
+                what += (action.nargs, action.const, action.choices, action.help)
+                assert known.setdefault(flag, what) == what, (parser.prog, flag)
+    fields: dict[str, tuple] = {}
+    for parser in parsers.values():
+        for name, one in parser._settable.items():
+            what = (one.field.type, one.default, one.is_rare, one.help)
+            assert fields.setdefault(name, what) == what, (parser.prog, name)
+
+
+def test_fit_has_few_options_and_five_that_matter_first():
+    parser = build_parser()._subparsers._group_actions[0].choices["fit"]
+    assert sum(bool(action.option_strings) for action in parser._actions) <= 32
+    first = next(g for g in parser._action_groups if g.title == FIRST)
+    flags = [action.option_strings[0] for action in first._group_actions]
+    assert flags == ["--backbone", "--policy", "--unfreeze", "--epochs", "--output"]
 
 
 @every_page

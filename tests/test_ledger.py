@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -239,26 +241,33 @@ class TestPoliciesThatKnowTheSamples:
         policy = LossMixture()
         rng = np.random.default_rng(0)
         low, high = rng.normal(0.5, 0.1, 80), rng.normal(4.0, 0.2, 40)
-        policy.note_losses(np.r_[low, high, NAN])
+        policy.note_losses(np.r_[low, high, NAN], epochs=2)
         threshold = float(policy.threshold)
         # What is equal to the threshold is rejected.
         assert low.max() < threshold <= np.float32(high.min())
 
-    def test_mixture_waits_and_keeps_all_where_there_is_one_group(self):
-        policy = LossMixture(warmup_steps=2)
+    # Two epochs where nothing else is said.
+    @pytest.mark.parametrize("warmup_steps, seen", [(None, 4), (8, 7)])
+    def test_mixture_waits_and_keeps_all_where_there_is_one_group(
+        self, warmup_steps, seen
+    ):
+        policy = LossMixture(warmup_steps=warmup_steps)
+        policy.note_steps_seen(seen)
         losses = np.random.default_rng(0).normal(1.0, 0.1, 200)
-        policy.note_losses(losses)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # As a fit gives below.
+            policy.note_losses(losses, epochs=1)
         assert np.isinf(policy.threshold)
-        policy.note_steps_seen(2)
+        policy.note_steps_seen(8)
         with pytest.warns(UserWarning, match="do not fall into two groups"):
-            policy.note_losses(losses)
+            policy.note_losses(losses, epochs=2)
         assert np.isinf(policy.threshold)
 
     @pytest.mark.parametrize("losses", [np.zeros(500), np.r_[np.zeros(500), 1, 2], []])
     def test_mixture_of_losses_that_hardly_differ(self, losses):
         policy = LossMixture()
         with pytest.warns(UserWarning, match="Too few different losses"):
-            policy.note_losses(np.array(losses, float))
+            policy.note_losses(np.array(losses, float), epochs=2)
         assert np.isinf(policy.threshold)
 
     def test_mixture_needs_a_ledger(self, small_data, make_model):
@@ -276,6 +285,7 @@ class TestPoliciesThatKnowTheSamples:
             lambda: AutoPolicy(48, loss_limit=1.0, warmup_steps=3),
             lambda: SelfPaced(1.0, growth_steps=3, class_floor=0.25),
             lambda: RunningThreshold(0.5, num_classes=3),
+            lambda: LossMixture(0.6, warmup_steps=0),
             lambda: LossMixture(0.6),
         ],
     )

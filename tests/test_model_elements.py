@@ -190,7 +190,7 @@ class TestWhatAnElementIs:
             return keras.ops.mean(p, axis=1)
 
         model = linear(AcceptPlaces(MASK), loss=of_each_class)
-        with pytest.raises(InvalidArgument, match="each place of the predictions"):
+        with pytest.raises(InvalidArgument, match="each position of the predictions"):
             model.train_on_batch(*places)
 
 

@@ -15,7 +15,7 @@ from keras_rsft import cli
 from keras_rsft._predict import Prediction, find_images, predict_files
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._load import load_backbone
-from keras_rsft.cli._commands import answer_writer
+from keras_rsft.cli._commands import write_answer
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._formats import export_litert, export_onnx
 from keras_rsft.export._saved_model import export_saved_model
@@ -111,10 +111,9 @@ def test_answers_can_be_read_back():
     answer = Prediction('a "b",\tc.png', "réd, light", 0.25)
     text = {name: io.StringIO() for name in ("csv", "jsonl", "tsv")}
     for name, file in text.items():
-        answer_writer(name, file)(answer)
-    (row,) = csv.DictReader(io.StringIO(text["csv"].getvalue()))
-    assert (row["path"], row["label"]) == (answer.path, answer.label)
-    assert float(row["score"]) == answer.score
+        write_answer(answer, name, file)
+    (row,) = csv.reader(io.StringIO(text["csv"].getvalue()))
+    assert row == [answer.path, answer.label, "0.250000"]
     assert json.loads(text["jsonl"].getvalue()) == {
         "path": answer.path, "label": answer.label, "score": 0.25,
     }  # fmt: skip
@@ -133,8 +132,8 @@ def test_answers_can_be_read_back():
 def test_a_name_stays_in_its_cell(name, csv_cell, tsv_cell):
     text = {form: io.StringIO(newline="") for form in ("csv", "tsv")}
     for form, file in text.items():
-        answer_writer(form, file)(Prediction(name, name, 0.5))
-    _, row = csv.reader(io.StringIO(text["csv"].getvalue(), newline=""))
+        write_answer(Prediction(name, name, 0.5), form, file)
+    (row,) = csv.reader(io.StringIO(text["csv"].getvalue(), newline=""))
     assert row == [csv_cell, csv_cell, "0.500000"]
     assert text["tsv"].getvalue() == f"{tsv_cell}\t{tsv_cell}\t0.5000\n"
 

@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_goes_on_in_its_log_folder(fit, tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainingCheckpoint, "on_epoch_end", stopping)
-        assert fit("--tensorboard", "logs")[0] == cli.INTERRUPTED
+        assert fit("--tensorboard", "logs")[0] == 130
     status, err = fit("--tensorboard", "logs")
     assert status == 0, err
     (run,) = (tmp_path / "runs").iterdir()

@@ -1,4 +1,4 @@
-"""A search that trains the base on from its best heads: what it leaves, going on."""
+"""A search that trains the backbone on from its best heads: results, resuming."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from keras_rsft.report._page import write_report
 from keras_rsft.training._resume import TrainingClock, memory_of
 from keras_rsft.tuning import _backbone_trials as backbone_trials
 from keras_rsft.tuning import _search as search_run
-from keras_rsft.tuning import _trials as trials_module
 from keras_rsft.tuning._choice import Choice
 from keras_rsft.tuning._search import search
 
@@ -51,7 +50,7 @@ def run(noisy_photos, base_file, tmp_path_factory):
         given = {
             "features": FeatureConfig(str(base_file), cache_dir=cache),
             "settings": SETTINGS, "space": SPACE,
-            "max_trials": 4, "trainable": ("frozen", "last-block"),
+            "max_trials": 4, "unfreeze": ("frozen", "last-block"),
         }  # fmt: skip
         return search(noisy_photos, output=output, progress=False, **(given | options))
 
@@ -105,17 +104,21 @@ def rows_of(found):
 
 
 def of_base(found):
-    return [one for one in found.outcomes if one.values["trainable"] == "last-block"]
+    return [one for one in found.outcomes if one.values["unfreeze"] == "last-block"]
 
 
 def test_it_goes_on_with_what_is_not_there(stopped):
     _, notes, trainings = stopped
     assert trainings == 1
-    assert notes[0] == "The base learns: the last block from 2 heads, 4 epochs in all."
+    assert (
+        notes[0] == "The backbone learns: the last block from 2 heads, 4 epochs in all."
+    )
     assert notes[1].endswith("(accept-all), 1 of 2.")
     assert "are cached: " in notes[2]
     assert notes[3].endswith("(keep-fraction), 2 of 2.")
-    assert notes[4] == "The base learns: the last block from 1 head, 2 epochs in all."
+    assert (
+        notes[4] == "The backbone learns: the last block from 1 head, 2 epochs in all."
+    )
     assert notes[5].endswith("(keep-fraction), 1 of 1.")
     assert len(notes) == 6
 
@@ -131,14 +134,14 @@ def test_as_if_it_had_not_been_stopped(found, run, patched, tmp_path):
 
 def test_rows_of_trials(found):
     rows = rows_of(found)
-    assert [row["trainable"] for row in rows] == ["frozen"] * 4 + ["last-block"] * 2
+    assert [row["unfreeze"] for row in rows] == ["frozen"] * 4 + ["last-block"] * 2
     assert {row["status"] for row in rows} == {"COMPLETED"}
     for row in rows[4:]:
         head = rows[int(row["trial"].removeprefix("last-block-"))]
         assert row["policy"] == head["policy"]
         assert row["learning_rate"] == head["learning_rate"]
         rate = min(0.1 * float(head["learning_rate"]), 1e-3)
-        assert float(row["base_learning_rate"]) == pytest.approx(rate)
+        assert float(row["backbone_learning_rate"]) == pytest.approx(rate)
         assert int(head["epochs"]) < int(row["epochs"]) <= int(head["epochs"]) + 2
         # 6 x 7 x 3 x 3 and 7 of the convolution, 7 x 3 and 3 of the head.
         assert float(row["trainable_weights"]) == 385 + 24
@@ -148,25 +151,25 @@ def test_rows_of_trials(found):
 
 def test_a_trial_in_the_folder_of_keras_tuner(found):
     one = of_base(found)[0]
-    folder = found.folder / "base_trials" / f"trial_{one.trial_id}"
+    folder = found.folder / "backbone_trials" / f"trial_{one.trial_id}"
     kept = json.loads((folder / "trial.json").read_text())
     assert kept["status"] == "COMPLETED"
-    assert kept["hyperparameters"]["values"]["trainable"] == "last-block"
+    assert kept["hyperparameters"]["values"]["unfreeze"] == "last-block"
     assert {path.name for path in folder.iterdir()} == {"trial.json", "model.keras"}
-    best = found.base_tuner.get_best_hyperparameters()[0]
-    assert best.get("trainable") == "last-block"
-    assert len(found.base_tuner.get_best_models(2)) == 2
+    best = found.backbone_tuner.get_best_hyperparameters()[0]
+    assert best.get("unfreeze") == "last-block"
+    assert len(found.backbone_tuner.get_best_models(2)) == 2
 
 
 def test_the_last_block_alone_changes(found, base_file):
     given = load_backbone(str(base_file))
     for one in of_base(found):
-        model = found.base_tuner.load_model(
-            found.base_tuner.oracle.trials[one.trial_id]
+        model = found.backbone_tuner.load_model(
+            found.backbone_tuner.oracle.trials[one.trial_id]
         )
         base, head = model.layers[1:]
         assert changed_layers(given, base) == {"block3_conv"}
-        name = found.base_tuner.head_trial_of(one)
+        name = found.backbone_tuner.head_of(one).trial_id
         begun = found.tuner.load_model(found.tuner.oracle.trials[name]).model
         assert changed_layers(begun, head) == {"scores"}
 
@@ -175,7 +178,7 @@ def test_the_table_of_strategies(found):
     kept = json.loads((found.folder / "results.json").read_text())
     rows = kept["strategies"]
     assert rows == found.results["strategies"]
-    first = [(row["trainable"], row["rejects"]) for row in rows[:1] + rows[-2:]]
+    first = [(row["unfreeze"], row["rejects"]) for row in rows[:1] + rows[-2:]]
     assert first == [("frozen", False), ("last-block", False), ("last-block", True)]
     assert sum(row["chosen"] for row in rows) == 1
     assert all(row["seconds"] > 0 for row in rows)
@@ -191,7 +194,7 @@ def test_the_table_of_strategies(found):
 
 def test_the_test_split_is_looked_at_once(found, run, monkeypatch):
     monkeypatch.setattr(
-        trials_module, "_row", lambda *_: pytest.fail("The test split is read again.")
+        search_run, "_row", lambda *_: pytest.fail("The test split is read again.")
     )
     again = run(found.folder)
     assert again.outcomes == found.outcomes
@@ -201,7 +204,7 @@ def test_the_test_split_is_looked_at_once(found, run, monkeypatch):
 def tuned(found, run):
     """The same search, made to choose the trial that rejects with the last block."""
 
-    def choose(outcomes, **_):
+    def choose(outcomes, *_, **__):
         (one,) = [
             one
             for one in outcomes
@@ -217,7 +220,7 @@ def tuned(found, run):
 
 def test_the_folder_has_the_chosen_model(tuned, photo_folder):
     name = tuned.choice.chosen.trial_id
-    trial = tuned.folder / "base_trials" / f"trial_{name}" / "model.keras"
+    trial = tuned.folder / "backbone_trials" / f"trial_{name}" / "model.keras"
     own, other = (
         keras.saving.load_model(path) for path in (tuned.folder / "model.keras", trial)
     )
@@ -226,7 +229,7 @@ def test_the_folder_has_the_chosen_model(tuned, photo_folder):
     (prediction,) = predict_files(tuned.folder, [photo_folder / "green" / "05.png"])
     assert prediction.label in ("blue", "green", "red")
     chosen = tuned.results["chosen"]
-    assert chosen["trainable"] == "last-block"
+    assert chosen["unfreeze"] == "last-block"
     assert 0 <= chosen["test_accuracy"] <= 1
     assert tuned.results["plain"]["trial"] != name
     command = chosen_words(tuned)
@@ -283,8 +286,10 @@ def test_all_of_the_base_is_added_later(found, run, counted, stop_at, base_file)
     assert more.outcomes[:6] == found.outcomes
     given = load_backbone(str(base_file))
     for one in more.outcomes[6:]:
-        assert one.values["trainable"] == "all"
-        model = more.base_tuner.load_model(more.base_tuner.oracle.trials[one.trial_id])
+        assert one.values["unfreeze"] == "all"
+        model = more.backbone_tuner.load_model(
+            more.backbone_tuner.oracle.trials[one.trial_id]
+        )
         changed = changed_layers(given, model.layers[1])
         assert changed == {"block1_conv", "block2_conv", "block3_conv"}
 
@@ -351,26 +356,26 @@ class TestCommandLine:
 
     def test_end_to_end(self, search, call, tmp_path):
         status, out, err = search(
-            "--unfreeze", "last-block", "--set", "unfreeze_epochs=1", "--json",
+            "--unfreeze-choices", "last-block", "--set", "unfreeze_epochs=1", "--json",
             "--set", "unfreeze_learning_rate=1e-4", "--output", "run",
         )  # fmt: skip
         assert status == 0, err
         document = json.loads(out)
         rows = document["results"]["strategies"]
-        assert [row["trainable"] for row in rows] == ["frozen", "last-block"]
+        assert [row["unfreeze"] for row in rows] == ["frozen", "last-block"]
         settings = json.loads((tmp_path / "run" / "search.json").read_text())
         assert settings["settings"]["unfreeze"]["epochs"] == 1
-        assert "The base learns: the last block from 1 head" in err
+        assert "The backbone learns: the last block from 1 head" in err
         assert "How much of the backbone to train" in err
         assert call("review", "run", "--no-browser")[0] == 0
 
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--unfreeze", "last"], "Did you mean 'last-block'?"),
-            (["--set", "unfreeze_epochs=2"], "with `--unfreeze`"),
-            (["--unfreeze", "all", "--set", "unfreeze_epochs=0"], "at least 1"),
-            (["--unfreeze", "all", "--backbone", "onnx:x@0:1"], "`--unfreeze`"),
+            (["--unfreeze-choices", "last"], "Did you mean 'last-block'?"),
+            (["--set", "unfreeze_epochs=2"], "with `--unfreeze-choices`"),
+            (["--unfreeze-choices", "all", "--set", "unfreeze_epochs=0"], "at least 1"),
+            (["--unfreeze-choices=all", "--backbone", "onnx:x@0:1"], "`--unfreeze-"),
         ],
     )
     def test_mistakes(self, search, arguments, message):

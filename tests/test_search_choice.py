@@ -26,9 +26,8 @@ FAILED = TrialOutcome("f", "FAILED", {}, {}, 0, "The weights became NaN.")
 
 
 def choose(*outcomes, size=100, least=0.1, objective="val_accuracy"):
-    return choose_trial(
-        outcomes, objective=objective, validation_size=size, min_acceptance=least
-    )
+    options = SearchConfig(objective=objective, min_acceptance=least)
+    return choose_trial(outcomes, options, validation_size=size)
 
 
 def test_all_right_on_few_samples_is_not_certain():
@@ -84,8 +83,8 @@ def test_where_all_failed_the_first_reason_is_told():
         choose(FAILED, FAILED)
 
 
-def of_base(name, accuracy, acceptance, trainable, **others):
-    return outcome(name, accuracy, acceptance, trainable=trainable, **others)
+def of_backbone(name, accuracy, acceptance, unfreeze):
+    return outcome(name, accuracy, acceptance, unfreeze=unfreeze)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_inside_the_noise_the_cheapest_is_taken(accuracies, chosen):
     names = ("frozen", "last-block", "all")
     # What costs more rejects less, which is not what comes first.
     trials = [
-        of_base(name, accuracy, 0.5 + 0.2 * cost, name)
+        of_backbone(name, accuracy, 0.5 + 0.2 * cost, name)
         for cost, (name, accuracy) in enumerate(zip(names, accuracies, strict=True))
     ]
     choice = choose(*trials)
@@ -112,17 +111,20 @@ def test_inside_the_noise_the_cheapest_is_taken(accuracies, chosen):
 
 def test_of_equally_expensive_ones_the_less_selective_is_taken():
     trials = (
-        of_base("frozen", 0.80, 1.0, "frozen"),
-        of_base("plain", 0.88, 1.0, "all"),
-        of_base("rejecting", 0.90, 0.7, "all"),
+        of_backbone("frozen", 0.80, 1.0, "frozen"),
+        of_backbone("plain", 0.88, 1.0, "all"),
+        of_backbone("rejecting", 0.90, 0.7, "all"),
     )
     choice = choose(*trials)
     assert choice.chosen.trial_id == "plain"
-    assert "those that train all of the base whose val_accuracy" in choice.reason
+    assert "those that train all of the backbone whose val_accuracy" in choice.reason
 
 
 def test_what_accepts_too_little_is_not_chosen_for_being_cheap():
-    trials = of_base("a", 0.9, 0.05, "frozen"), of_base("b", 0.9, 0.5, "last-block")
+    trials = (
+        of_backbone("a", 0.9, 0.05, "frozen"),
+        of_backbone("b", 0.9, 0.5, "last-block"),
+    )
     assert choose(*trials).chosen.trial_id == "b"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from keras_rsft.config import PolicyConfig, SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.tuning._space import check_space, settings_of_values
+from keras_rsft.tuning._space import check_space, settings_of_values, values_of
 
 GIVEN = TrainConfig(policy=PolicyConfig("keep-fraction", keep_fraction=0.6))
 
@@ -17,7 +17,7 @@ def sampled(space, **values):
     """What a space returns where an oracle has chosen these values."""
     hp = keras_tuner.HyperParameters()
     hp.values = values
-    return space(hp), hp
+    return values_of(space, hp), hp
 
 
 def test_only_the_numbers_of_the_chosen_policy_are_active():
@@ -81,7 +81,7 @@ def test_every_sample_can_be_trained():
     for trial in range(50):
         hp = oracle.get_space()
         hp.values = oracle.populate_space(str(trial))["values"]
-        settings = settings_of_values(space(hp), GIVEN)
+        settings = settings_of_values(values_of(space, hp), GIVEN)
         assert 1e-4 <= settings.learning_rate <= 1e-1
 
 

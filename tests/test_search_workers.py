@@ -19,7 +19,8 @@ from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.tuning import _workers as workers
 from keras_rsft.tuning._folder import join_search, open_search
-from keras_rsft.tuning._trials import outcomes_of, run_trials
+from keras_rsft.tuning._search import run_trials
+from keras_rsft.tuning._space import values_of
 from keras_rsft.tuning._tuner import RSFTHyperModel, make_tuner
 
 SETTINGS = TrainConfig(epochs=1, batch_size=16)
@@ -127,7 +128,7 @@ class TestSearch:
         def space(hp):
             if made:
                 return {"keep_fraction": 7.0}
-            return SPACE(hp)
+            return values_of(SPACE, hp)
 
         broken.space = space
         thread, _ = work(hypermodel=broken)
@@ -152,7 +153,7 @@ class TestSearch:
         assert again.oracle.ongoing_trials == {}
         again.search()
         trials = again.oracle.trials
-        assert [one.status for one in outcomes_of(again)] == ["COMPLETED"] * 4
+        assert [one.status for one in again.outcomes] == ["COMPLETED"] * 4
         np.testing.assert_equal(
             trials[handed.trial_id].hyperparameters.values,
             handed.hyperparameters.values,
@@ -195,7 +196,7 @@ class TestChief:
         assert not process.is_running()
 
     def test_no_worker_comes(self, chief, address, tmp_path):
-        with pytest.raises(WorkerLost, match=r"No worker was heard of for 0\.3 sec"):
+        with pytest.raises(WorkerLost, match=r"No worker has called for 0\.3 sec"):
             led(chief, tmp_path, timeout=0.3)
 
     def test_a_port_that_is_taken(self, chief, address, tmp_path):
@@ -236,7 +237,7 @@ class TestWorker:
 
         monkeypatch.setattr(chief.oracle, "populate_space", fail)
         thread, ended = work(timeout=5)
-        with pytest.raises(WorkerLost, match="No worker was heard of"):
+        with pytest.raises(WorkerLost, match="No worker has called"):
             led(chief, tmp_path, timeout=3)
         thread.join(20)
         assert "has failed: Exception calling application: no next" in str(ended[0])

@@ -1,4 +1,4 @@
-"""How much of the base to train: what is planned, and how it is put side by side."""
+"""How much of the backbone to train: what is planned, and the table."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from keras_rsft.config import SearchConfig
+from keras_rsft.config import PolicyConfig, SearchConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report._summary import strategies_table
 from keras_rsft.tuning._backbone_trials import (
-    base_learning_rate,
+    backbone_rate,
     best_heads,
     planned_trials,
     strategy_rows,
@@ -21,25 +21,25 @@ from keras_rsft.tuning._choice import TrialOutcome
 def head(name, accuracy, acceptance, *, loss=1.0, policy="keep-fraction"):
     metrics = {
         "val_accuracy": accuracy, "acceptance_rate": acceptance, "val_loss": loss,
+        "training_seconds": 0.25,
     }  # fmt: skip
-    return TrialOutcome(name, "COMPLETED", {"policy": policy}, metrics, 3)
+    return TrialOutcome(name, "COMPLETED", {}, metrics, 3, settings=settings_of(policy))
+
+
+def settings_of(policy):
+    return TrainConfig(policy=PolicyConfig(policy))
 
 
 def plain(name, accuracy, **others):
     return head(name, accuracy, 1.0, policy="accept-all", **others)
 
 
-FAILED = TrialOutcome("f", "FAILED", {"policy": "accept-all"}, {}, 0, "NaN.")
+FAILED = TrialOutcome("f", "FAILED", {}, {}, 0, "NaN.")
 
 
 def best(*outcomes, objective="val_accuracy", least=0.1):
-    found = best_heads(
-        outcomes,
-        lambda one: one.values["policy"] == "accept-all",
-        objective=objective,
-        min_acceptance=least,
-    )
-    return [one.trial_id for one in found]
+    options = SearchConfig(objective=objective, min_acceptance=least)
+    return [one.trial_id for one in best_heads(outcomes, options)]
 
 
 class TestBestHeads:
@@ -72,8 +72,7 @@ def test_the_cheapest_trials_come_first():
     planned = planned_trials(
         [plain("3", 0.8), head("07", 0.9, 0.6)], ("last-block", "all")
     )
-    names = [one.trial_id for one in planned]
-    assert names == ["last-block-3", "last-block-07", "all-3", "all-07"]
+    assert list(planned) == ["last-block-3", "last-block-07", "all-3", "all-07"]
 
 
 @pytest.mark.parametrize(
@@ -85,16 +84,16 @@ def test_the_cheapest_trials_come_first():
         (1e-4, "adam", 1e-5),
     ],
 )
-def test_the_rate_of_the_base(head_rate, optimizer, expected):
-    assert base_learning_rate(head_rate, optimizer) == pytest.approx(expected)
+def test_the_rate_of_the_backbone(head_rate, optimizer, expected):
+    assert backbone_rate(head_rate, optimizer) == pytest.approx(expected)
 
 
-def test_names_in_any_order_and_the_frozen_base_among_them():
+def test_names_in_any_order_and_the_frozen_backbone_among_them():
     assert SearchConfig(unfreeze=("all", "last-block")).unfreeze == (
         "frozen", "last-block", "all",
     )  # fmt: skip
-    assert SearchConfig(unfreeze="all").of_base == ("all",)
-    assert SearchConfig().of_base == ()
+    assert SearchConfig(unfreeze="all").unfrozen == ("all",)
+    assert SearchConfig().unfrozen == ()
     with pytest.raises(InvalidArgument, match="Did you mean 'last-block'"):
         SearchConfig(unfreeze=("frozen", "last_block"))
 
@@ -105,19 +104,24 @@ def rows():
         "val_accuracy": 0.9, "acceptance_rate": 0.7, "training_seconds": 64.0,
         "trainable_weights": 1234.0,
     }  # fmt: skip
-    base = {"policy": "keep-fraction", "trainable": "last-block"}
+    settings = settings_of("keep-fraction")
     trials = (
-        TrialOutcome("last-block-c", "COMPLETED", base, metrics, 5),
-        TrialOutcome("all-c", "FAILED", base | {"trainable": "all"}, {}, 0, "NaN."),
+        TrialOutcome(
+            "last-block-c",
+            "COMPLETED",
+            {"unfreeze": "last-block"},
+            metrics,
+            5,
+            settings=settings,
+        ),
+        TrialOutcome("all-c", "FAILED", {"unfreeze": "all"}, {}, 0, "NaN.", settings),
         head("c", 0.8, 0.6),
         plain("b", 0.5),
     )
     return strategy_rows(
         trials,
-        chosen=head("d", 0.75, 0.9),
-        policy_of=lambda one: one.values["policy"],
+        head("d", 0.75, 0.9),
         validation_size=100,
-        head_seconds=0.25,
         head_weights=30,
     )
 

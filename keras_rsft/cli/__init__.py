@@ -6,15 +6,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        argv: Arguments without the program's name. Default: the process's.
-
-    Returns:
-        The exit status: 0, 1 for a failed run, 2 for a usage error, 130 when
-        interrupted, 143 when terminated, 141 where nobody reads the output any more.
-    """
+    """Runs one command and returns its exit status."""
     from keras_rsft.cli._main import run
 
     return run(argv)

@@ -15,9 +15,8 @@ import os
 import shlex
 import sys
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import keras_rsft as rsft
 from keras_rsft._runtime import (
@@ -28,7 +27,7 @@ from keras_rsft._runtime import (
     cluster_of,
     part_in_search,
 )
-from keras_rsft._storage import REPORT_FILE, guarded_cell
+from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
 from keras_rsft.cli._options import (
     DEFAULT_TEXT_COLUMN,
     config_of,
@@ -41,11 +40,15 @@ from keras_rsft.cli._options import (
     unfreezing,
     words_of,
 )
+from keras_rsft.cli._render import Output
 from keras_rsft.config import (
     ALL,
     IMAGES,
     TEXTS,
+    USED_BY,
     ExportConfig,
+    FeatureConfig,
+    PolicyConfig,
     SearchConfig,
     SearchSpace,
     TrainConfig,
@@ -59,25 +62,47 @@ from keras_rsft.export._places import (
     free_version,
     model_folder,
 )
+from keras_rsft.report import _summary as summary
 
 if TYPE_CHECKING:
     from keras_rsft._predict import Prediction
-    from keras_rsft.cli._render import Output
-    from keras_rsft.data._samples import ImageSplit, SampleData
+    from keras_rsft.data._samples import ImageData, SampleData
     from keras_rsft.export._export_run import Export, FinishedRun
+    from keras_rsft.export._verify import AccuracyCheck, Verification
     from keras_rsft.tuning._search import Search
 
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+_SHOWN_CLASSES = 5
 
 
 def _load(arguments: argparse.Namespace, output: Output, *noisy: str) -> SampleData:
-    """Loads the data, with labels made wrong in some splits, and shows them."""
-    from keras_rsft.cli._render import show_data
-
+    """Loads the data, with labels made wrong in some splits, and describes them."""
     data = load_data(arguments, noisy)
-    show_data(output, data, arguments.noise if noisy else None)
+    splits = (data.train, data.validation, data.test)
+    sizes = ", ".join(f"{len(split)} {split.name}" for split in splits)
+    names = list(data.class_names[:_SHOWN_CLASSES])
+    if data.num_classes > len(names):
+        names.append("...")
+    text = f"{data.num_classes} classes ({', '.join(names)}); {data.kind}: {sizes}."
+    if noisy and arguments.noise is not None:
+        wrong = int((data.train.labels != data.train.clean_labels).sum())
+        state = "made wrong" if data.corrections is None else "are still wrong"
+        text += f" {wrong} training labels {state} ({arguments.noise})."
+    output.say(text)
+    if data.corrections is not None:
+        output.say(data.corrections.describe())
     return data
+
+
+def _new_folder(
+    arguments: argparse.Namespace, prefix: str = ""
+) -> str | rsft.NumberedFolder:
+    """Returns the folder for the results; refuses one that exists before the work."""
+    if arguments.output is None:
+        return rsft.NumberedFolder(prefix + data_name(arguments.data))
+    check_new_folder(arguments.output)
+    return arguments.output
 
 
 def _program(*words: object) -> str:
@@ -85,7 +110,7 @@ def _program(*words: object) -> str:
 
 
 def _say_next(output: Output, folder: Path, arguments: argparse.Namespace) -> None:
-    """Says where a run or search is, and what can be done with it."""
+    """Prints where a run or search is, and the commands that use it."""
     output.say(f"Folder: {folder}")
     output.next_command("Look at it", _program("review", folder))
     source, column = Path(arguments.data), arguments.text_column
@@ -99,46 +124,96 @@ def _say_next(output: Output, folder: Path, arguments: argparse.Namespace) -> No
 # === demo ===
 
 
-def demo(arguments: argparse.Namespace) -> bool:
-    """Fine-tunes on digits with noisy labels, three ways."""
-    from keras_rsft.cli._demo import run_demo
-    from keras_rsft.cli._render import output_of, show_demo
+def demo(arguments: argparse.Namespace, output: Output) -> bool:
+    """Fine-tunes on digits with noisy labels, three ways; needs no network."""
+    from keras_rsft.training._head import train_head
 
-    with output_of(arguments) as output:
-        output.say(
-            "Real handwritten digits from scikit-learn. 30 % of the training labels "
-            f"are now replaced by wrong ones (seed {arguments.seed})."
+    settings = TrainConfig(epochs=30, seed=arguments.seed)
+    output.say(
+        "Real handwritten digits from scikit-learn. 30 % of the training labels "
+        f"are now replaced by wrong ones (seed {arguments.seed})."
+    )
+    data = rsft.load_images("digits")
+    clean = {
+        split.name: split.with_labels(split.labels, split.labels)
+        for split in (data.train, data.validation, data.test)
+    }
+    data = dataclasses.replace(data, **clean)
+    data = rsft.add_label_noise(data, "symmetric:0.3", seed=arguments.seed)
+    run = rsft.finetune(
+        data,
+        features=FeatureConfig(
+            "efficientnet_lite0",
+            image_size=96,
+            dtype="float32",
+            cache_dir=arguments.cache_dir,
+        ),
+        settings=settings,
+        output=arguments.output or rsft.NumberedFolder("demo"),
+        progress=output.progress,
+        command=arguments.command_line,
+    )
+    train = run.features.train
+    wrong = int((train.labels != train.clean_labels).sum())
+    on_clean = train_head(
+        dataclasses.replace(run.features, train=train.with_labels(train.clean_labels)),
+        dataclasses.replace(settings, policy=PolicyConfig("accept-all")),
+        progress=output.progress,
+    )
+    results = {
+        "plain": run.against_plain.results,
+        "rsft": run.results,
+        "right labels only": on_clean.results,
+    }
+    sample_image = run.folder / "sample.png"
+    sample_image.write_bytes(data.test.encoded(0))
+    exported = rsft.export_saved_model(
+        run.model, Path("saved_models") / "digits", class_names=run.class_names
+    )
+    rsft.write_report(run)
+    output.say(
+        f"{wrong} of {len(data.train)} training labels were wrong; "
+        f"the {len(data.test)} test labels are right."
+    )
+    columns = {
+        "test_accuracy": "Test accuracy",
+        "acceptance_rate": "Accepted",
+        "wrong_labels_rejected": "Wrong rejected",
+        "right_labels_rejected": "Right rejected",
+    }
+    titles = {"plain": "plain fine-tuning", "rsft": "rejection (RSFT)"}
+    rows = [
+        (
+            titles.get(name, name),
+            *(summary.share_text(values.get(column)) for column in columns),
         )
-        found = run_demo(
-            TrainConfig(epochs=30, seed=arguments.seed),
-            arguments.output,
-            arguments.cache_dir,
-            progress=output.progress,
-            command=arguments.command_line,
-        )
-        folder = found.run.folder
-        rsft.write_report(found.run)
-        show_demo(output, found)
-        output.next_command("Look at it", _program("review", folder))
-        output.next_command("Use it", _program("predict", folder, found.sample_image))
-        document = {
-            "command": "demo",
-            "folder": folder,
-            "exported": found.exported,
-            "sample_image": found.sample_image,
-            "images": {"train": found.train_size, "test": found.test_size},
-            "wrong_labels": found.wrong_labels,
-            "finding": found.run.finding,
-            "results": found.results,
-        }
-        output.finish(document, folder)
+        for name, values in results.items()
+    ]
+    header = ("Head trained with", *columns.values())
+    output.table(summary.Table(header, tuple(rows)))
+    output.say(
+        f"Found:          {run.finding}\nRun folder:     {run.folder}\n"
+        f"Exported model: {exported}"
+    )
+    output.next_command("Look at it", _program("review", run.folder))
+    output.next_command("Use it", _program("predict", run.folder, sample_image))
+    output.finish(
+        run.folder,
+        folder=run.folder,
+        exported=exported,
+        sample_image=sample_image,
+        images={"train": len(data.train), "test": len(data.test)},
+        wrong_labels=wrong,
+        finding=run.finding,
+        results=results,
+    )
     return True
 
 
 # === fit ===
 
 
-def fit(arguments: argparse.Namespace) -> bool:
+def fit(arguments: argparse.Namespace, output: Output) -> bool:
     """Fine-tunes, writes run folder and report."""
     check_strategy(arguments.strategy)
     for name in ("dry_run", "tensorboard"):
@@ -151,213 +226,216 @@ def fit(arguments: argparse.Namespace) -> bool:
     policy = policy_of(arguments)
     settings = config_of(arguments, TrainConfig, policy=policy, unfreeze=how)
     features = features_of(arguments)
-    from keras_rsft._storage import check_new_folder
-    from keras_rsft.cli._render import output_of
-    from keras_rsft.report._summary import run_summary
+    folder = _new_folder(arguments)
     from keras_rsft.training._devices import open_devices
     from keras_rsft.training._run import results_of
 
     devices = open_devices(arguments.strategy)  # Before TensorFlow is used at all.
-    if arguments.output is not None:
-        check_new_folder(arguments.output)  # Before the work, not after it.
-    with output_of(arguments) as output:
-        if devices.strategy is not None:
-            output.say(devices.describe())
-        began: list[Path] = []
+    if devices.strategy is not None:
+        output.say(devices.describe())
+    if arguments.tensorboard is not None:
+        from keras_rsft.training import _tensorboard as board
 
-        def on_begin(folder: Path, resumed: bool) -> None:
-            began.append(folder)
-            if resumed:
-                output.say(f"Resuming {folder.name}, which was not finished.")
+        board.require_tensorboard()
+    data = _load(arguments, output, "train")
+    shared = {"features": features, "settings": settings}
+    shared |= {"with_plain": arguments.with_plain, "progress": output.progress}
+    if arguments.dry_run:
+        _dry_run(arguments, output, data, shared)
+        return True
+    began: list[Path] = []
 
-        hparams = dataclasses.asdict(features) | dataclasses.asdict(settings)
-        callbacks_of = _tensorboard(arguments, hparams, began)
-        data = _load(arguments, output, "train")
-        shared = {"features": features, "settings": settings}
-        shared |= {"with_plain": arguments.with_plain, "progress": output.progress}
-        if arguments.dry_run:
-            _dry_run(arguments, data, shared, output)
-            return True
-        run = rsft.finetune(
-            data,
-            **shared,
-            strategy=devices,
-            output=arguments.output or rsft.NumberedFolder(data_name(arguments.data)),
-            callbacks=callbacks_of(data),
-            command=arguments.command_line,
-            on_begin=on_begin,
-            on_note=output.say,
-        )
-        if not devices.is_chief:
-            output.say("Done; the chief, worker 0, has written the run.")
-            return True
-        rsft.write_report(run)
-        output.show(run_summary(run))
-        _say_next(output, run.folder, arguments)
-        splits = (data.train, data.validation, data.test)
-        sizes = {split.name: len(split) for split in splits}
-        document = {
-            "command": "fit",
-            "folder": run.folder,
-            "classes": run.class_names,
-            "images": sizes | {"unreadable": len(run.features.unreadable)},
-            "corrections": run.config.get("corrections"),
-            "finding": run.finding,
-            "results": results_of(run),
-        }
-        output.finish(document, run.folder)
+    def on_begin(folder: Path, resumed: bool) -> None:
+        began.append(folder)
+        if resumed:
+            output.say(f"Resuming {folder.name}, which was not finished.")
+
+    def tensorboard(ledger: rsft.RejectionLedger) -> list[rsft.RejectionTensorBoard]:
+        hparams = {"data": arguments.data, "noise": arguments.noise}
+        hparams |= dataclasses.asdict(features) | dataclasses.asdict(settings)
+        for name in ("cache_dir", "cache_dtype", "image_size"):
+            del hparams[name]
+        return [
+            rsft.RejectionTensorBoard(
+                board.free_log_folder(arguments.tensorboard, began[-1].name),
+                ledger,
+                images=data.train if data.kind == IMAGES else None,
+                class_names=data.class_names,
+                hparams=board.hparams_of(hparams),
+            )
+        ]
+
+    run = rsft.finetune(
+        data,
+        **shared,
+        strategy=devices,
+        output=folder,
+        callbacks=() if arguments.tensorboard is None else tensorboard,
+        command=arguments.command_line,
+        on_begin=on_begin,
+        on_note=output.say,
+    )
+    if not devices.is_chief:
+        output.say("Done; the chief, worker 0, has written the run.")
+        return True
+    rsft.write_report(run)
+    output.show(summary.run_summary(run))
+    _say_next(output, run.folder, arguments)
+    splits = (data.train, data.validation, data.test)
+    sizes = {split.name: len(split) for split in splits}
+    output.finish(
+        run.folder,
+        folder=run.folder,
+        classes=run.class_names,
+        images=sizes | {"unreadable": len(run.features.unreadable)},
+        corrections=run.config.get("corrections"),
+        finding=run.finding,
+        results=results_of(run),
+    )
     return True
 
 
 def _dry_run(
-    arguments: argparse.Namespace, data: SampleData, options: dict, output: Output
+    arguments: argparse.Namespace, output: Output, data: SampleData, options: dict
 ) -> None:
-    """Says what a sample of the data tells about the run to come."""
-    from keras_rsft.cli._render import json_value, show_pilot
-
-    pilot = rsft.run_pilot(data, **options)
-    show_pilot(output, pilot, options["settings"], data.kind)
+    """Shows what a sample of the data tells about the run to come."""
+    pilot, settings = rsft.run_pilot(data, **options), options["settings"]
+    share, low, high = (100 * value for value in pilot.noise_rate)
+    (largest, most), (smallest, fewest) = pilot.largest_class, pilot.smallest_class
+    rows = [
+        ("Largest class", f"{largest}: {most:,}"),
+        ("Smallest class", f"{smallest}: {fewest:,}"),
+        ("Labels that look wrong", f"{share:.0f} % ({low:.0f} to {high:.0f} %)"),
+        ("Agrees with held-out labels, plain", f"{100 * pilot.plain_accuracy:.1f} %"),
+    ]
+    if pilot.policy_accuracy is not None:
+        name = f"Agrees with held-out labels, {pilot.policy}"
+        rows.append((name, f"{100 * pilot.policy_accuracy:.1f} %"))
+    extraction = "cached from before"
+    if pilot.images_left:
+        time = summary.about(pilot.pass_seconds)
+        extraction = f"{pilot.images_left:,} {data.kind}, {time}"
+    rows.append(("Feature extraction", extraction))
+    training = f"{settings.epochs} epochs, {summary.about(pilot.training_seconds)}"
+    if settings.unfreeze is not None:
+        training += ", without the backbone"
+    rows.append(("Training", training))
+    output.rows(f"From {pilot.num_images} training {data.kind}", rows)
+    output.say(pilot.verdict)
     words = [word for word in arguments.argv if word != "--dry-run"]
     output.next_command("Nothing was trained. Train with", _program(*words))
-    output.finish({"command": "fit --dry-run", **json_value(pilot)}, pilot.verdict)
-
-
-def _tensorboard(
-    arguments: argparse.Namespace, hparams: dict[str, Any], began: list[Path]
-) -> Callable[[SampleData], Any]:
-    """Returns what makes the callbacks of a run once its data are known."""
-    if arguments.tensorboard is None:
-        return lambda data: ()
-    from keras_rsft.training._tensorboard import (
-        free_log_folder,
-        hparams_of,
-        require_tensorboard,
-    )
-
-    require_tensorboard()  # Before the work, not after it.
-    hparams |= {"data": arguments.data, "noise": arguments.noise}
-    for name in ("cache_dir", "cache_dtype", "image_size"):
-        del hparams[name]
-    return lambda data: (
-        lambda ledger: [
-            rsft.RejectionTensorBoard(
-                free_log_folder(arguments.tensorboard, began[-1].name),
-                ledger,
-                images=data.train if data.kind == IMAGES else None,
-                class_names=data.class_names,
-                hparams=hparams_of(hparams),
-            )
-        ]
-    )
+    document = {"command": "fit --dry-run", **json_value(pilot)}
+    output.finish(pilot.verdict, **document)
 
 
 # === compare ===
 
 
-def compare(arguments: argparse.Namespace) -> bool:
+def compare(arguments: argparse.Namespace, output: Output) -> bool:
     """Trains with several methods and several seeds."""
     methods = check_methods(arguments.methods)
     settings = config_of(arguments, TrainConfig, policy=policy_of(arguments))
     features = features_of(arguments)
-    from keras_rsft._storage import check_new_folder
-    from keras_rsft.cli._render import output_of
+    folder = _new_folder(arguments, "compare-")
     from keras_rsft.data._labels import parse_noise
-    from keras_rsft.report._summary import comparison_summary
 
     if arguments.noise is not None:
         parse_noise(arguments.noise)
-    if arguments.output is not None:
-        check_new_folder(arguments.output)
-    name = f"compare-{data_name(arguments.data)}"
-    with output_of(arguments) as output:
-        comparison = rsft.compare(
-            _load(arguments, output),
-            methods=methods,
-            seeds=arguments.seeds,
-            noise=arguments.noise,
-            features=features,
-            settings=settings,
-            output=arguments.output or rsft.NumberedFolder(name),
-            progress=output.progress,
-            command=arguments.command_line,
-        )
-        output.show(comparison_summary(comparison), plain=True)
-        output.say(f"Folder: {comparison.folder}")
-        document = {
-            "command": "compare",
-            "folder": comparison.folder,
-            "seeds": arguments.seeds,
-            "noise": arguments.noise,
-            "methods": comparison.summaries,
-            "verdict": comparison.verdict,
-            "notes": comparison.notes,
-        }
-        output.finish(document, comparison.folder)
+    comparison = rsft.compare(
+        _load(arguments, output),
+        methods=methods,
+        seeds=arguments.seeds,
+        noise=arguments.noise,
+        features=features,
+        settings=settings,
+        output=folder,
+        progress=output.progress,
+        command=arguments.command_line,
+    )
+    output.show(summary.comparison_summary(comparison), plain=True)
+    output.say(f"Folder: {comparison.folder}")
+    output.finish(
+        comparison.folder,
+        folder=comparison.folder,
+        seeds=arguments.seeds,
+        noise=arguments.noise,
+        methods=comparison.summaries,
+        verdict=comparison.verdict,
+        notes=comparison.notes,
+    )
     return True
 
 
 # === rank ===
 
 
-def rank(arguments: argparse.Namespace) -> bool:
+def rank(arguments: argparse.Namespace, output: Output) -> bool:
     """Ranks backbones by a quick head on a sample."""
     for name in arguments.backbones:
         parse_base_name(name)
-    features = dataclasses.replace(features_of(arguments), backbone=None)
+    features = features_of(arguments)
     from keras_rsft.backbones._load import check_backbone_name
-    from keras_rsft.cli._render import json_value, output_of
-    from keras_rsft.report._summary import ranking_summary
 
     for name in arguments.backbones:
         check_backbone_name(name)
-    with output_of(arguments) as output:
-        ranking = rsft.rank_backbones(
-            _load(arguments, output, "train"),
-            arguments.backbones,
-            sample=arguments.sample,
-            seed=arguments.seed,
-            progress=output.progress,
-            features=features,
-        )
-        output.show(ranking_summary(ranking), plain=True)
-        best = ranking.ranked[0].name
-        command = fit_command(arguments, f"--seed={arguments.seed}", backbone=best)
-        output.next_command("Train on the first", command)
-        output.finish({"command": "rank", **json_value(ranking)}, best)
+    ranking = rsft.rank_backbones(
+        _load(arguments, output, "train"),
+        arguments.backbones,
+        sample=arguments.sample,
+        seed=arguments.seed,
+        progress=output.progress,
+        features=dataclasses.replace(features, backbone=None),
+    )
+    output.show(summary.ranking_summary(ranking), plain=True)
+    best = ranking.ranked[0].name
+    command = fit_command(arguments, f"--seed={arguments.seed}", backbone=best)
+    output.next_command("Train on the first", command)
+    output.finish(best, **json_value(ranking))
     return True
 
 
 # === features ===
 
 
-def features(arguments: argparse.Namespace) -> bool:
+def features(arguments: argparse.Namespace, output: Output) -> bool:
     """Extracts features and caches them, or a share of them."""
     cluster = features_cluster(arguments)
     config = features_of(arguments)
-    from keras_rsft.cli._render import output_of, show_features
     from keras_rsft.features._extract import default_cache_dir
     from keras_rsft.training._features import keep_share, open_features
 
     options = {"cluster": cluster, "timeout": arguments.worker_timeout}
-    options["seed"] = arguments.seed
+    options |= {"seed": arguments.seed, "progress": output.progress}
     folder = arguments.cache_dir or default_cache_dir()
-    with output_of(arguments) as output:
-        data = _load(arguments, output)
-        splits, title = None, "Train on them"
-        if arguments.share is None:
-            opened = open_features(data, config, progress=output.progress, **options)
-            splits = show_features(output, opened.features, data.kind)
-        else:
-            keep_share(data, config, progress=output.progress, **options)
-            output.say(
-                f"Share {cluster.index} of {len(cluster)} is cached in {folder}."
-            )
-            title = "Once all shares are cached, put them together and train"
-        command = fit_command(arguments, f"--seed={arguments.seed}")
-        output.next_command(title, command)
-        share = {"index": cluster.index, "count": len(cluster)}
-        document = {"command": "features", "folder": folder, "share": share}
-        output.finish(document | {"splits": splits}, folder)
+    data = _load(arguments, output)
+    if arguments.share is None:
+        found, splits = open_features(data, config, **options).features, {}
+        for name in ("train", "validation", "test"):
+            part = getattr(found, name)
+            text = f"{name}: {len(part):,} {data.kind}, {part.dim:,} features each"
+            if part.views > 1:
+                text += f", {part.views} augmentations"
+            output.say(f"{text}, {part.num_bytes / 1e6:,.1f} MB in {part.path}")
+            splits[name] = {
+                "images": len(part),
+                "unreadable": len(part.unreadable),
+                "dim": part.dim,
+                "augmentations": part.views,
+                "dtype": part.precision,
+                "bytes": part.num_bytes,
+                "path": part.path,
+            }
+        if found.unreadable:
+            output.say(f"{len(found.unreadable):,} {data.kind} could not be read.")
+        title = "Train on them"
+    else:
+        splits = None
+        keep_share(data, config, **options)
+        output.say(f"Share {cluster.index} of {len(cluster)} is cached in {folder}.")
+        title = "Once all shares are cached, put them together and train"
+    output.next_command(title, fit_command(arguments, f"--seed={arguments.seed}"))
+    share = {"index": cluster.index, "count": len(cluster)}
+    output.finish(folder, folder=folder, share=share, splits=splits)
     return True
 
 
@@ -372,50 +450,46 @@ def features_cluster(arguments: argparse.Namespace) -> Cluster:
 # === search ===
 
 
-def search(arguments: argparse.Namespace) -> bool:
+def search(arguments: argparse.Namespace, output: Output) -> bool:
     """Searches, alone or as one of several processes."""
     options, space = config_of(arguments, SearchConfig), search_space(arguments)
     # `options.unfreeze` says which layers.
-    how = unfreezing(arguments, ALL if options.of_base else None)
+    how = unfreezing(arguments, ALL if options.unfrozen else None)
     settings = config_of(arguments, TrainConfig, unfreeze=how)
     features = features_of(arguments)
     _check_part(arguments)
-    from keras_rsft.cli._render import output_of
-    from keras_rsft.report._summary import search_summary
     from keras_rsft.tuning._folder import next_search_folder
 
-    name = data_name(arguments.data)
-    with output_of(arguments) as output:
-        data = _load(arguments, output, "train", "validation")
-        folder = Path(arguments.output or next_search_folder(name))
-        found = rsft.search(
-            data,
-            output=folder,
-            options=options,
-            space=space,
-            clean_validation=arguments.clean_validation,
-            features=features,
-            settings=settings,
-            progress=output.progress,
-            command=arguments.command_line,
-            worker_commands=_worker_commands(arguments, options, folder),
-            worker_timeout=arguments.worker_timeout,
-            on_note=output.say,
-        )
-        if found is None:
-            name = os.environ[TUNER_ID]
-            text = f"{name} is done; the chief has the results."
-            output.say(text)
-            output.finish({"worker": name}, text)
-            return True
-        rsft.write_report(found)
-        output.show(search_summary(found))
-        _say_next(output, found.folder, arguments)
-        command = fit_command(arguments, *chosen_words(found))
-        output.next_command("Train it again", command)
-        document = {"command": "search", "folder": found.folder}
-        document |= {"fit_command": command, "results": found.results}
-        output.finish(document, found.folder)
+    data = _load(arguments, output, "train", "validation")
+    folder = Path(arguments.output or next_search_folder(data_name(arguments.data)))
+    found = rsft.search(
+        data,
+        output=folder,
+        options=options,
+        space=space,
+        clean_validation=arguments.clean_validation,
+        features=features,
+        settings=settings,
+        progress=output.progress,
+        command=arguments.command_line,
+        worker_commands=_worker_commands(arguments, options, folder),
+        worker_timeout=arguments.worker_timeout,
+        on_note=output.say,
+    )
+    if found is None:
+        name = os.environ[TUNER_ID]
+        text = f"{name} is done; the chief has the results."
+        output.say(text)
+        output.finish(text, worker=name)
+        return True
+    rsft.write_report(found)
+    output.show(summary.search_summary(found))
+    _say_next(output, found.folder, arguments)
+    command = fit_command(arguments, *chosen_words(found))
+    output.next_command("Train it again", command)
+    output.finish(
+        found.folder, folder=found.folder, fit_command=command, results=found.results
+    )
     return True
 
 
@@ -427,28 +501,21 @@ def search_space(arguments: argparse.Namespace) -> SearchSpace:
 def chosen_words(found: Search) -> list[str]:
     """Returns the options of `fit` that train as a search has chosen."""
     settings, policy = found.settings, found.settings.policy
-    threshold = policy.threshold
-    if threshold is None:
+    given: dict[str, object] = {"policy": policy.name}
+    for name, users in USED_BY.items():
+        if policy.name in users:
+            given[name] = getattr(policy, name)
+    if "threshold" in given and policy.threshold is None:
         classes = found.head.model.output_shape[-1]
-        threshold = policy.relative_threshold * math.log(classes)
-    numbers = {
-        "loss-threshold": {"level": policy.level, "threshold": threshold},
-        "self-paced": {"threshold": threshold},
-        "keep-fraction": {"keep-fraction": policy.keep_fraction},
-    }
-    given = {"policy": policy.name, **numbers.get(policy.name or "", {})}
+        given["threshold"] = policy.relative_threshold * math.log(classes)
     if policy.name not in ("auto", "accept-all"):
-        given["warmup-epochs"] = policy.warmup_epochs
-    # Also what is default: it is to be read, and to stay.
-    given |= {
-        "epochs": settings.epochs,
-        "batch-size": settings.batch_size,
-        "learning-rate": settings.learning_rate,
-        "optimizer": settings.optimizer,
-        "weight-decay": settings.weight_decay,
-        "seed": settings.seed,
-    }
-    words = [f"--{name}={v}" for name, v in given.items() if v is not None]
+        given["warmup_epochs"] = policy.warmup_epochs
+    # Defaults too: a default may change, the command must not.
+    for name in ("epochs", "batch_size", "learning_rate", "optimizer", "weight_decay"):
+        given[name] = getattr(settings, name)
+    given["seed"] = settings.seed
+    shown = {name.replace("_", "-"): v for name, v in given.items() if v is not None}
+    words = [f"--{name}={value}" for name, value in shown.items()]
     return words + ([] if settings.unfreeze is None else words_of(settings.unfreeze))
 
 
@@ -486,33 +553,25 @@ def _worker_commands(
 # === review ===
 
 
-def review(arguments: argparse.Namespace) -> bool:
+def review(arguments: argparse.Namespace, output: Output) -> bool:
     """Opens the page of a run, or serves it."""
     if arguments.port is not None and not arguments.serve:
         raise InvalidArgument("`--port` goes with `--serve`. Add it, or leave it out.")
     folder = Path(arguments.run)
     if arguments.serve:
-        return _serve(folder, arguments)
+        return _serve(folder, arguments, output)
     page = folder / REPORT_FILE
     if arguments.rebuild or not page.is_file():
         page = rsft.write_report(folder)
     page = page.absolute()
-    if arguments.json:
-        _print_page(folder, page, page.as_uri())
-    else:
-        print(page)
+    output.say(str(page))
+    output.finish(page, folder=folder.absolute(), page=page, url=page.as_uri())
     if not arguments.no_browser:
         webbrowser.open(page.as_uri())
     return True
 
 
-def _print_page(folder: Path, page: Path | None, url: str) -> None:
-    document = {"command": "review", "folder": str(folder.absolute())}
-    document |= {"page": page and str(page), "url": url}
-    print(json.dumps(document, ensure_ascii=False, indent=2), flush=True)
-
-
-def _serve(folder: Path, arguments: argparse.Namespace) -> bool:
+def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> bool:
     from keras_rsft.report._record import read_run
     from keras_rsft.report._server import ReviewServer, own_port
 
@@ -522,192 +581,198 @@ def _serve(folder: Path, arguments: argparse.Namespace) -> bool:
             f"{folder} is a search, which has no samples to review. Leave out "
             "`--serve` to see its report."
         )
-    for_person = not (arguments.quiet or arguments.json)
     with ReviewServer(record, port=arguments.port) as server:
         try:  # From the first word on, or an early Ctrl-C looks like a failure.
-            if arguments.json:
-                _print_page(folder, None, server.url)
-            else:
-                note = "  (Ctrl-C stops the server)" if for_person else ""
-                print(f"{server.url}{note}", flush=True)
+            if not arguments.json:
+                output.say(f"{server.url}  (Ctrl-C stops the server)")
+            output.finish(
+                server.url, folder=folder.absolute(), page=None, url=server.url
+            )
             own = own_port(record)
-            if for_person and arguments.port is None and server.server_port != own:
-                print(
-                    f"Port {own} is taken, so what you decided there is not seen here.",
-                    flush=True,
+            if arguments.port is None and server.server_port != own:
+                output.say(
+                    f"Port {own} is taken, so decisions made there are not seen here."
                 )
             if not arguments.no_browser:
                 webbrowser.open(server.url)
             server.serve_forever()
         except KeyboardInterrupt:
-            if for_person:
-                print("Stopped.")
+            if not arguments.json:
+                output.say("Stopped.")
     return True
 
 
 # === export ===
 
 
-def export(arguments: argparse.Namespace) -> bool:
+def export(arguments: argparse.Namespace, output: Output) -> bool:
     """Exports, and compares with the run if asked to, or where weights are narrower."""
     settings = config_of(arguments, ExportConfig)
     check_run_folder(Path(arguments.run))
     target = model_folder(arguments.run, arguments.name, arguments.directory)
     if settings.file_format == "saved-model":
         free_version(target, settings.version)
-    from keras_rsft.cli._render import output_of, show_export
     from keras_rsft.export._export_run import read_run
 
-    with output_of(arguments) as output:
-        run, accuracy, verification = read_run(arguments.run), None, None
-        export = rsft.export_run(
-            run, name=arguments.name, directory=arguments.directory, settings=settings
+    run = read_run(arguments.run)
+    export = rsft.export_run(
+        run, name=arguments.name, directory=arguments.directory, settings=settings
+    )
+    share = export.num_bytes / export.weight_bytes
+    output.say(
+        f"Exported model: {export.path}\nSize:           {export.num_bytes / 1e6:.1f} "
+        f"MB, {share:.2f} times the weights in float32"
+    )
+    command = None
+    if settings.file_format == "saved-model":
+        model, inside = export.path.parent, f"/models/{export.name}"
+        command = (
+            "docker run --rm -p 127.0.0.1:8500:8500 -p 127.0.0.1:8501:8501 "
+            f"-v {shlex.quote(f'{model}:{inside}:ro')} tensorflow/serving "
+            f"--model_config_file={inside}/models.config --enable_batching "
+            f"--batching_parameters_file={inside}/batching.config"
         )
-        command = show_export(output, export)
-        narrowed = settings.weight_dtype != "float32"
-        if narrowed or arguments.verify:
-            images, missing = _validation_images(run)
-        if narrowed:
-            accuracy = _check_accuracy(run, export, images, missing, output)
-        if arguments.verify:
-            verification = _verify(run, export, images, missing, output)
-        passed = verification is None or verification.passed
-        document = {
-            "command": "export",
-            "path": export.path,
-            "name": export.name,
-            "format": settings.file_format,
-            "weight_dtype": settings.weight_dtype,
-            "num_bytes": export.num_bytes,
-            "weight_bytes": export.weight_bytes,
-            "serve_command": command,
-            "accuracy": accuracy,
-            "verification": verification
-            and {"passed": passed, **dataclasses.asdict(verification)},
-        }
-        output.finish(document, export.path)
+        output.next_command("Serve it", command)
+    accuracy, verification = _check(run, export, arguments, output)
+    passed = verification is None or verification.passed
+    output.finish(
+        export.path,
+        path=export.path,
+        name=export.name,
+        format=settings.file_format,
+        weight_dtype=settings.weight_dtype,
+        num_bytes=export.num_bytes,
+        weight_bytes=export.weight_bytes,
+        serve_command=command,
+        accuracy=accuracy,
+        verification=verification and {"passed": passed, **json_value(verification)},
+    )
     return passed
 
 
-def _validation_images(run: FinishedRun) -> tuple[ImageSplit | None, str]:
-    """Returns what the run was validated on, or None and why that is gone."""
-    from keras_rsft.export._verify import validation_split
+def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:
+    """Loads the images that the run was trained on, by the command that trained it."""
+    from keras_rsft.data._samples import ImageData
 
-    try:
-        return validation_split(run, _data_of(run)), ""
-    except (DataError, InvalidArgument, ImportError, OSError) as error:
-        return None, str(error)
-
-
-def _data_of(run: FinishedRun) -> SampleData:
-    """Loads the images that the run was trained on, by the command it has kept."""
     command = shlex.split(run.config.get("command") or "")[1:]
     if command[:1] in (["fit"], ["search"]):
-        from keras_rsft.cli._main import build_parser
-
         try:
-            arguments = build_parser().parse_args(command)
+            arguments = parser.parse_args(command)
         except SystemExit as stop:  # argparse, at a command of another version.
             raise DataError("the run's command cannot be read.") from stop
         arguments.corrections = []
-        return load_data(arguments, ())
+        data = load_data(arguments, ())
+        if not isinstance(data, ImageData):
+            raise DataError("the run was trained on texts.")
+        return data
     if "data" not in run.config:
         raise DataError("the run does not say what data it was trained on.")
     return rsft.load_images(run.config["data"])
 
 
-def _check_accuracy(
-    run: FinishedRun, export: Export, images: Any, missing: str, output: Output
-) -> Any:
-    """Shows and returns the accuracy on the validation split, if it can be had."""
-    from keras_rsft.cli._render import show_accuracy
-    from keras_rsft.export._verify import check_accuracy
+def _check(
+    run: FinishedRun, export: Export, arguments: argparse.Namespace, output: Output
+) -> tuple[AccuracyCheck | None, Verification | None]:
+    """Shows what narrower weights cost, and with `--verify` how a fresh one answers."""
+    from keras_rsft.export import _verify as checks
 
-    try:
-        if images is None:
-            raise DataError(missing)
-        check = check_accuracy(run, export, images, progress=output.progress)
-    except (DataError, ImportError) as error:
-        output.say(f"The accuracy on the validation split was not measured: {error}")
-        return None
-    show_accuracy(output, check)
-    return check
-
-
-def _verify(
-    run: FinishedRun, export: Export, images: Any, missing: str, output: Output
-) -> Any:
-    """Verifies an export and shows what was found."""
-    from keras_rsft.cli._render import show_verification
-    from keras_rsft.export._verify import sample_of, verify_export
-
-    encoded = None if images is None else sample_of(images)
-    if not encoded:
-        reason = missing or "their files are gone."
-        output.say(
-            f"The run's images cannot be read, so generated ones are used: {reason}"
+    accuracy = verification = images = None
+    missing, narrowed = "", export.settings.weight_dtype != "float32"
+    if narrowed or arguments.verify:
+        try:
+            images = checks.validation_split(run, _data_of(run, arguments.parser))
+        except (DataError, InvalidArgument, ImportError, OSError) as error:
+            missing = str(error)
+    if narrowed:
+        try:
+            if images is None:
+                raise DataError(missing)
+            accuracy = checks.check_accuracy(
+                run, export, images, progress=output.progress
+            )
+            output.say(
+                f"Accuracy on the validation split ({accuracy.images} images): "
+                f"{100 * accuracy.exported:.1f} %; in float32 "
+                f"{100 * accuracy.run:.1f} %. Largest difference of a probability: "
+                f"{accuracy.largest_difference:.4f}"
+            )
+        except (DataError, ImportError) as error:
+            output.say(
+                f"The accuracy on the validation split was not measured: {error}"
+            )
+    if arguments.verify:
+        encoded = None if images is None else checks.sample_of(images)
+        if not encoded:
+            reason = missing or "their files are gone."
+            output.say(
+                f"The run's images cannot be read, so generated ones are used: {reason}"
+            )
+        verification = checks.verify_export(
+            run, export, encoded or None, progress=output.progress
         )
-    found = verify_export(run, export, encoded or None, progress=output.progress)
-    show_verification(output, found)
-    return found
+        _show_verification(verification, output)
+    return accuracy, verification
+
+
+def _show_verification(found: Verification, output: Output) -> None:
+    limit = found.allowed_difference
+    allowed = "" if limit is None else f" (allowed: {limit:.0e})"
+    kind = "generated" if found.generated else f"{found.images} of the validation split"
+    rows = [
+        ("Images", kind),
+        ("Largest difference", f"{found.largest_difference:.1e}{allowed}"),
+        ("Same label", f"{found.same_labels} of {found.images} images"),
+    ]
+    if found.broken_refused is not None:
+        rows.append(("Broken image", "refused" if found.broken_refused else "MISTAKEN"))
+    rows.append(("Loaded in", f"{found.load_seconds:.1f} s"))
+    rows.append(("Verdict", "as the run" if found.passed else "NOT as the run"))
+    output.rows("In a fresh process", rows)
 
 
 # === predict ===
 
 
-def predict(arguments: argparse.Namespace) -> bool:
+def predict(arguments: argparse.Namespace, output: Output) -> bool:
     """Prints an answer for each sample that can be read, and lists the others."""
     check_exists(arguments.model)
-    from keras_rsft._predict import (
-        find_images,
-        find_texts,
-        load_classifier,
-        predict_samples,
-        samples_in,
-    )
+    from keras_rsft import _predict as library
     from keras_rsft._progress import progress_bar
 
-    classifier = load_classifier(arguments.model)
-    find = find_texts if classifier.takes == TEXTS else find_images
+    classifier = library.load_classifier(arguments.model)
+    find = library.find_texts if classifier.takes == TEXTS else library.find_images
     column = arguments.text_column or DEFAULT_TEXT_COLUMN
-    samples = samples_in(find(arguments.paths), classifier, text_column=column)
-    write = answer_writer(arguments.output_format, sys.stdout)
+    files = find(arguments.paths)
+    samples = library.samples_in(files, classifier, text_column=column)
     unreadable = []
+    if arguments.output_format == "csv":
+        print("path,label,score", file=output.answer)
     # Answers and a bar on the same terminal would write over each other.
-    visible = not (arguments.quiet or sys.stdout.isatty())
+    visible = output.progress and not output.answer.isatty()
     with progress_bar(
         "Predicting", total=len(samples), unit=classifier.takes, visible=visible
     ) as advance:
-        for prediction in predict_samples(classifier, samples):
-            if prediction.error is None:
-                write(prediction)
+        for one in library.predict_samples(classifier, samples):
+            if one.error is None:
+                write_answer(one, arguments.output_format, output.answer)
             else:
-                unreadable.append(prediction)
+                unreadable.append(one)
             advance(1)
-    for prediction in unreadable:
-        print(f"{prediction.path}: {prediction.error}", file=sys.stderr)
-    sys.stdout.flush()  # A pipe that nobody reads any more fails here, not at exit.
+    for one in unreadable:
+        print(f"{one.path}: {one.error}", file=sys.stderr)
+    output.answer.flush()  # A pipe that nobody reads any more fails here, not at exit.
     return not unreadable
 
 
-def answer_writer(output_format: str, file: TextIO) -> Callable[[Prediction], None]:
-    """Returns a function that writes one answer."""
+def write_answer(one: Prediction, output_format: str, file: TextIO) -> None:
+    """Writes one answer in a format out of `OUTPUT_FORMATS`."""
+    label, score = str(one.label), one.score
     if output_format == "csv":
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "score"])
-        return lambda one: writer.writerow(
-            [guarded_cell(one.path), guarded_cell(one.label), f"{one.score:.6f}"]
-        )
-    if output_format == "jsonl":
-
-        def write_json(one: Prediction) -> None:
-            answer = {"path": one.path, "label": one.label, "score": one.score}
-            print(json.dumps(answer, ensure_ascii=False), file=file)
-
-        return write_json
-
-    def write_line(one: Prediction) -> None:
-        names = (name.translate(_ESCAPES) for name in (one.path, one.label))
-        print(*names, f"{one.score:.4f}", sep="\t", file=file)
-
-    return write_line
+        cells = [guarded_cell(one.path), guarded_cell(label), f"{score:.6f}"]
+        csv.writer(file, lineterminator="\n").writerow(cells)
+    elif output_format == "jsonl":
+        answer = {"path": one.path, "label": label, "score": score}
+        print(json.dumps(answer, ensure_ascii=False), file=file)
+    else:
+        names = (name.translate(_ESCAPES) for name in (one.path, label))
+        print(*names, f"{score:.4f}", sep="\t", file=file)

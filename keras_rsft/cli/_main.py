@@ -1,22 +1,26 @@
 """Parses the command line, runs one command, and turns errors into exit statuses.
 
-2 for a command that cannot be run as given, 1 for a run that failed. Imports nothing
-heavy, so that `--help` and typing errors answer at once.
+Imports nothing heavy, so that `--help` and typing errors answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from keras_rsft import __version__
-from keras_rsft._runtime import DEFAULT_PATIENCE, Terminated, termination_raises
+from keras_rsft._runtime import (
+    DEFAULT_PATIENCE,
+    Terminated,
+    quick_imports,
+    termination_raises,
+)
 from keras_rsft.cli import _commands as commands
 from keras_rsft.cli._options import (
     CommandParser,
@@ -29,6 +33,7 @@ from keras_rsft.cli._options import (
     split_at,
     typed,
 )
+from keras_rsft.cli._render import Output
 from keras_rsft.config import (
     METHOD_NAMES,
     RANGE_NAMES,
@@ -51,43 +56,44 @@ from keras_rsft.errors import (
 )
 
 USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
+EXPECTED = (DataError, ImportError, TrainingStalled, WeightsUnavailable, WorkerLost)
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
+    # In another program's process, its Keras is left as it is.
+    imports = quick_imports() if argv is None else contextlib.nullcontext()
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(argv)
-    arguments.argv = argv
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    arguments.parser, arguments.argv = parser, argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
-        with termination_raises():
+        with termination_raises(), imports:
             _check_backend()
             _silence_native_libraries()
-            return 0 if arguments.work(arguments) else FAILED
+            with Output(
+                quiet=arguments.quiet,
+                as_json=getattr(arguments, "json", False),
+                command=arguments.command,
+            ) as output:
+                return 0 if arguments.work(arguments, output) else FAILED
     except KeyboardInterrupt as stop:
         status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-        kept = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
-        return _fail(
-            status,
-            f"{kept} Run the same command again to resume:\n  {arguments.command_line}",
-        )
+        text = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
+        command = f"\n  {arguments.command_line}"
+        return _fail(status, f"{text} Run the same command again to resume:{command}")
     except BrokenPipeError:  # `| head` has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except InvalidArgument as error:
         return _fail(USAGE_ERROR, str(error))
-    except (
-        DataError,
-        ImportError,
-        TrainingStalled,
-        WeightsUnavailable,
-        WorkerLost,
-    ) as error:
+    except EXPECTED as error:
         return _fail(FAILED, str(error))
     except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        return _fail(FAILED, f"{error.strerror or error}{place}")
+        path = f": {error.filename}" if error.filename else ""
+        return _fail(FAILED, f"{error.strerror or error}{path}")
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -134,7 +140,7 @@ def _silence_native_libraries() -> None:
         os.dup2(nothing.fileno(), 2)
 
 
-# === What single commands can be told ===
+# === Options of the command line alone ===
 
 
 def _ranges() -> str:
@@ -155,17 +161,10 @@ _share = typed(
 _port = typed(int, "a whole number in [0, 65535]", lambda port: 0 <= port < 2**16)
 
 
-def _output(default: str) -> Any:
-    return option(None, f"default: {default}", first=5, metavar="FOLDER")
-
-
-def _timeout() -> Any:
-    help = "how long to wait for another worker that shows no sign of life"
-    return option(DEFAULT_PATIENCE, help, type=seconds)
-
-
 @dataclasses.dataclass
-class _Data:
+class Options:
+    """Options that belong to no configuration of the library."""
+
     data: str = option(
         None,
         "folder DIR/CLASS/*, folder DIR/{train,validation,test}/CLASS/*, CSV file, "
@@ -173,26 +172,24 @@ class _Data:
         positional=True,
         metavar="DATA",
     )
-
-
-@dataclasses.dataclass
-class _Answer:
     quiet: bool = option(
         False, "print errors and the last line of the result only, no progress"
     )
     json: bool = option(
         False, "print the result as one JSON document, all else to standard error"
     )
-
-
-@dataclasses.dataclass
-class _Demo:
-    output: str | None = _output("runs/demo-N")
-
-
-@dataclasses.dataclass
-class _Fit:
-    output: str | None = _output("runs/NAME-N")
+    output: str | None = option(
+        None,
+        "new folder of the results, or that of a stopped run, to resume it; default: "
+        "the next free runs/[COMMAND-]NAME-N",
+        first=5,
+        metavar="FOLDER",
+    )
+    worker_timeout: float = option(
+        DEFAULT_PATIENCE,
+        "how long to wait for a worker that does not respond",
+        type=seconds,
+    )
     strategy: str = option(
         "none",
         "none: one device; mirrored: all GPUs of this machine, or else its logical "
@@ -200,19 +197,15 @@ class _Fit:
     )
     tensorboard: str | None = option(
         None,
-        "write for TensorBoard, into a folder of the run's name below this one",
+        "write for TensorBoard, to a subfolder with the run's name",
         metavar="FOLDER",
     )
     dry_run: bool = option(
         False,
-        "train nothing: say what 1,000 samples tell about the labels, whether "
+        "train nothing: estimate from 1,000 samples how many labels are wrong, whether "
         "rejection is likely to help, and how long the run will take",
     )
     with_plain: bool = rare(True, "train a plain head too, for the report's comparison")
-
-
-@dataclasses.dataclass
-class _Compare:
     methods: tuple[str, ...] | None = option(
         None,
         f"out of {', '.join(METHOD_NAMES)}; plain is always among them; default: all "
@@ -222,31 +215,17 @@ class _Compare:
     seeds: int = option(
         5, "how often to train each, from --seed on", first=3, type=positive
     )
-    output: str | None = _output("runs/compare-NAME-N")
-
-
-@dataclasses.dataclass
-class _Rank:
     backbones: tuple[str, ...] = option(
         None, "as --backbone of fit takes them", first=1, required=True
     )
     sample: int = option(1000, "training samples to look at", first=2, type=positive)
-
-
-@dataclasses.dataclass
-class _Features:
     share: str | None = option(
         None,
-        "compute the I-th of N shares, from 0 on, and wait for nobody; default: all, "
-        "or by TF_CONFIG one, and wait for the others",
+        "compute the I-th of N shares, from 0 on, and wait for no other; default: all, "
+        "or with TF_CONFIG this worker's, and wait for the others",
         type=_share,
         metavar="I/N",
     )
-    worker_timeout: float = _timeout()
-
-
-@dataclasses.dataclass
-class _Search:
     range: tuple[str, ...] = option(
         (),
         f"search a number from LOW to HIGH; repeat it for another one; names and "
@@ -255,21 +234,15 @@ class _Search:
         type=named_range,
         action="append",
     )
-    output: str | None = _output("runs/search-NAME-N; that of a stopped search: resume")
     clean_validation: bool = option(
         False, "judge trials by the validation split's clean labels"
     )
     workers: int | None = option(
         None,
         "processes on this machine that share the trials; on several machines Keras "
-        "Tuner's variables KERASTUNER_* say which is which; default: this one alone",
+        "Tuner's variables KERASTUNER_* name them; default: this one alone",
         type=positive,
     )
-    worker_timeout: float = _timeout()
-
-
-@dataclasses.dataclass
-class _Review:
     run: str = option(
         None, "folder of a run or of a search", positional=True, metavar="RUN"
     )
@@ -277,31 +250,22 @@ class _Review:
         False, "show all samples, from a server that only this machine can reach"
     )
     port: int | None = option(None, "of --serve; default: the run's own", type=_port)
-    rebuild: bool = option(False, "write report.html anew if it is there")
+    rebuild: bool = option(False, "write report.html again if it exists")
     no_browser: bool = option(False, "open nothing; print where the page is")
-
-
-@dataclasses.dataclass
-class _Export:
-    run: str = option(None, "run folder", positional=True, metavar="RUN")
     name: str | None = option(
         None, "the model's name; default: that of the run folder", first=1
     )
     directory: str = option(
         "saved_models",
-        "where exported models lie, each in a folder of its name",
+        "folder of exported models, each in a folder of its name",
         first=2,
         metavar="FOLDER",
     )
     verify: bool = option(
         False,
-        "load what was written in a fresh process and compare it with the run, on "
-        "images of its validation split",
+        "load the export in a fresh process and compare it with the run, on images of "
+        "its validation split",
     )
-
-
-@dataclasses.dataclass
-class _Predict:
     model: str = option(
         None,
         "run folder, .keras file, exported model, .tflite or .onnx file",
@@ -325,47 +289,54 @@ class _Predict:
 
 # === The parsers of the commands ===
 
-# For each command its help, and of which configurations it takes which fields.
-_FEATURES, _SEED = (FeatureConfig, ""), (TrainConfig, "seed")
-_COMMANDS = {
+# The help of each command, and which configurations it takes: whole, or with the names
+# of fields, or after `-` without those.
+_COMMANDS: dict[Callable[..., bool], tuple[str, dict[type, str]]] = {
     commands.demo: (
         "fine-tune on real digits with noisy labels, a minute",
-        [(_Demo, ""), (FeatureConfig, "cache_dir"), _SEED],
+        {Options: "output quiet json", FeatureConfig: "cache_dir", TrainConfig: "seed"},
     ),
     commands.fit: (
         "fine-tune on your own images or texts",
-        [(_Data, ""), _FEATURES, (PolicyConfig, ""), (UnfreezeConfig, ""),
-         (TrainConfig, ""), (DataConfig, ""), (_Fit, "")],
+        {FeatureConfig: "", PolicyConfig: "", UnfreezeConfig: "", TrainConfig: "",
+         DataConfig: "", Options: "data output strategy tensorboard dry_run with_plain "
+         "quiet json"},
     ),
     commands.compare: (
         "several methods side by side on your own data",
-        [(_Data, ""), _FEATURES, (_Compare, ""), (TrainConfig, "-early_stopping"),
-         (PolicyConfig, "-policy level"), (DataConfig, "")],
+        {FeatureConfig: "", TrainConfig: "-early_stopping", DataConfig: "",
+         PolicyConfig: "-policy level",
+         Options: "data methods seeds output quiet json"},
     ),
     commands.rank: (
         "which backbone suits your own images or texts",
-        [(_Data, ""), (_Rank, ""), (FeatureConfig, "image_size dtype cache_dir"),
-         _SEED, (DataConfig, "")],
+        {FeatureConfig: "image_size dtype cache_dir", TrainConfig: "seed",
+         DataConfig: "", Options: "data backbones sample quiet json"},
     ),
     commands.features: (
         "extract and cache features, also by shares",
-        [(_Data, ""), _FEATURES, _SEED, (DataConfig, ""), (_Features, "")],
+        {FeatureConfig: "", TrainConfig: "seed", DataConfig: "",
+         Options: "data share worker_timeout quiet json"},
     ),
     commands.search: (
         "find policy, threshold and learning rate",
-        [(_Data, ""), _FEATURES, (SearchSpace, ""), (SearchConfig, ""), (_Search, ""),
-         (TrainConfig, "epochs batch_size seed"), (UnfreezeConfig, "-unfreeze"),
-         (DataConfig, "")],
+        {FeatureConfig: "", SearchSpace: "", SearchConfig: "", DataConfig: "",
+         TrainConfig: "epochs batch_size seed", UnfreezeConfig: "-unfreeze",
+         Options: "data range output clean_validation workers worker_timeout quiet "
+         "json"},
     ),
-    commands.review: ("look at a run and mend labels in the browser", [(_Review, "")]),
+    commands.review: (
+        "look at a run and correct labels in the browser",
+        {Options: "run serve port rebuild no_browser quiet json"},
+    ),
     commands.export: (
         "write a model for TF Serving, LiteRT or ONNX",
-        [(_Export, ""), (ExportConfig, "")],
+        {Options: "run name directory verify quiet json", ExportConfig: ""},
     ),
     commands.predict: (
         "use a trained model on image files or texts; the exit status is 1 if some "
         "could not be read: they are listed on standard error, the others answered",
-        [(_Predict, ""), (DataConfig, "text_column")],
+        {Options: "model paths output_format quiet", DataConfig: "text_column"},
     ),
 }  # fmt: skip
 
@@ -381,11 +352,9 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for work, (help, takes) in _COMMANDS.items():
         settings: list[Setting] = []
-        for config, which in takes:
-            settings += settings_of(config, which=which)
-        answers = "quiet" if work is commands.predict else ""
-        settings += settings_of(_Answer, which=answers)
-        one = subparsers.add_parser(work.__name__, help=help, description=help)
-        one.add_settings(settings)
-        one.set_defaults(work=work)
+        for config, which in takes.items():
+            settings += settings_of(config, which)
+        command = subparsers.add_parser(work.__name__, help=help, description=help)
+        command.add_settings(settings)
+        command.set_defaults(work=work)
     return parser

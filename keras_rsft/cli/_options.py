@@ -1,8 +1,7 @@
-"""Options: made from the fields of the configurations, and made into them again.
+"""Options from the fields of the configurations, and configurations from options.
 
-A field with a help text is an option of its name. One that is `rare` has none: it is
-given by `--set FIELD=VALUE`, as every other field can be. Ranges are checked by the
-configurations, once; here only the type is.
+A field with a help text becomes an option of its name; a `rare` one is given by `--set
+FIELD=VALUE` only. The type is checked here, the range by the configuration.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 DEFAULT_TEXT_COLUMN = "text"
-FIRST = "what matters first"
+FIRST = "main options"
 # A file system takes 255 bytes; before and after the name of the data comes more.
 _MAX_NAME_BYTES = 200
 
@@ -57,7 +56,7 @@ _MAX_NAME_BYTES = 200
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where labels and splits of a data set are, and what is done to its labels."""
+    """Columns and splits of a data set, noise and corrections of its labels."""
 
     label_column: str = option(
         "label", "column of the labels in a CSV file, or key of a tfds: set"
@@ -169,7 +168,7 @@ _FOR_ARGPARSE = ("metavar", "choices", "nargs", "const", "required", "action", "
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A field as the command line knows it, by the name `dest`."""
+    """A field that is an option; `dest` is its name in the arguments."""
 
     dest: str
     field: dataclasses.Field
@@ -209,15 +208,14 @@ class Setting:
         return f"{text}; default: {str(shown).lower()}"
 
 
-def settings_of(*configs: type, which: str = "") -> Iterator[Setting]:
-    """Returns the fields that are options: all, those named, or without `-` those."""
+def settings_of(config: type, which: str = "") -> Iterator[Setting]:
+    """Yields the fields that are options: all, those named, or without `-` those."""
     names = which.lstrip("-").split()
-    for config in configs:
-        for field in dataclasses.fields(config):
-            dest = field.metadata.get("name", field.name)
-            named = not names or (dest in names) != which.startswith("-")
-            if "help" in field.metadata and named:
-                yield Setting(dest, field, config)
+    for field in dataclasses.fields(config):
+        dest = field.metadata.get("name", field.name)
+        named = not names or (dest in names) != which.startswith("-")
+        if "help" in field.metadata and named:
+            yield Setting(dest, field, config)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -248,8 +246,11 @@ class CommandParser(argparse.ArgumentParser):
                 "--set", dest="given", action="append", default=[], help=text,
                 metavar="FIELD=VALUE",
             )  # fmt: skip
-            lines = [f"  {one.dest}: {one.help}" for one in rare]
-            self.epilog = _wrapped("fields for --set:", *lines)
+            lines = ["fields for --set:"]
+            for one in rare:
+                text = f"  {one.dest}: {one.help}"
+                lines.append(textwrap.fill(text, 78, subsequent_indent=" " * 6))
+            self.epilog = "\n".join(lines)
         # Where `--help` is already, it comes last.
         self._action_groups.append(self._action_groups.pop(1))
 
@@ -268,10 +269,8 @@ class CommandParser(argparse.ArgumentParser):
             how.setdefault("metavar", _METAVARS.get(one.parse))
         group.add_argument(one.flag, **how)
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """Returns the arguments; ends the process where one is not known."""
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Ends the process where an argument is not known."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = next((text for text in unknown if text.startswith("-")), "")
@@ -307,13 +306,6 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with one sentence, not with a page of options."""
         self.exit(2, f"{self.prog}: error: {message}\nOptions: {self.prog} --help\n")
-
-
-def _wrapped(*lines: str) -> str:
-    """Returns lines as an epilog that is shown as it is."""
-    return "\n".join(
-        textwrap.fill(line, 78, subsequent_indent=" " * 6) for line in lines
-    )
 
 
 # === Types ===
@@ -415,15 +407,16 @@ def unfreezing(
     arguments: argparse.Namespace, layers: Unfreeze | None
 ) -> UnfreezeConfig | None:
     """Returns how these layers are unfrozen; refuses a how without layers."""
-    how = list(settings_of(UnfreezeConfig, which="-unfreeze"))
+    how = list(settings_of(UnfreezeConfig, "-unfreeze"))
     if layers is not None:
         values = {one.field.name: getattr(arguments, one.dest) for one in how}
         return UnfreezeConfig(layers, **values)
     for one in how:
         if getattr(arguments, one.dest) != one.default:
+            is_fit = hasattr(arguments, "unfreeze")
             raise InvalidArgument(
-                f"`{one.dest}` says how unfrozen layers are trained. Say which "
-                "ones with `--unfreeze`."
+                f"`{one.dest}` says how unfrozen layers are trained. Say which ones "
+                f"with `{'--unfreeze' if is_fit else '--unfreeze-choices'}`."
             )
     return None
 

@@ -111,7 +111,20 @@ def digest(parts: Iterable[bytes]) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleSplit(abc.ABC):
-    """The samples of one split, in an order that does not change between runs."""
+    """The samples of one split, in an order that does not change between runs.
+
+    Attributes:
+        kind: "images" or "texts".
+        name: "train", "validation" or "test".
+        ids: Shape `(n,)`, strings.
+        labels: Shape `(n,)`, int32: the given labels, right or wrong.
+        clean_labels: Shape `(n,)`, int32: the right labels. None if unknown.
+        reader: Reads the samples' bytes.
+        reviewed: Shape `(n,)`, bool: samples whose label a review kept or corrected.
+            None: there was no review.
+        before_review: This split before corrections; cached features of it serve this
+            one too. None: there was no review.
+    """
 
     kind: ClassVar[str]
 
@@ -280,7 +293,17 @@ class Corrections:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleData:
-    """A data set of labelled samples."""
+    """A data set of labelled samples.
+
+    Attributes:
+        train: The samples to train on.
+        validation: The samples to choose settings by.
+        test: The samples to measure the result on.
+        class_names: Names of the classes, by label.
+        source: Where the data are from, as given.
+        ignored_files: Number of files left out, hidden or with another suffix.
+        corrections: What `apply_corrections` changed, or None.
+    """
 
     split_type: ClassVar[type[SampleSplit]]
 

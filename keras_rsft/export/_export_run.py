@@ -52,7 +52,7 @@ def model_card(run: FinishedRun, name: str) -> str:
     config, results = run.config, _read_json(run.folder / RESULTS_FILE)
     results |= results.get("chosen") or {}  # Of a search.
     samples = _read_rows(run.folder / SAMPLES_FILE)
-    sizes = collections.Counter(row.get("split") for row in samples)
+    sizes = collections.Counter(row.get("split", "") for row in samples)
     ledger = _read_rows(run.folder / LEDGER_FILE)
     scored = [(float(row.get("suspicion") or 0), row) for row in ledger]
     data = Path(str(config.get("data", "unknown"))).name

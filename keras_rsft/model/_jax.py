@@ -9,9 +9,9 @@ import jax
 import keras
 
 from keras_rsft.model._step import (
+    Change,
     Pass,
     SymbolicBuild,
-    TrainingStep,
     unpack,
     without_selection,
 )
@@ -20,7 +20,7 @@ State = tuple[list[Any], ...]
 
 
 class JaxStep(SymbolicBuild):
-    """`TrainingStep` for Keras's JAX backend."""
+    """The step for Keras's JAX backend."""
 
     @property
     def non_trainable_variables(self) -> list[Any]:
@@ -41,8 +41,7 @@ class JaxStep(SymbolicBuild):
         )
 
     def test_step(self, state: State, data: Any) -> tuple[dict[str, Any], State]:
-        # Past `TrainingStep`'s, which has no state.
-        logs, state = super(TrainingStep, self).test_step(state, unpack(data)[:3])
+        logs, state = super().test_step(state, unpack(data)[:3])
         return without_selection(logs), state
 
     def recorded(self, score: Callable[[], Pass]) -> Pass:
@@ -79,12 +78,7 @@ class JaxStep(SymbolicBuild):
         return gradients
 
     def branch(
-        self,
-        condition: Any,
-        when_true: Callable[[], None],
-        when_false: Callable[[], None],
-        *,
-        rare: bool = False,
+        self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
     ) -> None:
         variables = _flat(self._state_variables())
         changed = [  # What the two outcomes may leave different.
@@ -94,7 +88,7 @@ class JaxStep(SymbolicBuild):
             self.selection.lowest,
         ]
 
-        def stateless(run: Callable[[], None]) -> Callable[[], list[Any]]:
+        def stateless(run: Change) -> Callable[[], list[Any]]:
             def branch() -> list[Any]:
                 given = [variable.value for variable in variables]
                 with _values_in_scope(variables, given) as scope:
@@ -103,7 +97,7 @@ class JaxStep(SymbolicBuild):
 
             return branch
 
-        values = jax.lax.cond(condition, stateless(when_true), stateless(when_false))
+        values = jax.lax.cond(condition, stateless(accepted), stateless(otherwise))
         for variable, value in zip(changed, values, strict=True):
             variable.assign(value)
 

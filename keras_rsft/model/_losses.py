@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 from keras.src.backend import get_keras_mask
+from keras.src.losses.losses import LossFunctionWrapper
+from keras.src.trainers.compile_utils import get_loss
 
 from keras_rsft.errors import InvalidArgument
 
@@ -63,10 +65,9 @@ class _Unreduced(keras.losses.Loss):
         self._loss, self._shapes, self._one_class = loss, shapes, one_class
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        loss = self._loss
-        if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
-            loss = _crossentropy_for(y_true, y_pred)
-        loss = keras.losses.get(loss)
+        loss = get_loss(self._loss, y_true, y_pred)
+        if type(loss) is LossFunctionWrapper:
+            loss = loss.fn
         if _judges_each_entry(loss):
             if self._shapes is not None:
                 y_true, y_pred = _same_rank(y_true, y_pred)
@@ -98,56 +99,59 @@ class _Unreduced(keras.losses.Loss):
             )
         own_mask = get_keras_mask(values)  # Of `ignore_class`.
         if sample_weight is not None:
-            values = values * _aligned(sample_weight, values)
+            values = values * aligned(sample_weight, values)
         counted = None
         for one in (mask, own_mask):
             if one is not None:
-                one = ops.cast(_aligned(one, values), "bool")
+                one = ops.cast(aligned(one, values), "bool")
                 counted = one if counted is None else ops.logical_and(counted, one)
         if self._shapes is not None:
-            return self._by_element(values, counted, y_pred)
-        if counted is None or len(values.shape) == 1:
-            return _mean_of_each_row(values)
+            return _by_element(values, counted, y_pred, self._shapes)
+        axes = within(values)
+        if counted is None or not axes:
+            return ops.mean(values, axis=axes)
         # Padding has a loss of 0: counted, it would make short samples look easy.
         values = ops.where(counted, values, 0.0)
         counted = ops.broadcast_to(counted, ops.shape(values))
-        share = _mean_of_each_row(ops.cast(counted, values.dtype))
-        return ops.divide_no_nan(_mean_of_each_row(values), share)
-
-    def _by_element(self, values: Any, counted: Any, y_pred: Any) -> Any:
-        """Returns values with NaN for a sample whose predictions are not all finite."""
-        shape, predicted = tuple(values.shape[1:]), getattr(y_pred, "shape", None)
-        if not shape:
-            raise InvalidArgument(
-                "Level 'element' needs a loss with several values a sample. Received: "
-                "a loss with one. Use level 'sample', or give targets and predictions "
-                "a last axis of size 1 to judge each entry."
-            )
-        if predicted is None or not _agree(shape, tuple(predicted[1:])[: len(shape)]):
-            raise InvalidArgument(
-                "Level 'element' needs a loss for each place of the predictions. "
-                f"Received: losses of shape {('batch', *shape)} for predictions of "
-                f"shape {predicted}. Use level 'sample'."
-            )
-        if not all(_agree(shape, other) for other in self._shapes):
-            raise InvalidArgument(
-                "Level 'element' needs losses of the same shape from all outputs, to "
-                f"add them up element by element. Received: {('batch', *shape)} and "
-                f"{('batch', *self._shapes[0])}. Use level 'sample'."
-            )
-        self._shapes.append(shape)
-        axes = tuple(range(1, len(y_pred.shape)))
-        spoiled = ops.logical_not(ops.all(ops.isfinite(y_pred), axis=axes))
-        unusable = ops.logical_or(_aligned(spoiled, values), values == LEFT_OUT)
-        values = ops.where(unusable, float("nan"), values)
-        return values if counted is None else ops.where(counted, values, LEFT_OUT)
+        share = ops.mean(ops.cast(counted, values.dtype), axis=axes)
+        return ops.divide_no_nan(ops.mean(values, axis=axes), share)
 
 
-def _mean_of_each_row(values: Any) -> Any:
-    return ops.mean(values, axis=tuple(range(1, len(values.shape))))
+def _by_element(values: Any, counted: Any, y_pred: Any, shapes: list[Shape]) -> Any:
+    """Returns values with NaN for a sample whose predictions are not all finite."""
+    shape, predicted = tuple(values.shape[1:]), getattr(y_pred, "shape", None)
+    if not shape:
+        raise InvalidArgument(
+            "Level 'element' needs a loss with several values a sample. Received: "
+            "a loss with one. Use level 'sample', or give targets and predictions "
+            "a last axis of size 1 to judge each entry."
+        )
+    if predicted is None or not _agree(shape, tuple(predicted[1:])[: len(shape)]):
+        raise InvalidArgument(
+            "Level 'element' needs a loss for each position of the predictions. "
+            f"Received: losses of shape {('batch', *shape)} for predictions of "
+            f"shape {predicted}. Use level 'sample'."
+        )
+    if not all(_agree(shape, other) for other in shapes):
+        raise InvalidArgument(
+            "Level 'element' needs losses of the same shape from all outputs, to "
+            f"add them up element by element. Received: {('batch', *shape)} and "
+            f"{('batch', *shapes[0])}. Use level 'sample'."
+        )
+    shapes.append(shape)
+    axes = tuple(range(1, len(y_pred.shape)))
+    spoiled = ops.logical_not(ops.all(ops.isfinite(y_pred), axis=axes))
+    unusable = ops.logical_or(aligned(spoiled, values), values == LEFT_OUT)
+    values = ops.where(unusable, float("nan"), values)
+    return values if counted is None else ops.where(counted, values, LEFT_OUT)
 
 
-def _aligned(values: Any, like: Any) -> Any:
+def within(values: Any) -> tuple[int, ...]:
+    """Returns the axes within a sample."""
+    return tuple(range(1, len(values.shape)))
+
+
+def aligned(values: Any, like: Any) -> Any:
     """Returns values with the rank and type of others; the leading axes are shared."""
     rank = len(like.shape)
     values = ops.cast(values, like.dtype)
@@ -170,15 +174,6 @@ def _judges_each_entry(loss: Any) -> bool:
     kinds = (losses.BinaryCrossentropy, losses.BinaryFocalCrossentropy)
     functions = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
     return isinstance(loss, kinds) or loss in functions
-
-
-def _crossentropy_for(y_true: Any, y_pred: Any) -> str:
-    """Names the cross-entropy that Keras takes for the alias "crossentropy"."""
-    if y_pred.shape[-1] == 1:
-        return "binary_crossentropy"
-    if len(y_true.shape) < len(y_pred.shape) or y_true.shape[-1] == 1:
-        return "sparse_categorical_crossentropy"
-    return "categorical_crossentropy"
 
 
 def _same_rank(y_true: Any, y_pred: Any) -> tuple[Any, Any]:

@@ -97,19 +97,15 @@ class AcceptanceGuard(keras.callbacks.Callback):
                 stacklevel=2,
             )
         if seen["samples"] > 0 and seen["accepted"] == 0:
-            message = _stall_message(epoch, seen, logs or {}, judged)
-            warnings.warn(message, stacklevel=2)
-
-
-def _stall_message(
-    epoch: int, seen: dict[str, float], logs: dict[str, Any], judged: str
-) -> str:
-    """Says that nothing was accepted, with the losses seen and what would help."""
-    lowest = seen["lowest_loss_rejected"]
-    if not math.isfinite(lowest):
-        return f"Epoch {epoch + 1} accepted no {judged}: no loss was finite."
-    return (
-        f"Epoch {epoch + 1} accepted no {judged}, so nothing was learnt: the lowest "
-        f"loss judged was {lowest:.4g}, the mean {logs.get('loss', lowest):.4g}. "
-        f"A threshold above {lowest:.4g} accepts some; or begin with a warm-up."
-    )
+            lowest = seen["lowest_loss_rejected"]
+            found = ": no loss was finite."
+            if math.isfinite(lowest):
+                mean = (logs or {}).get("loss", lowest)
+                found = (
+                    f", so nothing was learnt: the lowest loss judged was {lowest:.4g},"
+                    f" the mean {mean:.4g}. A threshold above {lowest:.4g} accepts "
+                    "some; or begin with a warm-up."
+                )
+            warnings.warn(
+                f"Epoch {epoch + 1} accepted no {judged}{found}", stacklevel=2
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -222,7 +223,7 @@ class RSFTModel(BackendStep):
             store[f"random_state_{number}"] = state.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Restores the states of random layers, so that training goes on alike."""
+        """Restores the states of random layers, so that training resumes alike."""
         for number, state in enumerate(self._random_states()):
             key = f"random_state_{number}"
             if key in store:
@@ -238,12 +239,10 @@ class RSFTModel(BackendStep):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> RSFTModel:
-        parts = {
-            part: keras.saving.deserialize_keras_object(
-                config[part], custom_objects=custom_objects
-            )
-            for part in ("model", "policy")
-        }
+        made = functools.partial(
+            keras.saving.deserialize_keras_object, custom_objects=custom_objects
+        )
+        parts = {part: made(config[part]) for part in ("model", "policy")}
         return cls(**(config | parts))
 
     def _random_states(self) -> list[Any]:

@@ -10,11 +10,12 @@ import keras
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model._losses import LEFT_OUT
+from keras_rsft.model._losses import LEFT_OUT, aligned, within
 from keras_rsft.model._metrics import SELECTION_METRICS, SelectionMetric, selection_sums
 from keras_rsft.policies._policy import Policy
 
 Data = tuple[Any, Any, Any]  # Inputs, targets, sample weights or None.
+Change = Callable[[], None]  # Changes variables.
 
 
 class Pass(NamedTuple):
@@ -36,8 +37,8 @@ class Pass(NamedTuple):
 
     def targets(self) -> list[Any]:
         """Returns all that is minimised."""
-        samples = [] if self.per_sample is None else [self.per_sample]
-        return [*self.minimised, *samples]
+        per_sample = [] if self.per_sample is None else [self.per_sample]
+        return [*self.minimised, *per_sample]
 
     def own(self, values: Any) -> Any:
         """Returns this device's part of values of all rows."""
@@ -64,16 +65,16 @@ class TrainingStep(keras.Model):
     policy: Policy
     selection: SelectionMetric
     _scorer: Any
+    # Those of a backend: a pass forward, one back from the gradients of its
+    # `targets`, and a choice between two changes of variables.
+    recorded: Callable[[Callable[[], Pass]], Pass]
+    gradients: Callable[[Pass, list[Any]], list[Any]]
+    branch: Callable[..., None]
     _recorder: Callable[[Any, Any, Any], None] | None = None
-    _replicated = False
 
     def ready_for_training(self, data: Any) -> Any:
         """Checks that the model can be trained; returns the data as that needs it."""
         return data
-
-    def test_step(self, data: Any) -> dict[str, Any]:
-        """Evaluates a batch, which may have sample indices."""
-        return without_selection(super().test_step(unpack(data)[:3]))
 
     def train_on(self, data: Any) -> dict[str, Any]:
         """Takes one training step; returns its logs."""
@@ -110,9 +111,10 @@ class TrainingStep(keras.Model):
         losses = weighted = self._scorer(y, y_pred)
         if sample_weight is not None:
             weighted = self._scorer(y, y_pred, sample_weight)
-        by_batch = self._takes_all_or_nothing and not self._replicated
+        replicated = self._is_replicated()
+        by_batch = self._takes_all_or_nothing and not replicated
         batch_loss = None
-        if by_batch or (sample_weight is not None and not self._replicated):
+        if by_batch or (sample_weight is not None and not replicated):
             batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
         penalties = self._penalties()
         return Pass(
@@ -132,9 +134,14 @@ class TrainingStep(keras.Model):
         """Repeats the forward pass without the samples that have no finite loss."""
         x, y, sample_weight = _unusable_overwritten(data, losses)
 
+        def only_accepted(values: Any) -> Any:
+            accepted = aligned(accept_mask, values) > 0
+            return ops.where(accepted, values, ops.zeros_like(values))
+
         def scored() -> Pass:
             y_pred, pending = self._forward(x)
-            y_pred = _only_accepted(y_pred, accept_mask)
+            if len(accept_mask.shape) > 1:  # No gradient at all through the others.
+                y_pred = keras.tree.map_structure(only_accepted, y_pred)
             weighted = self._scorer(y, y_pred, sample_weight)
             return Pass(self._penalties(), weighted, pending)
 
@@ -151,8 +158,11 @@ class TrainingStep(keras.Model):
     def _penalties(self) -> list[Any]:
         return [ops.sum(ops.cast(added, "float32")) for added in self.losses]
 
+    def _is_replicated(self) -> bool:
+        return False
+
     def _of_all_replicas(self, recorded: Pass) -> Pass:
-        return recorded  # There is one.
+        return recorded
 
     def _record(self, whole: Pass, accept_mask: Any) -> None:
         if self._recorder is None:
@@ -163,7 +173,16 @@ class TrainingStep(keras.Model):
                 "sample_index. Let the data set yield (x, y, sample_weight or None, "
                 "sample_index)."
             )
-        self._recorder(whole.sample_index, *_by_sample(whole.losses, accept_mask))
+        losses = whole.losses
+        if len(losses.shape) > 1:
+            axes, finite = within(losses), ops.isfinite(losses)
+            sums = ops.sum(ops.where(finite, losses, 0.0), axis=axes)
+            judged = ops.cast(ops.not_equal(losses, LEFT_OUT), "int32")
+            accepted = ops.sum(ops.cast(accept_mask, "int32"), axis=axes)
+            losses = sums / ops.sum(ops.cast(finite, "float32"), axis=axes)
+            enough = 2 * accepted >= ops.sum(judged, axis=axes)
+            accept_mask = ops.logical_and(accepted > 0, enough)
+        self._recorder(whole.sample_index, losses, accept_mask)
 
     def _update_if_accepted(
         self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
@@ -171,12 +190,17 @@ class TrainingStep(keras.Model):
         """Changes the weights, or notes that this batch was rejected as a whole."""
         accepts_any = ops.any(accept_mask)
 
+        def apply(passed: Pass) -> None:
+            gradients = self._gradients(passed, whole, accept_mask)
+            for variable, value in self._pending_values(passed):
+                variable.assign(value)
+            self.apply_gradients(gradients)
+
         def update() -> None:
-            self._apply(recorded, whole, accept_mask)
+            apply(recorded)
 
         def repeat() -> None:
-            again = self._finite_pass(recorded.losses, accept_mask, data)
-            self._apply(again, whole, accept_mask)
+            apply(self._finite_pass(recorded.losses, accept_mask, data))
 
         def reject() -> None:
             self.reject(whole)
@@ -193,13 +217,6 @@ class TrainingStep(keras.Model):
             lambda: self.branch(accepts_any, repeat, reject),
             rare=True,
         )
-
-    def _apply(self, recorded: Pass, whole: Pass, accept_mask: Any) -> None:
-        """Runs the backward pass and changes the weights, the slots and the state."""
-        gradients = self._gradients(recorded, whole, accept_mask)
-        for variable, value in self._pending_values(recorded):
-            variable.assign(value)
-        self.apply_gradients(gradients)
 
     def _gradients(
         self, recorded: Pass, whole: Pass, accept_mask: Any, share: Any = 1.0
@@ -233,25 +250,6 @@ class TrainingStep(keras.Model):
         for variable, average in zip(variables, averages, strict=True):
             # A copy: JAX gives up what a step was given, and cannot do so twice.
             average.assign(variable.numpy())
-
-    def recorded(self, score: Callable[[], Pass]) -> Pass:
-        """Runs a forward pass so that `gradients` can go back through it."""
-        raise NotImplementedError
-
-    def gradients(self, recorded: Pass, seeds: list[Any]) -> list[Any]:
-        """Runs the backward pass from the gradients of `recorded.targets()`."""
-        raise NotImplementedError
-
-    def branch(
-        self,
-        condition: Any,
-        when_true: Callable[[], None],
-        when_false: Callable[[], None],
-        *,
-        rare: bool = False,
-    ) -> None:
-        """Runs one of two functions, which change variables and return nothing."""
-        raise NotImplementedError
 
     def apply_gradients(self, gradients: list[Any]) -> None:
         """Has the optimizer change the weights that the backward pass reached."""
@@ -324,7 +322,7 @@ def _unusable_overwritten(data: Any, losses: Any) -> Any:
     """Returns a batch in which samples with no finite loss are overwritten."""
     usable = ops.isfinite(losses)
     if len(losses.shape) > 1:
-        axes = _within(losses)
+        axes = within(losses)
         nothing_judged = ops.all(ops.equal(losses, LEFT_OUT), axis=axes)
         usable = ops.logical_or(ops.any(usable, axis=axes), nothing_judged)
     rows = ops.arange(ops.shape(usable)[0], dtype="int32")
@@ -334,33 +332,3 @@ def _unusable_overwritten(data: Any, losses: Any) -> Any:
     return keras.tree.map_structure(
         lambda part: None if part is None else ops.take(part, rows, axis=0), data
     )
-
-
-def _only_accepted(y_pred: Any, accept_mask: Any) -> Any:
-    """Returns predictions through which rejected elements have no gradient at all."""
-    if len(accept_mask.shape) == 1:
-        return y_pred
-
-    def chosen(values: Any) -> Any:
-        further_axes = [None] * (len(values.shape) - len(accept_mask.shape))
-        mask = accept_mask[(..., *further_axes)]
-        return ops.where(mask, values, ops.zeros_like(values))
-
-    return keras.tree.map_structure(chosen, y_pred)
-
-
-def _by_sample(losses: Any, accept_mask: Any) -> tuple[Any, Any]:
-    """Returns what a ledger notes of each sample, both `(batch,)`."""
-    if len(losses.shape) == 1:
-        return losses, accept_mask
-    axes = _within(losses)
-    finite = ops.isfinite(losses)
-    sums = ops.sum(ops.where(finite, losses, 0.0), axis=axes)
-    means = sums / ops.sum(ops.cast(finite, "float32"), axis=axes)
-    judged = ops.sum(ops.cast(ops.not_equal(losses, LEFT_OUT), "int32"), axis=axes)
-    accepted = ops.sum(ops.cast(accept_mask, "int32"), axis=axes)
-    return means, ops.logical_and(accepted > 0, 2 * accepted >= judged)
-
-
-def _within(values: Any) -> tuple[int, ...]:
-    return tuple(range(1, len(values.shape)))

@@ -1,39 +1,48 @@
-"""The training step under TensorFlow."""
+"""The training step under TensorFlow, on one device and on several replicas."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_rsft.model import _replicas as replicas
-from keras_rsft.model._step import Data, Pass, TrainingStep, unpack, without_selection
+from keras_rsft.errors import InvalidArgument
+from keras_rsft.model._step import (
+    Change,
+    Data,
+    Pass,
+    TrainingStep,
+    unpack,
+    without_selection,
+)
+
+# Tensors of one update: gradients, state to be averaged, state equal on all replicas.
+_Update = list[list[tf.Tensor]]
+_SEVERAL_WORKERS = tf.distribute.MultiWorkerMirroredStrategy
 
 
 class TensorFlowStep(TrainingStep):
     """`TrainingStep` for Keras's TensorFlow backend."""
 
-    @property
-    def _replicated(self) -> bool:
-        return replicas.is_replicated(self.distribute_strategy)
-
-    def ready_for_training(self, data: Any) -> Any:
-        return replicas.ready_for_replicas(self, data)
+    def _is_replicated(self) -> bool:
+        mirrored = (tf.distribute.MirroredStrategy, _SEVERAL_WORKERS)
+        return isinstance(self.distribute_strategy, mirrored)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        if self._replicated:
-            return replicas.per_worker(self, self.train_on(data))
+        if self._is_replicated():
+            return _per_worker(self, self.train_on(data))
         if not self.model.built:  # Nothing can be made inside a `tf.cond`.
             self.model(keras.tree.map_structure(_symbol, unpack(data)[0]))
             self._make_slots()
         return self.train_on(data)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        if not self._replicated:
-            return super().test_step(data)
-        return without_selection(replicas.test_step(self, data))
+        if not self._is_replicated():
+            return without_selection(super().test_step(unpack(data)[:3]))
+        return without_selection(_per_worker(self, _evaluated(self, data)))
 
     def recorded(self, score: Callable[[], Pass]) -> Pass:
         with tf.GradientTape() as tape:
@@ -48,35 +57,55 @@ class TensorFlowStep(TrainingStep):
         )
 
     def branch(
-        self,
-        condition: Any,
-        when_true: Callable[[], None],
-        when_false: Callable[[], None],
-        *,
-        rare: bool = False,
+        self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
     ) -> None:
         if rare and not tf.executing_eagerly():
             # Kept apart: TensorFlow would otherwise unfold it into the graph, and
             # walk through its dead operations in every step.
-            when_false = tf.function(
-                when_false,
+            otherwise = tf.function(
+                otherwise,
                 autograph=False,
                 experimental_attributes={"_noinline": True},
             )
-        tf.cond(condition, when_true, when_false)
+        tf.cond(condition, accepted, otherwise)
+
+    def ready_for_training(self, data: Any) -> Any:
+        strategy = self.distribute_strategy
+        if not self._is_replicated():
+            if strategy.num_replicas_in_sync > 1:
+                raise InvalidArgument(
+                    "RSFTModel trains on several devices under MirroredStrategy and "
+                    f"MultiWorkerMirroredStrategy. Received: {type(strategy).__name__}."
+                )
+            return data
+        _check_replicable(self)
+        spec = getattr(data, "element_spec", None)
+        if not (isinstance(data, tf.data.Dataset) and isinstance(spec, tuple)):
+            return data
+        if len(spec) != 4 or hasattr(spec[2], "shape"):
+            return data
+        # TensorFlow cannot hand a None to replicas.
+        return data.map(
+            lambda x, y, none, index: (x, y, tf.ones(tf.shape(index)), index)
+        )
 
     def _of_all_replicas(self, recorded: Pass) -> Pass:
-        return replicas.gather(recorded) if self._replicated else recorded
+        return _gathered(recorded) if self._is_replicated() else recorded
 
     def _record(self, whole: Pass, accept_mask: Any) -> None:
-        if not self._replicated or replicas.speaks_for_its_worker(self):
-            super()._record(whole, accept_mask)
+        if self._is_replicated():  # A worker's first replica alone notes all rows.
+            local_replicas = len(self.distribute_strategy.extended.worker_devices)
+            context = tf.distribute.get_replica_context()
+            replica = tf.get_static_value(context.replica_id_in_sync_group)
+            if replica % local_replicas > 0:
+                return
+        super()._record(whole, accept_mask)
 
     def _update_if_accepted(
         self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
     ) -> None:
-        if self._replicated:
-            replicas.update_if_accepted(self, recorded, whole, accept_mask, data)
+        if self._is_replicated():
+            _update_replicas(self, recorded, whole, accept_mask, data)
         else:
             super()._update_if_accepted(recorded, whole, accept_mask, data)
 
@@ -87,14 +116,17 @@ class TensorFlowStep(TrainingStep):
     def _maybe_symbolic_build(
         self, iterator: Any = None, data_batch: Any = None
     ) -> None:
-        if iterator is None or not self._replicated:
+        if iterator is None or not self._is_replicated():
             super()._maybe_symbolic_build(iterator, data_batch)
             return
-        dataset = iterator.data_adapter.get_tf_dataset()
-        replicas.build_on_symbols(self, dataset.element_spec)
+        spec = iterator.data_adapter.get_tf_dataset().element_spec
+        parts = spec if isinstance(spec, tuple) else (spec,)
+        batch = tuple(keras.tree.map_structure(_row_symbol, one) for one in parts[:3])
+        with self.distribute_strategy.scope():
+            self._symbolic_build(data_batch=batch)
 
     def _get_metrics_result_or_logs(self, logs: dict[str, Any]) -> dict[str, Any]:
-        if not self._replicated:
+        if not self._is_replicated():
             return super()._get_metrics_result_or_logs(logs)
         whole = self.get_metrics_result()  # Those of a step are the replicas' mean.
         return {name: whole[name] for name in logs}
@@ -102,3 +134,229 @@ class TensorFlowStep(TrainingStep):
 
 def _symbol(value: Any) -> keras.KerasTensor:
     return keras.KerasTensor(value.shape, keras.backend.standardize_dtype(value.dtype))
+
+
+def _row_symbol(spec: Any) -> keras.KerasTensor | None:
+    """Returns a symbol of the form of a batch of any size."""
+    spec = getattr(spec, "_value_specs", [spec])[0]
+    if not isinstance(spec, tf.TensorSpec):
+        return None
+    return _symbol(tf.TensorSpec((None, *spec.shape[1:]), spec.dtype))
+
+
+def _per_worker(model: TrainingStep, logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns logs in the shape that Keras can reduce over workers: `(1,)`."""
+    if not isinstance(model.distribute_strategy, _SEVERAL_WORKERS):
+        return logs
+    return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
+
+
+# Several replicas ---------------------------------------------------------------------
+
+
+def _check_replicable(model: TrainingStep) -> None:
+    """Refuses what Keras cannot do on several replicas, or was not made for them."""
+    strategy = model.distribute_strategy
+    whole: Any = model.optimizer
+    optimizer = getattr(whole, "inner_optimizer", whole)
+    losses = keras.tree.flatten(model.loss)
+    reductions = {
+        loss.reduction for loss in losses if isinstance(loss, keras.losses.Loss)
+    } - {"sum_over_batch_size", "mean", "auto"}
+    refusals = (
+        (
+            model.steps_per_execution > 1,
+            "Keras runs one step in a call under a strategy of several replicas. "
+            "Compile with `steps_per_execution=1`.",
+        ),
+        (
+            model.jit_compile,
+            "XLA cannot compile a step that goes from replica to replica. "
+            "Compile with `jit_compile=False`.",
+        ),
+        (
+            optimizer.gradient_accumulation_steps,
+            "Keras cannot accumulate gradients under a strategy of several replicas. "
+            "Leave out `gradient_accumulation_steps`, or train on one device.",
+        ),
+        (
+            optimizer.ema_overwrite_frequency,
+            "Keras cannot overwrite weights with their averages under a strategy of "
+            "several replicas. Leave out `ema_overwrite_frequency`.",
+        ),
+        (
+            model.policy.level == "element",
+            "Elements within samples are judged on one device. "
+            "Use `level='sample'`, or no strategy.",
+        ),
+        (
+            model._takes_all_or_nothing and reductions,
+            "The loss of several replicas is the mean over their samples. Give it "
+            f"`reduction='sum_over_batch_size'`, not {sorted(map(str, reductions))}.",
+        ),
+    )
+    for holds, reason in refusals:
+        if holds:
+            raise InvalidArgument(
+                f"{reason} Received: {strategy.num_replicas_in_sync} replicas of "
+                f"{type(strategy).__name__}."
+            )
+    for variable in [*model.variables, *whole.variables] if model.built else []:
+        if not isinstance(variable.value, tf.distribute.DistributedValues):
+            raise InvalidArgument(
+                "Model, policy and optimizer must be made, and compiled, in the scope "
+                "of the strategy that trains them: `with strategy.scope(): ...`. "
+                f"Received: {variable.path}, which was not."
+            )
+
+
+def _gathered(recorded: Pass) -> Pass:
+    """Exchanges what a decision needs: a few numbers a row, as two sums."""
+    context = tf.distribute.get_replica_context()
+    replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
+    row_count = tf.size(recorded.losses)
+    rows = tf.cast(row_count, tf.float64)
+    penalty = tf.cast(sum(recorded.penalties, tf.zeros(())), tf.float64)
+    penalty = tf.where(row_count > 0, penalty * rows, 0.0)
+    own = tf.stack([rows, penalty])[None]
+    counted = tf.scatter_nd(tf.reshape(replica, (1, 1)), own, (replicas, 2))
+    counted = context.all_reduce(tf.distribute.ReduceOp.SUM, counted)
+    row_counts = tf.cast(counted[:, 0], tf.int32)
+    first_row, total = tf.reduce_sum(row_counts[:replica]), tf.reduce_sum(row_counts)
+
+    kinds = dict.fromkeys(("losses", "weighted"), tf.float32)
+    kinds |= dict.fromkeys(("labels", "sample_index"), tf.int32)
+    columns = {name: getattr(recorded, name) for name in kinds}
+    columns = {name: c for name, c in columns.items() if c is not None}
+    given = [tf.cast(column, tf.float64) for column in columns.values()]
+    after = total - first_row - row_count
+    padded = tf.pad(tf.stack(given), [[0, 0], [first_row, after]])
+    whole = context.all_reduce(tf.distribute.ReduceOp.SUM, padded)
+    values = zip(columns, tf.unstack(whole, num=len(given)), strict=True)
+    mean_penalty = tf.reduce_sum(counted[:, 1]) / tf.cast(total, tf.float64)
+    return Pass(
+        **{name: tf.cast(value, kinds[name]) for name, value in values},
+        penalties=[tf.cast(mean_penalty, tf.float32)],
+        first_row=first_row,
+        row_count=row_count,
+    )
+
+
+def _update_replicas(
+    model: TrainingStep, recorded: Pass, whole: Pass, accept_mask: tf.Tensor, data: Data
+) -> None:
+    """Changes the weights, or notes that this batch was rejected by all replicas."""
+    accepts_any = tf.reduce_any(accept_mask)
+    finite = tf.math.is_finite(whole.losses)
+    # Which variables are reached is known once a branch with gradients is traced.
+    targets: list[list[Any]] = []
+
+    def computed(passed: Pass, counted: tf.Tensor) -> _Update:
+        counted = tf.cast(counted, tf.float32)
+        share = tf.reduce_sum(whole.own(counted)) / tf.reduce_sum(counted)
+        found = _contribution(model, passed, whole, accept_mask, share)
+        targets[:] = [[variable for variable, _ in part] for part in found]
+        return [[value for _, value in part] for part in found]
+
+    def repeat() -> _Update:
+        # A replica may have no finite row, and then no share in anything.
+        mask = whole.own(accept_mask)
+        return computed(model._finite_pass(recorded.losses, mask, data), finite)
+
+    def nothing() -> _Update:
+        gradients, averaged, taken = targets or ([], [], [])
+        return [
+            [tf.zeros(v.shape, v.dtype) for v in gradients],
+            [tf.zeros(v.shape) for v in averaged],
+            [tf.zeros(v.shape, v.dtype) for v in taken],
+        ]
+
+    # No branch exchanges anything: TensorFlow cannot do so from within one.
+    values = tf.cond(
+        tf.logical_and(accepts_any, tf.reduce_all(finite)),
+        lambda: computed(recorded, tf.ones_like(finite)),
+        lambda: tf.cond(accepts_any, repeat, nothing),
+    )
+    if targets:
+        tf.distribute.get_replica_context().merge_call(
+            functools.partial(_apply_if, model, targets), args=(accepts_any, values)
+        )
+    judged = tf.where(accepts_any, float("inf"), whole.losses)
+    model.reject(whole._replace(losses=judged))
+
+
+def _contribution(
+    model: TrainingStep, passed: Pass, whole: Pass, accept_mask: tf.Tensor, share: Any
+) -> tuple[list[tuple[Any, tf.Tensor]], ...]:
+    """Runs this replica's backward pass; returns variables with their updates."""
+
+    def own_part(value: Any) -> tf.Tensor:
+        # What a replica without rows computes may be 0 / 0.
+        value = tf.convert_to_tensor(value)
+        return tf.where(share > 0, value, tf.zeros_like(value))
+
+    gradients = model._gradients(passed, whole, accept_mask, share)
+    pairs = zip(model.trainable_variables, gradients, strict=True)
+    averaged, taken = [], []
+    for variable, value in model._pending_values(passed):
+        if tf.as_dtype(variable.dtype).is_floating:
+            part = own_part(tf.cast(value, tf.float32)) * share
+            averaged.append((variable, part))
+        else:
+            taken.append((variable, tf.convert_to_tensor(value)))
+    reached = [(v, own_part(gradient)) for v, gradient in pairs if gradient is not None]
+    return reached, averaged, taken
+
+
+def _apply_if(
+    model: TrainingStep,
+    targets: list[list[Any]],
+    strategy: tf.distribute.Strategy,
+    accepts_any: Any,
+    values: _Update,
+) -> None:
+    """Applies an update on all replicas, or on none of them."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    method = "_all_reduce_sum_gradients"  # Which are summed already.
+
+    def apply() -> None:
+        vars(optimizer)[method] = lambda gradients_and_variables: (
+            gradients_and_variables
+        )
+        try:
+            strategy.extended.call_for_each_replica(
+                functools.partial(_apply, model, targets), args=(values,)
+            )
+        finally:
+            del vars(optimizer)[method]
+
+    tf.cond(strategy.experimental_local_results(accepts_any)[0], apply, lambda: None)
+
+
+def _apply(model: TrainingStep, targets: list[list[Any]], values: _Update) -> None:
+    """Sums what all replicas have computed, and changes this replica's copies."""
+    gradients, averaged, taken = values
+    summed = tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM, [*gradients, *averaged]
+    )
+    count = len(gradients)
+    states = [*zip(targets[1], summed[count:], strict=True)]
+    states += zip(targets[2], taken, strict=True)
+    for variable, value in states:
+        variable.assign(tf.cast(value, variable.dtype))
+    model.optimizer.apply(summed[:count], targets[0])
+
+
+def _evaluated(model: TrainingStep, data: Any) -> dict[str, Any]:
+    """Evaluates this replica's rows of a batch, which may be none."""
+    x, y, sample_weight, _ = unpack(data)
+    y_pred = model(x, training=False)
+    losses = model._scorer(y, y_pred, sample_weight)
+    row_count = tf.size(losses)
+    mean = tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(row_count, tf.float32))
+    penalty = sum(model._penalties(), tf.zeros(()))
+    shown = mean + tf.where(row_count > 0, penalty, 0.0)
+    for metric in model.metrics:
+        if metric.name == "loss":
+            metric.update_state(shown, sample_weight=row_count)
+    return model.compute_metrics(x, y, y_pred, sample_weight)

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from keras_rsft.model._step import Pass, SymbolicBuild
+from keras_rsft.model._step import (
+    Change,
+    Pass,
+    SymbolicBuild,
+    unpack,
+    without_selection,
+)
 
 
 class TorchStep(SymbolicBuild):
@@ -19,6 +25,9 @@ class TorchStep(SymbolicBuild):
         self._generators_before = torch.get_rng_state(), devices
         with torch.no_grad():  # But for what `recorded` runs.
             return self.train_on(data)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        return without_selection(super().test_step(unpack(data)[:3]))
 
     def reject(self, whole: Pass) -> None:
         super().reject(whole)
@@ -43,11 +52,6 @@ class TorchStep(SymbolicBuild):
         return torch.autograd.grad(targets, values, given, allow_unused=True)
 
     def branch(
-        self,
-        condition: Any,
-        when_true: Callable[[], None],
-        when_false: Callable[[], None],
-        *,
-        rare: bool = False,
+        self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
     ) -> None:
-        (when_true if condition else when_false)()
+        (accepted if condition else otherwise)()

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.policies._policy import Batch, Policy, is_positive
+from keras_rsft.policies._policy import Batch, Policy, is_positive, require
 from keras_rsft.policies._rules import accept_below, accept_listed
 
 
@@ -42,20 +42,13 @@ class AcceptListed(Policy):
 
     def __init__(self, accept: Any, **kwargs: Any):
         super().__init__(**kwargs)
-        if isinstance(accept, Integral) and not isinstance(accept, bool):
-            accept = np.ones(int(accept), bool)
-        accept = np.asarray(accept)
+        accept = _list_of(accept, if_count=True)
         if accept.ndim != 1 or accept.dtype != bool or not accept.any():
             raise InvalidArgument(
                 "`accept` must be a boolean for each training sample, at least one of "
                 f"them True. Received: shape {accept.shape}, dtype {accept.dtype}."
             )
-        self.listed = self.add_weight(
-            name="listed",
-            shape=accept.shape,
-            dtype="bool",
-            initializer=lambda shape, dtype: ops.convert_to_tensor(accept),
-        )
+        self.listed = _add_list(self, "listed", accept)
 
     def decide(self, batch: Batch) -> Any:
         return _entries(self, self.listed, batch)
@@ -102,18 +95,11 @@ class AcceptReviewed(Policy):
                 "Reviewed samples can be accepted one by one only. Received: "
                 f"{type(policy).__name__} at level {policy.level!r}."
             )
-        if isinstance(reviewed, Integral) and not isinstance(reviewed, bool):
-            reviewed = np.zeros(int(reviewed), bool)
-        reviewed = np.asarray(reviewed, bool)
+        reviewed = _list_of(reviewed, if_count=False).astype(bool)
         self.policy = policy
         self.needs_ledger = policy.needs_ledger
         self.accepts_every_finite_sample = policy.accepts_every_finite_sample
-        self.reviewed = self.add_weight(
-            name="reviewed",
-            shape=reviewed.shape,
-            dtype="bool",
-            initializer=lambda shape, dtype: ops.convert_to_tensor(reviewed),
-        )
+        self.reviewed = _add_list(self, "reviewed", reviewed)
 
     def decide(self, batch: Batch) -> Any:
         accepted = self.policy(batch.losses, batch.labels, batch.sample_index)
@@ -126,13 +112,14 @@ class AcceptReviewed(Policy):
     def threshold_in_use(self) -> float | None:
         return self.policy.threshold_in_use()
 
-    def note_losses(self, losses: np.ndarray) -> None:
+    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
         """Hands the losses of the epochs so far to a policy that learns from them.
 
         Args:
             losses: Float array `(n,)`, the mean loss of each sample.
+            epochs: Epochs that they cover, at least 1.
         """
-        self.policy.note_losses(losses)
+        self.policy.note_losses(losses, epochs)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
@@ -186,11 +173,8 @@ class AutoPolicy(AcceptListed):
 
     def __init__(self, accept: Any, *, loss_limit: float = math.inf, **kwargs: Any):
         super().__init__(accept, **kwargs)
-        if not is_positive(loss_limit):
-            raise InvalidArgument(
-                f"`loss_limit` must be positive. Received: loss_limit={loss_limit}. "
-                "Use infinity for no limit."
-            )
+        hint = "Use infinity for no limit."
+        require(is_positive(loss_limit), "positive", hint, loss_limit=loss_limit)
         self.loss_limit = self.add_live_number("loss_limit", loss_limit)
 
     def decide(self, batch: Batch) -> Any:
@@ -201,6 +185,22 @@ class AutoPolicy(AcceptListed):
 
     def _loss_limit(self) -> Any:
         return self.loss_limit
+
+
+def _list_of(given: Any, *, if_count: bool) -> np.ndarray:
+    """Returns an array, of one value where a number of samples is given."""
+    if isinstance(given, Integral) and not isinstance(given, bool):
+        return np.full(int(given), if_count)
+    return np.asarray(given)
+
+
+def _add_list(policy: Policy, name: str, entries: np.ndarray) -> Any:
+    return policy.add_weight(
+        name=name,
+        shape=entries.shape,
+        dtype="bool",
+        initializer=lambda shape, dtype: ops.convert_to_tensor(entries),
+    )
 
 
 def _entries(policy: Policy, listed: Any, batch: Batch) -> Any:

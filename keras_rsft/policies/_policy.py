@@ -85,11 +85,8 @@ class Policy(keras.layers.Layer):
         kwargs.setdefault("dtype", "float32")
         super().__init__(trainable=False, **kwargs)
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
-        if not 0 <= class_floor <= 1:
-            raise InvalidArgument(
-                "`class_floor` must be in [0, 1]. "
-                f"Received: class_floor={class_floor}. Use 0 for no floor."
-            )
+        hint = "Use 0 for no floor."
+        require(0 <= class_floor <= 1, "in [0, 1]", hint, class_floor=class_floor)
         self.class_floor = float(class_floor)
         if level not in (None, *self.levels):
             raise InvalidArgument(
@@ -166,7 +163,13 @@ class Policy(keras.layers.Layer):
         mask = ops.logical_and(mask, ops.isfinite(losses))
         if self.level == "batch":
             mask = ops.logical_and(mask, ops.all(mask))
-        self._count_step(step + 1, losses)
+        if keras.backend.backend() != "tensorflow":
+            self.steps_seen.assign(step + 1)
+        else:
+            import tensorflow as tf
+
+            with tf.control_dependencies([losses]):  # Once its losses are there.
+                self.steps_seen.assign(step + 1)
         if self.level == "element":
             mask = ops.reshape(mask, ops.shape(per_sample_loss))
         return mask
@@ -203,7 +206,7 @@ class Policy(keras.layers.Layer):
             name: The variable's name.
             value: Its first value.
         """
-        self._configured = self._configured | {name: float(value)}
+        self._configured = {**self._configured, name: float(value)}
         initial = keras.initializers.Constant(float(value))
         return self.add_weight(
             name=name, shape=(), dtype="float32", initializer=initial
@@ -216,17 +219,8 @@ class Policy(keras.layers.Layer):
             config["level"] = self.level
         names = ("warmup_steps", "class_floor", *self._arguments)
         live = self._configured  # Not what became of it since.
-        return config | {name: live.get(name, getattr(self, name)) for name in names}
-
-    def _count_step(self, steps: Any, losses: Any) -> None:
-        """Counts a step once its losses are there."""
-        if keras.backend.backend() != "tensorflow":
-            self.steps_seen.assign(steps)
-            return
-        import tensorflow as tf
-
-        with tf.control_dependencies([losses]):
-            self.steps_seen.assign(steps)
+        own = {name: live.get(name, getattr(self, name)) for name in names}
+        return config | own
 
     def _accepted_in_warmup(self, batch: Batch) -> Any:
         return ops.ones_like(batch.losses, dtype="bool")
@@ -245,6 +239,14 @@ class Policy(keras.layers.Layer):
         return batch.labels
 
 
+def require(holds: bool, needed: str, hint: str = "", **argument: Any) -> None:
+    """Raises InvalidArgument that says what an argument must be, and is."""
+    if not holds:
+        ((name, value),) = argument.items()
+        sentence = f"`{name}` must be {needed}. Received: {name}={value!r}. {hint}"
+        raise InvalidArgument(sentence.rstrip())
+
+
 def is_positive(value: Any) -> bool:
     """Says whether a value is a number above 0, infinity included."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
@@ -253,9 +255,7 @@ def is_positive(value: Any) -> bool:
 
 def whole_number(name: str, value: Any, *, least: int = 0) -> int:
     """Returns a number of steps, or raises InvalidArgument."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InvalidArgument(
-            f"`{name}` must be a whole number, at least {least}. "
-            f"Received: {name}={value!r}."
-        )
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    needed = f"a whole number, at least {least}"
+    require(is_whole and value >= least, needed, **{name: value})
     return int(value)

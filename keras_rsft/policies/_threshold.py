@@ -13,7 +13,13 @@ from keras import ops
 from keras_rsft.config import PolicyConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policies import _rules as rules
-from keras_rsft.policies._policy import Batch, Policy, is_positive, whole_number
+from keras_rsft.policies._policy import (
+    Batch,
+    Policy,
+    is_positive,
+    require,
+    whole_number,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -75,12 +81,9 @@ class LossThreshold(Policy):
 
     def __init__(self, threshold: float, **kwargs: Any):
         super().__init__(**kwargs)
-        if not is_positive(threshold):
-            raise InvalidArgument(
-                "`threshold` must be a positive number. "
-                f"Received: threshold={threshold}. A new head on k classes "
-                "starts with a loss near ln(k)."
-            )
+        hint = "A new head on k classes starts with a loss near ln(k)."
+        positive = is_positive(threshold)
+        require(positive, "a positive number", hint, threshold=threshold)
         self.threshold = self.add_live_number("threshold", threshold)
 
     def decide(self, batch: Batch) -> Any:
@@ -126,12 +129,9 @@ class KeepFraction(Policy):
 
     def __init__(self, keep_fraction: float, *, ramp_steps: int = 0, **kwargs: Any):
         super().__init__(**kwargs)
-        if not is_positive(keep_fraction) or keep_fraction > 1:
-            raise InvalidArgument(
-                "`keep_fraction` must be in (0, 1]. "
-                f"Received: keep_fraction={keep_fraction}. "
-                "Use 1.0 to keep every sample."
-            )
+        is_share = is_positive(keep_fraction) and keep_fraction <= 1
+        hint = "Use 1.0 to keep every sample."
+        require(is_share, "in (0, 1]", hint, keep_fraction=keep_fraction)
         self.ramp_steps = whole_number("ramp_steps", ramp_steps)
         self.keep_fraction = self.add_live_number("keep_fraction", keep_fraction)
 
@@ -185,16 +185,11 @@ class SelfPaced(Policy):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        for name, value in (("threshold", threshold), ("max_threshold", max_threshold)):
-            if not is_positive(value):
-                raise InvalidArgument(
-                    f"`{name}` must be a positive number. Received: {name}={value}."
-                )
-        if not 1 <= growth < math.inf:
-            raise InvalidArgument(
-                "`growth` must be a factor of at least 1. "
-                f"Received: growth={growth}. Use 1.0 for a fixed threshold."
-            )
+        positive, needed = is_positive(max_threshold), "a positive number"
+        require(is_positive(threshold), needed, threshold=threshold)
+        require(positive, needed, max_threshold=max_threshold)
+        hint = "Use 1.0 for a fixed threshold."
+        require(1 <= growth < math.inf, "a factor of at least 1", hint, growth=growth)
         self.growth = float(growth)
         self.growth_steps = whole_number("growth_steps", growth_steps, least=1)
         self.max_threshold = float(max_threshold)
@@ -270,24 +265,16 @@ class RunningThreshold(Policy):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if not math.isfinite(deviations):
-            raise InvalidArgument(
-                f"`deviations` must be finite. Received: deviations={deviations}."
-            )
+        require(math.isfinite(deviations), "finite", deviations=deviations)
         if percentile is not None and (deviations != 0 or not 0 < percentile <= 1):
             raise InvalidArgument(
                 "`percentile` must be in (0, 1], and without `deviations`. Received: "
                 f"percentile={percentile}, deviations={deviations}."
             )
-        if not 0 <= momentum < 1:
-            raise InvalidArgument(
-                f"`momentum` must be in [0, 1). Received: momentum={momentum}."
-            )
-        if num_classes is not None and num_classes < 1:
-            raise InvalidArgument(
-                "`num_classes` must be at least 1, or None for one threshold. "
-                f"Received: num_classes={num_classes}."
-            )
+        require(0 <= momentum < 1, "in [0, 1)", momentum=momentum)
+        needed = "at least 1, or None for one threshold"
+        counts = num_classes is None or num_classes >= 1
+        require(counts, needed, num_classes=num_classes)
         self.deviations = float(deviations)
         self.percentile = percentile
         self.momentum = float(momentum)
@@ -337,7 +324,7 @@ class LossMixture(Policy):
         probability: Least probability of the lower component to accept, in (0, 1).
             Default 0.5.
         warmup_steps: As for every `Policy`; nothing is fitted before the end of the
-            epoch in which it ends. Two epochs are a good value.
+            epoch in which it ends. Default: two epochs.
         class_floor: As for every `Policy`.
 
     Attributes:
@@ -351,7 +338,7 @@ class LossMixture(Policy):
         >>> import keras_rsft as rsft
         >>> policy = rsft.LossMixture()
         >>> losses = np.concatenate([np.linspace(0, 0.5, 20), np.linspace(2, 3, 10)])
-        >>> policy.note_losses(losses)
+        >>> policy.note_losses(losses, epochs=2)
         >>> np.asarray(policy(np.array([0.4, 2.5], "float32"))).tolist()
         [True, False]
     """
@@ -359,13 +346,17 @@ class LossMixture(Policy):
     needs_ledger = True
     _arguments = ("probability",)
 
-    def __init__(self, probability: float = 0.5, **kwargs: Any):
-        super().__init__(**kwargs)
-        if not 0 < probability < 1:
-            raise InvalidArgument(
-                "`probability` must be in (0, 1). "
-                f"Received: probability={probability}. Use 0.5, for example."
-            )
+    def __init__(
+        self,
+        probability: float = 0.5,
+        *,
+        warmup_steps: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(warmup_steps=warmup_steps or 0, **kwargs)
+        self._least_epochs = 2 if warmup_steps is None else 1
+        inside, hint = 0 < probability < 1, "Use 0.5, for example."
+        require(inside, "in (0, 1)", hint, probability=probability)
         self.probability = float(probability)
         self.threshold = self.add_live_number("threshold", math.inf)
 
@@ -375,14 +366,20 @@ class LossMixture(Policy):
     def _loss_limit(self) -> Any:
         return self.threshold
 
-    def note_losses(self, losses: np.ndarray) -> None:
+    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
         """Moves the threshold by the losses of the epochs so far.
 
         Args:
             losses: Float array `(n,)`, the mean loss of each sample.
+            epochs: Epochs that they cover, at least 1.
         """
-        if int(ops.convert_to_numpy(self.steps_seen)) >= self.warmup_steps:
+        steps = int(ops.convert_to_numpy(self.steps_seen))
+        if epochs >= self._least_epochs and steps >= self.warmup_steps:
             self.threshold.assign(mixture_threshold(losses, self.probability))
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        return config | ({"warmup_steps": None} if self._least_epochs > 1 else {})
 
 
 def mixture_threshold(losses: np.ndarray, probability: float) -> float:
@@ -421,28 +418,25 @@ def build_policy(
     choice: PolicyConfig, *, num_classes: int, steps_per_epoch: int
 ) -> Policy:
     """Returns the policy that a choice by name, not `"auto"`, means for a data set."""
-    warmup_steps = round(choice.warmup_epochs * steps_per_epoch)
+    steps = round(choice.warmup_epochs * steps_per_epoch)
     threshold = choice.threshold
     if threshold is None:
         threshold = choice.relative_threshold * math.log(num_classes)
-    floor = {"class_floor": choice.class_floor}
-    options = floor | {"warmup_steps": warmup_steps}
-    makers = {
-        "accept-all": AcceptAll,
-        "loss-threshold": lambda: LossThreshold(
-            threshold, level=choice.level, **options
-        ),
-        "keep-fraction": lambda: KeepFraction(
-            choice.keep_fraction, ramp_steps=warmup_steps, **floor
-        ),
-        "self-paced": lambda: SelfPaced(
-            threshold, growth_steps=steps_per_epoch, **options
-        ),
-        "running-threshold": lambda: RunningThreshold(
-            num_classes=num_classes, **options
-        ),
-        "loss-mixture": lambda: LossMixture(
-            warmup_steps=math.ceil(choice.warmup_epochs) * steps_per_epoch, **floor
-        ),
-    }
-    return makers[choice.name]()
+    options: dict[str, Any] = {"class_floor": choice.class_floor, "warmup_steps": steps}
+    match choice.name:
+        case "accept-all":
+            return AcceptAll()
+        case "loss-threshold":
+            return LossThreshold(threshold, level=choice.level, **options)
+        case "keep-fraction":
+            del options["warmup_steps"]
+            share: Any = choice.keep_fraction
+            return KeepFraction(share, ramp_steps=steps, **options)
+        case "self-paced":
+            return SelfPaced(threshold, growth_steps=steps_per_epoch, **options)
+        case "running-threshold":
+            return RunningThreshold(num_classes=num_classes, **options)
+        case "loss-mixture":
+            epochs = math.ceil(choice.warmup_epochs)
+            return LossMixture(**options | {"warmup_steps": epochs * steps_per_epoch})
+    raise KeyError(choice.name)

@@ -222,7 +222,7 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
         seconds, weights = row["seconds"], row["trainable_weights"]
         rows.append(
             (
-                row["trainable"],
+                row["unfreeze"],
                 row["policy"],
                 shown,
                 share_text(row["acceptance_rate"]),

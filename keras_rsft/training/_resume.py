@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import io
 import json
@@ -17,8 +16,8 @@ from typing import Any, BinaryIO
 import keras
 import numpy as np
 
+from keras_rsft import _storage
 from keras_rsft._ledger import RejectionLedger
-from keras_rsft._storage import package_versions, replaced
 from keras_rsft.data._samples import SampleData
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 
@@ -115,7 +114,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         state, started = self._latest, time.monotonic()
         if state is None or state is self._on_disk or not self._devices.is_chief:
             return
-        replaced(self._path, lambda beside: write_state(beside, state))
+        _storage.replaced(self._path, lambda beside: write_state(beside, state))
         self._on_disk, self._written_at = state, time.monotonic()
         self._cost = self._written_at - started
 
@@ -243,21 +242,16 @@ def _copied(value: Any) -> Any:
 
 
 def run_identity(data: SampleData, **choices: Any) -> dict[str, Any]:
-    """Returns what two runs must share to be the same run, as JSON can hold it."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Returns what two runs on the same data must share to be the same run."""
+    samples = []
     for split in (data.train, data.validation, data.test):
-        digest.update("\n".join(split.ids.tolist()).encode())
+        samples.append("\n".join(split.ids.tolist()).encode())
         # A reviewed label is accepted whatever the policy says.
         for values in (split.labels, split.clean_labels, split.reviewed):
-            digest.update(b"-" if values is None else b"+")
+            samples.append(b"-" if values is None else b"+")
             if values is not None:
-                digest.update(np.ascontiguousarray(values).tobytes())
-    identity = {
-        "data": [data.source, list(data.class_names), digest.hexdigest()],
-        **choices,
-        "versions": package_versions(),
-    }
-    return json.loads(json.dumps(identity, default=str))
+                samples.append(np.ascontiguousarray(values).tobytes())
+    return _storage.run_identity(data.source, data.class_names, samples, **choices)
 
 
 class TrainingClock(keras.callbacks.Callback):

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft.config import TrainConfig
 from keras_rsft.features._batches import TrainingBatches
-from keras_rsft.features._store import FeatureSet
+from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.policies import _rules as rules
+from keras_rsft.training._features import SplitFeatures
 from keras_rsft.tuning._space import (
     ACCEPT_ALL,
     BATCH_BELOW,
     BELOW,
     KEEP_SMALLEST,
     LISTED,
-    HeadTrials,
+    acceptance_groups,
+    stack_trials,
+    update_rule,
 )
 
 # Step ---------------------------------------------------------------------------------
@@ -56,13 +61,6 @@ def head_logits(features: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.T
     return tf.reshape(scores, (-1, classes, trials)) + bias
 
 
-def losses_of(likelihoods: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Returns the cross-entropy of each sample under each head, `(batch, k)`."""
-    wanted = tf.one_hot(labels, likelihoods.shape[1], on_value=True, off_value=False)
-    chosen = tf.where(wanted[:, :, None], likelihoods, 0.0)
-    return -tf.reduce_sum(chosen, axis=1)
-
-
 def log_likelihoods(logits: tf.Tensor) -> tf.Tensor:
     """Returns the logarithms of the probabilities, `(batch, classes, k)`."""
     shifted = logits - tf.reduce_max(logits, axis=1, keepdims=True)
@@ -76,17 +74,16 @@ def step_heads(
     trials: dict[str, tf.Tensor],
     step: tf.Tensor,
     *,
-    update_rule: str,
     groups: dict[int, tf.Tensor],
 ) -> tuple[HeadState, tf.Tensor]:
-    """Takes one step with every head; `groups` are those of `HeadTrials`."""
+    """Takes one step with every head; also returns `_SUMS` sums for each."""
     usable = tf.reduce_all(tf.math.is_finite(batch.features), axis=-1)
     # A NaN in one row would reach the gradients of all through the product.
     features = tf.where(usable[:, None], batch.features, 0.0)
     likelihoods = log_likelihoods(head_logits(features, state.kernel, state.bias))
     _, classes, trial_count = likelihoods.shape
     wanted = tf.one_hot(batch.labels, classes)[:, :, None]
-    losses = losses_of(likelihoods, batch.labels)
+    losses = -tf.gather(likelihoods, batch.labels, axis=1, batch_dims=1)
     usable = tf.logical_and(usable, batch.present)[:, None]
     losses = tf.where(usable, losses, float("inf"))
     accepted = tf.transpose(
@@ -100,8 +97,16 @@ def step_heads(
     gradient = tf.matmul(features, flat_errors, transpose_a=True)
     gradients = tf.reshape(gradient, state.kernel.shape), tf.reduce_sum(errors, axis=0)
     moves = tf.reduce_any(accepted, axis=0)
-    state = _updated(state, gradients, trials, moves, update_rule)
-    return state, _sums(losses, accepted, batch.present[:, None])
+    state = _updated(state, gradients, trials, moves)
+    finite = tf.math.is_finite(losses)
+    rows = [  # As `model.metrics.selection_sums` counts.
+        tf.broadcast_to(tf.cast(batch.present[:, None], tf.float32), tf.shape(losses)),
+        tf.cast(accepted, tf.float32),
+        tf.where(accepted, losses, 0.0),
+        tf.cast(finite, tf.float32),
+        tf.where(finite, losses, 0.0),
+    ]
+    return state, tf.stack([tf.reduce_sum(row, axis=0) for row in rows])
 
 
 def accepted_by_trials(
@@ -114,41 +119,33 @@ def accepted_by_trials(
 ) -> tf.Tensor:
     """Returns which samples each trial accepts, bool `(k, batch)` like the losses."""
     accepted = tf.ones_like(losses, dtype=tf.bool)
-    for acceptance, places in groups.items():
+    for acceptance, positions in groups.items():
         if acceptance == ACCEPT_ALL:
             continue
-        column = {name: tf.gather(v, places)[:, None] for name, v in trials.items()}
-        own = tf.gather(losses, places)
-        chosen = _accepted_by(acceptance, own, batch, column, step)
+        own = tf.gather(losses, positions)
+        threshold, keep_fraction, warmup_steps = (
+            tf.gather(trials[name], positions)[:, None]
+            for name in ("threshold", "keep_fraction", "warmup_steps")
+        )
+        in_warmup = tf.ones_like(own, dtype=tf.bool)
+        if acceptance == KEEP_SMALLEST:
+            warmup_steps, ramp_steps = 0, warmup_steps
+            share = rules.ramped_keep_fraction(step, keep_fraction, ramp_steps)
+            chosen = rules.keep_smallest(own, share)
+        elif acceptance == BELOW:
+            chosen = rules.accept_below(own, threshold)
+        elif acceptance == LISTED:
+            in_warmup = tf.logical_and(in_warmup, batch.listed)
+            chosen = rules.accept_listed(batch.listed, own, batch.labels, threshold)
+        else:
+            finite = tf.logical_or(tf.math.is_finite(own), ~batch.present)
+            in_warmup = tf.reduce_all(finite, axis=1, keepdims=True)
+            chosen = rules.accept_batch_below(own, threshold, batch.present)
+        chosen = rules.after_warmup(chosen, in_warmup, step, warmup_steps)
         if acceptance != BATCH_BELOW:  # As `AcceptReviewed` has it.
             chosen = tf.logical_or(chosen, batch.reviewed)
-        accepted = tf.tensor_scatter_nd_update(accepted, places[:, None], chosen)
+        accepted = tf.tensor_scatter_nd_update(accepted, positions[:, None], chosen)
     return tf.logical_and(accepted, tf.math.is_finite(losses))
-
-
-def _accepted_by(
-    acceptance: int,
-    losses: tf.Tensor,
-    batch: Batch,
-    column: dict[str, tf.Tensor],
-    step: tf.Tensor,
-) -> tf.Tensor:
-    """Decides for the trials of one rule, as its policy does for one."""
-    warmup_steps, threshold = column["warmup_steps"], column["threshold"]
-    if acceptance == KEEP_SMALLEST:
-        share = rules.ramped_keep_fraction(step, column["keep_fraction"], warmup_steps)
-        return rules.keep_smallest(losses, share)
-    in_warmup = tf.ones_like(losses, dtype=tf.bool)
-    if acceptance == BELOW:
-        mask = rules.accept_below(losses, threshold)
-    elif acceptance == LISTED:
-        in_warmup = tf.logical_and(in_warmup, batch.listed)
-        mask = rules.accept_listed(batch.listed, losses, batch.labels, threshold)
-    else:
-        finite = tf.logical_or(tf.math.is_finite(losses), ~batch.present)
-        in_warmup = tf.reduce_all(finite, axis=1, keepdims=True)
-        mask = rules.accept_batch_below(losses, threshold, batch.present)
-    return rules.after_warmup(mask, in_warmup, step, warmup_steps)
 
 
 def _updated(
@@ -156,75 +153,47 @@ def _updated(
     gradients: tuple[tf.Tensor, tf.Tensor],
     trials: dict[str, tf.Tensor],
     moves: tf.Tensor,
-    update_rule: str,
 ) -> HeadState:
     """Returns the state after an update of the heads that move, bool `(k,)`."""
-    slots_of, change_of = _OPTIMIZERS[update_rule]
     decay = 1.0 - trials["weight_decay"] * trials["learning_rate"]
     iterations = tf.where(moves, state.iterations + 1.0, state.iterations)
     parts = []
-    for weights, gradient, slots, kept in (
+    for weights, gradient, slots, decayed in (
         (state.kernel, gradients[0], state.kernel_slots, decay),
         (state.bias, gradients[1], state.bias_slots, 1.0),  # A bias does not decay.
     ):
         # From here on the old slots are not needed, so that the compiler copies none.
         new_slots = tuple(
             tf.where(moves, new, old)
-            for new, old in zip(slots_of(slots, gradient, trials), slots, strict=True)
+            for new, old in zip(_moved(slots, gradient, trials), slots, strict=True)
         )
-        change = change_of(new_slots, trials, iterations)
-        moved = weights * kept + change
+        moved = weights * decayed + _change(new_slots, trials, iterations)
         parts.append((tf.where(moves, moved, weights), new_slots))
     (kernel, kernel_slots), (bias, bias_slots) = parts
     return HeadState(kernel, bias, kernel_slots, bias_slots, iterations)
 
 
-def _sgd_slots(
+def _moved(
     slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
 ) -> tuple[tf.Tensor, ...]:
-    rate, momentum = trials["learning_rate"], trials["momentum"]
-    return (slots[0] * momentum - gradient * rate,)
-
-
-def _sgd(
-    slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
-) -> tf.Tensor:
-    return slots[0]
-
-
-def _adam_slots(
-    slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
-) -> tuple[tf.Tensor, ...]:
+    """Returns the new slots of Keras's SGD, which has one, or of its Adam."""
+    if len(slots) == 1:
+        return (slots[0] * trials["momentum"] - gradient * trials["learning_rate"],)
     first = slots[0] + (gradient - slots[0]) * (1.0 - BETA_1)
     second = slots[1] + (tf.square(gradient) - slots[1]) * (1.0 - BETA_2)
     return first, second
 
 
-def _adam(
+def _change(
     slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
 ) -> tf.Tensor:
-    # Of a head that has not moved yet, to which nothing is added, it would be 0 / 0.
+    if len(slots) == 1:
+        return slots[0]
+    # A head that has not moved yet, and does not now, would divide 0 by 0.
     steps = tf.maximum(iterations, 1.0)
     rate = trials["learning_rate"] * tf.sqrt(1.0 - BETA_2**steps)
     rate /= 1.0 - BETA_1**steps
     return -slots[0] * rate / (tf.sqrt(slots[1]) + EPSILON)
-
-
-# By update rule: new slots, as Keras's optimizers have them, and the weights' change.
-_OPTIMIZERS = {"sgd": (_sgd_slots, _sgd), "adam": (_adam_slots, _adam)}
-
-
-def _sums(losses: tf.Tensor, accepted: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
-    """Counts for each trial, `(5, k)`, what `model.metrics.selection_sums` does."""
-    finite = tf.math.is_finite(losses)
-    rows = [
-        tf.broadcast_to(tf.cast(present, tf.float32), tf.shape(losses)),
-        tf.cast(accepted, tf.float32),
-        tf.where(accepted, losses, 0.0),
-        tf.cast(finite, tf.float32),
-        tf.where(finite, losses, 0.0),
-    ]
-    return tf.stack([tf.reduce_sum(row, axis=0) for row in rows])
 
 
 # Heads --------------------------------------------------------------------------------
@@ -232,170 +201,145 @@ def _sums(losses: tf.Tensor, accepted: tf.Tensor, present: tf.Tensor) -> tf.Tens
 # Rows that are handed to one call of the compiled loop: an epoch, if it is not huge.
 _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
-_SLOTS = {"sgd": 1, "adam": 2}
-_SUMS = 5  # What `step_heads` sums for each trial.
+_SUMS = 5  # Of `step_heads`, for each trial.
 OnEpoch = Callable[[int, float], None]
 METRICS = ("loss", "acceptance_rate", "accepted_loss", "val_accuracy", "val_loss")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainedHeads:
-    """What is recorded of `k` heads, while they train and after."""
+    """`k` heads, each with the weights of its best epoch."""
 
     history: dict[str, np.ndarray]  # (k, epochs); NaN after a head was dropped.
-    kernels: np.ndarray  # (k, dim, classes), of the last epoch.
+    kernels: np.ndarray  # (k, dim, classes)
     biases: np.ndarray  # (k, classes)
-    best_kernels: np.ndarray  # Those of the best epoch.
-    best_biases: np.ndarray
     best_epochs: np.ndarray  # (k,), counted from 0.
-    best_values: np.ndarray  # (k,), where more is better.
     diverged: np.ndarray  # (k,): whether the loss became NaN or infinite.
-
-    def record_epoch(
-        self,
-        epoch: int,
-        heads: np.ndarray,
-        logs: dict[str, np.ndarray],
-        values: np.ndarray,
-        state: HeadState,
-    ) -> None:
-        """Records an epoch of some heads; of equal values the earlier is the best."""
-        for name, numbers in logs.items():
-            self.history[name][heads, epoch] = numbers
-        scored = logs.get("val_loss", logs["loss"])
-        self.diverged[heads] |= ~np.isfinite(scored)
-        rows = np.flatnonzero(values > self.best_values[heads])
-        better = heads[rows]
-        self.best_values[better] = values[rows]
-        self.best_epochs[better] = epoch
-        if len(rows):
-            self.best_kernels[better], self.best_biases[better] = _weights(state, rows)
 
 
 class BatchedHeads:
     """Trains heads together on one data set, again and again."""
 
-    def __init__(
-        self,
-        train: FeatureSet,
-        validation: FeatureSet,
-        *,
-        num_classes: int,
-        batch_size: int,
-        seed: int,
-    ):
-        self._train, self._validation = train, validation
-        self._num_classes = num_classes
-        self._batch_size = batch_size
-        self._seed = seed
-        self._listed = np.ones(len(train), bool)
-        self._reviewed = np.zeros(len(train), bool)
-        if train.reviewed is not None:
-            self._reviewed = train.reviewed
+    def __init__(self, features: SplitFeatures, given: TrainConfig):
+        train, batch_size = features.train, given.batch_size
+        self._features, self._batch_size, self._seed = features, batch_size, given.seed
         mean, variance = train.moments()
         # As the layer Normalization has it.
         scale = np.maximum(np.sqrt(variance), 1e-7)
         self._moments = tf.constant(mean), tf.constant(scale)
-        self.steps_per_epoch = -(-len(train) // batch_size)
+        self._steps_per_epoch = -(-len(train) // batch_size)
         most = max(1, _BLOCK_BYTES // (4 * train.dim * batch_size))
-        calls = -(-self.steps_per_epoch // most)
-        self._block_rows = -(-self.steps_per_epoch // calls) * batch_size
-
-    def list_samples(self, listed: np.ndarray) -> None:
-        """Says which samples trials with `LISTED` accept; before, they accept all."""
-        self._listed = listed
+        calls = -(-self._steps_per_epoch // most)
+        self._block_rows = -(-self._steps_per_epoch // calls) * batch_size
 
     def train(
         self,
-        trials: HeadTrials,
+        settings: Sequence[TrainConfig],
+        label_quality: LabelQuality | None = None,
         *,
-        epochs: int,
         objective: str = "val_accuracy",
         direction: str = "max",
         halvings: int = 0,
-        on_epoch: OnEpoch | None = None,
+        on_epoch: OnEpoch = lambda heads, value: None,
     ) -> TrainedHeads:
-        """Trains one head for each trial."""
-        names = METRICS if len(self._validation) else METRICS[:3]
-        count, dim, classes = len(trials), self._train.dim, self._num_classes
+        """Trains one head for each of the settings, all of one rule and length."""
+        train, epochs, count = self._features.train, settings[0].epochs, len(settings)
+        classes = len(self._features.class_names)
+        every_sample, none = np.ones(len(train), bool), np.zeros(len(train), bool)
+        masks = (
+            every_sample if label_quality is None else label_quality.accept_mask(),
+            none if train.reviewed is None else train.reviewed,
+        )
+        trials = stack_trials(
+            settings,
+            num_classes=classes,
+            steps_per_epoch=self._steps_per_epoch,
+            loss_limit=math.inf if label_quality is None else label_quality.loss_limit,
+        )
         trained = TrainedHeads(
-            {name: np.full((count, epochs), np.nan, np.float32) for name in names},
-            *(
-                np.zeros(shape, np.float32)
-                for shape in [(count, dim, classes), (count, classes)] * 2
-            ),
+            {name: np.full((count, epochs), np.nan, np.float32) for name in METRICS},
+            np.zeros((count, train.dim, classes), np.float32),
+            np.zeros((count, classes), np.float32),
             np.zeros(count, int),
-            np.full(count, -np.inf),
             np.zeros(count, bool),
         )
+        best_values = np.full(count, -np.inf)
         alive = np.arange(count)
         cuts = {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)}
-        state = self._first_state(trials)
+        state = self._first_state(count, 1 if update_rule(settings[0]) == "sgd" else 2)
         batches = TrainingBatches(
-            self._train,
-            batch_size=self._block_rows,
-            seed=self._seed,
-            sample_index=True,
+            train, batch_size=self._block_rows, seed=self._seed, sample_index=True
         )
         sign = 1.0 if direction == "max" else -1.0
         for epoch in range(epochs):
-            state, logs = self._epoch(batches, epoch, state, trials)
+            state, logs = self._epoch(batches, masks, epoch, state, trials)
             logs |= self._validate(state)
-            trained.record_epoch(epoch, alive, logs, sign * logs[objective], state)
-            if on_epoch is not None:
-                on_epoch(len(alive), sign * float(trained.best_values.max()))
-            cut = epoch + 1 in cuts and len(alive) > 1
-            if cut or epoch + 1 == epochs:
-                rows = np.arange(len(alive))
-                trained.kernels[alive], trained.biases[alive] = _weights(state, rows)
-            if cut:
-                worst_last = np.argsort(-trained.best_values[alive], kind="stable")
-                kept = np.sort(worst_last[: -(-len(alive) // 2)])
-                alive, trials = alive[kept], trials.take(kept)
+            for name, numbers in logs.items():
+                trained.history[name][alive, epoch] = numbers
+            trained.diverged[alive] |= ~np.isfinite(logs["val_loss"])
+            values = sign * logs[objective]
+            rows = np.flatnonzero(values > best_values[alive])  # The first of equals.
+            better = alive[rows]
+            best_values[better] = values[rows]
+            trained.best_epochs[better] = epoch
+            for target, source in (
+                (trained.kernels, state.kernel),
+                (trained.biases, state.bias),
+            ):
+                if len(rows):
+                    chosen = tf.gather(source, rows, axis=-1).numpy()
+                    target[better] = np.moveaxis(chosen, -1, 0)
+            on_epoch(len(alive), sign * float(best_values.max()))
+            if epoch + 1 in cuts and len(alive) > 1:
+                worst_last = np.argsort(-best_values[alive], kind="stable")
+                left = np.sort(worst_last[: -(-len(alive) // 2)])
+                alive = alive[left]
+                trials = {name: numbers[left] for name, numbers in trials.items()}
                 parts = tf.nest.map_structure(
-                    functools.partial(tf.gather, indices=kept, axis=-1), tuple(state)
+                    functools.partial(tf.gather, indices=left, axis=-1), tuple(state)
                 )
                 state = HeadState(*parts)
         return trained
 
-    def _first_state(self, trials: HeadTrials) -> HeadState:
+    def _first_state(self, count: int, slots: int) -> HeadState:
         """Returns the weights that `build_head` begins with, the same for all."""
-        count, shape = len(trials), (self._train.dim, self._num_classes)
+        shape = self._features.train.dim, len(self._features.class_names)
         first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
         kernel = tf.tile(tf.convert_to_tensor(first)[:, :, None], (1, 1, count))
-        bias = tf.zeros((self._num_classes, count))
-        slots = (
-            (tf.zeros_like(one),) * _SLOTS[trials.update_rule] for one in (kernel, bias)
+        bias = tf.zeros((shape[1], count))
+        return HeadState(
+            kernel,
+            bias,
+            kernel_slots=(tf.zeros_like(kernel),) * slots,
+            bias_slots=(tf.zeros_like(bias),) * slots,
+            iterations=tf.zeros((count,)),
         )
-        return HeadState(kernel, bias, *slots, tf.zeros((count,)))
 
     def _epoch(
         self,
         batches: TrainingBatches,
+        masks: tuple[np.ndarray, np.ndarray],
         epoch: int,
         state: HeadState,
-        trials: HeadTrials,
+        trials: dict[str, np.ndarray],
     ) -> tuple[HeadState, dict[str, np.ndarray]]:
         batches.callback.on_epoch_begin(epoch)
-        arrays = {name: tf.constant(v) for name, v in trials.arrays.items()}
-        groups = {way: tf.constant(v) for way, v in trials.groups.items()}
-        sums = tf.zeros((_SUMS, len(trials)))
-        step = epoch * self.steps_per_epoch
+        groups = acceptance_groups(trials["acceptance"])
+        sums = tf.zeros((_SUMS, len(trials["acceptance"])))
+        step = epoch * self._steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
-            masks = (mask[index.numpy()] for mask in (self._listed, self._reviewed))
-            block = (features, labels, *map(tf.constant, masks))
+            own = (tf.constant(mask[index.numpy()]) for mask in masks)
             state, sums = run_block(
-                _filled_up(block, self._block_rows),
+                _filled_up((features, labels, *own), self._block_rows),
                 tf.constant(rows),
                 self._moments,
                 state,
                 sums,
-                arrays,
-                groups,
+                {name: tf.constant(v) for name, v in trials.items()},
+                {way: tf.constant(v) for way, v in groups.items()},
                 tf.constant(step),
                 batch_size=self._batch_size,
-                update_rule=trials.update_rule,
             )
             step += -(-rows // self._batch_size)
         samples, accepted, accepted_loss, finite, finite_loss = sums.numpy()
@@ -406,21 +350,23 @@ class BatchedHeads:
         }
 
     def _validate(self, state: HeadState) -> dict[str, np.ndarray]:
-        count = len(self._validation)
-        if count == 0:
-            return {}
+        validation = self._features.validation
+        count = len(validation)
         rows = min(_VALIDATION_ROWS, count)
-        totals, start = 0.0, 0
-        for chunk in self._validation.chunks(rows):
-            labels = self._validation.labels[start : start + len(chunk)]
+        totals, start = np.zeros((2, 1), np.float32), 0
+        for chunk in validation.chunks(rows):
+            labels = validation.labels[start : start + len(chunk)]
             start += len(chunk)
-            totals += score_block(
-                *_filled_up((tf.constant(chunk), tf.constant(labels)), rows),
-                tf.constant(len(chunk)),
-                self._moments,
-                state.kernel,
-                state.bias,
-            ).numpy()
+            totals = (
+                totals
+                + score_block(
+                    *_filled_up((tf.constant(chunk), tf.constant(labels)), rows),
+                    tf.constant(len(chunk)),
+                    self._moments,
+                    state.kernel,
+                    state.bias,
+                ).numpy()
+            )
         return {"val_accuracy": totals[0] / count, "val_loss": totals[1] / count}
 
 
@@ -436,23 +382,23 @@ def run_block(
     first_step: tf.Tensor,
     *,
     batch_size: int,
-    update_rule: str,
 ) -> tuple[HeadState, tf.Tensor]:
     """Takes all steps of a block of shuffled rows, as one compiled program."""
     steps = (rows + batch_size - 1) // batch_size
-    features, *masks = block  # Labels, listed and reviewed are of one axis.
+    features, *columns = block  # Labels, listed and reviewed have one axis.
 
     def body(step: tf.Tensor, state: HeadState, sums: tf.Tensor) -> tuple:
         start = step * batch_size
         values = tf.slice(features, [start, 0], [batch_size, features.shape[1]])
-        batch = Batch(
-            (values - moments[0]) / moments[1],
-            *(tf.slice(one, [start], [batch_size]) for one in masks),
-            start + tf.range(batch_size) < rows,
+        labels, listed, reviewed = (
+            tf.slice(one, [start], [batch_size]) for one in columns
         )
-        step_now = first_step + step
+        present = start + tf.range(batch_size) < rows
+        batch = Batch(
+            (values - moments[0]) / moments[1], labels, listed, reviewed, present
+        )
         state, added = step_heads(
-            batch, state, trials, step_now, update_rule=update_rule, groups=groups
+            batch, state, trials, first_step + step, groups=groups
         )
         return step + 1, state, sums + added
 
@@ -473,18 +419,12 @@ def score_block(
 ) -> tf.Tensor:
     """Returns how many labels each head gets right, and its summed loss, `(2, k)`."""
     logits = head_logits((features - moments[0]) / moments[1], kernel, bias)
-    losses = losses_of(log_likelihoods(logits), labels)
+    losses = -tf.gather(log_likelihoods(logits), labels, axis=1, batch_dims=1)
     predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
     right = tf.equal(predicted, labels[:, None])
     present = (tf.range(features.shape[0]) < rows)[:, None]
     counted = (tf.cast(right, tf.float32), losses)
     return tf.stack([tf.reduce_sum(tf.where(present, c, 0.0), axis=0) for c in counted])
-
-
-def _weights(state: HeadState, rows: np.ndarray) -> list[np.ndarray]:
-    """Returns kernels and biases of some heads, which are then the first axis."""
-    chosen = (tf.gather(v, rows, axis=-1) for v in (state.kernel, state.bias))
-    return [np.moveaxis(values.numpy(), -1, 0) for values in chosen]
 
 
 def _filled_up(parts: tuple[tf.Tensor, ...], rows: int) -> list[tf.Tensor]:

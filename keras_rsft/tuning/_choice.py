@@ -6,31 +6,65 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_rsft.config import ALL, FROZEN, LAST_BLOCK, OBJECTIVES, UNFREEZE_NAMES
+from keras_rsft.config import (
+    ALL,
+    FROZEN,
+    LAST_BLOCK,
+    UNFREEZE_NAMES,
+    SearchConfig,
+    TrainConfig,
+)
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.training._curves import accuracy_error
 
 COMPLETED = "COMPLETED"
 ACCURACY = "val_accuracy"
-# Name of the value that says what of a model learnt.
-TRAINABLE = "trainable"
+PLAIN = "accept-all"
+# Name of the value that says how much of the backbone is trained.
+UNFREEZE = "unfreeze"
 _ALIKE = {
-    FROZEN: "on a frozen base ",
+    FROZEN: "on a frozen backbone ",
     LAST_BLOCK: "that train the last block ",
-    ALL: "that train all of the base ",
+    ALL: "that train all of the backbone ",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialOutcome:
-    """What became of one trial."""
+    """One trial: its values, and the metrics of its best epoch."""
 
     trial_id: str
     status: str
     values: Mapping[str, Any]
     metrics: Mapping[str, float]
-    epochs: int
+    epochs: int  # Up to its best.
     message: str | None = None
+    # They train it again, up to its best epoch.
+    settings: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    @property
+    def completed(self) -> bool:
+        return self.status == COMPLETED
+
+    @property
+    def is_plain(self) -> bool:
+        """Says whether it is a completed one of a head that accepts everything."""
+        return self.completed and self.settings.policy.name == PLAIN and not self.cost
+
+    @property
+    def unfreeze(self) -> str:
+        """How much of the backbone is trained, out of `UNFREEZE_NAMES`."""
+        name = self.values.get(UNFREEZE)
+        return name if name in UNFREEZE_NAMES else FROZEN
+
+    @property
+    def cost(self) -> int:
+        """A number that is higher where more of the backbone is trained; 0: none."""
+        return UNFREEZE_NAMES.index(self.unfreeze)
+
+    @property
+    def acceptance(self) -> float:
+        return self.metrics["acceptance_rate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,31 +78,27 @@ class Choice:
 
 
 def choose_trial(
-    outcomes: Sequence[TrialOutcome],
-    *,
-    objective: str,
-    validation_size: int,
-    min_acceptance: float,
+    outcomes: Sequence[TrialOutcome], options: SearchConfig, *, validation_size: int
 ) -> Choice:
     """Chooses the cheapest of the trials that are as good as the best."""
-    completed = [one for one in outcomes if one.status == COMPLETED]
+    completed = [one for one in outcomes if one.completed]
     if not completed:
-        first = next(
-            (one.message for one in outcomes if one.message), "no reason given"
-        )
+        messages = [one.message for one in outcomes if one.message]
+        first = messages[0] if messages else "no reason given"
         raise TrainingStalled(
             f"All {len(outcomes)} trials failed. The first says: {first} "
             "Change the search space."
         )
-    eligible = [one for one in completed if _acceptance(one) >= min_acceptance]
+    objective, least = options.objective, options.min_acceptance
+    eligible = [one for one in completed if one.acceptance >= least]
     if not eligible:
-        most = max(map(_acceptance, completed))
+        most = max(one.acceptance for one in completed)
         raise TrainingStalled(
-            f"No trial accepted at least {min_acceptance:.0%} of the samples; the "
+            f"No trial accepted at least {least:.0%} of the samples; the "
             f"highest was {most:.0%}. Raise the thresholds or lower the least "
             "acceptance."
         )
-    sign = 1.0 if OBJECTIVES[objective] == "max" else -1.0
+    sign = 1.0 if options.direction == "max" else -1.0
 
     def value(outcome: TrialOutcome) -> float:
         return sign * outcome.metrics[objective]
@@ -78,23 +108,8 @@ def choose_trial(
     if objective == ACCURACY:
         noise = accuracy_error(best.metrics[objective], validation_size)
     as_good = [one for one in eligible if value(one) >= value(best) - noise]
-    chosen = max(as_good, key=lambda one: (-cost_of(one), _acceptance(one), value(one)))
+    chosen = max(as_good, key=lambda one: (-one.cost, one.acceptance, value(one)))
     return Choice(chosen, best, noise, _reason(chosen, best, noise, objective))
-
-
-def trainable_of(outcome: TrialOutcome) -> str:
-    """Returns what learnt in a trial, out of `UNFREEZE_NAMES`."""
-    name = outcome.values.get(TRAINABLE)
-    return name if name in UNFREEZE_NAMES else FROZEN
-
-
-def cost_of(outcome: TrialOutcome) -> int:
-    """Returns a number that is higher where more of the base is trained; 0: none."""
-    return UNFREEZE_NAMES.index(trainable_of(outcome))
-
-
-def _acceptance(outcome: TrialOutcome) -> float:
-    return outcome.metrics["acceptance_rate"]
 
 
 def _reason(
@@ -104,14 +119,14 @@ def _reason(
     name = f"Trial {chosen.trial_id}"
     if chosen is best:
         return f"{name} has the best {objective}, {value:.4f}."
-    if cost_of(chosen) < cost_of(best):
-        what = "no part" if trainable_of(chosen) == FROZEN else "the least"
+    if chosen.cost < best.cost:
+        what = "no part" if chosen.cost == 0 else "the least"
         return (
-            f"{name} trains {what} of the base, and its {objective} is within the "
+            f"{name} trains {what} of the backbone, and its {objective} is within the "
             f"noise ({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of "
             f"trial {best.trial_id}."
         )
-    alike = _ALIKE[trainable_of(chosen)] if TRAINABLE in chosen.values else ""
+    alike = _ALIKE[chosen.unfreeze] if UNFREEZE in chosen.values else ""
     if value == best_value:
         return (
             f"{name} has the best {objective}, {value:.4f}, and rejects the least of "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import importlib.util
-import json
 import os
 import shutil
 import time
@@ -24,7 +23,9 @@ from keras_rsft._storage import (
     check_new_folder,
     locked,
     numbered,
+    read_json,
     replaced,
+    run_identity,
     write_csv,
     write_json,
     written_whole,
@@ -40,17 +41,18 @@ from keras_rsft.report._charts import (
 )
 from keras_rsft.report._record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
+from keras_rsft.tuning._choice import UNFREEZE, TrialOutcome
+from keras_rsft.tuning._space import values_of
 from keras_rsft.tuning._tuner import RSFTHyperModel
 
 # Folder -------------------------------------------------------------------------------
 
 TRIALS_FILE = "trials.csv"
 TENSORBOARD_FOLDER = "tensorboard"
-_HEAD_SECONDS_FILE = "head_seconds.json"
 _LOCK_FILE = ".lock"
 # Options that may change from one call to the next without another meaning of trials.
-_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "trainable")
+_FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "unfreeze")
+_CHANGED = {"data": "another data set or backbone", "space": "another search space"}
 
 
 def identity_of(
@@ -58,15 +60,22 @@ def identity_of(
 ) -> dict[str, Any]:
     """Returns what must stay the same for a search to resume, as JSON can hold it."""
     hp = keras_tuner.HyperParameters()
-    hypermodel.space(hp)
-    kept = dataclasses.asdict(options)
-    identity = {
-        "data": {"source": dict(source), **_samples_of(hypermodel.features)},
-        "space": hp.get_config()["space"],
-        "settings": dataclasses.asdict(hypermodel.settings),
-        "options": {k: v for k, v in kept.items() if k not in _FREE_OPTIONS},
-    }
-    return json.loads(json.dumps(identity, default=str))
+    values_of(hypermodel.space, hp)
+    features, given = hypermodel.features, dataclasses.asdict(options)
+    samples: list[bytes] = []
+    for part in (features.train, features.validation):
+        names = [part.path.parent.name, *map(str, part.ids)]  # The key comes first.
+        labels = np.ascontiguousarray(part.labels, np.int32)
+        samples += ["\n".join(names).encode(), labels.tobytes()]
+    identity = run_identity(
+        dict(source),
+        features.class_names,
+        samples,
+        space=hp.get_config()["space"],
+        settings=dataclasses.asdict(hypermodel.settings),
+        options={k: v for k, v in given.items() if k not in _FREE_OPTIONS},
+    )
+    return {name: part for name, part in identity.items() if name != "versions"}
 
 
 @contextlib.contextmanager
@@ -89,7 +98,7 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
             yield folder
         except BaseException:
             if is_new and not any(folder.glob("*/trial_*")):
-                # It has not begun: what is left would refuse a command that was mended.
+                # It has not begun, and the rest would refuse a corrected command.
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -160,47 +169,26 @@ def write_hparams(
     """Writes the trials for TensorBoard's HParams page, if `tensorboard` is there."""
     if importlib.util.find_spec("tensorboard") is None:
         return
-    for one in outcomes:
-        target = folder / TENSORBOARD_FOLDER / f"trial_{one.trial_id}"
-        if not target.exists():
-            with written_whole(target) as partial:
-                _write_hparams_of(one, options, partial)
-
-
-def _write_hparams_of(
-    outcome: TrialOutcome, options: SearchConfig, folder: Path
-) -> None:
     import tensorflow as tf
     from tensorboard.plugins.hparams import api, api_pb2, summary
 
-    completed = outcome.status == COMPLETED
-    status = api_pb2.STATUS_SUCCESS if completed else api_pb2.STATUS_FAILURE
-    ended = summary.session_end_pb(status).SerializeToString()
-    writer = tf.summary.create_file_writer(str(folder))
-    with writer.as_default(step=outcome.epochs), tf.summary.record_if(True):
-        values = {"tuner": options.tuner, **outcome.values}
-        api.hparams(values, trial_id=outcome.trial_id)
-        for name, value in outcome.metrics.items():
-            tf.summary.scalar(name, value)
-        if not completed:
-            tf.summary.text("message", outcome.message or "no reason given")
-        tf.summary.experimental.write_raw_pb(ended)
-    writer.close()
-
-
-def note_head_seconds(folder: Path, seconds: float, trials: int) -> float | None:
-    """Adds the time of trials of heads, and returns that of one; None if not known."""
-    path = folder / _HEAD_SECONDS_FILE
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        before = (float(kept["seconds"]), int(kept["trials"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        before = (0.0, 0)
-    if trials:
-        before = (before[0] + seconds, before[1] + trials)
-        noted = {"seconds": before[0], "trials": before[1]}
-        replaced(path, lambda beside: write_json(beside, noted))
-    return before[0] / before[1] if before[1] else None
+    for one in outcomes:
+        target = folder / TENSORBOARD_FOLDER / f"trial_{one.trial_id}"
+        if target.exists():
+            continue
+        status = api_pb2.STATUS_SUCCESS if one.completed else api_pb2.STATUS_FAILURE
+        with written_whole(target) as partial:
+            writer = tf.summary.create_file_writer(str(partial))
+            with writer.as_default(step=one.epochs), tf.summary.record_if(True):
+                values = {"tuner": options.tuner, **one.values}
+                api.hparams(values, trial_id=one.trial_id)
+                for name, value in one.metrics.items():
+                    tf.summary.scalar(name, value)
+                if not one.completed:
+                    tf.summary.text("message", one.message or "no reason given")
+                ended = summary.session_end_pb(status).SerializeToString()
+                tf.summary.experimental.write_raw_pb(ended)
+            writer.close()
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -208,57 +196,31 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     replaced(folder / RESULTS_FILE, lambda path: write_json(path, results))
 
 
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """Returns the results of a finished search, or None."""
-    try:
-        return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _samples_of(features: SplitFeatures) -> dict[str, Any]:
-    parts = (features.train, features.validation)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update("\n".join(map(str, part.ids)).encode())
-        digest.update(np.ascontiguousarray(part.labels, np.int32).tobytes())
-    return {
-        "features": [part.path.parent.name for part in parts],  # The key of each.
-        "labels": digest.hexdigest(),
-        "classes": list(features.class_names),
-    }
-
-
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
-    try:
-        kept = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    known = read_json(folder / SEARCH_FILE)
+    if known is None:
         raise InvalidArgument(
             f"{folder} exists and is not the folder of a search. Nothing is "
             "overwritten: choose another `--output`."
-        ) from error
-    changed = [name for name in identity if kept.get(name) != identity[name]]
-    if changed:
-        named = " and ".join(_difference(name, kept, identity) for name in changed)
-        raise InvalidArgument(
-            f"{folder} holds a search with {named}, whose trials cannot be mixed with "
-            "new ones. Choose another `--output`, or repeat the first command to "
-            "resume."
         )
-
-
-def _difference(part: str, kept: dict[str, Any], identity: dict[str, Any]) -> str:
-    if part == "data":
-        return "another data set or base"
-    if part == "space":
-        return "another search space"
-    was, now = kept.get(part) or {}, identity[part]
-    differing = (
-        f"{name} {was.get(name)}, now {now[name]}"
-        for name in now
-        if was.get(name) != now[name]
-    )
-    return f"other {part} ({'; '.join(differing)})"
+    other = []
+    for part, now in identity.items():
+        was = known.get(part) or {}
+        if was == now:
+            continue
+        if part in _CHANGED:
+            other.append(_CHANGED[part])
+            continue
+        changed = (
+            f"{k} {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]
+        )
+        other.append(f"other {part} ({'; '.join(changed)})")
+    if other:
+        raise InvalidArgument(
+            f"{folder} holds a search with {' and '.join(other)}, whose trials cannot "
+            "be mixed with new ones. Choose another `--output`, or repeat the first "
+            "command to resume."
+        )
 
 
 # Pictures -----------------------------------------------------------------------------
@@ -271,9 +233,9 @@ SELECTIVITY = {
 }
 _SHOWN = {"val_accuracy": "validation accuracy", "acceptance_rate": "acceptance rate"}
 _CELLS = 8
-_LOGARITHMIC = ("learning_rate", "weight_decay", "base_learning_rate")
-# In this order; what else a space has follows.
-_FIRST = ("trainable", "policy", "optimizer", "learning_rate")
+_LOGARITHMIC = ("learning_rate", "weight_decay", "backbone_learning_rate")
+# In this order; the other names of a space follow.
+_FIRST = (UNFREEZE, "policy", "optimizer", "learning_rate")
 _TICKS = 5
 
 
@@ -284,23 +246,19 @@ def write_pictures(
     folder: Path,
 ) -> None:
     """Writes the heat maps of the heads and the parallel coordinates of all trials."""
+    svg = {}
     maps = [one for name in SELECTIVITY if (one := heat_map(heads, name)) is not None]
     if maps:
-        _write(folder / HEAT_MAP_FILE, heat_maps_svg(maps))
-    completed = [one for one in outcomes if one.status == COMPLETED]
+        svg[HEAT_MAP_FILE] = heat_maps_svg(maps)
+    completed = [one for one in outcomes if one.completed]
     if completed:
-        axes = axes_of(completed, options.objective)
-        drawn = parallel_coordinates_svg(
-            axes, higher_is_better=options.direction == "max"
+        svg[PARALLEL_COORDINATES_FILE] = parallel_coordinates_svg(
+            axes_of(completed, options.objective),
+            higher_is_better=options.direction == "max",
         )
-        _write(folder / PARALLEL_COORDINATES_FILE, drawn)
-
-
-def _write(path: Path, svg: str) -> None:
-    def fill(beside: Path) -> None:
-        beside.write_text(svg, encoding="utf-8")
-
-    replaced(path, fill)
+    for name, text in svg.items():
+        write = functools.partial(Path.write_text, data=text, encoding="utf-8")
+        replaced(folder / name, write)
 
 
 def heat_map(outcomes: Sequence[TrialOutcome], name: str) -> HeatMap | None:
@@ -308,7 +266,7 @@ def heat_map(outcomes: Sequence[TrialOutcome], name: str) -> HeatMap | None:
     shown = [
         one
         for one in outcomes
-        if one.status == COMPLETED and {name, "learning_rate"} <= one.values.keys()
+        if one.completed and {name, "learning_rate"} <= one.values.keys()
     ]
     if not shown:
         return None
@@ -357,42 +315,26 @@ def axes_of(outcomes: Sequence[TrialOutcome], objective: str) -> list[Axis]:
 
 def _axis(name: str, values: list[Any]) -> Axis:
     used = [value for value in values if value is not None]
-    placed: Sequence[float] | np.ndarray
     if all(isinstance(value, (int, float)) for value in used):
-        placed, ticks = _of_numbers(used, logarithmic=name in _LOGARITHMIC)
+        logarithmic = name in _LOGARITHMIC
+        numbers = np.log10(used) if logarithmic else np.array(used, float)
+        shown = np.unique(numbers)
+        if len(shown) > _TICKS or not all(isinstance(value, int) for value in used):
+            shown = np.linspace(numbers.min(), numbers.max(), _TICKS)
+        labels = [f"{v:.3g}" for v in (10.0**shown if logarithmic else shown)]
     else:
-        placed, ticks = _of_names([str(value) for value in used])
+        known = {name: rank for rank, name in enumerate(UNFREEZE_NAMES)}  # By cost.
+        labels = sorted({*map(str, used)}, key=lambda name: (known.get(name, 0), name))
+        numbers = np.array([labels.index(str(value)) for value in used], float)
+        shown = np.arange(len(labels), dtype=float)
+    low, high = numbers.min(), numbers.max()
+    if low == high:
+        scaled, ticks = np.full(len(used), 0.5), {0.5: labels[0]}
+    else:
+        scaled = (numbers - low) / (high - low)
+        ticks = dict(zip(((shown - low) / (high - low)).tolist(), labels, strict=True))
     if len(used) < len(values):
         ticks = {UNUSED: "not used"} | ticks
     positions = np.full(len(values), UNUSED)
-    positions[[value is not None for value in values]] = placed
+    positions[[value is not None for value in values]] = scaled
     return Axis(name, positions, ticks)
-
-
-def _of_names(names: list[str]) -> tuple[list[float], dict[float, str]]:
-    def order(name: str) -> tuple[int, str]:  # From the cheapest to train on.
-        known = name in UNFREEZE_NAMES
-        return (UNFREEZE_NAMES.index(name) if known else 0, name)
-
-    distinct = sorted(set(names), key=order)
-    spread = np.linspace(0, 1, len(distinct)).tolist() if len(distinct) > 1 else [0.5]
-    ticks = dict(zip(spread, distinct, strict=True))
-    return [spread[distinct.index(name)] for name in names], ticks
-
-
-def _of_numbers(
-    numbers: list[float], *, logarithmic: bool
-) -> tuple[np.ndarray, dict[float, str]]:
-    scaled = np.array(numbers, float)
-    if logarithmic:
-        scaled = np.log10(scaled)
-    low, high = scaled.min(), scaled.max()
-    if low == high:
-        return np.full(len(numbers), 0.5), {0.5: f"{numbers[0]:.3g}"}
-    shown = np.unique(scaled)
-    if len(shown) > _TICKS or not all(isinstance(one, int) for one in numbers):
-        shown = np.linspace(low, high, _TICKS)
-    labels = 10.0**shown if logarithmic else shown
-    places = (shown - low) / (high - low)
-    ticks = {float(at): f"{v:.3g}" for at, v in zip(places, labels, strict=True)}
-    return (scaled - low) / (high - low), ticks

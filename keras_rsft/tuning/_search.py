@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import keras_tuner
+import numpy as np
 
+from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import (
     DEFAULT_TIMEOUT,
     part_in_search,
@@ -21,14 +26,16 @@ from keras_rsft._runtime import (
 from keras_rsft._storage import (
     CLASSES_FILE,
     HEAD_FILE,
+    MODEL_FILE,
     RESULTS_FILE,
     installed_versions,
+    read_json,
     replaced,
     write_json,
 )
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig
-from keras_rsft.data._samples import SampleData
+from keras_rsft.config import FROZEN, FeatureConfig, SearchConfig, TrainConfig
+from keras_rsft.data._samples import ImageData, SampleData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import (
@@ -37,28 +44,26 @@ from keras_rsft.training._features import (
     open_features,
     resolve,
 )
+from keras_rsft.training._head import best_of_all_epochs, right_answers, train_head
 from keras_rsft.training._unfreeze import require_layers_to_train
 from keras_rsft.tuning._backbone_trials import (
-    BackboneTrials,
-    chosen_trial,
-    keep_model,
+    BackboneTuner,
     learnable,
-    table_of_strategies,
-    train_backbones,
-    with_frozen,
+    strategy_rows,
+    weights_of,
 )
 from keras_rsft.tuning._choice import (
     COMPLETED,
+    PLAIN,
+    UNFREEZE,
     Choice,
     TrialOutcome,
     choose_trial,
-    trainable_of,
 )
 from keras_rsft.tuning._folder import (
     TRIALS_FILE,
     identity_of,
     join_search,
-    note_head_seconds,
     open_search,
     write_hparams,
     write_pictures,
@@ -67,27 +72,28 @@ from keras_rsft.tuning._folder import (
     write_trials,
 )
 from keras_rsft.tuning._space import Space
-from keras_rsft.tuning._trials import ChosenTrial, run_trials, side_by_side
-from keras_rsft.tuning._tuner import RSFTHyperModel, make_tuner
+from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
+
+Splits = TypeVar("Splits", SplitFeatures, ImageData)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Search:
-    """What came out of a search.
+    """The trials of a search, its choice and how it does on the test split.
 
     Attributes:
         outcomes: All trials, in the order in which they began.
         choice: Which setting to use, and why.
         settings: How to train with it: `finetune(settings=...)` gives its model.
-        head: The chosen trial's `RSFTModel` over features, of its best epoch; where a
-            part of the base learnt, that of the head which it began from.
+        head: The chosen trial's `RSFTModel` over features, of its best epoch; where
+            layers of the backbone were unfrozen, that of the head which it began from.
         results: The chosen setting and plain fine-tuning side by side, for each its
             `validation_accuracy`, its `test_accuracy` where there is a test split,
-            and its `acceptance_rate`; the reason of the choice; the seconds. With a
-            base that learns `strategies`, one row for each.
+            and its `acceptance_rate`; the reason of the choice; the seconds. With an
+            unfrozen backbone `strategies`, one row for each.
         tuner: The Keras Tuner, for `get_best_models` and the like.
         folder: Where the search was written.
-        base_tuner: That of the trials in which the base learnt, or None.
+        backbone_tuner: That of the trials that unfroze the backbone, or None.
     """
 
     outcomes: tuple[TrialOutcome, ...]
@@ -97,7 +103,7 @@ class Search:
     results: dict[str, Any]
     tuner: keras_tuner.Tuner
     folder: Path
-    base_tuner: keras_tuner.Tuner | None = None
+    backbone_tuner: keras_tuner.Tuner | None = None
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
@@ -124,13 +130,13 @@ def search(
 ) -> Search | None:
     """Searches for the policy, its threshold and the learning rate of a new head.
 
-    With `unfreeze=("frozen", "last-block", "all")` also for how much of the base to
-    train: the best plain head and the best one that rejects are trained on with its
-    last block and with all of it, as `unfreeze` of the settings says. The base's
+    With `unfreeze=("frozen", "last-block", "all")` also for how much of the backbone
+    to train: the best plain head and the best one that rejects are trained on with its
+    last block and with all of it, as `unfreeze` of the settings says. The backbone's
     learning rate is then by default a tenth of the head's, and at most 0.001 with SGD
     and 0.0001 with other optimizers.
 
-    The base runs once, for all trials of heads. The same call goes on with a search
+    The backbone runs once, for all trials of heads. The same call resumes a search
     that was stopped; trials that ended are kept. The test split is looked at once, when
     the choice has been made.
 
@@ -141,7 +147,7 @@ def search(
         data: Loaded images, or what `load_images` takes.
         output: The search's folder. It may exist only if it holds this very search.
         options: Tuner, trials, objective and so on. Default: `SearchConfig()`.
-        space: What is searched. Default: `SearchSpace()`.
+        space: Ranges, or a function that declares them. Default: `SearchSpace()`.
         clean_validation: Judge trials by the validation split's right labels.
             Default False: by the given ones.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
@@ -154,11 +160,11 @@ def search(
             instead of this process. Default: none.
         worker_timeout: Seconds after which a chief without workers, or a worker
             without its chief, gives up. Default 600.
-        on_note: Called with what is done next where the base learns, in one line.
+        on_note: Called with a line on each step that trains the backbone.
         **changes: Single options, as in `search(data, tuner="grid", ...)`.
 
     Returns:
-        What was found; None in a worker, for the chief has it.
+        The search; None in a worker, for the chief has it.
 
     Raises:
         InvalidArgument: If an argument cannot be used, or the folder holds another
@@ -173,12 +179,13 @@ def search(
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
     data, features = resolve(data, features)
-    if options.of_base:
+    names = options.unfreeze
+    if options.unfrozen:
         require_layers_to_train(features)
-    parts = list(options.unfreeze)
 
     def check(base: keras.Model) -> None:
-        parts[:] = learnable(base, options.unfreeze, settings)
+        nonlocal names
+        names = learnable(base, names, settings)
 
     opened = open_features(
         data,
@@ -188,21 +195,19 @@ def search(
         on_backbone=check,
         on_note=on_note,
     )
-    if len(parts) < len(options.unfreeze):
-        on_note("The last block is all that can learn of this base: all is left out.")
-    base_source = dataclasses.replace(
-        opened, data=judged_data(opened.data, clean_validation=clean_validation)
-    )
-
-    def whole_model(head: keras.Model) -> keras.Model:
-        return build_classifier(
-            opened.float32_backbone(), opened.data.num_classes, head=head
+    if names != options.unfreeze:
+        on_note(
+            "The last block is all that can learn of this backbone: all is left out."
         )
-
+    backbone_source = None
+    if isinstance(opened.data, ImageData):
+        backbone_source = dataclasses.replace(
+            opened, data=judged(opened.data, clean_validation=clean_validation)
+        )
     return search_features(
         opened.features,
         output=output,
-        options=dataclasses.replace(options, unfreeze=tuple(parts)),
+        options=dataclasses.replace(options, unfreeze=names),
         space=space,
         clean_validation=clean_validation,
         settings=settings,
@@ -211,8 +216,10 @@ def search(
         command=command,
         worker_commands=worker_commands,
         worker_timeout=worker_timeout,
-        whole_model=whole_model,
-        base_source=base_source,
+        whole_model=lambda head: build_classifier(
+            opened.float32_backbone(), opened.data.num_classes, head=head
+        ),
+        backbone_source=backbone_source,
     )
 
 
@@ -230,9 +237,9 @@ def search_features(
     worker_commands: Sequence[Sequence[str]] = (),
     worker_timeout: float = DEFAULT_TIMEOUT,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
-    base_source: FeatureSource | None = None,
+    backbone_source: FeatureSource | None = None,
 ) -> Search | None:
-    """Searches on features that are kept already.
+    """Searches on cached features.
 
     Args:
         features: The splits.
@@ -242,13 +249,13 @@ def search_features(
         clean_validation: As in `search`.
         settings: As in `search`.
         progress: Show a progress bar over the trials. Default True.
-        source: Where the features come from; part of what makes a search the same.
+        source: Where the features come from; a resumed search has the same.
         command: As in `search`.
         worker_commands: As in `search`.
         worker_timeout: As in `search`.
-        whole_model: Makes of the chosen head the model from images that is kept in
-            the folder. Default None: the head alone is kept.
-        base_source: Images and base, for trials in which the base learns. Default
+        whole_model: Makes of the chosen head the model from images for the folder.
+            Default None: the folder has the head alone.
+        backbone_source: Images and backbone, for trials that unfreeze it. Default
             None: there are none.
 
     Returns:
@@ -263,12 +270,12 @@ def search_features(
     require_tensorflow_backend("`search_features`")
     started = time.perf_counter()
     options = options or SearchConfig()
-    if options.of_base and base_source is None:
+    if options.unfrozen and backbone_source is None:
         raise InvalidArgument(
-            "Features alone cannot train a base. Received: "
+            "Features alone cannot train a backbone. Received: "
             f"unfreeze={options.unfreeze}. Use `search`, which has the images."
         )
-    features = judged_features(features, clean_validation=clean_validation)
+    features = judged(features, clean_validation=clean_validation)
     hypermodel = RSFTHyperModel(
         features, settings=settings, space=space, progress=progress
     )
@@ -283,7 +290,6 @@ def search_features(
         return None
     with open_search(output, identity) as folder:
         tuner = tuner_in(folder)
-        before, began = len(tuner.oracle.end_order), time.perf_counter()
         workers = None
         if part == "chief" or worker_commands:
             from keras_rsft.tuning._workers import leading
@@ -291,100 +297,198 @@ def search_features(
             workers = functools.partial(
                 leading, tuner, worker_commands, folder, timeout=worker_timeout
             )
-        outcomes = run_trials(tuner, options, progress=progress, workers=workers)
-        head_seconds = note_head_seconds(
-            folder, time.perf_counter() - began, len(tuner.oracle.end_order) - before
-        )
-        bases = None
-        if options.of_base and base_source is not None:
-            outcomes = with_frozen(outcomes)
-            bases = train_backbones(tuner, options, outcomes, base_source, folder)
-        found, chosen = _concluded(tuner, options, outcomes, bases, folder)
-        if bases is not None:
-            found.results["strategies"] = table_of_strategies(
-                tuner, outcomes, chosen, bases, head_seconds
+        heads = run_trials(tuner, options, progress=progress, workers=workers)
+        backbones = None
+        if options.unfrozen and backbone_source is not None:
+            heads = tuple(
+                dataclasses.replace(one, values={UNFREEZE: FROZEN, **one.values})
+                for one in heads
             )
-        keep_model(chosen, whole_model, folder)
-        results = found.results | {
-            "command": command,
-            "seconds": time.perf_counter() - started,
-        }
-        write_results(folder, results)  # The last: they say that it has ended.
-    return dataclasses.replace(found, results=results)
+            backbones = BackboneTuner(tuner, heads, options, backbone_source, folder)
+            backbones.search()
+        found = _concluded(tuner, options, heads, backbones, folder)
+        chosen = found.choice.chosen
+        if backbones is not None and chosen.cost:
+            trained = backbones.model_file(chosen.trial_id)
+            copy = functools.partial(shutil.copyfile, trained)
+            replaced(folder / MODEL_FILE, copy)
+        elif whole_model is not None:
+            replaced(folder / MODEL_FILE, whole_model(found.head.model).save)
+        found.results["command"] = command
+        found.results["seconds"] = time.perf_counter() - started
+        write_results(folder, found.results)  # The last: they say that it has ended.
+    return found
 
 
-def judged_features(
-    features: SplitFeatures, *, clean_validation: bool
-) -> SplitFeatures:
+def judged(splits: Splits, *, clean_validation: bool) -> Splits:
     """Returns the splits with the labels that trials and the choice are judged by."""
-    validation = features.validation
-    if clean_validation:
-        if validation.clean_labels is None:
-            raise DataError(
-                "The right labels of the validation split are not known. Name them "
-                "with `--clean-label-column`, or leave out "
-                "`--clean-validation`."
-            )
-        validation = validation.with_right_labels()
-    test = features.test.with_right_labels()
-    return dataclasses.replace(features, validation=validation, test=test)
-
-
-def judged_data(data: SampleData, *, clean_validation: bool) -> SampleData:
-    """Returns the images with the same labels as `judged_features`."""
     parts = {}
     for name, wanted in (("validation", clean_validation), ("test", True)):
-        split = getattr(data, name)
-        if wanted and split.clean_labels is not None:
-            parts[name] = dataclasses.replace(split, labels=split.clean_labels)
-    return dataclasses.replace(data, **parts)
+        part = getattr(splits, name)
+        if part.clean_labels is not None:
+            if wanted:
+                parts[name] = dataclasses.replace(part, labels=part.clean_labels)
+        elif name == "validation" and wanted:
+            raise DataError(
+                "The right labels of the validation split are not known. Name them "
+                "with `--clean-label-column`, or leave out `--clean-validation`."
+            )
+    return dataclasses.replace(splits, **parts)
 
 
 def _concluded(
-    tuner: keras_tuner.Tuner,
+    tuner: TrialsTuner,
     options: SearchConfig,
     heads: tuple[TrialOutcome, ...],
-    bases: BackboneTrials | None,
+    backbones: BackboneTuner | None,
     folder: Path,
-) -> tuple[Search, ChosenTrial]:
+) -> Search:
     """Chooses among the trials and writes all but the results, which come last."""
     features = tuner.hypermodel.features
-    outcomes = heads if bases is None else (*heads, *bases.outcomes)
+    of_backbone = () if backbones is None else backbones.outcomes
+    outcomes = (*heads, *of_backbone)
     write_samples(folder, features)
     write_trials(folder, outcomes)
     write_hparams(folder, outcomes, options)
     write_pictures(heads, outcomes, options, folder)
     try:
         choice = choose_trial(
-            outcomes,
-            objective=options.objective,
-            validation_size=len(features.validation),
-            min_acceptance=options.min_acceptance,
+            outcomes, options, validation_size=len(features.validation)
         )
     except TrainingStalled as error:
         # It has ended: with the default folder the next search begins a new one.
         write_results(folder, {"chosen": None, "reason": str(error)})
         raise TrainingStalled(
-            f"{error} What became of each trial is in {folder / TRIALS_FILE}."
+            f"{error} See {folder / TRIALS_FILE} for each trial."
         ) from error
-    chosen = chosen_trial(tuner, heads, choice.chosen, bases)
-    settings, head = chosen.settings, chosen.head
-    results = side_by_side(tuner, options, outcomes, chosen, folder)
-    if bases is not None:
-        results["chosen"]["trainable"] = trainable_of(choice.chosen)
+    chosen = choice.chosen
+    head = tuner.model_of(chosen if backbones is None else backbones.head_of(chosen))
+    results = side_by_side(tuner, backbones, options, outcomes, chosen, folder)
     results |= {
         "reason": choice.reason,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(chosen.settings),
         "trials": len(outcomes),
         "test_images": len(features.test),
         "versions": installed_versions(),
-        "failed": sum(one.status != COMPLETED for one in outcomes),
+        "failed": sum(not one.completed for one in outcomes),
     }
+    if backbones is not None:
+        results["strategies"] = strategy_rows(
+            (*backbones.best_heads, *of_backbone),
+            chosen,
+            validation_size=len(features.validation),
+            head_weights=weights_of(head),
+        )
     replaced(folder / HEAD_FILE, head.save)
-    replaced(
-        folder / CLASSES_FILE,
-        lambda path: write_json(path, list(features.class_names)),
+    classes = list(features.class_names)
+    replaced(folder / CLASSES_FILE, lambda path: write_json(path, classes))
+    settings = chosen.settings
+    return Search(outcomes, choice, settings, head, results, tuner, folder, backbones)
+
+
+def run_trials(
+    tuner: TrialsTuner,
+    options: SearchConfig,
+    *,
+    progress: bool = True,
+    workers: Callable[[], AbstractContextManager] | None = None,
+) -> tuple[TrialOutcome, ...]:
+    """Trains all trials that are left, here or by workers, and returns all."""
+    oracle, ended = tuner.oracle, len(tuner.oracle.end_order)
+    epochs = tuner.hypermodel.settings.epochs if workers is None else 1
+    values: list[float] = []  # Of trials that have not ended yet.
+
+    def state() -> str:
+        trials = [oracle.trials[name] for name in tuple(oracle.end_order)]
+        text = f"{len(trials)} of {options.max_trials} trials"
+        scores = [trial.score for trial in trials if trial.status == COMPLETED]
+        known = [value for value in (*scores, *values) if math.isfinite(value)]
+        if known:
+            best = max(known) if options.direction == "max" else min(known)
+            text += f", best {options.objective} {best:.4f}"
+        return text
+
+    with progress_bar(
+        "Searching" if workers is None else "Waiting for workers",
+        total=options.max_trials * epochs,
+        unit="trials" if workers else "epochs",
+        done=ended * epochs,
+        visible=progress,
+    ) as advance:
+        if workers is None:
+
+            def report(heads: int, value: float) -> None:
+                values.append(value)
+                advance(heads, state())
+
+            tuner.search(on_epoch=report)
+        elif ended < options.max_trials:
+            with workers() as trials_left:
+                while trials_left():
+                    now = len(oracle.end_order)
+                    advance(now - ended, state())
+                    ended = now
+    return tuner.outcomes
+
+
+def side_by_side(
+    tuner: TrialsTuner,
+    backbones: BackboneTuner | None,
+    options: SearchConfig,
+    outcomes: Sequence[TrialOutcome],
+    chosen: TrialOutcome,
+    folder: Path,
+) -> dict[str, Any]:
+    """Returns the chosen setting and plain fine-tuning, measured on the test split."""
+    cached = read_json(folder / RESULTS_FILE) or {}
+    same = {"chosen_trial": chosen.trial_id, "trials": len(outcomes)}
+    if same.items() <= cached.items():
+        return {name: cached[name] for name in ("chosen_trial", "chosen", "plain")}
+    plain = [one for one in outcomes if one.is_plain]
+    if plain:
+        sign = 1 if options.direction == "max" else -1
+        best = max(plain, key=lambda one: sign * one.metrics[options.objective])
+        plain_row = {"trial": best.trial_id, **_row(tuner, None, best)}
+    else:
+        plain_row = _trained_plainly(tuner, options, chosen)
+    return {
+        "chosen_trial": chosen.trial_id,
+        "chosen": _row(tuner, backbones, chosen),
+        "plain": plain_row,
+    }
+
+
+def _row(
+    tuner: TrialsTuner, backbones: BackboneTuner | None, outcome: TrialOutcome
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "validation_accuracy": outcome.metrics["val_accuracy"],
+        "acceptance_rate": outcome.acceptance,
+    }
+    if backbones is not None:
+        row["unfreeze"] = outcome.unfreeze
+    test = tuner.hypermodel.features.test
+    if backbones is not None and outcome.unfreeze != FROZEN:
+        row["test_accuracy"] = backbones.test_accuracy(outcome)
+    elif len(test):
+        right = right_answers(tuner.model_of(outcome), test)
+        row["test_accuracy"] = float(np.mean(right))
+    return row
+
+
+def _trained_plainly(
+    tuner: TrialsTuner, options: SearchConfig, chosen: TrialOutcome
+) -> dict[str, Any]:
+    hypermodel = tuner.hypermodel
+    settings, epochs = chosen.settings, hypermodel.settings.epochs
+    policy = dataclasses.replace(settings.policy, name=PLAIN, class_floor=0.0)
+    trained = train_head(
+        hypermodel.features,
+        dataclasses.replace(settings, policy=policy, epochs=epochs, unfreeze=None),
+        callbacks=[
+            best_of_all_epochs(options.objective, options.direction, epochs=epochs)
+        ],
+        progress=False,
     )
-    base_tuner = None if bases is None else bases.tuner
-    found = Search(outcomes, choice, settings, head, results, tuner, folder, base_tuner)
-    return found, chosen
+    names = ("validation_accuracy", "acceptance_rate", "test_accuracy")
+    return {name: trained.results[name] for name in names if name in trained.results}

@@ -1,8 +1,9 @@
-"""What is searched: ranges of hyperparameters and the settings they mean."""
+"""The search space: ranges of hyperparameters, and the settings they mean."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,42 +30,57 @@ _OF_POLICY = (
 )
 VALUE_NAMES = ("policy", *_OF_SETTINGS, *_OF_POLICY)
 
-# A function that declares hyperparameters and returns values out of `VALUE_NAMES`.
-Space = Callable[[keras_tuner.HyperParameters], Mapping[str, Any]]
+# A user's own space returns values out of `VALUE_NAMES`.
+Space = SearchSpace | Callable[[keras_tuner.HyperParameters], Mapping[str, Any]]
 
 
-def declare(space: SearchSpace, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
+def values_of(space: Space, hp: keras_tuner.HyperParameters) -> Mapping[str, Any]:
     """Declares the hyperparameters and returns those that are active."""
-    optimizer = _choice(hp, "optimizer", space.optimizers)
-    policy = _choice(hp, "policy", space.policies)
-    rate = _number(hp, "learning_rate", space.learning_rate, log=True)
-    values = {"learning_rate": rate, "optimizer": optimizer, "policy": policy}
+    if not isinstance(space, SearchSpace):
+        return space(hp)
+
+    def name_of(name: str, known: tuple[str, ...]) -> str:
+        return (
+            hp.Choice(name, list(known)) if len(known) > 1 else hp.Fixed(name, *known)
+        )
+
+    def number(name: str, bounds: tuple[float, float], **options: str) -> float:
+        low, high = map(float, bounds)
+        return (
+            hp.Fixed(name, low) if low == high else hp.Float(name, low, high, **options)
+        )
+
+    def whole(name: str, bounds: tuple[int, int]) -> int:
+        low, high = map(int, bounds)
+        return hp.Fixed(name, low) if low == high else hp.Int(name, low, high)
+
+    values: dict[str, Any] = {
+        "optimizer": name_of("optimizer", space.optimizers),
+        "policy": name_of("policy", space.policies),
+        "learning_rate": number("learning_rate", space.learning_rate, sampling="log"),
+    }
     if space.epochs is not None:
-        values["epochs"] = _whole(hp, "epochs", space.epochs)
+        values["epochs"] = whole("epochs", space.epochs)
     threshold, bounds = "relative_threshold", space.relative_threshold
     if space.threshold is not None:
         threshold, bounds = "threshold", space.threshold
     warmed_up = [name for name in space.policies if name not in _WITHOUT_WARMUP]
-    declared = (
-        ("optimizer", ("adamw",), "weight_decay",
-         lambda name: _number(hp, name, space.weight_decay, log=True)),
-        ("policy", _BY_RELATIVE_THRESHOLD, threshold,
-         lambda name: _number(hp, name, bounds)),
-        ("policy", (ARTICLE,), "threshold",
-         lambda name: _number(hp, name, space.article_threshold)),
-        ("policy", ("keep-fraction",), "keep_fraction",
-         lambda name: _number(hp, name, space.keep_fraction)),
-        ("policy", warmed_up, "warmup_epochs",
-         lambda name: _whole(hp, name, space.warmup_epochs)),
-    )  # fmt: skip
+    log: Callable[..., float] = functools.partial(number, sampling="log")
+    conditional: tuple[tuple[str, Sequence[str], str, Callable, Any], ...] = (
+        ("optimizer", ("adamw",), "weight_decay", log, space.weight_decay),
+        ("policy", _BY_RELATIVE_THRESHOLD, threshold, number, bounds),
+        ("policy", (ARTICLE,), "threshold", number, space.article_threshold),
+        ("policy", ("keep-fraction",), "keep_fraction", number, space.keep_fraction),
+        ("policy", warmed_up, "warmup_epochs", whole, space.warmup_epochs),
+    )
     names = {"optimizer": space.optimizers, "policy": space.policies}
-    for parent, parent_values, name, declare in declared:
-        # A condition that can never hold would have Keras Tuner look for ever.
+    for parent, parent_values, name, declare, limits in conditional:
+        # Keras Tuner would look forever for a condition that can never hold.
         possible = [v for v in names[parent] if v in parent_values]
         if not possible:
             continue
         with hp.conditional_scope(parent, possible):
-            value = declare(name)
+            value = declare(name, limits)
         if values[parent] in possible:
             values[name] = value
     return values
@@ -102,13 +118,13 @@ def settings_of_values(values: Mapping[str, Any], given: TrainConfig) -> TrainCo
 
 def check_space(space: Space, given: TrainConfig) -> None:
     """Tries a space once, with default values."""
-    if not callable(space):
+    if not (isinstance(space, SearchSpace) or callable(space)):
         raise InvalidArgument(
             "`space` must be a `SearchSpace` or a function of Keras Tuner's "
             f"hyperparameters. Received: {type(space).__name__}."
         )
     hp = keras_tuner.HyperParameters()
-    settings_of_values(space(hp), given)
+    settings_of_values(values_of(space, hp), given)
     if all(isinstance(one, _Fixed) for one in hp.space):
         raise InvalidArgument(
             "The search space is empty: every hyperparameter has one value. "
@@ -116,36 +132,12 @@ def check_space(space: Space, given: TrainConfig) -> None:
         )
 
 
-def _choice(hp: keras_tuner.HyperParameters, name: str, values: tuple[str, ...]) -> str:
-    if len(values) > 1:
-        return hp.Choice(name, list(values))
-    return hp.Fixed(name, values[0])
-
-
-def _number(
-    hp: keras_tuner.HyperParameters,
-    name: str,
-    bounds: tuple[float, float],
-    *,
-    log: bool = False,
-) -> float:
-    low, high = (float(bound) for bound in bounds)
-    if low == high:
-        return hp.Fixed(name, low)
-    return hp.Float(name, low, high, sampling="log" if log else "linear")
-
-
-def _whole(hp: keras_tuner.HyperParameters, name: str, bounds: tuple[int, int]) -> int:
-    low, high = (int(bound) for bound in bounds)
-    return hp.Fixed(name, low) if low == high else hp.Int(name, low, high)
-
-
 # Numbers of heads that train together -------------------------------------------------
 
 ACCEPT_ALL, BELOW, BATCH_BELOW, KEEP_SMALLEST, LISTED = range(5)
 # Adam with decoupled weight decay is AdamW, and Keras gives both the same formula.
 UPDATE_RULES = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}
-# What `keras.optimizers.AdamW` decays by where nothing else is said.
+# The default of `keras.optimizers.AdamW`.
 ADAMW_WEIGHT_DECAY = 0.004
 _GROUP_SIZE = 8
 _ACCEPTANCES = {
@@ -156,60 +148,18 @@ _ACCEPTANCES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeadTrials:
-    """Hyperparameters of `k` heads of one update rule, in arrays of shape `(k,)`."""
-
-    update_rule: str  # "sgd" or "adam".
-    learning_rate: np.ndarray
-    momentum: np.ndarray  # Used by "sgd" alone.
-    weight_decay: np.ndarray  # Decoupled, as in Keras.
-    acceptance: np.ndarray  # ACCEPT_ALL to LISTED.
-    threshold: np.ndarray  # In the loss's units.
-    keep_fraction: np.ndarray
-    warmup_steps: np.ndarray  # Everything is accepted, or the kept share falls.
-
-    def __len__(self) -> int:
-        return len(self.learning_rate)
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name != "update_rule"}
-
-    @property
-    def groups(self) -> dict[int, np.ndarray]:
-        """Which trials accept in which way: for each way their places, int32."""
-        found = {}
-        for way in np.unique(self.acceptance).tolist():
-            places = np.flatnonzero(self.acceptance == way).astype(np.int32)
-            missing = -len(places) % _GROUP_SIZE
-            found[way] = np.pad(places, (0, missing), constant_values=places[0])
-        return found
-
-    def take(self, rows: np.ndarray) -> HeadTrials:
-        chosen = {name: values[rows] for name, values in self.arrays.items()}
-        return HeadTrials(self.update_rule, **chosen)
-
-
 def stack_trials(
     settings: Sequence[TrainConfig],
     *,
     num_classes: int,
     steps_per_epoch: int,
     loss_limit: float = math.inf,
-) -> HeadTrials:
-    """Returns the settings of trials, all of one update rule, as one entry a trial."""
-    rules = {update_rule(one) for one in settings}
-    if len(rules) != 1:
-        raise InvalidArgument(
-            "Heads that are trained together must share one update rule. "
-            f"Received: {sorted(rules)}. Call this once for each."
-        )
+) -> dict[str, np.ndarray]:
+    """Returns the numbers of `k` heads, each of shape `(k,)`."""
     rows = []
     for one in settings:
         policy, decay = one.policy, one.weight_decay
-        way = _ACCEPTANCES[policy.name]
+        way = _ACCEPTANCES[str(policy.name)]
         if way == BELOW and policy.level == "batch":
             way = BATCH_BELOW
         threshold = loss_limit if way == LISTED else policy.threshold
@@ -221,23 +171,32 @@ def stack_trials(
             {
                 "learning_rate": one.learning_rate,
                 "momentum": one.momentum,
-                "weight_decay": decay,
+                "weight_decay": decay,  # Decoupled, as in Keras.
                 "acceptance": way,
-                "threshold": threshold,
+                "threshold": threshold,  # In the loss's units.
                 "keep_fraction": policy.keep_fraction,
                 "warmup_steps": round(policy.warmup_epochs * steps_per_epoch),
             }
         )
     types = {"acceptance": np.int32, "warmup_steps": np.int32}
-    columns = {
+    return {
         name: np.array([row[name] for row in rows], types.get(name, np.float32))
         for name in rows[0]
     }
-    return HeadTrials(rules.pop(), **columns)
+
+
+def acceptance_groups(acceptance: np.ndarray) -> dict[int, np.ndarray]:
+    """Returns for each way of acceptance the positions of its trials, int32."""
+    groups = {}
+    for way in np.unique(acceptance).tolist():
+        positions = np.flatnonzero(acceptance == way).astype(np.int32)
+        missing = -len(positions) % _GROUP_SIZE
+        groups[way] = np.pad(positions, (0, missing), constant_values=positions[0])
+    return groups
 
 
 def update_rule(settings: TrainConfig) -> str:
-    """Returns how a trial's weights change: `"sgd"` or `"adam"`."""
+    """Returns `"sgd"` or `"adam"`; raises InvalidArgument where it is neither."""
     policy, optimizer = settings.policy, settings.optimizer.lower()
     refused = None
     if optimizer not in UPDATE_RULES:

@@ -1,11 +1,11 @@
-"""Keras Tuner's oracles and tuners, with their known faults mended."""
+"""Keras Tuner's oracles and tuners, durable, and the tuner of many heads at once."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import time
 import traceback
 import warnings
@@ -35,12 +35,13 @@ from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.training._head import untrained_head
 from keras_rsft.tuning._batched import METRICS, BatchedHeads, OnEpoch
+from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
 from keras_rsft.tuning._space import (
     Space,
     check_space,
     settings_of_values,
-    stack_trials,
     update_rule,
+    values_of,
 )
 
 # Durable state ------------------------------------------------------------------------
@@ -49,17 +50,21 @@ STATE_FILE = "oracle.json"
 # Keras Tuner's protocol drops why a trial failed, so a worker leaves it here.
 _MESSAGE_FILE = "message.txt"
 _WAIT_SECONDS = 1.0
+# Hyperband's own numbers, which are among the values of its trials.
+TUNERS_OWN = "tuner/"
+SECONDS = "training_seconds"
 
 
-class DurableOracle:
-    """Mixed into an oracle: its files are written whole, and no trial gets lost."""
+class DurableOracle(keras_tuner.Oracle):
+    """An oracle whose files are written whole, and that loses no trial."""
 
-    @property
-    def folder(self) -> Path:
-        return Path(self._get_oracle_fname()).parent
+    trials: dict[str, Trial]
+
+    def _path(self, *names: str) -> Path:
+        return Path(self._get_oracle_fname()).parent.joinpath(*names)
 
     def end_trial(self, trial: Trial) -> None:
-        message = self.folder / f"trial_{trial.trial_id}" / _MESSAGE_FILE
+        message = self._path(f"trial_{trial.trial_id}", _MESSAGE_FILE)
         if trial.message is None and message.exists():
             trial.message = message.read_text(encoding="utf-8")
             message.unlink()
@@ -67,7 +72,7 @@ class DurableOracle:
 
     def save(self) -> None:
         text = json.dumps(self.get_state())
-        replaced(self.folder / STATE_FILE, lambda path: path.write_text(text))
+        replaced(self._path(STATE_FILE), lambda path: path.write_text(text))
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         # A trial that was written just before a kill, of which the oracle's own file
@@ -79,9 +84,9 @@ class DurableOracle:
         super().set_state({**state, "ongoing_trials": {}, "retry_queue": waiting})
 
     def save_trial(self, trial: Trial) -> None:
-        folder = self.folder / f"trial_{trial.trial_id}"
-        folder.mkdir(exist_ok=True)
-        replaced(folder / "trial.json", lambda beside: trial.save(str(beside)))
+        path = self._path(f"trial_{trial.trial_id}", "trial.json")
+        path.parent.mkdir(exist_ok=True)
+        replaced(path, lambda beside: trial.save(str(beside)))
 
     _save_trial = save_trial  # Keras Tuner's name for it.
 
@@ -106,31 +111,75 @@ class DurableTuner(keras_tuner.Tuner):
         if not self.is_worker:
             self.oracle.reload()
 
+    def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
+        """Returns how a trial was trained up to its best epoch, the last of these."""
+        raise NotImplementedError
+
+    @property
+    def outcomes(self) -> tuple[TrialOutcome, ...]:
+        """All trials, in the order in which they began."""
+        trials = [self.oracle.trials[name] for name in self.oracle.start_order]
+        return tuple(self._outcome(trial) for trial in trials)
+
+    def _outcome(self, trial: Trial) -> TrialOutcome:
+        values, completed = trial.hyperparameters.values, trial.status == COMPLETED
+        first = values.get(f"{TUNERS_OWN}initial_epoch", 0)
+        epochs = first + trial.best_step + 1 if completed else 0
+        names = trial.metrics.metrics if completed else ()
+        lines = (trial.message or "").strip().splitlines()
+        return TrialOutcome(
+            trial.trial_id,
+            trial.status,
+            {k: v for k, v in values.items() if not k.startswith(TUNERS_OWN)},
+            {name: trial.metrics.get_last_value(name) for name in names},
+            epochs,
+            lines[-1] if lines else None,
+            self.settings_of(trial, epochs),
+        )
+
 
 class TrialsTuner(DurableTuner):
     """Takes trials from an oracle, trains them and reports them, until none is left."""
 
     parallel_trials = 1
+    _on_epoch: OnEpoch
 
-    def search(self, *, verbose: int = 0, on_epoch: OnEpoch | None = None) -> None:
+    def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
+        if not epochs:  # It failed, perhaps because of its settings.
+            return self.hypermodel.settings
+        settings = self.hypermodel.settings_of(trial.hyperparameters)
+        return dataclasses.replace(settings, epochs=epochs, unfreeze=None)
+
+    def model_of(self, outcome: TrialOutcome) -> RSFTModel:
+        """Returns a completed trial's model, with the weights of its best epoch."""
+        return self.load_model(self.oracle.trials[outcome.trial_id])
+
+    def search(
+        self, *, verbose: int = 0, on_epoch: OnEpoch = lambda heads, value: None
+    ) -> None:
         """Trains trials until the oracle has no more."""
-        self.oracle.verbose = verbose
+        self.oracle.verbose, self._on_epoch = verbose, on_epoch
         self.on_search_begin()
         while trials := self._take_trials():
             for trial in trials:
                 self.on_trial_begin(trial)
-            self._train(trials, on_epoch)
+            self._train(trials)
         self.on_search_end()
 
-    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial]) -> None:
         """Trains trials, and ends each by `_complete` or `_fail`."""
         raise NotImplementedError
 
     def _complete(
-        self, trial: Trial, history: Mapping[str, Sequence[float]], best: int
+        self,
+        trial: Trial,
+        history: Mapping[str, Sequence[float]],
+        best: int,
+        seconds: float,
     ) -> None:
         """Reports a trial by the metrics of its best epoch."""
         metrics = {name: float(values[best]) for name, values in history.items()}
+        metrics[SECONDS] = seconds
         self.oracle.update_trial(trial.trial_id, metrics, step=best)
         trial.status = TrialStatus.COMPLETED
         self.on_trial_end(trial)
@@ -144,7 +193,7 @@ class TrialsTuner(DurableTuner):
 
     def _take_trials(self) -> list[Trial]:
         """Asks the oracle for trials, each under a tuner's name of its own."""
-        taken = []
+        taken: list[Trial] = []
         while len(taken) < self.parallel_trials:
             self.pre_create_trial()
             trial = self.oracle.create_trial(f"{self.tuner_id}-{len(taken)}")
@@ -167,7 +216,7 @@ DIVERGED = (
 
 
 class RSFTHyperModel(keras_tuner.HyperModel):
-    """A new head on kept features, with its policy, for any of Keras Tuner's tuners.
+    """A new head on cached features, with its policy, for any of Keras Tuner's tuners.
 
     ```python
     hypermodel = RSFTHyperModel(features)
@@ -176,11 +225,11 @@ class RSFTHyperModel(keras_tuner.HyperModel):
     ```
 
     Args:
-        features: Kept features; their test split is never looked at.
+        features: Cached features; their test split is never looked at.
         settings: Epochs, batch size and seed, and every number that `space` leaves
             open. Default: `TrainConfig()`.
-        space: What is searched. Default: `SearchSpace()`.
-        progress: Show a progress bar while labels are examined. Default True.
+        space: Ranges, or a function that declares them. Default: `SearchSpace()`.
+        progress: Show a progress bar while labels are audited. Default True.
 
     Raises:
         InvalidArgument: If the space is empty or contradicts itself.
@@ -202,13 +251,13 @@ class RSFTHyperModel(keras_tuner.HyperModel):
             )
         self.features = features
         self.settings = settings or TrainConfig()
-        self.space = space or SearchSpace()
+        self.space: Space = space or SearchSpace()
         check_space(self.space, self.settings)
         self._progress = progress
 
     @functools.cached_property
     def label_quality(self) -> LabelQuality:
-        """What `auto` knows about the labels; found out once, for all trials."""
+        """The quality of the labels, for `auto`; found once, for all trials."""
         return audit_labels(
             self.features.train,
             len(self.features.class_names),
@@ -217,12 +266,12 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         )
 
     def settings_of(self, hp: keras_tuner.HyperParameters) -> TrainConfig:
-        """Returns how to train a trial, and declares what is searched.
+        """Returns how to train a trial, and declares the hyperparameters.
 
         Args:
             hp: The trial's hyperparameters.
         """
-        return settings_of_values(self.space(hp), self.settings)
+        return settings_of_values(values_of(self.space, hp), self.settings)
 
     def build(self, hp: keras_tuner.HyperParameters) -> RSFTModel:
         """Returns a trial's compiled, untrained `RSFTModel` over features."""
@@ -241,7 +290,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         callbacks: Any = (),
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains a trial on the kept features; takes what `keras.Model.fit` takes.
+        """Trains a trial on the cached features; takes what `keras.Model.fit` takes.
 
         Raises:
             keras_tuner.errors.FailedTrialError: If the weights became NaN.
@@ -256,15 +305,14 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         own: list[keras.callbacks.Callback] = [batches.callback]
         if model.policy.needs_ledger:
             own.append(RejectionLedger(train.ids, train.labels))
-        history = model.fit(
-            batches.dataset,
-            *args,
-            validation_data=batches_of(self.features.validation),
-            epochs=settings.epochs if epochs is None else epochs,
-            callbacks=[*own, *callbacks],
-            shuffle=False,
-            **({"verbose": 0} | kwargs),
-        )
+        options = {
+            "validation_data": batches_of(self.features.validation),
+            "epochs": settings.epochs if epochs is None else epochs,
+            "callbacks": [*own, *callbacks],
+            "shuffle": False,
+            "verbose": 0,
+        }
+        history = model.fit(batches.dataset, *args, **options | kwargs)
         if not np.isfinite(history.history["val_loss"]).all():
             raise FailedTrialError(DIVERGED)
         return history
@@ -280,16 +328,16 @@ class BatchedTuner(TrialsTuner):
 
     Results go back to the oracle trial by trial, so that everything else is as with
     any of Keras Tuner's tuners: trial folders, `get_best_models`,
-    `get_best_hyperparameters`, `results_summary`, and going on after a stop. A
+    `get_best_hyperparameters`, `results_summary`, and resuming after a stop. A
     trial's value is that of its best epoch, whose weights are kept.
 
     Args:
-        oracle: Any of Keras Tuner's oracles but Hyperband's. It is told not to stop
+        oracle: Any of Keras Tuner's oracles but Hyperband's. It is set not to stop
             after some failures in a row, which say little of trials trained together.
-        hypermodel: What a trial is.
+        hypermodel: Builds the trials.
         parallel_trials: Most heads that are trained together, at least 1. Default 64.
         halvings: How often the worse half of the heads is dropped while they train,
-            at least 0; the others go on. Default 0.
+            at least 0. Default 0.
         **kwargs: `directory`, `project_name` and whatever `keras_tuner.Tuner` takes.
 
     Raises:
@@ -308,8 +356,8 @@ class BatchedTuner(TrialsTuner):
     ):
         if not isinstance(hypermodel, RSFTHyperModel):
             raise InvalidArgument(
-                "The batched tuner trains heads on kept features, so `hypermodel` must "
-                f"be an `RSFTHyperModel`. Received: {type(hypermodel).__name__}."
+                "The batched tuner trains heads on cached features, so `hypermodel` "
+                f"must be an `RSFTHyperModel`. Received: {type(hypermodel).__name__}."
             )
         if isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
             raise InvalidArgument(
@@ -339,72 +387,50 @@ class BatchedTuner(TrialsTuner):
         """Returns a trial's model with the weights of its best epoch."""
         model = self.hypermodel.build(trial.hyperparameters)
         path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
-        with np.load(path, allow_pickle=False) as kept:
-            weights = [kept["kernel"], kept["bias"]]
+        with np.load(path, allow_pickle=False) as saved:
+            weights = [saved["kernel"], saved["bias"]]
         model.model.get_layer("scores").set_weights(weights)
         batch_size = self.hypermodel.settings.batch_size
         steps = -(-len(self.hypermodel.features.train) // batch_size)
         model.policy.note_steps_seen((trial.best_step + 1) * steps)
         return model
 
-    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial]) -> None:
         """Trains trials together, those of each update rule and length at once."""
         groups: dict[tuple, list[tuple[Trial, TrainConfig]]] = {}
         for trial in trials:
             try:
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
                 rule = (update_rule(settings), settings.epochs)
-                group = groups.setdefault(rule, [])
-            except Exception as error:  # Of a user's space: this trial's fault alone.
+                groups.setdefault(rule, []).append((trial, settings))
+            except Exception as error:  # A user's space: this trial alone is at fault.
                 self._fail(trial, f"{type(error).__name__}: {error}")
-            else:
-                group.append((trial, settings))
+        objective = self.oracle.objective
         for group in groups.values():
-            self._train_group(group, on_epoch)
-
-    def _train_group(
-        self,
-        group: Sequence[tuple[Trial, TrainConfig]],
-        on_epoch: OnEpoch | None,
-    ) -> None:
-        settings = [one for _, one in group]
-        hypermodel, heads, loss_limit = self.hypermodel, self._heads, math.inf
-        if any(one.policy.name == "auto" for one in settings):
-            heads.list_samples(hypermodel.label_quality.accept_mask())
-            loss_limit = hypermodel.label_quality.loss_limit
-        trained = heads.train(
-            stack_trials(
-                settings,
-                num_classes=len(hypermodel.features.class_names),
-                steps_per_epoch=heads.steps_per_epoch,
-                loss_limit=loss_limit,
-            ),
-            epochs=settings[0].epochs,
-            objective=self.oracle.objective.name,
-            direction=self.oracle.objective.direction,
-            halvings=self._halvings,
-            on_epoch=on_epoch,
-        )
-        for row, (trial, _) in enumerate(group):
-            if trained.diverged[row]:
-                self._fail(trial, DIVERGED)
-                continue
-            kernel, bias = trained.best_kernels[row], trained.best_biases[row]
-            path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
-            replaced(path, functools.partial(np.savez, kernel=kernel, bias=bias))
-            history = {name: values[row] for name, values in trained.history.items()}
-            self._complete(trial, history, int(trained.best_epochs[row]))
+            auto = any(one.policy.name == "auto" for _, one in group)
+            began = time.perf_counter()
+            trained = self._heads.train(
+                [one for _, one in group],
+                self.hypermodel.label_quality if auto else None,
+                objective=objective.name,
+                direction=objective.direction,
+                halvings=self._halvings,
+                on_epoch=self._on_epoch,
+            )
+            seconds = (time.perf_counter() - began) / len(group)
+            for row, (trial, _) in enumerate(group):
+                if trained.diverged[row]:
+                    self._fail(trial, DIVERGED)
+                    continue
+                parts = {"kernel": trained.kernels[row], "bias": trained.biases[row]}
+                path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
+                replaced(path, functools.partial(np.savez, **parts))
+                history = {name: v[row] for name, v in trained.history.items()}
+                self._complete(trial, history, int(trained.best_epochs[row]), seconds)
 
     @functools.cached_property
     def _heads(self) -> BatchedHeads:
-        features, settings = self.hypermodel.features, self.hypermodel.settings
-        return BatchedHeads(
-            features.train,
-            features.validation,
-            num_classes=len(features.class_names),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
+        return BatchedHeads(self.hypermodel.features, self.hypermodel.settings)
 
     def _check_space(self) -> None:
         """Raises InvalidArgument where a policy or an optimizer cannot be batched."""
@@ -449,60 +475,53 @@ class GridOracle(DurableOracle, GridSearchOracle):
 class OneByOneTuner(TrialsTuner):
     """Trains one trial at a time, for any oracle."""
 
-    def _train(self, trials: Sequence[Trial], on_epoch: OnEpoch | None) -> None:
+    def _train(self, trials: Sequence[Trial]) -> None:
         (trial,) = trials
-        objective = self.oracle.objective
+        objective, began = self.oracle.objective, time.perf_counter()
+        best_of = np.argmax if objective.direction == "max" else np.argmin
         try:
-            history = self.run_trial(trial, on_epoch).history
-            values = history[objective.name]
-            best = (
-                np.argmax(values) if objective.direction == "max" else np.argmin(values)
-            )
+            history = self.run_trial(trial).history
         except FailedTrialError as error:
             self._fail(trial, str(error))
         except Exception:
             self._fail(trial, traceback.format_exc())
         else:
-            self._complete(trial, history, int(best))
+            best = int(best_of(history[objective.name]))
+            self._complete(trial, history, best, time.perf_counter() - began)
 
-    def run_trial(
-        self, trial: Trial, on_epoch: OnEpoch | None = None
-    ) -> keras.callbacks.History:
+    def run_trial(self, trial: Trial) -> keras.callbacks.History:
         """Trains a trial, and keeps the weights of its best epoch."""
         keras.backend.clear_session()
-        hp, name = trial.hyperparameters, self.oracle.objective.name
-        model = self.hypermodel.build(hp)
-        options = {}
+        hp, objective = trial.hyperparameters, self.oracle.objective
+        model, options = self.hypermodel.build(hp), {}
         if "tuner/epochs" in hp.values:  # Hyperband's.
-            options = {
-                "epochs": hp.values["tuner/epochs"],
-                "initial_epoch": hp.values["tuner/initial_epoch"],
-            }
+            names = ("epochs", "initial_epoch")
+            options = {name: hp.values[f"{TUNERS_OWN}{name}"] for name in names}
         if "tuner/trial_id" in hp.values:
             model.load_weights(self._weights_of(hp.values["tuner/trial_id"]))
         best_epoch = keras.callbacks.ModelCheckpoint(
             self._weights_of(trial.trial_id),
-            monitor=name,
-            mode=self.oracle.objective.direction,
+            monitor=objective.name,
+            mode=objective.direction,
             save_best_only=True,
             save_weights_only=True,
         )
-        callbacks = [best_epoch]
-        if on_epoch is not None:
-            callbacks.append(
-                keras.callbacks.LambdaCallback(
-                    on_epoch_end=lambda epoch, logs: on_epoch(1, logs[name])
-                )
-            )
+        report = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: self._on_epoch(1, logs[objective.name])
+        )
         with warnings.catch_warnings():
-            # Told by a trial's acceptance rate, instead of by a warning in each epoch.
+            # A trial's acceptance rate says it, instead of a warning in each epoch.
             warnings.filterwarnings("ignore", message=".*accepted no sample")
-            return self.hypermodel.fit(hp, model, callbacks=callbacks, **options)
+            return self.hypermodel.fit(
+                hp, model, callbacks=[best_epoch, report], **options
+            )
 
     def load_model(self, trial: Trial) -> RSFTModel:
         """Returns a trial's model with the weights of its best epoch."""
         model = self.hypermodel.build(trial.hyperparameters)
-        model.load_weights(self._weights_of(trial.trial_id))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The optimizer's state is left behind.
+            model.load_weights(self._weights_of(trial.trial_id))
         return model
 
     def _weights_of(self, trial_id: str) -> str:
@@ -513,31 +532,31 @@ def make_tuner(
     hypermodel: RSFTHyperModel, options: SearchConfig, folder: Path
 ) -> TrialsTuner:
     """Returns a tuner, with the trials that `folder/trials` has already."""
-    place = {"directory": str(folder), "project_name": TRIALS_FOLDER}
+    project = {"directory": str(folder), "project_name": TRIALS_FOLDER}
     shared = {
         "objective": keras_tuner.Objective(options.objective, options.direction),
         "seed": hypermodel.settings.seed + 1,  # Keras Tuner takes 0 for any seed.
         # A failed trial is no reason to give up the others.
         "max_consecutive_failed_trials": None,
     }
-    if options.tuner == HYPERBAND:
-        bands = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
-        bands.max_trials = options.max_trials
-        return OneByOneTuner(bands, hypermodel, **place)
     name = options.oracle if options.tuner == BATCHED else options.tuner
     if name == "bayesian" and importlib.util.find_spec("sklearn") is None:
         raise ImportError(
             "The Bayesian oracle needs scikit-learn. "
             'Install it with: pip install "keras_rsft[search]"'
         )
-    kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
-    oracle = kinds[name](max_trials=options.max_trials, **shared)
+    if name == HYPERBAND:
+        oracle = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        oracle.max_trials = options.max_trials
+    else:
+        kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
+        oracle = kinds[name](max_trials=options.max_trials, **shared)
     if options.tuner != BATCHED:
-        return OneByOneTuner(oracle, hypermodel, **place)
+        return OneByOneTuner(oracle, hypermodel, **project)
     return BatchedTuner(
         oracle,
         hypermodel,
         parallel_trials=options.parallel_trials,
         halvings=options.halvings,
-        **place,
+        **project,
     )

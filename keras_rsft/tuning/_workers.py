@@ -29,17 +29,17 @@ def leading(
 ) -> Iterator[Callable[[], bool]]:
     """Serves the oracle; the function it gives says whether trials are left."""
 
-    class LastHeard(grpc.ServerInterceptor):
+    class LastHeartbeat(grpc.ServerInterceptor):
         at = time.monotonic()
 
         def intercept_service(self, continuation: Callable, details: Any) -> Any:
             self.at = time.monotonic()
             return continuation(details)
 
-    oracle, heard = tuner.oracle, LastHeard()
+    oracle, heartbeat = tuner.oracle, LastHeartbeat()
     threads = oracle_chief.futures.ThreadPoolExecutor(1)
     own_port = (("grpc.so_reuseport", 0),)  # Two chiefs must not share one.
-    server = grpc.server(threads, interceptors=(heard,), options=own_port)
+    server = grpc.server(threads, interceptors=(heartbeat,), options=own_port)
     servicer = oracle_chief.OracleServicer(oracle)
     stubs = oracle_chief.protos.get_service_grpc()
     stubs.add_OracleServicer_to_server(servicer, server)
@@ -55,16 +55,16 @@ def leading(
     def trials_left() -> bool:
         ended = len(oracle.end_order) >= oracle.max_trials
         left = bool(oracle.ongoing_trials) or not (ended or servicer.stop_triggered)
-        kept = "Trials that ended are kept: the same command resumes the search."
+        resume = "Trials that ended are kept: the same command resumes the search."
         for log, one in workers.items():
             if left and one.poll():
                 text = log.read_text(encoding="utf-8", errors="replace")
                 raise WorkerLost(
-                    f"{log.stem} has ended with status {one.returncode}. {kept} Last "
+                    f"{log.stem} has ended with status {one.returncode}. {resume} Last "
                     f"lines of {log}:\n" + "\n".join(text.splitlines()[-5:])
                 )
-        if left and time.monotonic() - heard.at > timeout:
-            raise WorkerLost(f"No worker was heard of for {timeout:g} seconds. {kept}")
+        if left and time.monotonic() - heartbeat.at > timeout:
+            raise WorkerLost(f"No worker has called for {timeout:g} seconds. {resume}")
         return left
 
     # Keras Tuner prints the values of conditions.
@@ -74,9 +74,9 @@ def leading(
         workers = stack.enter_context(_running(commands, port, folder / LOGS_FOLDER))
         yield trials_left
         until = time.monotonic() + _GOODBYE_SECONDS  # They must hear that it is over.
-        while time.monotonic() < until:
-            if workers and all(one.poll() is not None for one in workers.values()):
-                break
+        while time.monotonic() < until and not (
+            workers and all(one.poll() is not None for one in workers.values())
+        ):
             time.sleep(_POLL_SECONDS)
 
 
@@ -105,8 +105,7 @@ def follow(make_tuner: Callable[[], Any], results: Path, *, timeout: float) -> N
         elif results.exists():
             return  # All was done before this worker came, and the chief had gone.
         else:
-            why = f"did not answer within {timeout:g} seconds. Is it running, and can "
-            why += "this machine reach it?"
+            why = f"did not answer within {timeout:g} seconds. Is it up and reachable?"
         raise WorkerLost(f"The chief at {_address()} {why}") from None
     finally:
         done.set()

@@ -27,7 +27,7 @@ import tensorflow as tf
 import keras_rsft as rsft
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.tuning._batched import BatchedHeads
-from keras_rsft.tuning._space import settings_of_values, stack_trials
+from keras_rsft.tuning._space import settings_of_values, values_of
 
 CLASSES, COMPARED_EPOCHS = 10, 5
 
@@ -62,30 +62,23 @@ def sampled_settings(count: int, given: rsft.TrainConfig, optimizers: tuple):
     for number in range(count):
         hp = keras_tuner.HyperParameters()
         hp.values = {"policy": space.policies[number % len(space.policies)]}
-        space(hp)
+        values_of(space, hp)
         for one in hp.space:
             if one.name != "policy":
                 hp.values[one.name] = one.random_sample(int(rng.integers(2**31)))
-        settings.append(settings_of_values(space(hp), given))
+        settings.append(settings_of_values(values_of(space, hp), given))
     return settings
 
 
 def train_together(features, settings) -> dict[int, np.ndarray]:
     """Trains all heads, group by group; returns each head's kernel."""
     kernels = {}
-    heads = BatchedHeads(
-        features.train, features.validation, num_classes=CLASSES,
-        batch_size=settings[0].batch_size, seed=0,
-    )  # fmt: skip
+    heads = BatchedHeads(features, settings[0])
     for rule in ("sgd", "adam"):
-        places = [i for i, s in enumerate(settings) if s.optimizer.startswith(rule)]
-        if places:
-            trials = stack_trials(
-                [settings[i] for i in places],
-                num_classes=CLASSES, steps_per_epoch=heads.steps_per_epoch,
-            )  # fmt: skip
-            trained = heads.train(trials, epochs=settings[0].epochs)
-            kernels |= dict(zip(places, trained.kernels, strict=True))
+        rows = [i for i, s in enumerate(settings) if s.optimizer.startswith(rule)]
+        if rows:
+            trained = heads.train([settings[i] for i in rows])
+            kernels |= dict(zip(rows, trained.kernels, strict=True))
     return kernels
 
 
