@@ -238,8 +238,8 @@ def fit(arguments: argparse.Namespace, output: Output) -> bool:
 
         board.require_tensorboard()
     data = _load(arguments, output, "train")
-    shared = {"features": features, "settings": settings}
-    shared |= {"with_plain": arguments.with_plain, "progress": output.progress}
+    shared = {"settings": settings, "progress": output.progress}
+    shared |= {"with_plain": arguments.with_plain, "features": features}
     if arguments.dry_run:
         _dry_run(arguments, output, data, shared)
         return True
@@ -373,7 +373,7 @@ def rank(arguments: argparse.Namespace, output: Output) -> bool:
     """Ranks backbones by a quick head on a sample."""
     for name in arguments.backbones:
         parse_base_name(name)
-    features = features_of(arguments)
+    features = dataclasses.replace(features_of(arguments), backbone=None)
     from keras_rsft.backbones._load import check_backbone_name
 
     for name in arguments.backbones:
@@ -384,7 +384,7 @@ def rank(arguments: argparse.Namespace, output: Output) -> bool:
         sample=arguments.sample,
         seed=arguments.seed,
         progress=output.progress,
-        features=dataclasses.replace(features, backbone=None),
+        features=features,
     )
     output.show(summary.ranking_summary(ranking), plain=True)
     best = ranking.ranked[0].name

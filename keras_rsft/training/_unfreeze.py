@@ -48,14 +48,16 @@ LARGEST_GRADIENT = 1.0
 LARGEST_SHARE_OF_DISK = 0.5
 
 
-def require_layers_to_train(features: FeatureConfig) -> None:
+def require_layers_to_train(
+    features: FeatureConfig, option: str = "--unfreeze"
+) -> None:
     """Refuses by its name a backbone in which no layer can learn."""
     backbone = str(features.backbone)
     require_base_can_learn(backbone)
     if is_fixed_network(backbone):
         raise InvalidArgument(
             f"No part of {backbone} can learn: it has no Keras layers. Leave out "
-            "`--unfreeze`, or use a Keras backbone."
+            f"`{option}`, or use a Keras backbone."
         )
 
 

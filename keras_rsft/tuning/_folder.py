@@ -25,7 +25,6 @@ from keras_rsft._storage import (
     numbered,
     read_json,
     replaced,
-    run_identity,
     write_csv,
     write_json,
     written_whole,
@@ -41,6 +40,7 @@ from keras_rsft.report._charts import (
 )
 from keras_rsft.report._record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
 from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._resume import run_identity
 from keras_rsft.tuning._choice import UNFREEZE, TrialOutcome
 from keras_rsft.tuning._space import values_of
 from keras_rsft.tuning._tuner import RSFTHyperModel

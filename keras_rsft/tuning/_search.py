@@ -181,7 +181,7 @@ def search(
     data, features = resolve(data, features)
     names = options.unfreeze
     if options.unfrozen:
-        require_layers_to_train(features)
+        require_layers_to_train(features, option="--unfreeze-choices")
 
     def check(base: keras.Model) -> None:
         nonlocal names
@@ -199,11 +199,8 @@ def search(
         on_note(
             "The last block is all that can learn of this backbone: all is left out."
         )
-    backbone_source = None
-    if isinstance(opened.data, ImageData):
-        backbone_source = dataclasses.replace(
-            opened, data=judged(opened.data, clean_validation=clean_validation)
-        )
+    judged_data = judged(opened.data, clean_validation=clean_validation)
+
     return search_features(
         opened.features,
         output=output,
@@ -219,7 +216,7 @@ def search(
         whole_model=lambda head: build_classifier(
             opened.float32_backbone(), opened.data.num_classes, head=head
         ),
-        backbone_source=backbone_source,
+        backbone_source=dataclasses.replace(opened, data=judged_data),
     )
 
 
