@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import keras
 import numpy as np
 
+from keras_rsft import _storage
 from keras_rsft._ledger import RejectionLedger
-from keras_rsft._storage import replaced, run_identity
+from keras_rsft._storage import run_identity
 from keras_rsft.data._samples import SampleData
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 
@@ -114,7 +115,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         state, started = self._latest, time.monotonic()
         if state is None or state is self._on_disk or not self._devices.is_chief:
             return
-        replaced(self._path, lambda beside: write_state(beside, state))
+        _storage.replaced(self._path, lambda beside: write_state(beside, state))
         self._on_disk, self._written_at = state, time.monotonic()
         self._cost = self._written_at - started
 
