@@ -20,7 +20,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import _batches as batches
 from keras_rsft.features import _extract as extraction
 from keras_rsft.features._batches import TrainingBatches, batches_of
-from keras_rsft.features._extract import FrozenBase, extract_features, feature_key
+from keras_rsft.features._extract import FrozenBackbone, extract_features, feature_key
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import LossThreshold
@@ -212,7 +212,7 @@ class TestExtraction:
 
 
 def key(backbone, split, **options):
-    return feature_key(FrozenBase(backbone), split, **options)
+    return feature_key(FrozenBackbone(backbone), split, **options)
 
 
 class TestSampleIndex:

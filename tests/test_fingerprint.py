@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from keras_rsft.data._sources import load_images
-from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
+from keras_rsft.features._extract import (
+    FrozenBackbone,
+    default_cache_dir,
+    extract_features,
+)
 
 
 def fingerprint(base):
-    return FrozenBase(base).fingerprint
+    return FrozenBackbone(base).fingerprint
 
 
 def dense(units, **options):

@@ -25,10 +25,10 @@ from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _extract as extraction
 from keras_rsft.features._extract import (
     FeaturePass,
-    FrozenBase,
+    FrozenBackbone,
     extract_features,
     keep_shares,
-    open_kept,
+    open_cached,
     run_together,
 )
 from keras_rsft.features._shares import Watch, chain_of, index_fault, parts_of, share_of
@@ -118,7 +118,7 @@ def split(photo_folder):
 
 @pytest.fixture(scope="module")
 def base(tiny_base_file):
-    return FrozenBase(load_backbone(str(tiny_base_file)))  # Traced once.
+    return FrozenBackbone(load_backbone(str(tiny_base_file)))  # Traced once.
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ class TestTogether:
         for index in range(1, count):
             keep_shares([work], workers(count, index))
         run_together([work], workers(count, 0))
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
         assert {path.name for path in work.folder.parent.iterdir()} == {
             work.folder.name
         }
@@ -172,15 +172,15 @@ class TestTogether:
     def test_all_wait_for_the_chief(self, work, split, alone):
         keep_shares([work], workers(2, 0))
         other = threading.Thread(
-            target=run_together, args=([work], workers(2, 1)), kwargs={"patience": 30}
+            target=run_together, args=([work], workers(2, 1)), kwargs={"timeout": 30}
         )
         other.start()
         time.sleep(0.5)
         assert other.is_alive()
-        run_together([work], workers(2, 0), patience=30)
+        run_together([work], workers(2, 0), timeout=30)
         other.join(30)
         assert not other.is_alive()
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
 
     def test_shares_without_waiting_are_put_together_by_whoever_needs_them(
         self, work, split, alone, base, monkeypatch
@@ -213,7 +213,7 @@ class TestTogether:
         keep_shares([work], workers(2, 1))
         assert len(calls) == 4 + 2 * 2  # Two of three batches were missing.
         run_together([work], workers(2, 0))
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
 
     def test_unreadable_images_are_left_out(self, photo_folder, base, tmp_path):
         folder = tmp_path / "photos"
@@ -225,7 +225,7 @@ class TestTogether:
         work = FeaturePass(base, split, cache_dir=tmp_path / "kept", batch_size=4)
         keep_shares([work], workers(2, 1))
         run_together([work], workers(2, 0))
-        kept = open_kept(work.folder, split)
+        kept = open_cached(work.folder, split)
         assert len(kept) == len(alone) < len(split)
         np.testing.assert_allclose(kept.features, alone.features, atol=1e-6)
         assert kept.unreadable == alone.unreadable
@@ -244,7 +244,7 @@ class TestTogether:
         empty = split.take(np.array([], np.int64))
         work = FeaturePass(base, empty, cache_dir=tmp_path)
         run_together([work], workers(2, 0))
-        assert len(open_kept(work.folder, empty)) == 0
+        assert len(open_cached(work.folder, empty)) == 0
 
 
 class TestLost:
@@ -253,7 +253,7 @@ class TestLost:
         keep_shares([work], workers(3, 1))
         started = time.monotonic()
         with pytest.raises(WorkerLost) as caught:
-            run_together([work], cluster, patience=0.5)
+            run_together([work], cluster, timeout=0.5)
         assert time.monotonic() - started < 30
         said = str(caught.value)
         assert "worker 2 (c:1) has 0 of the images 16 to 23" in said
@@ -262,20 +262,20 @@ class TestLost:
         assert "computing other features" in said
         parts_of(work.folder, len(work.split), 4, 3)[2].path.mkdir()  # It has begun.
         with pytest.raises(WorkerLost) as caught:
-            run_together([work], cluster, patience=0.5)
+            run_together([work], cluster, timeout=0.5)
         assert "other features" not in str(caught.value)
         keep_shares([work], workers(3, 2))  # It is started again, and so are we.
-        run_together([work], cluster, patience=0.5)
+        run_together([work], cluster, timeout=0.5)
 
     def test_the_chief_may_be_the_one(self, work):
         keep_shares([work], workers(2, 0))
         with pytest.raises(WorkerLost, match="worker 0 has not put them together"):
-            run_together([work], workers(2, 1), patience=0.5)
+            run_together([work], workers(2, 1), timeout=0.5)
 
     def test_two_with_the_same_index(self, work):
         part = parts_of(work.folder, len(work.split), 4, 2)[1]
         with part.held(1.0), pytest.raises(WorkerLost, match="an index of its own"):
-            keep_shares([work], workers(2, 1), patience=0.3)
+            keep_shares([work], workers(2, 1), timeout=0.3)
 
     @pytest.mark.parametrize(
         "name, said", [(FEATURES_FILE, "not what was written"), (INDEX_FILE, "twice")]
@@ -290,7 +290,7 @@ class TestLost:
             run_together([work], workers(2, 0))
         keep_shares([work], workers(2, 1))
         run_together([work], workers(2, 0))
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
 
 
 # Runs the command line, and kills itself at the n-th piece that is written.

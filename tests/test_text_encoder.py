@@ -20,7 +20,7 @@ from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import require_takes, takes_texts
 from keras_rsft.data._sources import load_texts
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
-from keras_rsft.features._extract import FrozenBase, extract_features
+from keras_rsft.features._extract import FrozenBackbone, extract_features
 
 SENTENCES = (
     "The weather is lovely today.",
@@ -103,7 +103,9 @@ def test_saved_and_loaded_it_is_the_same(text_encoder, tmp_path):
     np.testing.assert_array_equal(
         features_of(loaded, *SENTENCES), features_of(text_encoder, *SENTENCES)
     )
-    assert FrozenBase(loaded).fingerprint == FrozenBase(text_encoder).fingerprint
+    assert (
+        FrozenBackbone(loaded).fingerprint == FrozenBackbone(text_encoder).fingerprint
+    )
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_features_are_kept_and_a_stopped_pass_goes_on(text_encoder, tmp_path):
     rows = [f"{text},{n % 2}\n" for n, text in enumerate(SENTENCES * 4)]
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(rows).replace("!", ""))
     split = load_texts(tmp_path / "t.csv", validation_fraction=0, test_fraction=0).train
-    base, cache = FrozenBase(text_encoder), tmp_path / "kept"
+    base, cache = FrozenBackbone(text_encoder), tmp_path / "kept"
 
     def kept():
         return extract_features(

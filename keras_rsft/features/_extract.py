@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
-from keras_rsft._runtime import DEFAULT_PATIENCE, Cluster, require_tensorflow_backend
+from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster, require_tensorflow_backend
 from keras_rsft._storage import locked, write_json
 from keras_rsft.backbones import _build as assembly
 from keras_rsft.config import require_known
@@ -55,7 +55,7 @@ MIN_IMAGES_FOR_CONSTANTS = 2000
 MAX_BYTES_AS_CONSTANTS = 2**28
 
 
-class FrozenBase:
+class FrozenBackbone:
     """A backbone as it is now; what is done to its weights later goes unnoticed."""
 
     def __init__(
@@ -218,7 +218,7 @@ _MOST_BATCHES = 20
 
 
 def seconds_per_image(
-    base: FrozenBase, split: SampleSplit, *, batch_size: int = 32
+    base: FrozenBackbone, split: SampleSplit, *, batch_size: int = 32
 ) -> float:
     """Measures the pass: reading and decoding images, and the backbone on them."""
     images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
@@ -250,7 +250,7 @@ FORMAT_VERSION = 2
 class FeaturePass:
     """One pass of a backbone over a split, as `extract_features` is asked for it."""
 
-    backbone: keras.Model | FrozenBase
+    backbone: keras.Model | FrozenBackbone
     split: SampleSplit
     cache_dir: str | os.PathLike | None = None
     batch_size: int = 32
@@ -265,9 +265,9 @@ class FeaturePass:
             self.split = self.split.before_review
         root = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir)
         root.mkdir(parents=True, exist_ok=True)
-        if not isinstance(self.backbone, FrozenBase):
+        if not isinstance(self.backbone, FrozenBackbone):
             num_images = self.views * len(self.split)
-            self.backbone = FrozenBase(self.backbone, num_images=num_images)
+            self.backbone = FrozenBackbone(self.backbone, num_images=num_images)
         self.frozen = self.backbone
         dtype = self.feature_precision
         require_known("feature precision", dtype, FEATURE_PRECISIONS)
@@ -447,7 +447,7 @@ def _truncate_to_whole_batches(
 
 
 def extract_features(
-    backbone: keras.Model | FrozenBase,
+    backbone: keras.Model | FrozenBackbone,
     split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
@@ -469,7 +469,7 @@ def extract_features(
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
             [0, 255], or texts `(batch,)`, to features `(batch, dim)`; or a
-            `FrozenBase` of one, which serves several splits faster.
+            `FrozenBackbone` of one, which serves several splits faster.
         split: The images, or texts.
         cache_dir: Folder for cached features. Default: `keras_rsft/features` in
             the user's cache folder.
@@ -498,7 +498,7 @@ def extract_features(
         progress,
     )  # fmt: skip
     run_alone(work)
-    return open_kept(work.folder, split)
+    return open_cached(work.folder, split)
 
 
 def default_cache_dir() -> Path:
@@ -508,7 +508,7 @@ def default_cache_dir() -> Path:
 
 
 def feature_key(
-    base: FrozenBase,
+    base: FrozenBackbone,
     split: SampleSplit,
     *,
     views: int = 1,
@@ -534,7 +534,7 @@ def run_alone(work: FeaturePass) -> None:
 def _run_pass(work: FeaturePass) -> None:
     parts = finished_parts(work.folder, len(work.split))
     if parts is not None:  # Other processes have computed all of it.
-        work.join(parts, DEFAULT_PATIENCE)
+        work.join(parts, DEFAULT_TIMEOUT)
         return
     partial = work.folder.with_name(f"{work.folder.name}.partial")
     rows, _ = append_rows(work, partial, range(len(work.split)))
@@ -543,7 +543,7 @@ def _run_pass(work: FeaturePass) -> None:
     publish(partial, work.folder)
 
 
-def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
+def open_cached(folder: Path, split: SampleSplit) -> FeatureSet:
     """Returns the features in a finished folder, with the labels of the split."""
     whole = None
     if split.before_review is None:
@@ -561,7 +561,7 @@ def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
             folder / FEATURES_FILE, split.labels[index], split.ids[index], **sizes
         )
     else:
-        whole = open_kept(folder, split.before_review)
+        whole = open_cached(folder, split.before_review)
         position_of = {name: at for at, name in enumerate(split.ids.tolist())}
         at = np.array([position_of.get(one, -1) for one in whole.ids.tolist()], int)
         features, index = whole.take(np.flatnonzero(at >= 0)), at[at >= 0]
@@ -580,13 +580,13 @@ def run_together(
     passes: Sequence[FeaturePass],
     cluster: Cluster,
     *,
-    patience: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> None:
     """Makes passes together with other processes that are called in the same way."""
-    keep_shares(passes, cluster, patience=patience)
+    keep_shares(passes, cluster, timeout=timeout)
     # All of them before the first is put together: the chief may be the last.
     for work in passes:
-        _wait_for_parts(work, cluster, patience)
+        _wait_for_parts(work, cluster, timeout)
     for work in passes:
         parts = work.parts(len(cluster))
         rows = sum(part.rows for part in parts)  # First: they go when the set is there.
@@ -594,17 +594,17 @@ def run_together(
             continue
         require_rows(rows, work.split)
         if cluster.is_chief:
-            work.join(parts, patience)
+            work.join(parts, timeout)
             continue
         joining = joining_folder(work.folder) / FEATURES_FILE
-        for _, lost in watched(functools.partial(_sizes, joining), patience):
+        for _, lost in watched(functools.partial(_sizes, joining), timeout):
             if work.is_done:
                 break
             if lost:
                 raise WorkerLost(
                     f"All shares of {work.split.name} are finished, and "
                     f"{cluster.named(0)} has not put them together for "
-                    f"{patience:.0f} s. Start the same command there again, and here: "
+                    f"{timeout:.0f} s. Start the same command there again, and here: "
                     "everything that was computed is cached."
                 )
 
@@ -657,7 +657,7 @@ def keep_shares(
     passes: Sequence[FeaturePass],
     cluster: Cluster,
     *,
-    patience: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> None:
     """Computes this process's share of each pass, and waits for nobody."""
     for work in passes:
@@ -665,6 +665,6 @@ def keep_shares(
         if work.is_done or cluster.index >= len(parts):
             continue
         part = parts[cluster.index]
-        with part.held(patience):
+        with part.held(timeout):
             if part.finished() is None and not work.is_done:
                 part.finish(*append_rows(work, part.path, part.stretch))

@@ -9,17 +9,17 @@ from typing import Any, cast
 
 import keras
 
-from keras_rsft._runtime import DEFAULT_PATIENCE, Cluster
+from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
 from keras_rsft.data._samples import ImageData, SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.features._extract import (
     FeaturePass,
-    FrozenBase,
+    FrozenBackbone,
     choose_precision,
     keep_shares,
-    open_kept,
+    open_cached,
     run_alone,
     run_together,
 )
@@ -108,7 +108,7 @@ def open_features(
     seed: int = 0,
     progress: bool = True,
     cluster: Cluster | None = None,
-    timeout: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
     device_names: Sequence[str] = (),
     on_backbone: Callable[[keras.Model], None] = lambda backbone: None,
     on_note: Callable[[str], None] = lambda text: None,
@@ -138,7 +138,7 @@ def extract_all(
     seed: int = 0,
     progress: bool = True,
     cluster: Cluster | None = None,
-    timeout: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
     device_names: Sequence[str] = (),
 ) -> SplitFeatures:
     """Runs the backbone over all splits, or reads the cached features."""
@@ -146,20 +146,20 @@ def extract_all(
         backbone, data, config, seed=seed, progress=progress, device_names=device_names
     )
     if cluster is not None and not cluster.is_alone:
-        run_together(passes, cluster, patience=timeout)
+        run_together(passes, cluster, timeout=timeout)
     else:
         for work in passes:
             run_alone(work)
     splits = (data.train, data.validation, data.test)
     opened = {
-        split.name: open_kept(work.folder, split)
+        split.name: open_cached(work.folder, split)
         for split, work in zip(splits, passes, strict=True)
     }
     return SplitFeatures(**opened, class_names=data.class_names)
 
 
 def feature_passes(
-    backbone: keras.Model | FrozenBase,
+    backbone: keras.Model | FrozenBackbone,
     data: SampleData,
     config: FeatureConfig,
     *,
@@ -170,8 +170,8 @@ def feature_passes(
     """Returns the passes that `extract_all` makes."""
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
-    if not isinstance(backbone, FrozenBase):
-        backbone = FrozenBase(
+    if not isinstance(backbone, FrozenBackbone):
+        backbone = FrozenBackbone(
             backbone,
             num_images=sum(map(len, splits)) + more,
             device_names=device_names,
@@ -197,10 +197,10 @@ def keep_share(
     seed: int,
     progress: bool,
     cluster: Cluster,
-    timeout: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> None:
     """Computes one process's share of the features, and waits for nobody."""
     passes = feature_passes(
         load_configured(config), data, config, seed=seed, progress=progress
     )
-    keep_shares(passes, cluster, patience=timeout)
+    keep_shares(passes, cluster, timeout=timeout)

@@ -34,7 +34,11 @@ from keras_rsft.features._batches import (
     labelled_images,
     positions_of,
 )
-from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
+from keras_rsft.features._extract import (
+    FrozenBackbone,
+    default_cache_dir,
+    extract_features,
+)
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
 from keras_rsft.training._features import FeatureSource, SplitFeatures
@@ -293,7 +297,7 @@ def _batches(
     views = features.train.views
     extract = functools.partial(
         extract_features,
-        FrozenBase(
+        FrozenBackbone(
             part.front, num_images=views * len(data.train) + len(data.validation)
         ),
         seed=settings.seed,
