@@ -6,6 +6,7 @@ import errno
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import keras
@@ -20,7 +21,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import _batches as batches
 from keras_rsft.features import _extract as extraction
 from keras_rsft.features._batches import TrainingBatches, batches_of
-from keras_rsft.features._extract import FrozenBackbone, extract_features, feature_key
+from keras_rsft.features._extract import FeaturePass, extract_features
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import LossThreshold
@@ -72,7 +73,7 @@ class TestExtraction:
         def never(*_):
             raise AssertionError("the base ran again")
 
-        monkeypatch.setattr(extraction, "_run_pass", never)
+        monkeypatch.setattr(extraction, "append_rows", never)
         again = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         np.testing.assert_array_equal(first.features, again.features)
 
@@ -212,7 +213,7 @@ class TestExtraction:
 
 
 def key(backbone, split, **options):
-    return feature_key(FrozenBackbone(backbone), split, **options)
+    return FeaturePass(backbone, split, tempfile.gettempdir(), **options).folder.name
 
 
 class TestSampleIndex:

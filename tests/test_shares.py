@@ -31,7 +31,14 @@ from keras_rsft.features._extract import (
     open_cached,
     run_together,
 )
-from keras_rsft.features._shares import Watch, chain_of, index_fault, parts_of, share_of
+from keras_rsft.features._shares import (
+    chain_of,
+    held,
+    index_fault,
+    parts_of,
+    share_of,
+    watched,
+)
 from keras_rsft.features._store import FEATURES_FILE, INDEX_FILE, META_FILE
 
 sizes = {
@@ -84,14 +91,24 @@ class TestShares:
         assert parts[1].path == tmp_path / "key.shares" / "4-5"
 
 
-class TestWatch:
-    def test_who_does_not_move_is_lost(self):
-        watch = Watch(10.0)
-        assert watch.lost({0: 5, 1: 5}, now=100.0) == []
-        assert watch.lost({0: 5, 1: 6}, now=110.0) == []
-        assert watch.lost({0: 5, 1: 6}, now=110.5) == [0]
-        assert watch.lost({0: 6, 1: 6}, now=111.0) == []
-        assert watch.lost({0: 6, 1: 6}, now=121.5) == [0, 1]
+def test_who_does_not_move_is_lost(tmp_path, monkeypatch):
+    files = {0: tmp_path / "0", 1: tmp_path / "1"}
+    looks = watched(lambda: files, 10.0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def lost(now, *sizes):
+        for file, size in zip(files.values(), sizes, strict=True):
+            file.write_bytes(bytes(size))
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        reached, found = next(looks)
+        assert reached == dict(enumerate(sizes))
+        return found
+
+    assert lost(100.0, 5, 5) == []
+    assert lost(110.0, 5, 6) == []
+    assert lost(110.5, 5, 6) == [0]
+    assert lost(111.0, 6, 6) == []
+    assert lost(121.5, 6, 6) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +291,10 @@ class TestLost:
 
     def test_two_with_the_same_index(self, work):
         part = parts_of(work.folder, len(work.split), 4, 2)[1]
-        with part.held(1.0), pytest.raises(WorkerLost, match="an index of its own"):
+        with (
+            held(part.path, 1.0),
+            pytest.raises(WorkerLost, match="an index of its own"),
+        ):
             keep_shares([work], workers(2, 1), timeout=0.3)
 
     @pytest.mark.parametrize(
