@@ -91,9 +91,7 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
                 f"Received: {sample.id!r}. Rename the file or its folder."
             ) from error
     reader_of = functools.partial(FileReader, root)
-    return data_of(
-        data_type, samples, reader_of, cut, source=source, ignored_files=ignored
-    )
+    return data_of(data_type, samples, reader_of, cut, source, ignored_files=ignored)
 
 
 def _visible(folder: str) -> tuple[list[str], int]:
@@ -214,14 +212,12 @@ class _Columns:
     def rows(
         self, file: str, *further: str | None
     ) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yields where each row is, and the row."""
         split = None if self.split == DEFAULT_SPLIT_COLUMN else self.split
         names = (self.content, self.label, *further, split, self.clean_label)
         for line, row in read_table(file, [one for one in names if one is not None]):
             yield f"{file}, line {line}", row
 
     def sample(self, row: dict[str, str], name: str, where: str) -> NamedSample:
-        """Returns the sample of a row."""
         given = (row.get(self.split or "", "")).strip() or "train"
         if given.lower() not in SPLIT_ALIASES:
             raise DataError(
@@ -282,7 +278,7 @@ def _image_table(file: str, columns: _Columns, cut: Cut) -> ImageData:
             f"{folder}."
         )
     reader_of = functools.partial(FileReader, folder)
-    return data_of(ImageData, samples.values(), reader_of, cut, source=file)
+    return data_of(ImageData, samples.values(), reader_of, cut, file)
 
 
 # Texts --------------------------------------------------------------------------------
@@ -412,7 +408,6 @@ def load_texts(
 
 
 def text_of(encoded: bytes) -> str:
-    """Returns the text of a file's bytes."""
     if len(encoded) > MAX_BYTES:
         raise DataError(f"The text has more than {MAX_BYTES // 1_000_000} MB.")
     try:
@@ -460,7 +455,7 @@ def _text_table(
         groups = [first.setdefault(texts[one].strip() or one, one) for one in names]
         return np.array(groups, np.str_)
 
-    return data_of(TextData, samples, reader_of, cut, source=file, groups_of=groups_of)
+    return data_of(TextData, samples, reader_of, cut, file, groups_of=groups_of)
 
 
 class TextReader(Reader):
@@ -549,14 +544,13 @@ def load_images(
         return _digits(cut)
     if os.path.isdir(name):
         return _folder_data(ImageData, name, cut)
+    fault = "" if name.lower().endswith(".csv") else "another kind of file."
     if not os.path.exists(name):
+        fault = f"which does not exist.{_suggestion(name)}"
+    if fault:
         raise InvalidArgument(
-            f"`source` must be {_KNOWN}. Received: {name!r}, which does not exist."
-            f"{_suggestion(name)}"
-        )
-    if not name.lower().endswith(".csv"):
-        raise InvalidArgument(
-            f"`source` must be {_KNOWN}. Received: {name!r}, another kind of file."
+            '`source` must be a folder, a .csv file, "tfds:NAME" or "digits". '
+            f"Received: {name!r}, {fault}"
         )
     columns = _Columns(path_column, label_column, split_column, clean_label_column)
     return _image_table(name, columns, cut)
@@ -579,9 +573,6 @@ def _digits(cut: Cut) -> ImageData:
     names = tuple(str(name) for name in bunch.target_names)
     data = ImageData(whole, whole, whole, names, DIGITS)
     return cut_splits(data, np.full(len(ids), TRAIN, np.int8), cut, ids)
-
-
-_KNOWN = 'a folder, a .csv file, "tfds:NAME" or "digits"'
 
 
 def _suggestion(name: str) -> str:
