@@ -114,7 +114,6 @@ def parse_noise(spec: str) -> tuple[str, float]:
 def symmetric_noise(
     labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Moves round(rate x n) labels, each to one of the other classes."""
     noisy = labels.copy()
     moved = rng.choice(len(labels), size=round(rate * len(labels)), replace=False)
     steps = rng.integers(1, num_classes, size=len(moved))
@@ -125,7 +124,6 @@ def symmetric_noise(
 def asymmetric_noise(
     labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Moves round(rate x n) labels of each class to the class that follows."""
     noisy = labels.copy()
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
@@ -143,7 +141,6 @@ def instance_noise(
     thumbnails: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Moves round(rate x n) labels, each to a class that its image decides."""
     # Source: Xia et al., "Part-dependent label noise: towards instance-dependent label
     # noise", NeurIPS 2020, appendix. A sample's own flip rate comes from a normal
     # distribution around `rate` with deviation 0.1, cut to [0, 1]; its wrong class from

@@ -95,7 +95,6 @@ class ArrayReader(Reader):
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """Returns the hex SHA-256 digest of the parts, one after the other."""
     state = hashlib.sha256()
     for part in parts:
         state.update(part)

@@ -112,20 +112,17 @@ def _files_below(
         folder, chain = waiting.pop()
         for entry in _entries(os.path.join(root, folder)):
             name = os.path.join(folder, entry.name)
+            suffix = os.path.splitext(name)[1].lower()
             if entry.name.startswith("."):
                 others += 1
             elif _is_dir(entry) and not entry.is_symlink():
                 waiting.append((name, chain))
             elif _is_dir(entry):
                 real = os.path.realpath(entry.path)
-                inside = (
-                    f"{one}{os.sep}".startswith(f"{real}{os.sep}") for one in chain
-                )
+                inside = (os.path.commonpath((one, real)) == real for one in chain)
                 if not any(inside):  # A link back to a folder that it lies in is left.
                     waiting.append((name, (*chain, real)))
-            elif os.path.splitext(entry.name)[1].lower() in suffixes and os.path.isfile(
-                entry
-            ):
+            elif suffix in suffixes and os.path.isfile(entry):
                 ids.append(name.replace(os.sep, "/"))
             else:
                 others += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import tensorflow as tf
@@ -96,10 +96,21 @@ def tfds_data(
             f"Received: {source}, whose images are {images} of {list(features)}."
         )
     image_key = "image" if "image" in images else images[0]
-    given = _class_label(features, label_key, "label_key", source)
+
+    def class_label(key: str, argument: str) -> ClassLabel:
+        kind = tfds.features.ClassLabel
+        labels = [name for name, one in features.items() if isinstance(one, kind)]
+        if key not in labels:
+            raise InvalidArgument(
+                f"`{argument}` must be a class label of {source}, which has: "
+                f"{', '.join(labels) or 'none'}. Received: {argument}={key!r}."
+            )
+        return features[key]
+
+    given = class_label(label_key, "label_key")
     keys, names = [label_key], tuple(given.names)
     if clean_label_key is not None:
-        clean = _class_label(features, clean_label_key, "clean_label_key", source)
+        clean = class_label(clean_label_key, "clean_label_key")
         # Prefers the clean label's names where the given one has mere numbers.
         numbers = [str(number) for number in range(given.num_classes)]
         if given.num_classes == clean.num_classes and given.names == numbers:
@@ -152,20 +163,6 @@ def _prepared_builder(source: str, data_dir: str | Path | None) -> DatasetBuilde
     return builder
 
 
-def _class_label(
-    features: dict[str, Any], key: str, argument: str, source: str
-) -> ClassLabel:
-    import tensorflow_datasets as tfds
-
-    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-    if key not in labels:
-        raise InvalidArgument(
-            f"`{argument}` must be a class label of {source}, which has: "
-            f"{', '.join(labels) or 'none'}. Received: {argument}={key!r}."
-        )
-    return features[key]
-
-
 def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Dataset:
     import tensorflow_datasets as tfds
 
@@ -200,7 +197,6 @@ def _gather(
 def _checked_labels(
     labels: np.ndarray, splits: np.ndarray, source: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the given labels and the clean ones, if they were asked for."""
     given, clean = labels[:, 0].copy(), None
     if labels.shape[1] > 1:
         clean = labels[:, 1].copy()

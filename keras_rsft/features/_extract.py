@@ -605,7 +605,6 @@ def run_together(
 
 
 def _wait_for_parts(work: FeaturePass, cluster: Cluster, timeout: float) -> None:
-    """Waits until all parts are finished, or put together already."""
     parts, name = work.parts(len(cluster)), work.split.name
     total, shown = sum(len(part.stretch) for part in parts), 0
 

@@ -26,7 +26,6 @@ _COPIED_BYTES = 2**24
 
 
 def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
-    """Returns which samples are a worker's share."""
     # All shares have the same number of batches, give or take one.
     # Whole batches of the whole split, so that each sample is computed together with
     # those that it would have been computed with by one process.
@@ -52,7 +51,7 @@ def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one worker has of its share."""
+    """The share of one worker, as far as it is on disk."""
 
     path: Path
     stretch: range
