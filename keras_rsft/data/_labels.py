@@ -79,16 +79,16 @@ def add_label_noise(
     if kind == "instance" and data.kind != "images":
         raise InvalidArgument(
             f"Noise of the kind instance is made of images. Received: {data.kind}. "
-            f"Use symmetric or asymmetric."
+            "Use symmetric or asymmetric."
         )
     changed: dict[str, Any] = {}
     for name in splits:
         split = getattr(data, name)
         rng = np.random.default_rng([seed, SPLITS.index(name)])
-        noise = symmetric_noise if kind == "symmetric" else asymmetric_noise
+        noise: Any = symmetric_noise if kind == "symmetric" else asymmetric_noise
         if kind == "instance":
-            images = {"thumbnails": thumbnails_of(split), "seed": seed}
-            noise = functools.partial(instance_noise, **images)
+            thumbnails = thumbnails_of(split)
+            noise = functools.partial(instance_noise, thumbnails=thumbnails, seed=seed)
         labels = noise(split.labels, rate, num_classes=data.num_classes, rng=rng)
         clean = split.labels if split.clean_labels is None else split.clean_labels
         changed[name] = split.with_labels(labels, clean)
@@ -297,9 +297,20 @@ def _applied(data: SampleData, file: Path) -> SampleData:
         if pairs
     }
     before = data.corrections or Corrections()
+    # One row for each image. The given label stays the one that the data were loaded
+    # with, so that the result is a file of corrections in its own right.
+    merged = {row.id: row for row in before.rows}
+    for _, row in rows:
+        loaded = merged.get(row.id, row).given_label
+        label = row.new_label or row.given_label
+        if row.decision == "drop" or label == loaded:
+            decision = "drop" if row.decision == "drop" else "keep"
+            merged[row.id] = Correction(row.id, loaded, decision)
+        else:
+            merged[row.id] = Correction(row.id, loaded, "relabel", label)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     changed["corrections"] = Corrections(
-        _merged(before.rows, [row for _, row in rows]),
+        tuple(merged.values()),
         (*before.files, (str(file), sha256)),
         before.tested + len(by_split["test"]),
     )
@@ -331,21 +342,3 @@ def _corrected(
         corrected.take(np.flatnonzero(remains)),
         before_review=split if split.before_review is None else split.before_review,
     )
-
-
-def _merged(
-    before: Sequence[Correction], rows: Sequence[Correction]
-) -> tuple[Correction, ...]:
-    """Adds a file's rows to those of the files before, one for each image."""
-    # The given label stays the one that the data were loaded with, so that the result
-    # is a file of corrections in its own right.
-    merged = {row.id: row for row in before}
-    for row in rows:
-        loaded = merged.get(row.id, row).given_label
-        label = row.new_label or row.given_label
-        if row.decision == "drop" or label == loaded:
-            decision = "drop" if row.decision == "drop" else "keep"
-            merged[row.id] = Correction(row.id, loaded, decision)
-        else:
-            merged[row.id] = Correction(row.id, loaded, "relabel", label)
-    return tuple(merged.values())

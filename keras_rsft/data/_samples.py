@@ -197,11 +197,11 @@ class SampleSplit(abc.ABC):
                 f"[0, {len(self)}), so that the order of the samples stays. "
                 f"Received: indices={indices}. Sort them first."
             )
-        names = ("ids", "labels", "clean_labels", "reviewed")
-        columns = {name: getattr(self, name) for name in names}
-        taken = {k: None if v is None else v[indices] for k, v in columns.items()}
-        reader = self.reader.take(indices)
-        return dataclasses.replace(self, **taken, reader=reader, before_review=None)
+        taken: dict[str, Any] = {"reader": self.reader.take(indices)}
+        for name in ("ids", "labels", "clean_labels", "reviewed"):
+            values = getattr(self, name)
+            taken[name] = None if values is None else values[indices]
+        return dataclasses.replace(self, **taken, before_review=None)
 
     def mapped(
         self,

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft._runtime import import_extra
 from keras_rsft.config import nearest_name_hint
 from keras_rsft.data._samples import (
     ArrayReader,
@@ -221,9 +222,7 @@ class _Columns:
                 f"The split must be one of {', '.join(SPLIT_ALIASES)} or empty. "
                 f"Received: {given!r} in {where}."
             )
-        clean = None
-        if self.clean_label is not None:
-            clean = _value(row, self.clean_label, where)
+        clean = self.clean_label and _value(row, self.clean_label, where)
         label = _value(row, self.label, where)
         return NamedSample(name, label, SPLIT_ALIASES[given.lower()], clean)
 
@@ -555,14 +554,8 @@ def load_images(
 
 def _digits(cut: Cut) -> ImageData:
     """Reads scikit-learn's digits, as "digits/0000" to "digits/1796"."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            'The source "digits" needs scikit-learn. '
-            'Install it with: pip install "keras_rsft[demo]"'
-        ) from error
-    bunch = load_digits()
+    datasets = import_extra("sklearn.datasets", "demo", 'The source "digits"')
+    bunch = datasets.load_digits()
     pixels = np.round(bunch.images * (255 / _BRIGHTEST_DIGIT)).astype(np.uint8)
     ids = np.array([f"digits/{number:04}" for number in range(len(pixels))])
     reader = ArrayReader(ids, pixels[..., np.newaxis])

@@ -28,7 +28,7 @@ from keras_rsft._storage import locked, write_json
 from keras_rsft.backbones import _build as assembly
 from keras_rsft.config import require_known
 from keras_rsft.data._samples import SampleSplit
-from keras_rsft.errors import DataError, InvalidArgument, WorkerLost
+from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _shares
 from keras_rsft.features._shares import Part
 from keras_rsft.features._store import (
@@ -179,11 +179,7 @@ _FIRST_GPU_WITH_BFLOAT16 = (8, 0)
 
 
 def choose_precision(precision: str = "auto") -> str:
-    if precision not in PRECISIONS:
-        raise InvalidArgument(
-            f"`precision` must be one of {', '.join(PRECISIONS)}. "
-            f"Received: {precision!r}."
-        )
+    require_known("dtype", precision, PRECISIONS)
     if precision != "auto":
         return precision
     return "bfloat16" if _has_bfloat16() else "float32"

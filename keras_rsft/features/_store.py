@@ -117,9 +117,10 @@ class FeatureSet:
         Args:
             samples: Integers of shape `(k,)`, increasing positions in [0, n).
         """
-        names = ("labels", "ids", "clean_labels", "reviewed")
-        columns = {name: getattr(self, name) for name in names}
-        taken = {k: None if v is None else v[samples] for k, v in columns.items()}
+        taken: dict[str, Any] = {}
+        for name in ("labels", "ids", "clean_labels", "reviewed"):
+            values = getattr(self, name)
+            taken[name] = None if values is None else values[samples]
         return dataclasses.replace(self, **taken, rows=self.file_rows(samples))
 
     def with_labels(

@@ -97,10 +97,10 @@ class LabelQuality:
         """Says in one line what was found and chosen."""
         if self.reason is not None:
             return f"{self.reason}: keeping every sample."
-        kept = self.accept_mask().mean()
+        accepted = self.accept_mask().mean()
         return (
             f"About {100 * self.noise_rate:.0f} % of the labels look wrong; keeping "
-            f"the {100 * kept:.0f} % whose label is right with a probability of "
+            f"the {100 * accepted:.0f} % whose label is right with a probability of "
             f"{MIN_RIGHT_PROBABILITY} or more, while they are learnt better than by "
             "guessing."
         )
@@ -312,7 +312,6 @@ def _leave_one_out(
 
 
 def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
-    """Returns the values next to one of them; all if that is None."""
     if near is None:
         return values
     nearest = int(np.argmin(np.abs(values - near)))
