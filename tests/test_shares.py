@@ -147,18 +147,18 @@ def alone(base, split, tmp_path_factory):
 @pytest.fixture
 def work(base, split, tmp_path):
     return FeaturePass(
-        base, split, cache_dir=tmp_path / "kept", batch_size=4, progress=False
+        base, split, cache_dir=tmp_path / "cached", batch_size=4, progress=False
     )
 
 
-def assert_equal(kept, alone):
-    assert kept.path.read_bytes() == alone.path.read_bytes()
+def assert_equal(cached, alone):
+    assert cached.path.read_bytes() == alone.path.read_bytes()
     for name in (INDEX_FILE, META_FILE):
-        files = (kept.path.with_name(name), alone.path.with_name(name))
+        files = (cached.path.with_name(name), alone.path.with_name(name))
         assert files[0].read_bytes() == files[1].read_bytes()
-    np.testing.assert_array_equal(kept.labels, alone.labels)
-    np.testing.assert_array_equal(kept.ids, alone.ids)
-    assert kept.path.parent.name == alone.path.parent.name  # The key.
+    np.testing.assert_array_equal(cached.labels, alone.labels)
+    np.testing.assert_array_equal(cached.ids, alone.ids)
+    assert cached.path.parent.name == alone.path.parent.name  # The key.
 
 
 class TestTogether:
@@ -210,11 +210,11 @@ class TestTogether:
 
         monkeypatch.setattr(extraction, "append_rows", never)
         root = work.folder.parent
-        kept = extract_features(base, split, cache_dir=root, batch_size=4)
-        assert_equal(kept, alone)
+        cached = extract_features(base, split, cache_dir=root, batch_size=4)
+        assert_equal(cached, alone)
         assert not list(root.glob("*.shares"))
 
-    def test_a_share_goes_on_after_whole_batches(self, work, split, alone, monkeypatch):
+    def test_a_share_resumes_after_whole_batches(self, work, split, alone, monkeypatch):
         append, calls = extraction._append, []
 
         def fail_at_the_fourth(file, values):
@@ -239,19 +239,19 @@ class TestTogether:
             (folder / broken).write_bytes(b"no image")
         split = load_images(str(folder)).train
         alone = extract_features(base, split, cache_dir=tmp_path / "alone")
-        work = FeaturePass(base, split, cache_dir=tmp_path / "kept", batch_size=4)
+        work = FeaturePass(base, split, cache_dir=tmp_path / "cached", batch_size=4)
         keep_shares([work], workers(2, 1))
         run_together([work], workers(2, 0))
-        kept = open_cached(work.folder, split)
-        assert len(kept) == len(alone) < len(split)
-        np.testing.assert_allclose(kept.features, alone.features, atol=1e-6)
-        assert kept.unreadable == alone.unreadable
+        cached = open_cached(work.folder, split)
+        assert len(cached) == len(alone) < len(split)
+        np.testing.assert_allclose(cached.features, alone.features, atol=1e-6)
+        assert cached.unreadable == alone.unreadable
 
     def test_where_none_can_be_read_all_say_so(self, base, tmp_path):
         for number in range(12):
             write(tmp_path / "photos" / f"{number % 2}" / f"{number}.png", b"no image")
         split = load_images(str(tmp_path / "photos")).train
-        work = FeaturePass(base, split, cache_dir=tmp_path / "kept", batch_size=2)
+        work = FeaturePass(base, split, cache_dir=tmp_path / "cached", batch_size=2)
         keep_shares([work], workers(2, 1))
         for index in (0, 1):
             with pytest.raises(DataError, match="can be read"):
@@ -353,7 +353,7 @@ def test_two_processes_one_of_them_killed(many_photos, tiny_base_file, tmp_path)
         config = {"cluster": {"worker": addresses}, "task": task}
         command = [
             sys.executable, "-c", DRIVER, kill_at, "features", many_photos,
-            "--backbone", tiny_base_file, "--cache-dir", tmp_path / "kept", "--json",
+            "--backbone", tiny_base_file, "--cache-dir", tmp_path / "cached", "--json",
             "--set", "dtype=float32",
         ]  # fmt: skip
         return subprocess.Popen(
@@ -366,7 +366,7 @@ def test_two_processes_one_of_them_killed(many_photos, tiny_base_file, tmp_path)
         other.communicate(timeout=100)
         assert other.returncode == -signal.SIGKILL
         assert chief.poll() is None  # It waits for the other.
-        assert not list(tmp_path.glob("kept/*/meta.json"))
+        assert not list(tmp_path.glob("cached/*/meta.json"))
         again = start(1)
         found = []
         for process in (chief, again):
@@ -381,6 +381,6 @@ def test_two_processes_one_of_them_killed(many_photos, tiny_base_file, tmp_path)
     split = load_images(str(many_photos)).train
     base = load_backbone(str(tiny_base_file))
     alone = extract_features(base, split, cache_dir=tmp_path / "alone")
-    kept = extract_features(base, split, cache_dir=tmp_path / "kept")
-    assert str(kept.path) == found[0]["splits"]["train"]["path"]
-    assert_equal(kept, alone)
+    cached = extract_features(base, split, cache_dir=tmp_path / "cached")
+    assert str(cached.path) == found[0]["splits"]["train"]["path"]
+    assert_equal(cached, alone)

@@ -265,10 +265,8 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
         descriptor = file.fileno()  # Of the file, which is open as long as we are.
         samples, view = np.divmod(rows, features.views)
         rows = features.file_rows(samples) * features.views + view
-        size = len(rows) * row_bytes
-        room = np.empty(size + TENSOR_ALIGNMENT, np.uint8)
-        start = -room.ctypes.data % TENSOR_ALIGNMENT  # A tensor as it is, no copy.
-        filled = room[start : start + size].reshape(len(rows), row_bytes)
+        values = _aligned_array(len(rows), features.dim, dtype)
+        filled = values.view(np.uint8)
         by_row = np.argsort(rows)
         runs = np.split(by_row, np.flatnonzero(np.diff(rows[by_row]) != 1) + 1)
         offsets = [int(rows[run[0]]) * row_bytes for run in runs]
@@ -278,13 +276,21 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
             for start in range(0, len(run), _ROWS_PER_READ):
                 part = [filled[at] for at in run[start : start + _ROWS_PER_READ]]
                 _read_into(descriptor, part, offset + start * row_bytes)
-        return filled.view(dtype)
+        return values
 
     def read_rows(rows: tf.Tensor) -> tf.Tensor:
         values = tf.numpy_function(read, [rows], tf.as_dtype(dtype))
         return tf.ensure_shape(values, (None, features.dim))
 
     return read_rows
+
+
+def _aligned_array(rows: int, dim: int, dtype: np.dtype) -> np.ndarray:
+    """Returns an unfilled array that becomes a tensor as it is, without a copy."""
+    size = rows * dim * dtype.itemsize
+    room = np.empty(size + TENSOR_ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % TENSOR_ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(rows, dim)
 
 
 def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:

@@ -308,12 +308,12 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
                 )
             )  # fmt: skip
             for part in parts:
-                said = part.finished() or {"rows": -1, "checksums": {}}
+                record = part.finished() or {"rows": -1, "checksums": {}}
                 index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
-                fault = _shares.index_fault(index, part.stretch, said["rows"])
+                fault = _shares.index_fault(index, part.stretch, record["rows"])
                 for file, target in zip(files, opened, strict=True):
                     checksum = _shares.append_file(part.path / file, target, advance)
-                    if fault is None and checksum != said["checksums"].get(file):
+                    if fault is None and checksum != record["checksums"].get(file):
                         fault = f"{file} is not what was written"
                 if fault is not None:
                     shutil.rmtree(part.path, ignore_errors=True)
@@ -620,14 +620,14 @@ def _wait_for_parts(work: FeaturePass, cluster: Cluster, timeout: float) -> None
                 return
             if not lost:
                 continue
-            said = [
+            behind = [
                 f"{cluster.named(who)} has {sizes[who] // 8} of the images "
                 f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
                 for who in lost
             ]
             text = (
                 f"Features of {name} are missing, and nothing is added any more: "
-                f"{'; '.join(said)}. Start the same command there again, and here: "
+                f"{'; '.join(behind)}. Start the same command there again, and here: "
                 "everything that was computed is cached."
             )
             if not all(parts[who].path.exists() for who in lost):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ CHECKSUM = "blake2b"
 _COPIED_BYTES = 2**24
 
 
-def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
+def share_of(count: int, batch_size: int, shares: int, index: int) -> range:
     # All shares have the same number of batches, give or take one.
     # Whole batches of the whole split, so that each sample is computed together with
     # those that it would have been computed with by one process.
@@ -36,9 +37,7 @@ def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
 
 def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
     """Returns stretches that hold each of `count` positions once, in order."""
-    longest: dict[int, range] = {}
-    for stretch in sorted(stretches, key=len):
-        longest[stretch.start] = stretch
+    longest = {stretch.start: stretch for stretch in sorted(stretches, key=len)}
     chain, reached = [], 0
     while reached < count:
         stretch = longest.get(reached, range(0))
@@ -64,14 +63,14 @@ class Part:
     def finished(self) -> dict[str, Any] | None:
         """Returns `rows` and `checksums` of a finished part, else None."""
         try:
-            said = json.loads((self.path / _SHARE_FILE).read_text(encoding="utf-8"))
-            return {"rows": int(said["rows"]), "checksums": dict(said["checksums"])}
+            record = json.loads((self.path / _SHARE_FILE).read_text(encoding="utf-8"))
+            return {"rows": int(record["rows"]), "checksums": dict(record["checksums"])}
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def finish(self, rows: int, checksums: Mapping[str, str]) -> None:
-        said = {"rows": rows, "checksums": dict(checksums)}
-        replaced(self.path / _SHARE_FILE, lambda path: write_json(path, said))
+        record = {"rows": rows, "checksums": dict(checksums)}
+        replaced(self.path / _SHARE_FILE, lambda path: write_json(path, record))
 
     @property
     def rows(self) -> int:
@@ -80,21 +79,15 @@ class Part:
 
 def parts_of(folder: Path, count: int, batch_size: int, shares: int) -> list[Part]:
     """Returns the parts of all shares, in order, those of empty ones left out."""
-    stretches = (
-        share_of(count, batch_size=batch_size, shares=shares, index=index)
-        for index in range(shares)
-    )
+    stretches = (share_of(count, batch_size, shares, at) for at in range(shares))
     return [Part.of(folder, stretch) for stretch in stretches if stretch]
 
 
 def finished_parts(folder: Path, count: int) -> list[Part] | None:
     """Returns finished parts of a set that make it whole; None if they do not."""
-    names = [path.name.split("-") for path in shares_folder(folder).glob("*-*")]
-    parts = [
-        Part.of(folder, range(int(ends[0]), int(ends[1])))
-        for ends in names
-        if len(ends) == 2 and all(end.isdigit() for end in ends)
-    ]
+    names = (path.name for path in shares_folder(folder).glob("*-*"))
+    ends = (re.fullmatch(r"([0-9]+)-([0-9]+)", name) for name in names)
+    parts = (Part.of(folder, range(int(e[1]), int(e[2]))) for e in ends if e)
     chain = chain_of((part.stretch for part in parts if part.finished()), count)
     return [Part.of(folder, stretch) for stretch in chain] if chain else None
 
