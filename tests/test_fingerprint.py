@@ -1,4 +1,4 @@
-"""A backbone's fingerprint, whatever its layers are called, and where features are cached."""
+"""A backbone's fingerprint, whatever its layers are called, and the features' folder."""
 
 from __future__ import annotations
 
