@@ -1,4 +1,4 @@
-"""A backbone's fingerprint, whatever its layers are called, and the features' folder."""
+"""A backbone's fingerprint, whatever its layers are called, and the cache folder."""
 
 from __future__ import annotations
 

@@ -21,21 +21,12 @@ from keras_rsft.data._samples import (
     ArrayReader,
     FileReader,
     ImageData,
-    ImageSplit,
     Reader,
     SampleData,
     SampleSplit,
     digest,
 )
-from keras_rsft.data._splits import (
-    SPLIT_ALIASES,
-    TRAIN,
-    Cut,
-    Data,
-    NamedSample,
-    cut_splits,
-    data_of,
-)
+from keras_rsft.data._splits import SPLIT_ALIASES, Cut, Data, NamedSample, data_of
 from keras_rsft.data._tfds import tfds_data
 from keras_rsft.errors import DataError, InvalidArgument
 
@@ -557,12 +548,12 @@ def _digits(cut: Cut) -> ImageData:
     datasets = import_extra("sklearn.datasets", "demo", 'The source "digits"')
     bunch = datasets.load_digits()
     pixels = np.round(bunch.images * (255 / _BRIGHTEST_DIGIT)).astype(np.uint8)
-    ids = np.array([f"digits/{number:04}" for number in range(len(pixels))])
-    reader = ArrayReader(ids, pixels[..., np.newaxis])
-    whole = ImageSplit("all", ids, bunch.target.astype(np.int32), None, reader)
-    names = tuple(str(name) for name in bunch.target_names)
-    data = ImageData(whole, whole, whole, names, DIGITS)
-    return cut_splits(data, np.full(len(ids), TRAIN, np.int8), cut, ids)
+    reader_of = functools.partial(ArrayReader, items=pixels[..., np.newaxis])
+    samples = [
+        NamedSample(f"digits/{number:04}", str(label), "train")
+        for number, label in enumerate(bunch.target)
+    ]
+    return data_of(ImageData, samples, reader_of, cut, DIGITS)
 
 
 def _suggestion(name: str) -> str:
