@@ -129,10 +129,10 @@ class TestWhatLearns:
             changes |= {"optimizer": "adam", "learning_rate": 0.01}
         part, trained, tuned = train(**changes)
         assert changed_layers(source.backbone, part.backbone) == expected
-        own_base, own_head = tuned[0].layers[1:]
-        assert own_base is part.backbone
+        own_backbone, own_head = tuned[0].layers[1:]
+        assert own_backbone is part.backbone
         assert changed_layers(trained.model.model, own_head) == {"scores"}
-        assert not any(v.trainable for v in own_base.variables)
+        assert not any(v.trainable for v in own_backbone.variables)
 
     def test_batch_norm_where_it_is_asked_for(self, train, source):
         part, _, _ = train(train_batch_norm=True, epochs=1)
@@ -140,9 +140,7 @@ class TestWhatLearns:
             "block3_conv",
             "block3_bn",
         }
-        norm = part.backbone.get_layer(part.backbone.layers[1].name).get_layer(
-            "block3_bn"
-        )
+        norm = part.backbone.layers[1].get_layer("block3_bn")
         assert not np.allclose(norm.moving_mean.numpy(), 0.1)
 
     @pytest.mark.slow

@@ -334,10 +334,8 @@ def _image_function(
     loaded: Any, path: Path
 ) -> tuple[Callable[[tf.Tensor], dict[str, tf.Tensor]], list[int | None]]:
     """Returns a function of images, and the height and width that it fixes."""
-    found = []
-    for name in sorted(
-        loaded.signatures, key=lambda one: (one != "serving_default", one)
-    ):
+    found, default = [], "serving_default"
+    for name in sorted(loaded.signatures, key=lambda one: (one != default, one)):
         inputs = loaded.signatures[name].structured_input_signature[1]
         for key, spec in inputs.items():
             shape = [None] * 4 if spec.shape.rank is None else spec.shape.as_list()
