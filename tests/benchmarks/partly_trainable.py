@@ -142,7 +142,7 @@ def kept_or_anew(part: TrainablePart, options, console: Console) -> None:
     """Prints an epoch on kept activations and one that runs the front again."""
     split = rsft.load_images("digits").train
     split = split.take(np.arange(options.images))
-    size = part.base.input_shape[1:3]
+    size = part.backbone.input_shape[1:3]
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
         kept = rsft.extract_features(
