@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
@@ -94,8 +95,7 @@ class Policy(keras.layers.Layer):
                 f"Received: level={level!r}. Elements within a sample are judged by "
                 "LossThreshold, KeepFraction, SelfPaced and RunningThreshold."
             )
-        if level is not None:
-            self.level = level
+        self.level = level or self.level
         if self.level == "element" and class_floor > 0:
             raise InvalidArgument(
                 "`class_floor` ranks each sample of a batch among its class, which "
@@ -174,6 +174,14 @@ class Policy(keras.layers.Layer):
             mask = ops.reshape(mask, ops.shape(per_sample_loss))
         return mask
 
+    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
+        """Takes the losses of the epochs so far, where the policy `needs_ledger`.
+
+        Args:
+            losses: Float array `(n,)`, the mean loss of each sample.
+            epochs: Epochs that they cover, at least 1.
+        """
+
     def note_steps_seen(self, steps: int) -> None:
         """Says that a number of training batches were judged before now.
 
@@ -191,7 +199,7 @@ class Policy(keras.layers.Layer):
         yet: during the warm-up everything is accepted.
         """
         seen = int(ops.convert_to_numpy(self.steps_seen))
-        limit = self._loss_limit() if seen > self.warmup_steps else None
+        limit = self._loss_limit(seen - 1) if seen > self.warmup_steps else None
         value = math.inf if limit is None else float(ops.convert_to_numpy(limit))
         return value if math.isfinite(value) else None
 
@@ -225,7 +233,7 @@ class Policy(keras.layers.Layer):
     def _accepted_in_warmup(self, batch: Batch) -> Any:
         return ops.ones_like(batch.losses, dtype="bool")
 
-    def _loss_limit(self) -> Any:
+    def _loss_limit(self, step: Any) -> Any:
         """The scalar or variable that `threshold_in_use` shows after the warm-up."""
         return None
 
@@ -254,7 +262,6 @@ def is_positive(value: Any) -> bool:
 
 
 def whole_number(name: str, value: Any, *, least: int = 0) -> int:
-    """Returns a number of steps, or raises InvalidArgument."""
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     needed = f"a whole number, at least {least}"
     require(is_whole and value >= least, needed, **{name: value})
