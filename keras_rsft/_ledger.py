@@ -239,12 +239,9 @@ class RejectionLedger(keras.callbacks.Callback):
         self.acceptance_by_class: list[np.ndarray] = []
         self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
         self.loss_histograms: list[LossHistogram] = []
+        unseen = np.full((len(self.ledger), 2), _NOT_SEEN, np.float32)
         self._epoch = keras.Variable(
-            keras.initializers.Constant(_NOT_SEEN),
-            shape=(len(self.ledger), 2),
-            dtype="float32",
-            trainable=False,
-            name="rejection_ledger",
+            unseen, dtype="float32", trainable=False, name="rejection_ledger"
         )
 
     def state(self) -> dict[str, np.ndarray]:
