@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from numbers import Integral, Real
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
@@ -73,7 +71,6 @@ class Policy(keras.layers.Layer):
     needs_ledger = False
     accepts_every_finite_sample = False
     _arguments: tuple[str, ...] = ()  # Of the constructor, kept under their names.
-    _configured: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -85,6 +82,7 @@ class Policy(keras.layers.Layer):
     ):
         kwargs.setdefault("dtype", "float32")
         super().__init__(trainable=False, **kwargs)
+        self._configured: dict[str, float] = {}
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         hint = "Use 0 for no floor."
         require(0 <= class_floor <= 1, "in [0, 1]", hint, class_floor=class_floor)
@@ -214,7 +212,7 @@ class Policy(keras.layers.Layer):
             name: The variable's name.
             value: Its first value.
         """
-        self._configured = {**self._configured, name: float(value)}
+        self._configured[name] = float(value)
         initial = keras.initializers.Constant(float(value))
         return self.add_weight(
             name=name, shape=(), dtype="float32", initializer=initial
