@@ -22,31 +22,19 @@ from keras_rsft.config import (
     ALL,
     FROZEN,
     LAST_BLOCK,
-    UNFREEZE_NAMES,
     SearchConfig,
     TrainConfig,
     Unfreeze,
 )
+from keras_rsft.training import _unfreeze
 from keras_rsft.training._curves import accuracy_error
 from keras_rsft.training._features import FeatureSource
 from keras_rsft.training._head import best_of_all_epochs
 from keras_rsft.training._resume import TrainingCheckpoint, TrainingClock
-from keras_rsft.training._unfreeze import (
-    accuracy_on_images,
-    begun_from,
-    cache_activations,
-    cut_backbone,
-    train_unfrozen,
-)
+from keras_rsft.training._unfreeze import cut_backbone, train_unfrozen
+from keras_rsft.tuning import _tuner
 from keras_rsft.tuning._batched import METRICS
-from keras_rsft.tuning._choice import ACCURACY, UNFREEZE, TrialOutcome
-from keras_rsft.tuning._tuner import (
-    DIVERGED,
-    SECONDS,
-    DurableOracle,
-    DurableTuner,
-    TrialsTuner,
-)
+from keras_rsft.tuning._choice import ACCURACY, PLAIN, UNFREEZE, TrialOutcome
 
 RATE = "backbone_learning_rate"
 WEIGHTS = "trainable_weights"
@@ -55,15 +43,13 @@ _NAMES = {LAST_BLOCK: "the last block", ALL: "all of the backbone"}
 # The backbone's learning rate is a tenth of the head's, and at most this: the rate that
 # is best for a new head may be one that ruins a backbone. Optimizers that divide by
 # the gradient's size need a smaller one.
-_HIGHEST_RATE = {"sgd": 1e-3}
-_HIGHEST_ADAPTIVE_RATE = 1e-4
+_HIGHEST_RATE, _HIGHEST_ADAPTIVE_RATE = {"sgd": 1e-3}, 1e-4
 
 
 def best_heads(
     outcomes: Sequence[TrialOutcome], options: SearchConfig
 ) -> tuple[TrialOutcome, ...]:
     """Returns the best plain trial and the best that rejects, where there are any."""
-    sign = 1.0 if options.direction == "max" else -1.0
     plain = [one for one in outcomes if one.is_plain]
     rejecting = [
         one
@@ -73,11 +59,11 @@ def best_heads(
         # One that accepted everything all the same would be the plain training again.
         and options.min_acceptance <= one.acceptance < 1.0
     ]
-
-    def goodness(one: TrialOutcome) -> tuple[float, float]:
-        return sign * one.metrics[options.objective], one.acceptance
-
-    return tuple(max(group, key=goodness) for group in (plain, rejecting) if group)
+    return tuple(
+        max(group, key=lambda one: (one.goodness(options), one.acceptance))
+        for group in (plain, rejecting)
+        if group
+    )
 
 
 def planned_trials(
@@ -106,18 +92,18 @@ def learnable(
     return tuple(one for one in names if not (same and one == ALL))
 
 
-class BackboneTuner(DurableTuner):
+class BackboneTuner(_tuner.DurableTuner):
     """Trains the last block of the backbone, or all of it, from searched heads."""
 
     def __init__(
         self,
-        tuner: TrialsTuner,
+        tuner: _tuner.TrialsTuner,
         heads: Sequence[TrialOutcome],
         options: SearchConfig,
         source: FeatureSource,
         folder: Path,
     ):
-        oracle = DurableOracle(
+        oracle = _tuner.DurableOracle(
             objective=keras_tuner.Objective(options.objective, options.direction),
             # A failed trial is no reason to give up the others.
             max_consecutive_failed_trials=None,
@@ -127,13 +113,19 @@ class BackboneTuner(DurableTuner):
                 oracle, directory=str(folder), project_name="backbone_trials"
             )
         self.oracle.verbose = 0
-        self.best_heads = best_heads(heads, options)
-        self._heads = {one.trial_id: one for one in heads}
+        self.heads = {
+            one.trial_id: dataclasses.replace(
+                one, values={UNFREEZE: FROZEN, **one.values}
+            )
+            for one in heads
+        }
+        self.best_heads = best_heads(tuple(self.heads.values()), options)
         self._tuner, self._options, self._source = tuner, options, source
+        self._epochs = tuner.hypermodel.settings.unfreezing.epochs or 1
 
     def head_of(self, outcome: TrialOutcome) -> TrialOutcome:
         """Returns the head's trial that one began from; a head's own is itself."""
-        return self._heads[outcome.trial_id.removeprefix(f"{outcome.unfreeze}-")]
+        return self.heads[outcome.trial_id.removeprefix(f"{outcome.unfreeze}-")]
 
     def search(self) -> None:
         """Trains the planned trials that have not ended yet, one after the other."""
@@ -171,16 +163,12 @@ class BackboneTuner(DurableTuner):
 
     def test_accuracy(self, outcome: TrialOutcome) -> float:
         model = self.load_model(self.oracle.trials[outcome.trial_id])
-        return accuracy_on_images(model, self._source.images.test)
+        return _unfreeze.accuracy_on_images(model, self._source.images.test)
 
     def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
         name = trial.hyperparameters.values[UNFREEZE]
-        head = self._heads[trial.trial_id.removeprefix(f"{name}-")]
+        head = self.heads[trial.trial_id.removeprefix(f"{name}-")]
         return self._settings(name, head, max(epochs - head.epochs, 1))
-
-    @property
-    def _epochs(self) -> int:
-        return self._tuner.hypermodel.settings.unfreezing.epochs or 1
 
     def _settings(self, name: str, head: TrialOutcome, epochs: int) -> TrainConfig:
         """Returns how a trial is trained, its head's training first."""
@@ -254,21 +242,23 @@ class BackboneTuner(DurableTuner):
             warnings.filterwarnings("ignore", message=".*accepted no sample")
             whole, trained = train_unfrozen(
                 part,
-                begun_from(
+                _unfreeze.begun_from(
                     model, features, epochs=head.epochs, callbacks=(best, clock)
                 ),
                 self._source,
                 features,
                 settings,
-                cached=cache_activations(part, features, self._source, choice),
+                cached=_unfreeze.cache_activations(
+                    part, features, self._source, choice
+                ),
                 checkpoint=checkpoint,
             )
         history = trained.history
         if not np.isfinite(history["val_loss"][head.epochs :]).all():
-            return DIVERGED
+            return _tuner.DIVERGED
         replaced(self.model_file(trial_id), whole.save)
         metrics = {name: float(history[name][best.best_epoch]) for name in METRICS}
-        metrics |= {SECONDS: clock.seconds, WEIGHTS: weights}
+        metrics |= {_tuner.SECONDS: clock.seconds, WEIGHTS: weights}
         self.oracle.update_trial(trial_id, metrics, step=best.best_epoch)
         return None
 
@@ -286,27 +276,26 @@ def strategy_rows(
 ) -> list[dict[str, Any]]:
     """Returns one row for each trial that stands for a strategy, and the choice."""
     rows = []
-    for one in {one.trial_id: one for one in (*outcomes, chosen)}.values():
+    unique = {one.trial_id: one for one in (*outcomes, chosen)}.values()
+    for one in sorted(
+        unique, key=lambda one: (one.cost, one.settings.policy.name != PLAIN)
+    ):
         accuracy, policy = one.metrics.get(ACCURACY), one.settings.policy.name
-        weights = one.metrics.get(WEIGHTS)
-        if one.unfreeze == FROZEN:
-            weights = head_weights
+        weights = one.metrics.get(WEIGHTS) if one.cost else head_weights
         error = None if accuracy is None else accuracy_error(accuracy, validation_size)
         rows.append(
             {
                 "unfreeze": one.unfreeze,
-                "rejects": policy != "accept-all",
+                "rejects": policy != PLAIN,
                 "trial": one.trial_id,
                 "policy": policy,
                 "validation_accuracy": accuracy,
                 "standard_error": error,
                 "acceptance_rate": one.metrics.get("acceptance_rate"),
-                "seconds": one.metrics.get(SECONDS),
+                "seconds": one.metrics.get(_tuner.SECONDS),
                 "trainable_weights": None if weights is None else int(weights),
                 "chosen": one.trial_id == chosen.trial_id,
                 "message": one.message,
             }
         )
-    return sorted(
-        rows, key=lambda row: (UNFREEZE_NAMES.index(row["unfreeze"]), row["rejects"])
-    )
+    return rows

@@ -16,14 +16,9 @@ from typing import Any
 import keras
 import keras_tuner
 import numpy as np
+from keras_tuner import oracles
 from keras_tuner.engine.trial import Trial, TrialStatus
 from keras_tuner.errors import FailedTrialError
-from keras_tuner.oracles import (
-    BayesianOptimizationOracle,
-    GridSearchOracle,
-    HyperbandOracle,
-    RandomSearchOracle,
-)
 
 from keras_rsft._ledger import RejectionLedger
 from keras_rsft._storage import replaced
@@ -34,15 +29,10 @@ from keras_rsft.label_quality._audit import LabelQuality, audit_labels
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.training._head import untrained_head
+from keras_rsft.tuning import _space
 from keras_rsft.tuning._batched import METRICS, BatchedHeads, OnEpoch
 from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
-from keras_rsft.tuning._space import (
-    Space,
-    check_space,
-    settings_of_values,
-    update_rule,
-    values_of,
-)
+from keras_rsft.tuning._space import Space
 
 # Durable state ------------------------------------------------------------------------
 
@@ -151,7 +141,6 @@ class TrialsTuner(DurableTuner):
         return dataclasses.replace(settings, epochs=epochs, unfreeze=None)
 
     def model_of(self, outcome: TrialOutcome) -> RSFTModel:
-        """Returns a completed trial's model, with the weights of its best epoch."""
         return self.load_model(self.oracle.trials[outcome.trial_id])
 
     def search(
@@ -252,7 +241,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         self.features = features
         self.settings = settings or TrainConfig()
         self.space: Space = space or SearchSpace()
-        check_space(self.space, self.settings)
+        _space.check_space(self.space, self.settings)
         self._progress = progress
 
     @functools.cached_property
@@ -271,7 +260,8 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         Args:
             hp: The trial's hyperparameters.
         """
-        return settings_of_values(values_of(self.space, hp), self.settings)
+        values = _space.values_of(self.space, hp)
+        return _space.settings_of_values(values, self.settings)
 
     def build(self, hp: keras_tuner.HyperParameters) -> RSFTModel:
         """Returns a trial's compiled, untrained `RSFTModel` over features."""
@@ -359,7 +349,7 @@ class BatchedTuner(TrialsTuner):
                 "The batched tuner trains heads on cached features, so `hypermodel` "
                 f"must be an `RSFTHyperModel`. Received: {type(hypermodel).__name__}."
             )
-        if isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
+        if isinstance(oracle, oracles.HyperbandOracle):
             raise InvalidArgument(
                 "The batched tuner trains all its trials for the same epochs, so it "
                 "cannot take Hyperband's: use the tuner hyperband, or `halvings`."
@@ -380,8 +370,14 @@ class BatchedTuner(TrialsTuner):
         self.parallel_trials, self._halvings = parallel_trials, halvings
         oracle.max_consecutive_failed_trials = None
         super().__init__(oracle, hypermodel, **kwargs)
-        if not self.is_worker:  # A worker's space is the chief's.
-            self._check_space()
+        if self.is_worker:  # Its space is the chief's.
+            return
+        declared, given = oracle.get_space(), hypermodel.settings
+        _space.update_rule(hypermodel.settings_of(declared))
+        for one in declared.space:
+            for value in one.values if one.name in ("policy", "optimizer") else ():
+                alone = _space.settings_of_values({one.name: value}, given)
+                _space.update_rule(alone)
 
     def load_model(self, trial: Trial) -> RSFTModel:
         """Returns a trial's model with the weights of its best epoch."""
@@ -401,7 +397,7 @@ class BatchedTuner(TrialsTuner):
         for trial in trials:
             try:
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
-                rule = (update_rule(settings), settings.epochs)
+                rule = (_space.update_rule(settings), settings.epochs)
                 groups.setdefault(rule, []).append((trial, settings))
             except Exception as error:  # A user's space: this trial alone is at fault.
                 self._fail(trial, f"{type(error).__name__}: {error}")
@@ -432,34 +428,25 @@ class BatchedTuner(TrialsTuner):
     def _heads(self) -> BatchedHeads:
         return BatchedHeads(self.hypermodel.features, self.hypermodel.settings)
 
-    def _check_space(self) -> None:
-        """Raises InvalidArgument where a policy or an optimizer cannot be batched."""
-        space, given = self.oracle.get_space(), self.hypermodel.settings
-        update_rule(self.hypermodel.settings_of(space))
-        for searched in space.space:
-            if searched.name in ("policy", "optimizer"):
-                for value in searched.values:
-                    update_rule(settings_of_values({searched.name: value}, given))
-
 
 # By name ------------------------------------------------------------------------------
 
 TRIALS_FOLDER = "trials"
 
 
-class RandomOracle(DurableOracle, RandomSearchOracle):
+class RandomOracle(DurableOracle, oracles.RandomSearchOracle):
     """Keras Tuner's random oracle."""
 
 
-class BayesianOracle(DurableOracle, BayesianOptimizationOracle):
+class BayesianOracle(DurableOracle, oracles.BayesianOptimizationOracle):
     """Keras Tuner's Bayesian oracle."""
 
 
-class BandsOracle(DurableOracle, HyperbandOracle):
+class BandsOracle(DurableOracle, oracles.HyperbandOracle):
     """Keras Tuner's Hyperband oracle."""
 
 
-class GridOracle(DurableOracle, GridSearchOracle):
+class GridOracle(DurableOracle, oracles.GridSearchOracle):
     """Keras Tuner's grid, which resumes after a stop and hands out many at once."""
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
