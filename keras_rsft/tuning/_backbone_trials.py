@@ -16,6 +16,7 @@ import keras_tuner
 import numpy as np
 import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
+from keras_tuner.errors import FailedTrialError
 
 from keras_rsft._storage import MODEL_FILE, disk_full_said, replaced
 from keras_rsft.config import (
@@ -103,22 +104,17 @@ class BackboneTuner(_tuner.DurableTuner):
         source: FeatureSource,
         folder: Path,
     ):
-        oracle = _tuner.DurableOracle(
-            objective=keras_tuner.Objective(options.objective, options.direction),
-            # A failed trial is no reason to give up the others.
-            max_consecutive_failed_trials=None,
-        )
+        objective = keras_tuner.Objective(options.objective, options.direction)
+        oracle = _tuner.DurableOracle(objective)
         with contextlib.redirect_stdout(io.StringIO()):  # Of a resumed search.
             super().__init__(
                 oracle, directory=str(folder), project_name="backbone_trials"
             )
         self.oracle.verbose = 0
-        self.heads = {
-            one.trial_id: dataclasses.replace(
-                one, values={UNFREEZE: FROZEN, **one.values}
-            )
-            for one in heads
-        }
+        self.heads: dict[str, TrialOutcome] = {}
+        for one in heads:
+            values = {UNFREEZE: FROZEN, **one.values}
+            self.heads[one.trial_id] = dataclasses.replace(one, values=values)
         self.best_heads = best_heads(tuple(self.heads.values()), options)
         self._tuner, self._options, self._source = tuner, options, source
         self._epochs = tuner.hypermodel.settings.unfreezing.epochs or 1
@@ -133,7 +129,6 @@ class BackboneTuner(_tuner.DurableTuner):
         left = {k: v for k, v in planned.items() if k not in self.oracle.end_order}
         if not left:
             return
-        self.on_search_begin()
         backbone = self._source.float32_backbone()
         kinds = ", ".join(
             f"{_NAMES[name]} from {count} head{'s' if count > 1 else ''}"
@@ -147,18 +142,15 @@ class BackboneTuner(_tuner.DurableTuner):
                 f"({head.settings.policy.name}), {number} of {len(left)}."
             )
             self._run(trial_id, name, head, backbone)
-        self.on_search_end()
 
     def run_trial(self, trial: Trial, *args: Any, **kwargs: Any) -> None:
         """Exists because Keras Tuner asks for it where there is no hypermodel."""
         raise NotImplementedError("Use `search`, which plans the trials.")
 
     def load_model(self, trial: Trial) -> keras.Model:
-        """Returns a completed trial's model, images to probabilities."""
         return keras.saving.load_model(self.model_file(trial.trial_id), compile=False)
 
     def model_file(self, trial_id: str) -> Path:
-        """Returns where a completed trial's model is."""
         return Path(self.get_trial_dir(trial_id)) / MODEL_FILE
 
     def test_accuracy(self, outcome: TrialOutcome) -> float:
@@ -202,9 +194,11 @@ class BackboneTuner(_tuner.DurableTuner):
         path = Path(self.get_trial_dir(trial_id)) / "training.npz"
         checkpoint = TrainingCheckpoint(path)
         try:
-            trial.message = self._train(trial_id, head, settings, backbone, checkpoint)
+            self._train(trial, head, settings, backbone, checkpoint)
+        except FailedTrialError as error:
+            self._fail(trial, str(error))
         except tf.errors.ResourceExhaustedError as error:
-            trial.message = f"Memory is full: {str(error).splitlines()[0]}"
+            self._fail(trial, f"Memory is full: {str(error).splitlines()[0]}")
         except (KeyboardInterrupt, OSError) as error:
             with contextlib.suppress(OSError):  # The disk may be full.
                 checkpoint.flush()
@@ -212,20 +206,17 @@ class BackboneTuner(_tuner.DurableTuner):
             if shown is error:
                 raise
             raise shown from error
-        failed = trial.message is not None
-        trial.status = TrialStatus.FAILED if failed else TrialStatus.COMPLETED
-        self.on_trial_end(trial)
         path.unlink(missing_ok=True)
 
     def _train(
         self,
-        trial_id: str,
+        trial: Trial,
         head: TrialOutcome,
         settings: TrainConfig,
         backbone: keras.Model,
         checkpoint: TrainingCheckpoint,
-    ) -> str | None:
-        """Trains and keeps the model of the best epoch; returns why it failed."""
+    ) -> None:
+        """Trains and keeps the model of the best epoch."""
         options, features = self._options, self._tuner.hypermodel.features
         clock = TrainingClock()
         best = best_of_all_epochs(
@@ -234,9 +225,9 @@ class BackboneTuner(_tuner.DurableTuner):
         part = cut_backbone(backbone, settings.unfreezing)
         model = self._tuner.model_of(head)
         weights = weights_of(part.rest) + weights_of(model)
-        # The same for all trials of a part.
-        cut = settings.unfreezing.layers
+        cut = settings.unfreezing.layers  # One choice for all trials of a part.
         choice = Path(self.project_dir) / f"activations-{cut}.json"
+        cached = _unfreeze.cache_activations(part, features, self._source, choice)
         with warnings.catch_warnings():
             # A trial's acceptance rate says it, instead of a warning in each epoch.
             warnings.filterwarnings("ignore", message=".*accepted no sample")
@@ -248,19 +239,17 @@ class BackboneTuner(_tuner.DurableTuner):
                 self._source,
                 features,
                 settings,
-                cached=_unfreeze.cache_activations(
-                    part, features, self._source, choice
-                ),
+                cached=cached,
                 checkpoint=checkpoint,
             )
         history = trained.history
         if not np.isfinite(history["val_loss"][head.epochs :]).all():
-            return _tuner.DIVERGED
-        replaced(self.model_file(trial_id), whole.save)
-        metrics = {name: float(history[name][best.best_epoch]) for name in METRICS}
-        metrics |= {_tuner.SECONDS: clock.seconds, WEIGHTS: weights}
-        self.oracle.update_trial(trial_id, metrics, step=best.best_epoch)
-        return None
+            raise FailedTrialError(_tuner.DIVERGED)
+        replaced(self.model_file(trial.trial_id), whole.save)
+        shown = {name: history[name] for name in METRICS}
+        self._complete(
+            trial, shown, best.best_epoch, clock.seconds, **{WEIGHTS: weights}
+        )
 
 
 def weights_of(model: keras.Model) -> int:

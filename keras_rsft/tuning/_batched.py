@@ -258,23 +258,19 @@ class BatchedHeads:
             better = alive[rows]
             best_values[better] = values[rows]
             trained.best_epochs[better] = epoch
-            for target, source in (
-                (trained.kernels, state.kernel),
-                (trained.biases, state.bias),
-            ):
-                if len(rows):
-                    chosen = tf.gather(source, rows, axis=-1).numpy()
-                    target[better] = np.moveaxis(chosen, -1, 0)
+            if len(rows):
+                gather = functools.partial(tf.gather, indices=rows, axis=-1)
+                kernels = gather(state.kernel).numpy()
+                trained.kernels[better] = np.moveaxis(kernels, -1, 0)
+                trained.biases[better] = gather(state.bias).numpy().T
             on_epoch(len(alive), sign * float(best_values.max()))
             if epoch + 1 in cuts and len(alive) > 1:
                 worst_last = np.argsort(-best_values[alive], kind="stable")
                 left = np.sort(worst_last[: -(-len(alive) // 2)])
                 alive = alive[left]
                 numbers = {name: array[left] for name, array in numbers.items()}
-                parts = tf.nest.map_structure(
-                    functools.partial(tf.gather, indices=left, axis=-1), tuple(state)
-                )
-                state = HeadState(*parts)
+                gather = functools.partial(tf.gather, indices=left, axis=-1)
+                state = tf.nest.map_structure(gather, state)
         return trained
 
     def _first_state(self, count: int, rule: str) -> HeadState:

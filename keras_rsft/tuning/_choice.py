@@ -68,8 +68,6 @@ class TrialOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which trial is chosen, and why."""
-
     chosen: TrialOutcome
     best: TrialOutcome
     noise: float
@@ -82,8 +80,8 @@ def choose_trial(
     """Chooses the cheapest of the trials that are as good as the best."""
     completed = [one for one in outcomes if one.completed]
     if not completed:
-        messages = [one.message for one in outcomes if one.message]
-        first = messages[0] if messages else "no reason given"
+        told = (one.message for one in outcomes if one.message)
+        first = next(told, "no reason given")
         raise TrainingStalled(
             f"All {len(outcomes)} trials failed. The first says: {first} "
             "Change the search space."

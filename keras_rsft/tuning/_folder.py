@@ -175,7 +175,6 @@ def write_hparams(
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Writes the results, which say that the search has ended."""
     replaced(folder / RESULTS_FILE, lambda path: _storage.write_json(path, results))
 
 
@@ -189,15 +188,13 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     other = []
     for part, now in identity.items():
         was = known.get(part) or {}
-        if was == now:
-            continue
-        if part in _CHANGED:
+        if was != now and part in _CHANGED:
             other.append(_CHANGED[part])
-            continue
-        changed = (
-            f"{k} {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]
-        )
-        other.append(f"other {part} ({'; '.join(changed)})")
+        elif was != now:
+            changed = (
+                f"{k} {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]
+            )
+            other.append(f"other {part} ({'; '.join(changed)})")
     if other:
         raise InvalidArgument(
             f"{folder} holds a search with {' and '.join(other)}, whose trials cannot "

@@ -279,10 +279,9 @@ def judged(splits: Splits, *, clean_validation: bool) -> Splits:
     parts = {}
     for name, wanted in (("validation", clean_validation), ("test", True)):
         part = getattr(splits, name)
-        if part.clean_labels is not None:
-            if wanted:
-                parts[name] = dataclasses.replace(part, labels=part.clean_labels)
-        elif name == "validation" and wanted:
+        if wanted and part.clean_labels is not None:
+            parts[name] = dataclasses.replace(part, labels=part.clean_labels)
+        elif wanted and name == "validation":
             raise DataError(
                 "The right labels of the validation split are not known. Name them "
                 "with `--clean-label-column`, or leave out `--clean-validation`."
@@ -299,15 +298,14 @@ def _concluded(
 ) -> Search:
     """Chooses among the trials and writes all but the results, which come last."""
     features = tuner.hypermodel.features
+    size = len(features.validation)
     of_backbone = () if backbones is None else backbones.outcomes
     outcomes = (*heads, *of_backbone)
     _folder.write_tables(folder, features, outcomes)
     _folder.write_hparams(folder, outcomes, options)
     _folder.write_pictures(heads, outcomes, options, folder)
     try:
-        choice = choose_trial(
-            outcomes, options, validation_size=len(features.validation)
-        )
+        choice = choose_trial(outcomes, options, validation_size=size)
     except TrainingStalled as error:
         # It has ended: with the default folder the next search begins a new one.
         _folder.write_results(folder, {"chosen": None, "reason": str(error)})
@@ -336,12 +334,11 @@ def _concluded(
         results["strategies"] = _backbone_trials.strategy_rows(
             (*backbones.best_heads, *of_backbone),
             chosen,
-            validation_size=len(features.validation),
+            validation_size=size,
             head_weights=_backbone_trials.weights_of(head),
         )
     replaced(folder / _storage.HEAD_FILE, head.save)
-    classes = list(features.class_names)
-    write = functools.partial(_storage.write_json, content=classes)
+    write = functools.partial(_storage.write_json, content=list(features.class_names))
     replaced(folder / _storage.CLASSES_FILE, write)
     settings = chosen.settings
     return Search(outcomes, choice, settings, head, results, tuner, folder, backbones)

@@ -85,6 +85,8 @@ class DurableTuner(keras_tuner.Tuner):
     """Keeps all of its state in its oracle, which in a worker is the chief's."""
 
     def __init__(self, oracle: keras_tuner.Oracle, hypermodel: Any = None, **kwargs):
+        # A failed trial is no reason to give up the others.
+        oracle.max_consecutive_failed_trials = None
         super().__init__(oracle, hypermodel, **kwargs)
         if not self.is_worker and (Path(self.project_dir) / STATE_FILE).exists():
             self.reload()
@@ -127,6 +129,28 @@ class DurableTuner(keras_tuner.Tuner):
             self.settings_of(trial, epochs),
         )
 
+    def _complete(
+        self,
+        trial: Trial,
+        history: Mapping[str, Sequence[float]],
+        best: int,
+        seconds: float,
+        **more: float,
+    ) -> None:
+        """Reports a trial by the metrics of its best epoch."""
+        metrics = {name: float(values[best]) for name, values in history.items()}
+        metrics |= {SECONDS: seconds, **more}
+        self.oracle.update_trial(trial.trial_id, metrics, step=best)
+        trial.status = TrialStatus.COMPLETED
+        self.on_trial_end(trial)
+
+    def _fail(self, trial: Trial, message: str) -> None:
+        trial.status, trial.message = TrialStatus.FAILED, message
+        if self.is_worker:
+            path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE
+            replaced(path, lambda beside: beside.write_text(message, encoding="utf-8"))
+        self.on_trial_end(trial)
+
 
 class TrialsTuner(DurableTuner):
     """Takes trials from an oracle, trains them and reports them, until none is left."""
@@ -158,27 +182,6 @@ class TrialsTuner(DurableTuner):
     def _train(self, trials: Sequence[Trial]) -> None:
         """Trains trials, and ends each by `_complete` or `_fail`."""
         raise NotImplementedError
-
-    def _complete(
-        self,
-        trial: Trial,
-        history: Mapping[str, Sequence[float]],
-        best: int,
-        seconds: float,
-    ) -> None:
-        """Reports a trial by the metrics of its best epoch."""
-        metrics = {name: float(values[best]) for name, values in history.items()}
-        metrics[SECONDS] = seconds
-        self.oracle.update_trial(trial.trial_id, metrics, step=best)
-        trial.status = TrialStatus.COMPLETED
-        self.on_trial_end(trial)
-
-    def _fail(self, trial: Trial, message: str) -> None:
-        trial.status, trial.message = TrialStatus.FAILED, message
-        if self.is_worker:
-            path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE
-            replaced(path, lambda beside: beside.write_text(message, encoding="utf-8"))
-        self.on_trial_end(trial)
 
     def _take_trials(self) -> list[Trial]:
         """Asks the oracle for trials, each under a tuner's name of its own."""
@@ -354,30 +357,23 @@ class BatchedTuner(TrialsTuner):
                 "The batched tuner trains all its trials for the same epochs, so it "
                 "cannot take Hyperband's: use the tuner hyperband, or `halvings`."
             )
-        for name, value, least in (
-            ("parallel_trials", parallel_trials, 1),
-            ("halvings", halvings, 0),
-        ):
-            if value < least:
-                raise InvalidArgument(
-                    f"`{name}` must be at least {least}. Received: {name}={value}."
-                )
+        SearchConfig(parallel_trials=parallel_trials, halvings=halvings)  # Checks them.
         if oracle.objective.name not in METRICS:
             raise InvalidArgument(
                 f"The objective must be one of {', '.join(METRICS)}. "
                 f"Received: {oracle.objective.name!r}."
             )
         self.parallel_trials, self._halvings = parallel_trials, halvings
-        oracle.max_consecutive_failed_trials = None
         super().__init__(oracle, hypermodel, **kwargs)
         if self.is_worker:  # Its space is the chief's.
             return
         declared, given = oracle.get_space(), hypermodel.settings
         _space.update_rule(hypermodel.settings_of(declared))
         for one in declared.space:
-            for value in one.values if one.name in ("policy", "optimizer") else ():
-                alone = _space.settings_of_values({one.name: value}, given)
-                _space.update_rule(alone)
+            if one.name in ("policy", "optimizer"):
+                for value in one.values:
+                    settings = _space.settings_of_values({one.name: value}, given)
+                    _space.update_rule(settings)
 
     def load_model(self, trial: Trial) -> RSFTModel:
         """Returns a trial's model with the weights of its best epoch."""
@@ -434,18 +430,6 @@ class BatchedTuner(TrialsTuner):
 TRIALS_FOLDER = "trials"
 
 
-class RandomOracle(DurableOracle, oracles.RandomSearchOracle):
-    """Keras Tuner's random oracle."""
-
-
-class BayesianOracle(DurableOracle, oracles.BayesianOptimizationOracle):
-    """Keras Tuner's Bayesian oracle."""
-
-
-class BandsOracle(DurableOracle, oracles.HyperbandOracle):
-    """Keras Tuner's Hyperband oracle."""
-
-
 class GridOracle(DurableOracle, oracles.GridSearchOracle):
     """Keras Tuner's grid, which resumes after a stop and hands out many at once."""
 
@@ -457,6 +441,16 @@ class GridOracle(DurableOracle, oracles.GridSearchOracle):
         if values is None:
             return {"status": TrialStatus.STOPPED}
         return {"status": TrialStatus.RUNNING, "values": values}
+
+
+_ORACLES: dict[str, Any] = {"grid": GridOracle} | {
+    name: type(kind.__name__, (DurableOracle, kind), {})
+    for name, kind in (
+        ("random", oracles.RandomSearchOracle),
+        ("bayesian", oracles.BayesianOptimizationOracle),
+        (HYPERBAND, oracles.HyperbandOracle),
+    )
+}
 
 
 class OneByOneTuner(TrialsTuner):
@@ -504,7 +498,6 @@ class OneByOneTuner(TrialsTuner):
             )
 
     def load_model(self, trial: Trial) -> RSFTModel:
-        """Returns a trial's model with the weights of its best epoch."""
         model = self.hypermodel.build(trial.hyperparameters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # The optimizer's state is left behind.
@@ -523,8 +516,6 @@ def make_tuner(
     shared = {
         "objective": keras_tuner.Objective(options.objective, options.direction),
         "seed": hypermodel.settings.seed + 1,  # Keras Tuner takes 0 for any seed.
-        # A failed trial is no reason to give up the others.
-        "max_consecutive_failed_trials": None,
     }
     name = options.oracle if options.tuner == BATCHED else options.tuner
     if name == "bayesian" and importlib.util.find_spec("sklearn") is None:
@@ -533,11 +524,10 @@ def make_tuner(
             'Install it with: pip install "keras_rsft[search]"'
         )
     if name == HYPERBAND:
-        oracle = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        oracle = _ORACLES[name](max_epochs=hypermodel.settings.epochs, **shared)
         oracle.max_trials = options.max_trials
     else:
-        kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
-        oracle = kinds[name](max_trials=options.max_trials, **shared)
+        oracle = _ORACLES[name](max_trials=options.max_trials, **shared)
     if options.tuner != BATCHED:
         return OneByOneTuner(oracle, hypermodel, **project)
     return BatchedTuner(
