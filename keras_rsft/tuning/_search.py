@@ -19,7 +19,7 @@ import numpy as np
 
 from keras_rsft import _runtime, _storage
 from keras_rsft._progress import progress_bar
-from keras_rsft._storage import RESULTS_FILE, replaced
+from keras_rsft._storage import MODEL_FILE, RESULTS_FILE, replaced
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.config import FROZEN, FeatureConfig, SearchConfig, TrainConfig
 from keras_rsft.data._samples import SampleData
@@ -263,11 +263,9 @@ def search_features(
         chosen = found.choice.chosen
         if backbones is not None and chosen.cost:
             trained = backbones.model_file(chosen.trial_id)
-            copy = functools.partial(shutil.copyfile, trained)
-            replaced(folder / _storage.MODEL_FILE, copy)
+            replaced(folder / MODEL_FILE, functools.partial(shutil.copyfile, trained))
         elif whole_model is not None:
-            save = whole_model(found.head.model).save
-            replaced(folder / _storage.MODEL_FILE, save)
+            replaced(folder / MODEL_FILE, whole_model(found.head.model).save)
         found.results["command"] = command
         found.results["seconds"] = time.perf_counter() - started
         _folder.write_results(folder, found.results)  # The last: it has ended.

@@ -196,17 +196,16 @@ def update_rule(settings: TrainConfig) -> str:
     policy, optimizer = settings.policy, settings.optimizer.lower()
     refused = None
     if optimizer not in UPDATE_RULES:
-        refused = f"the optimizer {settings.optimizer} ({', '.join(UPDATE_RULES)})"
+        refused = f"the optimizer {settings.optimizer}, only {', '.join(UPDATE_RULES)}"
     elif policy.name not in _ACCEPTANCES:
-        refused = f"the policy {policy.name} ({', '.join(_ACCEPTANCES)})"
+        refused = f"the policy {policy.name}, only {', '.join(_ACCEPTANCES)}"
     elif policy.class_floor > 0:
-        refused = f"a class floor of {policy.class_floor} (0)"
+        refused = f"a class floor of {policy.class_floor}, only 0"
     elif settings.early_stopping:
-        refused = "early stopping (without it)"
+        refused = "early stopping, only without it"
     if refused is not None:
-        what, known = refused.rsplit(" (", 1)
         raise InvalidArgument(
-            f"The batched tuner cannot train {what}, only {known[:-1]}: use the tuner "
+            f"The batched tuner cannot train {refused}: use the tuner "
             "random, bayesian, hyperband or grid, which train one head at a time."
         )
     return UPDATE_RULES[optimizer]
