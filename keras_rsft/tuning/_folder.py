@@ -30,8 +30,6 @@ from keras_rsft.tuning._tuner import RSFTHyperModel
 # Folder -------------------------------------------------------------------------------
 
 TRIALS_FILE = "trials.csv"
-TENSORBOARD_FOLDER = "tensorboard"
-_LOCK_FILE = ".lock"
 # Options that may change from one call to the next without another meaning of trials.
 _FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "unfreeze")
 _CHANGED = {"data": "another data set or backbone", "space": "another search space"}
@@ -75,7 +73,7 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
         f"Another process is searching in {folder}. Wait for it, or choose another "
         "`--output`."
     )
-    with _storage.locked(folder / _LOCK_FILE, timeout=0, taken=busy):
+    with _storage.locked(folder / ".lock", timeout=0, taken=busy):
         try:
             yield folder
         except BaseException:
@@ -156,7 +154,7 @@ def write_hparams(
     from tensorboard.plugins.hparams import api, api_pb2, summary
 
     for one in outcomes:
-        target = folder / TENSORBOARD_FOLDER / f"trial_{one.trial_id}"
+        target = folder / "tensorboard" / f"trial_{one.trial_id}"
         if target.exists():
             continue
         status = api_pb2.STATUS_SUCCESS if one.completed else api_pb2.STATUS_FAILURE

@@ -427,8 +427,6 @@ class BatchedTuner(TrialsTuner):
 
 # By name ------------------------------------------------------------------------------
 
-TRIALS_FOLDER = "trials"
-
 
 class GridOracle(DurableOracle, oracles.GridSearchOracle):
     """Keras Tuner's grid, which resumes after a stop and hands out many at once."""
@@ -512,7 +510,7 @@ def make_tuner(
     hypermodel: RSFTHyperModel, options: SearchConfig, folder: Path
 ) -> TrialsTuner:
     """Returns a tuner, with the trials that `folder/trials` has already."""
-    project = {"directory": str(folder), "project_name": TRIALS_FOLDER}
+    project = {"directory": str(folder), "project_name": "trials"}
     shared = {
         "objective": keras_tuner.Objective(options.objective, options.direction),
         "seed": hypermodel.settings.seed + 1,  # Keras Tuner takes 0 for any seed.
