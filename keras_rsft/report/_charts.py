@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_rsft._stats import Interval
 from keras_rsft.report._record import EpochLosses
+from keras_rsft.report._summary import share_text
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 28
@@ -100,15 +101,14 @@ def _svg(
 
 def _alone(content: str, width: float, height: float, summary: str) -> str:
     """Returns a drawing that brings its own colours and paper."""
-    content = _rect(0, 0, width, height, class_="paper") + content
-    content = _tag("style", _STYLE) + content
-    attributes: dict[str, Any] = {
+    paper = _rect(0, 0, width, height, class_="paper")
+    own: dict[str, Any] = {"class": "keras-rsft", "width": width, "height": height}
+    own |= {
         "xmlns": "http://www.w3.org/2000/svg",
-        "class": "keras-rsft",
+        "style": "max-width:100%;height:auto",
     }
-    attributes |= {"width": width, "height": height}
-    attributes["style"] = "max-width:100%;height:auto"
-    return _svg(content, width, height, summary, **attributes)
+    content = _tag("style", _STYLE) + paper + content
+    return _svg(content, width, height, summary, **own)
 
 
 def _scale(
@@ -240,21 +240,16 @@ def line_chart(
         [(y(v), f"{100 * v:.0f} %" if as_percent else f"{v:.3g}") for v in ticks],
     )
     heights, texts, ends = [], [], []
+    written = share_text if as_percent else "{:.3g}".format
     for name, style, line in series:
         row = [y(value) if math.isfinite(value) else None for value in line]
-        pairs = itertools.groupby(
-            zip(xs, row, strict=False), lambda pair: pair[1] is not None
-        )
-        for is_known, piece in pairs:  # A gap breaks the line.
+        points = zip(xs, row, strict=False)
+        pieces = itertools.groupby(points, lambda point: point[1] is not None)
+        for is_known, piece in pieces:  # A gap breaks the line.
             if is_known:
-                points = " ".join(f"{left:g},{top:g}" for left, top in piece)
-                drawn += _tag("polyline", class_=f"line {style}", points=points)
-        shown = [
-            (f"{100 * value:.1f} %" if as_percent else f"{value:.3g}")
-            if math.isfinite(value)
-            else "-"
-            for value in line
-        ]
+                joined = " ".join(f"{left:g},{top:g}" for left, top in piece)
+                drawn += _tag("polyline", class_=f"line {style}", points=joined)
+        shown = [written(one) if math.isfinite(one) else "-" for one in line]
         known = [text for text in shown if text != "-"]
         ends.append(f"{name} from {known[0]} to {known[-1]}")
         heights.append(row)
@@ -301,39 +296,29 @@ def line_charts_svg(charts: Sequence[LineChart | None]) -> str:
 # -- Histograms of the losses --------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Histogram:
-    """The losses of one epoch; all of a page have the same axes."""
-
-    epoch: int
-    counts: str
-    threshold: float | None
-    svg: str
-
-
-def histograms(losses: Sequence[EpochLosses]) -> tuple[Histogram, ...]:
-    """Returns the losses of up to six epochs, from the first to the last."""
+def histograms(losses: Sequence[EpochLosses]) -> list[dict[str, Any]]:
+    """Draws up to six epochs, from the first to the last, with the same axes."""
     if not losses:
-        return ()
+        return []
     spread = np.linspace(0, len(losses) - 1, min(len(losses), _SHOWN_EPOCHS))
     chosen = [losses[i] for i in sorted({round(one) for one in spread.tolist()})]
     low = min(one[0] for epoch in losses for one in epoch.bins)
     high = max(one[1] for epoch in losses for one in epoch.bins)
     most = max(sum(one[2:]) for epoch in chosen for one in epoch.bins)
-    return tuple(_histogram(epoch, low, high, most) for epoch in chosen)
+    return [_histogram(epoch, low, high, most) for epoch in chosen]
 
 
-def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histogram:
+def _histogram(
+    epoch: EpochLosses, low: float, high: float, most: int
+) -> dict[str, Any]:
     base = SMALL_HEIGHT - 22
+    counted = "{:,} accepted, {:,} rejected".format
     x = _scale(low, high, 16, SMALL_WIDTH - 16, log=True)
     drawn = _line("axis", 0, base, SMALL_WIDTH, base)
     for start, end, *counts in epoch.bins:
         left, width = x(start), max(x(end) - x(start) - 1, 0.5)
         accepted, rejected = ((base - 14) * count / most for count in counts)
-        words = (
-            f"loss {start:.2g} to {end:.2g}: {counts[0]:,} accepted, "
-            f"{counts[1]:,} rejected"
-        )
+        words = f"loss {start:.2g} to {end:.2g}: {counted(*counts)}"
         bars = (
             ("catch", 0, base),
             ("accepted", base - accepted, accepted),
@@ -353,13 +338,12 @@ def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histog
     for decade in decades:
         text = f"{10.0**decade:g}"
         drawn += _words(text, x(10.0**decade), SMALL_HEIGHT - 6, "middle")
-    total = (sum(one[i] for one in epoch.bins) for i in (2, 3))
-    shown = "{:,} accepted, {:,} rejected".format(*total)
+    shown = counted(*(sum(one[i] for one in epoch.bins) for i in (2, 3)))
     summary = f"Losses of epoch {epoch.epoch}: {shown}"
     if threshold is not None:
         summary += f"; threshold {threshold:.3g}"
     svg = _svg(drawn, SMALL_WIDTH, SMALL_HEIGHT, f"{summary}.")
-    return Histogram(epoch.epoch, shown, threshold, svg)
+    return {"of": epoch, "counts": shown, "svg": svg}
 
 
 # -- A comparison and a search, in a notebook ----------------------------------

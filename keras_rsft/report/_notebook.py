@@ -6,13 +6,8 @@ import html
 from typing import Any
 
 from keras_rsft.report import _charts as charts
-from keras_rsft.report._summary import (
-    Summary,
-    Table,
-    comparison_summary,
-    run_summary,
-    search_summary,
-)
+from keras_rsft.report import _summary as summaries
+from keras_rsft.report._summary import Summary, Table
 
 MOST_CLASSES = 20
 MOST_TRIALS = 10
@@ -38,7 +33,11 @@ def run_html(run: Any) -> str:
         curves("Shares", "accuracy", "val_accuracy", "acceptance_rate"),
     )
     table = table_html(Table(("", ""), tuple(about)))
-    return _summary_html(run_summary(run)) + table + charts.line_charts_svg(drawn)
+    return (
+        _summary_html(summaries.run_summary(run))
+        + table
+        + charts.line_charts_svg(drawn)
+    )
 
 
 def comparison_html(comparison: Any) -> str:
@@ -48,7 +47,8 @@ def comparison_html(comparison: Any) -> str:
         for name, summary in comparison.summaries.items()
         if summary.test_accuracy is not None
     }
-    return _summary_html(comparison_summary(comparison)) + charts.intervals_svg(known)
+    summary = _summary_html(summaries.comparison_summary(comparison))
+    return summary + charts.intervals_svg(known)
 
 
 def search_html(found: Any) -> str:
@@ -60,7 +60,7 @@ def search_html(found: Any) -> str:
             *(one.metrics for one in found.outcomes if one.metrics),
         )
     )
-    summary = _summary_html(search_summary(found, MOST_TRIALS))
+    summary = _summary_html(summaries.search_summary(found, MOST_TRIALS))
     return summary + charts.trials_svg(points, chosen)
 
 
