@@ -20,8 +20,6 @@ LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 28
 SMALL_WIDTH, SMALL_HEIGHT = 320, 150
 _SHOWN_EPOCHS = 6
 _MOST_RATE_TICKS = 5
-# Styles of the lines of one chart, in the order in which they are told apart best.
-STYLES = ("quiet", "second", "first")
 # Where a trial crosses the axis of a hyperparameter that it does not have.
 UNUSED = -0.15
 _VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
@@ -88,6 +86,8 @@ def _rect(x: float, y: float, width: float, height: float, **colour: str) -> str
 def _words(
     text: str, x: float, y: float, anchor: str | None = None, class_: str = "tick"
 ) -> str:
+    if not text:
+        return ""
     return _tag("text", html.escape(text), class_=class_, x=x, y=y, text_anchor=anchor)
 
 
@@ -103,10 +103,8 @@ def _alone(content: str, width: float, height: float, summary: str) -> str:
     """Returns a drawing that brings its own colours and paper."""
     paper = _rect(0, 0, width, height, class_="paper")
     own: dict[str, Any] = {"class": "keras-rsft", "width": width, "height": height}
-    own |= {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "style": "max-width:100%;height:auto",
-    }
+    own["xmlns"] = "http://www.w3.org/2000/svg"
+    own["style"] = "max-width:100%;height:auto"
     content = _tag("style", _STYLE) + paper + content
     return _svg(content, width, height, summary, **own)
 
@@ -151,14 +149,10 @@ class _Box:
         )
         for x, text in x_ticks:
             drawn += _words(text, x, self.bottom + 18, "middle")
-        if x_label:
-            middle = (self.left + self.right) / 2
-            drawn += _words(x_label, middle, self.bottom + 36, "middle")
-        if y_label:
-            drawn += _words(y_label, self.left - 34, self.top - 10)
-        if title:
-            drawn += _words(title, self.right, self.top - 10, "end", "title")
-        return drawn
+        middle = (self.left + self.right) / 2
+        drawn += _words(x_label, middle, self.bottom + 36, "middle")
+        drawn += _words(y_label, self.left - 34, self.top - 10)
+        return drawn + _words(title, self.right, self.top - 10, "end", "title")
 
 
 def nice_ticks(low: float, high: float, *, about: int = 5) -> list[float]:
@@ -308,9 +302,7 @@ def histograms(losses: Sequence[EpochLosses]) -> list[dict[str, Any]]:
     return [_histogram(epoch, low, high, most) for epoch in chosen]
 
 
-def _histogram(
-    epoch: EpochLosses, low: float, high: float, most: int
-) -> dict[str, Any]:
+def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> dict:
     base = SMALL_HEIGHT - 22
     counted = "{:,} accepted, {:,} rejected".format
     x = _scale(low, high, 16, SMALL_WIDTH - 16, log=True)
@@ -376,7 +368,6 @@ def intervals_svg(intervals: Mapping[str, Interval]) -> str:
 def trials_svg(
     points: Sequence[tuple[float, float]], chosen: tuple[float, float]
 ) -> str:
-    """Returns the accepted share and the accuracy of each trial, and the choice."""
     box = _Box(60, 30, 620, 250)
     ticks, scales = [], []
     for axis, ends in enumerate(((box.left, box.right), (box.bottom, box.top))):
@@ -403,8 +394,6 @@ def trials_svg(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Means over trials, in cells of learning rate and selectivity."""
-
     label: str
     rates: np.ndarray
     numbers: np.ndarray

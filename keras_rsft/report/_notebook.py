@@ -14,7 +14,6 @@ MOST_TRIALS = 10
 
 
 def run_html(run: Any) -> str:
-    """Returns a run's results and its learning curves."""
     shown = ", ".join(run.class_names[:MOST_CLASSES])
     more = len(run.class_names) - MOST_CLASSES
     about = [("Classes", f"{shown} and {more} more" if more > 0 else shown)]
@@ -24,7 +23,7 @@ def run_html(run: Any) -> str:
     def curves(title: str, *names: str) -> charts.LineChart | None:
         lines = [
             (name.replace("_", " "), style, run.history.get(name, []))
-            for name, style in zip(names, charts.STYLES, strict=True)
+            for name, style in zip(names, ("quiet", "second", "first"), strict=True)
         ]
         return charts.line_chart(title, lines, as_percent=title == "Shares")
 
@@ -72,8 +71,6 @@ def _summary_html(summary: Summary) -> str:
 
 
 def table_html(table: Table) -> str:
-    """Returns a table; every cell is escaped."""
-
     def line(tag: str, cells: tuple[str, ...]) -> str:
         escaped = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
         return f"<tr>{''.join(escaped)}</tr>"

@@ -281,7 +281,6 @@ class Outcome:
 
 
 def outcome_of(record: RunRecord) -> Outcome:
-    """Returns what came out of a run or of a search."""
     if record.is_search:
         return _of_search(record)
     results = record.results
@@ -365,10 +364,9 @@ def _of_search(record: RunRecord) -> Outcome:
     figures = []
     for key, row in zip(("chosen", "plain"), table.rows, strict=True):
         for column in (2, 1, 3):  # The test split first.
-            note = ""
-            if column == 2 and row[2] != "-":
-                note = _interval(results[key]["test_accuracy"], images)
             if row[column] != "-":
+                of_test = results[key].get("test_accuracy")
+                note = _interval(of_test, images) if column == 2 else ""
                 figures.append((f"{table.columns[column]}, {key}", row[column], note))
     method = (
         f"{results.get('trials', 0)} trials. The test split was looked at once, "
@@ -392,7 +390,6 @@ def _of_search(record: RunRecord) -> Outcome:
 
 
 def learning_curves(record: RunRecord) -> list[charts.LineChart]:
-    """Returns the charts of a run by epoch."""
     metrics = record.metrics
     plain = record.results.get("against_plain", {}).get("history", {})
     in_use = [math.nan] * len(metrics.get("loss", ()))
@@ -419,15 +416,10 @@ def learning_curves(record: RunRecord) -> list[charts.LineChart]:
 def _of_both(
     metrics: dict[str, list[float]], measure: str
 ) -> list[tuple[str, str, Sequence[float]]]:
-    """Returns the lines of the training and the validation split."""
-
     def completed(name: str, instead: str) -> list[float]:
         """Epochs that train the backbone have the mean over the epoch alone."""
-        others = metrics.get(instead, [])
-        values = metrics.get(name, others)
-        if len(others) != len(values):
-            return values
-        pairs = zip(values, others, strict=True)
+        values = metrics.get(name, metrics.get(instead, []))
+        pairs = zip(values, metrics.get(instead, values), strict=True)
         return [other if math.isnan(value) else value for value, other in pairs]
 
     lines: list[tuple[str, str, Sequence[float]]] = [
@@ -435,14 +427,12 @@ def _of_both(
         ("validation", "first", metrics.get(f"val_{measure}", [])),
     ]
     if any(rate < 1 for rate in metrics.get("acceptance_rate", [])):
-        older = "accepted_loss" if measure == "loss" else ""
-        accepted = completed(f"train_accepted_{measure}", older)
+        accepted = completed(f"train_accepted_{measure}", f"accepted_{measure}")
         lines.insert(1, ("training, accepted samples", "quiet dashed", accepted))
     return lines
 
 
 def curves_note(record: RunRecord) -> str:
-    """Says how the accuracies and losses were measured."""
     if "train_accuracy" not in record.metrics:
         return ""
     note = "Measured at the end of each epoch, by the same weights for both splits."
