@@ -7,6 +7,7 @@ import html
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -26,38 +27,13 @@ _VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
 # Plasma without its ends, which are lost on dark or on light.
 _PLASMA = ("#7e03a8", "#cc4778", "#fca636")
 
-_COLOURS = (
-    {"paper": "#ffffff", "ink": "#1c1d20", "quiet": "#62656c", "grid": "#e3e3df",
-     "first": "#2553c9", "second": "#b4540a", "calm": "#8a8d94"},
-    {"paper": "#15171b", "ink": "#e9eaec", "quiet": "#a0a4ad", "grid": "#31353c",
-     "first": "#8fb0ff", "second": "#f0a560", "calm": "#858a94"},
-)  # fmt: skip
-_RULES = {
-    ".paper": "fill:{paper}",
-    "text": "font:11px system-ui,sans-serif;fill:{quiet}",
-    "text.title": "font-size:12px;font-weight:600;fill:{ink}",
-    "text.halo": "fill:{ink};stroke:{paper};stroke-width:3px;paint-order:stroke",
-    ".grid": "stroke:{grid}",
-    ".axis": "stroke:{calm}",
-    ".line": "fill:none;stroke-width:2;stroke-linejoin:round",
-    ".line.first": "stroke:{first}",
-    ".line.second": "stroke:{second};stroke-dasharray:7 4",
-    ".line.quiet": "stroke:{calm}",
-    ".dot": "fill:{first};fill-opacity:.6",
-    ".dot.hollow": "fill:{paper};fill-opacity:1;stroke:{ink}",
-    ".dot.chosen": "fill:{second};fill-opacity:1;stroke:{paper}",
-}
-_LIGHT, _DARK = (
-    "".join(
-        f"svg.keras-rsft {name}{{{rule.format(**colours)}}}"
-        for name, rule in _RULES.items()
-    )
-    for colours in _COLOURS
-)
-_STYLE = f"{_LIGHT}@media (prefers-color-scheme:dark){{{_DARK}}}"
-
 
 # -- Pieces of every chart -----------------------------------------------------
+
+
+def asset(name: str) -> str:
+    path = resources.files("keras_rsft.report") / "assets" / name
+    return path.read_text(encoding="utf-8")
 
 
 def _tag(name: str, content: str = "", /, **attributes: Any) -> str:
@@ -105,7 +81,7 @@ def _alone(content: str, width: float, height: float, summary: str) -> str:
     own: dict[str, Any] = {"class": "keras-rsft", "width": width, "height": height}
     own["xmlns"] = "http://www.w3.org/2000/svg"
     own["style"] = "max-width:100%;height:auto"
-    content = _tag("style", _STYLE) + paper + content
+    content = _tag("style", asset("svg.css")) + paper + content
     return _svg(content, width, height, summary, **own)
 
 

@@ -31,12 +31,9 @@ def run_html(run: Any) -> str:
         curves("Loss", "loss", "accepted_loss", "val_loss"),
         curves("Shares", "accuracy", "val_accuracy", "acceptance_rate"),
     )
+    summary = _summary_html(summaries.run_summary(run))
     table = table_html(Table(("", ""), tuple(about)))
-    return (
-        _summary_html(summaries.run_summary(run))
-        + table
-        + charts.line_charts_svg(drawn)
-    )
+    return summary + table + charts.line_charts_svg(drawn)
 
 
 def comparison_html(comparison: Any) -> str:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +41,8 @@ def confusion_of(
     counted = zip(cells.tolist(), frequencies.tolist(), strict=True)
     pairs = [(*divmod(cell, num_classes), count) for cell, count in counted]
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
-    found = {"counts": [], "strengths": [], "pairs": different[:max_pairs]}
+    found: dict[str, list] = {"counts": [], "strengths": []}
+    found["pairs"] = different[:max_pairs]
     if num_classes <= max_classes:
         table = np.zeros((num_classes, num_classes), np.int64)
         table.flat[cells] = frequencies
@@ -179,10 +179,8 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
         undefined=jinja2.StrictUndefined,
     )
     templates.filters |= {"safe_json": script_json, "share": share_text}
-    assets = resources.files("keras_rsft.report") / "assets"
     style, scripts = (
-        "\n".join((assets / name).read_text(encoding="utf-8") for name in names)
-        for names in (_STYLES, _SCRIPTS)
+        "\n".join(map(charts.asset, names)) for names in (_STYLES, _SCRIPTS)
     )
     script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
     pictures = "'self' data:" if served else "data:"
