@@ -179,9 +179,8 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
         undefined=jinja2.StrictUndefined,
     )
     templates.filters |= {"safe_json": script_json, "share": share_text}
-    style, scripts = (
-        "\n".join(map(charts.asset, names)) for names in (_STYLES, _SCRIPTS)
-    )
+    style = "\n".join(map(charts.asset, _STYLES))
+    scripts = "\n".join(map(charts.asset, _SCRIPTS))
     script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
     pictures = "'self' data:" if served else "data:"
     results, config = record.results, record.config

@@ -118,8 +118,9 @@ class RunRecord:
     @property
     def pictures(self) -> dict[str, bytes]:
         """The search's SVG files that exist: `heatmap`, `parallel_coordinates`."""
-        names = (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
-        paths = (self.folder / name for name in names)
+        paths = (
+            self.folder / one for one in (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
+        )
         return {path.stem: path.read_bytes() for path in paths if path.exists()}
 
 
