@@ -227,8 +227,6 @@ def _hash(text: str) -> str:
 
 def _acceptance(record: RunRecord) -> list[tuple[str, float]]:
     """Returns classes with their accepted shares, the least accepted first."""
-    if record.acceptance is None:
-        return []
     pairs = zip(record.class_names, record.acceptance.tolist(), strict=False)
     known = (pair for pair in pairs if not math.isnan(pair[1]))
     return sorted(known, key=lambda pair: pair[1])

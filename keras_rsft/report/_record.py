@@ -58,7 +58,7 @@ class RunRecord:
     metrics: dict[str, list[float]]
     samples: Samples | None
     losses: tuple[EpochLosses, ...]
-    acceptance: np.ndarray | None
+    acceptance: np.ndarray
     pairs: tuple[tuple[str, str, float], ...]
     split_sizes: dict[str, int]
     trials: tuple[dict[str, str], ...]
@@ -118,9 +118,8 @@ class RunRecord:
     @property
     def pictures(self) -> dict[str, bytes]:
         """The search's SVG files that exist: `heatmap`, `parallel_coordinates`."""
-        paths = (
-            self.folder / one for one in (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
-        )
+        names = (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
+        paths = (self.folder / name for name in names)
         return {path.stem: path.read_bytes() for path in paths if path.exists()}
 
 
@@ -162,7 +161,7 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
         limit = float(threshold) if threshold else None
         losses.append(EpochLosses(epoch, limit, counted))
     splits = (row["split"] for row in _rows(folder / _storage.SAMPLES_FILE))
-    acceptance, path = None, folder / _storage.ACCEPTANCE_FILE
+    acceptance, path = np.array([]), folder / _storage.ACCEPTANCE_FILE
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             *_, last = csv.reader(file)  # By position: a class may be called "epoch".
