@@ -329,6 +329,7 @@ class TestPage:
             "chosen": {"test_accuracy": 0.9},
             "plain": {"test_accuracy": 0.8},
             "trials": 1,
+            "test_images": 10,
             "versions": {"keras": "3.x"},
             "settings": {"policy": {"name": "keep-fraction"}, "learning_rate": 0.01},
         }
