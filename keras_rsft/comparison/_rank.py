@@ -36,8 +36,6 @@ _OWN_TROUBLE = (
 
 @dataclasses.dataclass(frozen=True)
 class RankedBackbone:
-    """A backbone and its scores."""
-
     name: str
     accuracy: float
     accuracy_error: float
