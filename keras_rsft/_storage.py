@@ -76,7 +76,6 @@ def _file_beside(path: Path) -> Iterator[Path]:
 
 
 def replaced(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has a file written beside its path, and renames it once it is on the disk."""
     with _file_beside(path) as beside:
         write(beside)
         with beside.open("rb") as file:
@@ -116,7 +115,6 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def json_value(value: Any) -> Any:
-    """Returns what JSON can hold, without NaN and infinity."""
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return {name: json_value(getattr(value, name)) for name in names}
@@ -140,7 +138,6 @@ def read_json(path: Path) -> Any:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Writes a CSV file that is safe to open in a spreadsheet, for `read_csv`."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([guarded_cell(name) for name in header])
@@ -166,7 +163,6 @@ def guarded_cell(value: Any) -> Any:
 
 
 def plain_cell(cell: str) -> str:
-    """Takes the quote off again that `guarded_cell` puts before a text."""
     return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_GUARDED) else cell
 
 
@@ -216,7 +212,6 @@ def disk_full_said(error: BaseException, folder: Path) -> BaseException:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the versions that trained weights depend on, by name."""
     return {name: version(name) for name in _PACKAGES}
 
 
@@ -304,7 +299,6 @@ class RunPlace:
         return self.unfinished / _STATE_FILES[2]
 
     def write(self, fill: Callable[[Path], None]) -> None:
-        """Has the run filled in, and renames it to its final place."""
         run = self.unfinished / _RUN_FOLDER
         shutil.rmtree(run, ignore_errors=True)  # Of a run that was killed here.
         run.mkdir()
@@ -358,7 +352,6 @@ def open_place(
 def _candidates(
     output: str | os.PathLike | NumberedFolder, identity: dict[str, Any]
 ) -> Iterator[Path]:
-    """Yields the folders that a run may have: first those of unfinished ones."""
     if not isinstance(output, NumberedFolder):
         yield check_new_folder(output)
         return

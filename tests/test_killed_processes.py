@@ -24,7 +24,7 @@ DRIVER = textwrap.dedent("""
     from keras_rsft.training import _resume as resume
 
     resume.TIMES_ITS_COST = 0.0
-    resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
+    resume.SECONDS_BETWEEN = 0.0
     place, count = sys.argv[1], int(sys.argv[2])
     if place != "-":
         module, name = place.split(":")

@@ -83,10 +83,12 @@ def test_each_half_is_judged_by_a_head_of_the_other(tmp_path, drawn):
         policy=PolicyConfig("accept-all"), epochs=10, learning_rate=0.1
     )
     finished = []
-    tried = _cross_tried(kept, ("a", "b", "c"), settings, finished.append)
-    assert tried.right.shape == (80,)
-    assert (np.count_nonzero(tried.right) > 40) != drawn
-    assert tried.step_seconds > 0
+    right, _, step_seconds = _cross_tried(
+        kept, ("a", "b", "c"), settings, finished.append
+    )
+    assert right.shape == (80,)
+    assert (np.count_nonzero(right) > 40) != drawn
+    assert step_seconds > 0
     assert finished == [1, 1]
 
 
@@ -147,8 +149,8 @@ def test_a_pilot_on_few_images(pilot_of, photo_folder):
 def test_the_expected_time_is_that_of_all_epochs_and_heads(
     pilot_of, photo_folder, monkeypatch, policy, epochs, with_plain, seconds
 ):
-    tried = pilot._Tried(np.ones(12, bool), start_seconds=2.0, step_seconds=0.5)
-    monkeypatch.setattr(pilot, "_try_both", lambda *a, **k: (tried, tried))
+    tried = np.ones(12, bool), 2.0, 0.5
+    monkeypatch.setattr(pilot, "_cross_tried", lambda *a, **k: tried)
     count = len(load_images(photo_folder).train)
     found = pilot_of(
         policy, epochs=epochs, batch_size=-(-count // 4), with_plain=with_plain

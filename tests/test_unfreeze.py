@@ -318,9 +318,7 @@ class TestGoesOn:
         changes = {"optimizer": "adam"}
         if on_disk:  # The state of each epoch, not only every ten seconds.
             monkeypatch.setattr(resume, "TIMES_ITS_COST", 0.0)
-            monkeypatch.setitem(
-                TrainingCheckpoint.__init__.__kwdefaults__, "seconds_between", 0.0
-            )
+            monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
         choose(CACHED)
         whole = fit(tmp_path / "whole", changes=changes)
         stop_at(HEAD_EPOCHS + 1, Killed)

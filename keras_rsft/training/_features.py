@@ -28,8 +28,6 @@ from keras_rsft.features._store import FeatureSet
 
 @dataclasses.dataclass(frozen=True)
 class SplitFeatures:
-    """The cached features of a data set."""
-
     train: FeatureSet
     validation: FeatureSet
     test: FeatureSet
@@ -44,8 +42,6 @@ class SplitFeatures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSource:
-    """Features, the data and the backbone that they come from."""
-
     data: SampleData
     backbone: keras.Model
     features: SplitFeatures
@@ -60,7 +56,6 @@ class FeatureSource:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where the features come from, for a run's record."""
         origin = {"data": self.data.source, **dataclasses.asdict(self.config)}
         del origin["cache_dir"]
         origin["image_size"] = list(self.backbone.input_shape[1:3]) or None
@@ -85,14 +80,12 @@ def resolve(
 
 
 def choose_dtype(config: FeatureConfig) -> str:
-    """Returns the dtype that a backbone computes in."""
     if config.dtype == "auto" and is_fixed_network(str(config.backbone)):
         return "float32"
     return choose_precision(config.dtype)
 
 
 def load_configured(config: FeatureConfig) -> keras.Model:
-    """Loads the backbone of a resolved configuration."""
     return load_backbone(
         str(config.backbone),
         weights=config.weights,
@@ -113,7 +106,6 @@ def open_features(
     on_backbone: Callable[[keras.Model], None] = lambda backbone: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> FeatureSource:
-    """Loads the backbone, and computes or reads the features."""
     config = dataclasses.replace(config, dtype=choose_dtype(config))
     backbone = load_configured(config)
     on_backbone(backbone)
@@ -167,7 +159,6 @@ def feature_passes(
     progress: bool = True,
     device_names: Sequence[str] = (),
 ) -> list[FeaturePass]:
-    """Returns the passes that `extract_all` makes."""
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
     if not isinstance(backbone, FrozenBase):

@@ -39,8 +39,6 @@ Callbacks = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainedHead:
-    """What the training of a head gives."""
-
     model: RSFTModel
     history: dict[str, list[float]]
     results: dict[str, float]
@@ -66,7 +64,6 @@ def train_head(
     curves: bool = False,
     called: str | None = None,
 ) -> TrainedHead:
-    """Trains a new head on cached features and evaluates it."""
     train = features.train
     if settings.early_stopping is not None and not len(features.validation):
         raise InvalidArgument(
@@ -255,7 +252,6 @@ def even_batch(count: int) -> int:
 
 
 def choose_steps_per_execution(steps: int) -> int:
-    """Returns how many steps to run in one call."""
     calls = -(-steps // MAX_STEPS_PER_EXECUTION)
     return -(-steps // calls)
 
@@ -276,7 +272,6 @@ def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
 
 
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
-    """Returns how many wrong labels there are, and which shares were rejected."""
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
     if wrong.any():
@@ -320,7 +315,6 @@ def train_against_plain(
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
 ) -> AgainstPlain | None:
-    """Trains a head that accepts everything, all else equal, and compares."""
     parts = {"test": features.test, "validation": features.validation}
     judged = next(((name, part) for name, part in parts.items() if len(part)), None)
     if trained.model.policy.accepts_every_finite_sample or judged is None:

@@ -9,8 +9,6 @@ import keras
 from keras_rsft.config import NOT_DECAYED, TrainConfig
 from keras_rsft.errors import InvalidArgument
 
-# Optimizers ---------------------------------------------------------------------------
-
 
 def make_optimizer(
     settings: TrainConfig, *, largest_gradient: float | None = None
@@ -34,9 +32,6 @@ def make_optimizer(
         ) from error
     optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
     return optimizer
-
-
-# Discriminative learning rates --------------------------------------------------------
 
 
 class _TwoRates(keras.optimizers.Optimizer):

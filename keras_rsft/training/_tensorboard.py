@@ -162,7 +162,6 @@ def most_suspicious(losses: np.ndarray, rejected: np.ndarray, most: int) -> np.n
 
 
 def hparams_of(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Returns settings as the page HParams takes them: flat, without what is unset."""
     flat: dict[str, bool | int | float | str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -180,7 +179,6 @@ def free_log_folder(root: str | os.PathLike, name: str) -> Path:
 
 
 def require_tensorboard() -> None:
-    """Raises ImportError, which names the extra, where TensorBoard is missing."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ImportError(
             'TensorBoard is not installed: `pip install "keras_rsft[tensorboard]"`.'

@@ -62,7 +62,6 @@ def require_layers_to_train(
 
 
 def cut_backbone(backbone: keras.Model, how: UnfreezeConfig) -> TrainablePart:
-    """Cuts a copy of the backbone before its unfrozen layers."""
     return trainable_part(backbone, how.cut, train_batch_norm=how.train_batch_norm)
 
 
@@ -77,7 +76,6 @@ def unfreeze(
     place: RunPlace | None = None,
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
-    """Trains unfrozen layers as the settings say, and returns the better model."""
     backbone, how = source.float32_backbone(), settings.unfreezing
     features = source.features
     head_only = build_classifier(
@@ -186,7 +184,6 @@ def better_model(
     *,
     name: str,
 ) -> keras.Model:
-    """Returns the better of two models by validation, and records both."""
     kept = name == "unfrozen"
     if len(features.test):
         results[f"{name}_test_accuracy"] = accuracy_on_images(tuned, data.test)
