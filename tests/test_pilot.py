@@ -10,14 +10,13 @@ from made_features import feature_set
 
 from keras_rsft import cli
 from keras_rsft._stats import paired_share_interval
-from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report._summary import about
 from keras_rsft.training import _pilot as pilot
-from keras_rsft.training._features import extract_all
+from keras_rsft.training._features import open_features
 from keras_rsft.training._pilot import (
     _cross_tried,
     paired_gain,
@@ -171,8 +170,8 @@ def test_images_that_a_review_dropped_leave_nothing_to_run(
     pilot_of, photo_folder, tiny_base_file, tmp_path
 ):
     data = load_images(photo_folder)
-    base = load_backbone(str(tiny_base_file))
-    extract_all(base, data, FeatureConfig(cache_dir=tmp_path / "kept"), progress=False)
+    config = FeatureConfig(str(tiny_base_file), cache_dir=tmp_path / "kept")
+    open_features(data, config, progress=False)
     dropped, label = data.train.ids[0], data.class_names[data.train.labels[0]]
     rows = f"id,given_label,decision,new_label\n{dropped},{label},drop,\n"
     (tmp_path / "corrections.csv").write_text(rows)

@@ -10,7 +10,7 @@ from keras_rsft.config import PolicyConfig
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.training import _resume as resume
-from keras_rsft.training._resume import TrainingCheckpoint, read_state
+from keras_rsft.training._resume import read_state
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import keras
 
-from keras_rsft._runtime import DEFAULT_PATIENCE, Cluster
+from keras_rsft._runtime import DEFAULT_PATIENCE
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
 from keras_rsft.data._samples import ImageData, SampleData
@@ -18,12 +18,12 @@ from keras_rsft.features._extract import (
     FeaturePass,
     FrozenBase,
     choose_precision,
-    keep_shares,
     open_kept,
     run_alone,
     run_together,
 )
 from keras_rsft.features._store import FeatureSet
+from keras_rsft.training._devices import ONE_DEVICE, Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,54 +100,26 @@ def open_features(
     *,
     seed: int = 0,
     progress: bool = True,
-    cluster: Cluster | None = None,
+    devices: Devices = ONE_DEVICE,
     timeout: float = DEFAULT_PATIENCE,
-    device_names: Sequence[str] = (),
     on_backbone: Callable[[keras.Model], None] = lambda backbone: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> FeatureSource:
+    """Loads the backbone, and runs it over all splits or reads the cached features."""
     config = dataclasses.replace(config, dtype=choose_dtype(config))
     backbone = load_configured(config)
     on_backbone(backbone)
-    features = extract_all(
-        backbone,
-        data,
-        config,
-        seed=seed,
-        progress=progress,
-        cluster=cluster,
-        timeout=timeout,
-        device_names=device_names,
-    )
-    return FeatureSource(data, backbone, features, config, progress, on_note)
-
-
-def extract_all(
-    backbone: keras.Model,
-    data: SampleData,
-    config: FeatureConfig,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-    cluster: Cluster | None = None,
-    timeout: float = DEFAULT_PATIENCE,
-    device_names: Sequence[str] = (),
-) -> SplitFeatures:
-    """Runs the backbone over all splits, or reads the cached features."""
     passes = feature_passes(
-        backbone, data, config, seed=seed, progress=progress, device_names=device_names
+        backbone, data, config, seed=seed, progress=progress, devices=devices
     )
-    if cluster is not None and not cluster.is_alone:
-        run_together(passes, cluster, patience=timeout)
-    else:
+    if devices.cluster.is_alone:
         for work in passes:
             run_alone(work)
-    splits = (data.train, data.validation, data.test)
-    opened = {
-        split.name: open_kept(work.folder, split)
-        for split, work in zip(splits, passes, strict=True)
-    }
-    return SplitFeatures(**opened, class_names=data.class_names)
+    else:
+        run_together(passes, devices.cluster, patience=timeout)
+    opened = [open_kept(work.folder, work.split) for work in passes]
+    features = SplitFeatures(*opened, class_names=data.class_names)
+    return FeatureSource(data, backbone, features, config, progress, on_note)
 
 
 def feature_passes(
@@ -157,7 +129,7 @@ def feature_passes(
     *,
     seed: int = 0,
     progress: bool = True,
-    device_names: Sequence[str] = (),
+    devices: Devices = ONE_DEVICE,
 ) -> list[FeaturePass]:
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
@@ -165,7 +137,7 @@ def feature_passes(
         backbone = FrozenBase(
             backbone,
             num_images=sum(map(len, splits)) + more,
-            device_names=device_names,
+            device_names=devices.local_names,
         )
     return [
         FeaturePass(
@@ -179,19 +151,3 @@ def feature_passes(
         )
         for split in splits
     ]
-
-
-def keep_share(
-    data: SampleData,
-    config: FeatureConfig,
-    *,
-    seed: int,
-    progress: bool,
-    cluster: Cluster,
-    timeout: float = DEFAULT_PATIENCE,
-) -> None:
-    """Computes one process's share of the features, and waits for nobody."""
-    passes = feature_passes(
-        load_configured(config), data, config, seed=seed, progress=progress
-    )
-    keep_shares(passes, cluster, patience=timeout)

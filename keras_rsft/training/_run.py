@@ -349,8 +349,7 @@ class _Work:
             self.features,
             seed=settings.seed,
             progress=self.progress,
-            cluster=devices.cluster,
-            device_names=devices.local_names,
+            devices=devices,
             on_backbone=self._check,
             on_note=self.on_note,
         )

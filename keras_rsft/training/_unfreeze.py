@@ -25,7 +25,7 @@ from keras_rsft.config import (
     is_fixed_network,
     require_base_can_learn,
 )
-from keras_rsft.data._samples import ImageData, ImageSplit
+from keras_rsft.data._samples import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import (
     ImageBatches,
@@ -65,9 +65,6 @@ def cut_backbone(backbone: keras.Model, how: UnfreezeConfig) -> TrainablePart:
     return trainable_part(backbone, how.cut, train_batch_norm=how.train_batch_norm)
 
 
-# --- The second half of a run -------------------------------------------------------
-
-
 def unfreeze(
     source: FeatureSource,
     trained: TrainedHead,
@@ -83,13 +80,7 @@ def unfreeze(
     )
     name = "stage2" if how.accepted_only else "unfrozen"
     tuned, whole = tune(
-        backbone,
-        source,
-        features,
-        trained,
-        settings,
-        place=place,
-        checkpoint=checkpoint,
+        backbone, source, trained, settings, place=place, checkpoint=checkpoint
     )
     if whole.history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
@@ -99,7 +90,7 @@ def unfreeze(
             "`--unfreeze`."
         )
     results = trained.results
-    kept = better_model(head_only, tuned, source.images, features, results, name=name)
+    kept = better_model(head_only, tuned, source, results, name=name)
     if how.accepted_only:
         return kept, trained
     if results["unfrozen_kept"]:
@@ -112,7 +103,6 @@ def unfreeze(
 def tune(
     backbone: keras.Model,
     source: FeatureSource,
-    features: SplitFeatures,
     trained: TrainedHead,
     settings: TrainConfig,
     *,
@@ -120,6 +110,7 @@ def tune(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Cuts a copy of the backbone and trains it and the head as the settings say."""
+    features = source.features
     if settings.unfreezing.accepted_only:
         if not trained.accepted.any():
             raise TrainingStalled(
@@ -178,16 +169,15 @@ def begun_from(
 def better_model(
     head_only: keras.Model,
     tuned: keras.Model,
-    data: ImageData,
-    features: SplitFeatures,
+    source: FeatureSource,
     results: dict[str, float],
     *,
     name: str,
 ) -> keras.Model:
-    kept = name == "unfrozen"
-    if len(features.test):
+    kept, data = name == "unfrozen", source.images
+    if len(source.features.test):
         results[f"{name}_test_accuracy"] = accuracy_on_images(tuned, data.test)
-    if len(features.validation):
+    if len(source.features.validation):
         accuracy = accuracy_on_images(tuned, data.validation)
         results[f"{name}_validation_accuracy"] = accuracy
         # Anew, as the features may have been computed in another dtype.
@@ -240,13 +230,14 @@ def cache_activations(
     itemsize = np.dtype(source.config.cache_dtype).itemsize
     needed = images * itemsize * int(part.front.output_shape[-1])
     cached = needed <= LARGEST_SHARE_OF_DISK * free and not part.front_is_preprocessing
-    how = "cached" if cached else "computed in each epoch"
-    note = (
-        f"The activations before {part.cut} are {how}: {needed / 1e9:.2g} GB, "
-        f"{free / 1e9:.3g} GB are free."
-    )
     if part.front_is_preprocessing:
         note = f"Nothing frozen is before {part.cut}: no activations are cached."
+    else:
+        how = "cached" if cached else "computed in each epoch"
+        note = (
+            f"The activations before {part.cut} are {how}: {needed / 1e9:.2g} GB, "
+            f"{free / 1e9:.3g} GB are free."
+        )
     source.on_note(note)
     if choice_file is not None:
         replaced(choice_file, lambda path: write_json(path, cached))
@@ -272,10 +263,10 @@ def _batches(
     source: FeatureSource,
     features: SplitFeatures,
     settings: TrainConfig,
-    batch_size: int,
     cached: bool,
 ) -> tuple[TrainingBatches | ImageBatches, tf.data.Dataset | None, list[str]]:
     """Returns training and validation batches, and the names of cached activations."""
+    batch_size = settings.unfreezing.batch_size or settings.batch_size
     data, validation = source.images, None
     if not cached:
         size = part.base.input_shape[1:3]
@@ -313,9 +304,6 @@ def _batches(
     return train, validation, names
 
 
-# --- The loop -----------------------------------------------------------------------
-
-
 def train_unfrozen(
     part: TrainablePart,
     trained: TrainedHead,
@@ -327,11 +315,8 @@ def train_unfrozen(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Trains the part's layers and a copy of the head, under the head's policy."""
-    how, recorder = settings.unfreezing, trained.recorder
-    batch_size = how.batch_size or settings.batch_size
-    train, validation, names = _batches(
-        part, source, features, settings, batch_size, cached
-    )
+    recorder = trained.recorder
+    train, validation, names = _batches(part, source, features, settings, cached)
     with built_in_float32():
         head = copy_model(trained.model.model)
         old = trained.model.policy
@@ -388,16 +373,12 @@ def train_unfrozen(
     part.freeze()
     with built_in_float32():
         classifier = build_classifier(part.base, head.output_shape[-1], head=head)
-    after, unknown = len(history["loss"]), float("nan")
+    unknown = [float("nan")]
+    both = {
+        name: trained.history.get(name, unknown * begin)
+        + history.get(name, unknown * len(history["loss"]))
+        for name in dict.fromkeys([*trained.history, *history])
+    }
     last = recorder.last_epoch
     accepted = trained.accepted if last is None else last[1] > 0
-    whole = dataclasses.replace(
-        trained,
-        history={
-            name: trained.history.get(name, [unknown] * begin)
-            + history.get(name, [unknown] * after)
-            for name in dict.fromkeys([*trained.history, *history])
-        },
-        accepted=accepted,
-    )
-    return classifier, whole
+    return classifier, dataclasses.replace(trained, history=both, accepted=accepted)
