@@ -60,9 +60,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         partial.rename(target)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -194,8 +193,6 @@ def locked(
 
 # --- Errors and versions ------------------------------------------------------------
 
-_PACKAGES = ("keras_rsft", "keras", "tensorflow", "numpy")
-
 
 def disk_full_said(error: BaseException, folder: Path) -> BaseException:
     """Returns an error that says what to do about a full disk, or the error itself."""
@@ -212,7 +209,8 @@ def disk_full_said(error: BaseException, folder: Path) -> BaseException:
 
 
 def package_versions() -> dict[str, str]:
-    return {name: version(name) for name in _PACKAGES}
+    names = ("keras_rsft", "keras", "tensorflow", "numpy")
+    return {name: version(name) for name in names}
 
 
 def installed_versions() -> dict[str, str]:
@@ -274,7 +272,9 @@ _LOCK_FILE = ".lock"
 _RUN_FOLDER = "run"
 # The state of the head's training, of the backbone's, and whether activations are
 # cached: another run must not read them.
-_STATE_FILES = ("training.npz", "base_training.npz", "activations.json")
+HEAD_STATE, BACKBONE_STATE = "training.npz", "base_training.npz"
+CACHE_CHOICE = "activations.json"
+_STATE_FILES = (HEAD_STATE, BACKBONE_STATE, CACHE_CHOICE)
 _OWN_NAMES = {_IDENTITY_FILE, _LOCK_FILE, _RUN_FOLDER, *_STATE_FILES}
 
 
@@ -286,18 +286,6 @@ class RunPlace:
     unfinished: Path
     resumed: bool
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.unfinished / _STATE_FILES[0]
-
-    @property
-    def unfreeze_checkpoint(self) -> Path:
-        return self.unfinished / _STATE_FILES[1]
-
-    @property
-    def cache_choice(self) -> Path:
-        return self.unfinished / _STATE_FILES[2]
-
     def write(self, fill: Callable[[Path], None]) -> None:
         run = self.unfinished / _RUN_FOLDER
         shutil.rmtree(run, ignore_errors=True)  # Of a run that was killed here.
@@ -305,9 +293,8 @@ class RunPlace:
         try:
             fill(run)
             run.rename(self.folder)
-        except BaseException:
+        finally:
             shutil.rmtree(run, ignore_errors=True)
-            raise
 
 
 class _Taken(InvalidArgument):
@@ -345,7 +332,7 @@ def open_place(
             shutil.rmtree(place.unfinished, ignore_errors=True)
             raise
         finally:
-            if place.folder.exists() or not place.checkpoint.exists():
+            if place.folder.exists() or not (place.unfinished / HEAD_STATE).exists():
                 shutil.rmtree(place.unfinished, ignore_errors=True)
 
 
@@ -377,7 +364,7 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[RunPlace]:
             raise _Taken(f"{folder} exists. Nothing is overwritten.")
         before = read_json(unfinished / _IDENTITY_FILE)
         place = RunPlace(folder, unfinished, resumed=before == identity)
-        if before not in (None, identity) and place.checkpoint.exists():
+        if before not in (None, identity) and (unfinished / HEAD_STATE).exists():
             names = sorted(
                 name
                 for name in before.keys() | identity.keys()

@@ -40,9 +40,9 @@ from keras_rsft.training._head import (
     best_of_all_epochs,
     choose_steps_per_execution,
     head_probabilities,
+    make_optimizer,
     train_head,
 )
-from keras_rsft.training._optimizer import make_optimizer
 
 # Verdict ------------------------------------------------------------------------------
 

@@ -117,8 +117,8 @@ def open_features(
             run_alone(work)
     else:
         run_together(passes, devices.cluster, patience=timeout)
-    opened = [open_kept(work.folder, work.split) for work in passes]
-    features = SplitFeatures(*opened, class_names=data.class_names)
+    train, validation, test = (open_kept(work.folder, work.split) for work in passes)
+    features = SplitFeatures(train, validation, test, data.class_names)
     return FeatureSource(data, backbone, features, config, progress, on_note)
 
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import NOT_DECAYED, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
@@ -25,7 +25,6 @@ from keras_rsft.policies._threshold import build_policy
 from keras_rsft.training._curves import EpochCurves, Overfitting, find_overfitting
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.training._optimizer import make_optimizer
 from keras_rsft.training._resume import TrainingCheckpoint, options_of
 
 MAX_STEPS_PER_EXECUTION = 64
@@ -91,8 +90,7 @@ def train_head(
         own.append(EpochCurves(features, recorder, settings.seed))
     remembering = [*further]
     if (most := settings.early_stopping) is not None:
-        stopping = best_of_all_epochs("val_accuracy", "max", epochs=most)
-        remembering = [stopping, *further]
+        remembering.insert(0, best_of_all_epochs("val_accuracy", "max", epochs=most))
     validation = None
     if count := len(features.validation):
         rows = even_batch(count)
@@ -244,6 +242,30 @@ def untrained_head(
         ),
     )
     return model
+
+
+def make_optimizer(
+    settings: TrainConfig, *, largest_gradient: float | None = None
+) -> keras.optimizers.Optimizer:
+    """Returns a new optimizer; `largest_gradient` clips all gradients' norm."""
+    config = {"learning_rate": settings.learning_rate}
+    if largest_gradient is not None:
+        config["global_clipnorm"] = largest_gradient
+    if settings.optimizer.lower() == "sgd":
+        config["momentum"] = float(settings.momentum)
+    if settings.weight_decay is not None:
+        config["weight_decay"] = settings.weight_decay
+    try:
+        optimizer = keras.optimizers.get(
+            {"class_name": settings.optimizer.lower(), "config": config}
+        )
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(
+            f"Keras {keras.__version__} cannot make this optimizer. Received: "
+            f"{settings.optimizer!r}. Use another, such as sgd, adam or adamw."
+        ) from error
+    optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+    return optimizer
 
 
 def even_batch(count: int) -> int:

@@ -187,12 +187,6 @@ def options_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
     }
 
 
-def callbacks_identity(callbacks: Any) -> Any:
-    if callable(callbacks):
-        return f"{callbacks.__module__}.{callbacks.__qualname__}"
-    return [options_of(callback) for callback in callbacks]
-
-
 def _plain_attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
     attributes = vars(callback).items()
     return {name: _copied(value) for name, value in attributes if _is_plain(value)}
@@ -224,7 +218,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def identity_of_run(data: SampleData, **choices: Any) -> dict[str, Any]:
+def identity_of_run(data: SampleData, callbacks: Any, **choices: Any) -> dict[str, Any]:
     """Returns what two runs must share to be the same run, as JSON can hold it."""
     samples: list[bytes] = []
     for split in (data.train, data.validation, data.test):
@@ -234,7 +228,13 @@ def identity_of_run(data: SampleData, **choices: Any) -> dict[str, Any]:
             samples.append(b"-" if values is None else b"+")
             if values is not None:
                 samples.append(np.ascontiguousarray(values).tobytes())
-    return run_identity(data.source, data.class_names, samples, **choices)
+    if callable(callbacks):
+        made: Any = f"{callbacks.__module__}.{callbacks.__qualname__}"
+    else:
+        made = [options_of(callback) for callback in callbacks]
+    return run_identity(
+        data.source, data.class_names, samples, callbacks=made, **choices
+    )
 
 
 class TrainingClock(keras.callbacks.Callback):

@@ -36,11 +36,7 @@ from keras_rsft.training._head import (
     train_against_plain,
     train_head,
 )
-from keras_rsft.training._resume import (
-    TrainingCheckpoint,
-    callbacks_identity,
-    identity_of_run,
-)
+from keras_rsft.training._resume import TrainingCheckpoint, identity_of_run
 from keras_rsft.training._unfreeze import (
     cut_backbone,
     require_layers_to_train,
@@ -112,8 +108,7 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
 def results_of(run: Run) -> dict[str, Any]:
     results: dict[str, Any] = {**run.results, "overfitting": None}
     if (found := run.overfitting) is not None:
-        described = dataclasses.asdict(found) | {"sentence": found.sentence}
-        results["overfitting"] = described
+        results["overfitting"] = vars(found) | {"sentence": found.sentence}
     if run.against_plain is not None:
         results["against_plain"] = dataclasses.asdict(run.against_plain)
     return results
@@ -277,10 +272,10 @@ def finetune(
     )
     identity = identity_of_run(
         data,
+        callbacks,
         features=dataclasses.asdict(dataclasses.replace(features, cache_dir=None)),
         settings=dataclasses.asdict(settings),
         strategy=devices.name,
-        callbacks=callbacks_identity(callbacks),
         with_plain=with_plain,
     )
     devices.require_same(identity)
@@ -312,8 +307,9 @@ class _Work:
     on_note: Callable[[str], None]
 
     def run_at(self, place: _storage.RunPlace) -> Run:
-        checkpoint = TrainingCheckpoint(place.checkpoint, devices=self.devices)
-        of_backbone = TrainingCheckpoint(place.unfreeze_checkpoint)
+        path = place.unfinished / _storage.HEAD_STATE
+        checkpoint = TrainingCheckpoint(path, devices=self.devices)
+        of_backbone = TrainingCheckpoint(place.unfinished / _storage.BACKBONE_STATE)
         try:
             run = self.run(checkpoint, of_backbone, place)
             run = dataclasses.replace(run, folder=place.folder)

@@ -14,10 +14,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft._ledger import RejectionLedger
-from keras_rsft._storage import RunPlace, read_json, replaced, write_json
+from keras_rsft._storage import CACHE_CHOICE, RunPlace, read_json, replaced, write_json
 from keras_rsft.backbones._blocks import TrainablePart, copy_model, trainable_part
 from keras_rsft.backbones._build import build_classifier, built_in_float32
 from keras_rsft.config import (
+    NOT_DECAYED,
     FeatureConfig,
     PolicyConfig,
     TrainConfig,
@@ -38,8 +39,12 @@ from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
 from keras_rsft.training._features import FeatureSource, SplitFeatures
-from keras_rsft.training._head import TrainedHead, fit_resumable, rejected_shares
-from keras_rsft.training._optimizer import make_optimizer, with_two_rates
+from keras_rsft.training._head import (
+    TrainedHead,
+    fit_resumable,
+    make_optimizer,
+    rejected_shares,
+)
 from keras_rsft.training._resume import TrainingCheckpoint
 
 # A head that standardises features of little spread makes the first gradients large
@@ -117,15 +122,13 @@ def tune(
                 "The trained head accepts no sample, so there is nothing to fine-tune "
                 "the last block on. Raise `--threshold`, or leave out `--unfreeze`."
             )
-        rate = settings.unfreeze_rate
         settings = dataclasses.replace(
             settings,
             policy=PolicyConfig("accept-all"),
             optimizer="sgd",
             momentum=0.9,
             weight_decay=None,
-            learning_rate=rate,
-            unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
+            learning_rate=settings.unfreeze_rate,
         )
         features = dataclasses.replace(
             features,
@@ -134,7 +137,7 @@ def tune(
         )
         trained = begun_from(RSFTModel(trained.model.model, AcceptAll()), features)
     part = cut_backbone(backbone, settings.unfreezing)
-    choice_file = None if place is None else place.cache_choice
+    choice_file = None if place is None else place.unfinished / CACHE_CHOICE
     return train_unfrozen(
         part,
         trained,
@@ -258,50 +261,48 @@ class FrozenFront(keras.layers.Layer):
         return keras.KerasTensor((images.shape[0], *self.front.output_shape[1:]))
 
 
-def _batches(
-    part: TrainablePart,
-    source: FeatureSource,
-    features: SplitFeatures,
-    settings: TrainConfig,
-    cached: bool,
-) -> tuple[TrainingBatches | ImageBatches, tf.data.Dataset | None, list[str]]:
-    """Returns training and validation batches, and the names of cached activations."""
-    batch_size = settings.unfreezing.batch_size or settings.batch_size
-    data, validation = source.images, None
-    if not cached:
-        size = part.base.input_shape[1:3]
-        if len(features.validation):
-            validation = labelled_images(
-                data.validation, features.validation, size, batch_size=batch_size
-            )
-        from_images = ImageBatches(
-            data.train, features.train, size, batch_size=batch_size, seed=settings.seed
-        )
-        return from_images, validation, []
-    views = features.train.views
-    extract = functools.partial(
-        extract_features,
-        FrozenBase(
-            part.front, num_images=views * len(data.train) + len(data.validation)
-        ),
-        seed=settings.seed,
-        feature_precision=source.config.cache_dtype,
-        cache_dir=source.config.cache_dir,
-        called="Activations",
-        progress=source.progress,
-    )
-    activations = extract(data.train, views=views)
-    names = [activations.path.parent.name]
-    if not np.array_equal(activations.ids, features.train.ids):
-        activations = activations.take(positions_of(features.train, activations))
-    if len(features.validation):
-        of_validation = extract(data.validation)
-        validation = batches_of(of_validation, batch_size=batch_size)
-        names.append(of_validation.path.parent.name)
-    train = TrainingBatches(
-        activations, batch_size=batch_size, seed=settings.seed, sample_index=True
-    )
-    return train, validation, names
+# --- Training -----------------------------------------------------------------------
+
+
+class _TwoRates(keras.optimizers.Optimizer):
+    """Mixed into an optimizer's class: the first variables are the slow ones."""
+
+    weight_decay: Any
+    slow_variables: int
+    slow_rate: float
+
+    def build(self, variables: list[Any]) -> None:
+        self._slow = {self._var_key(one) for one in variables[: self.slow_variables]}
+        super().build(variables)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        if self._var_key(variable) in self._slow:
+            learning_rate = learning_rate * self.slow_rate
+        super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables: list[Any]) -> None:
+        decay = self.weight_decay
+        if decay is None:
+            return
+        slow = [v for v in variables if self._var_key(v) in self._slow]
+        fast = [v for v in variables if self._var_key(v) not in self._slow]
+        super()._apply_weight_decay(fast)
+        try:  # It is multiplied by the learning rate of all.
+            self.weight_decay = decay * self.slow_rate
+            super()._apply_weight_decay(slow)
+        finally:
+            self.weight_decay = decay
+
+
+def with_two_rates(
+    optimizer: keras.optimizers.Optimizer, *, slow_variables: int, slow_rate: float
+) -> keras.optimizers.Optimizer:
+    """Returns the same optimizer with a smaller rate for the first variables."""
+    kind: Any = type("TwoRates", (_TwoRates, type(optimizer)), {})
+    two_rates = kind.from_config(optimizer.get_config())
+    two_rates.slow_variables, two_rates.slow_rate = slow_variables, slow_rate
+    two_rates.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+    return two_rates
 
 
 def train_unfrozen(
@@ -315,20 +316,54 @@ def train_unfrozen(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Trains the part's layers and a copy of the head, under the head's policy."""
-    recorder = trained.recorder
-    train, validation, names = _batches(part, source, features, settings, cached)
+    data, recorder, validation = source.images, trained.recorder, None
+    batch_size = settings.unfreezing.batch_size or settings.batch_size
+    names: list[str] = []
+    train: TrainingBatches | ImageBatches
+    if cached:
+        views = features.train.views
+        images = views * len(data.train) + len(data.validation)
+        extract = functools.partial(
+            extract_features,
+            FrozenBase(part.front, num_images=images),
+            seed=settings.seed,
+            feature_precision=source.config.cache_dtype,
+            cache_dir=source.config.cache_dir,
+            called="Activations",
+            progress=source.progress,
+        )
+        activations = extract(data.train, views=views)
+        names.append(activations.path.parent.name)
+        if not np.array_equal(activations.ids, features.train.ids):
+            activations = activations.take(positions_of(features.train, activations))
+        if len(features.validation):
+            of_validation = extract(data.validation)
+            validation = batches_of(of_validation, batch_size=batch_size)
+            names.append(of_validation.path.parent.name)
+        train = TrainingBatches(
+            activations, batch_size=batch_size, seed=settings.seed, sample_index=True
+        )
+    else:
+        size = part.base.input_shape[1:3]
+        if len(features.validation):
+            validation = labelled_images(
+                data.validation, features.validation, size, batch_size=batch_size
+            )
+        train = ImageBatches(
+            data.train, features.train, size, batch_size=batch_size, seed=settings.seed
+        )
     with built_in_float32():
         head = copy_model(trained.model.model)
         old = trained.model.policy
         policy = type(old).from_config(old.get_config())
         for own, other in zip(policy.variables, old.variables, strict=True):
             own.assign(other)
-        inputs = keras.Input(part.rest.input_shape[1:], name="activations")
-        activations = inputs
-        if not cached:
-            inputs = keras.Input(part.base.input_shape[1:], name="images")
-            activations = FrozenFront(part.front)(inputs)
-        body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
+        if cached:
+            rest_of = inputs = keras.Input(part.rest.input_shape[1:])
+        else:
+            inputs = keras.Input(part.base.input_shape[1:])
+            rest_of = FrozenFront(part.front)(inputs)
+        body = keras.Model(inputs, head(part.rest(rest_of)), name="tuned")
         model = RSFTModel(body, policy)
         optimizer = with_two_rates(
             make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
