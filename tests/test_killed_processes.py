@@ -45,7 +45,7 @@ MOMENTS = {
     "between features and their index": ("keras_rsft.features._extract:_append", 4),
     "the second epoch": ("keras_rsft.training._resume:write_state", 2),
     "a state on its way to the disk": ("os:replace", 2),
-    "writing the run": ("keras_rsft.training._run:write_csv", 2),
+    "writing the run": ("keras_rsft._storage:write_csv", 2),
 }
 
 

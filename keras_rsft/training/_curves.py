@@ -14,8 +14,6 @@ from keras_rsft._ledger import RejectionLedger
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.training._features import SplitFeatures
 
-# Curves -------------------------------------------------------------------------------
-
 # At most this many samples per split, the same ones in each epoch.
 MOST_SAMPLES = 5000
 CHUNK_ROWS = 4096
@@ -62,8 +60,8 @@ class EpochCurves(keras.callbacks.Callback):
             return
         losses, hits = self._train.losses_and_hits(self.model)
         accepted = self._recorder.last_epoch[1][self._train.rows] > 0
-        everything = np.ones(len(hits), bool)
-        for name, chosen in (("train", everything), ("train_accepted", accepted)):
+        chosen_of = {"train": np.ones(len(hits), bool), "train_accepted": accepted}
+        for name, chosen in chosen_of.items():
             counted = chosen & np.isfinite(losses)
             hit_rate = hits[chosen].mean() if chosen.any() else np.nan
             mean_loss = losses[counted].mean() if counted.any() else np.nan

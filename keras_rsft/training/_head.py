@@ -22,7 +22,12 @@ from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._listed import AcceptReviewed, AutoPolicy
 from keras_rsft.policies._policy import Policy
 from keras_rsft.policies._threshold import build_policy
-from keras_rsft.training._curves import EpochCurves, Overfitting, find_overfitting
+from keras_rsft.training._curves import (
+    CHUNK_ROWS,
+    EpochCurves,
+    Overfitting,
+    find_overfitting,
+)
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.training._resume import TrainingCheckpoint, options_of
@@ -278,14 +283,10 @@ def choose_steps_per_execution(steps: int) -> int:
     return -(-steps // calls)
 
 
-def head_probabilities(
-    model: keras.Model, part: FeatureSet, *, chunk_rows: int = 4096
-) -> np.ndarray:
+def head_probabilities(model: keras.Model, part: FeatureSet) -> np.ndarray:
     """Returns a head's probabilities for the plain images, `(n, classes)` float32."""
-    chunks = [
-        np.asarray(model(chunk, training=False)) for chunk in part.chunks(chunk_rows)
-    ]
-    return np.concatenate(chunks)
+    chunks = part.chunks(CHUNK_ROWS)
+    return np.concatenate([np.asarray(model(one, training=False)) for one in chunks])
 
 
 def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:

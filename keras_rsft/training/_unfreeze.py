@@ -75,8 +75,8 @@ def unfreeze(
     trained: TrainedHead,
     settings: TrainConfig,
     *,
-    place: RunPlace | None = None,
-    checkpoint: TrainingCheckpoint | None = None,
+    place: RunPlace | None,
+    checkpoint: TrainingCheckpoint | None,
 ) -> tuple[keras.Model, TrainedHead]:
     backbone, how = source.float32_backbone(), settings.unfreezing
     features = source.features
@@ -158,13 +158,12 @@ def begun_from(
 ) -> TrainedHead:
     """Returns a head of `epochs` epochs, of which no ledger is left, to train on."""
     train = features.train
-    recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     return TrainedHead(
         model=head,
         history={"loss": [float("nan")] * epochs},
         results={},
         accepted=np.zeros(len(train), bool),
-        recorder=recorder,
+        recorder=RejectionLedger(train.ids, train.labels, train.clean_labels),
         callbacks=callbacks,
     )
 
