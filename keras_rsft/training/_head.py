@@ -218,7 +218,6 @@ def untrained_head(
     settings: TrainConfig,
     label_quality: LabelQuality | None = None,
 ) -> RSFTModel:
-    """Builds and compiles a new head over cached features, under its policy."""
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
     if label_quality is not None:
@@ -290,7 +289,6 @@ def head_probabilities(model: keras.Model, part: FeatureSet) -> np.ndarray:
 
 
 def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
-    """Returns which plain images a head gets right, by the given labels."""
     return head_probabilities(model, part).argmax(axis=-1) == part.labels
 
 

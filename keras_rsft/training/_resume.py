@@ -219,7 +219,6 @@ def _copied(value: Any) -> Any:
 
 
 def identity_of_run(data: SampleData, callbacks: Any, **choices: Any) -> dict[str, Any]:
-    """Returns what two runs must share to be the same run, as JSON can hold it."""
     samples: list[bytes] = []
     for split in (data.train, data.validation, data.test):
         samples.append("\n".join(split.ids.tolist()).encode())

@@ -115,7 +115,6 @@ def results_of(run: Run) -> dict[str, Any]:
 
 
 def _sample_rows(data: SampleData) -> Iterable[list[str]]:
-    """Yields the samples that remain, with what was decided and what it replaced."""
     rows = () if data.corrections is None else data.corrections.rows
     decided = {row.id: [row.decision, row.given_label] for row in rows}
     for split in (data.train, data.validation, data.test):
@@ -178,7 +177,6 @@ class Run:
         return self.trained.overfitting
 
     def _repr_html_(self) -> str:
-        """Returns a table and a figure for a notebook."""
         from keras_rsft.report._notebook import run_html
 
         return run_html(self)

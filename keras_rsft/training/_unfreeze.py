@@ -197,7 +197,6 @@ def better_model(
 def accuracy_on_images(
     model: keras.Model, split: ImageSplit, *, batch_size: int = 32
 ) -> float:
-    """Returns the share of a split's readable images that a model gets right."""
     size = model.input_shape[1:3]
     images = tf.TensorSpec((None, *size, 3), tf.float32)
 
