@@ -197,7 +197,7 @@ def _features_of(split):
 
 class TestRefused:
     def test_nothing_accepted(self, tune, accepted):
-        with pytest.raises(TrainingStalled, match="--unfreeze last-block"):
+        with pytest.raises(TrainingStalled, match="leave out `--unfreeze`"):
             tune(accepted=np.zeros_like(accepted))
 
     def test_features_of_other_images(self, tune, kept):
