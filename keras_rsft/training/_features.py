@@ -117,7 +117,11 @@ def open_features(
             run_alone(work)
     else:
         run_together(passes, devices.cluster, patience=timeout)
-    train, validation, test = (open_kept(work.folder, work.split) for work in passes)
+    splits = (data.train, data.validation, data.test)  # A pass has them uncorrected.
+    train, validation, test = (
+        open_kept(work.folder, split)
+        for split, work in zip(splits, passes, strict=True)
+    )
     features = SplitFeatures(train, validation, test, data.class_names)
     return FeatureSource(data, backbone, features, config, progress, on_note)
 
