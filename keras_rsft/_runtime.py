@@ -22,7 +22,7 @@ from keras_rsft.errors import InvalidArgument
 
 CLUSTER_VARIABLE = "TF_CONFIG"
 # Seconds without progress after which a worker is given up.
-DEFAULT_PATIENCE = 600.0
+DEFAULT_TIMEOUT = 600.0
 _TASK_TYPES = ("chief", "worker")
 
 
@@ -166,7 +166,6 @@ ORACLE_HOST = "KERASTUNER_ORACLE_IP"
 ORACLE_PORT = "KERASTUNER_ORACLE_PORT"
 # Tells a worker which process started it, and that it must not outlive it.
 PARENT = "KERAS_RSFT_PARENT"
-DEFAULT_TIMEOUT = 600.0
 
 
 def part_in_search(given: Mapping[str, str] = os.environ) -> str:

@@ -436,7 +436,7 @@ def features(arguments: argparse.Namespace, output: Output) -> bool:
         splits = None
         backbone = _features.load_configured(config)
         passes = _features.feature_passes(backbone, data, config, **options)
-        keep_shares(passes, cluster, patience=timeout)
+        keep_shares(passes, cluster, timeout=timeout)
         output.say(f"Share {cluster.index} of {len(cluster)} is cached in {folder}.")
         title = "Once all shares are cached, put them together and train"
     output.next_command(title, fit_command(arguments, f"--seed={arguments.seed}"))
@@ -746,9 +746,8 @@ def predict(arguments: argparse.Namespace, output: Output) -> bool:
     from keras_rsft._progress import progress_bar
 
     classifier = library.load_classifier(arguments.model)
-    find = library.find_texts if classifier.takes == TEXTS else library.find_images
     column = arguments.text_column or DEFAULT_TEXT_COLUMN
-    files = find(arguments.paths)
+    files = library.find_files(arguments.paths, classifier.takes)
     samples = library.samples_in(files, classifier, text_column=column)
     unreadable = []
     if arguments.output_format == "csv":

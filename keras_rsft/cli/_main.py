@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from keras_rsft import __version__
 from keras_rsft._runtime import (
-    DEFAULT_PATIENCE,
+    DEFAULT_TIMEOUT,
     Terminated,
     quick_imports,
     termination_raises,
@@ -186,7 +186,7 @@ class Options:
         metavar="FOLDER",
     )
     worker_timeout: float = option(
-        DEFAULT_PATIENCE,
+        DEFAULT_TIMEOUT,
         "how long to wait for a worker that does not respond",
         type=seconds,
     )

@@ -9,16 +9,16 @@ from typing import Any, cast
 
 import keras
 
-from keras_rsft._runtime import DEFAULT_PATIENCE
+from keras_rsft._runtime import DEFAULT_TIMEOUT
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
 from keras_rsft.data._samples import ImageData, SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.features._extract import (
     FeaturePass,
-    FrozenBase,
+    FrozenBackbone,
     choose_precision,
-    open_kept,
+    open_cached,
     run_alone,
     run_together,
 )
@@ -101,7 +101,7 @@ def open_features(
     seed: int = 0,
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
-    timeout: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
     on_backbone: Callable[[keras.Model], None] = lambda backbone: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> FeatureSource:
@@ -116,10 +116,10 @@ def open_features(
         for work in passes:
             run_alone(work)
     else:
-        run_together(passes, devices.cluster, patience=timeout)
+        run_together(passes, devices.cluster, timeout=timeout)
     splits = (data.train, data.validation, data.test)  # A pass has them uncorrected.
     train, validation, test = (
-        open_kept(work.folder, split)
+        open_cached(work.folder, split)
         for split, work in zip(splits, passes, strict=True)
     )
     features = SplitFeatures(train, validation, test, data.class_names)
@@ -127,7 +127,7 @@ def open_features(
 
 
 def feature_passes(
-    backbone: keras.Model | FrozenBase,
+    backbone: keras.Model | FrozenBackbone,
     data: SampleData,
     config: FeatureConfig,
     *,
@@ -137,8 +137,8 @@ def feature_passes(
 ) -> list[FeaturePass]:
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
-    if not isinstance(backbone, FrozenBase):
-        backbone = FrozenBase(
+    if not isinstance(backbone, FrozenBackbone):
+        backbone = FrozenBackbone(
             backbone,
             num_images=sum(map(len, splits)) + more,
             device_names=devices.local_names,

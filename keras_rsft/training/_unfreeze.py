@@ -35,7 +35,11 @@ from keras_rsft.features._batches import (
     labelled_images,
     positions_of,
 )
-from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
+from keras_rsft.features._extract import (
+    FrozenBackbone,
+    default_cache_dir,
+    extract_features,
+)
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
 from keras_rsft.training._features import FeatureSource, SplitFeatures
@@ -323,7 +327,7 @@ def train_unfrozen(
         images = views * len(data.train) + len(data.validation)
         extract = functools.partial(
             extract_features,
-            FrozenBase(part.front, num_images=images),
+            FrozenBackbone(part.front, num_images=images),
             seed=settings.seed,
             feature_precision=source.config.cache_dtype,
             cache_dir=source.config.cache_dir,
@@ -342,7 +346,7 @@ def train_unfrozen(
             activations, batch_size=batch_size, seed=settings.seed, sample_index=True
         )
     else:
-        size = part.base.input_shape[1:3]
+        size = part.backbone.input_shape[1:3]
         if len(features.validation):
             validation = labelled_images(
                 data.validation, features.validation, size, batch_size=batch_size
@@ -359,7 +363,7 @@ def train_unfrozen(
         if cached:
             rest_of = inputs = keras.Input(part.rest.input_shape[1:])
         else:
-            inputs = keras.Input(part.base.input_shape[1:])
+            inputs = keras.Input(part.backbone.input_shape[1:])
             rest_of = FrozenFront(part.front)(inputs)
         body = keras.Model(inputs, head(part.rest(rest_of)), name="tuned")
         model = RSFTModel(body, policy)
@@ -405,7 +409,7 @@ def train_unfrozen(
         raise failure from error
     part.freeze()
     with built_in_float32():
-        classifier = build_classifier(part.base, head.output_shape[-1], head=head)
+        classifier = build_classifier(part.backbone, head.output_shape[-1], head=head)
     unknown = [float("nan")]
     both = {
         name: trained.history.get(name, unknown * begin)
