@@ -60,9 +60,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         partial.rename(target)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -76,7 +75,6 @@ def _file_beside(path: Path) -> Iterator[Path]:
 
 
 def replaced(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has a file written beside its path, and renames it once it is on the disk."""
     with _file_beside(path) as beside:
         write(beside)
         with beside.open("rb") as file:
@@ -116,7 +114,6 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def json_value(value: Any) -> Any:
-    """Returns what JSON can hold, without NaN and infinity."""
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return {name: json_value(getattr(value, name)) for name in names}
@@ -140,7 +137,6 @@ def read_json(path: Path) -> Any:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Writes a CSV file that is safe to open in a spreadsheet, for `read_csv`."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([guarded_cell(name) for name in header])
@@ -166,7 +162,6 @@ def guarded_cell(value: Any) -> Any:
 
 
 def plain_cell(cell: str) -> str:
-    """Takes the quote off again that `guarded_cell` puts before a text."""
     return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_GUARDED) else cell
 
 
@@ -198,8 +193,6 @@ def locked(
 
 # --- Errors and versions ------------------------------------------------------------
 
-_PACKAGES = ("keras_rsft", "keras", "tensorflow", "numpy")
-
 
 def disk_full_said(error: BaseException, folder: Path) -> BaseException:
     """Returns an error that says what to do about a full disk, or the error itself."""
@@ -216,8 +209,8 @@ def disk_full_said(error: BaseException, folder: Path) -> BaseException:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the versions that trained weights depend on, by name."""
-    return {name: version(name) for name in _PACKAGES}
+    names = ("keras_rsft", "keras", "tensorflow", "numpy")
+    return {name: version(name) for name in names}
 
 
 def installed_versions() -> dict[str, str]:
@@ -279,7 +272,9 @@ _LOCK_FILE = ".lock"
 _RUN_FOLDER = "run"
 # The state of the head's training, of the backbone's, and whether activations are
 # cached: another run must not read them.
-_STATE_FILES = ("training.npz", "base_training.npz", "activations.json")
+HEAD_STATE, BACKBONE_STATE = "training.npz", "base_training.npz"
+CACHE_CHOICE = "activations.json"
+_STATE_FILES = (HEAD_STATE, BACKBONE_STATE, CACHE_CHOICE)
 _OWN_NAMES = {_IDENTITY_FILE, _LOCK_FILE, _RUN_FOLDER, *_STATE_FILES}
 
 
@@ -291,29 +286,15 @@ class RunPlace:
     unfinished: Path
     resumed: bool
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.unfinished / _STATE_FILES[0]
-
-    @property
-    def unfreeze_checkpoint(self) -> Path:
-        return self.unfinished / _STATE_FILES[1]
-
-    @property
-    def cache_choice(self) -> Path:
-        return self.unfinished / _STATE_FILES[2]
-
     def write(self, fill: Callable[[Path], None]) -> None:
-        """Has the run filled in, and renames it to its final place."""
         run = self.unfinished / _RUN_FOLDER
         shutil.rmtree(run, ignore_errors=True)  # Of a run that was killed here.
         run.mkdir()
         try:
             fill(run)
             run.rename(self.folder)
-        except BaseException:
+        finally:
             shutil.rmtree(run, ignore_errors=True)
-            raise
 
 
 class _Taken(InvalidArgument):
@@ -351,14 +332,13 @@ def open_place(
             shutil.rmtree(place.unfinished, ignore_errors=True)
             raise
         finally:
-            if place.folder.exists() or not place.checkpoint.exists():
+            if place.folder.exists() or not (place.unfinished / HEAD_STATE).exists():
                 shutil.rmtree(place.unfinished, ignore_errors=True)
 
 
 def _candidates(
     output: str | os.PathLike | NumberedFolder, identity: dict[str, Any]
 ) -> Iterator[Path]:
-    """Yields the folders that a run may have: first those of unfinished ones."""
     if not isinstance(output, NumberedFolder):
         yield check_new_folder(output)
         return
@@ -384,7 +364,7 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[RunPlace]:
             raise _Taken(f"{folder} exists. Nothing is overwritten.")
         before = read_json(unfinished / _IDENTITY_FILE)
         place = RunPlace(folder, unfinished, resumed=before == identity)
-        if before not in (None, identity) and place.checkpoint.exists():
+        if before not in (None, identity) and (unfinished / HEAD_STATE).exists():
             names = sorted(
                 name
                 for name in before.keys() | identity.keys()

@@ -16,8 +16,7 @@ from keras_rsft.data._labels import add_label_noise
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.policies._threshold import KeepFraction, LossThreshold, build_policy
-from keras_rsft.training._head import choose_steps_per_execution
-from keras_rsft.training._optimizer import make_optimizer
+from keras_rsft.training._head import choose_steps_per_execution, make_optimizer
 from keras_rsft.training._run import finetune
 
 pytestmark = pytest.mark.usefixtures("eager")

@@ -24,7 +24,7 @@ DRIVER = textwrap.dedent("""
     from keras_rsft.training import _resume as resume
 
     resume.TIMES_ITS_COST = 0.0
-    resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
+    resume.SECONDS_BETWEEN = 0.0
     place, count = sys.argv[1], int(sys.argv[2])
     if place != "-":
         module, name = place.split(":")
@@ -45,7 +45,7 @@ MOMENTS = {
     "between features and their index": ("keras_rsft.features._extract:_append", 4),
     "the second epoch": ("keras_rsft.training._resume:write_state", 2),
     "a state on its way to the disk": ("os:replace", 2),
-    "writing the run": ("keras_rsft.training._run:write_csv", 2),
+    "writing the run": ("keras_rsft._storage:write_csv", 2),
 }
 
 

@@ -10,14 +10,13 @@ from made_features import feature_set
 
 from keras_rsft import cli
 from keras_rsft._stats import paired_share_interval
-from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report._summary import about
 from keras_rsft.training import _pilot as pilot
-from keras_rsft.training._features import extract_all
+from keras_rsft.training._features import open_features
 from keras_rsft.training._pilot import (
     _cross_tried,
     paired_gain,
@@ -83,10 +82,12 @@ def test_each_half_is_judged_by_a_head_of_the_other(tmp_path, drawn):
         policy=PolicyConfig("accept-all"), epochs=10, learning_rate=0.1
     )
     finished = []
-    tried = _cross_tried(kept, ("a", "b", "c"), settings, finished.append)
-    assert tried.right.shape == (80,)
-    assert (np.count_nonzero(tried.right) > 40) != drawn
-    assert tried.step_seconds > 0
+    right, _, step_seconds = _cross_tried(
+        kept, ("a", "b", "c"), settings, finished.append
+    )
+    assert right.shape == (80,)
+    assert (np.count_nonzero(right) > 40) != drawn
+    assert step_seconds > 0
     assert finished == [1, 1]
 
 
@@ -147,8 +148,8 @@ def test_a_pilot_on_few_images(pilot_of, photo_folder):
 def test_the_expected_time_is_that_of_all_epochs_and_heads(
     pilot_of, photo_folder, monkeypatch, policy, epochs, with_plain, seconds
 ):
-    tried = pilot._Tried(np.ones(12, bool), start_seconds=2.0, step_seconds=0.5)
-    monkeypatch.setattr(pilot, "_try_both", lambda *a, **k: (tried, tried))
+    tried = np.ones(12, bool), 2.0, 0.5
+    monkeypatch.setattr(pilot, "_cross_tried", lambda *a, **k: tried)
     count = len(load_images(photo_folder).train)
     found = pilot_of(
         policy, epochs=epochs, batch_size=-(-count // 4), with_plain=with_plain
@@ -169,8 +170,8 @@ def test_images_that_a_review_dropped_leave_nothing_to_run(
     pilot_of, photo_folder, tiny_base_file, tmp_path
 ):
     data = load_images(photo_folder)
-    base = load_backbone(str(tiny_base_file))
-    extract_all(base, data, FeatureConfig(cache_dir=tmp_path / "kept"), progress=False)
+    config = FeatureConfig(str(tiny_base_file), cache_dir=tmp_path / "kept")
+    open_features(data, config, progress=False)
     dropped, label = data.train.ids[0], data.class_names[data.train.labels[0]]
     rows = f"id,given_label,decision,new_label\n{dropped},{label},drop,\n"
     (tmp_path / "corrections.csv").write_text(rows)

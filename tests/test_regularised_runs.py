@@ -193,7 +193,7 @@ class TestCommand:
         assert document["results"]["best_epoch"] >= 1
         assert "Epoch that was kept" in err
         page = (tmp_path / document["folder"] / "report.html").read_text()
-        assert "validation, all samples" in page
+        assert "training, all samples" in page
 
     def test_what_is_found_is_said_once(self, fit, tmp_path, monkeypatch):
         from keras_rsft.training import _head as head_training

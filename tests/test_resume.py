@@ -10,7 +10,7 @@ from keras_rsft.config import PolicyConfig
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.training import _resume as resume
-from keras_rsft.training._resume import TrainingCheckpoint, read_state
+from keras_rsft.training._resume import read_state
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -195,9 +195,7 @@ class TestGoesOn:
         self, fit_photos, whole_run, tmp_path, stop_at, monkeypatch
     ):
         monkeypatch.setattr(resume, "TIMES_ITS_COST", 0.0)
-        monkeypatch.setitem(
-            TrainingCheckpoint.__init__.__kwdefaults__, "seconds_between", 0.0
-        )
+        monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
         stop_at(3, Killed)
         with pytest.raises(Killed):
             fit_photos(tmp_path / "killed")

@@ -300,7 +300,7 @@ class TestRefused:
         def fail(*_, **__):
             raise AssertionError("The base was run.")
 
-        monkeypatch.setattr("keras_rsft.training._features.extract_all", fail)
+        monkeypatch.setattr("keras_rsft.training._features.feature_passes", fail)
 
     @pytest.mark.parametrize("base", ["onnx:some.onnx@imagenet", "savedmodel:some@0:1"])
     def test_a_base_without_keras_layers(self, run, base, tmp_path):

@@ -23,9 +23,12 @@ from keras_rsft.errors import DataError, TrainingStalled
 from keras_rsft.features._extract import FrozenBackbone, extract_features
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
-from keras_rsft.training import _features as features_module
 from keras_rsft.training import _unfreeze as unfreezing
-from keras_rsft.training._features import FeatureSource, SplitFeatures
+from keras_rsft.training._features import (
+    FeatureSource,
+    SplitFeatures,
+    open_features,
+)
 from keras_rsft.training._run import finetune
 from keras_rsft.training._unfreeze import accuracy_on_images, begun_from
 
@@ -87,14 +90,14 @@ def tune(base, head, split, kept, accepted):
         nothing = given["split"].take(np.zeros(0, np.int64))
         data = types.SimpleNamespace(train=given["split"], validation=nothing)
         config = FeatureConfig(cache_dir=kept.path.parent.parent, dtype="float32")
-        source = FeatureSource(data, base, None, config, progress=False)
         empty = given["kept"].take(np.zeros(0, np.int64))
         features = SplitFeatures(given["kept"], empty, empty, ("a", "b", "c"))
+        source = FeatureSource(data, base, features, config, progress=False)
         model = RSFTModel(given["head"], AcceptAll())
         trained = dataclasses.replace(
             begun_from(model, features), accepted=given["accepted"]
         )
-        return unfreezing.tune(base, source, features, trained, settings)[0]
+        return unfreezing.tune(base, source, trained, settings)[0]
 
     return run
 
@@ -194,7 +197,7 @@ def _features_of(split):
 
 class TestRefused:
     def test_nothing_accepted(self, tune, accepted):
-        with pytest.raises(TrainingStalled, match="--unfreeze last-block"):
+        with pytest.raises(TrainingStalled, match="leave out `--unfreeze`"):
             tune(accepted=np.zeros_like(accepted))
 
     def test_features_of_other_images(self, tune, kept):
@@ -294,14 +297,16 @@ class TestRun:
             "accuracy_on_images",
             lambda model, split: measured.append(split.name) or 1.0,
         )
-        untouched = features_module.extract_all
 
-        def without_validation(base, data, **options):
-            features = untouched(base, data, **options)
-            empty = _features_of(data.validation.take(np.zeros(0, np.int64)))
-            return dataclasses.replace(features, validation=empty)
+        def without_validation(*data, **options):
+            source = open_features(*data, **options)
+            empty = _features_of(source.data.validation.take(np.zeros(0, np.int64)))
+            features = dataclasses.replace(source.features, validation=empty)
+            return dataclasses.replace(source, features=features)
 
-        monkeypatch.setattr(features_module, "extract_all", without_validation)
+        monkeypatch.setattr(
+            "keras_rsft.training._run.open_features", without_validation
+        )
         results = fit().results
         assert measured == ["test"]
         assert results["stage2_kept"] == 0.0

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from keras_rsft._storage import (
+    HEAD_STATE,
     NumberedFolder,
     highest_number,
     locked,
@@ -120,13 +121,13 @@ class TestPlaces:
     def test_the_same_run_is_resumed_and_another_is_not(self, tmp_path):
         folder = NumberedFolder("run", tmp_path)
         with stopped(), open_place(folder, {"seed": 1}) as place:
-            place.checkpoint.write_bytes(b"state")
+            (place.unfinished / HEAD_STATE).write_bytes(b"state")
             raise Stop
         with open_place(folder, {"seed": 2}) as other:
             assert (other.folder.name, other.resumed) == ("run-2", False)
         with open_place(folder, {"seed": 1}) as place:
             assert (place.folder.name, place.resumed) == ("run-1", True)
-            assert place.checkpoint.read_bytes() == b"state"
+            assert (place.unfinished / HEAD_STATE).read_bytes() == b"state"
             place.write(lambda run: (run / "results.json").touch())
         assert names(tmp_path) == ["run-1"]
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_rsft.training._optimizer import with_two_rates
+from keras_rsft.training._unfreeze import with_two_rates
 
 
 def moved(optimizer, steps=1, **options):

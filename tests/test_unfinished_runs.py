@@ -10,13 +10,13 @@ import filelock
 import pytest
 from same_run import assert_same_run
 
+from keras_rsft import _storage
 from keras_rsft._storage import NumberedFolder
 from keras_rsft.cli._options import data_name
 from keras_rsft.config import PolicyConfig
 from keras_rsft.data._labels import add_label_noise
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.training import _resume as resume
-from keras_rsft.training import _run as run_folder
 from keras_rsft.training._resume import read_state
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -135,7 +135,7 @@ class TestFullDisk:
             raise error
 
         with monkeypatch.context() as patched:
-            patched.setattr(run_folder, "installed_versions", full)
+            patched.setattr(_storage, "installed_versions", full)
             with pytest.raises(OSError, match="Make room, and run the same"):
                 fit_photos(tmp_path / "run")
         unfinished = tmp_path / "run.unfinished"

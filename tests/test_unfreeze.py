@@ -21,7 +21,6 @@ from keras_rsft.training import _resume as resume
 from keras_rsft.training import _unfreeze as unfreezing
 from keras_rsft.training._features import open_features
 from keras_rsft.training._head import train_head
-from keras_rsft.training._resume import TrainingCheckpoint
 from keras_rsft.training._run import finetune
 from keras_rsft.training._unfreeze import cut_backbone, train_unfrozen
 
@@ -227,7 +226,7 @@ class TestRun:
         def no_pass(*_, **__):
             raise AssertionError("The base was run.")
 
-        monkeypatch.setattr("keras_rsft.training._features.extract_all", no_pass)
+        monkeypatch.setattr("keras_rsft.training._features.feature_passes", no_pass)
         with pytest.raises(InvalidArgument, match="Near it: block2_conv"):
             fit(None, how={"layers": ("block2_cnv",)})
         with pytest.raises(InvalidArgument, match="has 3 blocks"):
@@ -269,9 +268,12 @@ class TestWhichIsKept:
             )
             results = {"validation_accuracy": 0.6, "test_accuracy": 0.7}
             kept = unfreezing.better_model(
-                head_only, tuned, source.data, features, results,
+                head_only,
+                tuned,
+                dataclasses.replace(source, features=features),
+                results,
                 name="unfrozen",
-            )  # fmt: skip
+            )
             return kept is tuned, results
 
         return judge
@@ -318,9 +320,7 @@ class TestGoesOn:
         changes = {"optimizer": "adam"}
         if on_disk:  # The state of each epoch, not only every ten seconds.
             monkeypatch.setattr(resume, "TIMES_ITS_COST", 0.0)
-            monkeypatch.setitem(
-                TrainingCheckpoint.__init__.__kwdefaults__, "seconds_between", 0.0
-            )
+            monkeypatch.setattr(resume, "SECONDS_BETWEEN", 0.0)
         choose(CACHED)
         whole = fit(tmp_path / "whole", changes=changes)
         stop_at(HEAD_EPOCHS + 1, Killed)

@@ -31,7 +31,7 @@ DRIVER = textwrap.dedent(f"""
 
     devices.SECONDS_UNTIL_LOST = {SECONDS_UNTIL_LOST}
     resume.TIMES_ITS_COST = 0.0
-    resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.0
+    resume.SECONDS_BETWEEN = 0.0
     end_epoch = resume.TrainingCheckpoint.on_epoch_end
     reached = pathlib.Path(sys.argv[1])
 

@@ -401,15 +401,19 @@ def features(arguments: argparse.Namespace, output: Output) -> bool:
     """Extracts features and caches them, or a share of them."""
     cluster = features_cluster(arguments)
     config = features_of(arguments)
-    from keras_rsft.features._extract import default_cache_dir
-    from keras_rsft.training._features import keep_share, open_features
+    from keras_rsft.features._extract import default_cache_dir, keep_shares
+    from keras_rsft.training import _features
+    from keras_rsft.training._devices import Devices
 
-    options = {"cluster": cluster, "timeout": arguments.worker_timeout}
-    options |= {"seed": arguments.seed, "progress": output.progress}
+    options = {"seed": arguments.seed, "progress": output.progress}
+    timeout = arguments.worker_timeout
     folder = arguments.cache_dir or default_cache_dir()
     data = _load(arguments, output)
     if arguments.share is None:
-        found, splits = open_features(data, config, **options).features, {}
+        source = _features.open_features(
+            data, config, devices=Devices(cluster=cluster), timeout=timeout, **options
+        )
+        found, splits = source.features, {}
         for name in ("train", "validation", "test"):
             part = getattr(found, name)
             text = f"{name}: {len(part):,} {data.kind}, {part.dim:,} features each"
@@ -430,7 +434,9 @@ def features(arguments: argparse.Namespace, output: Output) -> bool:
         title = "Train on them"
     else:
         splits = None
-        keep_share(data, config, **options)
+        backbone = _features.load_configured(config)
+        passes = _features.feature_passes(backbone, data, config, **options)
+        keep_shares(passes, cluster, timeout=timeout)
         output.say(f"Share {cluster.index} of {len(cluster)} is cached in {folder}.")
         title = "Once all shares are cached, put them together and train"
     output.next_command(title, fit_command(arguments, f"--seed={arguments.seed}"))

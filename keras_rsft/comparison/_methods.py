@@ -23,8 +23,7 @@ from keras_rsft.features._batches import TrainingBatches
 from keras_rsft.policies._rules import keep_smallest, ramped_keep_fraction
 from keras_rsft.training import _head
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.training._head import head_probabilities
-from keras_rsft.training._optimizer import make_optimizer
+from keras_rsft.training._head import head_probabilities, make_optimizer
 
 # Verdict ------------------------------------------------------------------------------
 

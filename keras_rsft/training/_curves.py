@@ -14,8 +14,6 @@ from keras_rsft._ledger import RejectionLedger
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.training._features import SplitFeatures
 
-# Curves -------------------------------------------------------------------------------
-
 # At most this many samples per split, the same ones in each epoch.
 MOST_SAMPLES = 5000
 CHUNK_ROWS = 4096
@@ -62,8 +60,8 @@ class EpochCurves(keras.callbacks.Callback):
             return
         losses, hits = self._train.losses_and_hits(self.model)
         accepted = self._recorder.last_epoch[1][self._train.rows] > 0
-        everything = np.ones(len(hits), bool)
-        for name, chosen in (("train", everything), ("train_accepted", accepted)):
+        chosen_of = {"train": np.ones(len(hits), bool), "train_accepted": accepted}
+        for name, chosen in chosen_of.items():
             counted = chosen & np.isfinite(losses)
             hit_rate = hits[chosen].mean() if chosen.any() else np.nan
             mean_loss = losses[counted].mean() if counted.any() else np.nan
@@ -95,7 +93,6 @@ class Overfitting:
 
     @property
     def sentence(self) -> str:
-        """What happened, from which epoch on, and what to do."""
         worse, better = "fell", "rose"
         if self.measure == "loss":
             worse, better = better, worse
@@ -117,16 +114,34 @@ class Overfitting:
 def find_overfitting(
     curves: Mapping[str, Sequence[float]], validation_size: int
 ) -> Overfitting | None:
-    """Looks for a training that still improves while validation falls."""
     for measure, sign in (("accuracy", 1.0), ("loss", -1.0)):
         training = curves.get(f"train_accepted_{measure}", ())
         validation = curves.get(f"val_{measure}", ())
         errors = curves.get("val_loss_error", ())
         if measure == "accuracy":
             errors = [accuracy_error(value, validation_size) for value in validation]
-        found = _fall(measure, sign, training, validation, errors)
-        if found is not None:
-            return found
+        epochs = min(len(training), len(validation), len(errors))
+        rows = [row[:epochs] for row in (training, validation, errors)]
+        if epochs < WINDOW + LASTING or not np.isfinite(rows).all():
+            continue
+        learnt, smooth, smooth_errors = map(_smoothed, rows)
+        best = max(range(len(smooth)), key=lambda at: sign * smooth[at])
+        around = range(best, best + WINDOW)  # The epochs of that median.
+        best_epoch = max(around, key=lambda at: sign * validation[at])
+        last = range(len(smooth) - LASTING, len(smooth))
+        if best < last[0] and all(
+            sign * (smooth[best] - smooth[at]) > smooth_errors[best]
+            and sign * (learnt[at] - learnt[best]) > 0
+            for at in last
+        ):
+            return Overfitting(
+                measure=measure,
+                best_epoch=best_epoch + 1,
+                epochs=epochs,
+                validation=(smooth[best], smooth[-1]),
+                training=(learnt[best], learnt[-1]),
+                standard_error=smooth_errors[best],
+            )
     return None
 
 
@@ -134,40 +149,6 @@ def accuracy_error(accuracy: float, count: int) -> float:
     """Returns the standard error of an accuracy in [0, 1] of some samples."""
     share = (accuracy * count + 2) / (count + 4)
     return math.sqrt(share * (1 - share) / (count + 4))
-
-
-def _fall(
-    measure: str,
-    sign: float,
-    training: Sequence[float],
-    validation: Sequence[float],
-    errors: Sequence[float],
-) -> Overfitting | None:
-    epochs = min(len(training), len(validation), len(errors))
-    values = [*training[:epochs], *validation[:epochs], *errors[:epochs]]
-    if epochs < WINDOW + LASTING or not all(map(math.isfinite, values)):
-        return None
-    smooth_training = _smoothed(training[:epochs])
-    smooth, smooth_errors = _smoothed(validation[:epochs]), _smoothed(errors[:epochs])
-    best = max(range(len(smooth)), key=lambda at: sign * smooth[at])
-    around = range(best, best + WINDOW)  # The epochs of that median.
-    best_epoch = max(around, key=lambda at: sign * validation[at])
-    error = smooth_errors[best]
-    last = range(len(smooth) - LASTING, len(smooth))
-    fell = all(sign * (smooth[best] - smooth[at]) > error for at in last)
-    learnt = all(
-        sign * (smooth_training[at] - smooth_training[best]) > 0 for at in last
-    )
-    if best >= last[0] or not (fell and learnt):
-        return None
-    return Overfitting(
-        measure=measure,
-        best_epoch=best_epoch + 1,
-        epochs=epochs,
-        validation=(smooth[best], smooth[-1]),
-        training=(smooth_training[best], smooth_training[-1]),
-        standard_error=error,
-    )
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

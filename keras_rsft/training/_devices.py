@@ -31,8 +31,6 @@ _LOST = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Devices:
-    """Where a training runs."""
-
     name: str = "none"
     strategy: tf.distribute.Strategy | None = None
     cluster: Cluster = dataclasses.field(default_factory=Cluster)
@@ -57,7 +55,6 @@ class Devices:
         return BatchShare(replicas, first=self.cluster.index * count, count=count)
 
     def describe(self) -> str:
-        """Says in a line what this is."""
         count = len(self.local_names)
         devices = f"{count} device{'s' if count > 1 else ''}"
         if self.name != "multiworker":
@@ -69,7 +66,6 @@ class Devices:
         )
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """Returns the context in which models and optimizers are made."""
         return (
             contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
         )
@@ -108,7 +104,6 @@ class Devices:
 
     @contextlib.contextmanager
     def heeding_loss(self) -> Iterator[None]:
-        """Turns TensorFlow's errors for a lost worker into one that says what to do."""
         try:
             yield
         except _LOST as error:
@@ -145,10 +140,6 @@ def open_devices(name: str) -> Devices:
         found = found or tf.config.list_logical_devices("CPU")
         names = [device.name for device in found]
         return Devices(name, tf.distribute.MirroredStrategy(names))
-    return Devices(name, _multi_worker_strategy(cluster), cluster)
-
-
-def _multi_worker_strategy(cluster: Cluster) -> tf.distribute.Strategy:
     from tensorflow.python.eager import context
 
     # The strategy configures this itself, and leaves no way to say how long to wait.
@@ -160,7 +151,7 @@ def _multi_worker_strategy(cluster: Cluster) -> tf.distribute.Strategy:
         cluster_register_timeout_in_ms=1000 * SECONDS_TO_START,
     )
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        return Devices(name, tf.distribute.MultiWorkerMirroredStrategy(), cluster)
     except RuntimeError as error:
         raise InvalidArgument(
             "Several workers must be connected before TensorFlow is used for anything "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import keras
 
-from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster
+from keras_rsft._runtime import DEFAULT_TIMEOUT
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
 from keras_rsft.data._samples import ImageData, SampleData
@@ -18,18 +18,16 @@ from keras_rsft.features._extract import (
     FeaturePass,
     FrozenBackbone,
     choose_precision,
-    keep_shares,
     open_cached,
     run_alone,
     run_together,
 )
 from keras_rsft.features._store import FeatureSet
+from keras_rsft.training._devices import ONE_DEVICE, Devices
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitFeatures:
-    """The cached features of a data set."""
-
     train: FeatureSet
     validation: FeatureSet
     test: FeatureSet
@@ -44,8 +42,6 @@ class SplitFeatures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSource:
-    """Features, the data and the backbone that they come from."""
-
     data: SampleData
     backbone: keras.Model
     features: SplitFeatures
@@ -60,7 +56,6 @@ class FeatureSource:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where the features come from, for a run's record."""
         origin = {"data": self.data.source, **dataclasses.asdict(self.config)}
         del origin["cache_dir"]
         origin["image_size"] = list(self.backbone.input_shape[1:3]) or None
@@ -85,14 +80,12 @@ def resolve(
 
 
 def choose_dtype(config: FeatureConfig) -> str:
-    """Returns the dtype that a backbone computes in."""
     if config.dtype == "auto" and is_fixed_network(str(config.backbone)):
         return "float32"
     return choose_precision(config.dtype)
 
 
 def load_configured(config: FeatureConfig) -> keras.Model:
-    """Loads the backbone of a resolved configuration."""
     return load_backbone(
         str(config.backbone),
         weights=config.weights,
@@ -107,55 +100,30 @@ def open_features(
     *,
     seed: int = 0,
     progress: bool = True,
-    cluster: Cluster | None = None,
+    devices: Devices = ONE_DEVICE,
     timeout: float = DEFAULT_TIMEOUT,
-    device_names: Sequence[str] = (),
     on_backbone: Callable[[keras.Model], None] = lambda backbone: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> FeatureSource:
-    """Loads the backbone, and computes or reads the features."""
+    """Loads the backbone, and runs it over all splits or reads the cached features."""
     config = dataclasses.replace(config, dtype=choose_dtype(config))
     backbone = load_configured(config)
     on_backbone(backbone)
-    features = extract_all(
-        backbone,
-        data,
-        config,
-        seed=seed,
-        progress=progress,
-        cluster=cluster,
-        timeout=timeout,
-        device_names=device_names,
-    )
-    return FeatureSource(data, backbone, features, config, progress, on_note)
-
-
-def extract_all(
-    backbone: keras.Model,
-    data: SampleData,
-    config: FeatureConfig,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-    cluster: Cluster | None = None,
-    timeout: float = DEFAULT_TIMEOUT,
-    device_names: Sequence[str] = (),
-) -> SplitFeatures:
-    """Runs the backbone over all splits, or reads the cached features."""
     passes = feature_passes(
-        backbone, data, config, seed=seed, progress=progress, device_names=device_names
+        backbone, data, config, seed=seed, progress=progress, devices=devices
     )
-    if cluster is not None and not cluster.is_alone:
-        run_together(passes, cluster, timeout=timeout)
-    else:
+    if devices.cluster.is_alone:
         for work in passes:
             run_alone(work)
-    splits = (data.train, data.validation, data.test)
-    opened = {
-        split.name: open_cached(work.folder, split)
+    else:
+        run_together(passes, devices.cluster, timeout=timeout)
+    splits = (data.train, data.validation, data.test)  # A pass has them uncorrected.
+    train, validation, test = (
+        open_cached(work.folder, split)
         for split, work in zip(splits, passes, strict=True)
-    }
-    return SplitFeatures(**opened, class_names=data.class_names)
+    )
+    features = SplitFeatures(train, validation, test, data.class_names)
+    return FeatureSource(data, backbone, features, config, progress, on_note)
 
 
 def feature_passes(
@@ -165,16 +133,15 @@ def feature_passes(
     *,
     seed: int = 0,
     progress: bool = True,
-    device_names: Sequence[str] = (),
+    devices: Devices = ONE_DEVICE,
 ) -> list[FeaturePass]:
-    """Returns the passes that `extract_all` makes."""
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
     if not isinstance(backbone, FrozenBackbone):
         backbone = FrozenBackbone(
             backbone,
             num_images=sum(map(len, splits)) + more,
-            device_names=device_names,
+            device_names=devices.local_names,
         )
     return [
         FeaturePass(
@@ -188,19 +155,3 @@ def feature_passes(
         )
         for split in splits
     ]
-
-
-def keep_share(
-    data: SampleData,
-    config: FeatureConfig,
-    *,
-    seed: int,
-    progress: bool,
-    cluster: Cluster,
-    timeout: float = DEFAULT_TIMEOUT,
-) -> None:
-    """Computes one process's share of the features, and waits for nobody."""
-    passes = feature_passes(
-        load_configured(config), data, config, seed=seed, progress=progress
-    )
-    keep_shares(passes, cluster, timeout=timeout)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import PolicyConfig, TrainConfig
+from keras_rsft.config import NOT_DECAYED, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
@@ -22,10 +22,14 @@ from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._listed import AcceptReviewed, AutoPolicy
 from keras_rsft.policies._policy import Policy
 from keras_rsft.policies._threshold import build_policy
-from keras_rsft.training._curves import EpochCurves, Overfitting, find_overfitting
+from keras_rsft.training._curves import (
+    CHUNK_ROWS,
+    EpochCurves,
+    Overfitting,
+    find_overfitting,
+)
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.training._optimizer import make_optimizer
 from keras_rsft.training._resume import TrainingCheckpoint, options_of
 
 MAX_STEPS_PER_EXECUTION = 64
@@ -39,8 +43,6 @@ Callbacks = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainedHead:
-    """What the training of a head gives."""
-
     model: RSFTModel
     history: dict[str, list[float]]
     results: dict[str, float]
@@ -66,7 +68,6 @@ def train_head(
     curves: bool = False,
     called: str | None = None,
 ) -> TrainedHead:
-    """Trains a new head on cached features and evaluates it."""
     train = features.train
     if settings.early_stopping is not None and not len(features.validation):
         raise InvalidArgument(
@@ -94,8 +95,7 @@ def train_head(
         own.append(EpochCurves(features, recorder, settings.seed))
     remembering = [*further]
     if (most := settings.early_stopping) is not None:
-        stopping = best_of_all_epochs("val_accuracy", "max", epochs=most)
-        remembering = [stopping, *further]
+        remembering.insert(0, best_of_all_epochs("val_accuracy", "max", epochs=most))
     validation = None
     if count := len(features.validation):
         rows = even_batch(count)
@@ -218,7 +218,6 @@ def untrained_head(
     settings: TrainConfig,
     label_quality: LabelQuality | None = None,
 ) -> RSFTModel:
-    """Builds and compiles a new head over cached features, under its policy."""
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
     if label_quality is not None:
@@ -249,34 +248,51 @@ def untrained_head(
     return model
 
 
+def make_optimizer(
+    settings: TrainConfig, *, largest_gradient: float | None = None
+) -> keras.optimizers.Optimizer:
+    """Returns a new optimizer; `largest_gradient` clips all gradients' norm."""
+    config = {"learning_rate": settings.learning_rate}
+    if largest_gradient is not None:
+        config["global_clipnorm"] = largest_gradient
+    if settings.optimizer.lower() == "sgd":
+        config["momentum"] = float(settings.momentum)
+    if settings.weight_decay is not None:
+        config["weight_decay"] = settings.weight_decay
+    try:
+        optimizer = keras.optimizers.get(
+            {"class_name": settings.optimizer.lower(), "config": config}
+        )
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(
+            f"Keras {keras.__version__} cannot make this optimizer. Received: "
+            f"{settings.optimizer!r}. Use another, such as sgd, adam or adamw."
+        ) from error
+    optimizer.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+    return optimizer
+
+
 def even_batch(count: int) -> int:
     """Returns a batch size, at most 256, by which batches are nearly equally large."""
     return -(-count // -(-count // VALIDATION_BATCH))
 
 
 def choose_steps_per_execution(steps: int) -> int:
-    """Returns how many steps to run in one call."""
     calls = -(-steps // MAX_STEPS_PER_EXECUTION)
     return -(-steps // calls)
 
 
-def head_probabilities(
-    model: keras.Model, part: FeatureSet, *, chunk_rows: int = 4096
-) -> np.ndarray:
+def head_probabilities(model: keras.Model, part: FeatureSet) -> np.ndarray:
     """Returns a head's probabilities for the plain images, `(n, classes)` float32."""
-    chunks = [
-        np.asarray(model(chunk, training=False)) for chunk in part.chunks(chunk_rows)
-    ]
-    return np.concatenate(chunks)
+    chunks = part.chunks(CHUNK_ROWS)
+    return np.concatenate([np.asarray(model(one, training=False)) for one in chunks])
 
 
 def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
-    """Returns which plain images a head gets right, by the given labels."""
     return head_probabilities(model, part).argmax(axis=-1) == part.labels
 
 
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
-    """Returns how many wrong labels there are, and which shares were rejected."""
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
     if wrong.any():
@@ -320,7 +336,6 @@ def train_against_plain(
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
 ) -> AgainstPlain | None:
-    """Trains a head that accepts everything, all else equal, and compares."""
     parts = {"test": features.test, "validation": features.validation}
     judged = next(((name, part) for name, part in parts.items() if len(part)), None)
     if trained.model.policy.accepts_every_finite_sample or judged is None:

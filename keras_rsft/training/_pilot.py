@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,7 +24,7 @@ from keras_rsft.features._extract import (
     seconds_per_image,
 )
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._audit import LabelQuality, audit_labels
+from keras_rsft.label_quality._audit import audit_labels
 from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
 from keras_rsft.training._head import right_answers, train_head
 
@@ -69,15 +70,6 @@ class Pilot:
     pass_seconds: float
     training_seconds: float
     verdict: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Tried:
-    """Which held-out samples a way of training got right, and its times."""
-
-    right: np.ndarray
-    start_seconds: float
-    step_seconds: float
 
 
 def run_pilot(
@@ -142,18 +134,28 @@ def run_pilot(
         sampled, data.num_classes, seed=settings.seed, progress=progress
     )
     examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(sampled))
-    policy = settings.policy
-    if policy.name == _PLAIN:
-        policy = PolicyConfig()
-    plain, rejecting = _try_both(
-        sampled, data.class_names, settings, policy, label_quality, progress
-    )
+    policy = PolicyConfig() if settings.policy.name == _PLAIN else settings.policy
+    same = policy.name == "auto" and label_quality.reason is not None
+    # The halves have no validation split to end a training by.
+    halves = dataclasses.replace(settings, early_stopping=None)
+    rejecting = None
+    with progress_bar(
+        "Training pilot heads", total=2 if same else 4, unit="heads", visible=progress
+    ) as advance:
+        plainly = dataclasses.replace(halves, policy=PolicyConfig(_PLAIN))
+        plain, start_seconds, step_seconds = _cross_tried(
+            sampled, data.class_names, plainly, advance
+        )
+        if not same:
+            halves = dataclasses.replace(halves, policy=policy)
+            with contextlib.suppress(TrainingStalled):
+                rejecting, *_ = _cross_tried(sampled, data.class_names, halves, advance)
     steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
     heads = 1 + (with_plain and settings.policy.name != _PLAIN)
-    training = heads * (plain.start_seconds + steps * plain.step_seconds)
+    training = heads * (start_seconds + steps * step_seconds)
     names, counts = data.class_names, np.bincount(labels, minlength=data.num_classes)
     most, least = int(counts.argmax()), int(counts.argmin())
-    gain = None if rejecting is None else paired_gain(plain.right, rejecting.right)
+    gain = None if rejecting is None else paired_gain(plain, rejecting)
     return Pilot(
         num_images=len(sampled),
         largest_class=(names[most], int(counts[most])),
@@ -161,8 +163,8 @@ def run_pilot(
         noise_rate=share_interval(1.0 - label_quality.right_probability),
         reason=label_quality.reason,
         policy=str(policy.name),
-        plain_accuracy=float(plain.right.mean()),
-        policy_accuracy=None if rejecting is None else float(rejecting.right.mean()),
+        plain_accuracy=float(plain.mean()),
+        policy_accuracy=None if rejecting is None else float(rejecting.mean()),
         gain=gain,
         images_left=left,
         pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
@@ -174,7 +176,6 @@ def run_pilot(
 def verdict(
     policy: str, reason: str | None, gain: tuple[float, float, float] | None
 ) -> str:
-    """Says whether rejection is likely to help."""
     if policy == "auto" and reason is not None:
         return f"Rejection changes nothing here. {reason}: auto keeps every sample."
     if gain is None:
@@ -208,38 +209,13 @@ def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
     return mean, max(mean - half, 0.0), min(mean + half, 1.0)
 
 
-def _try_both(
-    sample: FeatureSet,
-    class_names: tuple[str, ...],
-    settings: TrainConfig,
-    policy: PolicyConfig,
-    label_quality: LabelQuality,
-    progress: bool,
-) -> tuple[_Tried, _Tried | None]:
-    """Trains plainly and with a policy; None where that is plain or accepts nothing."""
-    # The halves have no validation split to end a training by.
-    settings = dataclasses.replace(settings, early_stopping=None)
-    plain = dataclasses.replace(settings, policy=PolicyConfig(_PLAIN))
-    rejecting = dataclasses.replace(settings, policy=policy)
-    same = policy.name == "auto" and label_quality.reason is not None
-    with progress_bar(
-        "Training pilot heads", total=2 if same else 4, unit="heads", visible=progress
-    ) as advance:
-        tried = _cross_tried(sample, class_names, plain, advance)
-        if same:
-            return tried, None
-        try:
-            return tried, _cross_tried(sample, class_names, rejecting, advance)
-        except TrainingStalled:
-            return tried, None
-
-
 def _cross_tried(
     sample: FeatureSet,
     class_names: tuple[str, ...],
     settings: TrainConfig,
     advance: Callable[[int], None],
-) -> _Tried:
+) -> tuple[np.ndarray, float, float]:
+    """Returns which held-out samples are predicted right, and two durations."""
     right = np.zeros(len(sample), bool)
     half = stratified_sample(sample.labels, len(sample) // 2, seed=settings.seed)
     chosen = np.zeros(len(sample), bool)
@@ -262,12 +238,10 @@ def _cross_tried(
         clocks.append(clock.seconds(steps))
         advance(1)
     start, step = np.mean(clocks, axis=0)
-    return _Tried(right, float(start), float(step))
+    return right, float(start), float(step)
 
 
 class _EpochClock(keras.callbacks.Callback):
-    """Notes when training began, and when each epoch ended."""
-
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._times = [time.perf_counter()]
 

@@ -43,21 +43,12 @@ class TrainingState:
 
 
 class TrainingCheckpoint(keras.callbacks.Callback):
-    """Writes the state of a training to a file, and resumes from it."""
-
     _recorder: RejectionLedger
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        seconds_between: float = SECONDS_BETWEEN,
-        devices: Devices = ONE_DEVICE,
-    ):
+    def __init__(self, path: Path, *, devices: Devices = ONE_DEVICE):
         super().__init__()
         self._devices = devices
         self._path = path
-        self._seconds_between = seconds_between
         self._others: Sequence[keras.callbacks.Callback] = ()
         self._belongs_to: Any = None
         self._restored: TrainingState | None = None
@@ -68,12 +59,10 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     @property
     def epochs_done(self) -> int:
-        """Finished epochs, those of an earlier process included."""
         return 0 if self._latest is None else self._latest.epochs_done
 
     @property
     def stopped(self) -> bool:
-        """Whether a callback ended the training."""
         return self._latest is not None and self._latest.stopped
 
     def open(
@@ -97,17 +86,38 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             self.history = {name: list(row) for name, row in state.history.items()}
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        if self._restored is not None:
-            self._restore(self._restored)
+        if (state := self._restored) is not None:
+            for number, variable in enumerate(self._variables()):
+                variable.assign(state.arrays[f"variable/{number}"])
+            ledger = {
+                name.removeprefix("ledger/"): array
+                for name, array in state.arrays.items()
+                if name.startswith("ledger/")
+            }
+            self._recorder.restore(ledger)
+            for callback, remembered in zip(self._others, state.callbacks, strict=True):
+                vars(callback).update(remembered)
         self._restored = None
         self._written_at = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         for name, value in (logs or {}).items():
             self.history.setdefault(name, []).append(float(value))
-        self._latest = self._state(epoch + 1)
+        arrays = {
+            f"variable/{number}": np.array(variable.numpy())
+            for number, variable in enumerate(self._variables())
+        }
+        ledger = self._recorder.state()
+        self._latest = TrainingState(
+            belongs_to=self._belongs_to,
+            epochs_done=epoch + 1,
+            stopped=bool(self.model.stop_training),
+            history={name: list(row) for name, row in self.history.items()},
+            callbacks=[memory_of(callback) for callback in self._others],
+            arrays=arrays | {f"ledger/{name}": ledger[name] for name in ledger},
+        )
         waited = time.monotonic() - self._written_at
-        if waited >= max(self._seconds_between, TIMES_ITS_COST * self._cost):
+        if waited >= max(SECONDS_BETWEEN, TIMES_ITS_COST * self._cost):
             self.flush()
 
     def flush(self) -> None:
@@ -119,32 +129,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._on_disk, self._written_at = state, time.monotonic()
         self._cost = self._written_at - started
 
-    def _state(self, epochs_done: int) -> TrainingState:
-        arrays = {
-            f"variable/{number}": np.array(variable.numpy())
-            for number, variable in enumerate(self._variables())
-        }
-        arrays |= {
-            f"ledger/{name}": value for name, value in self._recorder.state().items()
-        }
-        return TrainingState(
-            belongs_to=self._belongs_to,
-            epochs_done=epochs_done,
-            stopped=bool(self.model.stop_training),
-            history={name: list(row) for name, row in self.history.items()},
-            callbacks=[memory_of(callback) for callback in self._others],
-            arrays=arrays,
-        )
-
-    def _restore(self, state: TrainingState) -> None:
-        for number, variable in enumerate(self._variables()):
-            variable.assign(state.arrays[f"variable/{number}"])
-        prefix, arrays = "ledger/", state.arrays
-        ledger = {n.removeprefix(prefix): arrays[n] for n in arrays if prefix in n}
-        self._recorder.restore(ledger)
-        for callback, remembered in zip(self._others, state.callbacks, strict=True):
-            vars(callback).update(remembered)
-
     def _variables(self) -> list[Any]:
         """Returns all that an epoch hands to the next: metrics begin anew in each."""
         metrics = {id(variable) for variable in self.model.metrics_variables}
@@ -153,7 +137,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
 
 def write_state(path: Path, state: TrainingState) -> None:
-    """Writes a state as one `.npz` file at exactly this path."""
     arrays: dict[str, Any] = dict(state.arrays)
 
     def named(value: np.ndarray) -> dict[str, str]:
@@ -204,13 +187,6 @@ def options_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
     }
 
 
-def callbacks_identity(callbacks: Any) -> Any:
-    """Returns the identity of callbacks, or of a function that makes them."""
-    if callable(callbacks):
-        return f"{callbacks.__module__}.{callbacks.__qualname__}"
-    return [options_of(callback) for callback in callbacks]
-
-
 def _plain_attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
     attributes = vars(callback).items()
     return {name: _copied(value) for name, value in attributes if _is_plain(value)}
@@ -242,8 +218,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def identity_of_run(data: SampleData, **choices: Any) -> dict[str, Any]:
-    """Returns what two runs must share to be the same run, as JSON can hold it."""
+def identity_of_run(data: SampleData, callbacks: Any, **choices: Any) -> dict[str, Any]:
     samples: list[bytes] = []
     for split in (data.train, data.validation, data.test):
         samples.append("\n".join(split.ids.tolist()).encode())
@@ -252,7 +227,13 @@ def identity_of_run(data: SampleData, **choices: Any) -> dict[str, Any]:
             samples.append(b"-" if values is None else b"+")
             if values is not None:
                 samples.append(np.ascontiguousarray(values).tobytes())
-    return run_identity(data.source, data.class_names, samples, **choices)
+    if callable(callbacks):
+        made: Any = f"{callbacks.__module__}.{callbacks.__qualname__}"
+    else:
+        made = [options_of(callback) for callback in callbacks]
+    return run_identity(
+        data.source, data.class_names, samples, callbacks=made, **choices
+    )
 
 
 class TrainingClock(keras.callbacks.Callback):

@@ -13,30 +13,10 @@ from typing import Any
 
 import keras
 
+from keras_rsft import _storage
 from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._storage import (
-    ACCEPTANCE_FILE,
-    CLASSES_FILE,
-    CONFIG_FILE,
-    CORRECTIONS_FILE,
-    HEAD_FILE,
-    HISTOGRAMS_FILE,
-    LEDGER_FILE,
-    METRICS_FILE,
-    MODEL_FILE,
-    NEAR_DUPLICATES_FILE,
-    RESULTS_FILE,
-    SAMPLES_FILE,
-    NumberedFolder,
-    RunPlace,
-    check_new_folder,
-    disk_full_said,
-    installed_versions,
-    open_place,
-    write_csv,
-    write_json,
-)
+from keras_rsft._storage import NumberedFolder
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.config import FeatureConfig, TrainConfig
 from keras_rsft.data._labels import COLUMNS as CORRECTION_COLUMNS
@@ -56,55 +36,45 @@ from keras_rsft.training._head import (
     train_against_plain,
     train_head,
 )
-from keras_rsft.training._resume import (
-    TrainingCheckpoint,
-    callbacks_identity,
-    identity_of_run,
-)
+from keras_rsft.training._resume import TrainingCheckpoint, identity_of_run
 from keras_rsft.training._unfreeze import (
     cut_backbone,
     require_layers_to_train,
     unfreeze,
 )
 
-# Run folder ---------------------------------------------------------------------------
-
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
-    """Returns the class names of a run folder."""
-    return tuple(json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))
+    text = (folder / _storage.CLASSES_FILE).read_text(encoding="utf-8")
+    return tuple(json.loads(text))
 
 
-def fill_run_folder(
-    folder: Path,
-    run: Run,
-    data: SampleData,
-    *,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> None:
-    """Writes all files of a run into an empty folder."""
-    run.model.save(folder / MODEL_FILE)
-    run.head.save(folder / HEAD_FILE)
-    described = {"finding": run.finding, "versions": installed_versions()}
-    write_json(folder / CONFIG_FILE, run.config | described)
-    write_json(folder / RESULTS_FILE, results_of(run))
-    write_json(folder / CLASSES_FILE, list(run.class_names))
+def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
+    data, progress = work.data, work.progress
+    run.model.save(folder / _storage.MODEL_FILE)
+    run.head.save(folder / _storage.HEAD_FILE)
+    described = {"finding": run.finding, "versions": _storage.installed_versions()}
+    _storage.write_json(folder / _storage.CONFIG_FILE, run.config | described)
+    _storage.write_json(folder / _storage.RESULTS_FILE, results_of(run))
+    _storage.write_json(folder / _storage.CLASSES_FILE, list(run.class_names))
     recorder, train = run.trained.recorder, run.features.train
     suspicion = recorder.ledger.suspicion
     epochs = enumerate(zip(*run.history.values(), strict=True), 1)
     tables: dict[str, tuple[Sequence[str], Iterable[Sequence]]] = {
-        METRICS_FILE: (["epoch", *run.history], ([at, *row] for at, row in epochs)),
-        SAMPLES_FILE: (
+        _storage.METRICS_FILE: (
+            ["epoch", *run.history],
+            ([at, *row] for at, row in epochs),
+        ),
+        _storage.SAMPLES_FILE: (
             ["id", "split", "given_label", "clean_label", "decision", "label_before"],
             _sample_rows(data),
         ),
-        LEDGER_FILE: (COLUMNS, recorder.ledger.rows(run.class_names)),
-        ACCEPTANCE_FILE: (
+        _storage.LEDGER_FILE: (COLUMNS, recorder.ledger.rows(run.class_names)),
+        _storage.ACCEPTANCE_FILE: (
             ["epoch", *run.class_names],
             ([at, *row] for at, row in enumerate(recorder.acceptance_by_class, 1)),
         ),
-        HISTOGRAMS_FILE: (
+        _storage.HISTOGRAMS_FILE: (
             HISTOGRAM_COLUMNS,
             (
                 row
@@ -112,7 +82,7 @@ def fill_run_folder(
                 for row in histogram.rows(at)
             ),
         ),
-        NEAR_DUPLICATES_FILE: (
+        _storage.NEAR_DUPLICATES_FILE: (
             ["id", "other_id", "similarity"],
             (
                 [train.ids[one.first], train.ids[one.second], f"{one.similarity:.4f}"]
@@ -121,32 +91,30 @@ def fill_run_folder(
         ),
     }
     if data.corrections is not None:
-        tables[CORRECTIONS_FILE] = (CORRECTION_COLUMNS, data.corrections.rows)
+        tables[_storage.CORRECTIONS_FILE] = (CORRECTION_COLUMNS, data.corrections.rows)
     if run.features.unreadable:
         tables["unreadable.csv"] = (["id", "reason"], run.features.unreadable)
     for name, (header, rows) in tables.items():
-        write_csv(folder / name, header, rows)
+        _storage.write_csv(folder / name, header, rows)
     by_id = dict(zip(map(str, train.ids), suspicion.tolist(), strict=True))
     split: Any = data.train
     if data.kind == "texts":
         write_excerpts(split, by_id, folder)
     else:
+        cache_dir = work.features.cache_dir
         write_thumbnails(split, by_id, folder, cache_dir=cache_dir, progress=progress)
 
 
 def results_of(run: Run) -> dict[str, Any]:
-    """Returns what `results.json` holds."""
     results: dict[str, Any] = {**run.results, "overfitting": None}
     if (found := run.overfitting) is not None:
-        described = dataclasses.asdict(found) | {"sentence": found.sentence}
-        results["overfitting"] = described
+        results["overfitting"] = vars(found) | {"sentence": found.sentence}
     if run.against_plain is not None:
         results["against_plain"] = dataclasses.asdict(run.against_plain)
     return results
 
 
 def _sample_rows(data: SampleData) -> Iterable[list[str]]:
-    """Yields the samples that remain, with what was decided and what it replaced."""
     rows = () if data.corrections is None else data.corrections.rows
     decided = {row.id: [row.decision, row.given_label] for row in rows}
     for split in (data.train, data.validation, data.test):
@@ -209,7 +177,6 @@ class Run:
         return self.trained.overfitting
 
     def _repr_html_(self) -> str:
-        """Returns a table and a figure for a notebook."""
         from keras_rsft.report._notebook import run_html
 
         return run_html(self)
@@ -283,7 +250,7 @@ def finetune(
             f"{devices.name}. Leave out `--strategy`, or `--unfreeze`."
         )
     if output is not None and not isinstance(output, NumberedFolder):
-        check_new_folder(output)  # Before the work, not after it.
+        _storage.check_new_folder(output)  # Before the work, not after it.
     data, features = resolve(data, features)
     if settings.unfreeze is not None:
         require_layers_to_train(features)
@@ -303,24 +270,23 @@ def finetune(
     )
     identity = identity_of_run(
         data,
+        callbacks,
         features=dataclasses.asdict(dataclasses.replace(features, cache_dir=None)),
         settings=dataclasses.asdict(settings),
         strategy=devices.name,
-        callbacks=callbacks_identity(callbacks),
         with_plain=with_plain,
     )
     devices.require_same(identity)
     if output is None:
         return work.run()
-    if not devices.is_chief:
+    if devices.is_chief:
+        with _storage.open_place(output, identity) as place:
+            if on_begin is not None:
+                on_begin(place.folder, place.resumed)
+            run = work.run_at(place)
+    else:
         run = work.run(TrainingCheckpoint(Path(), devices=devices))
-        devices.from_chief(b"")  # Which is there once the run is written.
-        return run
-    with open_place(output, identity) as place:
-        if on_begin is not None:
-            on_begin(place.folder, place.resumed)
-        run = work.run_at(place)
-    devices.from_chief(b"")
+    devices.from_chief(b"")  # The others wait here until the run is written.
     return run
 
 
@@ -338,19 +304,14 @@ class _Work:
     command: str | None
     on_note: Callable[[str], None]
 
-    def run_at(self, place: RunPlace) -> Run:
-        """Makes a run and its folder; writes the training's state where that fails."""
-        checkpoint = TrainingCheckpoint(place.checkpoint, devices=self.devices)
-        of_backbone = TrainingCheckpoint(place.unfreeze_checkpoint)
-        cache_dir, progress = self.features.cache_dir, self.progress
+    def run_at(self, place: _storage.RunPlace) -> Run:
+        path = place.unfinished / _storage.HEAD_STATE
+        checkpoint = TrainingCheckpoint(path, devices=self.devices)
+        of_backbone = TrainingCheckpoint(place.unfinished / _storage.BACKBONE_STATE)
         try:
             run = self.run(checkpoint, of_backbone, place)
             run = dataclasses.replace(run, folder=place.folder)
-            place.write(
-                lambda folder: fill_run_folder(
-                    folder, run, self.data, cache_dir=cache_dir, progress=progress
-                )
-            )
+            place.write(lambda folder: fill_run_folder(folder, run, self))
         except (KeyboardInterrupt, OSError, WorkerLost) as error:
             for state in (checkpoint, of_backbone):
                 with contextlib.suppress(OSError):  # The disk may be full.
@@ -363,7 +324,7 @@ class _Work:
                     f"{max(done, checkpoint.epochs_done)} of "
                     f"{self.settings.all_epochs} epochs are kept in {place.unfinished}."
                 )
-            described = disk_full_said(error, place.unfinished)
+            described = _storage.disk_full_said(error, place.unfinished)
             if described is error:
                 raise
             raise described from error
@@ -373,7 +334,7 @@ class _Work:
         self,
         checkpoint: TrainingCheckpoint | None = None,
         of_backbone: TrainingCheckpoint | None = None,
-        place: RunPlace | None = None,
+        place: _storage.RunPlace | None = None,
     ) -> Run:
         started = time.perf_counter()
         settings, devices = self.settings, self.devices
@@ -382,8 +343,7 @@ class _Work:
             self.features,
             seed=settings.seed,
             progress=self.progress,
-            cluster=devices.cluster,
-            device_names=devices.local_names,
+            devices=devices,
             on_backbone=self._check,
             on_note=self.on_note,
         )
@@ -434,6 +394,6 @@ class _Work:
         )
 
     def _check(self, backbone: keras.Model) -> None:
-        """Raises, before features are extracted, where the layers are not in it."""
+        # Raises, before features are extracted, where the layers are not in it.
         if self.settings.unfreeze is not None:
             cut_backbone(backbone, self.settings.unfreeze)

@@ -122,13 +122,6 @@ class RejectionTensorBoard(keras.callbacks.Callback):
         suspects = most_suspicious(losses, accepted == 0, self._max_images)
         if not len(suspects):
             return
-        tf.summary.text("rejected_samples", self._listed(suspects, losses), step)
-        if shown := self._decoded(suspects):
-            tf.summary.image(
-                "rejected_images", np.stack(shown), step, max_outputs=len(shown)
-            )
-
-    def _listed(self, suspects: np.ndarray, losses: np.ndarray) -> str:
         ledger = self._recorder.ledger
         lines = ["| id | given label | loss |", "|---|---|---|"]
         for sample in suspects:
@@ -136,7 +129,11 @@ class RejectionTensorBoard(keras.callbacks.Callback):
             name = self._class_names[label] if self._class_names else label
             cells = (_cell(ledger.ids[sample]), _cell(name), f"{losses[sample]:.4g}")
             lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+        tf.summary.text("rejected_samples", "\n".join(lines), step)
+        if shown := self._decoded(suspects):
+            tf.summary.image(
+                "rejected_images", np.stack(shown), step, max_outputs=len(shown)
+            )
 
     def _decoded(self, suspects: np.ndarray) -> list[np.ndarray]:
         """Returns the images that can still be read, uint8 `(128, 128, 3)` each."""
@@ -162,7 +159,6 @@ def most_suspicious(losses: np.ndarray, rejected: np.ndarray, most: int) -> np.n
 
 
 def hparams_of(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Returns settings as the page HParams takes them: flat, without what is unset."""
     flat: dict[str, bool | int | float | str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -180,7 +176,6 @@ def free_log_folder(root: str | os.PathLike, name: str) -> Path:
 
 
 def require_tensorboard() -> None:
-    """Raises ImportError, which names the extra, where TensorBoard is missing."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ImportError(
             'TensorBoard is not installed: `pip install "keras_rsft[tensorboard]"`.'

@@ -14,10 +14,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft._ledger import RejectionLedger
-from keras_rsft._storage import RunPlace, read_json, replaced, write_json
+from keras_rsft._storage import CACHE_CHOICE, RunPlace, read_json, replaced, write_json
 from keras_rsft.backbones._blocks import TrainablePart, copy_model, trainable_part
 from keras_rsft.backbones._build import build_classifier, built_in_float32
 from keras_rsft.config import (
+    NOT_DECAYED,
     FeatureConfig,
     PolicyConfig,
     TrainConfig,
@@ -25,7 +26,7 @@ from keras_rsft.config import (
     is_fixed_network,
     require_base_can_learn,
 )
-from keras_rsft.data._samples import ImageData, ImageSplit
+from keras_rsft.data._samples import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import (
     ImageBatches,
@@ -42,8 +43,12 @@ from keras_rsft.features._extract import (
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
 from keras_rsft.training._features import FeatureSource, SplitFeatures
-from keras_rsft.training._head import TrainedHead, fit_resumable, rejected_shares
-from keras_rsft.training._optimizer import make_optimizer, with_two_rates
+from keras_rsft.training._head import (
+    TrainedHead,
+    fit_resumable,
+    make_optimizer,
+    rejected_shares,
+)
 from keras_rsft.training._resume import TrainingCheckpoint
 
 # A head that standardises features of little spread makes the first gradients large
@@ -66,11 +71,7 @@ def require_layers_to_train(
 
 
 def cut_backbone(backbone: keras.Model, how: UnfreezeConfig) -> TrainablePart:
-    """Cuts a copy of the backbone before its unfrozen layers."""
     return trainable_part(backbone, how.cut, train_batch_norm=how.train_batch_norm)
-
-
-# --- The second half of a run -------------------------------------------------------
 
 
 def unfreeze(
@@ -78,10 +79,9 @@ def unfreeze(
     trained: TrainedHead,
     settings: TrainConfig,
     *,
-    place: RunPlace | None = None,
-    checkpoint: TrainingCheckpoint | None = None,
+    place: RunPlace | None,
+    checkpoint: TrainingCheckpoint | None,
 ) -> tuple[keras.Model, TrainedHead]:
-    """Trains unfrozen layers as the settings say, and returns the better model."""
     backbone, how = source.float32_backbone(), settings.unfreezing
     features = source.features
     head_only = build_classifier(
@@ -89,13 +89,7 @@ def unfreeze(
     )
     name = "stage2" if how.accepted_only else "unfrozen"
     tuned, whole = tune(
-        backbone,
-        source,
-        features,
-        trained,
-        settings,
-        place=place,
-        checkpoint=checkpoint,
+        backbone, source, trained, settings, place=place, checkpoint=checkpoint
     )
     if whole.history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
@@ -105,7 +99,7 @@ def unfreeze(
             "`--unfreeze`."
         )
     results = trained.results
-    kept = better_model(head_only, tuned, source.images, features, results, name=name)
+    kept = better_model(head_only, tuned, source, results, name=name)
     if how.accepted_only:
         return kept, trained
     if results["unfrozen_kept"]:
@@ -118,7 +112,6 @@ def unfreeze(
 def tune(
     backbone: keras.Model,
     source: FeatureSource,
-    features: SplitFeatures,
     trained: TrainedHead,
     settings: TrainConfig,
     *,
@@ -126,21 +119,20 @@ def tune(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Cuts a copy of the backbone and trains it and the head as the settings say."""
+    features = source.features
     if settings.unfreezing.accepted_only:
         if not trained.accepted.any():
             raise TrainingStalled(
                 "The trained head accepts no sample, so there is nothing to fine-tune "
                 "the last block on. Raise `--threshold`, or leave out `--unfreeze`."
             )
-        rate = settings.unfreeze_rate
         settings = dataclasses.replace(
             settings,
             policy=PolicyConfig("accept-all"),
             optimizer="sgd",
             momentum=0.9,
             weight_decay=None,
-            learning_rate=rate,
-            unfreeze=dataclasses.replace(settings.unfreezing, learning_rate=rate),
+            learning_rate=settings.unfreeze_rate,
         )
         features = dataclasses.replace(
             features,
@@ -149,7 +141,7 @@ def tune(
         )
         trained = begun_from(RSFTModel(trained.model.model, AcceptAll()), features)
     part = cut_backbone(backbone, settings.unfreezing)
-    choice_file = None if place is None else place.cache_choice
+    choice_file = None if place is None else place.unfinished / CACHE_CHOICE
     return train_unfrozen(
         part,
         trained,
@@ -170,13 +162,12 @@ def begun_from(
 ) -> TrainedHead:
     """Returns a head of `epochs` epochs, of which no ledger is left, to train on."""
     train = features.train
-    recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     return TrainedHead(
         model=head,
         history={"loss": [float("nan")] * epochs},
         results={},
         accepted=np.zeros(len(train), bool),
-        recorder=recorder,
+        recorder=RejectionLedger(train.ids, train.labels, train.clean_labels),
         callbacks=callbacks,
     )
 
@@ -184,17 +175,15 @@ def begun_from(
 def better_model(
     head_only: keras.Model,
     tuned: keras.Model,
-    data: ImageData,
-    features: SplitFeatures,
+    source: FeatureSource,
     results: dict[str, float],
     *,
     name: str,
 ) -> keras.Model:
-    """Returns the better of two models by validation, and records both."""
-    kept = name == "unfrozen"
-    if len(features.test):
+    kept, data = name == "unfrozen", source.images
+    if len(source.features.test):
         results[f"{name}_test_accuracy"] = accuracy_on_images(tuned, data.test)
-    if len(features.validation):
+    if len(source.features.validation):
         accuracy = accuracy_on_images(tuned, data.validation)
         results[f"{name}_validation_accuracy"] = accuracy
         # Anew, as the features may have been computed in another dtype.
@@ -212,7 +201,6 @@ def better_model(
 def accuracy_on_images(
     model: keras.Model, split: ImageSplit, *, batch_size: int = 32
 ) -> float:
-    """Returns the share of a split's readable images that a model gets right."""
     size = model.input_shape[1:3]
     images = tf.TensorSpec((None, *size, 3), tf.float32)
 
@@ -247,13 +235,14 @@ def cache_activations(
     itemsize = np.dtype(source.config.cache_dtype).itemsize
     needed = images * itemsize * int(part.front.output_shape[-1])
     cached = needed <= LARGEST_SHARE_OF_DISK * free and not part.front_is_preprocessing
-    how = "cached" if cached else "computed in each epoch"
-    note = (
-        f"The activations before {part.cut} are {how}: {needed / 1e9:.2g} GB, "
-        f"{free / 1e9:.3g} GB are free."
-    )
     if part.front_is_preprocessing:
         note = f"Nothing frozen is before {part.cut}: no activations are cached."
+    else:
+        how = "cached" if cached else "computed in each epoch"
+        note = (
+            f"The activations before {part.cut} are {how}: {needed / 1e9:.2g} GB, "
+            f"{free / 1e9:.3g} GB are free."
+        )
     source.on_note(note)
     if choice_file is not None:
         replaced(choice_file, lambda path: write_json(path, cached))
@@ -274,53 +263,48 @@ class FrozenFront(keras.layers.Layer):
         return keras.KerasTensor((images.shape[0], *self.front.output_shape[1:]))
 
 
-def _batches(
-    part: TrainablePart,
-    source: FeatureSource,
-    features: SplitFeatures,
-    settings: TrainConfig,
-    batch_size: int,
-    cached: bool,
-) -> tuple[TrainingBatches | ImageBatches, tf.data.Dataset | None, list[str]]:
-    """Returns training and validation batches, and the names of cached activations."""
-    data, validation = source.images, None
-    if not cached:
-        size = part.backbone.input_shape[1:3]
-        if len(features.validation):
-            validation = labelled_images(
-                data.validation, features.validation, size, batch_size=batch_size
-            )
-        from_images = ImageBatches(
-            data.train, features.train, size, batch_size=batch_size, seed=settings.seed
-        )
-        return from_images, validation, []
-    views = features.train.views
-    extract = functools.partial(
-        extract_features,
-        FrozenBackbone(
-            part.front, num_images=views * len(data.train) + len(data.validation)
-        ),
-        seed=settings.seed,
-        feature_precision=source.config.cache_dtype,
-        cache_dir=source.config.cache_dir,
-        called="Activations",
-        progress=source.progress,
-    )
-    activations = extract(data.train, views=views)
-    names = [activations.path.parent.name]
-    if not np.array_equal(activations.ids, features.train.ids):
-        activations = activations.take(positions_of(features.train, activations))
-    if len(features.validation):
-        of_validation = extract(data.validation)
-        validation = batches_of(of_validation, batch_size=batch_size)
-        names.append(of_validation.path.parent.name)
-    train = TrainingBatches(
-        activations, batch_size=batch_size, seed=settings.seed, sample_index=True
-    )
-    return train, validation, names
+# --- Training -----------------------------------------------------------------------
 
 
-# --- The loop -----------------------------------------------------------------------
+class _TwoRates(keras.optimizers.Optimizer):
+    """Mixed into an optimizer's class: the first variables are the slow ones."""
+
+    weight_decay: Any
+    slow_variables: int
+    slow_rate: float
+
+    def build(self, variables: list[Any]) -> None:
+        self._slow = {self._var_key(one) for one in variables[: self.slow_variables]}
+        super().build(variables)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        if self._var_key(variable) in self._slow:
+            learning_rate = learning_rate * self.slow_rate
+        super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables: list[Any]) -> None:
+        decay = self.weight_decay
+        if decay is None:
+            return
+        slow = [v for v in variables if self._var_key(v) in self._slow]
+        fast = [v for v in variables if self._var_key(v) not in self._slow]
+        super()._apply_weight_decay(fast)
+        try:  # It is multiplied by the learning rate of all.
+            self.weight_decay = decay * self.slow_rate
+            super()._apply_weight_decay(slow)
+        finally:
+            self.weight_decay = decay
+
+
+def with_two_rates(
+    optimizer: keras.optimizers.Optimizer, *, slow_variables: int, slow_rate: float
+) -> keras.optimizers.Optimizer:
+    """Returns the same optimizer with a smaller rate for the first variables."""
+    kind: Any = type("TwoRates", (_TwoRates, type(optimizer)), {})
+    two_rates = kind.from_config(optimizer.get_config())
+    two_rates.slow_variables, two_rates.slow_rate = slow_variables, slow_rate
+    two_rates.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+    return two_rates
 
 
 def train_unfrozen(
@@ -334,23 +318,54 @@ def train_unfrozen(
     checkpoint: TrainingCheckpoint | None = None,
 ) -> tuple[keras.Model, TrainedHead]:
     """Trains the part's layers and a copy of the head, under the head's policy."""
-    how, recorder = settings.unfreezing, trained.recorder
-    batch_size = how.batch_size or settings.batch_size
-    train, validation, names = _batches(
-        part, source, features, settings, batch_size, cached
-    )
+    data, recorder, validation = source.images, trained.recorder, None
+    batch_size = settings.unfreezing.batch_size or settings.batch_size
+    names: list[str] = []
+    train: TrainingBatches | ImageBatches
+    if cached:
+        views = features.train.views
+        images = views * len(data.train) + len(data.validation)
+        extract = functools.partial(
+            extract_features,
+            FrozenBackbone(part.front, num_images=images),
+            seed=settings.seed,
+            feature_precision=source.config.cache_dtype,
+            cache_dir=source.config.cache_dir,
+            called="Activations",
+            progress=source.progress,
+        )
+        activations = extract(data.train, views=views)
+        names.append(activations.path.parent.name)
+        if not np.array_equal(activations.ids, features.train.ids):
+            activations = activations.take(positions_of(features.train, activations))
+        if len(features.validation):
+            of_validation = extract(data.validation)
+            validation = batches_of(of_validation, batch_size=batch_size)
+            names.append(of_validation.path.parent.name)
+        train = TrainingBatches(
+            activations, batch_size=batch_size, seed=settings.seed, sample_index=True
+        )
+    else:
+        size = part.backbone.input_shape[1:3]
+        if len(features.validation):
+            validation = labelled_images(
+                data.validation, features.validation, size, batch_size=batch_size
+            )
+        train = ImageBatches(
+            data.train, features.train, size, batch_size=batch_size, seed=settings.seed
+        )
     with built_in_float32():
         head = copy_model(trained.model.model)
         old = trained.model.policy
         policy = type(old).from_config(old.get_config())
         for own, other in zip(policy.variables, old.variables, strict=True):
             own.assign(other)
-        inputs = keras.Input(part.rest.input_shape[1:], name="activations")
-        activations = inputs
-        if not cached:
-            inputs = keras.Input(part.backbone.input_shape[1:], name="images")
-            activations = FrozenFront(part.front)(inputs)
-        body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
+        if cached:
+            rest_of = inputs = keras.Input(part.rest.input_shape[1:])
+        else:
+            inputs = keras.Input(part.backbone.input_shape[1:])
+            rest_of = FrozenFront(part.front)(inputs)
+        body = keras.Model(inputs, head(part.rest(rest_of)), name="tuned")
         model = RSFTModel(body, policy)
         optimizer = with_two_rates(
             make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
@@ -395,16 +410,12 @@ def train_unfrozen(
     part.freeze()
     with built_in_float32():
         classifier = build_classifier(part.backbone, head.output_shape[-1], head=head)
-    after, unknown = len(history["loss"]), float("nan")
+    unknown = [float("nan")]
+    both = {
+        name: trained.history.get(name, unknown * begin)
+        + history.get(name, unknown * len(history["loss"]))
+        for name in dict.fromkeys([*trained.history, *history])
+    }
     last = recorder.last_epoch
     accepted = trained.accepted if last is None else last[1] > 0
-    whole = dataclasses.replace(
-        trained,
-        history={
-            name: trained.history.get(name, [unknown] * begin)
-            + history.get(name, [unknown] * after)
-            for name in dict.fromkeys([*trained.history, *history])
-        },
-        accepted=accepted,
-    )
-    return classifier, whole
+    return classifier, dataclasses.replace(trained, history=both, accepted=accepted)

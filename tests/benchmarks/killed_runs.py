@@ -32,7 +32,7 @@ PROGRAM = """
 import sys
 from keras_rsft import cli
 from keras_rsft.training import _resume as resume
-resume.TrainingCheckpoint.__init__.__kwdefaults__["seconds_between"] = 0.2
+resume.SECONDS_BETWEEN = 0.2
 sys.exit(cli.main())
 """
 

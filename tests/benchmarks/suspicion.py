@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 import keras_rsft as rsft
 from keras_rsft.comparison._methods import out_of_fold_probabilities
-from keras_rsft.training._features import extract_all
+from keras_rsft.training._features import open_features
 
 
 def main() -> None:
@@ -33,7 +33,12 @@ def main() -> None:
     )
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
-    base = rsft.load_backbone("efficientnet_lite0", image_size=128)
+    config = rsft.FeatureConfig(
+        "efficientnet_lite0",
+        image_size=128,
+        dtype="float32",
+        cache_dir=arguments.cache_dir,
+    )
     settings = rsft.TrainConfig(policy=rsft.PolicyConfig("accept-all"))
     print(f"{'labels':16} {'wrong':>7} {'suspicion':>10} {'cleanlab':>10}")
     for column in arguments.columns:
@@ -42,9 +47,7 @@ def main() -> None:
             label_column=column,
             clean_label_column="clean_label",
         )
-        features = extract_all(
-            base, data, rsft.FeatureConfig(cache_dir=arguments.cache_dir)
-        )
+        features = open_features(data, config).features
         train = features.train
         found = rsft.audit_labels(train, data.num_classes)
         with tempfile.TemporaryDirectory() as folder:
