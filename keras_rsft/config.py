@@ -98,15 +98,15 @@ class PixelScale:
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseName:
+class BackboneName:
     """A name such as `onnx:models/resnet18.onnx@imagenet`, taken apart."""
 
     kind: str
-    place: str
+    location: str
     scale: PixelScale | None
 
 
-def parse_base_name(name: str) -> BaseName | None:
+def parse_backbone_name(name: str) -> BackboneName | None:
     """Takes apart a name that begins with `hub:`, `savedmodel:` or `onnx:`, else None.
 
     What follows the last `@` is the scale of the pixels, unless the path exists.
@@ -114,17 +114,17 @@ def parse_base_name(name: str) -> BaseName | None:
     kind, colon, rest = name.partition(":")
     if not colon or kind not in SCALE_IS_NEEDED:
         return None
-    place, at, scale = rest.rpartition("@")
+    location, at, scale = rest.rpartition("@")
     if not at or os.path.exists(rest):
-        place, scale = rest, ""
-    if not place:
+        location, scale = rest, ""
+    if not location:
         raise InvalidArgument(f"Expected a path behind {kind}:. Received: {name!r}.")
     if not scale and SCALE_IS_NEEDED[kind]:
         raise InvalidArgument(
             f"The file does not say what pixel values it wants. Received: {name!r}. "
             f"Add {_SCALE_FORMS}."
         )
-    return BaseName(kind, place, parse_pixel_scale(scale) if scale else None)
+    return BackboneName(kind, location, parse_pixel_scale(scale) if scale else None)
 
 
 def parse_pixel_scale(text: str) -> PixelScale:
@@ -173,7 +173,7 @@ def require_takes(name: str | os.PathLike[str], kind: str) -> None:
     )
 
 
-def require_base_can_learn(name: str | os.PathLike[str]) -> None:
+def require_unfreezable(name: str | os.PathLike[str]) -> None:
     """Refuses the training of a text encoder."""
     if takes_texts(name):
         raise InvalidArgument(
@@ -184,7 +184,7 @@ def require_base_can_learn(name: str | os.PathLike[str]) -> None:
 
 def is_fixed_network(name: str) -> bool:
     """Whether a backbone has no Keras layers: it has one dtype and cannot learn."""
-    parsed = parse_base_name(name)
+    parsed = parse_backbone_name(name)
     return parsed is not None and parsed.kind in ("savedmodel", "onnx")
 
 
@@ -259,7 +259,7 @@ class FeatureConfig:
                     f"{self.backbone!r}."
                 )
             object.__setattr__(self, "backbone", os.fspath(self.backbone))
-            parse_base_name(self.backbone)
+            parse_backbone_name(self.backbone)
         _require_least(self, {"image_size": 1, "augmentations": 1})
         require_known("dtype", self.dtype, DTYPES)
         require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)

@@ -29,10 +29,10 @@ from keras_rsft.backbones._build import (
 from keras_rsft.backbones._foreign import build_onnx, build_saved_model
 from keras_rsft.config import (
     TEXT_ENCODERS,
-    BaseName,
+    BackboneName,
     PixelScale,
     nearest_name_hint,
-    parse_base_name,
+    parse_backbone_name,
     plain_name,
     takes_texts,
 )
@@ -83,13 +83,13 @@ def _only_shape(tensors: Any) -> tuple[int | None, ...]:
 
 
 def _build_preset(
-    name: BaseName,
+    name: BackboneName,
     weights: str | os.PathLike[str],
     image_size: tuple[int, int] | None,
     precision: str,
 ) -> Network:
     """Loads a preset: one by name, which KerasHub downloads, or a folder."""
-    preset = name.place
+    preset = name.location
     keras_hub = import_extra("keras_hub", "hub", f"hub:{preset}")
     if weights not in ("imagenet", "none"):
         raise InvalidArgument(
@@ -236,7 +236,7 @@ def load_backbone(
             f"{keras.config.image_data_format()!r}. Change it in keras.json."
         )
     name = os.fspath(name)
-    parsed = parse_base_name(name)
+    parsed = parse_backbone_name(name)
     with built_in_float32():
         if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
             network = _build_known(_resolve(name), weights, size)
@@ -252,17 +252,17 @@ def check_backbone_name(name: str | os.PathLike[str]) -> None:
     name = os.fspath(name)
     if takes_texts(name):
         return
-    parsed = parse_base_name(name)
+    parsed = parse_backbone_name(name)
     if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
         _resolve(name)
         return
-    path = name if parsed is None else parsed.place
+    path = name if parsed is None else parsed.location
     if (parsed is None or parsed.kind != "hub") and not os.path.exists(path):
         raise InvalidArgument(f"There is no backbone file {path}.")
 
 
 def _build_file(
-    parsed: BaseName | None,
+    parsed: BackboneName | None,
     name: str,
     weights: str | os.PathLike[str] | None,
     size: tuple[int, int] | None,
@@ -283,7 +283,7 @@ def _build_file(
             f"where that can be said). Received: {precision!r}"
         )
     build = build_onnx if parsed.kind == "onnx" else build_saved_model
-    body = build(Path(parsed.place), image_size=size)
+    body = build(Path(parsed.location), image_size=size)
     return body, scaled(parsed.scale or PixelScale()), body.input_shape[1:3]
 
 

@@ -53,7 +53,7 @@ from keras_rsft.config import (
     SearchSpace,
     TrainConfig,
     check_methods,
-    parse_base_name,
+    parse_backbone_name,
 )
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import (
@@ -372,7 +372,7 @@ def compare(arguments: argparse.Namespace, output: Output) -> bool:
 def rank(arguments: argparse.Namespace, output: Output) -> bool:
     """Ranks backbones by a quick head on a sample."""
     for name in arguments.backbones:
-        parse_base_name(name)
+        parse_backbone_name(name)
     features = dataclasses.replace(features_of(arguments), backbone=None)
     from keras_rsft.backbones._load import check_backbone_name
 
