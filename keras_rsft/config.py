@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras_rsft.errors import InvalidArgument
@@ -46,31 +46,31 @@ def require_known(kind: str, name: str, known: Sequence[str]) -> None:
         )
 
 
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:  # NaN fails every comparison.
-        raise InvalidArgument(f"`{name}` must be {expected}. Received: {name}={value}.")
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "a positive number": lambda value: 0 < value < math.inf,
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "at least 1": lambda value: 1 <= value < math.inf,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "a whole number in [0, 2**31)": lambda value: 0 <= value < 2**31,
+}
 
 
-def _require_least(config: object, least: Mapping[str, int]) -> None:
-    """Checks finite numbers with a lower bound; None is allowed."""
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None:
-            _require(name, value, bound <= value < math.inf, f"at least {bound}")
-
-
-def _require_positive(config: object, *names: str) -> None:
-    """Checks positive, finite numbers; None is allowed."""
+def _require(config: object, expected: str, *names: str) -> None:
+    """Checks fields against one of `_CHECKS`; None is allowed."""
     for name in names:
         value = getattr(config, name)
-        if value is not None:
-            _require(name, value, 0 < value < math.inf, "a positive number")
+        # NaN fails every comparison.
+        if value is not None and not _CHECKS[expected](value):
+            raise InvalidArgument(
+                f"`{name}` must be {expected}. Received: {name}={value}."
+            )
 
 
 # === Names of backbones ===
 
-# Prefixes of names, and whether the name must end with the scale of the pixels.
-SCALE_IS_NEEDED = {"hub": False, "savedmodel": True, "onnx": True}
+# Prefixes of names: without Keras layers, such a file does not say its pixel scale.
+_PRESET, _FIXED_NETWORKS = "hub", ("savedmodel", "onnx")
 # Backbones that take texts, as `plain_name` gives them.
 TEXT_ENCODERS = ("minilm",)
 IMAGES, TEXTS = "images", "texts"
@@ -91,11 +91,6 @@ class PixelScale:
     factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether pixels stay as they are."""
-        return self == PixelScale()
-
 
 @dataclasses.dataclass(frozen=True)
 class BackboneName:
@@ -112,14 +107,14 @@ def parse_backbone_name(name: str) -> BackboneName | None:
     What follows the last `@` is the scale of the pixels, unless the path exists.
     """
     kind, colon, rest = name.partition(":")
-    if not colon or kind not in SCALE_IS_NEEDED:
+    if not colon or kind not in (_PRESET, *_FIXED_NETWORKS):
         return None
     location, at, scale = rest.rpartition("@")
     if not at or os.path.exists(rest):
         location, scale = rest, ""
     if not location:
         raise InvalidArgument(f"Expected a path behind {kind}:. Received: {name!r}.")
-    if not scale and SCALE_IS_NEEDED[kind]:
+    if not scale and kind in _FIXED_NETWORKS:
         raise InvalidArgument(
             f"The file does not say what pixel values it wants. Received: {name!r}. "
             f"Add {_SCALE_FORMS}."
@@ -185,7 +180,7 @@ def require_unfreezable(name: str | os.PathLike[str]) -> None:
 def is_fixed_network(name: str) -> bool:
     """Whether a backbone has no Keras layers: it has one dtype and cannot learn."""
     parsed = parse_backbone_name(name)
-    return parsed is not None and parsed.kind in ("savedmodel", "onnx")
+    return parsed is not None and parsed.kind in _FIXED_NETWORKS
 
 
 # === Features ===
@@ -260,7 +255,7 @@ class FeatureConfig:
                 )
             object.__setattr__(self, "backbone", os.fspath(self.backbone))
             parse_backbone_name(self.backbone)
-        _require_least(self, {"image_size": 1, "augmentations": 1})
+        _require(self, "at least 1", "image_size", "augmentations")
         require_known("dtype", self.dtype, DTYPES)
         require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
 
@@ -352,17 +347,15 @@ class PolicyConfig:
             name = "auto" if self.keep_fraction is None else "keep-fraction"
             if self.threshold is not None or self.level == "batch":
                 name = "loss-threshold"
-        share = self.keep_fraction
-        share = DEFAULT_KEEP_FRACTION if share is None else share
+        if self.keep_fraction is None:
+            object.__setattr__(self, "keep_fraction", DEFAULT_KEEP_FRACTION)
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "keep_fraction", share)
         require_known("policy", name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
-        _require_positive(self, "threshold", "relative_threshold")
-        _require_least(self, {"warmup_epochs": 0})
-        _require("keep_fraction", share, 0 < share <= 1, "in (0, 1]")
-        floor = self.class_floor
-        _require("class_floor", floor, 0 <= floor <= 1, "in [0, 1]")
+        _require(self, "a positive number", "threshold", "relative_threshold")
+        _require(self, "at least 0", "warmup_epochs")
+        _require(self, "in (0, 1]", "keep_fraction")
+        _require(self, "in [0, 1]", "class_floor")
 
 
 def require_used(name: str, given: Mapping[str, object]) -> None:
@@ -460,8 +453,8 @@ class UnfreezeConfig:
             object.__setattr__(self, "epochs", 3 if self.accepted_only else 5)
         if self.learning_rate is None and self.accepted_only:
             object.__setattr__(self, "learning_rate", 1e-4)
-        _require_least(self, {"epochs": 1, "batch_size": 1})
-        _require_positive(self, "learning_rate")
+        _require(self, "at least 1", "epochs", "batch_size")
+        _require(self, "a positive number", "learning_rate")
 
     @property
     def accepted_only(self) -> bool:
@@ -542,12 +535,11 @@ class TrainConfig:
     unfreeze: UnfreezeConfig | None = None
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "early_stopping": 1, "weight_decay": 0}
-        _require_least(self, least)
-        _require_positive(self, "learning_rate")
-        _require("momentum", self.momentum, 0 <= self.momentum <= 1, "in [0, 1]")
-        seed = self.seed
-        _require("seed", seed, 0 <= seed < 2**31, "a whole number in [0, 2**31)")
+        _require(self, "at least 1", "epochs", "batch_size", "early_stopping")
+        _require(self, "at least 0", "weight_decay")
+        _require(self, "a positive number", "learning_rate")
+        _require(self, "in [0, 1]", "momentum")
+        _require(self, "a whole number in [0, 2**31)", "seed")
         require_known("optimizer", self.optimizer.lower(), OPTIMIZER_NAMES)
 
     @property
@@ -634,13 +626,17 @@ class SearchConfig:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "unfreeze", checked_names(self.unfreeze))
+        names = (self.unfreeze,) if isinstance(self.unfreeze, str) else self.unfreeze
+        for name in names:
+            require_known("unfrozen part", name, UNFREEZE_NAMES)
+        names = tuple(one for one in UNFREEZE_NAMES if one == FROZEN or one in names)
+        object.__setattr__(self, "unfreeze", names)
         require_known("tuner", self.tuner, TUNER_NAMES)
         require_known("oracle", self.oracle, ORACLE_NAMES)
         require_known("objective", self.objective, tuple(OBJECTIVES))
-        _require_least(self, {"max_trials": 1, "parallel_trials": 1, "halvings": 0})
-        least = self.min_acceptance
-        _require("min_acceptance", least, 0 <= least <= 1, "in [0, 1]")
+        _require(self, "at least 1", "max_trials", "parallel_trials")
+        _require(self, "at least 0", "halvings")
+        _require(self, "in [0, 1]", "min_acceptance")
         for name in ("oracle", "halvings"):
             default = getattr(type(self), name)
             if self.tuner != BATCHED and getattr(self, name) != default:
@@ -658,15 +654,6 @@ class SearchConfig:
     def direction(self) -> str:
         """`"max"` or `"min"`: where the objective is better."""
         return OBJECTIVES[self.objective]
-
-
-def checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns names of `UNFREEZE_NAMES`, each once, the cheapest and frozen first."""
-    if isinstance(names, str):
-        names = (names,)
-    for name in names:
-        require_known("unfrozen part", name, UNFREEZE_NAMES)
-    return tuple(one for one in UNFREEZE_NAMES if one == FROZEN or one in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -743,37 +730,31 @@ class SearchSpace:
             require_known("optimizer", optimizer.lower(), OPTIMIZER_NAMES)
 
     def _check_range(self, name: str) -> None:
-        least, above, most, whole = RANGE_NAMES[name]
-        given = getattr(self, name)
+        given, least = getattr(self, name), WHOLE_RANGES.get(name)
+        most = 1 if name == "keep_fraction" else math.inf
         holds = isinstance(given, (tuple, list)) and len(given) == 2
         if holds:
             low, high = given
-            holds = low <= high < float("inf") and high <= most
-            holds = holds and (low > least if above else low >= least)
-            holds = holds and not (whole and (low % 1 or high % 1))
+            holds = low <= high <= most and high < math.inf
+            if least is None:
+                holds = holds and low > 0
+            else:
+                holds = holds and low >= least and not (low % 1 or high % 1)
         if not holds:
-            bound = f"{'above' if above else 'at least'} {least:g}"
-            if most < float("inf"):
-                bound += f" and at most {most:g}"
-            kind = ", whole numbers" if whole else ""
+            bound = "above 0" if least is None else f"whole numbers, at least {least}"
+            bound += " and at most 1" if most == 1 else ""
             raise InvalidArgument(
-                f"`{name}` must be the lowest and the highest value{kind}, {bound}. "
+                f"`{name}` must be the lowest and the highest value, {bound}. "
                 f"Received: {name}={given!r}."
             )
 
 
-# The ranges of a `SearchSpace`: least value, whether that is left out, most, whether
-# they are whole numbers.
-RANGE_NAMES = {
-    "learning_rate": (0.0, True, math.inf, False),
-    "relative_threshold": (0.0, True, math.inf, False),
-    "threshold": (0.0, True, math.inf, False),
-    "article_threshold": (0.0, True, math.inf, False),
-    "keep_fraction": (0.0, True, 1.0, False),
-    "warmup_epochs": (0.0, False, math.inf, True),
-    "weight_decay": (0.0, True, math.inf, False),
-    "epochs": (1.0, False, math.inf, True),
-}
+# The ranges of a `SearchSpace`; those of whole numbers with their least value.
+RANGE_NAMES = (
+    "learning_rate", "relative_threshold", "threshold", "article_threshold",
+    "keep_fraction", "warmup_epochs", "weight_decay", "epochs",
+)  # fmt: skip
+WHOLE_RANGES = {"warmup_epochs": 0, "epochs": 1}
 
 
 # === Methods of a comparison ===
@@ -829,7 +810,6 @@ WEIGHT_DTYPES_OF_FORMAT = {
     "onnx": ("float32",),
 }
 FORMATS = tuple(WEIGHT_DTYPES_OF_FORMAT)
-WEIGHT_DTYPES = ("float32", "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -850,8 +830,8 @@ class ExportConfig:
     file_format: str = option("saved-model", ", ".join(FORMATS), name="format")
     weight_dtype: str = option(
         "float32",
-        f"{', '.join(WEIGHT_DTYPES)}: how weights are stored; float16 for saved-model "
-        "and litert, int8 for litert",
+        "float32, float16, int8: how weights are stored; float16 for saved-model and "
+        "litert, int8 for litert",
     )
     version: int | None = option(
         None,
@@ -875,4 +855,4 @@ class ExportConfig:
                 "A version and the most probable classes can be chosen for the format "
                 f"saved-model only. Received: the format {self.file_format}."
             )
-        _require_least(self, {"version": 1, "top_k": 1})
+        _require(self, "at least 1", "version", "top_k")

@@ -38,7 +38,7 @@ def test_an_at_sign_in_a_path_that_exists_is_no_scale(tmp_path):
         parse_backbone_name(f"savedmodel:{tmp_path / 'a@0:1'}")
     parsed = parse_backbone_name(f"savedmodel:{tmp_path / 'a@0:1'}@0:255")
     assert parsed.location == str(tmp_path / "a@0:1")
-    assert parsed.scale.changes_nothing
+    assert parsed.scale == PixelScale()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
-from keras_rsft._runtime import DEFAULT_PATIENCE, Cluster, require_tensorflow_backend
+from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster, require_tensorflow_backend
 from keras_rsft._storage import locked, write_json
 from keras_rsft.backbones import _build as assembly
 from keras_rsft.config import require_known
@@ -534,7 +534,7 @@ def run_alone(work: FeaturePass) -> None:
 def _run_pass(work: FeaturePass) -> None:
     parts = finished_parts(work.folder, len(work.split))
     if parts is not None:  # Other processes have computed all of it.
-        work.join(parts, DEFAULT_PATIENCE)
+        work.join(parts, DEFAULT_TIMEOUT)
         return
     partial = work.folder.with_name(f"{work.folder.name}.partial")
     rows, _ = append_rows(work, partial, range(len(work.split)))
@@ -580,7 +580,7 @@ def run_together(
     passes: Sequence[FeaturePass],
     cluster: Cluster,
     *,
-    patience: float = DEFAULT_PATIENCE,
+    patience: float = DEFAULT_TIMEOUT,
 ) -> None:
     """Makes passes together with other processes that are called in the same way."""
     keep_shares(passes, cluster, patience=patience)
@@ -657,7 +657,7 @@ def keep_shares(
     passes: Sequence[FeaturePass],
     cluster: Cluster,
     *,
-    patience: float = DEFAULT_PATIENCE,
+    patience: float = DEFAULT_TIMEOUT,
 ) -> None:
     """Computes this process's share of each pass, and waits for nobody."""
     for work in passes:

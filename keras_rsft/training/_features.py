@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import keras
 
-from keras_rsft._runtime import DEFAULT_PATIENCE, Cluster
+from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
 from keras_rsft.data._samples import ImageData, SampleData
@@ -108,7 +108,7 @@ def open_features(
     seed: int = 0,
     progress: bool = True,
     cluster: Cluster | None = None,
-    timeout: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
     device_names: Sequence[str] = (),
     on_backbone: Callable[[keras.Model], None] = lambda backbone: None,
     on_note: Callable[[str], None] = lambda text: None,
@@ -138,7 +138,7 @@ def extract_all(
     seed: int = 0,
     progress: bool = True,
     cluster: Cluster | None = None,
-    timeout: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
     device_names: Sequence[str] = (),
 ) -> SplitFeatures:
     """Runs the backbone over all splits, or reads the cached features."""
@@ -197,7 +197,7 @@ def keep_share(
     seed: int,
     progress: bool,
     cluster: Cluster,
-    timeout: float = DEFAULT_PATIENCE,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> None:
     """Computes one process's share of the features, and waits for nobody."""
     passes = feature_passes(
