@@ -157,14 +157,12 @@ def require_takes(name: str | os.PathLike[str], kind: str) -> None:
     """Refuses a backbone that does not take samples of this kind."""
     if takes_texts(name) == (kind == TEXTS):
         return
-    if kind == TEXTS:
-        raise InvalidArgument(
-            f"The data are texts, and the backbone takes images. Received: {name}. "
-            f"Use `--backbone {TEXT_ENCODERS[0]}`."
-        )
+    texts = ("images", f"`--backbone {TEXT_ENCODERS[0]}`")
+    images = ("texts", "a backbone for images, such as efficientnet_lite0")
+    taken, instead = texts if kind == TEXTS else images
     raise InvalidArgument(
-        f"The data are images, and the backbone takes texts. Received: {name}. Use a "
-        "backbone for images, such as efficientnet_lite0."
+        f"The data are {kind}, and the backbone takes {taken}. Received: {name}. "
+        f"Use {instead}."
     )
 
 
@@ -395,11 +393,8 @@ def checked_unfreeze(value: Unfreeze | list[str]) -> Unfreeze:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     names = (value,) if isinstance(value, str) else value
-    if (
-        isinstance(names, (tuple, list))
-        and names
-        and all(isinstance(name, str) and name for name in names)
-    ):
+    is_list = isinstance(names, (tuple, list)) and len(names) > 0
+    if is_list and all(isinstance(name, str) and name for name in names):
         return tuple(names)
     raise InvalidArgument(
         "The layers to unfreeze must be a number of blocks, at least 1, all, or names "

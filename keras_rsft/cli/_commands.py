@@ -214,7 +214,7 @@ def _say_next(output: Output, folder: Path, arguments: argparse.Namespace) -> No
         output.next_command("Serve it", _program("export", folder))
 
 
-# === demo ===
+# === Commands that train ===
 
 
 def demo(arguments: argparse.Namespace, output: Output) -> None:
@@ -299,9 +299,6 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         finding=run.finding,
         results=results,
     )
-
-
-# === fit ===
 
 
 def fit(arguments: argparse.Namespace, output: Output) -> None:
@@ -417,9 +414,6 @@ def _dry_run(
     output.finish(pilot.verdict, **document)
 
 
-# === compare ===
-
-
 def compare(arguments: argparse.Namespace, output: Output) -> None:
     methods = config.check_methods(arguments.methods)
     settings = config_of(arguments, TrainConfig, policy=policy_of(arguments))
@@ -453,9 +447,6 @@ def compare(arguments: argparse.Namespace, output: Output) -> None:
     )
 
 
-# === rank ===
-
-
 def rank(arguments: argparse.Namespace, output: Output) -> None:
     for name in arguments.backbones:
         FeatureConfig(name)
@@ -477,9 +468,6 @@ def rank(arguments: argparse.Namespace, output: Output) -> None:
     command = fit_command(arguments, f"--seed={arguments.seed}", backbone=best)
     output.next_command("Train on the first", command)
     output.finish(best, **json_value(ranking))
-
-
-# === features ===
 
 
 def features(arguments: argparse.Namespace, output: Output) -> None:
@@ -530,13 +518,9 @@ def features_cluster(arguments: argparse.Namespace) -> rsft.Cluster:
     return rsft.Cluster(("",) * count, index)
 
 
-# === search ===
-
-
 def search(arguments: argparse.Namespace, output: Output) -> None:
     options = config_of(arguments, config.SearchConfig)
     space = config_of(arguments, config.SearchSpace, **dict(arguments.range))
-    # `options.unfreeze` says which layers.
     how = unfreezing(arguments, config.ALL if options.unfrozen else None)
     settings = config_of(arguments, TrainConfig, unfreeze=how)
     features = features_of(arguments)
@@ -627,7 +611,7 @@ def _worker_commands(
     return [command + own] * count
 
 
-# === review ===
+# === Commands that use a run ===
 
 
 def review(arguments: argparse.Namespace, output: Output) -> None:
@@ -659,8 +643,7 @@ def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> None:
         )
     with ReviewServer(record, port=arguments.port) as server:
         try:  # From the first word on, or an early Ctrl-C looks like a failure.
-            if not arguments.json:
-                output.say(f"{server.url}  (Ctrl-C stops the server)")
+            output.say(f"{server.url}  (Ctrl-C stops the server)")
             output.finish(
                 server.url, folder=folder.absolute(), page=None, url=server.url
             )
@@ -673,11 +656,7 @@ def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> None:
                 webbrowser.open(server.url)
             server.serve_forever()
         except KeyboardInterrupt:
-            if not arguments.json:
-                output.say("Stopped.")
-
-
-# === export ===
+            output.say("Stopped.")
 
 
 def export(arguments: argparse.Namespace, output: Output) -> bool:
@@ -802,9 +781,6 @@ def _show_verification(found: Verification, output: Output) -> None:
     rows.append(("Loaded in", f"{found.load_seconds:.1f} s"))
     rows.append(("Verdict", "as the run" if found.passed else "NOT as the run"))
     output.rows("In a fresh process", rows)
-
-
-# === predict ===
 
 
 def predict(arguments: argparse.Namespace, output: Output) -> bool:
