@@ -470,8 +470,6 @@ OPTIMIZER_NAMES = (
     "sgd", "adam", "adamw", "rmsprop", "nadam", "adamax", "adagrad", "adadelta",
     "adafactor", "ftrl", "lion", "muon", "schedulefreeadamw",
 )  # fmt: skip
-# The default learning rate of unfrozen layers, as a share of the head's.
-SHARE_OF_LEARNING_RATE = 0.1
 # Parts of the names of variables without weight decay.
 NOT_DECAYED = ("bias", "gamma", "beta")
 
@@ -558,7 +556,7 @@ class TrainConfig:
     def unfreeze_rate(self) -> float:
         """The unfrozen layers' learning rate."""
         if self.unfreeze is None or self.unfreeze.learning_rate is None:
-            return SHARE_OF_LEARNING_RATE * self.learning_rate
+            return 0.1 * self.learning_rate
         return self.unfreeze.learning_rate
 
 

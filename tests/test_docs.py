@@ -1,7 +1,7 @@
 """README.md and docs/: links lead somewhere, commands parse, Python runs.
 
 The Python blocks of a page run one after the other, as a reader would paste them, in a
-folder that has what they name: `photos/`, and a base `own.keras`. `your_model`,
+folder that has what they name: `photos/`, and a backbone `own.keras`. `your_model`,
 `train` and `validation` are there too. `<!-- not run: WHY -->` in front of a block, and
 WHY in the page's words, leaves one out.
 """

@@ -643,7 +643,8 @@ def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> None:
         )
     with ReviewServer(record, port=arguments.port) as server:
         try:  # From the first word on, or an early Ctrl-C looks like a failure.
-            output.say(f"{server.url}  (Ctrl-C stops the server)")
+            if not arguments.json:
+                output.say(f"{server.url}  (Ctrl-C stops the server)")
             output.finish(
                 server.url, folder=folder.absolute(), page=None, url=server.url
             )
@@ -656,7 +657,8 @@ def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> None:
                 webbrowser.open(server.url)
             server.serve_forever()
         except KeyboardInterrupt:
-            output.say("Stopped.")
+            if not arguments.json:
+                output.say("Stopped.")
 
 
 def export(arguments: argparse.Namespace, output: Output) -> bool:
