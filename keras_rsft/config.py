@@ -52,11 +52,12 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "at least 1": lambda value: 1 <= value < math.inf,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
     "a whole number in [0, 2**31)": lambda value: 0 <= value < 2**31,
 }
 
 
-def _require(config: object, expected: str, *names: str) -> None:
+def check_numbers(config: object, expected: str, *names: str) -> None:
     """Checks fields against one of `_CHECKS`; None is allowed."""
     for name in names:
         value = getattr(config, name)
@@ -253,7 +254,7 @@ class FeatureConfig:
                 )
             object.__setattr__(self, "backbone", os.fspath(self.backbone))
             parse_backbone_name(self.backbone)
-        _require(self, "at least 1", "image_size", "augmentations")
+        check_numbers(self, "at least 1", "image_size", "augmentations")
         require_known("dtype", self.dtype, DTYPES)
         require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
 
@@ -350,10 +351,10 @@ class PolicyConfig:
         object.__setattr__(self, "name", name)
         require_known("policy", name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
-        _require(self, "a positive number", "threshold", "relative_threshold")
-        _require(self, "at least 0", "warmup_epochs")
-        _require(self, "in (0, 1]", "keep_fraction")
-        _require(self, "in [0, 1]", "class_floor")
+        check_numbers(self, "a positive number", "threshold", "relative_threshold")
+        check_numbers(self, "at least 0", "warmup_epochs")
+        check_numbers(self, "in (0, 1]", "keep_fraction")
+        check_numbers(self, "in [0, 1]", "class_floor")
 
 
 def require_used(name: str, given: Mapping[str, object]) -> None:
@@ -448,8 +449,8 @@ class UnfreezeConfig:
             object.__setattr__(self, "epochs", 3 if self.accepted_only else 5)
         if self.learning_rate is None and self.accepted_only:
             object.__setattr__(self, "learning_rate", 1e-4)
-        _require(self, "at least 1", "epochs", "batch_size")
-        _require(self, "a positive number", "learning_rate")
+        check_numbers(self, "at least 1", "epochs", "batch_size")
+        check_numbers(self, "a positive number", "learning_rate")
 
     @property
     def accepted_only(self) -> bool:
@@ -528,11 +529,11 @@ class TrainConfig:
     unfreeze: UnfreezeConfig | None = None
 
     def __post_init__(self) -> None:
-        _require(self, "at least 1", "epochs", "batch_size", "early_stopping")
-        _require(self, "at least 0", "weight_decay")
-        _require(self, "a positive number", "learning_rate")
-        _require(self, "in [0, 1]", "momentum")
-        _require(self, "a whole number in [0, 2**31)", "seed")
+        check_numbers(self, "at least 1", "epochs", "batch_size", "early_stopping")
+        check_numbers(self, "at least 0", "weight_decay")
+        check_numbers(self, "a positive number", "learning_rate")
+        check_numbers(self, "in [0, 1]", "momentum")
+        check_numbers(self, "a whole number in [0, 2**31)", "seed")
         require_known("optimizer", self.optimizer.lower(), OPTIMIZER_NAMES)
 
     @property
@@ -627,9 +628,9 @@ class SearchConfig:
         require_known("tuner", self.tuner, TUNER_NAMES)
         require_known("oracle", self.oracle, ORACLE_NAMES)
         require_known("objective", self.objective, tuple(OBJECTIVES))
-        _require(self, "at least 1", "max_trials", "parallel_trials")
-        _require(self, "at least 0", "halvings")
-        _require(self, "in [0, 1]", "min_acceptance")
+        check_numbers(self, "at least 1", "max_trials", "parallel_trials")
+        check_numbers(self, "at least 0", "halvings")
+        check_numbers(self, "in [0, 1]", "min_acceptance")
         for name in ("oracle", "halvings"):
             default = getattr(type(self), name)
             if self.tuner != BATCHED and getattr(self, name) != default:
@@ -725,14 +726,13 @@ class SearchSpace:
     def _check_range(self, name: str) -> None:
         given, least = getattr(self, name), WHOLE_RANGES.get(name)
         most = 1 if name == "keep_fraction" else math.inf
-        holds = isinstance(given, (tuple, list)) and len(given) == 2
-        if holds:
-            low, high = given
-            holds = low <= high <= most and high < math.inf
-            if least is None:
-                holds = holds and low > 0
-            else:
-                holds = holds and low >= least and not (low % 1 or high % 1)
+        is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+        low, high = given if is_pair else (math.nan, math.nan)
+        holds = low <= high <= most and high < math.inf
+        if least is None:
+            holds = holds and low > 0
+        else:
+            holds = holds and low >= least and not (low % 1 or high % 1)
         if not holds:
             bound = "above 0" if least is None else f"whole numbers, at least {least}"
             bound += " and at most 1" if most == 1 else ""
@@ -848,4 +848,4 @@ class ExportConfig:
                 "A version and the most probable classes can be chosen for the format "
                 f"saved-model only. Received: the format {self.file_format}."
             )
-        _require(self, "at least 1", "version", "top_k")
+        check_numbers(self, "at least 1", "version", "top_k")

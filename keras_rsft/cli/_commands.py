@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-_SHOWN_CLASSES = 5
-# A file system takes 255 bytes; before and after the name of the data comes more.
-_MAX_NAME_BYTES = 200
 
 
 # === From options to configurations, and back ===
@@ -138,7 +135,8 @@ def fit_command(
 def data_name(source: str) -> str:
     """Returns what a folder for the results is named after."""
     name = os.fsencode(Path(source.removeprefix("tfds:")).stem)
-    return name[:_MAX_NAME_BYTES].decode(errors="ignore") or "run"
+    # A file system takes 255 bytes; before and after the name of the data comes more.
+    return name[:200].decode(errors="ignore") or "run"
 
 
 def load_data(arguments: argparse.Namespace, noisy_splits: Sequence[str]) -> SampleData:
@@ -174,7 +172,7 @@ def _load(arguments: argparse.Namespace, output: Output, *noisy: str) -> SampleD
     data = load_data(arguments, noisy)
     splits = (data.train, data.validation, data.test)
     sizes = ", ".join(f"{len(split)} {split.name}" for split in splits)
-    names = list(data.class_names[:_SHOWN_CLASSES])
+    names = list(data.class_names[:5])
     if data.num_classes > len(names):
         names.append("...")
     text = f"{data.num_classes} classes ({', '.join(names)}); {data.kind}: {sizes}."
@@ -732,6 +730,7 @@ def _check(
     from keras_rsft.export import _verify as checks
 
     accuracy = verification = images = None
+    progress = output.progress
     missing, narrowed = "", export.settings.weight_dtype != "float32"
     if narrowed or arguments.verify:
         try:
@@ -742,9 +741,7 @@ def _check(
         try:
             if images is None:
                 raise DataError(missing)
-            accuracy = checks.check_accuracy(
-                run, export, images, progress=output.progress
-            )
+            accuracy = checks.check_accuracy(run, export, images, progress=progress)
             output.say(
                 f"Accuracy on the validation split ({accuracy.images} images): "
                 f"{100 * accuracy.exported:.1f} %; in float32 "
@@ -756,15 +753,13 @@ def _check(
                 f"The accuracy on the validation split was not measured: {error}"
             )
     if arguments.verify:
-        encoded = None if images is None else checks.sample_of(images)
-        if not encoded:
+        encoded = None if images is None else checks.sample_of(images) or None
+        if encoded is None:
             reason = missing or "their files are gone."
             output.say(
                 f"The run's images cannot be read, so generated ones are used: {reason}"
             )
-        verification = checks.verify_export(
-            run, export, encoded or None, progress=output.progress
-        )
+        verification = checks.verify_export(run, export, encoded, progress=progress)
         _show_verification(verification, output)
     return accuracy, verification
 

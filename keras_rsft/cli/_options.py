@@ -66,11 +66,7 @@ class DataConfig:
     split_seed: int = rare(0, "seed of the cut")
 
     def __post_init__(self) -> None:
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise InvalidArgument(
-                    f"`{name}` must be in (0, 1). Received: {getattr(self, name)}."
-                )
+        config.check_numbers(self, "in (0, 1)", "validation_fraction", "test_fraction")
 
 
 # === From fields to options ===
@@ -235,20 +231,19 @@ class CommandParser(argparse.ArgumentParser):
 # === Types ===
 
 
-def parsed(text: str, kind: Callable, holds: Callable, expected: str) -> Any:
-    """Returns what an option's text means, or raises what `argparse` shows."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, received {text!r}")
-    return value
-
-
 def typed(kind: Callable, expected: str, holds: Callable = lambda value: True) -> Any:
-    """Returns a parser of an option's text."""
-    return lambda text: parsed(text, kind, holds, expected)
+    """Returns a parser of an option's text, which raises what `argparse` shows."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, received {text!r}")
+        return value
+
+    return parse
 
 
 def split_at(mark: str, kind: Callable = str.strip) -> Callable[[str], tuple]:
@@ -284,12 +279,12 @@ def named_range(text: str) -> tuple[str, tuple[float, float]]:
             f"{', '.join(config.RANGE_NAMES)}, received {text!r}.{hint}"
         )
     kind = int if name in config.WHOLE_RANGES else float
-    return name, parsed(
-        bounds,
+    parse = typed(
         split_at(":", kind),
-        lambda value: len(value) == 2 and value[0] <= value[1],
         f"two {'whole ' if kind is int else ''}numbers LOW:HIGH, the lower one first",
+        lambda value: len(value) == 2 and value[0] <= value[1],
     )
+    return name, parse(bounds)
 
 
 _METAVARS = {
