@@ -272,13 +272,10 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         "right_labels_rejected": "Right rejected",
     }
     titles = {"plain": "plain fine-tuning", "rsft": "rejection (RSFT)"}
-    rows = [
-        (
-            titles.get(name, name),
-            *(summary.share_text(values.get(column)) for column in columns),
-        )
-        for name, values in results.items()
-    ]
+    rows = []
+    for name, values in results.items():
+        shares = [summary.share_text(values.get(column)) for column in columns]
+        rows.append((titles.get(name, name), *shares))
     header = ("Head trained with", *columns.values())
     output.table(summary.Table(header, tuple(rows)))
     output.say(
@@ -447,7 +444,7 @@ def compare(arguments: argparse.Namespace, output: Output) -> None:
 
 def rank(arguments: argparse.Namespace, output: Output) -> None:
     for name in arguments.backbones:
-        FeatureConfig(name)
+        FeatureConfig(name)  # Refused before anything heavy is imported.
     features = dataclasses.replace(features_of(arguments), backbone=None)
     from keras_rsft.backbones._load import check_backbone_name
 
