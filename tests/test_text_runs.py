@@ -166,11 +166,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "options, said",
         [
-            (("--set", "augmentations=2"), "one view"),
+            (("--set", "augmentations=2"), "no augmentations"),
             (("--image-size", "32"), "no image size"),
-            (("--unfreeze", "1"), "only its head learns"),
-            (("--unfreeze", "last-block"), "only its head learns"),
-            (("--backbone", "resnet50"), "the base takes images"),
+            (("--unfreeze", "1"), "stays frozen"),
+            (("--unfreeze", "last-block"), "stays frozen"),
+            (("--backbone", "resnet50"), "the backbone takes images"),
             (("--noise", "instance:0.3"), "made of images"),
         ],
     )
