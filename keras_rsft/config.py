@@ -393,10 +393,11 @@ def checked_unfreeze(value: Unfreeze | list[str]) -> Unfreeze:
         return ALL
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    names = (value,) if isinstance(value, str) else value
-    is_list = isinstance(names, (tuple, list)) and len(names) > 0
-    if is_list and all(isinstance(name, str) and name for name in names):
-        return tuple(names)
+    names: tuple[Any, ...] = (value,)
+    if isinstance(value, (tuple, list)):
+        names = tuple(value)
+    if names and all(isinstance(name, str) and name for name in names):
+        return names
     raise InvalidArgument(
         "The layers to unfreeze must be a number of blocks, at least 1, all, or names "
         f"of layers. Received: {value!r}."
