@@ -54,20 +54,16 @@ class Ledger:
 
     def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
         self.ids, self.labels = np.asarray(ids), np.asarray(labels, np.int32)
-        self.clean_labels = None
-        if clean_labels is not None:
-            self.clean_labels = np.asarray(clean_labels, np.int32)
         clean = self.labels if clean_labels is None else clean_labels
         _require_equally_long(ids=self.ids, labels=labels, clean_labels=clean)
+        is_known = clean_labels is not None
+        self.clean_labels = np.asarray(clean, np.int32) if is_known else None
         count = len(self.ids)
-        self.seen = np.zeros(count, np.int32)
-        self.accepted = np.zeros(count, np.int32)
+        self.seen, self.accepted, self._finite = np.zeros((3, count), np.int32)
+        self._loss_first, self.loss_last = np.full((2, count), np.nan, np.float32)
+        self._loss_sum = np.zeros(count, np.float32)
         self.predicted = np.full(count, -1, np.int32)
         self.predicted_probability = np.full(count, np.nan, np.float32)
-        self._loss_sum = np.zeros(count, np.float32)
-        self._finite = np.zeros(count, np.int32)
-        self._loss_first = np.full(count, np.nan, np.float32)
-        self.loss_last = np.full(count, np.nan, np.float32)
         self._suspicion: np.ndarray | None = None
         self._reviewed = np.zeros(count, bool)
 
@@ -107,10 +103,6 @@ class Ledger:
             ranks = np.maximum(order - unseen.sum(), 0)
             suspicion = (ranks / max(ranks.max(initial=0), 1)).astype(np.float32)
         return np.where(self._reviewed, np.float32(0), suspicion)
-
-    def counts(self) -> dict[str, np.ndarray]:
-        """Returns copies of all that `note_epoch` adds up, by name."""
-        return {name: getattr(self, name).copy() for name in _COUNTS}
 
     def note_epoch(self, losses: np.ndarray, accepted: np.ndarray) -> None:
         """Adds one epoch.
@@ -156,14 +148,13 @@ class Ledger:
             class_names: Names of the classes.
         """
         named = [*class_names, ""]  # -1, not known, is the empty name.
-        clean = self.clean_labels
-        clean = np.full(len(self), -1) if clean is None else clean
-        labels = zip(self.labels, clean, self.predicted, strict=True)
+        unknown = np.full(len(self), -1)
+        clean = unknown if self.clean_labels is None else self.clean_labels
         numbers = [getattr(self, name) for name in COLUMNS[4:]]
-        rows = zip(self.ids, labels, zip(*numbers, strict=True), strict=True)
-        for sample_id, three, values in rows:
-            names = (named[label] for label in three)
-            yield [str(sample_id), *names, *map(_written, values)]
+        columns = (self.ids, self.labels, clean, self.predicted, *numbers)
+        for sample_id, *values in zip(*columns, strict=True):
+            names = (named[label] for label in values[:3])
+            yield [str(sample_id), *names, *map(_written, values[3:])]
 
 
 def datalab_inputs(
@@ -248,12 +239,9 @@ class RejectionLedger(keras.callbacks.Callback):
         self.acceptance_by_class: list[np.ndarray] = []
         self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
         self.loss_histograms: list[LossHistogram] = []
+        unseen = np.full((len(self.ledger), 2), _NOT_SEEN, np.float32)
         self._epoch = keras.Variable(
-            keras.initializers.Constant(_NOT_SEEN),
-            shape=(len(self.ledger), 2),
-            dtype="float32",
-            trainable=False,
-            name="rejection_ledger",
+            unseen, dtype="float32", trainable=False, name="rejection_ledger"
         )
 
     def state(self) -> dict[str, np.ndarray]:
@@ -262,7 +250,7 @@ class RejectionLedger(keras.callbacks.Callback):
         histograms = [
             (h.threshold, *h.accepted, *h.rejected) for h in self.loss_histograms
         ]
-        state = self.ledger.counts() | {
+        state = {name: getattr(self.ledger, name).copy() for name in _COUNTS} | {
             "acceptance_by_class": np.array(self.acceptance_by_class, np.float32),
             "loss_histograms": np.array(histograms, np.float64),
         }
@@ -300,9 +288,8 @@ class RejectionLedger(keras.callbacks.Callback):
         self.last_epoch = (losses, accepted)
         threshold = self.model.policy.threshold_in_use()
         self.loss_histograms.append(loss_histogram(losses, accepted, threshold))
-        if self.model.policy.needs_ledger:
-            epochs = len(self.loss_histograms)
-            self.model.policy.note_losses(self.ledger.loss_mean, epochs)
+        epochs = len(self.loss_histograms)
+        self.model.policy.note_losses(self.ledger.loss_mean, epochs)
         seen = accepted >= 0
         labels = self.ledger.labels
         with np.errstate(invalid="ignore"):
@@ -315,30 +302,27 @@ class RejectionLedger(keras.callbacks.Callback):
 
 
 class _Recorder:
-    """Writes what became of the samples of a batch into the rows of a variable."""
-
     def __init__(self, epoch: keras.Variable):
         self.variables = [epoch]
 
     def __call__(self, sample_index: Any, losses: Any, accept_mask: Any) -> None:
         rows = ops.stack([losses, ops.cast(accept_mask, "float32")], 1)
         (epoch,) = self.variables
-        if keras.backend.backend() != "tensorflow":
-            updated = ops.scatter_update(epoch.value, sample_index[:, None], rows)
-            epoch.assign(updated)
-            return
-        import tensorflow as tf  # `assign` would copy all of it in every step.
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf  # `assign` would copy all of it in every step.
 
-        epoch.value.scatter_update(tf.IndexedSlices(rows, sample_index))
+            epoch.value.scatter_update(tf.IndexedSlices(rows, sample_index))
+        else:
+            index = sample_index[:, None]
+            epoch.assign(ops.scatter_update(epoch.value, index, rows))
 
 
 def rejection_quality(rejected: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
     """Returns precision and recall of rejection, 0 where nothing is to divide by."""
-    hits = float(np.count_nonzero(rejected & wrong))
-    counts = {"precision": rejected.sum(), "recall": wrong.sum()}
+    hits = int((rejected & wrong).sum())
     return {
-        f"rejection_{name}": hits / float(count) if count else 0.0
-        for name, count in counts.items()
+        "rejection_precision": hits / max(int(rejected.sum()), 1),
+        "rejection_recall": hits / max(int(wrong.sum()), 1),
     }
 
 

@@ -34,8 +34,6 @@ BATCH_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The answer for one sample."""
-
     path: str
     label: str | None
     score: float | None
@@ -48,8 +46,6 @@ Answers = tuple[list[str], np.ndarray, list[str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model, ready to answer."""
-
     takes: str
     classify: Callable[[list[bytes]], Answers]
 
@@ -130,19 +126,9 @@ def predict_samples(
                 yield Prediction(sample.name, label, float(score))
 
 
-def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Replaces folders and patterns by the image files in them, sorted."""
-    return _find_files(paths, IMAGE_SUFFIXES, "image")
-
-
-def find_texts(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Replaces folders and patterns by the text files in them, sorted."""
-    return _find_files(paths, TEXT_SUFFIXES, "text")
-
-
-def _find_files(
-    paths: Sequence[str | os.PathLike], suffixes: frozenset[str], kind: str
-) -> list[str]:
+def find_files(paths: Sequence[str | os.PathLike], kind: str) -> list[str]:
+    """Replaces folders and patterns by the image or text files in them, sorted."""
+    suffixes = TEXT_SUFFIXES if kind == TEXTS else IMAGE_SUFFIXES
     found: dict[str, None] = {}
     for path in (os.fspath(path) for path in paths):
         if os.path.isdir(path):
@@ -159,7 +145,7 @@ def _find_files(
         else:
             files = [path]
         if not files:
-            raise DataError(f"There is no {kind} file in {path}.")
+            raise DataError(f"There is no {kind.removesuffix('s')} file in {path}.")
         found |= dict.fromkeys(files)
     return list(found)
 

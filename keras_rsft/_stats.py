@@ -32,12 +32,10 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """The interval's lower end."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        """The interval's upper end."""
         return self.mean + self.half_width
 
 
@@ -82,12 +80,10 @@ def paired_share_interval(
 
 def paired_right_interval(ones: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % interval of a difference of accuracies over seeds and items."""
-    import numpy as np
-
-    differences = np.subtract(ones, others, dtype=np.float64)
+    differences = ones.astype(float) - others
     of_items = differences.mean(axis=0)
     difference, over_items = _matched_difference(
-        float(of_items.sum()), float(np.square(of_items).sum()), len(of_items)
+        float(of_items.sum()), float((of_items**2).sum()), len(of_items)
     )
     over_seeds = mean_interval(differences.mean(axis=1).tolist()).half_width
     half = math.hypot(over_seeds, over_items)

@@ -62,11 +62,11 @@ def test_a_table_a_verdict_and_a_folder(finished):
 
 
 def test_without_noise_what_cannot_run_is_noted(compare, monkeypatch, tmp_path):
-    from keras_rsft.comparison import _compare as comparison
+    from keras_rsft.comparison import _methods as methods
     from keras_rsft.comparison._methods import Outcome
 
     monkeypatch.setattr(
-        comparison,
+        methods,
         "run_method",
         lambda name, trial: Outcome(
             name, trial.settings.seed, 1.0, np.array([True, False]), 1.0

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from keras_rsft import config
-from keras_rsft.comparison import _compare as comparison_module
 from keras_rsft.comparison import _methods as methods
-from keras_rsft.comparison._compare import compare, compare_features
+from keras_rsft.comparison._compare import compare, compare_features, relabelled
 from keras_rsft.comparison._methods import Outcome
 from keras_rsft.config import METHOD_NAMES, PolicyConfig, TrainConfig, check_methods
 from keras_rsft.errors import DataError, InvalidArgument
@@ -87,9 +86,9 @@ class TestBaselines:
         best = int(np.argmax(seen))
         assert best < len(seen) - 1
         heads = []
-        real = methods.train_head
+        real = methods._head.train_head
         monkeypatch.setattr(
-            methods,
+            methods._head,
             "train_head",
             lambda *a, **k: heads.append(real(*a, **k)) or heads[-1],
         )
@@ -105,9 +104,11 @@ class TestBaselines:
         self, trial, monkeypatch, policy
     ):
         seen = []
-        real = methods.train_head
+        real = methods._head.train_head
         monkeypatch.setattr(
-            methods, "train_head", lambda *a, **k: seen.append(a[1]) or real(*a, **k)
+            methods._head,
+            "train_head",
+            lambda *a, **k: seen.append(a[1]) or real(*a, **k),
         )
         prefix = "" if policy == "accept-all" else "auto+"
         outcome = methods.run_method(f"{prefix}weight-decay", trial)
@@ -299,8 +300,8 @@ class TestComparison:
     def test_what_cannot_run_is_left_out_with_a_note(
         self, noisy, settings, monkeypatch
     ):
-        monkeypatch.setattr(comparison_module, "run_method", fake_run)
-        monkeypatch.setattr(comparison_module, "has_cleanlab", lambda: False)
+        monkeypatch.setattr(methods, "run_method", fake_run)
+        monkeypatch.setattr(config, "has_cleanlab", lambda: False)
         unknown = noisy.train.with_labels(noisy.train.labels)
         features = dataclasses.replace(
             noisy,
@@ -323,16 +324,16 @@ class TestComparison:
     def test_a_weight_decay_of_all_methods_is_no_method(
         self, noisy, settings, monkeypatch
     ):
-        monkeypatch.setattr(comparison_module, "run_method", fake_run)
+        monkeypatch.setattr(methods, "run_method", fake_run)
         decayed = dataclasses.replace(settings, weight_decay=0.1)
         result = compare_features(noisy, settings=decayed, progress=False)
         assert not any("weight-decay" in name for name in result.summaries)
         assert "auto+weight-decay was left out" in " ".join(result.notes)
 
-    def test_what_is_a_method_is_no_setting(self, noisy, settings):
+    def test_what_is_a_method_is_no_setting(self, settings):
         changed = dataclasses.replace(settings, early_stopping=3)
         with pytest.raises(InvalidArgument, match="a method of its own"):
-            compare_features(noisy, settings=changed, progress=False)
+            compare("digits", settings=changed, progress=False)
 
     def test_cleanlab_by_name_needs_the_extra(self, monkeypatch):
         monkeypatch.setattr(config, "has_cleanlab", lambda: False)
@@ -365,7 +366,7 @@ class TestComparison:
             split.labels = np.array([*((part.labels[::-1] + 1) % CLASSES), 0])
             split.clean_labels = None
             setattr(data, name, split)
-        moved = comparison_module.relabelled(noisy, data)
+        moved = relabelled(noisy, data)
         np.testing.assert_array_equal(
             moved.train.labels, (noisy.train.labels + 1) % CLASSES
         )

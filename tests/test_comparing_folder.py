@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 
+from keras_rsft import _storage
 from keras_rsft._storage import NumberedFolder, open_place
-from keras_rsft.comparison import _compare as comparison_module
+from keras_rsft.comparison import _methods as methods
 from keras_rsft.comparison._compare import compare
 from keras_rsft.comparison._methods import Outcome
 from keras_rsft.config import FeatureConfig, TrainConfig
@@ -88,14 +89,14 @@ class TestCompare:
         def fail(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(comparison_module, "write_json", fail)
-        monkeypatch.setattr(comparison_module, "run_method", fake_run)
+        monkeypatch.setattr(_storage, "json_value", fail)
+        monkeypatch.setattr(methods, "run_method", fake_run)
         with pytest.raises(KeyboardInterrupt):
             written(tmp_path / "table")
         assert list(tmp_path.iterdir()) == []
 
     def test_two_at_once_get_a_number_each(self, written, tmp_path, monkeypatch):
-        monkeypatch.setattr(comparison_module, "run_method", fake_run)
+        monkeypatch.setattr(methods, "run_method", fake_run)
         numbered = NumberedFolder("table", tmp_path)
         with open_place(numbered, {"kind": "comparison"}) as first:
             assert first.folder.name == "table-1"

@@ -18,7 +18,7 @@ from keras_rsft.data._labels import Correction, add_label_noise, apply_correctio
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import TrainingBatches
-from keras_rsft.features._extract import FrozenBase, extract_features
+from keras_rsft.features._extract import FrozenBackbone, extract_features
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.policies._listed import AcceptReviewed
 from keras_rsft.policies._threshold import LossMixture, LossThreshold
@@ -220,7 +220,7 @@ class TestFeatures:
     def passes(self, monkeypatch):
         """Counts the images that go through a base."""
         seen = []
-        made = FrozenBase.forward.func
+        made = FrozenBackbone.forward.func
 
         def counting(self):
             forward = made(self)
@@ -231,7 +231,7 @@ class TestFeatures:
 
             return run
 
-        monkeypatch.setattr(FrozenBase, "forward", property(counting))
+        monkeypatch.setattr(FrozenBackbone, "forward", property(counting))
         return seen
 
     @pytest.mark.parametrize("views", [1, 2])

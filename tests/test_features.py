@@ -1,4 +1,4 @@
-"""One pass of the base: kept, resumed, keyed, and fed to training in order."""
+"""One pass of the backbone: cached, resumed, keyed, and fed to training in order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import keras
@@ -20,7 +21,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import _batches as batches
 from keras_rsft.features import _extract as extraction
 from keras_rsft.features._batches import TrainingBatches, batches_of
-from keras_rsft.features._extract import FrozenBase, extract_features, feature_key
+from keras_rsft.features._extract import FeaturePass, extract_features
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import LossThreshold
@@ -40,28 +41,30 @@ class TestExtraction:
     def test_rows_are_the_bases_output_in_the_order_of_the_split(
         self, tiny_base, data, tmp_path
     ):
-        kept = extract_features(tiny_base, data.train, cache_dir=tmp_path, batch_size=7)
-        np.testing.assert_allclose(
-            kept.features, directly(tiny_base, data.train), atol=1e-5
+        cached = extract_features(
+            tiny_base, data.train, cache_dir=tmp_path, batch_size=7
         )
-        np.testing.assert_array_equal(kept.labels, data.train.labels)
-        np.testing.assert_array_equal(kept.ids, data.train.ids)
-        assert kept.unreadable == ()
+        np.testing.assert_allclose(
+            cached.features, directly(tiny_base, data.train), atol=1e-5
+        )
+        np.testing.assert_array_equal(cached.labels, data.train.labels)
+        np.testing.assert_array_equal(cached.ids, data.train.ids)
+        assert cached.unreadable == ()
 
     def test_an_empty_split_has_no_features(self, tiny_base, data, tmp_path):
         empty = data.train.take(np.array([], np.int64))
-        kept = extract_features(tiny_base, empty, cache_dir=tmp_path)
-        assert len(kept) == 0
-        assert list(kept.chunks()) == []
+        cached = extract_features(tiny_base, empty, cache_dir=tmp_path)
+        assert len(cached) == 0
+        assert list(cached.chunks()) == []
 
     def test_weights_as_constants_give_the_same_features(
         self, tiny_base, data, tmp_path, monkeypatch
     ):
         monkeypatch.setattr(extraction, "MIN_IMAGES_FOR_CONSTANTS", 10)
         assert len(data.train) > 10
-        kept = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        cached = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         np.testing.assert_allclose(
-            kept.features, directly(tiny_base, data.train), atol=1e-5
+            cached.features, directly(tiny_base, data.train), atol=1e-5
         )
 
     def test_a_second_call_does_not_run_the_base(
@@ -72,12 +75,12 @@ class TestExtraction:
         def never(*_):
             raise AssertionError("the base ran again")
 
-        monkeypatch.setattr(extraction, "_run_pass", never)
+        monkeypatch.setattr(extraction, "append_rows", never)
         again = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         np.testing.assert_array_equal(first.features, again.features)
 
     @pytest.mark.parametrize("torn_bytes", [0, 5, 24 * 4 + 3])
-    def test_an_interrupted_pass_goes_on_after_the_last_whole_row(
+    def test_an_interrupted_pass_resumes_after_the_last_whole_row(
         self, tiny_base, data, tmp_path, monkeypatch, torn_bytes
     ):
         whole = extract_features(tiny_base, data.train, cache_dir=tmp_path / "whole")
@@ -138,9 +141,9 @@ class TestExtraction:
         )
 
     def test_a_damaged_folder_is_computed_again(self, tiny_base, data, tmp_path):
-        kept = extract_features(tiny_base, data.train, cache_dir=tmp_path)
-        good = np.array(kept.features)
-        with kept.path.open("r+b") as file:
+        cached = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        good = np.array(cached.features)
+        with cached.path.open("r+b") as file:
             file.truncate(100)
         again = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         np.testing.assert_allclose(again.features, good, atol=1e-6)
@@ -154,12 +157,12 @@ class TestExtraction:
         (folder / "red" / "01.png").write_bytes(b"not an image")
         train = load_images(str(folder)).train
         broken = {"red/00.png", "red/01.png"} & set(train.ids)
-        kept = extract_features(tiny_base, train, cache_dir=tmp_path / "cache")
-        assert {name for name, _ in kept.unreadable} == broken
-        assert len(kept) == len(train) - len(broken)
+        cached = extract_features(tiny_base, train, cache_dir=tmp_path / "cache")
+        assert {name for name, _ in cached.unreadable} == broken
+        assert len(cached) == len(train) - len(broken)
         assert broken
-        assert not broken & set(kept.ids)
-        assert all(reason for _, reason in kept.unreadable)
+        assert not broken & set(cached.ids)
+        assert all(reason for _, reason in cached.unreadable)
 
     @pytest.mark.parametrize("number", [0, 9, -1])
     def test_an_image_that_could_not_be_read_once_is_not_lost(
@@ -178,12 +181,12 @@ class TestExtraction:
         with pytest.raises(OSError, match=r"second try.*same command") as caught:
             extract_features(tiny_base, train, cache_dir=tmp_path / "a", batch_size=4)
         assert caught.value.filename == failing
-        kept, straight = (
+        cached, straight = (
             extract_features(tiny_base, train, cache_dir=tmp_path / name, batch_size=4)
             for name in "ab"
         )
-        assert kept.unreadable == ()
-        np.testing.assert_array_equal(kept.features, straight.features)
+        assert cached.unreadable == ()
+        np.testing.assert_array_equal(cached.features, straight.features)
 
     def test_no_readable_image_is_an_error(self, photo_folder, tiny_base, tmp_path):
         folder = tmp_path / "photos"
@@ -212,7 +215,7 @@ class TestExtraction:
 
 
 def key(backbone, split, **options):
-    return feature_key(FrozenBase(backbone), split, **options)
+    return FeaturePass(backbone, split, tempfile.gettempdir(), **options).folder.name
 
 
 class TestSampleIndex:
@@ -279,8 +282,8 @@ class TestFeatureSet:
         values = np.stack([np.zeros(4), [0, 2, 0, 2]], axis=1).astype(np.float32)
         values.tofile(tmp_path / "f.bin")
         labels = np.zeros(4, np.int32)
-        kept = FeatureSet(tmp_path / "f.bin", labels, labels.astype(str), dim=2)
-        np.testing.assert_allclose(kept.moments()[1], [0.1 * 0.5, 1.0])
+        cached = FeatureSet(tmp_path / "f.bin", labels, labels.astype(str), dim=2)
+        np.testing.assert_allclose(cached.moments()[1], [0.1 * 0.5, 1.0])
 
     def test_cannot_be_written_to(self, synthetic):
         with pytest.raises(ValueError, match="read-only"):
@@ -295,8 +298,8 @@ class TestBatches:
     ):
         monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", limit)
         monkeypatch.setattr(batches, "BLOCK_BYTES", 100)  # Several blocks an epoch.
-        kept = synthetic(rows=11, views=views)
-        fed = TrainingBatches(kept, batch_size=4, seed=0)
+        cached = synthetic(rows=11, views=views)
+        fed = TrainingBatches(cached, batch_size=4, seed=0)
         assert fed.dataset.cardinality() == 3
         parts = list(fed.dataset)
         assert [len(labels) for _, labels in parts] == [4, 4, 3]
@@ -305,16 +308,18 @@ class TestBatches:
         rows = values[:, 0] / 4
         samples = (rows // views).astype(int)
         assert sorted(samples) == list(range(11))
-        np.testing.assert_array_equal(labels, kept.labels[samples])
+        np.testing.assert_array_equal(labels, cached.labels[samples])
         np.testing.assert_array_equal(values, rows[:, None] * 4 + np.arange(4))
 
     def test_in_order_for_evaluation(self, synthetic):
-        kept = synthetic(rows=11, views=3)
-        fed = batches.batches_of(kept, batch_size=4)
+        cached = synthetic(rows=11, views=3)
+        fed = batches.batches_of(cached, batch_size=4)
         assert fed.cardinality() == 3  # Else Keras warns that the data ran out.
         values = np.concatenate([x for x, _ in fed])
-        np.testing.assert_array_equal(values, kept.features)
-        np.testing.assert_array_equal(np.concatenate([y for _, y in fed]), kept.labels)
+        np.testing.assert_array_equal(values, cached.features)
+        np.testing.assert_array_equal(
+            np.concatenate([y for _, y in fed]), cached.labels
+        )
 
     def test_memory_and_disk_give_the_same_batches(self, synthetic, monkeypatch):
         def collect(limit):
@@ -325,10 +330,10 @@ class TestBatches:
         np.testing.assert_array_equal(collect(2**28), collect(0))
 
     def test_the_order_depends_on_seed_and_epoch_alone(self, synthetic):
-        kept = synthetic(rows=30)
+        cached = synthetic(rows=30)
 
         def epoch(seed, number):
-            fed = TrainingBatches(kept, batch_size=30, seed=seed)
+            fed = TrainingBatches(cached, batch_size=30, seed=seed)
             fed.callback.on_epoch_begin(number)
             return next(iter(fed.dataset))[0].numpy()[:, 0].tolist()
 
@@ -354,16 +359,16 @@ class TestBatches:
         assert seen == [1, 2, 3]
 
     def test_evaluation_reads_the_plain_images_in_order(self, synthetic):
-        kept = synthetic(rows=5, views=2)
-        values = np.concatenate([x for x, _ in batches_of(kept, batch_size=2)])
-        np.testing.assert_array_equal(values, kept.features)
+        cached = synthetic(rows=5, views=2)
+        values = np.concatenate([x for x, _ in batches_of(cached, batch_size=2)])
+        np.testing.assert_array_equal(values, cached.features)
 
 
-def test_kept_features_train_like_end_to_end(tiny_base, data, tmp_path):
+def test_cached_features_train_like_end_to_end(tiny_base, data, tmp_path):
     """Rule 7: the same weights within 1e-4."""
-    kept = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+    cached = extract_features(tiny_base, data.train, cache_dir=tmp_path)
     images = np.stack([image for _, image in data.train.images((16, 16))])
-    moments = kept.moments()
+    moments = cached.moments()
 
     def train(inputs, whole):
         head = build_head(6, 3, moments=moments, seed=0)
@@ -377,11 +382,11 @@ def test_kept_features_train_like_end_to_end(tiny_base, data, tmp_path):
         )
         return head.get_weights(), history.history["acceptance_rate"]
 
-    kept_weights, kept_rates = train(np.array(kept.features), whole=False)
+    cached_weights, cached_rates = train(np.array(cached.features), whole=False)
     weights, rates = train(images, whole=True)
-    assert kept_rates == rates
+    assert cached_rates == rates
     assert any(0 < rate < 1 for rate in rates)
-    for one, other in zip(kept_weights, weights, strict=True):
+    for one, other in zip(cached_weights, weights, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A base's fingerprint, whatever its layers are called, and where features are kept."""
+"""A backbone's fingerprint, whatever its layers are called, and the cache folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from keras_rsft.data._sources import load_images
-from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
+from keras_rsft.features._extract import (
+    FrozenBackbone,
+    default_cache_dir,
+    extract_features,
+)
 
 
 def fingerprint(base):
-    return FrozenBase(base).fingerprint
+    return FrozenBackbone(base).fingerprint
 
 
 def dense(units, **options):
@@ -66,10 +70,10 @@ def test_the_features_of_another_base_are_not_served(tmp_path):
     split = load_images("digits").test.take(range(10))
     for kind in ("relu", "tanh"):
         base = activated(kind, kind)
-        kept = extract_features(base, split, cache_dir=tmp_path, progress=False)
+        cached = extract_features(base, split, cache_dir=tmp_path, progress=False)
         images = np.stack([image for _, image in split.images((8, 8))])
         wanted = base.predict(images, verbose=0)
-        np.testing.assert_allclose(kept.features, wanted, atol=1e-5)
+        np.testing.assert_allclose(cached.features, wanted, atol=1e-5)
 
 
 def sequential():
@@ -137,7 +141,7 @@ def test_which_layers_are_taken_is_told():
 @pytest.mark.parametrize(
     "value, folder", [("/x", "/x"), ("", "~/.cache"), (None, "~/.cache")]
 )
-def test_features_are_kept_in_the_users_cache_folder(monkeypatch, value, folder):
+def test_features_are_cached_in_the_users_cache_folder(monkeypatch, value, folder):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if value is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", value)

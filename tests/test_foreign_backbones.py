@@ -13,7 +13,7 @@ from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._foreign import GraphNetwork, impure_operations, weights_bytes
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
-from keras_rsft.features._extract import FrozenBase
+from keras_rsft.features._extract import FrozenBackbone
 
 IMAGES = (
     np.random.default_rng(0).integers(0, 256, size=(5, SIDE, SIDE, 3)).astype("float32")
@@ -52,13 +52,13 @@ def test_a_base_gives_the_features_of_its_network(name, expected):
     for training in (False, True):
         features = np.asarray(base(IMAGES, training=training))
         np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5)
-    forward = FrozenBase(base, num_images=5000).forward
+    forward = FrozenBackbone(base, num_images=5000).forward
     np.testing.assert_allclose(forward(IMAGES), expected, rtol=0, atol=1e-5)
 
 
 def test_the_scale_is_part_of_the_key_of_kept_features(name):
-    one, again = (FrozenBase(load_backbone(name)).fingerprint for _ in range(2))
-    other = FrozenBase(load_backbone(name.replace("@0:1", "@imagenet"))).fingerprint
+    one, again = (FrozenBackbone(load_backbone(name)).fingerprint for _ in range(2))
+    other = FrozenBackbone(load_backbone(name.replace("@0:1", "@imagenet"))).fingerprint
     assert one == again != other
 
 
@@ -68,7 +68,7 @@ def test_the_weights_are_part_of_the_key_of_kept_features(tmp_path, monkeypatch)
     twice.set_weights([2 * weight for weight in twice.get_weights()])
     monkeypatch.setattr(made_bases, "network", lambda: twice)
     two = load_backbone(f"savedmodel:{save_signature(tmp_path / 'two')}@0:1")
-    assert FrozenBase(one).fingerprint != FrozenBase(two).fingerprint
+    assert FrozenBackbone(one).fingerprint != FrozenBackbone(two).fingerprint
 
 
 def test_a_keras_file_holds_the_whole_base(name, tmp_path, expected):

@@ -38,8 +38,8 @@ class TestFloat16:
     @pytest.mark.parametrize("limit", [2**28, 0], ids=["memory", "disk"])
     def test_batches_are_float32(self, synthetic, monkeypatch, limit):
         monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", limit)
-        kept = synthetic(rows=11, views=3, dtype=np.float16)
-        fed = TrainingBatches(kept, batch_size=4, seed=0)
+        cached = synthetic(rows=11, views=3, dtype=np.float16)
+        fed = TrainingBatches(cached, batch_size=4, seed=0)
         values = np.concatenate([x for x, _ in fed.dataset])
         assert values.dtype == np.float32
         rows = values[:, 0] / 4
@@ -52,23 +52,23 @@ class TestFloat16:
         monkeypatch.setattr(batches, "WINDOW_BYTES", max(limit, 40 * 8))
         monkeypatch.setattr(batches, "STRETCH_BYTES", 5 * 8)
         left = np.setdiff1d(np.arange(203), [0, 50, 51, 202])
-        kept = synthetic(rows=203, views=2, dtype=np.float16).take(left)
-        assert kept.num_bytes == 199 * 2 * 4 * 2
-        assert kept.features.dtype == np.float16
-        plain = np.concatenate(list(kept.chunks(7)))
+        cached = synthetic(rows=203, views=2, dtype=np.float16).take(left)
+        assert cached.num_bytes == 199 * 2 * 4 * 2
+        assert cached.features.dtype == np.float16
+        plain = np.concatenate(list(cached.chunks(7)))
         np.testing.assert_array_equal(plain[:, 0], left * 8)
-        fed = TrainingBatches(kept, batch_size=8, seed=0, sample_index=True)
+        fed = TrainingBatches(cached, batch_size=8, seed=0, sample_index=True)
         seen = []
         for values, labels, _, index in fed.dataset:
             rows = values.numpy()[:, 0] / 4
             np.testing.assert_array_equal(rows // 2, left[index.numpy()])
-            np.testing.assert_array_equal(labels, kept.labels[index.numpy()])
+            np.testing.assert_array_equal(labels, cached.labels[index.numpy()])
             seen += index.numpy().tolist()
         assert sorted(seen) == list(range(199))
 
     def test_a_review_needs_no_pass(self, tiny_base, data, tmp_path, monkeypatch):
         options = {"cache_dir": tmp_path, "feature_precision": "float16"}
-        kept = extract_features(tiny_base, data.train, **options)
+        cached = extract_features(tiny_base, data.train, **options)
         path = tmp_path / "review.csv"
         name = data.class_names[data.train.labels[2]]
         path.write_text(
@@ -77,9 +77,9 @@ class TestFloat16:
         after = extract_features(
             tiny_base, apply_corrections(data, path).train, **options
         )
-        assert (after.path, after.precision) == (kept.path, "float16")
+        assert (after.path, after.precision) == (cached.path, "float16")
         np.testing.assert_array_equal(
-            after.features, np.delete(kept.features, 2, axis=0)
+            after.features, np.delete(cached.features, 2, axis=0)
         )
 
     def test_a_feature_that_is_too_large_is_refused(self, data, tmp_path):
@@ -128,13 +128,13 @@ class TestStretches:
         monkeypatch.setattr(batches, "WINDOW_BYTES", 40 * 16)  # 40 rows.
         monkeypatch.setattr(batches, "STRETCH_BYTES", 5 * 16)
         monkeypatch.setattr(batches, "BLOCK_BYTES", 100)
-        kept = synthetic(rows=203, views=views)
-        fed = TrainingBatches(kept, batch_size=8, seed=0, sample_index=True)
+        cached = synthetic(rows=203, views=views)
+        fed = TrainingBatches(cached, batch_size=8, seed=0, sample_index=True)
         seen = []
         for values, labels, _, index in fed.dataset:
             rows = values.numpy()[:, 0] / 4
             np.testing.assert_array_equal(rows // views, index)
-            np.testing.assert_array_equal(labels, kept.labels[index.numpy()])
+            np.testing.assert_array_equal(labels, cached.labels[index.numpy()])
             np.testing.assert_array_equal(values, rows[:, None] * 4 + np.arange(4))
             seen += index.numpy().tolist()
         np.testing.assert_array_equal(seen, fed.order(0)[0])
@@ -142,15 +142,15 @@ class TestStretches:
 
     def test_a_file_that_was_cut_short_is_an_error(self, synthetic, monkeypatch):
         monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", 0)
-        kept = synthetic(rows=50)
-        with kept.path.open("r+b") as file:
+        cached = synthetic(rows=50)
+        with cached.path.open("r+b") as file:
             file.truncate(25 * 16 + 3)
-        fed = TrainingBatches(kept, batch_size=8, seed=0)
+        fed = TrainingBatches(cached, batch_size=8, seed=0)
         with pytest.raises(tf.errors.OpError, match="shorter than they should be"):
             list(fed.dataset)
 
-    def test_short_reads_are_gone_on_with(self, synthetic, monkeypatch):
-        kept = synthetic(rows=6)
+    def test_short_reads_are_resumed(self, synthetic, monkeypatch):
+        cached = synthetic(rows=6)
         whole = os.preadv
 
         def short(descriptor, places, offset):
@@ -158,9 +158,9 @@ class TestStretches:
 
         monkeypatch.setattr(os, "preadv", short)
         places = np.zeros((3, 16), np.uint8)
-        with kept.path.open("rb") as file:
+        with cached.path.open("rb") as file:
             batches._read_into(file.fileno(), list(places), 32)
-        np.testing.assert_array_equal(places.view(np.float32), kept.features[2:5])
+        np.testing.assert_array_equal(places.view(np.float32), cached.features[2:5])
 
 
 class TestAlignedArray:
@@ -171,23 +171,23 @@ class TestAlignedArray:
         addresses = []
 
         def made():
-            kept.append(batches._aligned_array(rows, dim, np.dtype(np.float16)))
-            addresses.append(kept[-1].ctypes.data)
-            return kept[-1]
+            cached.append(batches._aligned_array(rows, dim, np.dtype(np.float16)))
+            addresses.append(cached[-1].ctypes.data)
+            return cached[-1]
 
         def seen(values):
             addresses.append(values.ctypes.data)
             return np.int32(len(values))
 
-        kept = []
+        cached = []
         data = tf.data.Dataset.range(3)
         data = data.map(lambda _: tf.numpy_function(made, [], tf.float16))
         data = data.map(lambda values: tf.numpy_function(seen, [values], tf.int32))
         assert [int(count) for count in data] == 3 * [rows]
         assert addresses[::2] == addresses[1::2]
-        assert kept[0].shape == (rows, dim)
-        assert kept[0].flags.c_contiguous
-        assert kept[0].flags.writeable
+        assert cached[0].shape == (rows, dim)
+        assert cached[0].flags.c_contiguous
+        assert cached[0].flags.writeable
 
 
 def shuffled(count, *, stretch, window, seed=0):

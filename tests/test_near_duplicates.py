@@ -131,7 +131,7 @@ class TestThumbnails:
         def stop(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(thumbnails, "write_csv", stop)
+        monkeypatch.setattr(thumbnails._storage, "write_csv", stop)
         with pytest.raises(KeyboardInterrupt):
             self.write(split, tmp_path / "one", tmp_path / "cache")
         assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([], [".lock"])

@@ -12,10 +12,11 @@ import keras
 import pytest
 
 from keras_rsft import cli
-from keras_rsft._predict import Prediction, find_images, predict_files
+from keras_rsft._predict import Prediction, find_files, predict_files
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli._commands import write_answer
+from keras_rsft.config import IMAGES
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._formats import export_litert, export_onnx
 from keras_rsft.export._saved_model import export_saved_model
@@ -74,18 +75,24 @@ def test_folders_and_patterns_become_files(tmp_path):
     def names(*paths):
         return [str(path) for path in (tmp_path / name for name in paths)]
 
-    assert find_images([tmp_path / "a"]) == names("a/1.jpg", "a/2.PNG", "a/b/3.webp")
-    assert find_images([tmp_path / "**" / "*.jpg"]) == names("a/1.jpg")
-    assert find_images(names("4.gif", "a/1.jpg", "4.gif")) == names("4.gif", "a/1.jpg")
-    assert find_images(names("missing.png")) == names("missing.png")
+    assert find_files([tmp_path / "a"], IMAGES) == names(
+        "a/1.jpg", "a/2.PNG", "a/b/3.webp"
+    )
+    assert find_files([tmp_path / "**" / "*.jpg"], IMAGES) == names("a/1.jpg")
+    assert find_files(names("4.gif", "a/1.jpg", "4.gif"), IMAGES) == names(
+        "4.gif", "a/1.jpg"
+    )
+    assert find_files(names("missing.png"), IMAGES) == names("missing.png")
     for nothing in ("*.bmp", "a/notes.txt/*"):
         with pytest.raises(DataError, match="no image file"):
-            find_images([tmp_path / nothing])
+            find_files([tmp_path / nothing], IMAGES)
 
 
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     (tmp_path / "photo[1].png").touch()
-    assert find_images([tmp_path / "photo[1].png"]) == [str(tmp_path / "photo[1].png")]
+    assert find_files([tmp_path / "photo[1].png"], IMAGES) == [
+        str(tmp_path / "photo[1].png")
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.keras", "a.onnx", "a.tflite"])

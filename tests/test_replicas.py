@@ -16,7 +16,7 @@ from made_features import split_features
 from keras_rsft._runtime import Cluster, check_strategy
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.features._batches import BatchShare, TrainingBatches, batches_of
-from keras_rsft.features._extract import FrozenBase
+from keras_rsft.features._extract import FrozenBackbone
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll, KeepFraction
 
@@ -178,7 +178,7 @@ def test_a_part_of_the_base_is_trained_on_one_device(call, folder):
 
 
 def test_one_device_runs_the_base_as_before(tiny_base):
-    frozen = FrozenBase(tiny_base)
+    frozen = FrozenBackbone(tiny_base)
     images = [np.full((2, 16, 16, 3), 10.0 * n, "float32") for n in range(3)]
     pairs = list(frozen.over(enumerate(images)))
     assert [number for number, _ in pairs] == [0, 1, 2]

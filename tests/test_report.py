@@ -173,7 +173,7 @@ class TestCharts:
     def test_a_histogram_by_hand(self):
         bins = ((0.1, 1.0, 30, 10), (1.0, 10.0, 0, 20))
         (one,) = charts.histograms([EpochLosses(4, 1.0, bins)])
-        root = ElementTree.fromstring(one.svg)
+        root = ElementTree.fromstring(one["svg"])
         heights = {
             name: [float(bar.get("height")) for bar in root.iter("rect")
                    if bar.get("class") == name]
@@ -192,9 +192,9 @@ class TestCharts:
 
     def test_few_epochs_are_shown_with_the_first_and_the_last(self):
         losses = [EpochLosses(e, None, ((0.1, 1.0, 1, 0),)) for e in range(1, 41)]
-        shown = [one.epoch for one in charts.histograms(losses)]
+        shown = [one["of"].epoch for one in charts.histograms(losses)]
         assert (len(shown), shown[0], shown[-1]) == (6, 1, 40)
-        assert charts.histograms([]) == ()
+        assert charts.histograms([]) == []
 
 
 class TestRecord:
@@ -266,10 +266,10 @@ class TestGallery:
             predicted=np.array([0, 1, 1, 1, -1]),
         )
         confusion = confusion_of(samples, 3)
-        assert confusion.counts == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
-        assert confusion.pairs == [(0, 1, 2)]
-        assert confusion.strengths[1] == [0, 9, 0]
-        assert confusion_of(samples, 3, max_classes=2).counts == []
+        assert confusion["counts"] == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
+        assert confusion["pairs"] == [(0, 1, 2)]
+        assert confusion["strengths"][1] == [0, 9, 0]
+        assert confusion_of(samples, 3, max_classes=2)["counts"] == []
 
 
 class TestPage:
@@ -329,6 +329,7 @@ class TestPage:
             "chosen": {"test_accuracy": 0.9},
             "plain": {"test_accuracy": 0.8},
             "trials": 1,
+            "test_images": 10,
             "versions": {"keras": "3.x"},
             "settings": {"policy": {"name": "keep-fraction"}, "learning_rate": 0.01},
         }

@@ -25,13 +25,20 @@ from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _extract as extraction
 from keras_rsft.features._extract import (
     FeaturePass,
-    FrozenBase,
+    FrozenBackbone,
     extract_features,
     keep_shares,
-    open_kept,
+    open_cached,
     run_together,
 )
-from keras_rsft.features._shares import Watch, chain_of, index_fault, parts_of, share_of
+from keras_rsft.features._shares import (
+    chain_of,
+    held,
+    index_fault,
+    parts_of,
+    share_of,
+    watched,
+)
 from keras_rsft.features._store import FEATURES_FILE, INDEX_FILE, META_FILE
 
 sizes = {
@@ -84,14 +91,24 @@ class TestShares:
         assert parts[1].path == tmp_path / "key.shares" / "4-5"
 
 
-class TestWatch:
-    def test_who_does_not_move_is_lost(self):
-        watch = Watch(10.0)
-        assert watch.lost({0: 5, 1: 5}, now=100.0) == []
-        assert watch.lost({0: 5, 1: 6}, now=110.0) == []
-        assert watch.lost({0: 5, 1: 6}, now=110.5) == [0]
-        assert watch.lost({0: 6, 1: 6}, now=111.0) == []
-        assert watch.lost({0: 6, 1: 6}, now=121.5) == [0, 1]
+def test_who_does_not_move_is_lost(tmp_path, monkeypatch):
+    files = {0: tmp_path / "0", 1: tmp_path / "1"}
+    looks = watched(lambda: files, 10.0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def lost(now, *sizes):
+        for file, size in zip(files.values(), sizes, strict=True):
+            file.write_bytes(bytes(size))
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        reached, found = next(looks)
+        assert reached == dict(enumerate(sizes))
+        return found
+
+    assert lost(100.0, 5, 5) == []
+    assert lost(110.0, 5, 6) == []
+    assert lost(110.5, 5, 6) == [0]
+    assert lost(111.0, 6, 6) == []
+    assert lost(121.5, 6, 6) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +135,7 @@ def split(photo_folder):
 
 @pytest.fixture(scope="module")
 def base(tiny_base_file):
-    return FrozenBase(load_backbone(str(tiny_base_file)))  # Traced once.
+    return FrozenBackbone(load_backbone(str(tiny_base_file)))  # Traced once.
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +147,18 @@ def alone(base, split, tmp_path_factory):
 @pytest.fixture
 def work(base, split, tmp_path):
     return FeaturePass(
-        base, split, cache_dir=tmp_path / "kept", batch_size=4, progress=False
+        base, split, cache_dir=tmp_path / "cached", batch_size=4, progress=False
     )
 
 
-def assert_equal(kept, alone):
-    assert kept.path.read_bytes() == alone.path.read_bytes()
+def assert_equal(cached, alone):
+    assert cached.path.read_bytes() == alone.path.read_bytes()
     for name in (INDEX_FILE, META_FILE):
-        files = (kept.path.with_name(name), alone.path.with_name(name))
+        files = (cached.path.with_name(name), alone.path.with_name(name))
         assert files[0].read_bytes() == files[1].read_bytes()
-    np.testing.assert_array_equal(kept.labels, alone.labels)
-    np.testing.assert_array_equal(kept.ids, alone.ids)
-    assert kept.path.parent.name == alone.path.parent.name  # The key.
+    np.testing.assert_array_equal(cached.labels, alone.labels)
+    np.testing.assert_array_equal(cached.ids, alone.ids)
+    assert cached.path.parent.name == alone.path.parent.name  # The key.
 
 
 class TestTogether:
@@ -150,7 +167,7 @@ class TestTogether:
         for index in range(1, count):
             keep_shares([work], workers(count, index))
         run_together([work], workers(count, 0))
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
         assert {path.name for path in work.folder.parent.iterdir()} == {
             work.folder.name
         }
@@ -172,15 +189,15 @@ class TestTogether:
     def test_all_wait_for_the_chief(self, work, split, alone):
         keep_shares([work], workers(2, 0))
         other = threading.Thread(
-            target=run_together, args=([work], workers(2, 1)), kwargs={"patience": 30}
+            target=run_together, args=([work], workers(2, 1)), kwargs={"timeout": 30}
         )
         other.start()
         time.sleep(0.5)
         assert other.is_alive()
-        run_together([work], workers(2, 0), patience=30)
+        run_together([work], workers(2, 0), timeout=30)
         other.join(30)
         assert not other.is_alive()
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
 
     def test_shares_without_waiting_are_put_together_by_whoever_needs_them(
         self, work, split, alone, base, monkeypatch
@@ -193,11 +210,11 @@ class TestTogether:
 
         monkeypatch.setattr(extraction, "append_rows", never)
         root = work.folder.parent
-        kept = extract_features(base, split, cache_dir=root, batch_size=4)
-        assert_equal(kept, alone)
+        cached = extract_features(base, split, cache_dir=root, batch_size=4)
+        assert_equal(cached, alone)
         assert not list(root.glob("*.shares"))
 
-    def test_a_share_goes_on_after_whole_batches(self, work, split, alone, monkeypatch):
+    def test_a_share_resumes_after_whole_batches(self, work, split, alone, monkeypatch):
         append, calls = extraction._append, []
 
         def fail_at_the_fourth(file, values):
@@ -213,7 +230,7 @@ class TestTogether:
         keep_shares([work], workers(2, 1))
         assert len(calls) == 4 + 2 * 2  # Two of three batches were missing.
         run_together([work], workers(2, 0))
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
 
     def test_unreadable_images_are_left_out(self, photo_folder, base, tmp_path):
         folder = tmp_path / "photos"
@@ -222,19 +239,19 @@ class TestTogether:
             (folder / broken).write_bytes(b"no image")
         split = load_images(str(folder)).train
         alone = extract_features(base, split, cache_dir=tmp_path / "alone")
-        work = FeaturePass(base, split, cache_dir=tmp_path / "kept", batch_size=4)
+        work = FeaturePass(base, split, cache_dir=tmp_path / "cached", batch_size=4)
         keep_shares([work], workers(2, 1))
         run_together([work], workers(2, 0))
-        kept = open_kept(work.folder, split)
-        assert len(kept) == len(alone) < len(split)
-        np.testing.assert_allclose(kept.features, alone.features, atol=1e-6)
-        assert kept.unreadable == alone.unreadable
+        cached = open_cached(work.folder, split)
+        assert len(cached) == len(alone) < len(split)
+        np.testing.assert_allclose(cached.features, alone.features, atol=1e-6)
+        assert cached.unreadable == alone.unreadable
 
     def test_where_none_can_be_read_all_say_so(self, base, tmp_path):
         for number in range(12):
             write(tmp_path / "photos" / f"{number % 2}" / f"{number}.png", b"no image")
         split = load_images(str(tmp_path / "photos")).train
-        work = FeaturePass(base, split, cache_dir=tmp_path / "kept", batch_size=2)
+        work = FeaturePass(base, split, cache_dir=tmp_path / "cached", batch_size=2)
         keep_shares([work], workers(2, 1))
         for index in (0, 1):
             with pytest.raises(DataError, match="can be read"):
@@ -244,7 +261,7 @@ class TestTogether:
         empty = split.take(np.array([], np.int64))
         work = FeaturePass(base, empty, cache_dir=tmp_path)
         run_together([work], workers(2, 0))
-        assert len(open_kept(work.folder, empty)) == 0
+        assert len(open_cached(work.folder, empty)) == 0
 
 
 class TestLost:
@@ -253,7 +270,7 @@ class TestLost:
         keep_shares([work], workers(3, 1))
         started = time.monotonic()
         with pytest.raises(WorkerLost) as caught:
-            run_together([work], cluster, patience=0.5)
+            run_together([work], cluster, timeout=0.5)
         assert time.monotonic() - started < 30
         said = str(caught.value)
         assert "worker 2 (c:1) has 0 of the images 16 to 23" in said
@@ -262,20 +279,23 @@ class TestLost:
         assert "computing other features" in said
         parts_of(work.folder, len(work.split), 4, 3)[2].path.mkdir()  # It has begun.
         with pytest.raises(WorkerLost) as caught:
-            run_together([work], cluster, patience=0.5)
+            run_together([work], cluster, timeout=0.5)
         assert "other features" not in str(caught.value)
         keep_shares([work], workers(3, 2))  # It is started again, and so are we.
-        run_together([work], cluster, patience=0.5)
+        run_together([work], cluster, timeout=0.5)
 
     def test_the_chief_may_be_the_one(self, work):
         keep_shares([work], workers(2, 0))
         with pytest.raises(WorkerLost, match="worker 0 has not put them together"):
-            run_together([work], workers(2, 1), patience=0.5)
+            run_together([work], workers(2, 1), timeout=0.5)
 
     def test_two_with_the_same_index(self, work):
         part = parts_of(work.folder, len(work.split), 4, 2)[1]
-        with part.held(1.0), pytest.raises(WorkerLost, match="an index of its own"):
-            keep_shares([work], workers(2, 1), patience=0.3)
+        with (
+            held(part.path, 1.0),
+            pytest.raises(WorkerLost, match="an index of its own"),
+        ):
+            keep_shares([work], workers(2, 1), timeout=0.3)
 
     @pytest.mark.parametrize(
         "name, said", [(FEATURES_FILE, "not what was written"), (INDEX_FILE, "twice")]
@@ -290,7 +310,7 @@ class TestLost:
             run_together([work], workers(2, 0))
         keep_shares([work], workers(2, 1))
         run_together([work], workers(2, 0))
-        assert_equal(open_kept(work.folder, split), alone)
+        assert_equal(open_cached(work.folder, split), alone)
 
 
 # Runs the command line, and kills itself at the n-th piece that is written.
@@ -333,7 +353,7 @@ def test_two_processes_one_of_them_killed(many_photos, tiny_base_file, tmp_path)
         config = {"cluster": {"worker": addresses}, "task": task}
         command = [
             sys.executable, "-c", DRIVER, kill_at, "features", many_photos,
-            "--backbone", tiny_base_file, "--cache-dir", tmp_path / "kept", "--json",
+            "--backbone", tiny_base_file, "--cache-dir", tmp_path / "cached", "--json",
             "--set", "dtype=float32",
         ]  # fmt: skip
         return subprocess.Popen(
@@ -346,7 +366,7 @@ def test_two_processes_one_of_them_killed(many_photos, tiny_base_file, tmp_path)
         other.communicate(timeout=100)
         assert other.returncode == -signal.SIGKILL
         assert chief.poll() is None  # It waits for the other.
-        assert not list(tmp_path.glob("kept/*/meta.json"))
+        assert not list(tmp_path.glob("cached/*/meta.json"))
         again = start(1)
         found = []
         for process in (chief, again):
@@ -361,6 +381,6 @@ def test_two_processes_one_of_them_killed(many_photos, tiny_base_file, tmp_path)
     split = load_images(str(many_photos)).train
     base = load_backbone(str(tiny_base_file))
     alone = extract_features(base, split, cache_dir=tmp_path / "alone")
-    kept = extract_features(base, split, cache_dir=tmp_path / "kept")
-    assert str(kept.path) == found[0]["splits"]["train"]["path"]
-    assert_equal(kept, alone)
+    cached = extract_features(base, split, cache_dir=tmp_path / "cached")
+    assert str(cached.path) == found[0]["splits"]["train"]["path"]
+    assert_equal(cached, alone)

@@ -24,6 +24,7 @@ from keras_rsft.data._splits import (
     TEST,
     TRAIN,
     VALIDATION,
+    Cut,
     assign_splits,
     sorted_names,
     split_counts,
@@ -199,7 +200,7 @@ class TestChangedSplits:
     ],
 )
 def test_split_counts(count, fractions, expected):
-    assert split_counts(count, *fractions) == expected
+    assert split_counts(count, Cut(*fractions, 0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -235,15 +236,13 @@ def test_assignment_is_complete_stratified_and_blind_to_order(
         return assign_splits(
             np.array(ids)[positions],
             np.array(labels)[positions],
-            validation_fraction=fractions[0],
-            test_fraction=fractions[1],
-            split_seed=seed,
+            Cut(*fractions, seed),
         )
 
     splits = assign(np.arange(len(ids)))
     for label, count in collections.Counter(labels).items():
         found = collections.Counter(splits[np.array(labels) == label].tolist())
-        validation, test = split_counts(count, *fractions)
+        validation, test = split_counts(count, Cut(*fractions, 0))
         assert (found[VALIDATION], found[TEST]) == (validation, test)
         assert found[TRAIN] == count - validation - test >= 1
     positions = list(range(len(ids)))
@@ -257,9 +256,7 @@ def test_one_more_image_moves_at_most_one_at_each_border(count, fractions, seed)
         return assign_splits(
             np.array([f"{n}" for n in range(number)]),
             np.zeros(number, int),
-            validation_fraction=fractions[0],
-            test_fraction=fractions[1],
-            split_seed=seed,
+            Cut(*fractions, seed),
         )
 
     assert np.count_nonzero(assign(count) != assign(count + 1)[:count]) <= 2
@@ -275,9 +272,7 @@ def test_copies_stay_together_and_every_class_is_trained(samples, fractions, ord
         return assign_splits(
             np.array([f"text {text}" for text, _ in samples]),
             np.array([label for _, label in samples]),
-            validation_fraction=fractions[0],
-            test_fraction=fractions[1],
-            split_seed=0,
+            Cut(*fractions, 0),
         ).tolist()
 
     placed = dict(zip(samples, assign(samples), strict=True))
@@ -295,9 +290,7 @@ def test_splits_of_copies_are_near_their_share():
         splits = assign_splits(
             np.repeat([f"text {number}" for number in range(len(copies))], copies),
             np.zeros(sum(copies), int),
-            validation_fraction=0.2,
-            test_fraction=0.1,
-            split_seed=0,
+            Cut(0.2, 0.1, 0),
         )
         return [np.count_nonzero(splits == code) for code in (TEST, VALIDATION)]
 

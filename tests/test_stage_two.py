@@ -20,7 +20,7 @@ from keras_rsft.config import FeatureConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.data._labels import add_label_noise
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, TrainingStalled
-from keras_rsft.features._extract import FrozenBase, extract_features
+from keras_rsft.features._extract import FrozenBackbone, extract_features
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
 from keras_rsft.training import _features as features_module
@@ -61,7 +61,7 @@ def head():
 @pytest.fixture(scope="module")
 def kept(base, split, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    frozen = FrozenBase(base, num_images=len(split))
+    frozen = FrozenBackbone(base, num_images=len(split))
     return extract_features(frozen, split, cache_dir=cache, progress=False)
 
 

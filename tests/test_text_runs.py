@@ -168,8 +168,8 @@ class TestRefusals:
         [
             (("--set", "augmentations=2"), "no augmentations"),
             (("--image-size", "32"), "no image size"),
-            (("--unfreeze", "1"), "stays frozen"),
-            (("--unfreeze", "last-block"), "stays frozen"),
+            (("--unfreeze", "1"), "only the head is trained"),
+            (("--unfreeze", "last-block"), "only the head is trained"),
             (("--backbone", "resnet50"), "the backbone takes images"),
             (("--noise", "instance:0.3"), "made of images"),
         ],

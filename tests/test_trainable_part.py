@@ -58,7 +58,7 @@ class TestWhatLearns:
         assert not part.front.trainable_variables
         part.freeze()
         assert not part.rest.trainable_variables
-        assert not any(layer.trainable for layer in leaf_layers(part.base)[1:])
+        assert not any(layer.trainable for layer in leaf_layers(part.backbone)[1:])
 
     def test_batch_norm_where_it_is_asked_for(self, residual):
         part = trainable_part(residual, 1, train_batch_norm=True)
@@ -70,7 +70,7 @@ class TestWhatLearns:
     def test_the_given_base_stays_as_it_is(self, residual):
         part = trainable_part(residual, "all")
         assert not residual.trainable_variables
-        for own, given in zip(part.base.weights, residual.weights, strict=True):
+        for own, given in zip(part.backbone.weights, residual.weights, strict=True):
             assert own is not given
             np.testing.assert_array_equal(own.numpy(), given.numpy())
 
@@ -136,7 +136,7 @@ def test_the_parts_together_are_the_base(name):
         part = trainable_part(base, count)
         if cut is not None:
             assert part.cut == cut
-        first = leaf_layers(part.base)[starts[-count]]
+        first = leaf_layers(part.backbone)[starts[-count]]
         assert first.name.split("_")[0] == part.cut.split("_")[0]
         activations = part.front(images.astype("float32"))
         assert activations.shape == (2, part.rest.input_shape[-1])

@@ -128,26 +128,26 @@ class TestWhatLearns:
         if layers == 2:
             changes |= {"optimizer": "adam", "learning_rate": 0.01}
         part, trained, tuned = train(**changes)
-        assert changed_layers(source.backbone, part.base) == expected
-        own_base, own_head = tuned[0].layers[1:]
-        assert own_base is part.base
+        assert changed_layers(source.backbone, part.backbone) == expected
+        own_backbone, own_head = tuned[0].layers[1:]
+        assert own_backbone is part.backbone
         assert changed_layers(trained.model.model, own_head) == {"scores"}
-        assert not any(v.trainable for v in own_base.variables)
+        assert not any(v.trainable for v in own_backbone.variables)
 
     def test_batch_norm_where_it_is_asked_for(self, train, source):
         part, _, _ = train(train_batch_norm=True, epochs=1)
-        assert changed_layers(source.backbone, part.base) == {
+        assert changed_layers(source.backbone, part.backbone) == {
             "block3_conv",
             "block3_bn",
         }
-        norm = part.base.get_layer(part.base.layers[1].name).get_layer("block3_bn")
+        norm = part.backbone.layers[1].get_layer("block3_bn")
         assert not np.allclose(norm.moving_mean.numpy(), 0.1)
 
     @pytest.mark.slow
     def test_a_slow_base_moves_less_and_the_head_as_before(self, train, source):
         def movement(rate):
             part, trained, tuned = train(epochs=1, base_rate=rate)
-            own, given = part.base.get_weights(), source.backbone.get_weights()
+            own, given = part.backbone.get_weights(), source.backbone.get_weights()
             base = sum(
                 np.abs(one - other).sum() for one, other in zip(own, given, strict=True)
             )

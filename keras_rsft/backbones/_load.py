@@ -12,36 +12,14 @@ from typing import Any
 
 import keras
 
+from keras_rsft import config
 from keras_rsft._runtime import import_extra
-from keras_rsft.backbones import _lite0, _minilm
-from keras_rsft.backbones._build import (
-    DAMAGED,
-    PRECISIONS,
-    Network,
-    agreed_size,
-    applications,
-    assemble,
-    build_application,
-    built_in_float32,
-    first_line,
-    scaled,
-)
-from keras_rsft.backbones._foreign import build_onnx, build_saved_model
-from keras_rsft.config import (
-    TEXT_ENCODERS,
-    BackboneName,
-    PixelScale,
-    nearest_name_hint,
-    parse_backbone_name,
-    plain_name,
-    takes_texts,
-)
+from keras_rsft.backbones import _build, _foreign, _lite0, _minilm
 from keras_rsft.data._images import checked_size
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 # Own files and presets of KerasHub ----------------------------------------------------
 
-_OWN_MODEL_SUFFIX = ".keras"
 _EXPECTED = (
     "A backbone file must map images (None, height, width, 3) in [0, 255] to "
     "(None, dim) or (None, h, w, dim)."
@@ -49,29 +27,27 @@ _EXPECTED = (
 _DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
 
-def _build_own_model(path: Path, image_size: tuple[int, int] | None) -> Network:
+def _build_own_model(path: Path, image_size: tuple[int, int] | None) -> _build.Network:
     """Loads a `.keras` file; the preprocessing must be inside it."""
-    if not path.is_file():
-        raise InvalidArgument(f"There is no backbone file {path}.")
     if not zipfile.is_zipfile(path):
         raise WeightsUnavailable(
             f"The backbone file {path} is damaged or not a `.keras` file."
         )
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except DAMAGED as error:
+    except _build.DAMAGED as error:
         raise WeightsUnavailable(
-            f"The backbone file {path} is damaged: {first_line(error)}."
+            f"The backbone file {path} is damaged: {_build.first_line(error)}."
         ) from error
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise InvalidArgument(
             f"The backbone file {path} could not be loaded in safe mode: "
-            f"{first_line(error)}. Save it with stock Keras layers only."
+            f"{_build.first_line(error)}. Save it with stock Keras layers only."
         ) from error
     shape = _only_shape(getattr(model, "inputs", None))
     if len(shape) != 4 or (shape[0], shape[3]) != (None, 3):
         raise InvalidArgument(f"{_EXPECTED} Received: {path} with input {shape}.")
-    size = agreed_size(shape[1:3], image_size, path)
+    size = _build.agreed_size(shape[1:3], image_size, path)
     shape = _only_shape(model.outputs)
     if len(shape) not in (2, 4) or shape[-1] is None:
         raise InvalidArgument(f"{_EXPECTED} Received: {path} with output {shape}.")
@@ -83,11 +59,11 @@ def _only_shape(tensors: Any) -> tuple[int | None, ...]:
 
 
 def _build_preset(
-    name: BackboneName,
+    name: config.BackboneName,
     weights: str | os.PathLike[str],
     image_size: tuple[int, int] | None,
     precision: str,
-) -> Network:
+) -> _build.Network:
     """Loads a preset: one by name, which KerasHub downloads, or a folder."""
     preset = name.location
     keras_hub = import_extra("keras_hub", "hub", f"hub:{preset}")
@@ -108,8 +84,8 @@ def _build_preset(
             ) from error
         kind = "is damaged" if Path(preset).is_dir() else "cannot be had"
         raise WeightsUnavailable(
-            f"The KerasHub preset {preset} {kind}: {first_line(error)}. Without a "
-            "network, fetch its folder elsewhere and use hub:FOLDER."
+            f"The KerasHub preset {preset} {kind}: {_build.first_line(error)}. Without "
+            "a network, fetch its folder elsewhere and use hub:FOLDER."
         ) from error
     inputs, outputs = keras.tree.flatten(body.input), keras.tree.flatten(body.output)
     shape = tuple(inputs[0].shape)
@@ -128,11 +104,11 @@ def _build_preset(
     if image_size is None and None in shape[1:3]:
         wanted = tuple(getattr(converter, "image_size", None) or (None,))
         image_size = (224, 224) if None in wanted else (wanted[0], wanted[1])
-    size = agreed_size(shape[1:3], image_size, f"hub:{preset}")
-    return body, scaled(scale), size
+    size = _build.agreed_size(shape[1:3], image_size, f"hub:{preset}")
+    return body, _build.scaled(scale), size
 
 
-def _scale_of(converter: Any | None, preset: str) -> PixelScale:
+def _scale_of(converter: Any | None, preset: str) -> config.PixelScale:
     if converter is None:
         raise InvalidArgument(
             f"The preset hub:{preset} has no image converter that says what pixel "
@@ -143,7 +119,7 @@ def _scale_of(converter: Any | None, preset: str) -> PixelScale:
         value = default if value is None else value
         red, green, blue = value if isinstance(value, (list, tuple)) else [value] * 3
         channels.append((float(red), float(green), float(blue)))
-    return PixelScale(*channels)
+    return config.PixelScale(*channels)
 
 
 # Loading ------------------------------------------------------------------------------
@@ -156,7 +132,7 @@ def available_backbones() -> tuple[str, ...]:
         `"efficientnet_lite0"` and each model function of `keras.applications` in
         lower case, such as `"resnet50"`.
     """
-    return tuple(sorted((_lite0.NAME, *applications())))
+    return tuple(sorted((_lite0.NAME, *_build.applications())))
 
 
 def load_backbone(
@@ -182,7 +158,7 @@ def load_backbone(
             - The path of your own `.keras` file that maps images in [0, 255] to
               `(batch, dim)` features or `(batch, h, w, dim)` feature maps.
             - `hub:PRESET`, a preset of KerasHub by name or folder, with the extra
-              `hub`. Its image converter says how pixels are scaled.
+              `hub`. Its image converter says how pixels are _build.scaled.
             - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
               other. Loading one runs its initialisers: take it from a source that
               you trust. What is stored and run later does nothing but compute.
@@ -217,17 +193,17 @@ def load_backbone(
         ImportError: `efficientnet_lite0` without the package of its weights, or a
             backbone of an extra that is not installed.
     """
-    if precision not in PRECISIONS:
+    if precision not in _build.PRECISIONS:
         raise InvalidArgument(
-            f"`precision` must be one of {PRECISIONS}. Received: {precision!r}"
+            f"`precision` must be one of {_build.PRECISIONS}. Received: {precision!r}"
         )
-    if takes_texts(name):
+    if config.takes_texts(name):
         if image_size is not None:
             raise InvalidArgument(
                 "A text encoder has no image size. Received: "
                 f"image_size={image_size!r}. Leave it out."
             )
-        with built_in_float32():
+        with _build.built_in_float32():
             return _minilm.build(weights=weights or "imagenet", precision=precision)
     size = None if image_size is None else checked_size(image_size)
     if keras.config.image_data_format() != "channels_last":
@@ -235,25 +211,23 @@ def load_backbone(
             'Backbones need Keras\'s image data format "channels_last". Received: '
             f"{keras.config.image_data_format()!r}. Change it in keras.json."
         )
+    check_backbone_name(name)
     name = os.fspath(name)
-    parsed = parse_backbone_name(name)
-    with built_in_float32():
-        if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
-            network = _build_known(_resolve(name), weights, size)
-        else:
-            network = _build_file(parsed, name, weights, size, precision)
+    parsed = config.parse_backbone_name(name)
+    with _build.built_in_float32():
+        network = _build_network(name, parsed, weights, size, precision)
         if parsed is not None:
             precision = "float32"  # Of what is not yet in the wanted one.
-        return assemble(network, precision=precision)
+        return _build.assemble(network, precision=precision)
 
 
 def check_backbone_name(name: str | os.PathLike[str]) -> None:
     """Refuses a name that no backbone can have, without loading anything."""
     name = os.fspath(name)
-    if takes_texts(name):
+    if config.takes_texts(name):
         return
-    parsed = parse_backbone_name(name)
-    if parsed is None and not name.endswith(_OWN_MODEL_SUFFIX):
+    parsed = config.parse_backbone_name(name)
+    if parsed is None and not name.endswith(".keras"):
         _resolve(name)
         return
     path = name if parsed is None else parsed.location
@@ -261,15 +235,30 @@ def check_backbone_name(name: str | os.PathLike[str]) -> None:
         raise InvalidArgument(f"There is no backbone file {path}.")
 
 
-def _build_file(
-    parsed: BackboneName | None,
+def _build_network(
     name: str,
+    parsed: config.BackboneName | None,
     weights: str | os.PathLike[str] | None,
     size: tuple[int, int] | None,
     precision: str,
-) -> Network:
+) -> _build.Network:
     if parsed is not None and parsed.kind == "hub":
         return _build_preset(parsed, weights or "imagenet", size, precision)
+    if parsed is None and not name.endswith(".keras"):
+        known = _resolve(name)
+        if weights not in ("imagenet", "none"):
+            if weights is None or not Path(weights).is_file():
+                raise InvalidArgument(
+                    '`weights` must be "imagenet", "none" or the path of a weights '
+                    f"file. Received: {weights!r}, which is not a file."
+                )
+            weights = Path(weights)
+        if known == _lite0.NAME:
+            size = size or _lite0.IMAGE_SIZE
+            body = _lite0.build(weights=weights, image_size=size)
+            return body, lambda images: images, size
+        application = _build.applications()[known]
+        return _build.build_application(application, weights=weights, image_size=size)
     if weights not in ("imagenet", None):
         raise InvalidArgument(
             f"`weights` cannot be given with your own backbone file {name}, whose "
@@ -282,38 +271,23 @@ def _build_file(
             f"{name} computes as it was made: `precision` must be float32 (or auto, "
             f"where that can be said). Received: {precision!r}"
         )
-    build = build_onnx if parsed.kind == "onnx" else build_saved_model
+    onnx = parsed.kind == "onnx"
+    build = _foreign.build_onnx if onnx else _foreign.build_saved_model
     body = build(Path(parsed.location), image_size=size)
-    return body, scaled(parsed.scale or PixelScale()), body.input_shape[1:3]
-
-
-def _build_known(
-    known: str, weights: str | os.PathLike[str] | None, size: tuple[int, int] | None
-) -> Network:
-    if weights not in ("imagenet", "none"):
-        if weights is None or not Path(weights).is_file():
-            raise InvalidArgument(
-                '`weights` must be "imagenet", "none" or the path of a weights file. '
-                f"Received: {weights!r}, which is not a file."
-            )
-        weights = Path(weights)
-    if known == _lite0.NAME:
-        size = size or _lite0.IMAGE_SIZE
-        body = _lite0.build(weights=weights, image_size=size)
-        return body, lambda images: images, size
-    return build_application(applications()[known], weights=weights, image_size=size)
+    scale = parsed.scale or config.PixelScale()
+    return body, _build.scaled(scale), body.input_shape[1:3]
 
 
 def _resolve(name: str) -> str:
-    known = {plain_name(each): each for each in available_backbones()}
-    plain = plain_name(name)
+    known = {config.plain_name(each): each for each in available_backbones()}
+    plain = config.plain_name(name)
     if plain not in known:
         raise InvalidArgument(
             "The backbone must be a network of Keras by name, such as resnet50 (all: "
             "keras_rsft.available_backbones()), efficientnet_lite0, your own "
             "`.keras` file, hub:, savedmodel: or onnx: with a path, or "
-            f"{TEXT_ENCODERS[0]} for texts. Received: {name!r}."
-            f"{nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
+            f"{config.TEXT_ENCODERS[0]} for texts. Received: {name!r}."
+            f"{config.nearest_name_hint(plain, [*known.values()], cutoff=0.6)}"
         )
     return known[plain]
 
@@ -343,31 +317,27 @@ _OF_APPLICATIONS = {
 def licence_of_weights(backbone: str, weights: str) -> str:
     if weights == "none":
         return "The backbone began with random weights, not with published ones."
-    name = plain_name(backbone)
-    if weights == "imagenet" and name == plain_name(_lite0.NAME):
-        return _licence_of_package(LITE0_DISTRIBUTION)
+    name = config.plain_name(backbone)
     for pattern, licence in _OF_APPLICATIONS.items():
         if weights == "imagenet" and re.fullmatch(pattern, name):
             return (
                 f"Licence of the backbone's weights: {licence}, as the documentation "
                 "of Keras gives it."
             )
-    return (
-        "The licence of the backbone's weights is not recorded: they stay under that "
-        "of those who published them."
-    )
-
-
-def _licence_of_package(distribution: str) -> str:
+    if weights != "imagenet" or name != config.plain_name(_lite0.NAME):
+        return (
+            "The licence of the backbone's weights is not recorded: they stay under "
+            "that of those who published them."
+        )
     try:
         # Typed as a protocol without `get`, which every implementation has.
-        found: Any = importlib.metadata.metadata(distribution)
+        found: Any = importlib.metadata.metadata(LITE0_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return (
-            f"The backbone's weights come with the package {distribution}, which is "
-            "not installed here, so that its licence could not be read."
+            f"The backbone's weights come with the package {LITE0_DISTRIBUTION}, which "
+            "is not installed here, so that its licence could not be read."
         )
-    package = f"the package {distribution} {found['Version']}"
+    package = f"the package {LITE0_DISTRIBUTION} {found['Version']}"
     if stated := stated_licence(found):
         return f"Licence of the backbone's weights: {stated}, as {package} states."
     return (

@@ -10,13 +10,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_rsft._runtime import import_extra
-from keras_rsft.backbones._build import (
-    compute_in_bfloat16,
-    first_line,
-    package_folder,
-    require_published,
-    set_layer_weights,
-)
+from keras_rsft.backbones import _build
 from keras_rsft.backbones._foreign import PADDING, TextTokens, digest_of
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
@@ -55,11 +49,11 @@ def build(
     if weights != "none":
         path = folder / _WEIGHTS_FILE
         state = _read_safetensors(path)
-        set_layer_weights(
-            encoder, lambda one: _layer_weights(one, state), path, "all-MiniLM-L6-v2"
+        _build.set_layer_weights(
+            encoder, _layer_weights, state, path, "all-MiniLM-L6-v2"
         )
     if precision == "bfloat16":
-        compute_in_bfloat16(encoder)
+        _build.compute_in_bfloat16(encoder)
     texts = keras.Input((), dtype="string", name="texts")
     tokens = tokenizer(texts)
     vectors = encoder(tokens)
@@ -105,17 +99,15 @@ def _normalise(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
 
 
 def _folder_of(weights: str | os.PathLike[str]) -> Path:
-    if weights not in ("imagenet", "none"):
-        folder = Path(weights)
-        if not folder.is_dir():
-            raise InvalidArgument(
-                "The `weights` of a text encoder must be a folder with a "
-                f"{_WEIGHTS_FILE} and a {_TOKENIZER_FILE}. Received: {weights!r}."
-            )
-        return folder
-    folder = _packaged_folder()
-    for name, sha256 in _PUBLISHED_SHA256.items():
-        require_published(folder / name, sha256, _INSTALL)
+    if weights in ("imagenet", "none"):
+        folder = _packaged_folder()
+        for name, sha256 in _PUBLISHED_SHA256.items():
+            _build.require_published(folder / name, sha256, _INSTALL)
+    elif not (folder := Path(weights)).is_dir():
+        raise InvalidArgument(
+            "The `weights` of a text encoder must be a folder with a "
+            f"{_WEIGHTS_FILE} and a {_TOKENIZER_FILE}. Received: {weights!r}."
+        )
     return folder
 
 
@@ -124,7 +116,7 @@ def _packaged_folder() -> Path:
         f"{_INSTALL} (with the packages that it names, 3 GB more are installed, which "
         "nothing here needs)"
     )
-    return package_folder(_PACKAGE, "minilm", install) / "model"
+    return _build.package_folder(_PACKAGE, "minilm", install) / "model"
 
 
 def _read(path: Path) -> bytes:
@@ -144,7 +136,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return reader.load(_read(path))
     except safetensors.SafetensorError as error:
         raise WeightsUnavailable(
-            f"The weights file {path} is damaged: {first_line(error)}."
+            f"The weights file {path} is damaged: {_build.first_line(error)}."
         ) from error
 
 

@@ -784,9 +784,8 @@ def predict(arguments: argparse.Namespace, output: Output) -> bool:
     from keras_rsft._progress import progress_bar
 
     classifier = library.load_classifier(arguments.model)
-    find = library.find_texts if classifier.takes == TEXTS else library.find_images
     column = arguments.text_column or DEFAULT_TEXT_COLUMN
-    files = find(arguments.paths)
+    files = library.find_files(arguments.paths, classifier.takes)
     samples = library.samples_in(files, classifier, text_column=column)
     unreadable = []
     if arguments.output_format == "csv":

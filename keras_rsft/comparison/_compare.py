@@ -5,41 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_rsft import _storage
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._storage import (
-    CONFIG_FILE,
-    NumberedFolder,
-    json_value,
-    open_place,
-    write_csv,
-    write_json,
-)
-from keras_rsft.comparison._methods import (
-    MethodSummary,
-    Outcome,
-    Trial,
-    Verdict,
-    judge,
-    run_method,
-    summarize,
-)
-from keras_rsft.config import (
-    AUTO_WEIGHT_DECAY,
-    CLEAN_SUBSET,
-    CLEANLAB,
-    EARLY_STOPPING,
-    METHOD_NAMES,
-    WEIGHT_DECAY,
-    FeatureConfig,
-    TrainConfig,
-    check_methods,
-    has_cleanlab,
-)
+from keras_rsft._storage import NumberedFolder
+from keras_rsft.comparison import _methods
+from keras_rsft.comparison._methods import MethodSummary, Outcome, Trial, Verdict
+from keras_rsft.config import METHOD_NAMES, FeatureConfig, TrainConfig, check_methods
 from keras_rsft.data._labels import add_label_noise, parse_noise
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument
@@ -129,7 +105,18 @@ def compare(
     """
     require_tensorflow_backend("`compare`")
     settings = settings or TrainConfig()
-    _check(settings, seeds)
+    if settings.early_stopping is not None:
+        raise InvalidArgument(
+            "A comparison has early stopping as a method of its own. Leave "
+            "`early_stopping` out of the settings."
+        )
+    if seeds < 1:
+        raise InvalidArgument(f"`seeds` must be at least 1. Received: {seeds}.")
+    if not 0 <= settings.seed <= 2**31 - seeds:
+        raise InvalidArgument(
+            f"Each of the {seeds} seeds from `settings.seed` on must be in "
+            f"[0, 2**31). Received: settings.seed={settings.seed}."
+        )
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
@@ -138,18 +125,17 @@ def compare(
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.
         if output is not None:
-            place = stack.enter_context(open_place(output, {"kind": "comparison"}))
+            opened = _storage.open_place(output, {"kind": "comparison"})
+            place = stack.enter_context(opened)
         source = open_features(data, features, seed=settings.seed, progress=progress)
         noisy_data = {}
-        for seed in range(settings.seed, settings.seed + seeds):
-            if noise is not None:
-                noisy_data[seed] = add_label_noise(
-                    source.data, noise, seed=seed, splits=NOISY_SPLITS
-                )
 
         def features_of(seed: int) -> SplitFeatures:
             if noise is None:
                 return source.features
+            noisy_data[seed] = add_label_noise(
+                source.data, noise, seed=seed, splits=NOISY_SPLITS
+            )
             return relabelled(source.features, noisy_data[seed])
 
         comparison = compare_features(
@@ -186,15 +172,13 @@ def compare_features(
     progress: bool = True,
 ) -> Comparison:
     """Compares methods on features that are cached already; writes nothing."""
-    require_tensorflow_backend("`compare_features`")
     settings = settings or TrainConfig()
-    _check(settings, seeds)
     methods = check_methods(methods)
     features_of = features if callable(features) else lambda seed: features
     first = features_of(settings.seed)
     if not len(first.test):
         raise DataError("A comparison needs a test split, and there is none.")
-    missing, notes = _missing(first, settings), []
+    missing, notes = _methods.missing_methods(first, settings), []
     if methods is None:
         methods = tuple(name for name in METHOD_NAMES if name not in missing)
         notes = [f"{name} was left out: {why}" for name, why in missing.items()]
@@ -213,10 +197,10 @@ def compare_features(
                 settings=dataclasses.replace(settings, seed=seed),
             )
             for name in methods:
-                outcomes.append(run_method(name, trial))
+                outcomes.append(_methods.run_method(name, trial))
                 advance(1)
-    verdict = judge(outcomes)
-    return Comparison(tuple(outcomes), summarize(outcomes), verdict, tuple(notes))
+    summaries, verdict = _methods.summarize(outcomes), _methods.judge(outcomes)
+    return Comparison(tuple(outcomes), summaries, verdict, tuple(notes))
 
 
 def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
@@ -230,63 +214,27 @@ def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
     return dataclasses.replace(features, **parts)
 
 
-def _missing(features: SplitFeatures, settings: TrainConfig) -> dict[str, str]:
-    """Returns the methods that cannot run on this data, each with the reason."""
-    missing = {}
-    if settings.weight_decay is not None:
-        for name in (WEIGHT_DECAY, AUTO_WEIGHT_DECAY):
-            missing[name] = "every method here has a weight decay already."
-    if not len(features.validation):
-        missing[EARLY_STOPPING] = "it needs a validation split."
-    if not has_cleanlab():
-        missing[CLEANLAB] = 'it needs `pip install "keras_rsft[compare]"`.'
-    train = features.train
-    if train.clean_labels is None:
-        missing[CLEAN_SUBSET] = "the right labels are not known."
-    elif (train.labels == train.clean_labels).all():
-        missing[CLEAN_SUBSET] = "all labels are right."
-    return missing
-
-
-def _check(settings: TrainConfig, seeds: int) -> None:
-    if settings.early_stopping is not None:
-        raise InvalidArgument(
-            "A comparison has early stopping as a method of its own. Leave "
-            "`early_stopping` out of the settings."
-        )
-    if seeds < 1:
-        raise InvalidArgument(f"`seeds` must be at least 1. Received: {seeds}.")
-    if not 0 <= settings.seed <= 2**31 - seeds:
-        raise InvalidArgument(
-            f"Each of the {seeds} seeds from `settings.seed` on must be in "
-            f"[0, 2**31). Received: settings.seed={settings.seed}."
-        )
-
-
 def _write_files(folder: Path, comparison: Comparison) -> None:
     columns = [field.name for field in dataclasses.fields(Outcome)]
     columns[columns.index("test_right")] = "test_accuracy"
     rows = ([getattr(one, name) for name in columns] for one in comparison.outcomes)
-    write_csv(folder / "comparison.csv", columns, rows)
+    _storage.write_csv(folder / "comparison.csv", columns, rows)
     summary = {
         "verdict": comparison.verdict,
         "methods": comparison.summaries,
         "notes": comparison.notes,
     }
-    write_json(folder / "summary.json", json_value(summary))
-    write_json(folder / CONFIG_FILE, comparison.config)
-    if comparison.noisy_data:
-        header = ("seed", "id", "split", "given_label", "clean_label")
-        labels = _label_rows(comparison.noisy_data)
-        write_csv(folder / "labels.csv", header, labels)
-
-
-def _label_rows(noisy_data: dict[int, SampleData]) -> Iterable[tuple]:
-    for seed, data in noisy_data.items():
+    _storage.write_json(folder / "summary.json", _storage.json_value(summary))
+    _storage.write_json(folder / _storage.CONFIG_FILE, comparison.config)
+    labels = []
+    for seed, data in comparison.noisy_data.items():
         names = data.class_names
         for split in (data.train, data.validation):
             right = split.labels if split.clean_labels is None else split.clean_labels
-            for sample_id, given, clean in zip(
-                split.ids, split.labels, right, strict=True
-            ):
-                yield seed, sample_id, split.name, names[given], names[clean]
+            known = zip(split.ids, split.labels, right, strict=True)
+            for sample_id, given, clean in known:
+                row = (seed, sample_id, split.name, names[given], names[clean])
+                labels.append(row)
+    if labels:
+        header = ("seed", "id", "split", "given_label", "clean_label")
+        _storage.write_csv(folder / "labels.csv", header, labels)

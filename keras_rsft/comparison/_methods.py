@@ -14,34 +14,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft._stats import (
-    Interval,
-    mean_interval,
-    paired_interval,
-    paired_right_interval,
-)
+from keras_rsft import _stats, config
+from keras_rsft._stats import Interval
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import (
-    AUTO,
-    AUTO_WEIGHT_DECAY,
-    CLEAN_SUBSET,
-    CLEANLAB,
-    EARLY_STOPPING,
-    PLAIN,
-    WEIGHT_DECAY,
-    TrainConfig,
-    require_cleanlab,
-)
+from keras_rsft.config import CLEAN_SUBSET, PLAIN, TrainConfig
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.features._batches import TrainingBatches
 from keras_rsft.policies._rules import keep_smallest, ramped_keep_fraction
+from keras_rsft.training import _head
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.training._head import (
-    best_of_all_epochs,
-    choose_steps_per_execution,
-    head_probabilities,
-    train_head,
-)
+from keras_rsft.training._head import head_probabilities
 from keras_rsft.training._optimizer import make_optimizer
 
 # Verdict ------------------------------------------------------------------------------
@@ -72,8 +54,6 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class MethodSummary:
-    """One method over all seeds."""
-
     test_accuracy: Interval | None
     difference_to_plain: Interval | None
     recovered: float | None
@@ -86,15 +66,12 @@ class MethodSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Which method is ahead."""
-
     winner: str | None
     tied: tuple[str, ...]
     sentence: str
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
-    """Returns the summary of each method, in the order of the outcomes."""
     complete = {
         name: right.mean(axis=1).tolist()
         for name, right in _complete_right(outcomes).items()
@@ -108,12 +85,12 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
         accuracies = known.pop("test_accuracy")
         difference = recovered = None
         if name in complete and PLAIN in complete and name != PLAIN:
-            difference = paired_interval(complete[name], complete[PLAIN])
+            difference = _stats.paired_interval(complete[name], complete[PLAIN])
         if {name, PLAIN, CLEAN_SUBSET} <= complete.keys():
             compared = (complete[one] for one in (name, PLAIN, CLEAN_SUBSET))
             recovered = recovered_share(*map(statistics.fmean, compared))
         summaries[name] = MethodSummary(
-            test_accuracy=mean_interval(accuracies) if accuracies else None,
+            test_accuracy=_stats.mean_interval(accuracies) if accuracies else None,
             difference_to_plain=difference,
             recovered=recovered,
             seconds=statistics.fmean(outcome.seconds for outcome in mine),
@@ -134,17 +111,16 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
     if len(ranked) < 2:
         return Verdict(None, tuple(ranked), "There are not two methods to compare.")
     best, others = ranked[0], ranked[1:]
-    leads = {name: paired_right_interval(right[best], right[name]) for name in others}
-    level = [name for name in others if leads[name][0] <= 0]
+    leads = [_stats.paired_right_interval(right[best], right[one]) for one in others]
+    level = [name for name, lead in zip(others, leads, strict=True) if lead[0] <= 0]
     if not level:
         points = 100 * (right[best].mean() - right[others[0]].mean())
-        low, high = (100 * end for end in leads[others[0]])
-        return Verdict(
-            best,
-            (best,),
+        low, high = (100 * end for end in leads[0])
+        sentence = (
             f"{best} is ahead: {points:.1f} points over the next, {others[0]} "
-            f"(95 % interval over seeds and test samples: {low:+.1f} to {high:+.1f}).",
+            f"(95 % interval over seeds and test samples: {low:+.1f} to {high:+.1f})."
         )
+        return Verdict(best, (best,), sentence)
     tied = (best, *level)
     names = f"{', '.join(tied[:-1])} and {tied[-1]}"
     reason = (
@@ -215,10 +191,10 @@ Trained = tuple[np.ndarray, np.ndarray | None, float | None]
 
 def run_method(name: str, trial: Trial) -> Outcome:
     """Trains one method with one seed; a training that stalls is an outcome too."""
-    shared = name in (CLEANLAB, "co-teaching")
+    shared = name in (config.CLEANLAB, "co-teaching")
     # Computed once for the methods that share it, and counted for each of them.
-    shared_seconds = trial.out_of_fold[1] if shared else 0.0
-    started = time.perf_counter()
+    seconds = trial.out_of_fold[1] if shared else 0.0
+    started = time.perf_counter() - seconds
     right = accepted = acceptance_rate = stalled = None
     try:
         with warnings.catch_warnings():
@@ -227,19 +203,14 @@ def run_method(name: str, trial: Trial) -> Outcome:
             right, accepted, acceptance_rate = _METHODS[name](trial)
     except TrainingStalled as error:
         stalled, acceptance_rate = str(error), 0.0
-    seconds = shared_seconds + time.perf_counter() - started
     rejected, train = {}, trial.features.train
     if accepted is not None and train.clean_labels is not None:
-        wrong = train.labels != train.clean_labels
-        rejected = {
-            field: float(np.mean(~accepted[part]))
-            for field, part in zip(REJECTED, (wrong, ~wrong), strict=True)
-            if part.any()
-        }
+        rejected = _head.rejected_shares(train, accepted)
+        del rejected["wrong_labels"]
     return Outcome(
         method=name,
         seed=trial.settings.seed,
-        seconds=seconds,
+        seconds=time.perf_counter() - started,
         test_right=right,
         acceptance_rate=acceptance_rate,
         stalled=stalled,
@@ -260,10 +231,10 @@ def _policy(
     settings = dataclasses.replace(trial.settings, policy=choice)
     if decayed:
         settings = dataclasses.replace(settings, weight_decay=WEIGHT_DECAY_STRENGTH)
-    callbacks = []
-    if best_epoch:  # The weights of the first epoch that is best on validation.
-        callbacks = [best_of_all_epochs("val_accuracy", "max", epochs=settings.epochs)]
-    trained = train_head(trial.features, settings, callbacks=callbacks, progress=False)
+    best = _head.best_of_all_epochs("val_accuracy", "max", epochs=settings.epochs)
+    trained = _head.train_head(
+        trial.features, settings, callbacks=[best] if best_epoch else [], progress=False
+    )
     right = _test_right(trained.model, trial)
     return right, trained.accepted, trained.results["acceptance_rate"]
 
@@ -293,7 +264,7 @@ def _co_teaching(trial: Trial) -> Trained:
 
 def _cleanlab(trial: Trial) -> Trained:
     """Filter once, then plain: on what cleanlab does not call a label issue."""
-    require_cleanlab()
+    config.require_cleanlab()
     from cleanlab.filter import find_label_issues
 
     train = trial.features.train
@@ -313,21 +284,39 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
 # Weight decay: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
 _METHODS: dict[str, Callable[[Trial], Trained]] = {
     PLAIN: lambda trial: _policy(trial, "accept-all"),
-    EARLY_STOPPING: lambda trial: _policy(trial, "accept-all", best_epoch=True),
-    WEIGHT_DECAY: lambda trial: _policy(trial, "accept-all", decayed=True),
+    config.EARLY_STOPPING: lambda trial: _policy(trial, "accept-all", best_epoch=True),
+    config.WEIGHT_DECAY: lambda trial: _policy(trial, "accept-all", decayed=True),
     "article": _article,
     "loss-threshold": lambda trial: _policy(trial, "loss-threshold", level="sample"),
     "keep-fraction": lambda trial: _policy(trial, "keep-fraction"),
-    AUTO: lambda trial: _policy(trial, AUTO),
-    AUTO_WEIGHT_DECAY: lambda trial: _policy(trial, AUTO, decayed=True),
+    config.AUTO: lambda trial: _policy(trial, config.AUTO),
+    config.AUTO_WEIGHT_DECAY: lambda trial: _policy(trial, config.AUTO, decayed=True),
     "gce": _gce,
     "co-teaching": _co_teaching,
-    CLEANLAB: _cleanlab,
+    config.CLEANLAB: _cleanlab,
     # Plain on the samples whose label is right, which no method can know.
     CLEAN_SUBSET: lambda trial: _on_subset(
         trial, trial.features.train.labels == trial.features.train.clean_labels
     ),
 }
+
+
+def missing_methods(features: SplitFeatures, settings: TrainConfig) -> dict[str, str]:
+    """Returns the methods that cannot run on this data, each with the reason."""
+    missing = {}
+    if settings.weight_decay is not None:
+        for name in (config.WEIGHT_DECAY, config.AUTO_WEIGHT_DECAY):
+            missing[name] = "every method here has a weight decay already."
+    if not len(features.validation):
+        missing[config.EARLY_STOPPING] = "it needs a validation split."
+    if not config.has_cleanlab():
+        missing[config.CLEANLAB] = 'it needs `pip install "keras_rsft[compare]"`.'
+    train = features.train
+    if train.clean_labels is None:
+        missing[CLEAN_SUBSET] = "the right labels are not known."
+    elif (train.labels == train.clean_labels).all():
+        missing[CLEAN_SUBSET] = "all labels are right."
+    return missing
 
 
 def _test_right(head: keras.Model, trial: Trial) -> np.ndarray:
@@ -381,11 +370,9 @@ def co_teaching_step(
 ) -> None:
     """Updates each of two heads on the samples that the other one chooses."""
     with tf.GradientTape(persistent=True) as tape:
+        outputs = [head(inputs, training=True) for head in heads]
         losses = [
-            keras.losses.sparse_categorical_crossentropy(
-                labels, head(inputs, training=True)
-            )
-            for head in heads
+            keras.losses.sparse_categorical_crossentropy(labels, one) for one in outputs
         ]
         chosen = [
             tf.cast(keep_smallest(tf.stop_gradient(loss), keep_fraction), loss.dtype)
@@ -408,10 +395,8 @@ def out_of_fold_probabilities(
     folds = np.random.default_rng(settings.seed).permutation(len(train)) % FOLDS
     loss = "sparse_categorical_crossentropy"
     probabilities = np.zeros((len(train), len(features.class_names)), np.float32)
-    for fold in range(FOLDS):
+    for fold in np.unique(folds):
         held_out = folds == fold
-        if not held_out.any():
-            continue
         seen = train.take(np.flatnonzero(~held_out))
         head = train_stock(dataclasses.replace(features, train=seen), settings, loss)
         probabilities[held_out] = head_probabilities(head, train)[held_out]
@@ -444,12 +429,8 @@ def train_stock(
 ) -> keras.Model:
     train = features.train
     head = _new_head(features, settings.seed)
-    steps = -(-len(train) // settings.batch_size)
-    head.compile(
-        make_optimizer(settings),
-        loss,
-        steps_per_execution=choose_steps_per_execution(steps),
-    )
+    steps = _head.choose_steps_per_execution(-(-len(train) // settings.batch_size))
+    head.compile(make_optimizer(settings), loss, steps_per_execution=steps)
     batches = TrainingBatches(train, batch_size=settings.batch_size, seed=settings.seed)
     head.fit(
         batches.dataset,

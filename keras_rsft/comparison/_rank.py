@@ -19,7 +19,11 @@ from keras_rsft.data._samples import SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
-from keras_rsft.features._extract import FrozenBase, extract_features, seconds_per_image
+from keras_rsft.features._extract import (
+    FrozenBackbone,
+    extract_features,
+    seconds_per_image,
+)
 from keras_rsft.label_quality._audit import MIN_NOISE_RATE, LabelQuality, audit_labels
 from keras_rsft.training._features import load_configured
 
@@ -32,8 +36,6 @@ _OWN_TROUBLE = (
 
 @dataclasses.dataclass(frozen=True)
 class RankedBackbone:
-    """A backbone and its scores."""
-
     name: str
     accuracy: float
     accuracy_error: float
@@ -130,7 +132,7 @@ def rank_backbones(
     for name, config in zip(names, configs, strict=True):
         try:
             backbone = load_configured(config)
-            frozen = FrozenBase(backbone, num_images=len(images))
+            frozen = FrozenBackbone(backbone, num_images=len(images))
             cached = extract_features(
                 frozen,
                 images,

@@ -36,57 +36,6 @@ _SIGNATURES = (
 )
 _HEAD_BYTES = 54  # The longest header read here: BMP with its colour count.
 
-Size = tuple[tf.Tensor, tf.Tensor]  # width, height; int64 scalars
-
-
-def head_bytes(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns the first 54 bytes as int64 numbers, zeros where there are fewer."""
-    head = tf.io.decode_raw(encoded, tf.uint8, fixed_length=_HEAD_BYTES)
-    return tf.cast(head, tf.int64)
-
-
-def image_kind(head: tf.Tensor) -> tf.Tensor:
-    """Returns the position in `KINDS` as int32, by signature only."""
-    signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
-    start = head[: signatures.shape[1]]
-    same = (start == signatures) | (signatures == ord("."))
-    matches = tf.cast(tf.reduce_all(same, axis=-1), tf.int32)
-    return tf.reduce_sum(matches * np.arange(1, len(KINDS), dtype=np.int32), axis=-1)
-
-
-def jpeg_size(encoded: tf.Tensor) -> Size:
-    """Returns the size of a JPEG file; raises InvalidArgumentError on a bad one."""
-    shape = tf.io.extract_jpeg_shape(encoded, output_type=tf.int32)
-    return tf.cast(shape[1], tf.int64), tf.cast(shape[0], tf.int64)
-
-
-def png_size(head: tf.Tensor) -> Size:
-    """Returns the size in a PNG file's IHDR chunk, which must come first."""
-    return _number(head, 16, 4, -1), _number(head, 20, 4, -1)
-
-
-def bmp_size(head: tf.Tensor) -> Size:
-    """Returns the size of a BMP file; a negative height means top row first."""
-    height = _number(head, 22, 4)
-    height = tf.where(height >= 2**31, 2**32 - height, height)
-    return _number(head, 18, 4), height
-
-
-def webp_size(head: tf.Tensor) -> Size:
-    """Returns the size of a WebP file: lossy, lossless or extended."""
-    lossless_bits = _number(head, 21, 4)
-    cases = (
-        (b"VP8 ", _number(head, 26, 2) % 2**14, _number(head, 28, 2) % 2**14),
-        (b"VP8L", lossless_bits % 2**14 + 1, lossless_bits // 2**14 % 2**14 + 1),
-        (b"VP8X", _number(head, 24, 3) + 1, _number(head, 27, 3) + 1),
-    )
-    width = height = tf.zeros([], tf.int64)
-    for chunk, case_width, case_height in cases:
-        match = _has(head, 12, chunk)
-        width = tf.where(match, case_width, width)
-        height = tf.where(match, case_height, height)
-    return width, height
-
 
 def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     """Returns a part of the bytes, as far as they reach."""
@@ -97,7 +46,7 @@ def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tenso
     return tf.strings.substr(encoded, start, tf.cast(count, tf.int64))
 
 
-def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
+def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
     """Cuts a GIF file down to its first frame."""
     # TensorFlow's decoder unpacks every frame before it returns the first, so an
     # animation of any number and size would be in memory at once.
@@ -129,7 +78,8 @@ def first_gif_frame(encoded: tf.Tensor) -> tuple[tf.Tensor, Size]:
         tf.constant(b";"),
     )
     size = tf.cast(raw[frame + 5 : frame + 9], tf.int64)
-    return tf.strings.join(parts), (_number(size, 0, 2), _number(size, 2, 2))
+    cut = tf.strings.join(parts)
+    return _require_within_limit(cut, _number(size, 0, 2), _number(size, 2, 2))
 
 
 def _has(head: tf.Tensor, at: int, signature: bytes) -> tf.Tensor:
@@ -195,23 +145,25 @@ def decode_pixels(
     encoded: tf.Tensor, *, smallest: tuple[int, int] | None = None
 ) -> tf.Tensor:
     """Decodes one image at its own size, or not far above `smallest`."""
-    head = head_bytes(encoded)
+    # The first bytes, zeros where there are fewer.
+    head = tf.io.decode_raw(encoded, tf.uint8, fixed_length=_HEAD_BYTES)
+    head = tf.cast(head, tf.int64)
+    signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
+    same = (head[: signatures.shape[1]] == signatures) | (signatures == ord("."))
+    matches = tf.cast(tf.reduce_all(same, axis=-1), tf.int32)
+    kind = tf.reduce_sum(matches * np.arange(1, len(KINDS), dtype=np.int32))
     branches = (
         lambda: _refuse_unknown(encoded),
         lambda: _decode_jpeg(encoded, smallest),
-        lambda: tf.io.decode_png(
-            _require_within_limit(encoded, *png_size(head)), channels=3
-        ),
-        lambda: _decode_gif(encoded),
+        lambda: _decode_png(encoded, head),
+        lambda: tf.io.decode_gif(first_gif_frame(encoded))[0],
         lambda: _decode_bmp(encoded, head),
         lambda: _decode_webp(encoded, head),
     )
-    pixels = tf.switch_case(image_kind(head), branches)
-    return tf.ensure_shape(pixels, (None, None, 3))
+    return tf.ensure_shape(tf.switch_case(kind, branches), (None, None, 3))
 
 
 def checked_size(image_size: Any) -> tuple[int, int]:
-    """Returns height and width."""
     pair = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
     try:
         height, width = (operator.index(side) for side in pair)
@@ -243,17 +195,14 @@ def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Tensor:
-    width, height = jpeg_size(encoded)
+    shape = tf.io.extract_jpeg_shape(encoded, output_type=tf.int32)
+    height, width = tf.cast(shape[0], tf.int64), tf.cast(shape[1], tf.int64)
     encoded = _require_within_limit(encoded, width, height)
     if smallest is None:
         return tf.io.decode_jpeg(encoded, channels=3)
     scale = tf.minimum(height // smallest[0], width // smallest[1])
-    ratio_index = tf.add_n(
-        [
-            tf.cast(scale >= _SCALED_DECODE_MARGIN * r, tf.int32)
-            for r in _JPEG_RATIOS[1:]
-        ]
-    )
+    fits = scale >= _SCALED_DECODE_MARGIN * np.array(_JPEG_RATIOS[1:])
+    ratio_index = tf.reduce_sum(tf.cast(fits, tf.int32))
     branches = [
         functools.partial(tf.io.decode_jpeg, encoded, channels=3, ratio=ratio)
         for ratio in _JPEG_RATIOS
@@ -261,24 +210,24 @@ def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Ten
     return tf.switch_case(ratio_index, branches)
 
 
-def _decode_gif(encoded: tf.Tensor) -> tf.Tensor:
-    frame, size = first_gif_frame(encoded)
-    return tf.io.decode_gif(_require_within_limit(frame, *size))[0]
+def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
+    # The IHDR chunk, which must come first, has the size.
+    width, height = _number(head, 16, 4, -1), _number(head, 20, 4, -1)
+    return tf.io.decode_png(_require_within_limit(encoded, width, height), channels=3)
 
 
 def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-    header_size, bits, compression = (
-        _number(head, 14, 4),
-        _number(head, 28, 2),
-        _number(head, 30, 4),
-    )
+    header_size, width, height = (_number(head, at, 4) for at in (14, 18, 22))
+    bits, compression = _number(head, 28, 2), _number(head, 30, 4)
     # TensorFlow would take compressed bytes for pixels. 3 means colour masks,
     # which 32-bit files with transparency have; they are in the usual order.
     plain = (compression == 0) | ((compression == 3) & (bits == 32))
     known = (header_size >= 40) & plain & tf.reduce_any(bits == [8, 24, 32])
     message = "A BMP file of another kind than uncompressed 8, 24 or 32 bits."
     encoded = _require(encoded, known, tf.constant(message))
-    encoded = _require_within_limit(encoded, *bmp_size(head))
+    # A negative height means top row first.
+    height = tf.where(height >= 2**31, 2**32 - height, height)
+    encoded = _require_within_limit(encoded, width, height)
     pixels = tf.io.decode_bmp(encoded, channels=0)
 
     def look_up() -> tf.Tensor:
@@ -296,7 +245,18 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     still = ~(_has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1))
     message = tf.constant("An animated WebP, which TensorFlow cannot read.")
     encoded = _require(encoded, still, message)
-    encoded = _require_within_limit(encoded, *webp_size(head))
+    lossless_bits = _number(head, 21, 4)
+    cases = (
+        (b"VP8 ", _number(head, 26, 2) % 2**14, _number(head, 28, 2) % 2**14),
+        (b"VP8L", lossless_bits % 2**14 + 1, lossless_bits // 2**14 % 2**14 + 1),
+        (b"VP8X", _number(head, 24, 3) + 1, _number(head, 27, 3) + 1),
+    )
+    width = height = tf.zeros([], tf.int64)
+    for chunk, case_width, case_height in cases:
+        match = _has(head, 12, chunk)
+        width = tf.where(match, case_width, width)
+        height = tf.where(match, case_height, height)
+    encoded = _require_within_limit(encoded, width, height)
     return tf.io.decode_image(encoded, expand_animations=False)[..., :3]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -16,9 +17,6 @@ from keras_rsft._storage import plain_cell
 from keras_rsft.config import nearest_name_hint
 from keras_rsft.data._samples import (
     DECISIONS,
-    DROP,
-    KEEP,
-    RELABEL,
     SPLITS,
     Correction,
     Corrections,
@@ -31,10 +29,7 @@ from keras_rsft.errors import DataError, InvalidArgument
 
 # Noise --------------------------------------------------------------------------------
 
-SYMMETRIC = "symmetric"
-ASYMMETRIC = "asymmetric"
-INSTANCE = "instance"
-KINDS = (SYMMETRIC, ASYMMETRIC, INSTANCE)
+NOISE_KINDS = ("symmetric", "asymmetric", "instance")
 
 THUMBNAIL_SIZE = 8
 # Of a sample's own flip rate around the mean rate, as in the published code.
@@ -81,22 +76,20 @@ def add_label_noise(
             f"`splits` must be a tuple of names out of {SPLITS}. "
             f"Received: splits={splits!r}."
         )
-    if kind == INSTANCE and data.kind != "images":
+    if kind == "instance" and data.kind != "images":
         raise InvalidArgument(
-            f"Noise of the kind {INSTANCE} is made of images. Received: {data.kind}. "
-            f"Use {SYMMETRIC} or {ASYMMETRIC}."
+            f"Noise of the kind instance is made of images. Received: {data.kind}. "
+            "Use symmetric or asymmetric."
         )
     changed: dict[str, Any] = {}
     for name in splits:
         split = getattr(data, name)
-        options: dict[str, Any] = {"num_classes": data.num_classes}
-        options["rng"] = np.random.default_rng([seed, SPLITS.index(name)])
-        if kind == INSTANCE:
-            options |= {"thumbnails": thumbnails_of(split), "seed": seed}
-            labels = instance_noise(split.labels, rate, **options)
-        else:
-            noise = symmetric_noise if kind == SYMMETRIC else asymmetric_noise
-            labels = noise(split.labels, rate, **options)
+        rng = np.random.default_rng([seed, SPLITS.index(name)])
+        noise: Any = symmetric_noise if kind == "symmetric" else asymmetric_noise
+        if kind == "instance":
+            thumbnails = thumbnails_of(split)
+            noise = functools.partial(instance_noise, thumbnails=thumbnails, seed=seed)
+        labels = noise(split.labels, rate, num_classes=data.num_classes, rng=rng)
         clean = split.labels if split.clean_labels is None else split.clean_labels
         changed[name] = split.with_labels(labels, clean)
     return dataclasses.replace(data, **changed)
@@ -109,7 +102,7 @@ def parse_noise(spec: str) -> tuple[str, float]:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if kind not in KINDS or not 0 < rate < 1:
+    if kind not in NOISE_KINDS or not 0 < rate < 1:
         raise InvalidArgument(
             'Label noise must be "symmetric:RATE" or "asymmetric:RATE" or '
             f'"instance:RATE" with RATE in (0, 1). Received: {spec!r}. '
@@ -121,7 +114,6 @@ def parse_noise(spec: str) -> tuple[str, float]:
 def symmetric_noise(
     labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Moves round(rate x n) labels, each to one of the other classes."""
     noisy = labels.copy()
     moved = rng.choice(len(labels), size=round(rate * len(labels)), replace=False)
     steps = rng.integers(1, num_classes, size=len(moved))
@@ -132,7 +124,6 @@ def symmetric_noise(
 def asymmetric_noise(
     labels: np.ndarray, rate: float, *, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Moves round(rate x n) labels of each class to the class that follows."""
     noisy = labels.copy()
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
@@ -150,7 +141,6 @@ def instance_noise(
     thumbnails: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Moves round(rate x n) labels, each to a class that its image decides."""
     # Source: Xia et al., "Part-dependent label noise: towards instance-dependent label
     # noise", NeurIPS 2020, appendix. A sample's own flip rate comes from a normal
     # distribution around `rate` with deviation 0.1, cut to [0, 1]; its wrong class from
@@ -244,18 +234,18 @@ def read_corrections(file: str | os.PathLike) -> list[tuple[int, Correction]]:
                 raise DataError(f"{where} has no {name}.")
         if row.decision not in DECISIONS:
             raise DataError(
-                f"{where}: the decision must be {KEEP}, {RELABEL} or {DROP}. "
+                f"{where}: the decision must be keep, relabel or drop. "
                 f"Received: {cells['decision']!r}."
             )
-        if row.decision == RELABEL and row.new_label in ("", row.given_label):
+        if row.decision == "relabel" and row.new_label in ("", row.given_label):
             raise DataError(
-                f"{where}: {RELABEL} needs a new_label other than the given one. "
-                f"Received: {row.new_label!r}. Use {KEEP} where the label is right."
+                f"{where}: relabel needs a new_label other than the given one. "
+                f"Received: {row.new_label!r}. Use keep where the label is right."
             )
-        if row.decision != RELABEL and row.new_label:
+        if row.decision != "relabel" and row.new_label:
             raise DataError(
                 f"{where}: {row.decision} has no new_label. "
-                f"Received: {row.new_label!r}. Use {RELABEL}, or leave it empty."
+                f"Received: {row.new_label!r}. Use relabel, or leave it empty."
             )
         first, _ = rows.setdefault(row.id, (line, row))
         if first != line:
@@ -285,7 +275,7 @@ def _applied(data: SampleData, file: Path) -> SampleData:
     number = {name: label for label, name in enumerate(data.class_names)}
     by_split: dict[str, list[tuple[int, Correction]]] = {name: [] for name in SPLITS}
     for line, row in rows:
-        if row.decision == RELABEL and row.new_label not in number:
+        if row.decision == "relabel" and row.new_label not in number:
             hint = nearest_name_hint(row.new_label, data.class_names)
             known = ", ".join(map(repr, data.class_names[:10]))
             raise DataError(
@@ -307,9 +297,20 @@ def _applied(data: SampleData, file: Path) -> SampleData:
         if pairs
     }
     before = data.corrections or Corrections()
+    # One row for each image. The given label stays the one that the data were loaded
+    # with, so that the result is a file of corrections in its own right.
+    merged = {row.id: row for row in before.rows}
+    for _, row in rows:
+        loaded = merged.get(row.id, row).given_label
+        label = row.new_label or row.given_label
+        if row.decision == "drop" or label == loaded:
+            decision = "drop" if row.decision == "drop" else "keep"
+            merged[row.id] = Correction(row.id, loaded, decision)
+        else:
+            merged[row.id] = Correction(row.id, loaded, "relabel", label)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     changed["corrections"] = Corrections(
-        _merged(before.rows, [row for _, row in rows]),
+        tuple(merged.values()),
         (*before.files, (str(file), sha256)),
         before.tested + len(by_split["test"]),
     )
@@ -327,37 +328,17 @@ def _applied(data: SampleData, file: Path) -> SampleData:
 def _corrected(
     split: SampleSplit, pairs: Sequence[tuple[int, Correction]], number: dict[str, int]
 ) -> SampleSplit:
-    labels = split.labels.copy()
+    labels, remains = split.labels.copy(), np.ones(len(split), bool)
     reviewed = np.zeros(len(split), bool)
     if split.reviewed is not None:
         reviewed |= split.reviewed
-    remains = np.ones(len(split), bool)
     for position, row in pairs:
         reviewed[position] = True
-        remains[position] = row.decision != DROP
-        if row.decision == RELABEL:
+        remains[position] = row.decision != "drop"
+        if row.decision == "relabel":
             labels[position] = number[row.new_label]
     corrected = dataclasses.replace(split, labels=labels, reviewed=reviewed)
     return dataclasses.replace(
         corrected.take(np.flatnonzero(remains)),
         before_review=split if split.before_review is None else split.before_review,
     )
-
-
-def _merged(
-    before: Sequence[Correction], rows: Sequence[Correction]
-) -> tuple[Correction, ...]:
-    """Adds a file's rows to those of the files before, one for each image."""
-    # The given label stays the one that the data were loaded with, so that the result
-    # is a file of corrections in its own right.
-    merged = {row.id: row for row in before}
-    for row in rows:
-        loaded = merged.get(row.id, row).given_label
-        label = row.new_label or row.given_label
-        if row.decision == DROP:
-            merged[row.id] = Correction(row.id, loaded, DROP)
-        elif label == loaded:
-            merged[row.id] = Correction(row.id, loaded, KEEP)
-        else:
-            merged[row.id] = Correction(row.id, loaded, RELABEL, label)
-    return tuple(merged.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -15,14 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data._images import (
-    checked_size,
-    decode_pixels,
-    readable_reason,
-    traced_image,
-    traced_views,
-    without_autotuning,
-)
+from keras_rsft.data import _images
 from keras_rsft.errors import DataError, InvalidArgument
 
 SPLITS = ("train", "validation", "test")
@@ -46,9 +40,11 @@ class Reader(abc.ABC):
         """Turns a key into a file's bytes, as a graph op."""
         return key
 
-    def take(self, indices: np.ndarray) -> Reader:
+    def take(self, indices: np.ndarray) -> Self:
         """Returns a reader of the samples at these increasing positions."""
-        return type(self)(self._ids[indices], self._items[indices])
+        taken = copy.copy(self)
+        taken._ids, taken._items = self._ids[indices], self._items[indices]
+        return taken
 
     @abc.abstractmethod
     def encoded(self, index: int) -> bytes:
@@ -83,9 +79,6 @@ class FileReader(Reader):
 
         return digest(f"{name}\0{state(name)}\0".encode() for name in self._ids)
 
-    def take(self, indices: np.ndarray) -> FileReader:
-        return FileReader(self._root, self._ids[indices])
-
 
 class ArrayReader(Reader):
     """Reads images, uint8 `(n, height, width, channels)`, from memory."""
@@ -102,7 +95,6 @@ class ArrayReader(Reader):
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """Returns the hex SHA-256 digest of the parts, one after the other."""
     state = hashlib.sha256()
     for part in parts:
         state.update(part)
@@ -161,7 +153,7 @@ class SampleSplit(abc.ABC):
         try:
             self.check(self.encoded(index))
         except tf.errors.OpError as error:
-            return readable_reason(error)
+            return _images.readable_reason(error)
         except DataError as error:
             return str(error)
         except OSError as error:
@@ -205,18 +197,11 @@ class SampleSplit(abc.ABC):
                 f"[0, {len(self)}), so that the order of the samples stays. "
                 f"Received: indices={indices}. Sort them first."
             )
-        clean, reviewed = (
-            None if values is None else values[indices]
-            for values in (self.clean_labels, self.reviewed)
-        )
-        return type(self)(
-            self.name,
-            self.ids[indices],
-            self.labels[indices],
-            clean,
-            self.reader.take(indices),
-            reviewed,
-        )
+        taken: dict[str, Any] = {"reader": self.reader.take(indices)}
+        for name in ("ids", "labels", "clean_labels", "reviewed"):
+            values = getattr(self, name)
+            taken[name] = None if values is None else values[indices]
+        return dataclasses.replace(self, **taken, before_review=None)
 
     def mapped(
         self,
@@ -235,7 +220,7 @@ class SampleSplit(abc.ABC):
 
         entries = self.reader.entries(start).take(stop - start)
         made = entries.map(run, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        return without_autotuning(made.ignore_errors(log_warning=False))
+        return _images.without_autotuning(made.ignore_errors(log_warning=False))
 
 
 def require_in_range(name: str, value: int, low: int, high: int) -> None:
@@ -259,7 +244,7 @@ class Correction(NamedTuple):
     new_label: str = ""
 
 
-KEEP, RELABEL, DROP = DECISIONS = ("keep", "relabel", "drop")
+DECISIONS = ("keep", "relabel", "drop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +259,8 @@ class Corrections:
         """Says in one line, or two, what was changed."""
         counts = collections.Counter(row.decision for row in self.rows)
         text = (
-            f"Corrections: {counts[KEEP]} labels kept, {counts[RELABEL]} relabelled, "
-            f"{counts[DROP]} samples dropped."
+            f"Corrections: {counts['keep']} labels kept, {counts['relabel']} "
+            f"relabelled, {counts['drop']} samples dropped."
         )
         if self.tested:
             text += (
@@ -345,7 +330,7 @@ class ImageSplit(SampleSplit):
                 "The data are images, and the backbone takes texts. Give a backbone "
                 "for images, or load the data as texts (--text-column, `load_texts`)."
             )
-        return self.images(checked_size(sample_shape[:2]), **options)
+        return self.images(_images.checked_size(sample_shape[:2]), **options)
 
     def images(
         self,
@@ -378,19 +363,21 @@ class ImageSplit(SampleSplit):
         Raises:
             InvalidArgument: If an argument is out of its range.
         """
-        size = checked_size(image_size)
+        size = _images.checked_size(image_size)
         require_in_range("views", views, 1, 2**16 - 1)
         require_in_range("seed", seed, -(2**63), 2**63 - 1)
 
         def render(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
             if views == 1:
-                return traced_image(encoded, size)
-            return traced_views(encoded, size, views=views, seed=seed, index=index)
+                return _images.traced_image(encoded, size)
+            return _images.traced_views(
+                encoded, size, views=views, seed=seed, index=index
+            )
 
         return self.mapped(render, start, stop)
 
     def check(self, encoded: bytes) -> None:
-        decode_pixels(tf.constant(encoded))
+        _images.decode_pixels(tf.constant(encoded))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

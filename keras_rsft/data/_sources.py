@@ -15,26 +15,18 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft._runtime import import_extra
 from keras_rsft.config import nearest_name_hint
 from keras_rsft.data._samples import (
     ArrayReader,
     FileReader,
     ImageData,
-    ImageSplit,
     Reader,
     SampleData,
     SampleSplit,
     digest,
 )
-from keras_rsft.data._splits import (
-    SPLIT_ALIASES,
-    TRAIN,
-    Cut,
-    Data,
-    NamedSample,
-    cut_splits,
-    data_of,
-)
+from keras_rsft.data._splits import SPLIT_ALIASES, Cut, Data, NamedSample, data_of
 from keras_rsft.data._tfds import tfds_data
 from keras_rsft.errors import DataError, InvalidArgument
 
@@ -91,9 +83,7 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
                 f"Received: {sample.id!r}. Rename the file or its folder."
             ) from error
     reader_of = functools.partial(FileReader, root)
-    return data_of(
-        data_type, samples, reader_of, cut, source=source, ignored_files=ignored
-    )
+    return data_of(data_type, samples, reader_of, cut, source, ignored_files=ignored)
 
 
 def _visible(folder: str) -> tuple[list[str], int]:
@@ -114,20 +104,17 @@ def _files_below(
         folder, chain = waiting.pop()
         for entry in _entries(os.path.join(root, folder)):
             name = os.path.join(folder, entry.name)
+            suffix = os.path.splitext(name)[1].lower()
             if entry.name.startswith("."):
                 others += 1
             elif _is_dir(entry) and not entry.is_symlink():
                 waiting.append((name, chain))
             elif _is_dir(entry):
                 real = os.path.realpath(entry.path)
-                inside = (
-                    f"{one}{os.sep}".startswith(f"{real}{os.sep}") for one in chain
-                )
+                inside = (os.path.commonpath((one, real)) == real for one in chain)
                 if not any(inside):  # A link back to a folder that it lies in is left.
                     waiting.append((name, (*chain, real)))
-            elif os.path.splitext(entry.name)[1].lower() in suffixes and os.path.isfile(
-                entry
-            ):
+            elif suffix in suffixes and os.path.isfile(entry):
                 ids.append(name.replace(os.sep, "/"))
             else:
                 others += 1
@@ -214,23 +201,19 @@ class _Columns:
     def rows(
         self, file: str, *further: str | None
     ) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yields where each row is, and the row."""
         split = None if self.split == DEFAULT_SPLIT_COLUMN else self.split
         names = (self.content, self.label, *further, split, self.clean_label)
         for line, row in read_table(file, [one for one in names if one is not None]):
             yield f"{file}, line {line}", row
 
     def sample(self, row: dict[str, str], name: str, where: str) -> NamedSample:
-        """Returns the sample of a row."""
         given = (row.get(self.split or "", "")).strip() or "train"
         if given.lower() not in SPLIT_ALIASES:
             raise DataError(
                 f"The split must be one of {', '.join(SPLIT_ALIASES)} or empty. "
                 f"Received: {given!r} in {where}."
             )
-        clean = None
-        if self.clean_label is not None:
-            clean = _value(row, self.clean_label, where)
+        clean = self.clean_label and _value(row, self.clean_label, where)
         label = _value(row, self.label, where)
         return NamedSample(name, label, SPLIT_ALIASES[given.lower()], clean)
 
@@ -282,7 +265,7 @@ def _image_table(file: str, columns: _Columns, cut: Cut) -> ImageData:
             f"{folder}."
         )
     reader_of = functools.partial(FileReader, folder)
-    return data_of(ImageData, samples.values(), reader_of, cut, source=file)
+    return data_of(ImageData, samples.values(), reader_of, cut, file)
 
 
 # Texts --------------------------------------------------------------------------------
@@ -412,7 +395,6 @@ def load_texts(
 
 
 def text_of(encoded: bytes) -> str:
-    """Returns the text of a file's bytes."""
     if len(encoded) > MAX_BYTES:
         raise DataError(f"The text has more than {MAX_BYTES // 1_000_000} MB.")
     try:
@@ -460,7 +442,7 @@ def _text_table(
         groups = [first.setdefault(texts[one].strip() or one, one) for one in names]
         return np.array(groups, np.str_)
 
-    return data_of(TextData, samples, reader_of, cut, source=file, groups_of=groups_of)
+    return data_of(TextData, samples, reader_of, cut, file, groups_of=groups_of)
 
 
 class TextReader(Reader):
@@ -549,14 +531,13 @@ def load_images(
         return _digits(cut)
     if os.path.isdir(name):
         return _folder_data(ImageData, name, cut)
+    fault = "" if name.lower().endswith(".csv") else "another kind of file."
     if not os.path.exists(name):
+        fault = f"which does not exist.{_suggestion(name)}"
+    if fault:
         raise InvalidArgument(
-            f"`source` must be {_KNOWN}. Received: {name!r}, which does not exist."
-            f"{_suggestion(name)}"
-        )
-    if not name.lower().endswith(".csv"):
-        raise InvalidArgument(
-            f"`source` must be {_KNOWN}. Received: {name!r}, another kind of file."
+            '`source` must be a folder, a .csv file, "tfds:NAME" or "digits". '
+            f"Received: {name!r}, {fault}"
         )
     columns = _Columns(path_column, label_column, split_column, clean_label_column)
     return _image_table(name, columns, cut)
@@ -564,24 +545,15 @@ def load_images(
 
 def _digits(cut: Cut) -> ImageData:
     """Reads scikit-learn's digits, as "digits/0000" to "digits/1796"."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            'The source "digits" needs scikit-learn. '
-            'Install it with: pip install "keras_rsft[demo]"'
-        ) from error
-    bunch = load_digits()
+    datasets = import_extra("sklearn.datasets", "demo", 'The source "digits"')
+    bunch = datasets.load_digits()
     pixels = np.round(bunch.images * (255 / _BRIGHTEST_DIGIT)).astype(np.uint8)
-    ids = np.array([f"digits/{number:04}" for number in range(len(pixels))])
-    reader = ArrayReader(ids, pixels[..., np.newaxis])
-    whole = ImageSplit("all", ids, bunch.target.astype(np.int32), None, reader)
-    names = tuple(str(name) for name in bunch.target_names)
-    data = ImageData(whole, whole, whole, names, DIGITS)
-    return cut_splits(data, np.full(len(ids), TRAIN, np.int8), cut, ids)
-
-
-_KNOWN = 'a folder, a .csv file, "tfds:NAME" or "digits"'
+    reader_of = functools.partial(ArrayReader, items=pixels[..., np.newaxis])
+    samples = [
+        NamedSample(f"digits/{number:04}", str(label), "train")
+        for number, label in enumerate(bunch.target)
+    ]
+    return data_of(ImageData, samples, reader_of, cut, DIGITS)
 
 
 def _suggestion(name: str) -> str:

@@ -57,8 +57,8 @@ def data_of(
     samples: Iterable[NamedSample],
     reader_of: Callable[[np.ndarray], Reader],
     cut: Cut,
-    *,
     source: str,
+    *,
     ignored_files: int = 0,
     groups_of: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Data:
@@ -104,13 +104,11 @@ def cut_splits(data: Data, splits: np.ndarray, cut: Cut, groups: np.ndarray) -> 
         )
     splits = splits.copy()
     pool = np.flatnonzero(splits == TRAIN)
-    splits[pool] = assign_splits(
-        groups[pool],
-        whole.labels[pool],
-        validation_fraction=0.0 if VALIDATION in splits else cut.validation_fraction,
-        test_fraction=0.0 if TEST in splits else cut.test_fraction,
-        split_seed=cut.seed,
-    )
+    if VALIDATION in splits:
+        cut = dataclasses.replace(cut, validation_fraction=0.0)
+    if TEST in splits:
+        cut = dataclasses.replace(cut, test_fraction=0.0)
+    splits[pool] = assign_splits(groups[pool], whole.labels[pool], cut)
     parts: dict[str, Any] = {
         name: dataclasses.replace(whole.take(np.flatnonzero(splits == code)), name=name)
         for code, name in enumerate(SPLITS)
@@ -118,14 +116,7 @@ def cut_splits(data: Data, splits: np.ndarray, cut: Cut, groups: np.ndarray) -> 
     return dataclasses.replace(data, **parts)
 
 
-def assign_splits(
-    groups: np.ndarray,
-    labels: np.ndarray,
-    *,
-    validation_fraction: float,
-    test_fraction: float,
-    split_seed: int,
-) -> np.ndarray:
+def assign_splits(groups: np.ndarray, labels: np.ndarray, cut: Cut) -> np.ndarray:
     """Assigns samples to splits, class by class, and copies of one together."""
     # The groups of a class are ordered by a hash of seed and name; the first go to
     # test, the last to validation. So a sample's split depends neither on the order of
@@ -136,32 +127,23 @@ def assign_splits(
     np.minimum.at(classes, group_of, labels)
     splits = np.full(len(names), TRAIN, np.int8)
     digests = b"".join(
-        hashlib.blake2b(f"{split_seed}:{name}".encode(), digest_size=8).digest()
+        hashlib.blake2b(f"{cut.seed}:{name}".encode(), digest_size=8).digest()
         for name in names
     )
     order = np.lexsort((np.frombuffer(digests, dtype="<u8"), classes))
     borders = np.flatnonzero(np.diff(classes[order])) + 1
     for members in np.split(order, borders) if len(order) else []:
-        test, validation = _cut(
-            sizes[members].tolist(), validation_fraction, test_fraction
-        )
-        splits[members[test]] = TEST
-        splits[members[validation]] = VALIDATION
+        in_class = sizes[members].tolist()
+        validation, test = split_counts(sum(in_class), cut)
+        positions = range(len(members))
+        tested = _take(in_class, positions, test, spare=2 if validation else 1)
+        rest = sorted(set(positions).difference(tested), reverse=True)
+        splits[members[tested]] = TEST
+        splits[members[_take(in_class, rest, validation, spare=1)]] = VALIDATION
     # All samples of a class may be copies of those of smaller ones.
     for label in np.setdiff1d(labels, labels[splits[group_of] == TRAIN]):
         splits[group_of[np.flatnonzero(labels == label)[0]]] = TRAIN
     return splits[group_of]
-
-
-def _cut(
-    sizes: list[int], validation_fraction: float, test_fraction: float
-) -> tuple[list[int], list[int]]:
-    """Returns which groups of a class go to test and which to validation."""
-    validation, test = split_counts(sum(sizes), validation_fraction, test_fraction)
-    positions = range(len(sizes))
-    tested = _take(sizes, positions, test, spare=2 if validation else 1)
-    rest = sorted(set(positions).difference(tested), reverse=True)
-    return tested, _take(sizes, rest, validation, spare=1)
 
 
 def _take(
@@ -180,16 +162,14 @@ def _take(
     return taken
 
 
-def split_counts(
-    count: int, validation_fraction: float, test_fraction: float
-) -> tuple[int, int]:
+def split_counts(count: int, cut: Cut) -> tuple[int, int]:
     """Returns how many samples of a class go to validation and to test."""
 
     def share(fraction: float) -> int:
         wanted = fraction > 0 and count >= _SMALLEST_CLASS_TO_CUT
         return max(math.floor(count * fraction + 0.5), int(wanted))
 
-    validation, test = share(validation_fraction), share(test_fraction)
+    validation, test = share(cut.validation_fraction), share(cut.test_fraction)
     while validation + test >= count and validation + test > 0:
         if validation >= test:
             validation -= 1

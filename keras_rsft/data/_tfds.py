@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import tensorflow as tf
@@ -58,9 +58,10 @@ class TfdsReader(Reader):
         names = (self._builder.info.full_name, *self._ids)
         return digest(f"{name}\0".encode() for name in names)
 
-    def take(self, indices: np.ndarray) -> TfdsReader:
-        parts = (part[indices] for part in (self._ids, self._splits, self._items))
-        return TfdsReader(self._builder, self._image_key, *parts)
+    def take(self, indices: np.ndarray) -> Self:
+        taken = super().take(indices)
+        taken._splits = self._splits[indices]
+        return taken
 
     def _stream(self, indices: np.ndarray) -> tf.data.Dataset:
         """Streams `(index, encoded)` of samples that are all of one TFDS split."""
@@ -83,15 +84,33 @@ def tfds_data(
     cut: Cut,
 ) -> ImageData:
     """Reads a TFDS data set, which is downloaded if need be."""
+    import tensorflow_datasets as tfds
+
     builder = _prepared_builder(source, data_dir)
     # Sorted, for TFDS has the features in another order in each process.
     features = dict(sorted(builder.info.features.items()))
-    image_key = _image_key(features, source)
-    given = _class_label(features, label_key, "label_key", source)
-    keys = [label_key]
-    names = tuple(given.names)
+    images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    if "image" not in images and len(images) != 1:
+        raise InvalidArgument(
+            "Expected a data set with one image in each sample. "
+            f"Received: {source}, whose images are {images} of {list(features)}."
+        )
+    image_key = "image" if "image" in images else images[0]
+
+    def class_label(key: str, argument: str) -> ClassLabel:
+        kind = tfds.features.ClassLabel
+        labels = [name for name, one in features.items() if isinstance(one, kind)]
+        if key not in labels:
+            raise InvalidArgument(
+                f"`{argument}` must be a class label of {source}, which has: "
+                f"{', '.join(labels) or 'none'}. Received: {argument}={key!r}."
+            )
+        return features[key]
+
+    given = class_label(label_key, "label_key")
+    keys, names = [label_key], tuple(given.names)
     if clean_label_key is not None:
-        clean = _class_label(features, clean_label_key, "clean_label_key", source)
+        clean = class_label(clean_label_key, "clean_label_key")
         # Prefers the clean label's names where the given one has mere numbers.
         numbers = [str(number) for number in range(given.num_classes)]
         if given.num_classes == clean.num_classes and given.names == numbers:
@@ -105,8 +124,7 @@ def tfds_data(
         codes = [TRAIN] * len(origins)
     parts = [_gather(builder, origin, image_key, keys) for origin in origins]
     sizes = [len(ids) for ids, _ in parts]
-    ids = np.concatenate([ids for ids, _ in parts])
-    labels = np.concatenate([labels for _, labels in parts])
+    ids, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     splits = np.repeat(np.array(codes, np.int8), sizes)
     positions = np.concatenate([np.arange(size) for size in sizes])
     reader = TfdsReader(builder, image_key, ids, np.repeat(origins, sizes), positions)
@@ -145,34 +163,6 @@ def _prepared_builder(source: str, data_dir: str | Path | None) -> DatasetBuilde
     return builder
 
 
-def _image_key(features: dict[str, Any], source: str) -> str:
-    import tensorflow_datasets as tfds
-
-    keys = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
-    if "image" in keys:
-        return "image"
-    if len(keys) != 1:
-        raise InvalidArgument(
-            "Expected a data set with one image in each sample. "
-            f"Received: {source}, whose images are {keys} of {list(features)}."
-        )
-    return keys[0]
-
-
-def _class_label(
-    features: dict[str, Any], key: str, argument: str, source: str
-) -> ClassLabel:
-    import tensorflow_datasets as tfds
-
-    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-    if key not in labels:
-        raise InvalidArgument(
-            f"`{argument}` must be a class label of {source}, which has: "
-            f"{', '.join(labels) or 'none'}. Received: {argument}={key!r}."
-        )
-    return features[key]
-
-
 def _read(builder: DatasetBuilder, split: str, image_key: str) -> tf.data.Dataset:
     import tensorflow_datasets as tfds
 
@@ -207,7 +197,6 @@ def _gather(
 def _checked_labels(
     labels: np.ndarray, splits: np.ndarray, source: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the given labels and the clean ones, if they were asked for."""
     given, clean = labels[:, 0].copy(), None
     if labels.shape[1] > 1:
         clean = labels[:, 1].copy()

@@ -13,47 +13,32 @@ from typing import Any
 import jinja2
 import keras
 
+from keras_rsft import _storage
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._storage import (
-    CONFIG_FILE,
-    LEDGER_FILE,
-    MODEL_FILE,
-    RESULTS_FILE,
-    SAMPLES_FILE,
-    SEARCH_FILE,
-    read_csv,
-    write_new_file,
-)
 from keras_rsft.backbones._build import first_line
 from keras_rsft.backbones._foreign import weights_bytes
 from keras_rsft.backbones._load import licence_of_weights
 from keras_rsft.config import ExportConfig
 from keras_rsft.errors import DataError
+from keras_rsft.export import _places
 from keras_rsft.export._formats import export_litert, export_onnx, require_tf2onnx
-from keras_rsft.export._places import (
-    check_run_folder,
-    free_file,
-    free_version,
-    model_folder,
-    turn_in,
-)
 from keras_rsft.export._saved_model import export_saved_model
 from keras_rsft.report._summary import accuracy_rows
 from keras_rsft.training._run import read_class_names
 
 # Model card ---------------------------------------------------------------------------
 
-SUSPICIOUS = 0.5
-MOST_NAMED = 20
+_SUSPICIOUS = 0.5
+_MOST_NAMED = 20
 
 
 def model_card(run: FinishedRun, name: str) -> str:
     """Returns the card of a run's model; what its folder does not hold is left out."""
-    config, results = run.config, _read_json(run.folder / RESULTS_FILE)
+    config, results = run.config, _read_json(run.folder / _storage.RESULTS_FILE)
     results |= results.get("chosen") or {}  # Of a search.
-    samples = _read_rows(run.folder / SAMPLES_FILE)
+    samples = _read_rows(run.folder / _storage.SAMPLES_FILE)
     sizes = collections.Counter(row.get("split", "") for row in samples)
-    ledger = _read_rows(run.folder / LEDGER_FILE)
+    ledger = _read_rows(run.folder / _storage.LEDGER_FILE)
     scored = [(float(row.get("suspicion") or 0), row) for row in ledger]
     data = Path(str(config.get("data", "unknown"))).name
     policy = config.get("policy")
@@ -88,19 +73,19 @@ def model_card(run: FinishedRun, name: str) -> str:
         policy=isinstance(policy, dict) and (policy.get("name") or "auto"),
         accuracies=accuracy_rows(results, sizes),
         ledger=ledger,
-        found=sorted((p for p in scored if p[0] > SUSPICIOUS), key=lambda p: -p[0]),
-        suspicious=SUSPICIOUS,
-        most_named=MOST_NAMED,
+        found=sorted((p for p in scored if p[0] > _SUSPICIOUS), key=lambda p: -p[0]),
+        suspicious=_SUSPICIOUS,
+        most_named=_MOST_NAMED,
         licence=licence_of_weights(backbone, str(config.get("weights", "unknown"))),
     )
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    return list(read_csv(path)) if path.is_file() else []
+    return list(_storage.read_csv(path)) if path.is_file() else []
 
 
 def _text(value: Any) -> str:
-    """Makes text harmless in Markdown, its tables and its HTML."""
+    """Escapes text for Markdown, its tables and its HTML."""
     if hasattr(value, "__html__"):  # Marked as safe in the template.
         return value
     escaped = html.escape(" ".join(str(value).split()), quote=False)
@@ -108,7 +93,6 @@ def _text(value: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """Makes text harmless between backticks."""
     return " ".join(text.split()).replace("`", "'").replace("|", "\\|")
 
 
@@ -117,8 +101,6 @@ def _code(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run read back from its folder."""
-
     folder: Path
     model: keras.Model
     class_names: tuple[str, ...]
@@ -146,17 +128,17 @@ class Export:
 
 def read_run(folder: str | os.PathLike) -> FinishedRun:
     folder = Path(folder)
-    check_run_folder(folder)
+    _places.check_run_folder(folder)
     try:
-        model = keras.saving.load_model(folder / MODEL_FILE, compile=False)
+        model = keras.saving.load_model(folder / _storage.MODEL_FILE, compile=False)
         class_names = read_class_names(folder)
-        if (folder / SEARCH_FILE).is_file():
-            results = _read_json(folder / RESULTS_FILE)
-            config = _read_json(folder / SEARCH_FILE)["data"]["source"]
+        if (folder / _storage.SEARCH_FILE).is_file():
+            results = _read_json(folder / _storage.RESULTS_FILE)
+            config = _read_json(folder / _storage.SEARCH_FILE)["data"]["source"]
             config |= results.get("settings") or {}
             config |= {name: results.get(name) for name in ("command", "versions")}
         else:
-            config = _read_json(folder / CONFIG_FILE)
+            config = _read_json(folder / _storage.CONFIG_FILE)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise DataError(
             f"The run {folder} cannot be read: {first_line(error)}. Its backbone, head "
@@ -198,9 +180,9 @@ def export_run(
     require_tensorflow_backend("`export_run`")
     settings = settings or ExportConfig()
     folder = run.folder if isinstance(run, FinishedRun) else run
-    target = model_folder(folder, name, directory)  # Before anything slow.
+    target = _places.model_folder(folder, name, directory)  # Before anything slow.
     if settings.file_format == "saved-model":
-        free_version(target, settings.version)
+        _places.free_version(target, settings.version)
     if settings.file_format == "onnx":
         require_tf2onnx()
     if not isinstance(run, FinishedRun):
@@ -218,14 +200,14 @@ def export_run(
             model_card=card,
         )
     else:
-        with turn_in(target):
+        with _places.turn_in(target):
             if settings.file_format == "litert":
-                path = free_file(target, "tflite")
+                path = _places.free_file(target, "tflite")
                 export_litert(run.model, path, class_names=names, weight_dtype=dtype)
             else:
-                path = free_file(target, "onnx")
+                path = _places.free_file(target, "onnx")
                 export_onnx(run.model, path, class_names=names)
-            write_new_file(Path(f"{path}.md"), card.encode())
+            _storage.write_new_file(Path(f"{path}.md"), card.encode())
     return Export(
         path=path,
         name=target.name,

@@ -17,13 +17,8 @@ import tensorflow as tf
 
 from keras_rsft._runtime import import_extra, require_tensorflow_backend
 from keras_rsft._storage import write_new_file
+from keras_rsft.backbones import _foreign
 from keras_rsft.backbones._build import leaf_layers
-from keras_rsft.backbones._foreign import (
-    OnnxNetwork,
-    OnnxSession,
-    freeze,
-    pooled_axes,
-)
 from keras_rsft.config import ExportConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export._places import check_file
@@ -73,8 +68,8 @@ def export_litert(
     module = tf.Module()
     module.forward = forward
     module.serve = tf.function(
-        lambda images: {"probabilities": forward(images)},
-        input_signature=[forward.images_spec()],
+        lambda images: {"probabilities": forward.predict(images)},
+        input_signature=[forward.images_spec],
     )
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
         [module.serve.get_concrete_function()], module
@@ -127,18 +122,18 @@ def export_onnx(
     path = check_file(path, "onnx")
     check_class_names(model, class_names)
     require_tf2onnx()
-    networks = [one for one in leaf_layers(model) if isinstance(one, OnnxNetwork)]
+    found = [one for one in leaf_layers(model) if isinstance(one, _foreign.OnnxNetwork)]
     # Its notes on its progress are of no use; errors still raise.
     logger = logging.getLogger("tf2onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        if networks:
-            converted = _joined(model, networks[0].content)
+        if found:
+            converted = _joined(model, found[0].content)
         else:
             forward = ForwardPass(model)
-            spec = forward.images_spec()
-            converted = _converted(forward, spec, "probabilities", OPSET)
+            spec = forward.images_spec
+            converted = _converted(forward.predict, spec, "probabilities", OPSET)
     finally:
         logger.setLevel(level)
     entry = converted.metadata_props.add()
@@ -156,7 +151,7 @@ def _converted(
     function: Any, spec: tf.TensorSpec, output: str, opset: int
 ) -> onnx.ModelProto:
     traced = tf.function(function, input_signature=[spec], autograph=False)
-    graph, source = freeze(traced.get_concrete_function())
+    graph, source = _foreign.freeze(traced.get_concrete_function())
     converted, _ = require_tf2onnx().convert.from_graph_def(
         graph,
         input_names=[f"{spec.name}:0"],
@@ -172,7 +167,7 @@ def _joined(model: keras.Model, content: bytes) -> onnx.ModelProto:
     import onnx
     from onnx import compose
 
-    session = OnnxSession(content)
+    session = _foreign.OnnxSession(content)
     network = onnx.load_model_from_string(content)
     opset = next(one.version for one in network.opset_import if not one.domain)
     if session.batch is not None or opset < _OLDEST:
@@ -183,7 +178,7 @@ def _joined(model: keras.Model, content: bytes) -> onnx.ModelProto:
         )
     shape = model.input_shape[1:]
     output, features = session.features(np.zeros((1, *shape), np.float32))
-    axes = pooled_axes(features.ndim, channels_first=session.channels_first)
+    axes = _foreign.pooled_axes(features.ndim, channels_first=session.channels_first)
     backbone, head = model.layers[-2:]
 
     def before(images: tf.Tensor) -> tf.Tensor:

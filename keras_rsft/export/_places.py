@@ -15,12 +15,11 @@ from keras_rsft.errors import InvalidArgument
 MODELS_CONFIG = "models.config"
 BATCHING_CONFIG = "batching.config"
 _OURS = re.compile(rf"\d+|model-\d+\.[\w.]+|{MODELS_CONFIG}|{BATCHING_CONFIG}|\..*")
-_NAME = re.compile(r"\w[\w.-]*")
 
 
 def check_name(name: str) -> str:
     """Returns a model's name that is safe as a folder, in a URL and in a config."""
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"\w[\w.-]*", name):
         raise InvalidArgument(
             "A model's name has letters, digits, `_`, `.` and `-` only, no path "
             f"separator, and begins with a letter or digit. Received: {name!r}. "

@@ -19,8 +19,6 @@ from keras_rsft.export._formats import CLASS_NAMES_KEY, LABELS_MEMBER
 
 @dataclasses.dataclass(frozen=True)
 class ExportedModel:
-    """An exported model, ready to run."""
-
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
     probabilities: Callable[[np.ndarray], np.ndarray]

@@ -20,14 +20,7 @@ from keras_rsft.backbones._foreign import require_tensorflow
 from keras_rsft.config import ExportConfig
 from keras_rsft.data._images import decode_images
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.export._places import (
-    BATCHING_CONFIG,
-    MODELS_CONFIG,
-    check_model_folder,
-    check_name,
-    free_version,
-    turn_in,
-)
+from keras_rsft.export import _places
 
 # The graph ----------------------------------------------------------------------------
 
@@ -47,7 +40,8 @@ class ForwardPass(tf.Module):
     ):
         super().__init__()
         require_tensorflow(model)
-        self.image_size = tuple(model.input_shape[1:3])
+        self.image_size = size = tuple(model.input_shape[1:3])
+        self.images_spec = tf.TensorSpec((None, *size, 3), tf.float32, name="images")
         alone: list[tuple[keras.Variable, tf.Tensor]] = []
         small: dict[tf.DType, list[tuple[keras.Variable, tf.Tensor]]] = {}
         for variable in model.variables:
@@ -57,14 +51,10 @@ class ForwardPass(tf.Module):
             is_small = value.shape.num_elements() * value.dtype.size <= MAX_PACKED_BYTES
             together = small.setdefault(value.dtype, []) if pack and is_small else alone
             together.append((variable, value))
-        # Small weights of one type, end to end in one variable.
-        packs = [
-            (
-                [variable for variable, _ in pairs],
-                tf.Variable(tf.concat([tf.reshape(one, [-1]) for _, one in pairs], 0)),
-            )
-            for pairs in small.values()
-        ]
+        packs = []  # Small weights of one type, end to end in one variable.
+        for pairs in small.values():
+            flat = [tf.reshape(value, [-1]) for _, value in pairs]
+            packs.append(([v for v, _ in pairs], tf.Variable(tf.concat(flat, 0))))
         self._weights = [value for _, value in alone] + [values for _, values in packs]
 
         # A closure: what is an attribute of a module is saved with it, and tracking
@@ -72,27 +62,15 @@ class ForwardPass(tf.Module):
         def predict(images: tf.Tensor) -> tf.Tensor:
             state = list(alone)
             for variables, values in packs:
-                state += zip(variables, _unpacked(values, variables), strict=True)
+                sizes = [math.prod(variable.shape) for variable in variables]
+                for v, part in zip(variables, tf.split(values, sizes), strict=True):
+                    one_axis = len(v.shape) == 1
+                    state.append((v, part if one_axis else tf.reshape(part, v.shape)))
             widened = [(v, tf.cast(kept, v.dtype)) for v, kept in state]
             with keras.StatelessScope(state_mapping=widened):
                 return tf.cast(model(images, training=False), tf.float32)
 
-        self._predict = predict
-
-    def __call__(self, images: tf.Tensor) -> tf.Tensor:
-        return self._predict(images)
-
-    def images_spec(self) -> tf.TensorSpec:
-        return tf.TensorSpec((None, *self.image_size, 3), tf.float32, name="images")
-
-
-def _unpacked(values: tf.Variable, like: Sequence[keras.Variable]) -> list[tf.Tensor]:
-    shapes = [tuple(variable.shape) for variable in like]
-    parts = tf.split(values, [math.prod(shape) for shape in shapes])
-    return [
-        part if len(shape) == 1 else tf.reshape(part, shape)
-        for part, shape in zip(parts, shapes, strict=True)
-    ]
+        self.predict = predict
 
 
 def _fits_float16(weight: tf.Variable) -> bool:
@@ -109,18 +87,17 @@ def serving_graph(
     labels_file: Path,
     top_k: int | None,
 ) -> tuple[tf.Module, dict[str, Any]]:
-    """Returns a module with what the signatures need, and the signatures."""
     module = tf.Module()
     module.labels = tf.saved_model.Asset(str(labels_file))
     module.forward = forward
 
-    @tf.function(input_signature=[forward.images_spec()])
+    @tf.function(input_signature=[forward.images_spec])
     def serve_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
         # Some kernels refuse an empty batch: one blank image is added, then cut.
         count = tf.shape(images)[0]
         padding = tf.cast(count == 0, tf.int32)
         padded = tf.pad(images, [[0, padding], [0, 0], [0, 0], [0, 0]])
-        probabilities = forward(padded)[:count]
+        probabilities = forward.predict(padded)[:count]
         # A constant, not a lookup table: a table would need an initialisation step.
         names = tf.constant(list(class_names))
         best = tf.argmax(probabilities, axis=-1, output_type=tf.int32)
@@ -266,8 +243,8 @@ def export_saved_model(
         ImportError: If `warmup` is True and the extra `serving` is not installed.
     """
     require_tensorflow_backend("`export_saved_model`")
-    directory = check_model_folder(directory)
-    check_name(directory.name)
+    directory = _places.check_model_folder(directory)
+    _places.check_name(directory.name)
     check_class_names(model, class_names)
     ExportConfig("saved-model", weight_dtype, version, top_k)
     if top_k is not None and top_k > len(class_names):
@@ -275,13 +252,13 @@ def export_saved_model(
             f"`top_k` must be in [1, {len(class_names)}], the number of classes. "
             f"Received: {top_k}."
         )
-    free_version(directory, version)  # Refused before the work.
+    _places.free_version(directory, version)  # Refused before the work.
     if warmup is None:
         warmup = warmup_available()
     requests = warmup_requests(directory.name) if warmup else []
     forward = ForwardPass(model, float16=weight_dtype == "float16", pack=True)
-    with turn_in(directory):
-        target = directory / str(free_version(directory, version))
+    with _places.turn_in(directory):
+        target = directory / str(_places.free_version(directory, version))
         # TF Serving looks for folders that are numbers: the hidden one it never sees.
         with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
             labels = Path(assets) / "labels.txt"
@@ -296,8 +273,8 @@ def export_saved_model(
             if model_card is not None:
                 (partial / "README.md").write_text(model_card, encoding="utf-8")
         for name, content in (
-            (MODELS_CONFIG, models_config(directory.name)),
-            (BATCHING_CONFIG, batching_config()),
+            (_places.MODELS_CONFIG, models_config(directory.name)),
+            (_places.BATCHING_CONFIG, batching_config()),
         ):
             if not (directory / name).exists():  # The user may have changed it.
                 write_new_file(directory / name, content.encode())

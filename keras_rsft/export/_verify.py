@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._storage import SAMPLES_FILE, read_csv
-from keras_rsft.data._images import decode_image
+from keras_rsft.data._images import decode_images
 from keras_rsft.data._samples import ImageData, ImageSplit
 from keras_rsft.errors import DataError
 from keras_rsft.export._export_run import Export, FinishedRun
@@ -54,7 +54,6 @@ def validation_split(run: FinishedRun, data: ImageData) -> ImageSplit:
 def check_accuracy(
     run: FinishedRun, export: Export, validation: ImageSplit, *, progress: bool = True
 ) -> AccuracyCheck:
-    """Compares an export with its run on the validation images and their labels."""
     labels = _validation_labels(run)
     given = np.array([labels[sample_id] for sample_id in validation.ids.tolist()])
     exported = load_exported(export.path)
@@ -125,7 +124,8 @@ def verify_export(
     """Loads an export in a fresh process and compares its answers with the run's."""
     encoded = list(_generated_images() if images is None else images)
     encoded.append(encoded[0][: len(encoded[0]) // 2])
-    decoded, valid = _decoded(encoded, run.model.input_shape[1:3])
+    size = run.model.input_shape[1:3]
+    decoded, valid = (one.numpy() for one in decode_images(tf.constant(encoded), size))
     if not valid.any():
         raise DataError("None of the images to compare on can be decoded.")
     answers = []
@@ -182,23 +182,6 @@ def _generated_images() -> list[bytes]:
         pixels = tf.cast(tf.clip_by_value(smooth, 0, 255), tf.uint8)
         files += [tf.io.encode_jpeg(pixels).numpy(), tf.io.encode_png(pixels).numpy()]
     return files
-
-
-def _decoded(
-    encoded: list[bytes], size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes as training does; an image that cannot be is black and not valid."""
-    decode = tf.function(
-        lambda one: decode_image(one, size),
-        input_signature=[tf.TensorSpec([], tf.string)],
-    )
-    images = np.zeros((len(encoded), *size, 3), np.float32)
-    valid = np.zeros(len(encoded), bool)
-    for number, one in enumerate(encoded):
-        with contextlib.suppress(tf.errors.OpError):
-            images[number] = decode(tf.constant(one))
-            valid[number] = True
-    return images, valid
 
 
 def _batches(items: Any) -> Iterator[Any]:

@@ -28,7 +28,6 @@ class BatchShare:
     count: int
 
     def row_counts(self, batch_size: int) -> list[int]:
-        """Returns how many rows of a full batch each replica of this process takes."""
         if batch_size < self.replicas:
             raise InvalidArgument(
                 "`batch_size` counts the samples of all replicas and must be at least "
@@ -194,8 +193,12 @@ def _gathered(
         lambda _: order() if share is None else share.of_order(order(), batch_size)
     )
     if features.num_bytes <= MAX_BYTES_IN_MEMORY:
-        read = _make_table_reader(features)
-        blocks = rows.rebatch(block_rows).map(lambda s, row: (s, read(row)))
+        if features.rows is None:
+            values = np.fromfile(features.path, features.precision)
+        else:
+            values = features.all_views
+        table = tf.constant(values.reshape(-1, features.dim))
+        blocks = rows.rebatch(block_rows).map(lambda s, row: (s, tf.gather(table, row)))
     else:
         read = _make_row_reader(features)
         one_window = features.num_bytes <= WINDOW_BYTES
@@ -246,19 +249,8 @@ def shuffled_by_stretches(
 
 
 def _shuffled(count: int, seed: tf.Tensor) -> tf.Tensor:
-    return tf.random.experimental.stateless_shuffle(
-        tf.range(count, dtype=tf.int64), seed=seed
-    )
-
-
-def _make_table_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a function from int64 rows `(k,)` to features `(k, dim)` in memory."""
-    if features.rows is None:
-        values = np.fromfile(features.path, features.precision)
-    else:
-        values = features.all_views
-    table = tf.constant(values.reshape(-1, features.dim))
-    return lambda rows: tf.gather(table, rows)
+    samples = tf.range(count, dtype=tf.int64)
+    return tf.random.experimental.stateless_shuffle(samples, seed=seed)
 
 
 def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -302,24 +294,23 @@ def _aligned_array(rows: int, dim: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
-    """Tells the system what will be read, where it listens: it may, or may not, act."""
     if hasattr(os, advice):
         os.posix_fadvise(descriptor, offset, length, getattr(os, advice))
 
 
-def _read_into(descriptor: int, places: list[np.ndarray], offset: int) -> None:
+def _read_into(descriptor: int, rows: list[np.ndarray], offset: int) -> None:
     """Fills byte arrays, one after the other, from the file's bytes at `offset`."""
-    while places:
-        count = os.preadv(descriptor, [one.data for one in places], offset)
+    while rows:
+        count = os.preadv(descriptor, [one.data for one in rows], offset)
         if count == 0:
             raise OSError(
                 errno.EIO, "The cached features are shorter than they should be"
             )
         offset += count
-        while places and count >= len(places[0]):
-            count -= len(places.pop(0))
+        while rows and count >= len(rows[0]):
+            count -= len(rows.pop(0))
         if count:  # A network's disk may give less than it was asked for.
-            places[0] = places[0][count:]
+            rows[0] = rows[0][count:]
 
 
 # Decoded images that are in memory at once, where the source gives them in one order
@@ -357,15 +348,11 @@ class ImageBatches:
             ),
         )
         labels = tf.constant(features.labels)
-        batches = windows.prefetch(1).rebatch(batch_size)
-        batches = batches.map(
-            lambda images, sample: (
-                images,
-                tf.gather(labels, sample),
-                None,
-                tf.cast(sample, tf.int32),
-            )
-        )
+
+        def complete(images: tf.Tensor, sample: tf.Tensor) -> tuple:
+            return images, tf.gather(labels, sample), None, tf.cast(sample, tf.int32)
+
+        batches = windows.prefetch(1).rebatch(batch_size).map(complete)
         self.dataset = _counted(batches, features, batch_size).prefetch(1)
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -27,18 +28,9 @@ from keras_rsft._storage import locked, write_json
 from keras_rsft.backbones import _build as assembly
 from keras_rsft.config import require_known
 from keras_rsft.data._samples import SampleSplit
-from keras_rsft.errors import DataError, InvalidArgument, WorkerLost
-from keras_rsft.features._shares import (
-    CHECKSUM,
-    Part,
-    finished_parts,
-    join_parts,
-    joining_folder,
-    parts_of,
-    publish,
-    size_of,
-    watched,
-)
+from keras_rsft.errors import DataError, WorkerLost
+from keras_rsft.features import _shares
+from keras_rsft.features._shares import Part
 from keras_rsft.features._store import (
     FEATURE_PRECISIONS,
     FEATURES_FILE,
@@ -55,7 +47,7 @@ MIN_IMAGES_FOR_CONSTANTS = 2000
 MAX_BYTES_AS_CONSTANTS = 2**28
 
 
-class FrozenBase:
+class FrozenBackbone:
     """A backbone as it is now; what is done to its weights later goes unnoticed."""
 
     def __init__(
@@ -75,10 +67,10 @@ class FrozenBase:
     @functools.cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits: the architecture and every weight."""
-        digest = hashlib.blake2b(digest_size=16)
         config = json.loads(self._backbone.to_json())
         config.pop("build_config", None)
-        digest.update(json.dumps(_nameless(config, {}), sort_keys=True).encode())
+        described = json.dumps(_nameless(config, {}), sort_keys=True).encode()
+        digest = hashlib.blake2b(described, digest_size=16)
         for weight in self._backbone.weights:
             digest.update(np.ascontiguousarray(weight.numpy()).data)
         return digest.hexdigest()
@@ -92,8 +84,7 @@ class FrozenBase:
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Runs the backbone over batches, each on one device, all devices at once."""
         if len(self._device_names) < 2:
-            for number, images in batches:
-                yield number, self.forward(images).numpy()
+            yield from ((one, self.forward(images).numpy()) for one, images in batches)
             return
         functions = [self._on_device(name) for name in self._device_names]
         waiting: collections.deque = collections.deque()
@@ -153,15 +144,14 @@ def _nameless(node: Any, positions: Mapping[str, int]) -> Any:
         names = [one.get("name", one["config"].get("name")) for one in layers]
         positions = {name: position for position, name in enumerate(names)}
         unnamed = [
-            _unnamed(one) | {"config": _unnamed(one["config"])} for one in layers
+            _unnamed({**one, "config": _unnamed(one["config"])}) for one in layers
         ]
         node = node | {"layers": unnamed}
         for key in ("input_layers", "output_layers"):
             if key in node:
                 node[key] = _by_position(node[key], positions)
     if "keras_history" in node:
-        history = _by_position(node["keras_history"], positions)
-        node = node | {"keras_history": history}
+        node = node | {"keras_history": _by_position(node["keras_history"], positions)}
     if "trainable" in node:  # Also of a layer within another one.
         node = _unnamed(node)
     return {key: _nameless(value, positions) for key, value in node.items()}
@@ -189,12 +179,7 @@ _FIRST_GPU_WITH_BFLOAT16 = (8, 0)
 
 
 def choose_precision(precision: str = "auto") -> str:
-    """Returns `"float32"` or `"bfloat16"`."""
-    if precision not in PRECISIONS:
-        raise InvalidArgument(
-            f"`precision` must be one of {', '.join(PRECISIONS)}. "
-            f"Received: {precision!r}."
-        )
+    require_known("dtype", precision, PRECISIONS)
     if precision != "auto":
         return precision
     return "bfloat16" if _has_bfloat16() else "float32"
@@ -218,19 +203,18 @@ _MOST_BATCHES = 20
 
 
 def seconds_per_image(
-    base: FrozenBase, split: SampleSplit, *, batch_size: int = 32
+    backbone: FrozenBackbone, split: SampleSplit, *, batch_size: int = 32
 ) -> float:
     """Measures the pass: reading and decoding images, and the backbone on them."""
-    images = split.inputs(base.sample_shape).repeat().batch(batch_size).prefetch(2)
-    if next(iter(split.inputs(base.sample_shape).take(1)), None) is None:
+    samples = split.inputs(backbone.sample_shape)
+    if next(iter(samples.take(1)), None) is None:
         raise DataError(
             f"None of the {len(split)} {split.kind} of {split.name!r} can be read."
         )
-    batches = iter(images)
+    batches = samples.repeat().batch(batch_size).prefetch(2)
     started, counted = 0.0, 0
-    for number in range(_MOST_BATCHES + 1):
-        _, batch = next(batches)
-        base.forward(tf.reshape(batch, (-1, *base.sample_shape))).numpy()
+    for number, (_, batch) in enumerate(batches.take(_MOST_BATCHES + 1)):
+        backbone.forward(tf.reshape(batch, (-1, *backbone.sample_shape))).numpy()
         now = time.perf_counter()
         if number == 0:
             started = now
@@ -250,7 +234,7 @@ FORMAT_VERSION = 2
 class FeaturePass:
     """One pass of a backbone over a split, as `extract_features` is asked for it."""
 
-    backbone: keras.Model | FrozenBase
+    backbone: keras.Model | FrozenBackbone
     split: SampleSplit
     cache_dir: str | os.PathLike | None = None
     batch_size: int = 32
@@ -265,19 +249,19 @@ class FeaturePass:
             self.split = self.split.before_review
         root = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir)
         root.mkdir(parents=True, exist_ok=True)
-        if not isinstance(self.backbone, FrozenBase):
+        if not isinstance(self.backbone, FrozenBackbone):
             num_images = self.views * len(self.split)
-            self.backbone = FrozenBase(self.backbone, num_images=num_images)
+            self.backbone = FrozenBackbone(self.backbone, num_images=num_images)
         self.frozen = self.backbone
-        dtype = self.feature_precision
-        require_known("feature precision", dtype, FEATURE_PRECISIONS)
-        self.folder = root / feature_key(
-            self.frozen,
-            self.split,
-            views=self.views,
-            seed=self.seed,
-            feature_precision=dtype,
-        )
+        require_known("feature precision", self.feature_precision, FEATURE_PRECISIONS)
+        # Names the features of these samples under this backbone, with its weights.
+        prints = [self.frozen.fingerprint, self.split.fingerprint]
+        seed = self.seed if self.views > 1 else None
+        described = [FORMAT_VERSION, *prints, self.views, seed]
+        if self.feature_precision != "float32":
+            described.append(self.feature_precision)
+        encoded = json.dumps(described).encode()
+        self.folder = root / hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
     @property
     def is_done(self) -> bool:
@@ -289,24 +273,63 @@ class FeaturePass:
 
     @property
     def meta(self) -> dict[str, Any]:
-        sizes = {"views": self.views, "dim": self.frozen.dim}
-        return sizes | {"precision": self.feature_precision}
+        dtype = self.feature_precision
+        return {"views": self.views, "dim": self.frozen.dim, "precision": dtype}
 
     def inputs(self, start: int, stop: int) -> tf.data.Dataset:
         shape, views, seed = self.frozen.sample_shape, self.views, self.seed
         return self.split.inputs(shape, start=start, stop=stop, views=views, seed=seed)
 
     def parts(self, shares: int) -> list[Part]:
-        return parts_of(self.folder, len(self.split), self.batch_size, shares)
+        return _shares.parts_of(self.folder, len(self.split), self.batch_size, shares)
 
-    def join(self, parts: Sequence[Part], timeout: float) -> None:
-        """Makes one set of finished parts."""
-        require_rows(sum(part.rows for part in parts), self.split)
-        name = self.split.name
-        join_parts(
-            self.folder, parts, self.meta, name=name, timeout=timeout,
-            progress=self.progress,
-        )  # fmt: skip
+
+def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> None:
+    """Puts finished parts together, verifies the set, and gives it its name."""
+    # Verified are each part's checksums against those of its worker, the number of its
+    # rows, and that its samples are of its share, in order, none twice. Afterwards all
+    # parts are removed.
+    _require_rows(sum(part.rows for part in parts), work.split)
+    folder, name, files = work.folder, work.split.name, (FEATURES_FILE, INDEX_FILE)
+    shares, joining = _shares.shares_folder(folder), _shares.joining_folder(folder)
+    with _shares.held(shares, timeout), contextlib.ExitStack() as stack:
+        if not work.is_done:
+            shutil.rmtree(joining, ignore_errors=True)  # Of one that was killed.
+            joining.mkdir(parents=True)
+            sizes = (
+                _shares.size_of(part.path / file) for part in parts for file in files
+            )
+            rows = 0
+            opened = [stack.enter_context((joining / one).open("wb")) for one in files]
+            advance = stack.enter_context(
+                progress_bar(
+                    f"{name}: putting shares together",
+                    total=-(-sum(sizes) // 2**20), unit="MiB", visible=work.progress,
+                )
+            )  # fmt: skip
+            for part in parts:
+                record = part.finished() or {"rows": -1, "checksums": {}}
+                index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
+                fault = _shares.index_fault(index, part.stretch, record["rows"])
+                for file, target in zip(files, opened, strict=True):
+                    checksum = _shares.append_file(part.path / file, target, advance)
+                    if fault is None and checksum != record["checksums"].get(file):
+                        fault = f"{file} is not what was written"
+                if fault is not None:
+                    shutil.rmtree(part.path, ignore_errors=True)
+                    first, last = part.stretch.start, part.stretch.stop - 1
+                    raise DataError(
+                        f"The share of {name} from image {first} to {last} is damaged: "
+                        f"{fault}. It was removed. Run the same command again, on all "
+                        "workers; see that each has an index of its own."
+                    )
+                rows += len(index)
+            for target in opened:
+                target.flush()
+                os.fsync(target.fileno())
+            write_json(joining / META_FILE, {"rows": rows, **work.meta})
+            _shares.publish(joining, folder)
+        shutil.rmtree(shares, ignore_errors=True)
 
 
 def append_rows(
@@ -315,9 +338,21 @@ def append_rows(
     """Computes the features of a stretch of the split, after those that are there."""
     split, frozen = work.split, work.frozen
     partial.mkdir(parents=True, exist_ok=True)
-    rows, next_index = _truncate_to_whole_batches(
-        partial, work.row_bytes, work.batch_size, stretch.start
+    features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
+    for path in (features_path, index_path):
+        path.touch()
+    # Of what a killed run left, whole batches stay, so that all later ones hold the
+    # images that they would have held: the last bits of a feature may depend on what
+    # it is computed together with.
+    rows = min(
+        index_path.stat().st_size // 8, features_path.stat().st_size // work.row_bytes
     )
+    rows -= rows % work.batch_size
+    os.truncate(index_path, 8 * rows)
+    os.truncate(features_path, work.row_bytes * rows)
+    next_index = stretch.start
+    if rows:
+        next_index = int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
     needed = work.row_bytes * (stretch.stop - next_index)
     free = shutil.disk_usage(partial).free
     if needed > free:
@@ -331,12 +366,12 @@ def append_rows(
     samples = samples.batch(work.batch_size).prefetch(2)
     done = next_index - stretch.start
     digests = {}
-    for name in (FEATURES_FILE, INDEX_FILE):
-        with (partial / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, CHECKSUM)
+    for path in (features_path, index_path):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, _shares.CHECKSUM)
     with (
-        (partial / FEATURES_FILE).open("ab", buffering=0) as features_file,
-        (partial / INDEX_FILE).open("ab", buffering=0) as index_file,
+        features_path.open("ab", buffering=0) as features_file,
+        index_path.open("ab", buffering=0) as index_file,
         progress_bar(
             f"{work.called} of {split.name}", total=len(stretch), unit=split.kind,
             done=done, visible=work.progress,
@@ -372,8 +407,7 @@ def append_rows(
     return rows, {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def require_rows(rows: int, split: SampleSplit) -> None:
-    """Raises DataError if none of a split's samples could be read."""
+def _require_rows(rows: int, split: SampleSplit) -> None:
     if rows == 0 and len(split) > 0:
         raise DataError(
             f"None of the {len(split)} {split.kind} of {split.name!r} can be read; "
@@ -426,28 +460,8 @@ def _bytes_of(values: np.ndarray) -> memoryview:
     return np.ascontiguousarray(values).data.cast("B")
 
 
-def _truncate_to_whole_batches(
-    partial: Path, row_bytes: int, batch_size: int, first: int
-) -> tuple[int, int]:
-    """Drops what a killed run left half-written."""
-    # Whole batches stay, so that all later ones hold the images that they would have
-    # held: the last bits of a feature may depend on what it is computed together with.
-    features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
-    for path in (features_path, index_path):
-        path.touch()
-    rows = min(
-        index_path.stat().st_size // 8, features_path.stat().st_size // row_bytes
-    )
-    rows -= rows % batch_size
-    os.truncate(index_path, 8 * rows)
-    os.truncate(features_path, row_bytes * rows)
-    if rows == 0:
-        return 0, first
-    return rows, int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
-
-
 def extract_features(
-    backbone: keras.Model | FrozenBase,
+    backbone: keras.Model | FrozenBackbone,
     split: SampleSplit,
     *,
     cache_dir: str | os.PathLike | None = None,
@@ -469,7 +483,7 @@ def extract_features(
     Args:
         backbone: Model from images `(batch, height, width, 3)`, float32 in
             [0, 255], or texts `(batch,)`, to features `(batch, dim)`; or a
-            `FrozenBase` of one, which serves several splits faster.
+            `FrozenBackbone` of one, which serves several splits faster.
         split: The images, or texts.
         cache_dir: Folder for cached features. Default: `keras_rsft/features` in
             the user's cache folder.
@@ -498,52 +512,32 @@ def extract_features(
         progress,
     )  # fmt: skip
     run_alone(work)
-    return open_kept(work.folder, split)
+    return open_cached(work.folder, split)
 
 
 def default_cache_dir() -> Path:
     """Returns the folder for cached features, in `XDG_CACHE_HOME` if it is set."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "keras_rsft" / "features"
-
-
-def feature_key(
-    base: FrozenBase,
-    split: SampleSplit,
-    *,
-    views: int = 1,
-    seed: int = 0,
-    feature_precision: str = "float32",
-) -> str:
-    """Names the features of these samples under this backbone, with its weights."""
-    prints = [base.fingerprint, split.fingerprint]
-    described = [FORMAT_VERSION, *prints, views, seed if views > 1 else None]
-    if feature_precision != "float32":
-        described.append(feature_precision)
-    encoded = json.dumps(described).encode()
-    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "keras_rsft" / "features"
 
 
 def run_alone(work: FeaturePass) -> None:
     """Makes a pass, or what is left of it; where another process does, waits for it."""
     with locked(f"{work.folder}.lock"):
-        if not work.is_done:
-            _run_pass(work)
+        if work.is_done:
+            return
+        parts = _shares.finished_parts(work.folder, len(work.split))
+        if parts is not None:  # Other processes have computed all of it.
+            _join_parts(work, parts, DEFAULT_TIMEOUT)
+            return
+        partial = work.folder.with_name(f"{work.folder.name}.partial")
+        rows, _ = append_rows(work, partial, range(len(work.split)))
+        _require_rows(rows, work.split)
+        write_json(partial / META_FILE, {"rows": rows, **work.meta})
+        _shares.publish(partial, work.folder)
 
 
-def _run_pass(work: FeaturePass) -> None:
-    parts = finished_parts(work.folder, len(work.split))
-    if parts is not None:  # Other processes have computed all of it.
-        work.join(parts, DEFAULT_TIMEOUT)
-        return
-    partial = work.folder.with_name(f"{work.folder.name}.partial")
-    rows, _ = append_rows(work, partial, range(len(work.split)))
-    require_rows(rows, work.split)
-    write_json(partial / META_FILE, {"rows": rows, **work.meta})
-    publish(partial, work.folder)
-
-
-def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
+def open_cached(folder: Path, split: SampleSplit) -> FeatureSet:
     """Returns the features in a finished folder, with the labels of the split."""
     whole = None
     if split.before_review is None:
@@ -561,7 +555,7 @@ def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
             folder / FEATURES_FILE, split.labels[index], split.ids[index], **sizes
         )
     else:
-        whole = open_kept(folder, split.before_review)
+        whole = open_cached(folder, split.before_review)
         position_of = {name: at for at, name in enumerate(split.ids.tolist())}
         at = np.array([position_of.get(one, -1) for one in whole.ids.tolist()], int)
         features, index = whole.take(np.flatnonzero(at >= 0)), at[at >= 0]
@@ -577,71 +571,63 @@ def open_kept(folder: Path, split: SampleSplit) -> FeatureSet:
 
 
 def run_together(
-    passes: Sequence[FeaturePass],
-    cluster: Cluster,
-    *,
-    patience: float = DEFAULT_TIMEOUT,
+    passes: Sequence[FeaturePass], cluster: Cluster, timeout: float = DEFAULT_TIMEOUT
 ) -> None:
     """Makes passes together with other processes that are called in the same way."""
-    keep_shares(passes, cluster, patience=patience)
+    keep_shares(passes, cluster, timeout=timeout)
     # All of them before the first is put together: the chief may be the last.
     for work in passes:
-        _wait_for_parts(work, cluster, patience)
+        _wait_for_parts(work, cluster, timeout)
     for work in passes:
         parts = work.parts(len(cluster))
         rows = sum(part.rows for part in parts)  # First: they go when the set is there.
         if work.is_done:
             continue
-        require_rows(rows, work.split)
+        _require_rows(rows, work.split)
         if cluster.is_chief:
-            work.join(parts, patience)
+            _join_parts(work, parts, timeout)
             continue
-        joining = joining_folder(work.folder) / FEATURES_FILE
-        for _, lost in watched(functools.partial(_sizes, joining), patience):
+        joining = _shares.joining_folder(work.folder) / FEATURES_FILE
+        for _, lost in _shares.watched(functools.partial(dict, {0: joining}), timeout):
             if work.is_done:
                 break
             if lost:
                 raise WorkerLost(
                     f"All shares of {work.split.name} are finished, and "
                     f"{cluster.named(0)} has not put them together for "
-                    f"{patience:.0f} s. Start the same command there again, and here: "
+                    f"{timeout:.0f} s. Start the same command there again, and here: "
                     "everything that was computed is cached."
                 )
 
 
-def _sizes(joining: Path) -> dict[int, int]:
-    return {0: size_of(joining)}
-
-
 def _wait_for_parts(work: FeaturePass, cluster: Cluster, timeout: float) -> None:
-    """Waits until all parts are finished, or put together already."""
     parts, name = work.parts(len(cluster)), work.split.name
     total, shown = sum(len(part.stretch) for part in parts), 0
 
-    def unfinished() -> dict[int, int]:
-        waited = [at for at, part in enumerate(parts) if part.finished() is None]
-        return {at: parts[at].reached() for at in waited}
+    def unfinished() -> dict[int, Path]:
+        numbered = enumerate(parts)
+        return {at: one.path / INDEX_FILE for at, one in numbered if not one.finished()}
 
     with progress_bar(
         f"Features of {name}, all workers",
         total=total, unit="images", visible=work.progress,
     ) as advance:  # fmt: skip
-        for rows, lost in watched(unfinished, timeout):
-            done = total - sum(len(parts[at].stretch) - rows[at] for at in rows)
+        for sizes, lost in _shares.watched(unfinished, timeout):
+            done = total - sum(len(parts[at].stretch) - sizes[at] // 8 for at in sizes)
             advance(max(0, done - shown))
             shown = max(done, shown)
-            if work.is_done or not rows:
+            if work.is_done or not sizes:
                 return
             if not lost:
                 continue
-            said = [
-                f"{cluster.named(who)} has {rows[who]} of the images "
+            behind = [
+                f"{cluster.named(who)} has {sizes[who] // 8} of the images "
                 f"{parts[who].stretch.start} to {parts[who].stretch.stop - 1}"
                 for who in lost
             ]
             text = (
                 f"Features of {name} are missing, and nothing is added any more: "
-                f"{'; '.join(said)}. Start the same command there again, and here: "
+                f"{'; '.join(behind)}. Start the same command there again, and here: "
                 "everything that was computed is cached."
             )
             if not all(parts[who].path.exists() for who in lost):
@@ -654,10 +640,7 @@ def _wait_for_parts(work: FeaturePass, cluster: Cluster, timeout: float) -> None
 
 
 def keep_shares(
-    passes: Sequence[FeaturePass],
-    cluster: Cluster,
-    *,
-    patience: float = DEFAULT_TIMEOUT,
+    passes: Sequence[FeaturePass], cluster: Cluster, timeout: float = DEFAULT_TIMEOUT
 ) -> None:
     """Computes this process's share of each pass, and waits for nobody."""
     for work in passes:
@@ -665,6 +648,6 @@ def keep_shares(
         if work.is_done or cluster.index >= len(parts):
             continue
         part = parts[cluster.index]
-        with part.held(patience):
+        with _shares.held(part.path, timeout):
             if part.finished() is None and not work.is_done:
                 part.finish(*append_rows(work, part.path, part.stretch))

@@ -6,29 +6,27 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from keras_rsft._progress import progress_bar
 from keras_rsft._storage import locked, replaced, write_json
-from keras_rsft.errors import DataError, WorkerLost
-from keras_rsft.features._store import FEATURES_FILE, INDEX_FILE, META_FILE, read_meta
+from keras_rsft.errors import WorkerLost
+from keras_rsft.features._store import read_meta
 
 _SHARE_FILE = "share.json"
-LOCK_FILE = ".lock"
+_LOCK_FILE = ".lock"
 SECONDS_BETWEEN_LOOKS = 0.2
 CHECKSUM = "blake2b"
 _COPIED_BYTES = 2**24
 
 
-def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
-    """Returns which samples are a worker's share."""
+def share_of(count: int, batch_size: int, shares: int, index: int) -> range:
     # All shares have the same number of batches, give or take one.
     # Whole batches of the whole split, so that each sample is computed together with
     # those that it would have been computed with by one process.
@@ -39,9 +37,7 @@ def share_of(count: int, *, batch_size: int, shares: int, index: int) -> range:
 
 def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
     """Returns stretches that hold each of `count` positions once, in order."""
-    longest: dict[int, range] = {}
-    for stretch in sorted(stretches, key=len):
-        longest[stretch.start] = stretch
+    longest = {stretch.start: stretch for stretch in sorted(stretches, key=len)}
     chain, reached = [], 0
     while reached < count:
         stretch = longest.get(reached, range(0))
@@ -54,7 +50,7 @@ def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one worker has of its share."""
+    """The share of one worker, as far as it is on disk."""
 
     path: Path
     stretch: range
@@ -67,157 +63,73 @@ class Part:
     def finished(self) -> dict[str, Any] | None:
         """Returns `rows` and `checksums` of a finished part, else None."""
         try:
-            said = json.loads((self.path / _SHARE_FILE).read_text(encoding="utf-8"))
-            return {"rows": int(said["rows"]), "checksums": dict(said["checksums"])}
+            record = json.loads((self.path / _SHARE_FILE).read_text(encoding="utf-8"))
+            return {"rows": int(record["rows"]), "checksums": dict(record["checksums"])}
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def finish(self, rows: int, checksums: Mapping[str, str]) -> None:
-        said = {"rows": rows, "checksums": dict(checksums)}
-        replaced(self.path / _SHARE_FILE, lambda path: write_json(path, said))
+        record = {"rows": rows, "checksums": dict(checksums)}
+        replaced(self.path / _SHARE_FILE, lambda path: write_json(path, record))
 
     @property
     def rows(self) -> int:
         return (self.finished() or {"rows": 0})["rows"]
 
-    def reached(self) -> int:
-        """Returns how many rows are on disk, as far as this machine can see."""
-        return size_of(self.path / INDEX_FILE) // 8
-
-    def held(self, timeout: float) -> contextlib.AbstractContextManager[None]:
-        """Keeps others of this machine, at least, from writing the same part."""
-        return held(self.path / LOCK_FILE, timeout)
-
 
 def parts_of(folder: Path, count: int, batch_size: int, shares: int) -> list[Part]:
     """Returns the parts of all shares, in order, those of empty ones left out."""
-    stretches = (
-        share_of(count, batch_size=batch_size, shares=shares, index=index)
-        for index in range(shares)
-    )
+    stretches = (share_of(count, batch_size, shares, at) for at in range(shares))
     return [Part.of(folder, stretch) for stretch in stretches if stretch]
 
 
 def finished_parts(folder: Path, count: int) -> list[Part] | None:
     """Returns finished parts of a set that make it whole; None if they do not."""
-    names = [path.name.split("-") for path in shares_folder(folder).glob("*-*")]
-    parts = [
-        Part.of(folder, range(int(ends[0]), int(ends[1])))
-        for ends in names
-        if len(ends) == 2 and all(end.isdigit() for end in ends)
-    ]
+    names = (path.name for path in shares_folder(folder).glob("*-*"))
+    ends = (re.fullmatch(r"([0-9]+)-([0-9]+)", name) for name in names)
+    parts = (Part.of(folder, range(int(e[1]), int(e[2]))) for e in ends if e)
     chain = chain_of((part.stretch for part in parts if part.finished()), count)
     return [Part.of(folder, stretch) for stretch in chain] if chain else None
 
 
 def shares_folder(folder: Path) -> Path:
-    """Returns where the parts are of the set that will be at `folder`."""
     return folder.with_name(f"{folder.name}.shares")
 
 
 def joining_folder(folder: Path) -> Path:
-    """Returns where that set is while it is put together."""
     return folder.with_name(f"{folder.name}.joining")
 
 
-def held(path: Path, timeout: float) -> contextlib.AbstractContextManager[None]:
-    """Holds a lock, where the file system has locks; WorkerLost if others do."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def held(folder: Path, timeout: float) -> contextlib.AbstractContextManager[None]:
+    """Locks a folder, where the file system has locks; WorkerLost if others do."""
+    folder.mkdir(parents=True, exist_ok=True)
     lost = WorkerLost(
-        f"Another process has held {path.parent} for {timeout:.0f} s. "
+        f"Another process has held {folder} for {timeout:.0f} s. "
         "Each worker must have an index of its own; end the other one."
     )
-    return locked(path, timeout=timeout, taken=lost, needed=False)
+    return locked(folder / _LOCK_FILE, timeout=timeout, taken=lost, needed=False)
 
 
 def size_of(path: Path) -> int:
-    """Returns the bytes of a file; 0 if there is none."""
     try:
         return path.stat().st_size
     except OSError:
         return 0
 
 
-class Watch:
-    """Tells who has not moved for too long."""
-
-    def __init__(self, timeout: float):
-        self._timeout = timeout
-        self._last: dict[int, tuple[int, float]] = {}
-
-    def lost(self, reached: Mapping[int, int], now: float) -> list[int]:
-        """Returns whose number has been the same for longer than the timeout."""
-        for who, value in reached.items():
-            if self._last.get(who, (None, now))[0] != value:
-                self._last[who] = (value, now)
-        return [who for who in reached if now - self._last[who][1] > self._timeout]
-
-
 def watched(
-    reached: Callable[[], Mapping[int, int]], timeout: float
+    files: Callable[[], Mapping[int, Path]], timeout: float
 ) -> Iterator[tuple[Mapping[int, int], list[int]]]:
-    """Yields now and then how far all are, and who has not moved for too long."""
-    watch = Watch(timeout)
+    """Yields now and then the sizes of files, and which have not grown for too long."""
+    last: dict[int, tuple[int, float]] = {}
     while True:
-        now = reached()
-        yield now, watch.lost(now, time.monotonic())
+        sizes = {who: size_of(file) for who, file in files().items()}
+        now = time.monotonic()
+        for who, size in sizes.items():
+            if last.get(who, (None, now))[0] != size:
+                last[who] = (size, now)
+        yield sizes, [who for who in sizes if now - last[who][1] > timeout]
         time.sleep(min(SECONDS_BETWEEN_LOOKS, timeout))
-
-
-def join_parts(
-    folder: Path,
-    parts: Sequence[Part],
-    meta: Mapping[str, Any],
-    *,
-    name: str,
-    timeout: float,
-    progress: bool,
-) -> None:
-    """Puts finished parts together, verifies the set, and gives it its name."""
-    # Verified are each part's checksums against those of its worker, the number of its
-    # rows, and that its samples are of its share, in order, none twice. Afterwards all
-    # parts are removed.
-    files = (FEATURES_FILE, INDEX_FILE)
-    with (
-        held(shares_folder(folder) / LOCK_FILE, timeout),
-        contextlib.ExitStack() as stack,
-    ):
-        if read_meta(folder) is None:
-            joining = joining_folder(folder)
-            shutil.rmtree(joining, ignore_errors=True)  # Of one that was killed.
-            joining.mkdir(parents=True)
-            total = sum(size_of(part.path / file) for part in parts for file in files)
-            rows = 0
-            opened = [stack.enter_context((joining / one).open("wb")) for one in files]
-            advance = stack.enter_context(
-                progress_bar(
-                    f"{name}: putting shares together",
-                    total=-(-total // 2**20), unit="MiB", visible=progress,
-                )
-            )  # fmt: skip
-            for part in parts:
-                said = part.finished() or {"rows": -1, "checksums": {}}
-                index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
-                fault = index_fault(index, part.stretch, said["rows"])
-                for file, target in zip(files, opened, strict=True):
-                    checksum = append_file(part.path / file, target, advance)
-                    if fault is None and checksum != said["checksums"].get(file):
-                        fault = f"{file} is not what was written"
-                if fault is not None:
-                    shutil.rmtree(part.path, ignore_errors=True)
-                    first, last = part.stretch.start, part.stretch.stop - 1
-                    raise DataError(
-                        f"The share of {name} from image {first} to {last} is damaged: "
-                        f"{fault}. It was removed. Run the same command again, on all "
-                        "workers; see that each has an index of its own."
-                    )
-                rows += len(index)
-            for target in opened:
-                target.flush()
-                os.fsync(target.fileno())
-            write_json(joining / META_FILE, {"rows": rows, **meta})
-            publish(joining, folder)
-        shutil.rmtree(shares_folder(folder), ignore_errors=True)
 
 
 def publish(filled: Path, folder: Path) -> None:

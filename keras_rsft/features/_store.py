@@ -117,18 +117,11 @@ class FeatureSet:
         Args:
             samples: Integers of shape `(k,)`, increasing positions in [0, n).
         """
-        clean, reviewed = (
-            None if values is None else values[samples]
-            for values in (self.clean_labels, self.reviewed)
-        )
-        return dataclasses.replace(
-            self,
-            labels=self.labels[samples],
-            ids=self.ids[samples],
-            clean_labels=clean,
-            reviewed=reviewed,
-            rows=self.file_rows(samples),
-        )
+        taken: dict[str, Any] = {}
+        for name in ("labels", "ids", "clean_labels", "reviewed"):
+            values = getattr(self, name)
+            taken[name] = None if values is None else values[samples]
+        return dataclasses.replace(self, **taken, rows=self.file_rows(samples))
 
     def with_labels(
         self, labels: np.ndarray, clean_labels: np.ndarray | None = None
@@ -140,13 +133,8 @@ class FeatureSet:
             clean_labels: int32 array of shape `(n,)`, the right ones. Default: not
                 known.
         """
-        return dataclasses.replace(
-            self,
-            labels=labels,
-            clean_labels=clean_labels,
-            reviewed=None,
-            before_review=None,
-        )
+        unreviewed = dataclasses.replace(self, reviewed=None, before_review=None)
+        return dataclasses.replace(unreviewed, labels=labels, clean_labels=clean_labels)
 
     def with_right_labels(self) -> FeatureSet:
         """Returns the same features under the right labels, where those are known."""
@@ -165,8 +153,8 @@ class FeatureSet:
         """
         row_values = self.views * self.dim
         for start in range(0, len(self), rows):
-            places = self.file_rows(np.arange(start, min(start + rows, len(self))))
-            first, last = int(places[0]), int(places[-1])
+            wanted = self.file_rows(np.arange(start, min(start + rows, len(self))))
+            first, last = int(wanted[0]), int(wanted[-1])
             values = np.fromfile(
                 self.path,
                 self.precision,
@@ -174,7 +162,7 @@ class FeatureSet:
                 offset=first * self.views * self.row_bytes,
             )
             values = values.reshape(-1, self.views, self.dim)[:, 0]
-            plain = values if self.rows is None else values[places - first]
+            plain = values if self.rows is None else values[wanted - first]
             yield plain.astype(np.float32, copy=False)
 
     def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
@@ -222,6 +210,5 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not complete:
-        return None
-    return {"rows": rows, "views": views, "dim": dim, "precision": precision}
+    found = {"rows": rows, "views": views, "dim": dim, "precision": precision}
+    return found if complete else None

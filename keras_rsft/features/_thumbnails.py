@@ -11,15 +11,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft import _storage
 from keras_rsft._progress import progress_bar
-from keras_rsft._storage import (
-    TEXTS_FILE,
-    THUMBNAILS_FILE,
-    THUMBNAILS_INDEX_FILE,
-    locked,
-    write_csv,
-    written_whole,
-)
 from keras_rsft.data._images import without_autotuning
 from keras_rsft.data._samples import ImageSplit, SampleSplit
 from keras_rsft.data._sources import TextSplit
@@ -53,13 +46,13 @@ def write_thumbnails(
     described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
     encoded = json.dumps(described).encode()
     pack = root / f"thumbnails-{hashlib.blake2b(encoded, digest_size=16).hexdigest()}"
-    with locked(f"{pack}.lock"):
+    with _storage.locked(f"{pack}.lock"):
         if not pack.exists():
             for left in root.glob(f".{pack.name}-*"):  # By one that was killed.
                 shutil.rmtree(left, ignore_errors=True)
-            with written_whole(pack) as partial:
+            with _storage.written_whole(pack) as partial:
                 _render(split, partial, progress)
-    for name in (THUMBNAILS_FILE, THUMBNAILS_INDEX_FILE):
+    for name in (_storage.THUMBNAILS_FILE, _storage.THUMBNAILS_INDEX_FILE):
         try:
             os.link(pack / name, folder / name)  # No second copy on the same disk.
         except OSError:
@@ -80,7 +73,7 @@ def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
     rows = []
     offset = reached = 0
     with (
-        (folder / THUMBNAILS_FILE).open("wb") as file,
+        (folder / _storage.THUMBNAILS_FILE).open("wb") as file,
         progress_bar(
             "Thumbnails", total=len(split), unit="images", visible=progress
         ) as advance,
@@ -92,7 +85,9 @@ def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
                 offset += len(one)
             advance(int(indices[-1]) + 1 - reached)
             reached = int(indices[-1]) + 1
-    write_csv(folder / THUMBNAILS_INDEX_FILE, ("id", "offset", "bytes"), rows)
+    _storage.write_csv(
+        folder / _storage.THUMBNAILS_INDEX_FILE, ("id", "offset", "bytes"), rows
+    )
 
 
 @tf.autograph.experimental.do_not_convert
@@ -106,7 +101,7 @@ MAX_CHARACTERS = 600
 
 def write_excerpts(split: TextSplit, suspicion: dict[str, float], folder: Path) -> None:
     """Puts the beginnings of the texts that can be read into a folder."""
-    with (folder / TEXTS_FILE).open("w", encoding="utf-8") as file:
+    with (folder / _storage.TEXTS_FILE).open("w", encoding="utf-8") as file:
         for index in most_suspicious(split, suspicion, MAX_THUMBNAILS).tolist():
             try:
                 text = split.text(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator
 
 import numpy as np
@@ -83,8 +84,7 @@ class LabelQuality:
             return np.ones(len(self.labels), bool)
         accepted = self.right_probability >= MIN_RIGHT_PROBABILITY
         counts = np.bincount(self.labels, minlength=len(self.noise))
-        small = counts < MIN_CLASS_SIZE
-        accepted |= small[self.labels]
+        accepted |= (counts < MIN_CLASS_SIZE)[self.labels]
         for label in np.flatnonzero(counts):
             members = np.flatnonzero(self.labels == label)
             least = max(1, int(np.ceil(class_floor * len(members))))
@@ -97,10 +97,10 @@ class LabelQuality:
         """Says in one line what was found and chosen."""
         if self.reason is not None:
             return f"{self.reason}: keeping every sample."
-        kept = self.accept_mask().mean()
+        accepted = self.accept_mask().mean()
         return (
             f"About {100 * self.noise_rate:.0f} % of the labels look wrong; keeping "
-            f"the {100 * kept:.0f} % whose label is right with a probability of "
+            f"the {100 * accepted:.0f} % whose label is right with a probability of "
             f"{MIN_RIGHT_PROBABILITY} or more, while they are learnt better than by "
             "guessing."
         )
@@ -202,32 +202,21 @@ def audit_labels(
                 weights[known >= 0] = 1.0
             weights[dropped] = 0.0
             advance(1)
-    probability = weights[judged]
-    label_quality = LabelQuality(
-        out_of_sample[judged].astype(np.float32),
-        probability,
-        float(1.0 - probability.mean()),
-        noise,
-        labels,
-    )
-    return dataclasses.replace(label_quality, reason=_reason_to_keep_all(label_quality))
-
-
-def _reason_to_keep_all(label_quality: LabelQuality) -> str | None:
-    labels, rate = label_quality.labels, label_quality.noise_rate
-    shares = np.bincount(labels, minlength=len(label_quality.noise)) / len(labels)
-    chance = float(shares.max())
-    agreement = float(np.mean(label_quality.out_of_sample.argmax(axis=1) == labels))
+    probability, scored = weights[judged], out_of_sample[judged].astype(np.float32)
+    rate = float(1.0 - probability.mean())
+    chance = float(counts.max() / len(labels))
+    agreement = float(np.mean(scored.argmax(axis=1) == labels))
+    reason = None
     if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / len(labels)):
-        return (
+        reason = (
             "The labels do not fit the images better than chance (they agree with a "
             f"head that has not seen them in {100 * agreement:.0f} % of the cases, "
             f"against {100 * chance:.0f} % for the commonest class), so that right "
             "and wrong ones cannot be told apart"
         )
-    if rate < MIN_NOISE_RATE:
-        return f"No sign of wrong labels (about {100 * rate:.1f} %)"
-    return None
+    elif rate < MIN_NOISE_RATE:
+        reason = f"No sign of wrong labels (about {100 * rate:.1f} %)"
+    return LabelQuality(scored, probability, rate, noise, labels, reason)
 
 
 # -- Class scores of each sample from the other samples alone --------------------
@@ -260,10 +249,7 @@ class LeftOutRegression:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
         gram, moment = self._normal_equations(weights * self.sampled)
         sample = np.concatenate(
-            [
-                inputs[self.sampled[start : start + len(inputs)]]
-                for start, inputs in self._chunks()
-            ]
+            [inputs[self.sampled[rows]] for rows, inputs in self._chunks()]
         )
         targets = self._one_hot(self.sampled)
         sample_weights = weights[self.sampled]
@@ -278,31 +264,28 @@ class LeftOutRegression:
             gram, moment = self._normal_equations(weights)
         inverse = _inverse(gram, self._ridge)
         scores = np.empty((len(weights), self._num_classes), np.float32)
-        for start, inputs in self._chunks():
-            rows = slice(start, start + len(inputs))
+        for rows, inputs in self._chunks():
             scores[rows] = _leave_one_out(
                 inputs, self._one_hot(rows), weights[rows], inverse, moment
             )
         return scores
 
-    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
         start = 0
         for chunk in self._features.chunks(CHUNK_ROWS):
             inputs = np.ones((len(chunk), chunk.shape[1] + 1), np.float32)
             inputs[:, :-1] = (chunk - self._mean) * self._scale
-            yield start, inputs
+            yield slice(start, start + len(chunk)), inputs
             start += len(chunk)
 
     def _one_hot(self, rows: np.ndarray | slice) -> np.ndarray:
         return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
 
     def _normal_equations(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the weighted Gram matrix and the moments with the targets."""
         width = self._features.dim + 1
         gram = np.zeros((width, width))
         moment = np.zeros((width, self._num_classes))
-        for start, inputs in self._chunks():
-            rows = slice(start, start + len(inputs))
+        for rows, inputs in self._chunks():
             weighted = inputs * weights[rows, None]
             gram += weighted.T @ inputs
             moment += weighted.T @ self._one_hot(rows)
@@ -329,7 +312,6 @@ def _leave_one_out(
 
 
 def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
-    """Returns the values next to one of them; all if that is None."""
     if near is None:
         return values
     nearest = int(np.argmin(np.abs(values - near)))
@@ -340,7 +322,6 @@ def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Returns probabilities along the last axis."""
     exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
@@ -362,7 +343,6 @@ def _joint(
     labels: np.ndarray,
     known: np.ndarray | None,
 ) -> np.ndarray:
-    """Returns how likely each right class and the given label are together."""
     joint = probabilities * noise[:, labels].T
     if known is not None:
         possible = known[:, None] == np.arange(len(noise))
@@ -388,14 +368,12 @@ def fit_noise(
     everything = chosen is None or chosen.all()
     rows = slice(None) if everything else chosen
     some_known = None if known is None else known[rows]
-    best = (-np.inf, 1.0, np.eye(scores.shape[1]))
-    for sharpness in _neighbours(SHARPNESSES, near):
-        likelihood, noise = _expectation_maximisation(
-            softmax(sharpness * scores[rows]), labels[rows], some_known
-        )
-        if likelihood > best[0]:
-            best = (likelihood, float(sharpness), noise)
-    _, sharpness, noise = best
+    fits = []
+    for sharpness in _neighbours(SHARPNESSES, near).tolist():
+        probabilities = softmax(sharpness * scores[rows])
+        fit = _expectation_maximisation(probabilities, labels[rows], some_known)
+        fits.append((*fit, sharpness))
+    _, noise, sharpness = max(fits, key=operator.itemgetter(0))
     if not everything:
         _, noise = _expectation_maximisation(softmax(sharpness * scores), labels, known)
     return sharpness, noise
@@ -404,7 +382,6 @@ def fit_noise(
 def _expectation_maximisation(
     probabilities: np.ndarray, labels: np.ndarray, known: np.ndarray | None
 ) -> tuple[float, np.ndarray]:
-    """Returns the log-likelihood and the noise matrix."""
     num_classes = probabilities.shape[1]
     chunks = [
         (probabilities[part], labels[part], None if known is None else known[part])

@@ -8,20 +8,12 @@ from typing import Any
 import jax
 import keras
 
-from keras_rsft.model._step import (
-    Change,
-    Pass,
-    SymbolicBuild,
-    unpack,
-    without_selection,
-)
+from keras_rsft.model._step import Change, Pass, SymbolicBuild, unpack, unselected
 
 State = tuple[list[Any], ...]
 
 
 class JaxStep(SymbolicBuild):
-    """The step for Keras's JAX backend."""
-
     @property
     def non_trainable_variables(self) -> list[Any]:
         """Those of the model and the policy, and what a recorder writes to."""
@@ -33,7 +25,8 @@ class JaxStep(SymbolicBuild):
 
     def train_step(self, state: State, data: Any) -> tuple[dict[str, Any], State]:
         groups = self._state_variables()
-        with _values_in_scope(_flat(groups), _flat(state)) as scope:
+        values = keras.tree.flatten(state)
+        with _values_in_scope(keras.tree.flatten(groups), values) as scope:
             logs = self.train_on(data)
         return logs, tuple(
             [scope.get_current_value(variable) for variable in group]
@@ -42,12 +35,12 @@ class JaxStep(SymbolicBuild):
 
     def test_step(self, state: State, data: Any) -> tuple[dict[str, Any], State]:
         logs, state = super().test_step(state, unpack(data)[:3])
-        return without_selection(logs), state
+        return unselected(logs), state
 
     def recorded(self, score: Callable[[], Pass]) -> Pass:
         trained = self.trainable_variables
         _, *other_groups = self._state_variables()
-        others = _flat(other_groups)
+        others = keras.tree.flatten(other_groups)
         other_values = [variable.value for variable in others]
         changed: list[Any] = []
 
@@ -80,7 +73,7 @@ class JaxStep(SymbolicBuild):
     def branch(
         self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
     ) -> None:
-        variables = _flat(self._state_variables())
+        variables = keras.tree.flatten(self._state_variables())
         changed = [  # What the two outcomes may leave different.
             *self.trainable_variables,
             *self.model.non_trainable_variables,
@@ -105,22 +98,23 @@ class JaxStep(SymbolicBuild):
         variables = [self.trainable_variables, self.optimizer.variables]
         trained, slots = ([one.value for one in group] for group in variables)
         values = self.optimizer.stateless_apply(slots, gradients, trained)
-        for variable, value in zip(_flat(variables), _flat(values), strict=True):
+        for variable, value in zip(
+            keras.tree.flatten(variables), keras.tree.flatten(values), strict=True
+        ):
             variable.assign(value)
 
     def _make_slots(self) -> None:
         super()._make_slots()
         # At the end of a `fit` with `use_ema` Keras gives weights and averages one
         # array; a step gives up what it was given, and cannot give one up twice.
-        slots = self.optimizer.variables if self.optimizer is not None else []
+        slots = getattr(self.optimizer, "variables", [])
         averages = {id(slot.value) for slot in slots}
         for variable in self.trainable_variables:
             if id(variable.value) in averages:
                 variable.assign(jax.numpy.array(variable.value, copy=True))
 
     def _state_variables(self) -> tuple[list[Any], ...]:
-        """Returns the variables of a step's state, in Keras's order."""
-        return (
+        return (  # In Keras's order.
             self.trainable_variables,
             self.non_trainable_variables,
             self.optimizer.variables,
@@ -131,14 +125,9 @@ class JaxStep(SymbolicBuild):
 def _values_in_scope(
     variables: list[Any], values: list[Any], *, collect_losses: bool = False
 ) -> keras.StatelessScope:
-    """Returns a scope in which the variables have these values."""
     return keras.StatelessScope(
         state_mapping=list(zip(variables, values, strict=True)),
         collect_losses=collect_losses,
         # Within a trace they would be given a value that is gone after it.
         initialize_variables=False,
     )
-
-
-def _flat(groups: Any) -> list[Any]:
-    return [one for group in groups for one in group]

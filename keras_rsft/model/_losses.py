@@ -11,33 +11,33 @@ from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.trainers.compile_utils import get_loss
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.policies._policy import Policy
 
 # The loss of an element that the loss itself does not judge: padding, `ignore_class`.
 # Not finite, so that every policy rejects it, and not counted by anything.
 LEFT_OUT = float("-inf")
 Shape = tuple[int | None, ...]
+# A mean over decisions that have nothing in common.
+_BINARY_KINDS = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+_BINARY_FUNCTIONS = (
+    keras.losses.binary_crossentropy,
+    keras.losses.binary_focal_crossentropy,
+)
 
 
 class LossScorer:
     """Scores samples, or their elements, by the loss a model was compiled with."""
 
-    def __init__(
-        self,
-        loss: Any,
-        loss_weights: Any,
-        output_names: Any,
-        *,
-        level: str = "sample",
-        one_class: bool = False,
-    ):
+    def __init__(self, model: Any, loss: Any, loss_weights: Any):
         # Of a sample's elements by output: they must agree, to be added up.
-        self._shapes: list[Shape] | None = [] if level == "element" else None
+        by_element = model.policy.level == "element"
+        self._shapes: list[Shape] | None = [] if by_element else None
         self._model = keras.Model()
-        self._model.output_names = output_names
+        self._model.output_names = model.output_names
         self._model.compile(
             optimizer=None,
             loss=keras.tree.map_structure(
-                lambda one: one and _Unreduced(one, self._shapes, one_class), loss
+                lambda one: one and _Unreduced(one, self._shapes, model.policy), loss
             ),
             loss_weights=loss_weights,
         )
@@ -60,15 +60,16 @@ class LossScorer:
 class _Unreduced(keras.losses.Loss):
     """A loss of one output: a number per sample, or per element with `shapes`."""
 
-    def __init__(self, loss: Any, shapes: list[Shape] | None, one_class: bool):
+    def __init__(self, loss: Any, shapes: list[Shape] | None, policy: Policy):
         super().__init__(reduction="none")
-        self._loss, self._shapes, self._one_class = loss, shapes, one_class
+        self._loss, self._shapes = loss, shapes
+        self._one_class = policy.judges_by_class
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         loss = get_loss(self._loss, y_true, y_pred)
         if type(loss) is LossFunctionWrapper:
             loss = loss.fn
-        if _judges_each_entry(loss):
+        if isinstance(loss, _BINARY_KINDS) or loss in _BINARY_FUNCTIONS:
             if self._shapes is not None:
                 y_true, y_pred = _same_rank(y_true, y_pred)
                 if y_pred.shape[-1] != 1:  # Else it would average over the last axis.
@@ -166,14 +167,6 @@ def _agree(one: Shape, other: Shape) -> bool:
     return len(one) == len(other) and all(
         None in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True)
     )
-
-
-def _judges_each_entry(loss: Any) -> bool:
-    """Says whether a loss is a mean over decisions that have nothing in common."""
-    losses = keras.losses
-    kinds = (losses.BinaryCrossentropy, losses.BinaryFocalCrossentropy)
-    functions = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
-    return isinstance(loss, kinds) or loss in functions
 
 
 def _same_rank(y_true: Any, y_pred: Any) -> tuple[Any, Any]:

@@ -23,13 +23,8 @@ def selection_sums(losses: Any, accept_mask: Any) -> Any:
     accepted = ops.cast(ops.reshape(accept_mask, (-1,)), "float32")
     finite = ops.isfinite(losses)
     finite_loss = ops.where(finite, losses, 0.0)
-    rows = [
-        judged,
-        accepted,
-        accepted * finite_loss,
-        ops.cast(finite, "float32"),
-        finite_loss,
-    ]
+    finite = ops.cast(finite, "float32")
+    rows = [judged, accepted, accepted * finite_loss, finite, finite_loss]
     return ops.sum(ops.stack(rows), axis=1)
 
 

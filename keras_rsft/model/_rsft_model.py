@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +99,8 @@ class RSFTModel(BackendStep):
 
     def build(self, input_shape: Any) -> None:
         if not self.model.built:
-            self.model(_symbolic_inputs(input_shape))
+            inputs = keras.tree.map_shape_structure(keras.KerasTensor, input_shape)
+            self.model(inputs)
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -116,13 +116,7 @@ class RSFTModel(BackendStep):
     ) -> None:
         """Configures training; takes what `keras.Model.compile` takes."""
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-        self._scorer = LossScorer(
-            loss,
-            loss_weights,
-            self.output_names,
-            level=self.policy.level,
-            one_class=self.policy.judges_by_class,
-        )
+        self._scorer = LossScorer(self, loss, loss_weights)
 
     def export(self, *args: Any, **kwargs: Any) -> None:
         """Exports the wrapped model; takes what `keras.Model.export` takes."""
@@ -207,8 +201,7 @@ class RSFTModel(BackendStep):
             was compared with the threshold in steps that accepted nothing,
             infinity if there was none.
         """
-        totals = self.selection.totals.numpy().tolist()
-        samples, accepted, loss_sum, finite, _ = totals
+        samples, accepted, loss_sum, finite, _ = self.selection.totals.numpy().tolist()
         return {
             "accepted": accepted,
             "samples": samples,
@@ -239,10 +232,10 @@ class RSFTModel(BackendStep):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> RSFTModel:
-        made = functools.partial(
-            keras.saving.deserialize_keras_object, custom_objects=custom_objects
-        )
-        parts = {part: made(config[part]) for part in ("model", "policy")}
+        parts = {
+            part: keras.saving.deserialize_keras_object(config[part], custom_objects)
+            for part in ("model", "policy")
+        }
         return cls(**(config | parts))
 
     def _random_states(self) -> list[Any]:
@@ -253,12 +246,3 @@ def _has_index(data: Any) -> bool:
     """Says whether data are a `tf.data.Dataset` of batches with sample indices."""
     spec = getattr(data, "element_spec", None)
     return hasattr(data, "map") and isinstance(spec, tuple) and len(spec) == 4
-
-
-def _symbolic_inputs(shape: Any) -> Any:
-    """Returns symbolic float32 inputs for a shape, or a dict or list of shapes."""
-    if isinstance(shape, dict):
-        return {name: _symbolic_inputs(part) for name, part in shape.items()}
-    if shape and isinstance(shape[0], (list, tuple)):
-        return [_symbolic_inputs(part) for part in shape]
-    return keras.KerasTensor(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +37,6 @@ class Pass(NamedTuple):
     row_count: Any = None
 
     def targets(self) -> list[Any]:
-        """Returns all that is minimised."""
         per_sample = [] if self.per_sample is None else [self.per_sample]
         return [*self.minimised, *per_sample]
 
@@ -59,8 +59,6 @@ class Pass(NamedTuple):
 
 
 class TrainingStep(keras.Model):
-    """The step of an `RSFTModel`."""
-
     model: keras.Model
     policy: Policy
     selection: SelectionMetric
@@ -77,7 +75,6 @@ class TrainingStep(keras.Model):
         return data
 
     def train_on(self, data: Any) -> dict[str, Any]:
-        """Takes one training step; returns its logs."""
         batch = unpack(data)
         x, y, sample_weight, _ = batch
         recorded = self.recorded(lambda: self._scored(*batch))
@@ -131,8 +128,19 @@ class TrainingStep(keras.Model):
         )
 
     def _finite_pass(self, losses: Any, accept_mask: Any, data: Data) -> Pass:
-        """Repeats the forward pass without the samples that have no finite loss."""
-        x, y, sample_weight = _unusable_overwritten(data, losses)
+        """Repeats the forward pass; samples with no finite loss are overwritten."""
+        usable = ops.isfinite(losses)
+        if len(losses.shape) > 1:
+            axes = within(losses)
+            nothing_judged = ops.all(ops.equal(losses, LEFT_OUT), axis=axes)
+            usable = ops.logical_or(ops.any(usable, axis=axes), nothing_judged)
+        rows = ops.arange(ops.shape(usable)[0], dtype="int32")
+        # A replica may have no row: there is then none to copy.
+        first_usable = ops.argmax(ops.pad(ops.cast(usable, "int32"), ((0, 1),)))
+        rows = ops.where(usable, rows, ops.cast(first_usable, "int32"))
+        x, y, sample_weight = keras.tree.map_structure(
+            lambda part: None if part is None else ops.take(part, rows, axis=0), data
+        )
 
         def only_accepted(values: Any) -> Any:
             accepted = aligned(accept_mask, values) > 0
@@ -196,15 +204,11 @@ class TrainingStep(keras.Model):
                 variable.assign(value)
             self.apply_gradients(gradients)
 
-        def update() -> None:
-            apply(recorded)
-
         def repeat() -> None:
             apply(self._finite_pass(recorded.losses, accept_mask, data))
 
-        def reject() -> None:
-            self.reject(whole)
-
+        update = functools.partial(apply, recorded)
+        reject = functools.partial(self.reject, whole)
         if self.policy.level == "batch":  # Accepted, so all its losses are finite.
             self.branch(accepts_any, update, reject)
             return
@@ -214,7 +218,7 @@ class TrainingStep(keras.Model):
         self.branch(
             ops.logical_and(accepts_any, ops.all(finite)),
             update,
-            lambda: self.branch(accepts_any, repeat, reject),
+            functools.partial(self.branch, accepts_any, repeat, reject),
             rare=True,
         )
 
@@ -252,7 +256,6 @@ class TrainingStep(keras.Model):
             average.assign(variable.numpy())
 
     def apply_gradients(self, gradients: list[Any]) -> None:
-        """Has the optimizer change the weights that the backward pass reached."""
         pairs = zip(gradients, self.trainable_variables, strict=True)
         reached = [(gradient, v) for gradient, v in pairs if gradient is not None]
         self.optimizer.apply([g for g, _ in reached], [v for _, v in reached])
@@ -272,17 +275,12 @@ class SymbolicBuild(TrainingStep):
         super()._symbolic_build(iterator=given, data_batch=data_batch)
 
     def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
+        self, x: Any = None, y: Any = None, y_pred: Any = None, *rest: Any, **named: Any
     ) -> Any:
-        """Computes the loss of a batch, as Keras does; builds the scorer with it."""
+        """Builds the scorer with the losses of Keras."""
         if not self._scorer.built:
             self._scorer(y, y_pred)
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
+        return super().compute_loss(x, y, y_pred, *rest, **named)
 
 
 def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
@@ -299,7 +297,7 @@ def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
     return tuple(data)
 
 
-def without_selection(logs: dict[str, Any]) -> dict[str, Any]:
+def unselected(logs: dict[str, Any]) -> dict[str, Any]:
     """Returns the logs of an evaluation, in which nothing is selected."""
     return {k: v for k, v in logs.items() if k not in SELECTION_METRICS}
 
@@ -316,19 +314,3 @@ def _labels_of(y: Any, losses: Any) -> Any:
     if len(y.shape) != rank or not keras.backend.is_int_dtype(y.dtype):
         return None
     return ops.cast(y, "int32")
-
-
-def _unusable_overwritten(data: Any, losses: Any) -> Any:
-    """Returns a batch in which samples with no finite loss are overwritten."""
-    usable = ops.isfinite(losses)
-    if len(losses.shape) > 1:
-        axes = within(losses)
-        nothing_judged = ops.all(ops.equal(losses, LEFT_OUT), axis=axes)
-        usable = ops.logical_or(ops.any(usable, axis=axes), nothing_judged)
-    rows = ops.arange(ops.shape(usable)[0], dtype="int32")
-    # A replica may have no row: there is then none to copy.
-    first_usable = ops.argmax(ops.pad(ops.cast(usable, "int32"), ((0, 1),)))
-    rows = ops.where(usable, rows, ops.cast(first_usable, "int32"))
-    return keras.tree.map_structure(
-        lambda part: None if part is None else ops.take(part, rows, axis=0), data
-    )

@@ -10,14 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model._step import (
-    Change,
-    Data,
-    Pass,
-    TrainingStep,
-    unpack,
-    without_selection,
-)
+from keras_rsft.model._step import Change, Pass, TrainingStep, unpack, unselected
 
 # Tensors of one update: gradients, state to be averaged, state equal on all replicas.
 _Update = list[list[tf.Tensor]]
@@ -25,8 +18,6 @@ _SEVERAL_WORKERS = tf.distribute.MultiWorkerMirroredStrategy
 
 
 class TensorFlowStep(TrainingStep):
-    """`TrainingStep` for Keras's TensorFlow backend."""
-
     def _is_replicated(self) -> bool:
         mirrored = (tf.distribute.MirroredStrategy, _SEVERAL_WORKERS)
         return isinstance(self.distribute_strategy, mirrored)
@@ -40,9 +31,21 @@ class TensorFlowStep(TrainingStep):
         return self.train_on(data)
 
     def test_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight, _ = unpack(data)
         if not self._is_replicated():
-            return without_selection(super().test_step(unpack(data)[:3]))
-        return without_selection(_per_worker(self, _evaluated(self, data)))
+            return unselected(super().test_step((x, y, sample_weight)))
+        y_pred = self(x, training=False)  # Of this replica's rows, maybe none.
+        losses = self._scorer(y, y_pred, sample_weight)
+        row_count = tf.size(losses)
+        rows = tf.cast(row_count, tf.float32)
+        mean = tf.math.divide_no_nan(tf.reduce_sum(losses), rows)
+        penalty = sum(self._penalties(), tf.zeros(()))
+        shown = mean + tf.where(row_count > 0, penalty, 0.0)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(shown, sample_weight=row_count)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight)
+        return unselected(_per_worker(self, logs))
 
     def recorded(self, score: Callable[[], Pass]) -> Pass:
         with tf.GradientTape() as tape:
@@ -63,9 +66,7 @@ class TensorFlowStep(TrainingStep):
             # Kept apart: TensorFlow would otherwise unfold it into the graph, and
             # walk through its dead operations in every step.
             otherwise = tf.function(
-                otherwise,
-                autograph=False,
-                experimental_attributes={"_noinline": True},
+                otherwise, autograph=False, experimental_attributes={"_noinline": True}
             )
         tf.cond(condition, accepted, otherwise)
 
@@ -90,7 +91,39 @@ class TensorFlowStep(TrainingStep):
         )
 
     def _of_all_replicas(self, recorded: Pass) -> Pass:
-        return _gathered(recorded) if self._is_replicated() else recorded
+        """Exchanges what a decision needs: a few numbers a row, as two sums."""
+        if not self._is_replicated():
+            return recorded
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group
+        row_count = tf.size(recorded.losses)
+        rows = tf.cast(row_count, tf.float64)
+        penalty = tf.cast(sum(recorded.penalties, tf.zeros(())), tf.float64)
+        penalty = tf.where(row_count > 0, penalty * rows, 0.0)
+        own = tf.stack([rows, penalty])[None]
+        shape = (context.num_replicas_in_sync, 2)
+        counted = tf.scatter_nd(tf.reshape(replica, (1, 1)), own, shape)
+        counted = context.all_reduce(tf.distribute.ReduceOp.SUM, counted)
+        row_counts = tf.cast(counted[:, 0], tf.int32)
+        first_row = tf.reduce_sum(row_counts[:replica])
+        total = tf.reduce_sum(row_counts)
+
+        kinds = dict.fromkeys(("losses", "weighted"), tf.float32)
+        kinds |= dict.fromkeys(("labels", "sample_index"), tf.int32)
+        columns = {name: getattr(recorded, name) for name in kinds}
+        columns = {name: c for name, c in columns.items() if c is not None}
+        given = [tf.cast(column, tf.float64) for column in columns.values()]
+        after = total - first_row - row_count
+        padded = tf.pad(tf.stack(given), [[0, 0], [first_row, after]])
+        whole = context.all_reduce(tf.distribute.ReduceOp.SUM, padded)
+        values = zip(columns, tf.unstack(whole, num=len(given)), strict=True)
+        mean_penalty = tf.reduce_sum(counted[:, 1]) / tf.cast(total, tf.float64)
+        return Pass(
+            **{name: tf.cast(value, kinds[name]) for name, value in values},
+            penalties=[tf.cast(mean_penalty, tf.float32)],
+            first_row=first_row,
+            row_count=row_count,
+        )
 
     def _record(self, whole: Pass, accept_mask: Any) -> None:
         if self._is_replicated():  # A worker's first replica alone notes all rows.
@@ -102,12 +135,48 @@ class TensorFlowStep(TrainingStep):
         super()._record(whole, accept_mask)
 
     def _update_if_accepted(
-        self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
+        self, recorded: Pass, whole: Pass, accept_mask: Any, data: Any
     ) -> None:
-        if self._is_replicated():
-            _update_replicas(self, recorded, whole, accept_mask, data)
-        else:
+        if not self._is_replicated():
             super()._update_if_accepted(recorded, whole, accept_mask, data)
+            return
+        accepts_any = tf.reduce_any(accept_mask)
+        finite = tf.math.is_finite(whole.losses)
+        # Which variables are reached is known once a branch with gradients is traced.
+        targets: list[list[Any]] = []
+
+        def computed(passed: Pass, counted: tf.Tensor) -> _Update:
+            counted = tf.cast(counted, tf.float32)
+            share = tf.reduce_sum(whole.own(counted)) / tf.reduce_sum(counted)
+            found = _contribution(self, passed, whole, accept_mask, share)
+            targets[:] = [[variable for variable, _ in part] for part in found]
+            return [[value for _, value in part] for part in found]
+
+        def repeat() -> _Update:
+            # A replica may have no finite row, and then no share in anything.
+            mask = whole.own(accept_mask)
+            return computed(self._finite_pass(recorded.losses, mask, data), finite)
+
+        def nothing() -> _Update:
+            gradients, averaged, taken = targets or ([], [], [])
+            return [
+                [tf.zeros(v.shape, v.dtype) for v in gradients],
+                [tf.zeros(v.shape) for v in averaged],
+                [tf.zeros(v.shape, v.dtype) for v in taken],
+            ]
+
+        # No branch exchanges anything: TensorFlow cannot do so from within one.
+        values = tf.cond(
+            tf.logical_and(accepts_any, tf.reduce_all(finite)),
+            lambda: computed(recorded, tf.ones_like(finite)),
+            lambda: tf.cond(accepts_any, repeat, nothing),
+        )
+        if targets:
+            tf.distribute.get_replica_context().merge_call(
+                functools.partial(_apply_if, self, targets), args=(accepts_any, values)
+            )
+        judged = tf.where(accepts_any, float("inf"), whole.losses)
+        self.reject(whole._replace(losses=judged))
 
     def _make_slots(self) -> None:
         with tf.init_scope(), self.distribute_strategy.scope():
@@ -163,39 +232,27 @@ def _check_replicable(model: TrainingStep) -> None:
     reductions = {
         loss.reduction for loss in losses if isinstance(loss, keras.losses.Loss)
     } - {"sum_over_batch_size", "mean", "auto"}
-    refusals = (
-        (
-            model.steps_per_execution > 1,
-            "Keras runs one step in a call under a strategy of several replicas. "
-            "Compile with `steps_per_execution=1`.",
+    refusals = {
+        "Keras runs one step in a call under a strategy of several replicas. "
+        "Compile with `steps_per_execution=1`.": model.steps_per_execution > 1,
+        "XLA cannot compile a step that goes from replica to replica. "
+        "Compile with `jit_compile=False`.": model.jit_compile,
+        "Keras cannot accumulate gradients under a strategy of several replicas. Leave "
+        "out `gradient_accumulation_steps`, or train on one device.": (
+            optimizer.gradient_accumulation_steps
         ),
-        (
-            model.jit_compile,
-            "XLA cannot compile a step that goes from replica to replica. "
-            "Compile with `jit_compile=False`.",
+        "Keras cannot overwrite weights with their averages under a strategy of "
+        "several replicas. Leave out `ema_overwrite_frequency`.": (
+            optimizer.ema_overwrite_frequency
         ),
-        (
-            optimizer.gradient_accumulation_steps,
-            "Keras cannot accumulate gradients under a strategy of several replicas. "
-            "Leave out `gradient_accumulation_steps`, or train on one device.",
+        "Elements within samples are judged on one device. "
+        "Use `level='sample'`, or no strategy.": model.policy.level == "element",
+        "The loss of several replicas is the mean over their samples. Give it "
+        f"`reduction='sum_over_batch_size'`, not {sorted(map(str, reductions))}.": (
+            model._takes_all_or_nothing and reductions
         ),
-        (
-            optimizer.ema_overwrite_frequency,
-            "Keras cannot overwrite weights with their averages under a strategy of "
-            "several replicas. Leave out `ema_overwrite_frequency`.",
-        ),
-        (
-            model.policy.level == "element",
-            "Elements within samples are judged on one device. "
-            "Use `level='sample'`, or no strategy.",
-        ),
-        (
-            model._takes_all_or_nothing and reductions,
-            "The loss of several replicas is the mean over their samples. Give it "
-            f"`reduction='sum_over_batch_size'`, not {sorted(map(str, reductions))}.",
-        ),
-    )
-    for holds, reason in refusals:
+    }
+    for reason, holds in refusals.items():
         if holds:
             raise InvalidArgument(
                 f"{reason} Received: {strategy.num_replicas_in_sync} replicas of "
@@ -208,81 +265,6 @@ def _check_replicable(model: TrainingStep) -> None:
                 "of the strategy that trains them: `with strategy.scope(): ...`. "
                 f"Received: {variable.path}, which was not."
             )
-
-
-def _gathered(recorded: Pass) -> Pass:
-    """Exchanges what a decision needs: a few numbers a row, as two sums."""
-    context = tf.distribute.get_replica_context()
-    replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-    row_count = tf.size(recorded.losses)
-    rows = tf.cast(row_count, tf.float64)
-    penalty = tf.cast(sum(recorded.penalties, tf.zeros(())), tf.float64)
-    penalty = tf.where(row_count > 0, penalty * rows, 0.0)
-    own = tf.stack([rows, penalty])[None]
-    counted = tf.scatter_nd(tf.reshape(replica, (1, 1)), own, (replicas, 2))
-    counted = context.all_reduce(tf.distribute.ReduceOp.SUM, counted)
-    row_counts = tf.cast(counted[:, 0], tf.int32)
-    first_row, total = tf.reduce_sum(row_counts[:replica]), tf.reduce_sum(row_counts)
-
-    kinds = dict.fromkeys(("losses", "weighted"), tf.float32)
-    kinds |= dict.fromkeys(("labels", "sample_index"), tf.int32)
-    columns = {name: getattr(recorded, name) for name in kinds}
-    columns = {name: c for name, c in columns.items() if c is not None}
-    given = [tf.cast(column, tf.float64) for column in columns.values()]
-    after = total - first_row - row_count
-    padded = tf.pad(tf.stack(given), [[0, 0], [first_row, after]])
-    whole = context.all_reduce(tf.distribute.ReduceOp.SUM, padded)
-    values = zip(columns, tf.unstack(whole, num=len(given)), strict=True)
-    mean_penalty = tf.reduce_sum(counted[:, 1]) / tf.cast(total, tf.float64)
-    return Pass(
-        **{name: tf.cast(value, kinds[name]) for name, value in values},
-        penalties=[tf.cast(mean_penalty, tf.float32)],
-        first_row=first_row,
-        row_count=row_count,
-    )
-
-
-def _update_replicas(
-    model: TrainingStep, recorded: Pass, whole: Pass, accept_mask: tf.Tensor, data: Data
-) -> None:
-    """Changes the weights, or notes that this batch was rejected by all replicas."""
-    accepts_any = tf.reduce_any(accept_mask)
-    finite = tf.math.is_finite(whole.losses)
-    # Which variables are reached is known once a branch with gradients is traced.
-    targets: list[list[Any]] = []
-
-    def computed(passed: Pass, counted: tf.Tensor) -> _Update:
-        counted = tf.cast(counted, tf.float32)
-        share = tf.reduce_sum(whole.own(counted)) / tf.reduce_sum(counted)
-        found = _contribution(model, passed, whole, accept_mask, share)
-        targets[:] = [[variable for variable, _ in part] for part in found]
-        return [[value for _, value in part] for part in found]
-
-    def repeat() -> _Update:
-        # A replica may have no finite row, and then no share in anything.
-        mask = whole.own(accept_mask)
-        return computed(model._finite_pass(recorded.losses, mask, data), finite)
-
-    def nothing() -> _Update:
-        gradients, averaged, taken = targets or ([], [], [])
-        return [
-            [tf.zeros(v.shape, v.dtype) for v in gradients],
-            [tf.zeros(v.shape) for v in averaged],
-            [tf.zeros(v.shape, v.dtype) for v in taken],
-        ]
-
-    # No branch exchanges anything: TensorFlow cannot do so from within one.
-    values = tf.cond(
-        tf.logical_and(accepts_any, tf.reduce_all(finite)),
-        lambda: computed(recorded, tf.ones_like(finite)),
-        lambda: tf.cond(accepts_any, repeat, nothing),
-    )
-    if targets:
-        tf.distribute.get_replica_context().merge_call(
-            functools.partial(_apply_if, model, targets), args=(accepts_any, values)
-        )
-    judged = tf.where(accepts_any, float("inf"), whole.losses)
-    model.reject(whole._replace(losses=judged))
 
 
 def _contribution(
@@ -319,44 +301,24 @@ def _apply_if(
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     method = "_all_reduce_sum_gradients"  # Which are summed already.
 
-    def apply() -> None:
-        vars(optimizer)[method] = lambda gradients_and_variables: (
-            gradients_and_variables
+    def apply_own(values: _Update) -> None:
+        """Sums what all replicas have computed, and changes this replica's copies."""
+        gradients, averaged, taken = values
+        summed = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM, [*gradients, *averaged]
         )
+        count = len(gradients)
+        states = [*zip(targets[1], summed[count:], strict=True)]
+        states += zip(targets[2], taken, strict=True)
+        for variable, value in states:
+            variable.assign(tf.cast(value, variable.dtype))
+        model.optimizer.apply(summed[:count], targets[0])
+
+    def apply() -> None:
+        vars(optimizer)[method] = lambda pairs: pairs
         try:
-            strategy.extended.call_for_each_replica(
-                functools.partial(_apply, model, targets), args=(values,)
-            )
+            strategy.extended.call_for_each_replica(apply_own, args=(values,))
         finally:
             del vars(optimizer)[method]
 
     tf.cond(strategy.experimental_local_results(accepts_any)[0], apply, lambda: None)
-
-
-def _apply(model: TrainingStep, targets: list[list[Any]], values: _Update) -> None:
-    """Sums what all replicas have computed, and changes this replica's copies."""
-    gradients, averaged, taken = values
-    summed = tf.distribute.get_replica_context().all_reduce(
-        tf.distribute.ReduceOp.SUM, [*gradients, *averaged]
-    )
-    count = len(gradients)
-    states = [*zip(targets[1], summed[count:], strict=True)]
-    states += zip(targets[2], taken, strict=True)
-    for variable, value in states:
-        variable.assign(tf.cast(value, variable.dtype))
-    model.optimizer.apply(summed[:count], targets[0])
-
-
-def _evaluated(model: TrainingStep, data: Any) -> dict[str, Any]:
-    """Evaluates this replica's rows of a batch, which may be none."""
-    x, y, sample_weight, _ = unpack(data)
-    y_pred = model(x, training=False)
-    losses = model._scorer(y, y_pred, sample_weight)
-    row_count = tf.size(losses)
-    mean = tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(row_count, tf.float32))
-    penalty = sum(model._penalties(), tf.zeros(()))
-    shown = mean + tf.where(row_count > 0, penalty, 0.0)
-    for metric in model.metrics:
-        if metric.name == "loss":
-            metric.update_state(shown, sample_weight=row_count)
-    return model.compute_metrics(x, y, y_pred, sample_weight)

@@ -7,18 +7,10 @@ from typing import Any
 
 import torch
 
-from keras_rsft.model._step import (
-    Change,
-    Pass,
-    SymbolicBuild,
-    unpack,
-    without_selection,
-)
+from keras_rsft.model._step import Change, Pass, SymbolicBuild, unpack, unselected
 
 
 class TorchStep(SymbolicBuild):
-    """`TrainingStep` for Keras's PyTorch backend."""
-
     def train_step(self, data: Any) -> dict[str, Any]:
         # A layer without a seed draws from PyTorch's own generators.
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -27,7 +19,7 @@ class TorchStep(SymbolicBuild):
             return self.train_on(data)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        return without_selection(super().test_step(unpack(data)[:3]))
+        return unselected(super().test_step(unpack(data)[:3]))
 
     def reject(self, whole: Pass) -> None:
         super().reject(whole)

@@ -113,12 +113,6 @@ class AcceptReviewed(Policy):
         return self.policy.threshold_in_use()
 
     def note_losses(self, losses: np.ndarray, epochs: int) -> None:
-        """Hands the losses of the epochs so far to a policy that learns from them.
-
-        Args:
-            losses: Float array `(n,)`, the mean loss of each sample.
-            epochs: Epochs that they cover, at least 1.
-        """
         self.policy.note_losses(losses, epochs)
 
     def get_config(self) -> dict[str, Any]:
@@ -183,7 +177,7 @@ class AutoPolicy(AcceptListed):
             return ops.logical_and(listed, accept_below(batch.losses, self.loss_limit))
         return accept_listed(listed, batch.losses, batch.labels, self.loss_limit)
 
-    def _loss_limit(self) -> Any:
+    def _loss_limit(self, step: Any) -> Any:
         return self.loss_limit
 
 

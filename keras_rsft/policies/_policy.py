@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from numbers import Integral, Real
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
@@ -72,7 +71,6 @@ class Policy(keras.layers.Layer):
     needs_ledger = False
     accepts_every_finite_sample = False
     _arguments: tuple[str, ...] = ()  # Of the constructor, kept under their names.
-    _configured: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -84,6 +82,7 @@ class Policy(keras.layers.Layer):
     ):
         kwargs.setdefault("dtype", "float32")
         super().__init__(trainable=False, **kwargs)
+        self._configured: dict[str, float] = {}
         self.warmup_steps = whole_number("warmup_steps", warmup_steps)
         hint = "Use 0 for no floor."
         require(0 <= class_floor <= 1, "in [0, 1]", hint, class_floor=class_floor)
@@ -94,8 +93,7 @@ class Policy(keras.layers.Layer):
                 f"Received: level={level!r}. Elements within a sample are judged by "
                 "LossThreshold, KeepFraction, SelfPaced and RunningThreshold."
             )
-        if level is not None:
-            self.level = level
+        self.level = level or self.level
         if self.level == "element" and class_floor > 0:
             raise InvalidArgument(
                 "`class_floor` ranks each sample of a batch among its class, which "
@@ -174,6 +172,14 @@ class Policy(keras.layers.Layer):
             mask = ops.reshape(mask, ops.shape(per_sample_loss))
         return mask
 
+    def note_losses(self, losses: np.ndarray, epochs: int) -> None:
+        """Takes the losses of the epochs so far, where the policy `needs_ledger`.
+
+        Args:
+            losses: Float array `(n,)`, the mean loss of each sample.
+            epochs: Epochs that they cover, at least 1.
+        """
+
     def note_steps_seen(self, steps: int) -> None:
         """Says that a number of training batches were judged before now.
 
@@ -191,7 +197,7 @@ class Policy(keras.layers.Layer):
         yet: during the warm-up everything is accepted.
         """
         seen = int(ops.convert_to_numpy(self.steps_seen))
-        limit = self._loss_limit() if seen > self.warmup_steps else None
+        limit = self._loss_limit(seen - 1) if seen > self.warmup_steps else None
         value = math.inf if limit is None else float(ops.convert_to_numpy(limit))
         return value if math.isfinite(value) else None
 
@@ -206,7 +212,7 @@ class Policy(keras.layers.Layer):
             name: The variable's name.
             value: Its first value.
         """
-        self._configured = {**self._configured, name: float(value)}
+        self._configured[name] = float(value)
         initial = keras.initializers.Constant(float(value))
         return self.add_weight(
             name=name, shape=(), dtype="float32", initializer=initial
@@ -225,7 +231,7 @@ class Policy(keras.layers.Layer):
     def _accepted_in_warmup(self, batch: Batch) -> Any:
         return ops.ones_like(batch.losses, dtype="bool")
 
-    def _loss_limit(self) -> Any:
+    def _loss_limit(self, step: Any) -> Any:
         """The scalar or variable that `threshold_in_use` shows after the warm-up."""
         return None
 
@@ -254,7 +260,6 @@ def is_positive(value: Any) -> bool:
 
 
 def whole_number(name: str, value: Any, *, least: int = 0) -> int:
-    """Returns a number of steps, or raises InvalidArgument."""
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     needed = f"a whole number, at least {least}"
     require(is_whole and value >= least, needed, **{name: value})

@@ -60,9 +60,8 @@ def keep_smallest(losses: Any, keep_fraction: Any) -> Any:
 
 def ramped_keep_fraction(step: Any, keep_fraction: Any, ramp_steps: Any) -> Any:
     """Falls linearly from 1 to `keep_fraction` (Han et al., 2018, "Co-teaching")."""
-    progress = ops.cast(step, "float32") / ops.maximum(
-        ops.cast(ramp_steps, "float32"), 1.0
-    )
+    steps = ops.maximum(ops.cast(ramp_steps, "float32"), 1.0)
+    progress = ops.cast(step, "float32") / steps
     over = ops.logical_or(ops.equal(ramp_steps, 0), progress >= 1.0)
     keep_fraction = ops.convert_to_tensor(keep_fraction, "float32")
     # Not computed where the ramp is over: 1 - (1 - 0.15) is less than 0.15.
@@ -114,9 +113,8 @@ def running_percentile(
     counts = ops.sum(ops.cast(inside, "float32"), axis=-1, keepdims=True)
     # Less a little, so that 0.1 of 20 is the second in float32 too.
     index = ops.maximum(ops.ceil(percentile * counts - 1e-4), 1.0) - 1.0
-    found = ops.take_along_axis(
-        ops.sort(losses, axis=-1), ops.cast(index, "int32"), axis=-1
-    )
+    ranked, index = ops.sort(losses, axis=-1), ops.cast(index, "int32")
+    found = ops.take_along_axis(ranked, index, axis=-1)
     seen = ops.concatenate([ops.ones_like(found), found], axis=-1)
     updated = momentum * statistics + (1.0 - momentum) * seen
     return ops.where(counts > 0, updated, statistics)

@@ -76,8 +76,8 @@ class LossThreshold(Policy):
         [True, True]
     """
 
-    levels = ("sample", "batch", "element")
-    _arguments = ("threshold",)
+    levels: tuple[str, ...] = ("sample", "batch", "element")
+    _arguments: tuple[str, ...] = ("threshold",)
 
     def __init__(self, threshold: float, **kwargs: Any):
         super().__init__(**kwargs)
@@ -89,9 +89,9 @@ class LossThreshold(Policy):
     def decide(self, batch: Batch) -> Any:
         by_batch = self.level == "batch"
         judge = rules.accept_batch_below if by_batch else rules.accept_below
-        return judge(batch.losses, self.threshold)
+        return judge(batch.losses, self._loss_limit(batch.step))
 
-    def _loss_limit(self) -> Any:
+    def _loss_limit(self, step: Any) -> Any:
         return self.threshold
 
 
@@ -142,7 +142,7 @@ class KeepFraction(Policy):
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class SelfPaced(Policy):
+class SelfPaced(LossThreshold):
     """Accepts losses below a threshold that grows, until all are easy enough.
 
     Source: Kumar, Packer and Koller, "Self-paced learning for latent variable
@@ -184,29 +184,19 @@ class SelfPaced(Policy):
         max_threshold: float = math.inf,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        positive, needed = is_positive(max_threshold), "a positive number"
-        require(is_positive(threshold), needed, threshold=threshold)
-        require(positive, needed, max_threshold=max_threshold)
+        super().__init__(threshold, **kwargs)
+        positive = is_positive(max_threshold)
+        require(positive, "a positive number", max_threshold=max_threshold)
         hint = "Use 1.0 for a fixed threshold."
         require(1 <= growth < math.inf, "a factor of at least 1", hint, growth=growth)
         self.growth = float(growth)
         self.growth_steps = whole_number("growth_steps", growth_steps, least=1)
         self.max_threshold = float(max_threshold)
-        self.threshold = self.add_live_number("threshold", threshold)
 
-    def decide(self, batch: Batch) -> Any:
-        return rules.accept_below(batch.losses, self._threshold_at(batch.step))
-
-    def _loss_limit(self) -> Any:
-        return self._threshold_at(self.steps_seen - 1)
-
-    def _threshold_at(self, step: Any) -> Any:
+    def _loss_limit(self, step: Any) -> Any:
+        since = ops.maximum(step - self.warmup_steps, 0)
         grown = rules.grown_threshold(
-            ops.maximum(step - self.warmup_steps, 0),
-            self.threshold,
-            self.growth,
-            self.growth_steps,
+            since, self.threshold, self.growth, self.growth_steps
         )
         return ops.minimum(grown, self.max_threshold)
 
@@ -298,20 +288,17 @@ class RunningThreshold(Policy):
         members = ops.transpose(ops.one_hot(groups, self.num_classes or 1))
         seen = (self.statistics.value, batch.losses, members)
         if self.percentile is None:
-            self.statistics.assign(rules.running_moments(*seen, self.momentum))
-            limits = rules.threshold_from_moments(
-                self.statistics.value, self.deviations
-            )
+            updated = rules.running_moments(*seen, self.momentum)
+            limits = rules.threshold_from_moments(updated, self.deviations)
         else:
-            self.statistics.assign(
-                rules.running_percentile(*seen, self.percentile, self.momentum)
-            )
-            limits = rules.threshold_from_percentile(self.statistics.value)
+            updated = rules.running_percentile(*seen, self.percentile, self.momentum)
+            limits = rules.threshold_from_percentile(updated)
+        self.statistics.assign(updated)
         return rules.accept_below(batch.losses, ops.take(limits, groups))
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
-class LossMixture(Policy):
+class LossMixture(LossThreshold):
     """Accepts what belongs to the lower of two components of the samples' losses.
 
     After each epoch a `RejectionLedger` hands over the samples' mean losses, and two
@@ -343,6 +330,7 @@ class LossMixture(Policy):
         [True, False]
     """
 
+    levels = ("sample",)
     needs_ledger = True
     _arguments = ("probability",)
 
@@ -353,26 +341,13 @@ class LossMixture(Policy):
         warmup_steps: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(warmup_steps=warmup_steps or 0, **kwargs)
+        super().__init__(math.inf, warmup_steps=warmup_steps or 0, **kwargs)
         self._least_epochs = 2 if warmup_steps is None else 1
         inside, hint = 0 < probability < 1, "Use 0.5, for example."
         require(inside, "in (0, 1)", hint, probability=probability)
         self.probability = float(probability)
-        self.threshold = self.add_live_number("threshold", math.inf)
-
-    def decide(self, batch: Batch) -> Any:
-        return rules.accept_below(batch.losses, self.threshold)
-
-    def _loss_limit(self) -> Any:
-        return self.threshold
 
     def note_losses(self, losses: np.ndarray, epochs: int) -> None:
-        """Moves the threshold by the losses of the epochs so far.
-
-        Args:
-            losses: Float array `(n,)`, the mean loss of each sample.
-            epochs: Epochs that they cover, at least 1.
-        """
         steps = int(ops.convert_to_numpy(self.steps_seen))
         if epochs >= self._least_epochs and steps >= self.warmup_steps:
             self.threshold.assign(mixture_threshold(losses, self.probability))

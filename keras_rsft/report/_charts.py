@@ -7,58 +7,33 @@ import html
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from keras_rsft._stats import Interval
 from keras_rsft.report._record import EpochLosses
+from keras_rsft.report._summary import share_text
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 28
 SMALL_WIDTH, SMALL_HEIGHT = 320, 150
 _SHOWN_EPOCHS = 6
 _MOST_RATE_TICKS = 5
-# Styles of the lines of one chart, in the order in which they are told apart best.
-STYLES = ("quiet", "second", "first")
 # Where a trial crosses the axis of a hyperparameter that it does not have.
 UNUSED = -0.15
 _VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
 # Plasma without its ends, which are lost on dark or on light.
 _PLASMA = ("#7e03a8", "#cc4778", "#fca636")
 
-_COLOURS = (
-    {"paper": "#ffffff", "ink": "#1c1d20", "quiet": "#62656c", "grid": "#e3e3df",
-     "first": "#2553c9", "second": "#b4540a", "calm": "#8a8d94"},
-    {"paper": "#15171b", "ink": "#e9eaec", "quiet": "#a0a4ad", "grid": "#31353c",
-     "first": "#8fb0ff", "second": "#f0a560", "calm": "#858a94"},
-)  # fmt: skip
-_RULES = {
-    ".paper": "fill:{paper}",
-    "text": "font:11px system-ui,sans-serif;fill:{quiet}",
-    "text.title": "font-size:12px;font-weight:600;fill:{ink}",
-    "text.halo": "fill:{ink};stroke:{paper};stroke-width:3px;paint-order:stroke",
-    ".grid": "stroke:{grid}",
-    ".axis": "stroke:{calm}",
-    ".line": "fill:none;stroke-width:2;stroke-linejoin:round",
-    ".line.first": "stroke:{first}",
-    ".line.second": "stroke:{second};stroke-dasharray:7 4",
-    ".line.quiet": "stroke:{calm}",
-    ".dot": "fill:{first};fill-opacity:.6",
-    ".dot.hollow": "fill:{paper};fill-opacity:1;stroke:{ink}",
-    ".dot.chosen": "fill:{second};fill-opacity:1;stroke:{paper}",
-}
-_LIGHT, _DARK = (
-    "".join(
-        f"svg.keras-rsft {name}{{{rule.format(**colours)}}}"
-        for name, rule in _RULES.items()
-    )
-    for colours in _COLOURS
-)
-_STYLE = f"{_LIGHT}@media (prefers-color-scheme:dark){{{_DARK}}}"
-
 
 # -- Pieces of every chart -----------------------------------------------------
+
+
+def asset(name: str) -> str:
+    path = resources.files("keras_rsft.report") / "assets" / name
+    return path.read_text(encoding="utf-8")
 
 
 def _tag(name: str, content: str = "", /, **attributes: Any) -> str:
@@ -87,6 +62,8 @@ def _rect(x: float, y: float, width: float, height: float, **colour: str) -> str
 def _words(
     text: str, x: float, y: float, anchor: str | None = None, class_: str = "tick"
 ) -> str:
+    if not text:
+        return ""
     return _tag("text", html.escape(text), class_=class_, x=x, y=y, text_anchor=anchor)
 
 
@@ -100,15 +77,12 @@ def _svg(
 
 def _alone(content: str, width: float, height: float, summary: str) -> str:
     """Returns a drawing that brings its own colours and paper."""
-    content = _rect(0, 0, width, height, class_="paper") + content
-    content = _tag("style", _STYLE) + content
-    attributes: dict[str, Any] = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "class": "keras-rsft",
-    }
-    attributes |= {"width": width, "height": height}
-    attributes["style"] = "max-width:100%;height:auto"
-    return _svg(content, width, height, summary, **attributes)
+    paper = _rect(0, 0, width, height, class_="paper")
+    own: dict[str, Any] = {"class": "keras-rsft", "width": width, "height": height}
+    own["xmlns"] = "http://www.w3.org/2000/svg"
+    own["style"] = "max-width:100%;height:auto"
+    content = _tag("style", asset("svg.css")) + paper + content
+    return _svg(content, width, height, summary, **own)
 
 
 def _scale(
@@ -151,14 +125,10 @@ class _Box:
         )
         for x, text in x_ticks:
             drawn += _words(text, x, self.bottom + 18, "middle")
-        if x_label:
-            middle = (self.left + self.right) / 2
-            drawn += _words(x_label, middle, self.bottom + 36, "middle")
-        if y_label:
-            drawn += _words(y_label, self.left - 34, self.top - 10)
-        if title:
-            drawn += _words(title, self.right, self.top - 10, "end", "title")
-        return drawn
+        middle = (self.left + self.right) / 2
+        drawn += _words(x_label, middle, self.bottom + 36, "middle")
+        drawn += _words(y_label, self.left - 34, self.top - 10)
+        return drawn + _words(title, self.right, self.top - 10, "end", "title")
 
 
 def nice_ticks(low: float, high: float, *, about: int = 5) -> list[float]:
@@ -240,21 +210,16 @@ def line_chart(
         [(y(v), f"{100 * v:.0f} %" if as_percent else f"{v:.3g}") for v in ticks],
     )
     heights, texts, ends = [], [], []
+    written = share_text if as_percent else "{:.3g}".format
     for name, style, line in series:
         row = [y(value) if math.isfinite(value) else None for value in line]
-        pairs = itertools.groupby(
-            zip(xs, row, strict=False), lambda pair: pair[1] is not None
-        )
-        for is_known, piece in pairs:  # A gap breaks the line.
+        points = zip(xs, row, strict=False)
+        pieces = itertools.groupby(points, lambda point: point[1] is not None)
+        for is_known, piece in pieces:  # A gap breaks the line.
             if is_known:
-                points = " ".join(f"{left:g},{top:g}" for left, top in piece)
-                drawn += _tag("polyline", class_=f"line {style}", points=points)
-        shown = [
-            (f"{100 * value:.1f} %" if as_percent else f"{value:.3g}")
-            if math.isfinite(value)
-            else "-"
-            for value in line
-        ]
+                joined = " ".join(f"{left:g},{top:g}" for left, top in piece)
+                drawn += _tag("polyline", class_=f"line {style}", points=joined)
+        shown = [written(one) if math.isfinite(one) else "-" for one in line]
         known = [text for text in shown if text != "-"]
         ends.append(f"{name} from {known[0]} to {known[-1]}")
         heights.append(row)
@@ -301,39 +266,27 @@ def line_charts_svg(charts: Sequence[LineChart | None]) -> str:
 # -- Histograms of the losses --------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Histogram:
-    """The losses of one epoch; all of a page have the same axes."""
-
-    epoch: int
-    counts: str
-    threshold: float | None
-    svg: str
-
-
-def histograms(losses: Sequence[EpochLosses]) -> tuple[Histogram, ...]:
-    """Returns the losses of up to six epochs, from the first to the last."""
+def histograms(losses: Sequence[EpochLosses]) -> list[dict[str, Any]]:
+    """Draws up to six epochs, from the first to the last, with the same axes."""
     if not losses:
-        return ()
+        return []
     spread = np.linspace(0, len(losses) - 1, min(len(losses), _SHOWN_EPOCHS))
     chosen = [losses[i] for i in sorted({round(one) for one in spread.tolist()})]
     low = min(one[0] for epoch in losses for one in epoch.bins)
     high = max(one[1] for epoch in losses for one in epoch.bins)
     most = max(sum(one[2:]) for epoch in chosen for one in epoch.bins)
-    return tuple(_histogram(epoch, low, high, most) for epoch in chosen)
+    return [_histogram(epoch, low, high, most) for epoch in chosen]
 
 
-def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histogram:
+def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> dict:
     base = SMALL_HEIGHT - 22
+    counted = "{:,} accepted, {:,} rejected".format
     x = _scale(low, high, 16, SMALL_WIDTH - 16, log=True)
     drawn = _line("axis", 0, base, SMALL_WIDTH, base)
     for start, end, *counts in epoch.bins:
         left, width = x(start), max(x(end) - x(start) - 1, 0.5)
         accepted, rejected = ((base - 14) * count / most for count in counts)
-        words = (
-            f"loss {start:.2g} to {end:.2g}: {counts[0]:,} accepted, "
-            f"{counts[1]:,} rejected"
-        )
+        words = f"loss {start:.2g} to {end:.2g}: {counted(*counts)}"
         bars = (
             ("catch", 0, base),
             ("accepted", base - accepted, accepted),
@@ -353,13 +306,12 @@ def _histogram(epoch: EpochLosses, low: float, high: float, most: int) -> Histog
     for decade in decades:
         text = f"{10.0**decade:g}"
         drawn += _words(text, x(10.0**decade), SMALL_HEIGHT - 6, "middle")
-    total = (sum(one[i] for one in epoch.bins) for i in (2, 3))
-    shown = "{:,} accepted, {:,} rejected".format(*total)
+    shown = counted(*(sum(one[i] for one in epoch.bins) for i in (2, 3)))
     summary = f"Losses of epoch {epoch.epoch}: {shown}"
     if threshold is not None:
         summary += f"; threshold {threshold:.3g}"
     svg = _svg(drawn, SMALL_WIDTH, SMALL_HEIGHT, f"{summary}.")
-    return Histogram(epoch.epoch, shown, threshold, svg)
+    return {"of": epoch, "counts": shown, "svg": svg}
 
 
 # -- A comparison and a search, in a notebook ----------------------------------
@@ -392,7 +344,6 @@ def intervals_svg(intervals: Mapping[str, Interval]) -> str:
 def trials_svg(
     points: Sequence[tuple[float, float]], chosen: tuple[float, float]
 ) -> str:
-    """Returns the accepted share and the accuracy of each trial, and the choice."""
     box = _Box(60, 30, 620, 250)
     ticks, scales = [], []
     for axis, ends in enumerate(((box.left, box.right), (box.bottom, box.top))):
@@ -419,8 +370,6 @@ def trials_svg(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Means over trials, in cells of learning rate and selectivity."""
-
     label: str
     rates: np.ndarray
     numbers: np.ndarray

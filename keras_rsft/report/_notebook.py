@@ -6,20 +6,14 @@ import html
 from typing import Any
 
 from keras_rsft.report import _charts as charts
-from keras_rsft.report._summary import (
-    Summary,
-    Table,
-    comparison_summary,
-    run_summary,
-    search_summary,
-)
+from keras_rsft.report import _summary as summaries
+from keras_rsft.report._summary import Summary, Table
 
 MOST_CLASSES = 20
 MOST_TRIALS = 10
 
 
 def run_html(run: Any) -> str:
-    """Returns a run's results and its learning curves."""
     shown = ", ".join(run.class_names[:MOST_CLASSES])
     more = len(run.class_names) - MOST_CLASSES
     about = [("Classes", f"{shown} and {more} more" if more > 0 else shown)]
@@ -29,7 +23,7 @@ def run_html(run: Any) -> str:
     def curves(title: str, *names: str) -> charts.LineChart | None:
         lines = [
             (name.replace("_", " "), style, run.history.get(name, []))
-            for name, style in zip(names, charts.STYLES, strict=True)
+            for name, style in zip(names, ("quiet", "second", "first"), strict=True)
         ]
         return charts.line_chart(title, lines, as_percent=title == "Shares")
 
@@ -37,8 +31,9 @@ def run_html(run: Any) -> str:
         curves("Loss", "loss", "accepted_loss", "val_loss"),
         curves("Shares", "accuracy", "val_accuracy", "acceptance_rate"),
     )
+    summary = _summary_html(summaries.run_summary(run))
     table = table_html(Table(("", ""), tuple(about)))
-    return _summary_html(run_summary(run)) + table + charts.line_charts_svg(drawn)
+    return summary + table + charts.line_charts_svg(drawn)
 
 
 def comparison_html(comparison: Any) -> str:
@@ -48,7 +43,8 @@ def comparison_html(comparison: Any) -> str:
         for name, summary in comparison.summaries.items()
         if summary.test_accuracy is not None
     }
-    return _summary_html(comparison_summary(comparison)) + charts.intervals_svg(known)
+    summary = _summary_html(summaries.comparison_summary(comparison))
+    return summary + charts.intervals_svg(known)
 
 
 def search_html(found: Any) -> str:
@@ -60,7 +56,7 @@ def search_html(found: Any) -> str:
             *(one.metrics for one in found.outcomes if one.metrics),
         )
     )
-    summary = _summary_html(search_summary(found, MOST_TRIALS))
+    summary = _summary_html(summaries.search_summary(found, MOST_TRIALS))
     return summary + charts.trials_svg(points, chosen)
 
 
@@ -72,8 +68,6 @@ def _summary_html(summary: Summary) -> str:
 
 
 def table_html(table: Table) -> str:
-    """Returns a table; every cell is escaped."""
-
     def line(tag: str, cells: tuple[str, ...]) -> str:
         escaped = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
         return f"<tr>{''.join(escaped)}</tr>"

@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,17 +19,9 @@ from keras_rsft._stats import paired_share_interval
 from keras_rsft.config import TEXTS
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report import _charts as charts
+from keras_rsft.report import _summary as summary
 from keras_rsft.report._record import RunRecord, Samples, read_run
-from keras_rsft.report._summary import (
-    RESULT_NAMES,
-    TUNINGS,
-    accuracy_rows,
-    choice_table,
-    proportion_text,
-    range_text,
-    share_text,
-    strategies_table,
-)
+from keras_rsft.report._summary import share_text
 
 # Gallery ------------------------------------------------------------------------------
 
@@ -40,32 +31,25 @@ MAX_EMBEDDED_BYTES = 9_000_000
 MAX_SHOWN_PAIRS = 60
 
 
-@dataclasses.dataclass(frozen=True)
-class Confusion:
-    """Given against predicted labels: a row of counts for each given class."""
-
-    counts: list[list[int]]
-    strengths: list[list[int]]
-    pairs: list[tuple[int, int, int]]
-
-
 def confusion_of(
     samples: Samples, num_classes: int, *, max_classes: int = 20, max_pairs: int = 30
-) -> Confusion:
-    """Counts labels; with more than `max_classes` there is no table, only pairs."""
+) -> dict[str, list]:
+    """Counts given by predicted labels; only pairs with more than `max_classes`."""
     known = samples.predicted >= 0
     flat = samples.given[known].astype(np.int64) * num_classes
     cells, frequencies = np.unique(flat + samples.predicted[known], return_counts=True)
     counted = zip(cells.tolist(), frequencies.tolist(), strict=True)
     pairs = [(*divmod(cell, num_classes), count) for cell, count in counted]
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
-    if num_classes > max_classes:
-        return Confusion([], [], different[:max_pairs])
-    table = np.zeros((num_classes, num_classes), np.int64)
-    table.flat[cells] = frequencies
-    shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    strengths = np.ceil(shares * 9).astype(int)
-    return Confusion(table.tolist(), strengths.tolist(), different[:max_pairs])
+    found: dict[str, list] = {"counts": [], "strengths": []}
+    found["pairs"] = different[:max_pairs]
+    if num_classes <= max_classes:
+        table = np.zeros((num_classes, num_classes), np.int64)
+        table.flat[cells] = frequencies
+        shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+        found["counts"] = table.tolist()
+        found["strengths"] = np.ceil(shares * 9).astype(int).tolist()
+    return found
 
 
 def gallery_data(
@@ -85,7 +69,14 @@ def gallery_data(
     contents: dict[int, str] = {}
     room = math.inf if served else max_bytes
     for row in dict.fromkeys(wanted):
-        content = _content_of(record, row, served=served)
+        # A text, a picture as base64 or the number that names it, or "".
+        sample_id = samples.ids[row]
+        if record.kind == TEXTS:
+            content = record.texts.get(sample_id, "")
+        elif served:
+            content = str(row) if sample_id in record.thumbnail_index else ""
+        else:
+            content = base64.b64encode(record.thumbnail(sample_id) or b"").decode()
         room -= len(content.encode())
         if room < 0:
             break
@@ -121,16 +112,6 @@ def gallery_data(
             "text" if record.kind == TEXTS else "picture": [contents[r] for r in rows],
         },
     }
-
-
-def _content_of(record: RunRecord, row: int, *, served: bool) -> str:
-    """Returns a text, a picture as base64 or the number that names it, or ""."""
-    sample_id = record.ledger.ids[row]
-    if record.kind == TEXTS:
-        return record.texts.get(sample_id, "")
-    if served:
-        return str(row) if sample_id in record.thumbnail_index else ""
-    return base64.b64encode(record.thumbnail(sample_id) or b"").decode("ascii")
 
 
 # Page ---------------------------------------------------------------------------------
@@ -198,11 +179,8 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
         undefined=jinja2.StrictUndefined,
     )
     templates.filters |= {"safe_json": script_json, "share": share_text}
-    assets = resources.files("keras_rsft.report") / "assets"
-    style, scripts = (
-        "\n".join((assets / name).read_text(encoding="utf-8") for name in names)
-        for names in (_STYLES, _SCRIPTS)
-    )
+    style = "\n".join(map(charts.asset, _STYLES))
+    scripts = "\n".join(map(charts.asset, _SCRIPTS))
     script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
     pictures = "'self' data:" if served else "data:"
     results, config = record.results, record.config
@@ -224,7 +202,7 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
             name: f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
             for name, picture in record.pictures.items()
         },
-        strategies=strategies_table(results.get("strategies") or ()),
+        strategies=summary.strategies_table(results.get("strategies") or ()),
         settings=_settings(record),
         command=config.get("command") or results.get("command"),
         versions=config.get("versions") or results.get("versions", {}),
@@ -249,8 +227,6 @@ def _hash(text: str) -> str:
 
 def _acceptance(record: RunRecord) -> list[tuple[str, float]]:
     """Returns classes with their accepted shares, the least accepted first."""
-    if record.acceptance is None:
-        return []
     pairs = zip(record.class_names, record.acceptance.tolist(), strict=False)
     known = (pair for pair in pairs if not math.isnan(pair[1]))
     return sorted(known, key=lambda pair: pair[1])
@@ -271,21 +247,20 @@ def _settings(record: RunRecord) -> list[tuple[str, str]]:
     """Returns the configuration as rows, one level deep."""
     flat: dict[str, Any] = {}
     for name, value in record.config.items():
+        if name in ("command", "versions", "finding", "space"):
+            continue
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": one for key, one in value.items()}
         else:
             flat[name] = value
-    rows = []
     for name, value in flat.items():
-        if name.partition(".")[0] in ("command", "versions", "finding", "space"):
-            continue
         text = "-" if value is None else str(value)
         if isinstance(value, (dict, list)):
             text = json.dumps(value, ensure_ascii=False, default=str)
             if len(text) > _LONGEST_VALUE:
                 text = f"{text[:_LONGEST_VALUE]}…"
-        rows.append((name, text))
-    return rows
+        flat[name] = text
+    return list(flat.items())
 
 
 # -- The head of the page -------------------------------------------------------
@@ -301,7 +276,6 @@ class Outcome:
 
 
 def outcome_of(record: RunRecord) -> Outcome:
-    """Returns what came out of a run or of a search."""
     if record.is_search:
         return _of_search(record)
     results = record.results
@@ -311,7 +285,7 @@ def outcome_of(record: RunRecord) -> Outcome:
     right = share_text(results.get("right_labels_rejected"))
     notes = {
         f"{tuning}_test_accuracy": "the model that was kept"
-        for tuning in TUNINGS
+        for tuning in summary.TUNINGS
         if results.get(f"{tuning}_kept")
     } | {
         "estimated_wrong_labels": really,
@@ -319,7 +293,7 @@ def outcome_of(record: RunRecord) -> Outcome:
         "wrong_labels_rejected": f"and {right} of the right ones",
     }
     shares = [
-        (RESULT_NAMES[key], share_text(results[key]), note)
+        (summary.RESULT_NAMES[key], share_text(results[key]), note)
         for key, note in notes.items()
         if key in results
     ]
@@ -336,7 +310,7 @@ def _paired(record: RunRecord) -> Outcome:
     verdict = "a difference that may be chance"
     if low > 0 or high < 0:
         verdict = f"{abs(points):.1f} points {'better' if low > 0 else 'worse'}"
-    interval = range_text(low, high, "+")
+    interval = summary.range_text(low, high, "+")
     wrong = paired["wrong_labels"]
     labels = {
         None: "by its given labels, right or wrong",
@@ -359,7 +333,7 @@ def _paired(record: RunRecord) -> Outcome:
 
 
 def _alone(record: RunRecord) -> Outcome:
-    rows = accuracy_rows(record.results, record.split_sizes)
+    rows = summary.accuracy_rows(record.results, record.split_sizes)
     if not rows:
         return Outcome(
             "There is no test or validation split to judge the model by.", []
@@ -375,20 +349,19 @@ def _alone(record: RunRecord) -> Outcome:
 
 
 def _interval(share: float, count: int) -> str:
-    return f"95 %: {proportion_text(share, count)}"
+    return f"95 %: {summary.proportion_text(share, count)}"
 
 
 def _of_search(record: RunRecord) -> Outcome:
     results = record.results
-    images = results.get("test_images") or 0
-    table = choice_table(results)
+    images = results.get("test_images", 0)
+    table = summary.choice_table(results)
     figures = []
     for key, row in zip(("chosen", "plain"), table.rows, strict=True):
         for column in (2, 1, 3):  # The test split first.
-            note = ""
-            if column == 2 and row[2] != "-" and images:
-                note = _interval(results[key]["test_accuracy"], images)
             if row[column] != "-":
+                of_test = results[key].get("test_accuracy")
+                note = _interval(of_test, images) if column == 2 else ""
                 figures.append((f"{table.columns[column]}, {key}", row[column], note))
     method = (
         f"{results.get('trials', 0)} trials. The test split was looked at once, "
@@ -401,12 +374,9 @@ def _of_search(record: RunRecord) -> Outcome:
     ours, plain = (row[2] for row in table.rows)
     sentence = str(results.get("reason", ""))
     if "-" not in (ours, plain):
-        counted = (
-            f"{images:,} test {record.kind}" if images else f"the test {record.kind}"
-        )
         sentence = (
-            f"The chosen setting gets {ours} of {counted} right, plain fine-tuning "
-            f"{plain}."
+            f"The chosen setting gets {ours} of {images:,} test {record.kind} right, "
+            f"plain fine-tuning {plain}."
         )
     return Outcome(sentence, figures, method)
 
@@ -415,7 +385,6 @@ def _of_search(record: RunRecord) -> Outcome:
 
 
 def learning_curves(record: RunRecord) -> list[charts.LineChart]:
-    """Returns the charts of a run by epoch."""
     metrics = record.metrics
     plain = record.results.get("against_plain", {}).get("history", {})
     in_use = [math.nan] * len(metrics.get("loss", ()))
@@ -442,15 +411,10 @@ def learning_curves(record: RunRecord) -> list[charts.LineChart]:
 def _of_both(
     metrics: dict[str, list[float]], measure: str
 ) -> list[tuple[str, str, Sequence[float]]]:
-    """Returns the lines of the training and the validation split."""
-
     def completed(name: str, instead: str) -> list[float]:
         """Epochs that train the backbone have the mean over the epoch alone."""
-        others = metrics.get(instead, [])
-        values = metrics.get(name, others)
-        if len(others) != len(values):
-            return values
-        pairs = zip(values, others, strict=True)
+        values = metrics.get(name, metrics.get(instead, []))
+        pairs = zip(values, metrics.get(instead, values), strict=True)
         return [other if math.isnan(value) else value for value, other in pairs]
 
     lines: list[tuple[str, str, Sequence[float]]] = [
@@ -458,14 +422,12 @@ def _of_both(
         ("validation", "first", metrics.get(f"val_{measure}", [])),
     ]
     if any(rate < 1 for rate in metrics.get("acceptance_rate", [])):
-        older = "accepted_loss" if measure == "loss" else ""
-        accepted = completed(f"train_accepted_{measure}", older)
+        accepted = completed(f"train_accepted_{measure}", f"accepted_{measure}")
         lines.insert(1, ("training, accepted samples", "quiet dashed", accepted))
     return lines
 
 
 def curves_note(record: RunRecord) -> str:
-    """Says how the accuracies and losses were measured."""
     if "train_accuracy" not in record.metrics:
         return ""
     note = "Measured at the end of each epoch, by the same weights for both splits."

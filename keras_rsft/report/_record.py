@@ -58,7 +58,7 @@ class RunRecord:
     metrics: dict[str, list[float]]
     samples: Samples | None
     losses: tuple[EpochLosses, ...]
-    acceptance: np.ndarray | None
+    acceptance: np.ndarray
     pairs: tuple[tuple[str, str, float], ...]
     split_sizes: dict[str, int]
     trials: tuple[dict[str, str], ...]
@@ -124,7 +124,6 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run folder, or the folder of a finished search."""
     has_ledger = (folder / _storage.LEDGER_FILE).is_file()
     is_search = (folder / _storage.SEARCH_FILE).is_file()
     if not (folder / _storage.RESULTS_FILE).is_file() or not (has_ledger or is_search):
@@ -151,10 +150,18 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
     else:
         class_names = tuple(json_of(_storage.CLASSES_FILE))
     metrics = _rows(folder / _storage.METRICS_FILE)
-    by_epoch = itertools.groupby(
-        _rows(folder / _storage.HISTOGRAMS_FILE), lambda row: int(row["epoch"])
-    )
-    acceptance, path = None, folder / _storage.ACCEPTANCE_FILE
+    losses, bins = [], _rows(folder / _storage.HISTOGRAMS_FILE)
+    for epoch, group in itertools.groupby(bins, lambda row: int(row["epoch"])):
+        rows = list(group)
+        threshold = rows[-1]["threshold"]
+        counted = tuple(
+            (float(r["low"]), float(r["high"]), int(r["accepted"]), int(r["rejected"]))
+            for r in rows
+        )
+        limit = float(threshold) if threshold else None
+        losses.append(EpochLosses(epoch, limit, counted))
+    splits = (row["split"] for row in _rows(folder / _storage.SAMPLES_FILE))
+    acceptance, path = np.array([]), folder / _storage.ACCEPTANCE_FILE
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             *_, last = csv.reader(file)  # By position: a class may be called "epoch".
@@ -169,17 +176,13 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
             for name in (metrics[0] if metrics else {})
         },
         samples=None if is_search else _samples(folder, class_names),
-        losses=tuple(_losses(epoch, list(rows)) for epoch, rows in by_epoch),
+        losses=tuple(losses),
         acceptance=acceptance,
         pairs=tuple(
             (row["id"], row["other_id"], float(row["similarity"]))
             for row in _rows(folder / _storage.NEAR_DUPLICATES_FILE)
         ),
-        split_sizes=dict(
-            collections.Counter(
-                row["split"] for row in _rows(folder / _storage.SAMPLES_FILE)
-            )
-        ),
+        split_sizes=collections.Counter(splits),
         trials=tuple(_rows(folder / TRIALS_FILE)),
     )
 
@@ -205,15 +208,6 @@ def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
         seen=numbers("seen").astype(np.int64),
         rejected=numbers("rejected").astype(np.int64),
     )
-
-
-def _losses(epoch: int, rows: list[dict[str, str]]) -> EpochLosses:
-    threshold = rows[-1]["threshold"]
-    bins = tuple(
-        (float(r["low"]), float(r["high"]), int(r["accepted"]), int(r["rejected"]))
-        for r in rows
-    )
-    return EpochLosses(epoch, float(threshold) if threshold else None, bins)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

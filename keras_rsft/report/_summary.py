@@ -40,7 +40,6 @@ def share_text(share: float | None, digits: int = 1) -> str:
 
 
 def range_text(low: float, high: float, sign: str = "") -> str:
-    """Returns the ends of an interval of shares, in percent."""
     return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
 
@@ -82,8 +81,6 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Tables, warnings, and notes that explain the numbers."""
-
     tables: tuple[Table, ...]
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -103,7 +100,6 @@ def accuracy_rows(
 
 
 def run_summary(run: Any) -> Summary:
-    """Summarises a `Run`."""
     results = run.results
     rows = [
         (name, share_text(results[key]))
@@ -131,8 +127,6 @@ def run_summary(run: Any) -> Summary:
 
 
 def comparison_summary(comparison: Any) -> Summary:
-    """Summarises a `Comparison`: a row for each method, and the verdict."""
-
     def points(interval: Interval | None, sign: str = "") -> str:
         if interval is None:
             return "-"
@@ -171,7 +165,6 @@ def comparison_summary(comparison: Any) -> Summary:
 
 
 def search_summary(found: Any, most_trials: int = 5) -> Summary:
-    """Summarises a `Search`: the best trials, and the choice beside plain."""
     better = sorted(
         (one for one in found.outcomes if one.metrics),
         key=lambda one: -one.metrics["val_accuracy"],
@@ -203,7 +196,6 @@ def search_summary(found: Any, most_trials: int = 5) -> Summary:
 
 
 def choice_table(results: Mapping[str, Any]) -> Table:
-    """Returns the chosen setting beside plain, from the results of a search."""
     names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
     rows = []
     for key, title in (("chosen", "chosen"), ("plain", "plain fine-tuning")):
@@ -244,7 +236,6 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def ranking_summary(ranking: Any) -> Summary:
-    """Summarises a `BackboneRanking`: the backbones, the best first."""
     first, *others = ranking.ranked
     rows = tuple(
         (

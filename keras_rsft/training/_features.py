@@ -16,10 +16,10 @@ from keras_rsft.data._samples import ImageData, SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.features._extract import (
     FeaturePass,
-    FrozenBase,
+    FrozenBackbone,
     choose_precision,
     keep_shares,
-    open_kept,
+    open_cached,
     run_alone,
     run_together,
 )
@@ -146,20 +146,20 @@ def extract_all(
         backbone, data, config, seed=seed, progress=progress, device_names=device_names
     )
     if cluster is not None and not cluster.is_alone:
-        run_together(passes, cluster, patience=timeout)
+        run_together(passes, cluster, timeout=timeout)
     else:
         for work in passes:
             run_alone(work)
     splits = (data.train, data.validation, data.test)
     opened = {
-        split.name: open_kept(work.folder, split)
+        split.name: open_cached(work.folder, split)
         for split, work in zip(splits, passes, strict=True)
     }
     return SplitFeatures(**opened, class_names=data.class_names)
 
 
 def feature_passes(
-    backbone: keras.Model | FrozenBase,
+    backbone: keras.Model | FrozenBackbone,
     data: SampleData,
     config: FeatureConfig,
     *,
@@ -170,8 +170,8 @@ def feature_passes(
     """Returns the passes that `extract_all` makes."""
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
-    if not isinstance(backbone, FrozenBase):
-        backbone = FrozenBase(
+    if not isinstance(backbone, FrozenBackbone):
+        backbone = FrozenBackbone(
             backbone,
             num_images=sum(map(len, splits)) + more,
             device_names=device_names,
@@ -203,4 +203,4 @@ def keep_share(
     passes = feature_passes(
         load_configured(config), data, config, seed=seed, progress=progress
     )
-    keep_shares(passes, cluster, patience=timeout)
+    keep_shares(passes, cluster, timeout=timeout)

@@ -17,7 +17,11 @@ from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, feature_
 from keras_rsft.data._samples import SampleData
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.features._extract import FrozenBase, extract_features, seconds_per_image
+from keras_rsft.features._extract import (
+    FrozenBackbone,
+    extract_features,
+    seconds_per_image,
+)
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality._audit import LabelQuality, audit_labels
 from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
@@ -122,7 +126,7 @@ def run_pilot(
             f"sample={sample} of {len(labels)}."
         )
     config = feature_config(features, data.kind)
-    frozen = FrozenBase(load_configured(config))
+    frozen = FrozenBackbone(load_configured(config))
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
     passes = feature_passes(frozen, data, config, seed=settings.seed)
     left = sum(work.views * len(work.split) for work in passes if not work.is_done)

@@ -34,7 +34,11 @@ from keras_rsft.features._batches import (
     labelled_images,
     positions_of,
 )
-from keras_rsft.features._extract import FrozenBase, default_cache_dir, extract_features
+from keras_rsft.features._extract import (
+    FrozenBackbone,
+    default_cache_dir,
+    extract_features,
+)
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
 from keras_rsft.training._features import FeatureSource, SplitFeatures
@@ -281,7 +285,7 @@ def _batches(
     """Returns training and validation batches, and the names of cached activations."""
     data, validation = source.images, None
     if not cached:
-        size = part.base.input_shape[1:3]
+        size = part.backbone.input_shape[1:3]
         if len(features.validation):
             validation = labelled_images(
                 data.validation, features.validation, size, batch_size=batch_size
@@ -293,7 +297,7 @@ def _batches(
     views = features.train.views
     extract = functools.partial(
         extract_features,
-        FrozenBase(
+        FrozenBackbone(
             part.front, num_images=views * len(data.train) + len(data.validation)
         ),
         seed=settings.seed,
@@ -344,7 +348,7 @@ def train_unfrozen(
         inputs = keras.Input(part.rest.input_shape[1:], name="activations")
         activations = inputs
         if not cached:
-            inputs = keras.Input(part.base.input_shape[1:], name="images")
+            inputs = keras.Input(part.backbone.input_shape[1:], name="images")
             activations = FrozenFront(part.front)(inputs)
         body = keras.Model(inputs, head(part.rest(activations)), name="tuned")
         model = RSFTModel(body, policy)
@@ -390,7 +394,7 @@ def train_unfrozen(
         raise failure from error
     part.freeze()
     with built_in_float32():
-        classifier = build_classifier(part.base, head.output_shape[-1], head=head)
+        classifier = build_classifier(part.backbone, head.output_shape[-1], head=head)
     after, unknown = len(history["loss"]), float("nan")
     last = recorder.last_epoch
     accepted = trained.accepted if last is None else last[1] > 0

@@ -16,37 +16,26 @@ import keras_tuner
 import numpy as np
 import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
+from keras_tuner.errors import FailedTrialError
 
 from keras_rsft._storage import MODEL_FILE, disk_full_said, replaced
 from keras_rsft.config import (
     ALL,
     FROZEN,
     LAST_BLOCK,
-    UNFREEZE_NAMES,
     SearchConfig,
     TrainConfig,
     Unfreeze,
 )
+from keras_rsft.training import _unfreeze
 from keras_rsft.training._curves import accuracy_error
 from keras_rsft.training._features import FeatureSource
 from keras_rsft.training._head import best_of_all_epochs
 from keras_rsft.training._resume import TrainingCheckpoint, TrainingClock
-from keras_rsft.training._unfreeze import (
-    accuracy_on_images,
-    begun_from,
-    cache_activations,
-    cut_backbone,
-    train_unfrozen,
-)
+from keras_rsft.training._unfreeze import cut_backbone, train_unfrozen
+from keras_rsft.tuning import _tuner
 from keras_rsft.tuning._batched import METRICS
-from keras_rsft.tuning._choice import ACCURACY, UNFREEZE, TrialOutcome
-from keras_rsft.tuning._tuner import (
-    DIVERGED,
-    SECONDS,
-    DurableOracle,
-    DurableTuner,
-    TrialsTuner,
-)
+from keras_rsft.tuning._choice import ACCURACY, PLAIN, UNFREEZE, TrialOutcome
 
 RATE = "backbone_learning_rate"
 WEIGHTS = "trainable_weights"
@@ -55,15 +44,13 @@ _NAMES = {LAST_BLOCK: "the last block", ALL: "all of the backbone"}
 # The backbone's learning rate is a tenth of the head's, and at most this: the rate that
 # is best for a new head may be one that ruins a backbone. Optimizers that divide by
 # the gradient's size need a smaller one.
-_HIGHEST_RATE = {"sgd": 1e-3}
-_HIGHEST_ADAPTIVE_RATE = 1e-4
+_HIGHEST_RATE, _HIGHEST_ADAPTIVE_RATE = {"sgd": 1e-3}, 1e-4
 
 
 def best_heads(
     outcomes: Sequence[TrialOutcome], options: SearchConfig
 ) -> tuple[TrialOutcome, ...]:
     """Returns the best plain trial and the best that rejects, where there are any."""
-    sign = 1.0 if options.direction == "max" else -1.0
     plain = [one for one in outcomes if one.is_plain]
     rejecting = [
         one
@@ -73,11 +60,11 @@ def best_heads(
         # One that accepted everything all the same would be the plain training again.
         and options.min_acceptance <= one.acceptance < 1.0
     ]
-
-    def goodness(one: TrialOutcome) -> tuple[float, float]:
-        return sign * one.metrics[options.objective], one.acceptance
-
-    return tuple(max(group, key=goodness) for group in (plain, rejecting) if group)
+    return tuple(
+        max(group, key=lambda one: (one.goodness(options), one.acceptance))
+        for group in (plain, rejecting)
+        if group
+    )
 
 
 def planned_trials(
@@ -106,34 +93,35 @@ def learnable(
     return tuple(one for one in names if not (same and one == ALL))
 
 
-class BackboneTuner(DurableTuner):
+class BackboneTuner(_tuner.DurableTuner):
     """Trains the last block of the backbone, or all of it, from searched heads."""
 
     def __init__(
         self,
-        tuner: TrialsTuner,
+        tuner: _tuner.TrialsTuner,
         heads: Sequence[TrialOutcome],
         options: SearchConfig,
         source: FeatureSource,
         folder: Path,
     ):
-        oracle = DurableOracle(
-            objective=keras_tuner.Objective(options.objective, options.direction),
-            # A failed trial is no reason to give up the others.
-            max_consecutive_failed_trials=None,
-        )
+        objective = keras_tuner.Objective(options.objective, options.direction)
+        oracle = _tuner.DurableOracle(objective)
         with contextlib.redirect_stdout(io.StringIO()):  # Of a resumed search.
             super().__init__(
                 oracle, directory=str(folder), project_name="backbone_trials"
             )
         self.oracle.verbose = 0
-        self.best_heads = best_heads(heads, options)
-        self._heads = {one.trial_id: one for one in heads}
+        self.heads: dict[str, TrialOutcome] = {}
+        for one in heads:
+            values = {UNFREEZE: FROZEN, **one.values}
+            self.heads[one.trial_id] = dataclasses.replace(one, values=values)
+        self.best_heads = best_heads(tuple(self.heads.values()), options)
         self._tuner, self._options, self._source = tuner, options, source
+        self._epochs = tuner.hypermodel.settings.unfreezing.epochs or 1
 
     def head_of(self, outcome: TrialOutcome) -> TrialOutcome:
         """Returns the head's trial that one began from; a head's own is itself."""
-        return self._heads[outcome.trial_id.removeprefix(f"{outcome.unfreeze}-")]
+        return self.heads[outcome.trial_id.removeprefix(f"{outcome.unfreeze}-")]
 
     def search(self) -> None:
         """Trains the planned trials that have not ended yet, one after the other."""
@@ -141,7 +129,6 @@ class BackboneTuner(DurableTuner):
         left = {k: v for k, v in planned.items() if k not in self.oracle.end_order}
         if not left:
             return
-        self.on_search_begin()
         backbone = self._source.float32_backbone()
         kinds = ", ".join(
             f"{_NAMES[name]} from {count} head{'s' if count > 1 else ''}"
@@ -155,32 +142,25 @@ class BackboneTuner(DurableTuner):
                 f"({head.settings.policy.name}), {number} of {len(left)}."
             )
             self._run(trial_id, name, head, backbone)
-        self.on_search_end()
 
     def run_trial(self, trial: Trial, *args: Any, **kwargs: Any) -> None:
         """Exists because Keras Tuner asks for it where there is no hypermodel."""
         raise NotImplementedError("Use `search`, which plans the trials.")
 
     def load_model(self, trial: Trial) -> keras.Model:
-        """Returns a completed trial's model, images to probabilities."""
         return keras.saving.load_model(self.model_file(trial.trial_id), compile=False)
 
     def model_file(self, trial_id: str) -> Path:
-        """Returns where a completed trial's model is."""
         return Path(self.get_trial_dir(trial_id)) / MODEL_FILE
 
     def test_accuracy(self, outcome: TrialOutcome) -> float:
         model = self.load_model(self.oracle.trials[outcome.trial_id])
-        return accuracy_on_images(model, self._source.images.test)
+        return _unfreeze.accuracy_on_images(model, self._source.images.test)
 
     def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
         name = trial.hyperparameters.values[UNFREEZE]
-        head = self._heads[trial.trial_id.removeprefix(f"{name}-")]
+        head = self.heads[trial.trial_id.removeprefix(f"{name}-")]
         return self._settings(name, head, max(epochs - head.epochs, 1))
-
-    @property
-    def _epochs(self) -> int:
-        return self._tuner.hypermodel.settings.unfreezing.epochs or 1
 
     def _settings(self, name: str, head: TrialOutcome, epochs: int) -> TrainConfig:
         """Returns how a trial is trained, its head's training first."""
@@ -214,9 +194,11 @@ class BackboneTuner(DurableTuner):
         path = Path(self.get_trial_dir(trial_id)) / "training.npz"
         checkpoint = TrainingCheckpoint(path)
         try:
-            trial.message = self._train(trial_id, head, settings, backbone, checkpoint)
+            self._train(trial, head, settings, backbone, checkpoint)
+        except FailedTrialError as error:
+            self._fail(trial, str(error))
         except tf.errors.ResourceExhaustedError as error:
-            trial.message = f"Memory is full: {str(error).splitlines()[0]}"
+            self._fail(trial, f"Memory is full: {str(error).splitlines()[0]}")
         except (KeyboardInterrupt, OSError) as error:
             with contextlib.suppress(OSError):  # The disk may be full.
                 checkpoint.flush()
@@ -224,20 +206,17 @@ class BackboneTuner(DurableTuner):
             if shown is error:
                 raise
             raise shown from error
-        failed = trial.message is not None
-        trial.status = TrialStatus.FAILED if failed else TrialStatus.COMPLETED
-        self.on_trial_end(trial)
         path.unlink(missing_ok=True)
 
     def _train(
         self,
-        trial_id: str,
+        trial: Trial,
         head: TrialOutcome,
         settings: TrainConfig,
         backbone: keras.Model,
         checkpoint: TrainingCheckpoint,
-    ) -> str | None:
-        """Trains and keeps the model of the best epoch; returns why it failed."""
+    ) -> None:
+        """Trains and keeps the model of the best epoch."""
         options, features = self._options, self._tuner.hypermodel.features
         clock = TrainingClock()
         best = best_of_all_epochs(
@@ -246,31 +225,31 @@ class BackboneTuner(DurableTuner):
         part = cut_backbone(backbone, settings.unfreezing)
         model = self._tuner.model_of(head)
         weights = weights_of(part.rest) + weights_of(model)
-        # The same for all trials of a part.
-        cut = settings.unfreezing.layers
+        cut = settings.unfreezing.layers  # One choice for all trials of a part.
         choice = Path(self.project_dir) / f"activations-{cut}.json"
+        cached = _unfreeze.cache_activations(part, features, self._source, choice)
         with warnings.catch_warnings():
             # A trial's acceptance rate says it, instead of a warning in each epoch.
             warnings.filterwarnings("ignore", message=".*accepted no sample")
             whole, trained = train_unfrozen(
                 part,
-                begun_from(
+                _unfreeze.begun_from(
                     model, features, epochs=head.epochs, callbacks=(best, clock)
                 ),
                 self._source,
                 features,
                 settings,
-                cached=cache_activations(part, features, self._source, choice),
+                cached=cached,
                 checkpoint=checkpoint,
             )
         history = trained.history
         if not np.isfinite(history["val_loss"][head.epochs :]).all():
-            return DIVERGED
-        replaced(self.model_file(trial_id), whole.save)
-        metrics = {name: float(history[name][best.best_epoch]) for name in METRICS}
-        metrics |= {SECONDS: clock.seconds, WEIGHTS: weights}
-        self.oracle.update_trial(trial_id, metrics, step=best.best_epoch)
-        return None
+            raise FailedTrialError(_tuner.DIVERGED)
+        replaced(self.model_file(trial.trial_id), whole.save)
+        shown = {name: history[name] for name in METRICS}
+        self._complete(
+            trial, shown, best.best_epoch, clock.seconds, **{WEIGHTS: weights}
+        )
 
 
 def weights_of(model: keras.Model) -> int:
@@ -286,27 +265,26 @@ def strategy_rows(
 ) -> list[dict[str, Any]]:
     """Returns one row for each trial that stands for a strategy, and the choice."""
     rows = []
-    for one in {one.trial_id: one for one in (*outcomes, chosen)}.values():
+    unique = {one.trial_id: one for one in (*outcomes, chosen)}.values()
+    for one in sorted(
+        unique, key=lambda one: (one.cost, one.settings.policy.name != PLAIN)
+    ):
         accuracy, policy = one.metrics.get(ACCURACY), one.settings.policy.name
-        weights = one.metrics.get(WEIGHTS)
-        if one.unfreeze == FROZEN:
-            weights = head_weights
+        weights = one.metrics.get(WEIGHTS) if one.cost else head_weights
         error = None if accuracy is None else accuracy_error(accuracy, validation_size)
         rows.append(
             {
                 "unfreeze": one.unfreeze,
-                "rejects": policy != "accept-all",
+                "rejects": policy != PLAIN,
                 "trial": one.trial_id,
                 "policy": policy,
                 "validation_accuracy": accuracy,
                 "standard_error": error,
                 "acceptance_rate": one.metrics.get("acceptance_rate"),
-                "seconds": one.metrics.get(SECONDS),
+                "seconds": one.metrics.get(_tuner.SECONDS),
                 "trainable_weights": None if weights is None else int(weights),
                 "chosen": one.trial_id == chosen.trial_id,
                 "message": one.message,
             }
         )
-    return sorted(
-        rows, key=lambda row: (UNFREEZE_NAMES.index(row["unfreeze"]), row["rejects"])
-    )
+    return rows

@@ -17,16 +17,7 @@ from keras_rsft.features._batches import TrainingBatches
 from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.policies import _rules as rules
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.tuning._space import (
-    ACCEPT_ALL,
-    BATCH_BELOW,
-    BELOW,
-    KEEP_SMALLEST,
-    LISTED,
-    acceptance_groups,
-    stack_trials,
-    update_rule,
-)
+from keras_rsft.tuning import _space
 
 # Step ---------------------------------------------------------------------------------
 
@@ -52,6 +43,14 @@ class Batch(NamedTuple):
     listed: tf.Tensor
     reviewed: tf.Tensor
     present: tf.Tensor
+    step: tf.Tensor
+
+
+class Trials(NamedTuple):
+    """The numbers of `k` heads, each `(k,)`, and the positions by way of acceptance."""
+
+    numbers: dict[str, tf.Tensor]
+    groups: dict[int, tf.Tensor]
 
 
 def head_logits(features: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
@@ -69,12 +68,7 @@ def log_likelihoods(logits: tf.Tensor) -> tf.Tensor:
 
 
 def step_heads(
-    batch: Batch,
-    state: HeadState,
-    trials: dict[str, tf.Tensor],
-    step: tf.Tensor,
-    *,
-    groups: dict[int, tf.Tensor],
+    batch: Batch, state: HeadState, trials: Trials
 ) -> tuple[HeadState, tf.Tensor]:
     """Takes one step with every head; also returns `_SUMS` sums for each."""
     usable = tf.reduce_all(tf.math.is_finite(batch.features), axis=-1)
@@ -86,9 +80,7 @@ def step_heads(
     losses = -tf.gather(likelihoods, batch.labels, axis=1, batch_dims=1)
     usable = tf.logical_and(usable, batch.present)[:, None]
     losses = tf.where(usable, losses, float("inf"))
-    accepted = tf.transpose(
-        accepted_by_trials(tf.transpose(losses), batch, trials, step, groups=groups)
-    )
+    accepted = tf.transpose(accepted_by_trials(tf.transpose(losses), batch, trials))
     share = tf.cast(accepted, tf.float32)
     share = tf.math.divide_no_nan(share, tf.reduce_sum(share, axis=0))
     errors = (tf.exp(likelihoods) - wanted) * share[:, None]
@@ -97,7 +89,7 @@ def step_heads(
     gradient = tf.matmul(features, flat_errors, transpose_a=True)
     gradients = tf.reshape(gradient, state.kernel.shape), tf.reduce_sum(errors, axis=0)
     moves = tf.reduce_any(accepted, axis=0)
-    state = _updated(state, gradients, trials, moves)
+    state = _updated(state, gradients, trials.numbers, moves)
     finite = tf.math.is_finite(losses)
     rows = [  # As `model.metrics.selection_sums` counts.
         tf.broadcast_to(tf.cast(batch.present[:, None], tf.float32), tf.shape(losses)),
@@ -109,40 +101,33 @@ def step_heads(
     return state, tf.stack([tf.reduce_sum(row, axis=0) for row in rows])
 
 
-def accepted_by_trials(
-    losses: tf.Tensor,
-    batch: Batch,
-    trials: dict[str, tf.Tensor],
-    step: tf.Tensor,
-    *,
-    groups: dict[int, tf.Tensor],
-) -> tf.Tensor:
+def accepted_by_trials(losses: tf.Tensor, batch: Batch, trials: Trials) -> tf.Tensor:
     """Returns which samples each trial accepts, bool `(k, batch)` like the losses."""
     accepted = tf.ones_like(losses, dtype=tf.bool)
-    for acceptance, positions in groups.items():
-        if acceptance == ACCEPT_ALL:
+    for acceptance, positions in trials.groups.items():
+        if acceptance == _space.ACCEPT_ALL:
             continue
         own = tf.gather(losses, positions)
         threshold, keep_fraction, warmup_steps = (
-            tf.gather(trials[name], positions)[:, None]
+            tf.gather(trials.numbers[name], positions)[:, None]
             for name in ("threshold", "keep_fraction", "warmup_steps")
         )
         in_warmup = tf.ones_like(own, dtype=tf.bool)
-        if acceptance == KEEP_SMALLEST:
+        if acceptance == _space.KEEP_SMALLEST:
             warmup_steps, ramp_steps = 0, warmup_steps
-            share = rules.ramped_keep_fraction(step, keep_fraction, ramp_steps)
+            share = rules.ramped_keep_fraction(batch.step, keep_fraction, ramp_steps)
             chosen = rules.keep_smallest(own, share)
-        elif acceptance == BELOW:
+        elif acceptance == _space.BELOW:
             chosen = rules.accept_below(own, threshold)
-        elif acceptance == LISTED:
+        elif acceptance == _space.LISTED:
             in_warmup = tf.logical_and(in_warmup, batch.listed)
             chosen = rules.accept_listed(batch.listed, own, batch.labels, threshold)
         else:
             finite = tf.logical_or(tf.math.is_finite(own), ~batch.present)
             in_warmup = tf.reduce_all(finite, axis=1, keepdims=True)
             chosen = rules.accept_batch_below(own, threshold, batch.present)
-        chosen = rules.after_warmup(chosen, in_warmup, step, warmup_steps)
-        if acceptance != BATCH_BELOW:  # As `AcceptReviewed` has it.
+        chosen = rules.after_warmup(chosen, in_warmup, batch.step, warmup_steps)
+        if acceptance != _space.BATCH_BELOW:  # As `AcceptReviewed` has it.
             chosen = tf.logical_or(chosen, batch.reviewed)
         accepted = tf.tensor_scatter_nd_update(accepted, positions[:, None], chosen)
     return tf.logical_and(accepted, tf.math.is_finite(losses))
@@ -151,49 +136,40 @@ def accepted_by_trials(
 def _updated(
     state: HeadState,
     gradients: tuple[tf.Tensor, tf.Tensor],
-    trials: dict[str, tf.Tensor],
+    numbers: dict[str, tf.Tensor],
     moves: tf.Tensor,
 ) -> HeadState:
     """Returns the state after an update of the heads that move, bool `(k,)`."""
-    decay = 1.0 - trials["weight_decay"] * trials["learning_rate"]
+    rate = numbers["learning_rate"]
+    decay = 1.0 - numbers["weight_decay"] * rate
     iterations = tf.where(moves, state.iterations + 1.0, state.iterations)
+    # A head that has not moved yet, and does not now, would divide 0 by 0.
+    steps = tf.maximum(iterations, 1.0)
+    adam_rate = rate * tf.sqrt(1.0 - BETA_2**steps) / (1.0 - BETA_1**steps)
     parts = []
     for weights, gradient, slots, decayed in (
         (state.kernel, gradients[0], state.kernel_slots, decay),
         (state.bias, gradients[1], state.bias_slots, 1.0),  # A bias does not decay.
     ):
+        is_adam = len(slots) == 2
+        if is_adam:
+            targets = ((gradient, BETA_1), (tf.square(gradient), BETA_2))
+            moved = [
+                slot + (target - slot) * (1.0 - beta)
+                for slot, (target, beta) in zip(slots, targets, strict=True)
+            ]
+        else:  # SGD
+            moved = [slots[0] * numbers["momentum"] - gradient * rate]
         # From here on the old slots are not needed, so that the compiler copies none.
-        new_slots = tuple(
-            tf.where(moves, new, old)
-            for new, old in zip(_moved(slots, gradient, trials), slots, strict=True)
+        new = tuple(
+            tf.where(moves, one, old) for one, old in zip(moved, slots, strict=True)
         )
-        moved = weights * decayed + _change(new_slots, trials, iterations)
-        parts.append((tf.where(moves, moved, weights), new_slots))
+        change = new[0]
+        if is_adam:
+            change = -new[0] * adam_rate / (tf.sqrt(new[1]) + EPSILON)
+        parts.append((tf.where(moves, weights * decayed + change, weights), new))
     (kernel, kernel_slots), (bias, bias_slots) = parts
     return HeadState(kernel, bias, kernel_slots, bias_slots, iterations)
-
-
-def _moved(
-    slots: tuple[tf.Tensor, ...], gradient: tf.Tensor, trials: dict[str, tf.Tensor]
-) -> tuple[tf.Tensor, ...]:
-    """Returns the new slots of Keras's SGD, which has one, or of its Adam."""
-    if len(slots) == 1:
-        return (slots[0] * trials["momentum"] - gradient * trials["learning_rate"],)
-    first = slots[0] + (gradient - slots[0]) * (1.0 - BETA_1)
-    second = slots[1] + (tf.square(gradient) - slots[1]) * (1.0 - BETA_2)
-    return first, second
-
-
-def _change(
-    slots: tuple[tf.Tensor, ...], trials: dict[str, tf.Tensor], iterations: tf.Tensor
-) -> tf.Tensor:
-    if len(slots) == 1:
-        return slots[0]
-    # A head that has not moved yet, and does not now, would divide 0 by 0.
-    steps = tf.maximum(iterations, 1.0)
-    rate = trials["learning_rate"] * tf.sqrt(1.0 - BETA_2**steps)
-    rate /= 1.0 - BETA_1**steps
-    return -slots[0] * rate / (tf.sqrt(slots[1]) + EPSILON)
 
 
 # Heads --------------------------------------------------------------------------------
@@ -250,7 +226,7 @@ class BatchedHeads:
             every_sample if label_quality is None else label_quality.accept_mask(),
             none if train.reviewed is None else train.reviewed,
         )
-        trials = stack_trials(
+        numbers = _space.stack_trials(
             settings,
             num_classes=classes,
             steps_per_epoch=self._steps_per_epoch,
@@ -266,47 +242,43 @@ class BatchedHeads:
         best_values = np.full(count, -np.inf)
         alive = np.arange(count)
         cuts = {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)}
-        state = self._first_state(count, 1 if update_rule(settings[0]) == "sgd" else 2)
+        state = self._first_state(count, _space.update_rule(settings[0]))
         batches = TrainingBatches(
             train, batch_size=self._block_rows, seed=self._seed, sample_index=True
         )
         sign = 1.0 if direction == "max" else -1.0
         for epoch in range(epochs):
-            state, logs = self._epoch(batches, masks, epoch, state, trials)
+            state, logs = self._epoch(batches, masks, epoch, state, numbers)
             logs |= self._validate(state)
-            for name, numbers in logs.items():
-                trained.history[name][alive, epoch] = numbers
+            for name, measured in logs.items():
+                trained.history[name][alive, epoch] = measured
             trained.diverged[alive] |= ~np.isfinite(logs["val_loss"])
             values = sign * logs[objective]
             rows = np.flatnonzero(values > best_values[alive])  # The first of equals.
             better = alive[rows]
             best_values[better] = values[rows]
             trained.best_epochs[better] = epoch
-            for target, source in (
-                (trained.kernels, state.kernel),
-                (trained.biases, state.bias),
-            ):
-                if len(rows):
-                    chosen = tf.gather(source, rows, axis=-1).numpy()
-                    target[better] = np.moveaxis(chosen, -1, 0)
+            if len(rows):
+                gather = functools.partial(tf.gather, indices=rows, axis=-1)
+                kernels = gather(state.kernel).numpy()
+                trained.kernels[better] = np.moveaxis(kernels, -1, 0)
+                trained.biases[better] = gather(state.bias).numpy().T
             on_epoch(len(alive), sign * float(best_values.max()))
             if epoch + 1 in cuts and len(alive) > 1:
                 worst_last = np.argsort(-best_values[alive], kind="stable")
                 left = np.sort(worst_last[: -(-len(alive) // 2)])
                 alive = alive[left]
-                trials = {name: numbers[left] for name, numbers in trials.items()}
-                parts = tf.nest.map_structure(
-                    functools.partial(tf.gather, indices=left, axis=-1), tuple(state)
-                )
-                state = HeadState(*parts)
+                numbers = {name: array[left] for name, array in numbers.items()}
+                gather = functools.partial(tf.gather, indices=left, axis=-1)
+                state = tf.nest.map_structure(gather, state)
         return trained
 
-    def _first_state(self, count: int, slots: int) -> HeadState:
+    def _first_state(self, count: int, rule: str) -> HeadState:
         """Returns the weights that `build_head` begins with, the same for all."""
         shape = self._features.train.dim, len(self._features.class_names)
         first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
         kernel = tf.tile(tf.convert_to_tensor(first)[:, :, None], (1, 1, count))
-        bias = tf.zeros((shape[1], count))
+        bias, slots = tf.zeros((shape[1], count)), 1 if rule == "sgd" else 2
         return HeadState(
             kernel,
             bias,
@@ -321,11 +293,14 @@ class BatchedHeads:
         masks: tuple[np.ndarray, np.ndarray],
         epoch: int,
         state: HeadState,
-        trials: dict[str, np.ndarray],
+        numbers: dict[str, np.ndarray],
     ) -> tuple[HeadState, dict[str, np.ndarray]]:
         batches.callback.on_epoch_begin(epoch)
-        groups = acceptance_groups(trials["acceptance"])
-        sums = tf.zeros((_SUMS, len(trials["acceptance"])))
+        acceptance = numbers["acceptance"]
+        constants = functools.partial(tf.nest.map_structure, tf.constant)
+        groups = _space.acceptance_groups(acceptance)
+        trials = Trials(constants(numbers), constants(groups))
+        sums = tf.zeros((_SUMS, len(acceptance)))
         step = epoch * self._steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
@@ -336,8 +311,7 @@ class BatchedHeads:
                 self._moments,
                 state,
                 sums,
-                {name: tf.constant(v) for name, v in trials.items()},
-                {way: tf.constant(v) for way, v in groups.items()},
+                trials,
                 tf.constant(step),
                 batch_size=self._batch_size,
             )
@@ -357,16 +331,10 @@ class BatchedHeads:
         for chunk in validation.chunks(rows):
             labels = validation.labels[start : start + len(chunk)]
             start += len(chunk)
-            totals = (
-                totals
-                + score_block(
-                    *_filled_up((tf.constant(chunk), tf.constant(labels)), rows),
-                    tf.constant(len(chunk)),
-                    self._moments,
-                    state.kernel,
-                    state.bias,
-                ).numpy()
-            )
+            block = _filled_up((tf.constant(chunk), tf.constant(labels)), rows)
+            size = tf.constant(len(chunk))
+            weights = state.kernel, state.bias
+            totals = totals + score_block(*block, size, self._moments, *weights).numpy()
         return {"val_accuracy": totals[0] / count, "val_loss": totals[1] / count}
 
 
@@ -377,8 +345,7 @@ def run_block(
     moments: tuple[tf.Tensor, tf.Tensor],
     state: HeadState,
     sums: tf.Tensor,
-    trials: dict[str, tf.Tensor],
-    groups: dict[int, tf.Tensor],
+    trials: Trials,
     first_step: tf.Tensor,
     *,
     batch_size: int,
@@ -394,12 +361,9 @@ def run_block(
             tf.slice(one, [start], [batch_size]) for one in columns
         )
         present = start + tf.range(batch_size) < rows
-        batch = Batch(
-            (values - moments[0]) / moments[1], labels, listed, reviewed, present
-        )
-        state, added = step_heads(
-            batch, state, trials, first_step + step, groups=groups
-        )
+        values = (values - moments[0]) / moments[1]
+        batch = Batch(values, labels, listed, reviewed, present, first_step + step)
+        state, added = step_heads(batch, state, trials)
         return step + 1, state, sums + added
 
     _, state, sums = tf.while_loop(

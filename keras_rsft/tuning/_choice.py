@@ -6,14 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_rsft.config import (
-    ALL,
-    FROZEN,
-    LAST_BLOCK,
-    UNFREEZE_NAMES,
-    SearchConfig,
-    TrainConfig,
-)
+from keras_rsft.config import FROZEN, UNFREEZE_NAMES, SearchConfig, TrainConfig
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.training._curves import accuracy_error
 
@@ -22,11 +15,12 @@ ACCURACY = "val_accuracy"
 PLAIN = "accept-all"
 # Name of the value that says how much of the backbone is trained.
 UNFREEZE = "unfreeze"
-_ALIKE = {
-    FROZEN: "on a frozen backbone ",
-    LAST_BLOCK: "that train the last block ",
-    ALL: "that train all of the backbone ",
-}
+# By `TrialOutcome.cost`.
+_ALIKE = (
+    "on a frozen backbone ",
+    "that train the last block ",
+    "that train all of the backbone ",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +60,14 @@ class TrialOutcome:
     def acceptance(self) -> float:
         return self.metrics["acceptance_rate"]
 
+    def goodness(self, options: SearchConfig) -> float:
+        """Returns the objective, negated where lower is better."""
+        value = self.metrics[options.objective]
+        return value if options.direction == "max" else -value
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which trial is chosen, and why."""
-
     chosen: TrialOutcome
     best: TrialOutcome
     noise: float
@@ -83,8 +80,8 @@ def choose_trial(
     """Chooses the cheapest of the trials that are as good as the best."""
     completed = [one for one in outcomes if one.completed]
     if not completed:
-        messages = [one.message for one in outcomes if one.message]
-        first = messages[0] if messages else "no reason given"
+        told = (one.message for one in outcomes if one.message)
+        first = next(told, "no reason given")
         raise TrainingStalled(
             f"All {len(outcomes)} trials failed. The first says: {first} "
             "Change the search space."
@@ -98,17 +95,15 @@ def choose_trial(
             f"highest was {most:.0%}. Raise the thresholds or lower the least "
             "acceptance."
         )
-    sign = 1.0 if options.direction == "max" else -1.0
-
-    def value(outcome: TrialOutcome) -> float:
-        return sign * outcome.metrics[objective]
-
-    best = max(eligible, key=value)
+    best = max(eligible, key=lambda one: one.goodness(options))
     noise = 0.0
     if objective == ACCURACY:
         noise = accuracy_error(best.metrics[objective], validation_size)
-    as_good = [one for one in eligible if value(one) >= value(best) - noise]
-    chosen = max(as_good, key=lambda one: (-one.cost, one.acceptance, value(one)))
+    lowest = best.goodness(options) - noise
+    as_good = [one for one in eligible if one.goodness(options) >= lowest]
+    chosen = max(
+        as_good, key=lambda one: (-one.cost, one.acceptance, one.goodness(options))
+    )
     return Choice(chosen, best, noise, _reason(chosen, best, noise, objective))
 
 
@@ -126,7 +121,7 @@ def _reason(
             f"noise ({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of "
             f"trial {best.trial_id}."
         )
-    alike = _ALIKE[chosen.unfreeze] if UNFREEZE in chosen.values else ""
+    alike = _ALIKE[chosen.cost] if UNFREEZE in chosen.values else ""
     if value == best_value:
         return (
             f"{name} has the best {objective}, {value:.4f}, and rejects the least of "

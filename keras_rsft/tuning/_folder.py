@@ -16,30 +16,12 @@ from typing import Any
 import keras_tuner
 import numpy as np
 
-from keras_rsft._storage import (
-    RESULTS_FILE,
-    SAMPLES_FILE,
-    SEARCH_FILE,
-    check_new_folder,
-    locked,
-    numbered,
-    read_json,
-    replaced,
-    run_identity,
-    write_csv,
-    write_json,
-    written_whole,
-)
+from keras_rsft import _storage
+from keras_rsft._storage import RESULTS_FILE, SEARCH_FILE, replaced
 from keras_rsft.config import UNFREEZE_NAMES, SearchConfig
 from keras_rsft.errors import InvalidArgument, WorkerLost
-from keras_rsft.report._charts import (
-    UNUSED,
-    Axis,
-    HeatMap,
-    heat_maps_svg,
-    parallel_coordinates_svg,
-)
-from keras_rsft.report._record import HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE
+from keras_rsft.report import _charts, _record
+from keras_rsft.report._charts import UNUSED, Axis, HeatMap
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.tuning._choice import UNFREEZE, TrialOutcome
 from keras_rsft.tuning._space import values_of
@@ -48,8 +30,6 @@ from keras_rsft.tuning._tuner import RSFTHyperModel
 # Folder -------------------------------------------------------------------------------
 
 TRIALS_FILE = "trials.csv"
-TENSORBOARD_FOLDER = "tensorboard"
-_LOCK_FILE = ".lock"
 # Options that may change from one call to the next without another meaning of trials.
 _FREE_OPTIONS = ("max_trials", "parallel_trials", "min_acceptance", "unfreeze")
 _CHANGED = {"data": "another data set or backbone", "space": "another search space"}
@@ -67,7 +47,7 @@ def identity_of(
         names = [part.path.parent.name, *map(str, part.ids)]  # The key comes first.
         labels = np.ascontiguousarray(part.labels, np.int32)
         samples += ["\n".join(names).encode(), labels.tobytes()]
-    identity = run_identity(
+    identity = _storage.run_identity(
         dict(source),
         features.class_names,
         samples,
@@ -84,16 +64,16 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
     folder = Path(output).absolute()
     is_new = not folder.exists()
     if is_new:
-        check_new_folder(folder)
-        with written_whole(folder) as partial:
-            write_json(partial / SEARCH_FILE, identity)
+        _storage.check_new_folder(folder)
+        with _storage.written_whole(folder) as partial:
+            _storage.write_json(partial / SEARCH_FILE, identity)
     else:
         _check_same(folder, identity)
     busy = InvalidArgument(
         f"Another process is searching in {folder}. Wait for it, or choose another "
         "`--output`."
     )
-    with locked(folder / _LOCK_FILE, timeout=0, taken=busy):
+    with _storage.locked(folder / ".lock", timeout=0, taken=busy):
         try:
             yield folder
         except BaseException:
@@ -128,15 +108,17 @@ def next_search_folder(name: str, root: str | os.PathLike = "runs") -> Path:
         is_search = (folder / SEARCH_FILE).exists()
         return folder.exists() and (not is_search or (folder / RESULTS_FILE).exists())
 
-    folders = numbered(root, f"search-{name}")
+    folders = _storage.numbered(root, f"search-{name}")
     return next(folder for folder in folders if not is_taken(folder))
 
 
-def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:
-    """Writes the table of trials."""
+def write_tables(
+    folder: Path, features: SplitFeatures, outcomes: Sequence[TrialOutcome]
+) -> None:
+    """Writes the trials, and the samples with the labels that they were judged by."""
     values = sorted({name for one in outcomes for name in one.values})
     metrics = sorted({name for one in outcomes for name in one.metrics})
-    rows = [
+    trials = [
         [
             one.trial_id,
             one.status,
@@ -148,19 +130,18 @@ def write_trials(folder: Path, outcomes: Sequence[TrialOutcome]) -> None:
         for one in outcomes
     ]
     header = ["trial", "status", *values, "epochs", *metrics, "message"]
-    replaced(folder / TRIALS_FILE, lambda path: write_csv(path, header, rows))
-
-
-def write_samples(folder: Path, features: SplitFeatures) -> None:
-    """Writes which samples there were, with the labels that trials were judged by."""
-    rows = [
+    samples = [
         [str(sample_id), split, features.class_names[label]]
         for split in ("train", "validation", "test")
         for part in [getattr(features, split)]
         for sample_id, label in zip(part.ids, part.labels, strict=True)
     ]
-    header = ["id", "split", "given_label"]
-    replaced(folder / SAMPLES_FILE, lambda path: write_csv(path, header, rows))
+    for file, names, rows in (
+        (TRIALS_FILE, header, trials),
+        (_storage.SAMPLES_FILE, ["id", "split", "given_label"], samples),
+    ):
+        write = functools.partial(_storage.write_csv, header=names, rows=rows)
+        replaced(folder / file, write)
 
 
 def write_hparams(
@@ -173,11 +154,11 @@ def write_hparams(
     from tensorboard.plugins.hparams import api, api_pb2, summary
 
     for one in outcomes:
-        target = folder / TENSORBOARD_FOLDER / f"trial_{one.trial_id}"
+        target = folder / "tensorboard" / f"trial_{one.trial_id}"
         if target.exists():
             continue
         status = api_pb2.STATUS_SUCCESS if one.completed else api_pb2.STATUS_FAILURE
-        with written_whole(target) as partial:
+        with _storage.written_whole(target) as partial:
             writer = tf.summary.create_file_writer(str(partial))
             with writer.as_default(step=one.epochs), tf.summary.record_if(True):
                 values = {"tuner": options.tuner, **one.values}
@@ -192,12 +173,11 @@ def write_hparams(
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Writes the results, which say that the search has ended."""
-    replaced(folder / RESULTS_FILE, lambda path: write_json(path, results))
+    replaced(folder / RESULTS_FILE, lambda path: _storage.write_json(path, results))
 
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
-    known = read_json(folder / SEARCH_FILE)
+    known = _storage.read_json(folder / SEARCH_FILE)
     if known is None:
         raise InvalidArgument(
             f"{folder} exists and is not the folder of a search. Nothing is "
@@ -206,15 +186,13 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     other = []
     for part, now in identity.items():
         was = known.get(part) or {}
-        if was == now:
-            continue
-        if part in _CHANGED:
+        if was != now and part in _CHANGED:
             other.append(_CHANGED[part])
-            continue
-        changed = (
-            f"{k} {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]
-        )
-        other.append(f"other {part} ({'; '.join(changed)})")
+        elif was != now:
+            changed = (
+                f"{k} {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]
+            )
+            other.append(f"other {part} ({'; '.join(changed)})")
     if other:
         raise InvalidArgument(
             f"{folder} holds a search with {' and '.join(other)}, whose trials cannot "
@@ -247,12 +225,10 @@ def write_pictures(
 ) -> None:
     """Writes the heat maps of the heads and the parallel coordinates of all trials."""
     svg = {}
-    maps = [one for name in SELECTIVITY if (one := heat_map(heads, name)) is not None]
-    if maps:
-        svg[HEAT_MAP_FILE] = heat_maps_svg(maps)
-    completed = [one for one in outcomes if one.completed]
-    if completed:
-        svg[PARALLEL_COORDINATES_FILE] = parallel_coordinates_svg(
+    if maps := [one for name in SELECTIVITY if (one := heat_map(heads, name))]:
+        svg[_record.HEAT_MAP_FILE] = _charts.heat_maps_svg(maps)
+    if completed := [one for one in outcomes if one.completed]:
+        svg[_record.PARALLEL_COORDINATES_FILE] = _charts.parallel_coordinates_svg(
             axes_of(completed, options.objective),
             higher_is_better=options.direction == "max",
         )

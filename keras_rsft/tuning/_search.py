@@ -17,60 +17,21 @@ import keras
 import keras_tuner
 import numpy as np
 
+from keras_rsft import _runtime, _storage
 from keras_rsft._progress import progress_bar
-from keras_rsft._runtime import (
-    DEFAULT_TIMEOUT,
-    part_in_search,
-    require_tensorflow_backend,
-)
-from keras_rsft._storage import (
-    CLASSES_FILE,
-    HEAD_FILE,
-    MODEL_FILE,
-    RESULTS_FILE,
-    installed_versions,
-    read_json,
-    replaced,
-    write_json,
-)
+from keras_rsft._storage import MODEL_FILE, RESULTS_FILE, replaced
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.config import FROZEN, FeatureConfig, SearchConfig, TrainConfig
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
-from keras_rsft.training._features import (
-    FeatureSource,
-    SplitFeatures,
-    open_features,
-    resolve,
-)
+from keras_rsft.training import _features
+from keras_rsft.training._features import FeatureSource, SplitFeatures
 from keras_rsft.training._head import best_of_all_epochs, right_answers, train_head
 from keras_rsft.training._unfreeze import require_layers_to_train
-from keras_rsft.tuning._backbone_trials import (
-    BackboneTuner,
-    learnable,
-    strategy_rows,
-    weights_of,
-)
-from keras_rsft.tuning._choice import (
-    COMPLETED,
-    PLAIN,
-    UNFREEZE,
-    Choice,
-    TrialOutcome,
-    choose_trial,
-)
-from keras_rsft.tuning._folder import (
-    TRIALS_FILE,
-    identity_of,
-    join_search,
-    open_search,
-    write_hparams,
-    write_pictures,
-    write_results,
-    write_samples,
-    write_trials,
-)
+from keras_rsft.tuning import _backbone_trials, _folder
+from keras_rsft.tuning._backbone_trials import BackboneTuner
+from keras_rsft.tuning._choice import PLAIN, Choice, TrialOutcome, choose_trial
 from keras_rsft.tuning._space import Space
 from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
 
@@ -124,7 +85,7 @@ def search(
     progress: bool = True,
     command: str | None = None,
     worker_commands: Sequence[Sequence[str]] = (),
-    worker_timeout: float = DEFAULT_TIMEOUT,
+    worker_timeout: float = _runtime.DEFAULT_TIMEOUT,
     on_note: Callable[[str], None] = lambda text: None,
     **changes: Any,
 ) -> Search | None:
@@ -173,21 +134,21 @@ def search(
         DataError: If there is no validation split, or its right labels are wanted
             and not known.
         TrainingStalled: If every trial failed or accepted too little.
-        WeightsUnavailable: If the base's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be had.
     """
-    require_tensorflow_backend("`search`")
+    _runtime.require_tensorflow_backend("`search`")
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
-    data, features = resolve(data, features)
+    data, features = _features.resolve(data, features)
     names = options.unfreeze
     if options.unfrozen:
         require_layers_to_train(features, option="--unfreeze-choices")
 
-    def check(base: keras.Model) -> None:
+    def check(backbone: keras.Model) -> None:
         nonlocal names
-        names = learnable(base, names, settings)
+        names = _backbone_trials.learnable(backbone, names, settings)
 
-    opened = open_features(
+    opened = _features.open_features(
         data,
         features,
         seed=settings.seed,
@@ -199,8 +160,7 @@ def search(
         on_note(
             "The last block is all that can learn of this backbone: all is left out."
         )
-    judged_data = judged(opened.data, clean_validation=clean_validation)
-
+    labelled = judged(opened.data, clean_validation=clean_validation)
     return search_features(
         opened.features,
         output=output,
@@ -216,7 +176,7 @@ def search(
         whole_model=lambda head: build_classifier(
             opened.float32_backbone(), opened.data.num_classes, head=head
         ),
-        backbone_source=dataclasses.replace(opened, data=judged_data),
+        backbone_source=dataclasses.replace(opened, data=labelled),
     )
 
 
@@ -232,7 +192,7 @@ def search_features(
     source: Mapping[str, Any] | None = None,
     command: str | None = None,
     worker_commands: Sequence[Sequence[str]] = (),
-    worker_timeout: float = DEFAULT_TIMEOUT,
+    worker_timeout: float = _runtime.DEFAULT_TIMEOUT,
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
     backbone_source: FeatureSource | None = None,
 ) -> Search | None:
@@ -264,7 +224,7 @@ def search_features(
         DataError: As in `search`.
         TrainingStalled: As in `search`.
     """
-    require_tensorflow_backend("`search_features`")
+    _runtime.require_tensorflow_backend("`search_features`")
     started = time.perf_counter()
     options = options or SearchConfig()
     if options.unfrozen and backbone_source is None:
@@ -276,44 +236,39 @@ def search_features(
     hypermodel = RSFTHyperModel(
         features, settings=settings, space=space, progress=progress
     )
-    identity, part = identity_of(hypermodel, options, source or {}), part_in_search()
+    identity = _folder.identity_of(hypermodel, options, source or {})
+    part = _runtime.part_in_search()
     tuner_in = functools.partial(make_tuner, hypermodel, options)
+    if part != "alone" or worker_commands:
+        from keras_rsft.tuning import _workers
     if part == "worker":
-        from keras_rsft.tuning._workers import follow
-
-        folder = join_search(output, identity, timeout=worker_timeout)
+        folder = _folder.join_search(output, identity, timeout=worker_timeout)
         ended = folder / RESULTS_FILE
-        follow(lambda: tuner_in(folder), ended, timeout=worker_timeout)
+        _workers.follow(lambda: tuner_in(folder), ended, timeout=worker_timeout)
         return None
-    with open_search(output, identity) as folder:
+    with _folder.open_search(output, identity) as folder:
         tuner = tuner_in(folder)
         workers = None
         if part == "chief" or worker_commands:
-            from keras_rsft.tuning._workers import leading
-
             workers = functools.partial(
-                leading, tuner, worker_commands, folder, timeout=worker_timeout
+                _workers.leading, tuner, worker_commands, folder, timeout=worker_timeout
             )
         heads = run_trials(tuner, options, progress=progress, workers=workers)
         backbones = None
         if options.unfrozen and backbone_source is not None:
-            heads = tuple(
-                dataclasses.replace(one, values={UNFREEZE: FROZEN, **one.values})
-                for one in heads
-            )
             backbones = BackboneTuner(tuner, heads, options, backbone_source, folder)
             backbones.search()
+            heads = tuple(backbones.heads.values())
         found = _concluded(tuner, options, heads, backbones, folder)
         chosen = found.choice.chosen
         if backbones is not None and chosen.cost:
             trained = backbones.model_file(chosen.trial_id)
-            copy = functools.partial(shutil.copyfile, trained)
-            replaced(folder / MODEL_FILE, copy)
+            replaced(folder / MODEL_FILE, functools.partial(shutil.copyfile, trained))
         elif whole_model is not None:
             replaced(folder / MODEL_FILE, whole_model(found.head.model).save)
         found.results["command"] = command
         found.results["seconds"] = time.perf_counter() - started
-        write_results(folder, found.results)  # The last: they say that it has ended.
+        _folder.write_results(folder, found.results)  # The last: it has ended.
     return found
 
 
@@ -322,10 +277,9 @@ def judged(splits: Splits, *, clean_validation: bool) -> Splits:
     parts = {}
     for name, wanted in (("validation", clean_validation), ("test", True)):
         part = getattr(splits, name)
-        if part.clean_labels is not None:
-            if wanted:
-                parts[name] = dataclasses.replace(part, labels=part.clean_labels)
-        elif name == "validation" and wanted:
+        if wanted and part.clean_labels is not None:
+            parts[name] = dataclasses.replace(part, labels=part.clean_labels)
+        elif wanted and name == "validation":
             raise DataError(
                 "The right labels of the validation split are not known. Name them "
                 "with `--clean-label-column`, or leave out `--clean-validation`."
@@ -342,43 +296,48 @@ def _concluded(
 ) -> Search:
     """Chooses among the trials and writes all but the results, which come last."""
     features = tuner.hypermodel.features
+    size = len(features.validation)
     of_backbone = () if backbones is None else backbones.outcomes
     outcomes = (*heads, *of_backbone)
-    write_samples(folder, features)
-    write_trials(folder, outcomes)
-    write_hparams(folder, outcomes, options)
-    write_pictures(heads, outcomes, options, folder)
+    _folder.write_tables(folder, features, outcomes)
+    _folder.write_hparams(folder, outcomes, options)
+    _folder.write_pictures(heads, outcomes, options, folder)
     try:
-        choice = choose_trial(
-            outcomes, options, validation_size=len(features.validation)
-        )
+        choice = choose_trial(outcomes, options, validation_size=size)
     except TrainingStalled as error:
         # It has ended: with the default folder the next search begins a new one.
-        write_results(folder, {"chosen": None, "reason": str(error)})
+        _folder.write_results(folder, {"chosen": None, "reason": str(error)})
         raise TrainingStalled(
-            f"{error} See {folder / TRIALS_FILE} for each trial."
+            f"{error} See {folder / _folder.TRIALS_FILE} for each trial."
         ) from error
     chosen = choice.chosen
     head = tuner.model_of(chosen if backbones is None else backbones.head_of(chosen))
-    results = side_by_side(tuner, backbones, options, outcomes, chosen, folder)
-    results |= {
+    cached = _storage.read_json(folder / RESULTS_FILE) or {}
+    same = {"chosen_trial": chosen.trial_id, "trials": len(outcomes)}
+    if same.items() <= cached.items():  # The test split is not looked at again.
+        rows = {name: cached[name] for name in ("chosen", "plain")}
+    else:
+        plain = _plain_row(tuner, options, outcomes, chosen)
+        rows = {"chosen": _row(tuner, backbones, chosen), "plain": plain}
+    results = {
+        **same,
+        **rows,
         "reason": choice.reason,
         "settings": dataclasses.asdict(chosen.settings),
-        "trials": len(outcomes),
         "test_images": len(features.test),
-        "versions": installed_versions(),
+        "versions": _storage.installed_versions(),
         "failed": sum(not one.completed for one in outcomes),
     }
     if backbones is not None:
-        results["strategies"] = strategy_rows(
+        results["strategies"] = _backbone_trials.strategy_rows(
             (*backbones.best_heads, *of_backbone),
             chosen,
-            validation_size=len(features.validation),
-            head_weights=weights_of(head),
+            validation_size=size,
+            head_weights=_backbone_trials.weights_of(head),
         )
-    replaced(folder / HEAD_FILE, head.save)
-    classes = list(features.class_names)
-    replaced(folder / CLASSES_FILE, lambda path: write_json(path, classes))
+    replaced(folder / _storage.HEAD_FILE, head.save)
+    write = functools.partial(_storage.write_json, content=list(features.class_names))
+    replaced(folder / _storage.CLASSES_FILE, write)
     settings = chosen.settings
     return Search(outcomes, choice, settings, head, results, tuner, folder, backbones)
 
@@ -398,7 +357,7 @@ def run_trials(
     def state() -> str:
         trials = [oracle.trials[name] for name in tuple(oracle.end_order)]
         text = f"{len(trials)} of {options.max_trials} trials"
-        scores = [trial.score for trial in trials if trial.status == COMPLETED]
+        scores = [trial.score for trial in trials if trial.score is not None]
         known = [value for value in (*scores, *values) if math.isfinite(value)]
         if known:
             best = max(known) if options.direction == "max" else min(known)
@@ -428,33 +387,6 @@ def run_trials(
     return tuner.outcomes
 
 
-def side_by_side(
-    tuner: TrialsTuner,
-    backbones: BackboneTuner | None,
-    options: SearchConfig,
-    outcomes: Sequence[TrialOutcome],
-    chosen: TrialOutcome,
-    folder: Path,
-) -> dict[str, Any]:
-    """Returns the chosen setting and plain fine-tuning, measured on the test split."""
-    cached = read_json(folder / RESULTS_FILE) or {}
-    same = {"chosen_trial": chosen.trial_id, "trials": len(outcomes)}
-    if same.items() <= cached.items():
-        return {name: cached[name] for name in ("chosen_trial", "chosen", "plain")}
-    plain = [one for one in outcomes if one.is_plain]
-    if plain:
-        sign = 1 if options.direction == "max" else -1
-        best = max(plain, key=lambda one: sign * one.metrics[options.objective])
-        plain_row = {"trial": best.trial_id, **_row(tuner, None, best)}
-    else:
-        plain_row = _trained_plainly(tuner, options, chosen)
-    return {
-        "chosen_trial": chosen.trial_id,
-        "chosen": _row(tuner, backbones, chosen),
-        "plain": plain_row,
-    }
-
-
 def _row(
     tuner: TrialsTuner, backbones: BackboneTuner | None, outcome: TrialOutcome
 ) -> dict[str, Any]:
@@ -473,10 +405,17 @@ def _row(
     return row
 
 
-def _trained_plainly(
-    tuner: TrialsTuner, options: SearchConfig, chosen: TrialOutcome
+def _plain_row(
+    tuner: TrialsTuner,
+    options: SearchConfig,
+    outcomes: Sequence[TrialOutcome],
+    chosen: TrialOutcome,
 ) -> dict[str, Any]:
-    hypermodel = tuner.hypermodel
+    """Returns how the best plain trial does, or plain training like the chosen's."""
+    plain, hypermodel = [one for one in outcomes if one.is_plain], tuner.hypermodel
+    if plain:
+        best = max(plain, key=lambda one: one.goodness(options))
+        return {"trial": best.trial_id, **_row(tuner, None, best)}
     settings, epochs = chosen.settings, hypermodel.settings.epochs
     policy = dataclasses.replace(settings.policy, name=PLAIN, class_floor=0.0)
     trained = train_head(

@@ -44,20 +44,18 @@ def values_of(space: Space, hp: keras_tuner.HyperParameters) -> Mapping[str, Any
             hp.Choice(name, list(known)) if len(known) > 1 else hp.Fixed(name, *known)
         )
 
-    def number(name: str, bounds: tuple[float, float], **options: str) -> float:
-        low, high = map(float, bounds)
-        return (
-            hp.Fixed(name, low) if low == high else hp.Float(name, low, high, **options)
-        )
+    def ranged(kind: type, name: str, bounds: tuple[Any, Any], **options: str) -> Any:
+        low, high = map(kind, bounds)
+        if low == high:
+            return hp.Fixed(name, low)
+        return (hp.Int if kind is int else hp.Float)(name, low, high, **options)
 
-    def whole(name: str, bounds: tuple[int, int]) -> int:
-        low, high = map(int, bounds)
-        return hp.Fixed(name, low) if low == high else hp.Int(name, low, high)
-
+    whole, number = functools.partial(ranged, int), functools.partial(ranged, float)
+    log = functools.partial(number, sampling="log")
     values: dict[str, Any] = {
         "optimizer": name_of("optimizer", space.optimizers),
         "policy": name_of("policy", space.policies),
-        "learning_rate": number("learning_rate", space.learning_rate, sampling="log"),
+        "learning_rate": log("learning_rate", space.learning_rate),
     }
     if space.epochs is not None:
         values["epochs"] = whole("epochs", space.epochs)
@@ -65,7 +63,6 @@ def values_of(space: Space, hp: keras_tuner.HyperParameters) -> Mapping[str, Any
     if space.threshold is not None:
         threshold, bounds = "threshold", space.threshold
     warmed_up = [name for name in space.policies if name not in _WITHOUT_WARMUP]
-    log: Callable[..., float] = functools.partial(number, sampling="log")
     conditional: tuple[tuple[str, Sequence[str], str, Callable, Any], ...] = (
         ("optimizer", ("adamw",), "weight_decay", log, space.weight_decay),
         ("policy", _BY_RELATIVE_THRESHOLD, threshold, number, bounds),
@@ -87,7 +84,6 @@ def values_of(space: Space, hp: keras_tuner.HyperParameters) -> Mapping[str, Any
 
 
 def settings_of_values(values: Mapping[str, Any], given: TrainConfig) -> TrainConfig:
-    """Returns how to train a trial."""
     if not isinstance(values, Mapping):
         raise InvalidArgument(
             "A space must return a dict of values by name, such as "
@@ -200,17 +196,16 @@ def update_rule(settings: TrainConfig) -> str:
     policy, optimizer = settings.policy, settings.optimizer.lower()
     refused = None
     if optimizer not in UPDATE_RULES:
-        refused = f"the optimizer {settings.optimizer} ({', '.join(UPDATE_RULES)})"
+        refused = f"the optimizer {settings.optimizer}, only {', '.join(UPDATE_RULES)}"
     elif policy.name not in _ACCEPTANCES:
-        refused = f"the policy {policy.name} ({', '.join(_ACCEPTANCES)})"
+        refused = f"the policy {policy.name}, only {', '.join(_ACCEPTANCES)}"
     elif policy.class_floor > 0:
-        refused = f"a class floor of {policy.class_floor} (0)"
+        refused = f"a class floor of {policy.class_floor}, only 0"
     elif settings.early_stopping:
-        refused = "early stopping (without it)"
+        refused = "early stopping, only without it"
     if refused is not None:
-        what, known = refused.rsplit(" (", 1)
         raise InvalidArgument(
-            f"The batched tuner cannot train {what}, only {known[:-1]}: use the tuner "
+            f"The batched tuner cannot train {refused}: use the tuner "
             "random, bayesian, hyperband or grid, which train one head at a time."
         )
     return UPDATE_RULES[optimizer]

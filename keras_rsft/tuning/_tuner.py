@@ -16,14 +16,9 @@ from typing import Any
 import keras
 import keras_tuner
 import numpy as np
+from keras_tuner import oracles
 from keras_tuner.engine.trial import Trial, TrialStatus
 from keras_tuner.errors import FailedTrialError
-from keras_tuner.oracles import (
-    BayesianOptimizationOracle,
-    GridSearchOracle,
-    HyperbandOracle,
-    RandomSearchOracle,
-)
 
 from keras_rsft._ledger import RejectionLedger
 from keras_rsft._storage import replaced
@@ -34,15 +29,10 @@ from keras_rsft.label_quality._audit import LabelQuality, audit_labels
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.training._head import untrained_head
+from keras_rsft.tuning import _space
 from keras_rsft.tuning._batched import METRICS, BatchedHeads, OnEpoch
 from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
-from keras_rsft.tuning._space import (
-    Space,
-    check_space,
-    settings_of_values,
-    update_rule,
-    values_of,
-)
+from keras_rsft.tuning._space import Space
 
 # Durable state ------------------------------------------------------------------------
 
@@ -95,6 +85,8 @@ class DurableTuner(keras_tuner.Tuner):
     """Keeps all of its state in its oracle, which in a worker is the chief's."""
 
     def __init__(self, oracle: keras_tuner.Oracle, hypermodel: Any = None, **kwargs):
+        # A failed trial is no reason to give up the others.
+        oracle.max_consecutive_failed_trials = None
         super().__init__(oracle, hypermodel, **kwargs)
         if not self.is_worker and (Path(self.project_dir) / STATE_FILE).exists():
             self.reload()
@@ -137,6 +129,28 @@ class DurableTuner(keras_tuner.Tuner):
             self.settings_of(trial, epochs),
         )
 
+    def _complete(
+        self,
+        trial: Trial,
+        history: Mapping[str, Sequence[float]],
+        best: int,
+        seconds: float,
+        **more: float,
+    ) -> None:
+        """Reports a trial by the metrics of its best epoch."""
+        metrics = {name: float(values[best]) for name, values in history.items()}
+        metrics |= {SECONDS: seconds, **more}
+        self.oracle.update_trial(trial.trial_id, metrics, step=best)
+        trial.status = TrialStatus.COMPLETED
+        self.on_trial_end(trial)
+
+    def _fail(self, trial: Trial, message: str) -> None:
+        trial.status, trial.message = TrialStatus.FAILED, message
+        if self.is_worker:
+            path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE
+            replaced(path, lambda beside: beside.write_text(message, encoding="utf-8"))
+        self.on_trial_end(trial)
+
 
 class TrialsTuner(DurableTuner):
     """Takes trials from an oracle, trains them and reports them, until none is left."""
@@ -151,7 +165,6 @@ class TrialsTuner(DurableTuner):
         return dataclasses.replace(settings, epochs=epochs, unfreeze=None)
 
     def model_of(self, outcome: TrialOutcome) -> RSFTModel:
-        """Returns a completed trial's model, with the weights of its best epoch."""
         return self.load_model(self.oracle.trials[outcome.trial_id])
 
     def search(
@@ -169,27 +182,6 @@ class TrialsTuner(DurableTuner):
     def _train(self, trials: Sequence[Trial]) -> None:
         """Trains trials, and ends each by `_complete` or `_fail`."""
         raise NotImplementedError
-
-    def _complete(
-        self,
-        trial: Trial,
-        history: Mapping[str, Sequence[float]],
-        best: int,
-        seconds: float,
-    ) -> None:
-        """Reports a trial by the metrics of its best epoch."""
-        metrics = {name: float(values[best]) for name, values in history.items()}
-        metrics[SECONDS] = seconds
-        self.oracle.update_trial(trial.trial_id, metrics, step=best)
-        trial.status = TrialStatus.COMPLETED
-        self.on_trial_end(trial)
-
-    def _fail(self, trial: Trial, message: str) -> None:
-        trial.status, trial.message = TrialStatus.FAILED, message
-        if self.is_worker:
-            path = Path(self.get_trial_dir(trial.trial_id)) / _MESSAGE_FILE
-            replaced(path, lambda beside: beside.write_text(message, encoding="utf-8"))
-        self.on_trial_end(trial)
 
     def _take_trials(self) -> list[Trial]:
         """Asks the oracle for trials, each under a tuner's name of its own."""
@@ -252,7 +244,7 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         self.features = features
         self.settings = settings or TrainConfig()
         self.space: Space = space or SearchSpace()
-        check_space(self.space, self.settings)
+        _space.check_space(self.space, self.settings)
         self._progress = progress
 
     @functools.cached_property
@@ -271,7 +263,8 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         Args:
             hp: The trial's hyperparameters.
         """
-        return settings_of_values(values_of(self.space, hp), self.settings)
+        values = _space.values_of(self.space, hp)
+        return _space.settings_of_values(values, self.settings)
 
     def build(self, hp: keras_tuner.HyperParameters) -> RSFTModel:
         """Returns a trial's compiled, untrained `RSFTModel` over features."""
@@ -359,29 +352,28 @@ class BatchedTuner(TrialsTuner):
                 "The batched tuner trains heads on cached features, so `hypermodel` "
                 f"must be an `RSFTHyperModel`. Received: {type(hypermodel).__name__}."
             )
-        if isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
+        if isinstance(oracle, oracles.HyperbandOracle):
             raise InvalidArgument(
                 "The batched tuner trains all its trials for the same epochs, so it "
                 "cannot take Hyperband's: use the tuner hyperband, or `halvings`."
             )
-        for name, value, least in (
-            ("parallel_trials", parallel_trials, 1),
-            ("halvings", halvings, 0),
-        ):
-            if value < least:
-                raise InvalidArgument(
-                    f"`{name}` must be at least {least}. Received: {name}={value}."
-                )
+        SearchConfig(parallel_trials=parallel_trials, halvings=halvings)  # Checks them.
         if oracle.objective.name not in METRICS:
             raise InvalidArgument(
                 f"The objective must be one of {', '.join(METRICS)}. "
                 f"Received: {oracle.objective.name!r}."
             )
         self.parallel_trials, self._halvings = parallel_trials, halvings
-        oracle.max_consecutive_failed_trials = None
         super().__init__(oracle, hypermodel, **kwargs)
-        if not self.is_worker:  # A worker's space is the chief's.
-            self._check_space()
+        if self.is_worker:  # Its space is the chief's.
+            return
+        declared, given = oracle.get_space(), hypermodel.settings
+        _space.update_rule(hypermodel.settings_of(declared))
+        for one in declared.space:
+            if one.name in ("policy", "optimizer"):
+                for value in one.values:
+                    settings = _space.settings_of_values({one.name: value}, given)
+                    _space.update_rule(settings)
 
     def load_model(self, trial: Trial) -> RSFTModel:
         """Returns a trial's model with the weights of its best epoch."""
@@ -401,7 +393,7 @@ class BatchedTuner(TrialsTuner):
         for trial in trials:
             try:
                 settings = self.hypermodel.settings_of(trial.hyperparameters)
-                rule = (update_rule(settings), settings.epochs)
+                rule = (_space.update_rule(settings), settings.epochs)
                 groups.setdefault(rule, []).append((trial, settings))
             except Exception as error:  # A user's space: this trial alone is at fault.
                 self._fail(trial, f"{type(error).__name__}: {error}")
@@ -432,34 +424,11 @@ class BatchedTuner(TrialsTuner):
     def _heads(self) -> BatchedHeads:
         return BatchedHeads(self.hypermodel.features, self.hypermodel.settings)
 
-    def _check_space(self) -> None:
-        """Raises InvalidArgument where a policy or an optimizer cannot be batched."""
-        space, given = self.oracle.get_space(), self.hypermodel.settings
-        update_rule(self.hypermodel.settings_of(space))
-        for searched in space.space:
-            if searched.name in ("policy", "optimizer"):
-                for value in searched.values:
-                    update_rule(settings_of_values({searched.name: value}, given))
-
 
 # By name ------------------------------------------------------------------------------
 
-TRIALS_FOLDER = "trials"
 
-
-class RandomOracle(DurableOracle, RandomSearchOracle):
-    """Keras Tuner's random oracle."""
-
-
-class BayesianOracle(DurableOracle, BayesianOptimizationOracle):
-    """Keras Tuner's Bayesian oracle."""
-
-
-class BandsOracle(DurableOracle, HyperbandOracle):
-    """Keras Tuner's Hyperband oracle."""
-
-
-class GridOracle(DurableOracle, GridSearchOracle):
+class GridOracle(DurableOracle, oracles.GridSearchOracle):
     """Keras Tuner's grid, which resumes after a stop and hands out many at once."""
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
@@ -470,6 +439,16 @@ class GridOracle(DurableOracle, GridSearchOracle):
         if values is None:
             return {"status": TrialStatus.STOPPED}
         return {"status": TrialStatus.RUNNING, "values": values}
+
+
+_ORACLES: dict[str, Any] = {"grid": GridOracle} | {
+    name: type(kind.__name__, (DurableOracle, kind), {})
+    for name, kind in (
+        ("random", oracles.RandomSearchOracle),
+        ("bayesian", oracles.BayesianOptimizationOracle),
+        (HYPERBAND, oracles.HyperbandOracle),
+    )
+}
 
 
 class OneByOneTuner(TrialsTuner):
@@ -517,7 +496,6 @@ class OneByOneTuner(TrialsTuner):
             )
 
     def load_model(self, trial: Trial) -> RSFTModel:
-        """Returns a trial's model with the weights of its best epoch."""
         model = self.hypermodel.build(trial.hyperparameters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # The optimizer's state is left behind.
@@ -532,12 +510,10 @@ def make_tuner(
     hypermodel: RSFTHyperModel, options: SearchConfig, folder: Path
 ) -> TrialsTuner:
     """Returns a tuner, with the trials that `folder/trials` has already."""
-    project = {"directory": str(folder), "project_name": TRIALS_FOLDER}
+    project = {"directory": str(folder), "project_name": "trials"}
     shared = {
         "objective": keras_tuner.Objective(options.objective, options.direction),
         "seed": hypermodel.settings.seed + 1,  # Keras Tuner takes 0 for any seed.
-        # A failed trial is no reason to give up the others.
-        "max_consecutive_failed_trials": None,
     }
     name = options.oracle if options.tuner == BATCHED else options.tuner
     if name == "bayesian" and importlib.util.find_spec("sklearn") is None:
@@ -546,11 +522,10 @@ def make_tuner(
             'Install it with: pip install "keras_rsft[search]"'
         )
     if name == HYPERBAND:
-        oracle = BandsOracle(max_epochs=hypermodel.settings.epochs, **shared)
+        oracle = _ORACLES[name](max_epochs=hypermodel.settings.epochs, **shared)
         oracle.max_trials = options.max_trials
     else:
-        kinds = {"random": RandomOracle, "bayesian": BayesianOracle, "grid": GridOracle}
-        oracle = kinds[name](max_trials=options.max_trials, **shared)
+        oracle = _ORACLES[name](max_trials=options.max_trials, **shared)
     if options.tuner != BATCHED:
         return OneByOneTuner(oracle, hypermodel, **project)
     return BatchedTuner(

@@ -30,7 +30,7 @@ import keras_rsft as rsft
 from keras_rsft.backbones._blocks import TrainablePart, trainable_part
 from keras_rsft.data._images import without_autotuning
 from keras_rsft.features._batches import ImageBatches
-from keras_rsft.features._extract import FrozenBase
+from keras_rsft.features._extract import FrozenBackbone
 from keras_rsft.training._unfreeze import FrozenFront
 
 CLASSES = 10
@@ -142,11 +142,11 @@ def kept_or_anew(part: TrainablePart, options, console: Console) -> None:
     """Prints an epoch on kept activations and one that runs the front again."""
     split = rsft.load_images("digits").train
     split = split.take(np.arange(options.images))
-    size = part.base.input_shape[1:3]
+    size = part.backbone.input_shape[1:3]
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
         kept = rsft.extract_features(
-            FrozenBase(part.front), split, cache_dir=cache, progress=False
+            FrozenBackbone(part.front), split, cache_dir=cache, progress=False
         )
         passed = time.perf_counter() - started
         batches = rsft.TrainingBatches(kept, batch_size=options.batch_size, seed=0)

@@ -211,9 +211,9 @@ def computed_images(base, split) -> float:
     """Returns images a second through the base, from memory, without the first call."""
     import tensorflow as tf
 
-    from keras_rsft.features._extract import FrozenBase
+    from keras_rsft.features._extract import FrozenBackbone
 
-    forward = FrozenBase(base).forward
+    forward = FrozenBackbone(base).forward
     batch = tf.stack([image for _, image in split.images(224).take(32)])
     forward(batch)
     started = time.perf_counter()
