@@ -189,15 +189,14 @@ def part_in_search(given: Mapping[str, str] = os.environ) -> str:
 # Keras's backend ----------------------------------------------------------------------
 
 
-def require_tensorflow_backend(what: str, *, instead: str = "") -> None:
-    """Refuses what works under Keras's TensorFlow backend alone."""
+def require_tensorflow_backend(what: str) -> None:
     import keras
 
     backend = keras.backend.backend()
     if backend != "tensorflow":
-        hint = instead or "Set KERAS_BACKEND=tensorflow before Keras is imported."
         raise InvalidArgument(
-            f"{what} needs Keras's TensorFlow backend. Received: {backend}. {hint}"
+            f"{what} needs Keras's TensorFlow backend. Received: {backend}. Set "
+            "KERAS_BACKEND=tensorflow before Keras is imported."
         )
 
 
@@ -249,8 +248,6 @@ def quick_imports() -> Iterator[None]:
 
 # Signals ------------------------------------------------------------------------------
 
-SECONDS_UNTIL_AGAIN = 0.05
-
 
 class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM); raised where Ctrl-C would be."""
@@ -269,12 +266,11 @@ def termination_raises() -> Iterator[None]:
     hook = sys.unraisablehook
 
     def report(dropped: Any) -> None:
-        if not issubclass(dropped.exc_type, KeyboardInterrupt):
-            hook(dropped)
-        elif issubclass(dropped.exc_type, Terminated):
-            _send_again(signal.SIGTERM)
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            terminated = issubclass(dropped.exc_type, Terminated)
+            _send_again(signal.SIGTERM if terminated else signal.SIGINT)
         else:
-            _send_again(signal.SIGINT)
+            hook(dropped)
 
     sys.unraisablehook = report
     before = {number: signal.signal(number, _interrupt) for number in numbers}
@@ -296,4 +292,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _send_again(number: int) -> None:
-    threading.Timer(SECONDS_UNTIL_AGAIN, os.kill, (os.getpid(), number)).start()
+    """Sends this process a signal once more, a little later."""
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()

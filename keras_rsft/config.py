@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras_rsft.errors import InvalidArgument
@@ -46,31 +46,32 @@ def require_known(kind: str, name: str, known: Sequence[str]) -> None:
         )
 
 
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:  # NaN fails every comparison.
-        raise InvalidArgument(f"`{name}` must be {expected}. Received: {name}={value}.")
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "a positive number": lambda value: 0 < value < math.inf,
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "at least 1": lambda value: 1 <= value < math.inf,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
+    "a whole number in [0, 2**31)": lambda value: 0 <= value < 2**31,
+}
 
 
-def _require_least(config: object, least: Mapping[str, int]) -> None:
-    """Checks finite numbers with a lower bound; None is allowed."""
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None:
-            _require(name, value, bound <= value < math.inf, f"at least {bound}")
-
-
-def _require_positive(config: object, *names: str) -> None:
-    """Checks positive, finite numbers; None is allowed."""
+def check_numbers(config: object, expected: str, *names: str) -> None:
+    """Checks fields against one of `_CHECKS`; None is allowed."""
     for name in names:
         value = getattr(config, name)
-        if value is not None:
-            _require(name, value, 0 < value < math.inf, "a positive number")
+        # NaN fails every comparison.
+        if value is not None and not _CHECKS[expected](value):
+            raise InvalidArgument(
+                f"`{name}` must be {expected}. Received: {name}={value}."
+            )
 
 
 # === Names of backbones ===
 
-# Prefixes of names, and whether the name must end with the scale of the pixels.
-SCALE_IS_NEEDED = {"hub": False, "savedmodel": True, "onnx": True}
+# Prefixes of names: without Keras layers, such a file does not say its pixel scale.
+_PRESET, _FIXED_NETWORKS = "hub", ("savedmodel", "onnx")
 # Backbones that take texts, as `plain_name` gives them.
 TEXT_ENCODERS = ("minilm",)
 IMAGES, TEXTS = "images", "texts"
@@ -91,40 +92,35 @@ class PixelScale:
     factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether pixels stay as they are."""
-        return self == PixelScale()
-
 
 @dataclasses.dataclass(frozen=True)
-class BaseName:
+class BackboneName:
     """A name such as `onnx:models/resnet18.onnx@imagenet`, taken apart."""
 
     kind: str
-    place: str
+    location: str
     scale: PixelScale | None
 
 
-def parse_base_name(name: str) -> BaseName | None:
+def parse_backbone_name(name: str) -> BackboneName | None:
     """Takes apart a name that begins with `hub:`, `savedmodel:` or `onnx:`, else None.
 
     What follows the last `@` is the scale of the pixels, unless the path exists.
     """
     kind, colon, rest = name.partition(":")
-    if not colon or kind not in SCALE_IS_NEEDED:
+    if not colon or kind not in (_PRESET, *_FIXED_NETWORKS):
         return None
-    place, at, scale = rest.rpartition("@")
+    location, at, scale = rest.rpartition("@")
     if not at or os.path.exists(rest):
-        place, scale = rest, ""
-    if not place:
+        location, scale = rest, ""
+    if not location:
         raise InvalidArgument(f"Expected a path behind {kind}:. Received: {name!r}.")
-    if not scale and SCALE_IS_NEEDED[kind]:
+    if not scale and kind in _FIXED_NETWORKS:
         raise InvalidArgument(
             f"The file does not say what pixel values it wants. Received: {name!r}. "
             f"Add {_SCALE_FORMS}."
         )
-    return BaseName(kind, place, parse_pixel_scale(scale) if scale else None)
+    return BackboneName(kind, location, parse_pixel_scale(scale) if scale else None)
 
 
 def parse_pixel_scale(text: str) -> PixelScale:
@@ -162,18 +158,16 @@ def require_takes(name: str | os.PathLike[str], kind: str) -> None:
     """Refuses a backbone that does not take samples of this kind."""
     if takes_texts(name) == (kind == TEXTS):
         return
-    if kind == TEXTS:
-        raise InvalidArgument(
-            f"The data are texts, and the backbone takes images. Received: {name}. "
-            f"Use `--backbone {TEXT_ENCODERS[0]}`."
-        )
+    texts = ("images", f"`--backbone {TEXT_ENCODERS[0]}`")
+    images = ("texts", "a backbone for images, such as efficientnet_lite0")
+    taken, instead = texts if kind == TEXTS else images
     raise InvalidArgument(
-        f"The data are images, and the backbone takes texts. Received: {name}. Use a "
-        "backbone for images, such as efficientnet_lite0."
+        f"The data are {kind}, and the backbone takes {taken}. Received: {name}. "
+        f"Use {instead}."
     )
 
 
-def require_base_can_learn(name: str | os.PathLike[str]) -> None:
+def require_unfreezable(name: str | os.PathLike[str]) -> None:
     """Refuses the training of a text encoder."""
     if takes_texts(name):
         raise InvalidArgument(
@@ -184,8 +178,8 @@ def require_base_can_learn(name: str | os.PathLike[str]) -> None:
 
 def is_fixed_network(name: str) -> bool:
     """Whether a backbone has no Keras layers: it has one dtype and cannot learn."""
-    parsed = parse_base_name(name)
-    return parsed is not None and parsed.kind in ("savedmodel", "onnx")
+    parsed = parse_backbone_name(name)
+    return parsed is not None and parsed.kind in _FIXED_NETWORKS
 
 
 # === Features ===
@@ -259,8 +253,8 @@ class FeatureConfig:
                     f"{self.backbone!r}."
                 )
             object.__setattr__(self, "backbone", os.fspath(self.backbone))
-            parse_base_name(self.backbone)
-        _require_least(self, {"image_size": 1, "augmentations": 1})
+            parse_backbone_name(self.backbone)
+        check_numbers(self, "at least 1", "image_size", "augmentations")
         require_known("dtype", self.dtype, DTYPES)
         require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
 
@@ -352,17 +346,15 @@ class PolicyConfig:
             name = "auto" if self.keep_fraction is None else "keep-fraction"
             if self.threshold is not None or self.level == "batch":
                 name = "loss-threshold"
-        share = self.keep_fraction
-        share = DEFAULT_KEEP_FRACTION if share is None else share
+        if self.keep_fraction is None:
+            object.__setattr__(self, "keep_fraction", DEFAULT_KEEP_FRACTION)
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "keep_fraction", share)
         require_known("policy", name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
-        _require_positive(self, "threshold", "relative_threshold")
-        _require_least(self, {"warmup_epochs": 0})
-        _require("keep_fraction", share, 0 < share <= 1, "in (0, 1]")
-        floor = self.class_floor
-        _require("class_floor", floor, 0 <= floor <= 1, "in [0, 1]")
+        check_numbers(self, "a positive number", "threshold", "relative_threshold")
+        check_numbers(self, "at least 0", "warmup_epochs")
+        check_numbers(self, "in (0, 1]", "keep_fraction")
+        check_numbers(self, "in [0, 1]", "class_floor")
 
 
 def require_used(name: str, given: Mapping[str, object]) -> None:
@@ -401,13 +393,11 @@ def checked_unfreeze(value: Unfreeze | list[str]) -> Unfreeze:
         return ALL
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    names = (value,) if isinstance(value, str) else value
-    if (
-        isinstance(names, (tuple, list))
-        and names
-        and all(isinstance(name, str) and name for name in names)
-    ):
-        return tuple(names)
+    names: tuple[Any, ...] = (value,)
+    if isinstance(value, (tuple, list)):
+        names = tuple(value)
+    if names and all(isinstance(name, str) and name for name in names):
+        return names
     raise InvalidArgument(
         "The layers to unfreeze must be a number of blocks, at least 1, all, or names "
         f"of layers. Received: {value!r}."
@@ -460,8 +450,8 @@ class UnfreezeConfig:
             object.__setattr__(self, "epochs", 3 if self.accepted_only else 5)
         if self.learning_rate is None and self.accepted_only:
             object.__setattr__(self, "learning_rate", 1e-4)
-        _require_least(self, {"epochs": 1, "batch_size": 1})
-        _require_positive(self, "learning_rate")
+        check_numbers(self, "at least 1", "epochs", "batch_size")
+        check_numbers(self, "a positive number", "learning_rate")
 
     @property
     def accepted_only(self) -> bool:
@@ -482,8 +472,6 @@ OPTIMIZER_NAMES = (
     "sgd", "adam", "adamw", "rmsprop", "nadam", "adamax", "adagrad", "adadelta",
     "adafactor", "ftrl", "lion", "muon", "schedulefreeadamw",
 )  # fmt: skip
-# The default learning rate of unfrozen layers, as a share of the head's.
-SHARE_OF_LEARNING_RATE = 0.1
 # Parts of the names of variables without weight decay.
 NOT_DECAYED = ("bias", "gamma", "beta")
 
@@ -542,12 +530,11 @@ class TrainConfig:
     unfreeze: UnfreezeConfig | None = None
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "early_stopping": 1, "weight_decay": 0}
-        _require_least(self, least)
-        _require_positive(self, "learning_rate")
-        _require("momentum", self.momentum, 0 <= self.momentum <= 1, "in [0, 1]")
-        seed = self.seed
-        _require("seed", seed, 0 <= seed < 2**31, "a whole number in [0, 2**31)")
+        check_numbers(self, "at least 1", "epochs", "batch_size", "early_stopping")
+        check_numbers(self, "at least 0", "weight_decay")
+        check_numbers(self, "a positive number", "learning_rate")
+        check_numbers(self, "in [0, 1]", "momentum")
+        check_numbers(self, "a whole number in [0, 2**31)", "seed")
         require_known("optimizer", self.optimizer.lower(), OPTIMIZER_NAMES)
 
     @property
@@ -571,7 +558,7 @@ class TrainConfig:
     def unfreeze_rate(self) -> float:
         """The unfrozen layers' learning rate."""
         if self.unfreeze is None or self.unfreeze.learning_rate is None:
-            return SHARE_OF_LEARNING_RATE * self.learning_rate
+            return 0.1 * self.learning_rate
         return self.unfreeze.learning_rate
 
 
@@ -634,13 +621,17 @@ class SearchConfig:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "unfreeze", checked_names(self.unfreeze))
+        names = (self.unfreeze,) if isinstance(self.unfreeze, str) else self.unfreeze
+        for name in names:
+            require_known("unfrozen part", name, UNFREEZE_NAMES)
+        names = tuple(one for one in UNFREEZE_NAMES if one == FROZEN or one in names)
+        object.__setattr__(self, "unfreeze", names)
         require_known("tuner", self.tuner, TUNER_NAMES)
         require_known("oracle", self.oracle, ORACLE_NAMES)
         require_known("objective", self.objective, tuple(OBJECTIVES))
-        _require_least(self, {"max_trials": 1, "parallel_trials": 1, "halvings": 0})
-        least = self.min_acceptance
-        _require("min_acceptance", least, 0 <= least <= 1, "in [0, 1]")
+        check_numbers(self, "at least 1", "max_trials", "parallel_trials")
+        check_numbers(self, "at least 0", "halvings")
+        check_numbers(self, "in [0, 1]", "min_acceptance")
         for name in ("oracle", "halvings"):
             default = getattr(type(self), name)
             if self.tuner != BATCHED and getattr(self, name) != default:
@@ -658,15 +649,6 @@ class SearchConfig:
     def direction(self) -> str:
         """`"max"` or `"min"`: where the objective is better."""
         return OBJECTIVES[self.objective]
-
-
-def checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns names of `UNFREEZE_NAMES`, each once, the cheapest and frozen first."""
-    if isinstance(names, str):
-        names = (names,)
-    for name in names:
-        require_known("unfrozen part", name, UNFREEZE_NAMES)
-    return tuple(one for one in UNFREEZE_NAMES if one == FROZEN or one in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -743,37 +725,30 @@ class SearchSpace:
             require_known("optimizer", optimizer.lower(), OPTIMIZER_NAMES)
 
     def _check_range(self, name: str) -> None:
-        least, above, most, whole = RANGE_NAMES[name]
-        given = getattr(self, name)
-        holds = isinstance(given, (tuple, list)) and len(given) == 2
-        if holds:
-            low, high = given
-            holds = low <= high < float("inf") and high <= most
-            holds = holds and (low > least if above else low >= least)
-            holds = holds and not (whole and (low % 1 or high % 1))
+        given, least = getattr(self, name), WHOLE_RANGES.get(name)
+        most = 1 if name == "keep_fraction" else math.inf
+        is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+        low, high = given if is_pair else (math.nan, math.nan)
+        holds = low <= high <= most and high < math.inf
+        if least is None:
+            holds = holds and low > 0
+        else:
+            holds = holds and low >= least and not (low % 1 or high % 1)
         if not holds:
-            bound = f"{'above' if above else 'at least'} {least:g}"
-            if most < float("inf"):
-                bound += f" and at most {most:g}"
-            kind = ", whole numbers" if whole else ""
+            bound = "above 0" if least is None else f"whole numbers, at least {least}"
+            bound += " and at most 1" if most == 1 else ""
             raise InvalidArgument(
-                f"`{name}` must be the lowest and the highest value{kind}, {bound}. "
+                f"`{name}` must be the lowest and the highest value, {bound}. "
                 f"Received: {name}={given!r}."
             )
 
 
-# The ranges of a `SearchSpace`: least value, whether that is left out, most, whether
-# they are whole numbers.
-RANGE_NAMES = {
-    "learning_rate": (0.0, True, math.inf, False),
-    "relative_threshold": (0.0, True, math.inf, False),
-    "threshold": (0.0, True, math.inf, False),
-    "article_threshold": (0.0, True, math.inf, False),
-    "keep_fraction": (0.0, True, 1.0, False),
-    "warmup_epochs": (0.0, False, math.inf, True),
-    "weight_decay": (0.0, True, math.inf, False),
-    "epochs": (1.0, False, math.inf, True),
-}
+# The ranges of a `SearchSpace`; those of whole numbers with their least value.
+RANGE_NAMES = (
+    "learning_rate", "relative_threshold", "threshold", "article_threshold",
+    "keep_fraction", "warmup_epochs", "weight_decay", "epochs",
+)  # fmt: skip
+WHOLE_RANGES = {"warmup_epochs": 0, "epochs": 1}
 
 
 # === Methods of a comparison ===
@@ -829,7 +804,6 @@ WEIGHT_DTYPES_OF_FORMAT = {
     "onnx": ("float32",),
 }
 FORMATS = tuple(WEIGHT_DTYPES_OF_FORMAT)
-WEIGHT_DTYPES = ("float32", "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -850,8 +824,8 @@ class ExportConfig:
     file_format: str = option("saved-model", ", ".join(FORMATS), name="format")
     weight_dtype: str = option(
         "float32",
-        f"{', '.join(WEIGHT_DTYPES)}: how weights are stored; float16 for saved-model "
-        "and litert, int8 for litert",
+        "float32, float16, int8: how weights are stored; float16 for saved-model and "
+        "litert, int8 for litert",
     )
     version: int | None = option(
         None,
@@ -875,4 +849,4 @@ class ExportConfig:
                 "A version and the most probable classes can be chosen for the format "
                 f"saved-model only. Received: the format {self.file_format}."
             )
-        _require_least(self, {"version": 1, "top_k": 1})
+        check_numbers(self, "at least 1", "version", "top_k")

@@ -1,7 +1,7 @@
 """README.md and docs/: links lead somewhere, commands parse, Python runs.
 
 The Python blocks of a page run one after the other, as a reader would paste them, in a
-folder that has what they name: `photos/`, and a base `own.keras`. `your_model`,
+folder that has what they name: `photos/`, and a backbone `own.keras`. `your_model`,
 `train` and `validation` are there too. `<!-- not run: WHY -->` in front of a block, and
 WHY in the page's words, leaves one out.
 """
@@ -19,10 +19,16 @@ from pathlib import Path
 import pytest
 
 from keras_rsft._runtime import check_strategy
-from keras_rsft.cli._commands import features_cluster, search_space
+from keras_rsft.cli._commands import config_of, features_cluster, policy_of, unfreezing
 from keras_rsft.cli._main import build_parser
-from keras_rsft.cli._options import FIRST, config_of, policy_of, unfreezing
-from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig, check_methods
+from keras_rsft.cli._options import FIRST
+from keras_rsft.config import (
+    FeatureConfig,
+    SearchConfig,
+    SearchSpace,
+    TrainConfig,
+    check_methods,
+)
 from keras_rsft.data._labels import parse_noise
 
 ROOT = Path(__file__).parent.parent
@@ -176,7 +182,10 @@ def test_a_command_is_understood(page, words, monkeypatch):
             lambda a: unfreezing(a, a.unfreeze),
             lambda a: check_strategy(a.strategy),
         ],
-        "search": [search_space, lambda a: config_of(a, SearchConfig)],
+        "search": [
+            lambda a: config_of(a, SearchSpace, **dict(a.range)),
+            lambda a: config_of(a, SearchConfig),
+        ],
     }
     for check in checks.get(arguments.command, []):
         check(arguments)

@@ -12,7 +12,7 @@ from same_run import assert_same_run
 
 from keras_rsft import _storage
 from keras_rsft._storage import NumberedFolder
-from keras_rsft.cli._options import data_name
+from keras_rsft.cli._commands import data_name
 from keras_rsft.config import PolicyConfig
 from keras_rsft.data._labels import add_label_noise
 from keras_rsft.errors import InvalidArgument, TrainingStalled

@@ -107,7 +107,7 @@ Network = tuple[keras.Model, Preprocess, tuple[int, int]]
 
 def scaled(scale: PixelScale) -> Preprocess:
     """Turns images in [0, 255] into the pixels of a network, by one stock layer."""
-    if scale.changes_nothing:
+    if scale == PixelScale():
         return lambda images: images
     return layers.Rescaling(
         list(scale.factor), list(scale.offset), dtype="float32", name="scale"

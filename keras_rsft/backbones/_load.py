@@ -59,13 +59,13 @@ def _only_shape(tensors: Any) -> tuple[int | None, ...]:
 
 
 def _build_preset(
-    name: config.BaseName,
+    name: config.BackboneName,
     weights: str | os.PathLike[str],
     image_size: tuple[int, int] | None,
     precision: str,
 ) -> _build.Network:
     """Loads a preset: one by name, which KerasHub downloads, or a folder."""
-    preset = name.place
+    preset = name.location
     keras_hub = import_extra("keras_hub", "hub", f"hub:{preset}")
     if weights not in ("imagenet", "none"):
         raise InvalidArgument(
@@ -213,7 +213,7 @@ def load_backbone(
         )
     check_backbone_name(name)
     name = os.fspath(name)
-    parsed = config.parse_base_name(name)
+    parsed = config.parse_backbone_name(name)
     with _build.built_in_float32():
         network = _build_network(name, parsed, weights, size, precision)
         if parsed is not None:
@@ -226,18 +226,18 @@ def check_backbone_name(name: str | os.PathLike[str]) -> None:
     name = os.fspath(name)
     if config.takes_texts(name):
         return
-    parsed = config.parse_base_name(name)
+    parsed = config.parse_backbone_name(name)
     if parsed is None and not name.endswith(".keras"):
         _resolve(name)
         return
-    path = name if parsed is None else parsed.place
+    path = name if parsed is None else parsed.location
     if (parsed is None or parsed.kind != "hub") and not os.path.exists(path):
         raise InvalidArgument(f"There is no backbone file {path}.")
 
 
 def _build_network(
     name: str,
-    parsed: config.BaseName | None,
+    parsed: config.BackboneName | None,
     weights: str | os.PathLike[str] | None,
     size: tuple[int, int] | None,
     precision: str,
@@ -273,7 +273,7 @@ def _build_network(
         )
     onnx = parsed.kind == "onnx"
     build = _foreign.build_onnx if onnx else _foreign.build_saved_model
-    body = build(Path(parsed.place), image_size=size)
+    body = build(Path(parsed.location), image_size=size)
     scale = parsed.scale or config.PixelScale()
     return body, _build.scaled(scale), body.input_shape[1:3]
 

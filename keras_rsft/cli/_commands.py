@@ -1,7 +1,7 @@
 """The commands: each checks its options, calls the library, and shows the result.
 
-What cannot be done is refused before anything heavy is imported. A command returns
-whether it succeeded.
+What cannot be done is refused before anything heavy is imported. A command that can
+fail without an error returns whether it succeeded.
 """
 
 from __future__ import annotations
@@ -15,53 +15,19 @@ import os
 import shlex
 import sys
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import keras_rsft as rsft
-from keras_rsft._runtime import (
-    PARENT,
-    TUNER_ID,
-    Cluster,
-    check_strategy,
-    cluster_of,
-    part_in_search,
-)
+from keras_rsft import config
+from keras_rsft._runtime import PARENT, TUNER_ID, check_strategy, part_in_search
 from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
-from keras_rsft.cli._options import (
-    DEFAULT_TEXT_COLUMN,
-    config_of,
-    data_name,
-    features_of,
-    fit_command,
-    kind_of,
-    load_data,
-    policy_of,
-    unfreezing,
-    words_of,
-)
+from keras_rsft.cli._options import DEFAULT_TEXT_COLUMN, DataConfig, settings_of
 from keras_rsft.cli._render import Output
-from keras_rsft.config import (
-    ALL,
-    IMAGES,
-    TEXTS,
-    USED_BY,
-    ExportConfig,
-    FeatureConfig,
-    PolicyConfig,
-    SearchConfig,
-    SearchSpace,
-    TrainConfig,
-    check_methods,
-    parse_base_name,
-)
+from keras_rsft.config import IMAGES, TEXTS, FeatureConfig, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.export._places import (
-    check_exists,
-    check_run_folder,
-    free_version,
-    model_folder,
-)
+from keras_rsft.export import _places
 from keras_rsft.report import _summary as summary
 
 if TYPE_CHECKING:
@@ -71,17 +37,142 @@ if TYPE_CHECKING:
     from keras_rsft.export._verify import AccuracyCheck, Verification
     from keras_rsft.tuning._search import Search
 
+Config = TypeVar("Config")
 OUTPUT_FORMATS = ("tsv", "csv", "jsonl")
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-_SHOWN_CLASSES = 5
+
+
+# === From options to configurations, and back ===
+
+
+def config_of(
+    arguments: argparse.Namespace, kind: type[Config], **others: Any
+) -> Config:
+    """Returns a configuration of the options that a command has, and other fields."""
+    values = {
+        one.field.name: getattr(arguments, one.dest)
+        for one in settings_of(kind)
+        if hasattr(arguments, one.dest)
+    }
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**values | others)
+
+
+def policy_of(arguments: argparse.Namespace) -> config.PolicyConfig:
+    """Returns the policy that was asked for, or the default one with the numbers."""
+    policy = config_of(arguments, config.PolicyConfig)
+    if hasattr(arguments, "policy"):  # Else several are tried, with all numbers.
+        config.require_used(policy.name or "", vars(arguments))
+    return policy
+
+
+def unfreezing(
+    arguments: argparse.Namespace, layers: config.Unfreeze | None
+) -> config.UnfreezeConfig | None:
+    """Returns how these layers are unfrozen; refuses a how without layers."""
+    how = list(settings_of(config.UnfreezeConfig, "-unfreeze"))
+    if layers is not None:
+        values = {one.field.name: getattr(arguments, one.dest) for one in how}
+        return config.UnfreezeConfig(layers, **values)
+    for one in how:
+        if getattr(arguments, one.dest) != one.default:
+            is_fit = hasattr(arguments, "unfreeze")
+            raise InvalidArgument(
+                f"`{one.dest}` says how unfrozen layers are trained. Say which ones "
+                f"with `{'--unfreeze' if is_fit else '--unfreeze-choices'}`."
+            )
+    return None
+
+
+def features_of(arguments: argparse.Namespace) -> FeatureConfig:
+    config_of(arguments, DataConfig)  # Refused before anything heavy is imported.
+    features = config_of(arguments, FeatureConfig)
+    return config.feature_config(features, kind_of(arguments))
+
+
+def kind_of(arguments: argparse.Namespace) -> str:
+    """Returns `"texts"` or `"images"`, by the data's column and the backbones."""
+    names = getattr(arguments, "backbones", None) or (arguments.backbone,)
+    kinds = {config.takes_texts(name) for name in names if name is not None}
+    if len(kinds) > 1:
+        raise InvalidArgument(
+            "Backbones for images and for texts cannot be ranked on the same data. "
+            f"Received: {', '.join(names)}."
+        )
+    return TEXTS if arguments.text_column is not None or True in kinds else IMAGES
+
+
+def words_of(given: Any) -> list[str]:
+    """Returns the options that give this configuration, without what is default."""
+    words = []
+    for one in settings_of(type(given)):
+        value = getattr(given, one.field.name)
+        if value is None or value == one.default:
+            continue
+        if one.repeats:
+            words += [f"{one.flag}={part}" for part in value]
+            continue
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        rare = ["--set", f"{one.dest}={text}"]
+        words += rare if one.is_rare else [f"{one.flag}={text}"]
+    return words
+
+
+def fit_command(
+    arguments: argparse.Namespace, *words: str, backbone: str | None = None
+) -> str:
+    """Returns a whole `fit`, quoted for a shell, on the data of another command."""
+    features = config_of(arguments, FeatureConfig)
+    if backbone is not None:
+        features = dataclasses.replace(features, backbone=backbone)
+    given = [*words_of(config_of(arguments, DataConfig)), *words_of(features)]
+    return shlex.join(["keras-rsft", "fit", arguments.data, *given, *words])
+
+
+# === Data and folders ===
+
+
+def data_name(source: str) -> str:
+    """Returns what a folder for the results is named after."""
+    name = os.fsencode(Path(source.removeprefix("tfds:")).stem)
+    # A file system takes 255 bytes; before and after the name of the data comes more.
+    return name[:200].decode(errors="ignore") or "run"
+
+
+def load_data(arguments: argparse.Namespace, noisy_splits: Sequence[str]) -> SampleData:
+    """Returns the data, labels made wrong in some splits and then corrected."""
+    from keras_rsft import add_label_noise, apply_corrections, load_images, load_texts
+    from keras_rsft.data._labels import read_corrections
+
+    given = config_of(arguments, DataConfig)
+    for file in given.corrections:
+        read_corrections(file)  # Refused before the samples are listed.
+    names = ["label_column", "split_column", "clean_label_column", "split_seed"]
+    names += ["validation_fraction", "test_fraction"]
+    shared = {name: getattr(given, name) for name in names}
+    if kind_of(arguments) == TEXTS:
+        shared["text_column"] = given.text_column or DEFAULT_TEXT_COLUMN
+        data = load_texts(arguments.data, id_column=given.id_column, **shared)
+    else:
+        data = load_images(
+            arguments.data,
+            path_column=given.path_column,
+            label_key=given.label_column,
+            clean_label_key=given.clean_label_column,
+            data_dir=given.data_dir,
+            **shared,
+        )
+    if noisy_splits and given.noise is not None:
+        seed = arguments.seed
+        data = add_label_noise(data, given.noise, seed=seed, splits=noisy_splits)
+    return apply_corrections(data, given.corrections)
 
 
 def _load(arguments: argparse.Namespace, output: Output, *noisy: str) -> SampleData:
-    """Loads the data, with labels made wrong in some splits, and describes them."""
     data = load_data(arguments, noisy)
     splits = (data.train, data.validation, data.test)
     sizes = ", ".join(f"{len(split)} {split.name}" for split in splits)
-    names = list(data.class_names[:_SHOWN_CLASSES])
+    names = list(data.class_names[:5])
     if data.num_classes > len(names):
         names.append("...")
     text = f"{data.num_classes} classes ({', '.join(names)}); {data.kind}: {sizes}."
@@ -121,11 +212,10 @@ def _say_next(output: Output, folder: Path, arguments: argparse.Namespace) -> No
         output.next_command("Serve it", _program("export", folder))
 
 
-# === demo ===
+# === Commands that train ===
 
 
-def demo(arguments: argparse.Namespace, output: Output) -> bool:
-    """Fine-tunes on digits with noisy labels, three ways; needs no network."""
+def demo(arguments: argparse.Namespace, output: Output) -> None:
     from keras_rsft.training._head import train_head
 
     settings = TrainConfig(epochs=30, seed=arguments.seed)
@@ -157,7 +247,7 @@ def demo(arguments: argparse.Namespace, output: Output) -> bool:
     wrong = int((train.labels != train.clean_labels).sum())
     on_clean = train_head(
         dataclasses.replace(run.features, train=train.with_labels(train.clean_labels)),
-        dataclasses.replace(settings, policy=PolicyConfig("accept-all")),
+        dataclasses.replace(settings, policy=config.PolicyConfig("accept-all")),
         progress=output.progress,
     )
     results = {
@@ -182,13 +272,10 @@ def demo(arguments: argparse.Namespace, output: Output) -> bool:
         "right_labels_rejected": "Right rejected",
     }
     titles = {"plain": "plain fine-tuning", "rsft": "rejection (RSFT)"}
-    rows = [
-        (
-            titles.get(name, name),
-            *(summary.share_text(values.get(column)) for column in columns),
-        )
-        for name, values in results.items()
-    ]
+    rows = []
+    for name, values in results.items():
+        shares = [summary.share_text(values.get(column)) for column in columns]
+        rows.append((titles.get(name, name), *shares))
     header = ("Head trained with", *columns.values())
     output.table(summary.Table(header, tuple(rows)))
     output.say(
@@ -207,14 +294,9 @@ def demo(arguments: argparse.Namespace, output: Output) -> bool:
         finding=run.finding,
         results=results,
     )
-    return True
 
 
-# === fit ===
-
-
-def fit(arguments: argparse.Namespace, output: Output) -> bool:
-    """Fine-tunes, writes run folder and report."""
+def fit(arguments: argparse.Namespace, output: Output) -> None:
     check_strategy(arguments.strategy)
     for name in ("dry_run", "tensorboard"):
         if arguments.strategy == "multiworker" and getattr(arguments, name):
@@ -242,7 +324,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> bool:
     shared |= {"with_plain": arguments.with_plain, "features": features}
     if arguments.dry_run:
         _dry_run(arguments, output, data, shared)
-        return True
+        return
     began: list[Path] = []
 
     def on_begin(folder: Path, resumed: bool) -> None:
@@ -277,7 +359,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> bool:
     )
     if not devices.is_chief:
         output.say("Done; the chief, worker 0, has written the run.")
-        return True
+        return
     rsft.write_report(run)
     output.show(summary.run_summary(run))
     _say_next(output, run.folder, arguments)
@@ -292,7 +374,6 @@ def fit(arguments: argparse.Namespace, output: Output) -> bool:
         finding=run.finding,
         results=results_of(run),
     )
-    return True
 
 
 def _dry_run(
@@ -328,12 +409,8 @@ def _dry_run(
     output.finish(pilot.verdict, **document)
 
 
-# === compare ===
-
-
-def compare(arguments: argparse.Namespace, output: Output) -> bool:
-    """Trains with several methods and several seeds."""
-    methods = check_methods(arguments.methods)
+def compare(arguments: argparse.Namespace, output: Output) -> None:
+    methods = config.check_methods(arguments.methods)
     settings = config_of(arguments, TrainConfig, policy=policy_of(arguments))
     features = features_of(arguments)
     folder = _new_folder(arguments, "compare-")
@@ -363,16 +440,11 @@ def compare(arguments: argparse.Namespace, output: Output) -> bool:
         verdict=comparison.verdict,
         notes=comparison.notes,
     )
-    return True
 
 
-# === rank ===
-
-
-def rank(arguments: argparse.Namespace, output: Output) -> bool:
-    """Ranks backbones by a quick head on a sample."""
+def rank(arguments: argparse.Namespace, output: Output) -> None:
     for name in arguments.backbones:
-        parse_base_name(name)
+        FeatureConfig(name)  # Refused before anything heavy is imported.
     features = dataclasses.replace(features_of(arguments), backbone=None)
     from keras_rsft.backbones._load import check_backbone_name
 
@@ -391,14 +463,9 @@ def rank(arguments: argparse.Namespace, output: Output) -> bool:
     command = fit_command(arguments, f"--seed={arguments.seed}", backbone=best)
     output.next_command("Train on the first", command)
     output.finish(best, **json_value(ranking))
-    return True
 
 
-# === features ===
-
-
-def features(arguments: argparse.Namespace, output: Output) -> bool:
-    """Extracts features and caches them, or a share of them."""
+def features(arguments: argparse.Namespace, output: Output) -> None:
     cluster = features_cluster(arguments)
     config = features_of(arguments)
     from keras_rsft.features._extract import default_cache_dir, keep_shares
@@ -442,25 +509,20 @@ def features(arguments: argparse.Namespace, output: Output) -> bool:
     output.next_command(title, fit_command(arguments, f"--seed={arguments.seed}"))
     share = {"index": cluster.index, "count": len(cluster)}
     output.finish(folder, folder=folder, share=share, splits=splits)
-    return True
 
 
-def features_cluster(arguments: argparse.Namespace) -> Cluster:
+def features_cluster(arguments: argparse.Namespace) -> rsft.Cluster:
     """Returns which share of how many this process computes."""
     if arguments.share is None:
-        return cluster_of()
+        return rsft.cluster_of()
     index, count = arguments.share
-    return Cluster(("",) * count, index)
+    return rsft.Cluster(("",) * count, index)
 
 
-# === search ===
-
-
-def search(arguments: argparse.Namespace, output: Output) -> bool:
-    """Searches, alone or as one of several processes."""
-    options, space = config_of(arguments, SearchConfig), search_space(arguments)
-    # `options.unfreeze` says which layers.
-    how = unfreezing(arguments, ALL if options.unfrozen else None)
+def search(arguments: argparse.Namespace, output: Output) -> None:
+    options = config_of(arguments, config.SearchConfig)
+    space = config_of(arguments, config.SearchSpace, **dict(arguments.range))
+    how = unfreezing(arguments, config.ALL if options.unfrozen else None)
     settings = config_of(arguments, TrainConfig, unfreeze=how)
     features = features_of(arguments)
     _check_part(arguments)
@@ -487,7 +549,7 @@ def search(arguments: argparse.Namespace, output: Output) -> bool:
         text = f"{name} is done; the chief has the results."
         output.say(text)
         output.finish(text, worker=name)
-        return True
+        return
     rsft.write_report(found)
     output.show(summary.search_summary(found))
     _say_next(output, found.folder, arguments)
@@ -496,19 +558,13 @@ def search(arguments: argparse.Namespace, output: Output) -> bool:
     output.finish(
         found.folder, folder=found.folder, fit_command=command, results=found.results
     )
-    return True
-
-
-def search_space(arguments: argparse.Namespace) -> SearchSpace:
-    """Returns what to search, as was asked for."""
-    return config_of(arguments, SearchSpace, **dict(arguments.range))
 
 
 def chosen_words(found: Search) -> list[str]:
     """Returns the options of `fit` that train as a search has chosen."""
     settings, policy = found.settings, found.settings.policy
     given: dict[str, object] = {"policy": policy.name}
-    for name, users in USED_BY.items():
+    for name, users in config.USED_BY.items():
         if policy.name in users:
             given[name] = getattr(policy, name)
     if "threshold" in given and policy.threshold is None:
@@ -542,7 +598,7 @@ def _check_part(arguments: argparse.Namespace) -> None:
 
 
 def _worker_commands(
-    arguments: argparse.Namespace, options: SearchConfig, output: Path
+    arguments: argparse.Namespace, options: config.SearchConfig, output: Path
 ) -> list[list[str]]:
     """Returns the workers that `--workers` asks for: the same command once more."""
     count = arguments.workers
@@ -556,16 +612,16 @@ def _worker_commands(
     return [command + own] * count
 
 
-# === review ===
+# === Commands that use a run ===
 
 
-def review(arguments: argparse.Namespace, output: Output) -> bool:
-    """Opens the page of a run, or serves it."""
+def review(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.port is not None and not arguments.serve:
         raise InvalidArgument("`--port` goes with `--serve`. Add it, or leave it out.")
     folder = Path(arguments.run)
     if arguments.serve:
-        return _serve(folder, arguments, output)
+        _serve(folder, arguments, output)
+        return
     page = folder / REPORT_FILE
     if arguments.rebuild or not page.is_file():
         page = rsft.write_report(folder)
@@ -574,10 +630,9 @@ def review(arguments: argparse.Namespace, output: Output) -> bool:
     output.finish(page, folder=folder.absolute(), page=page, url=page.as_uri())
     if not arguments.no_browser:
         webbrowser.open(page.as_uri())
-    return True
 
 
-def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> bool:
+def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> None:
     from keras_rsft.report._record import read_run
     from keras_rsft.report._server import ReviewServer, own_port
 
@@ -605,19 +660,14 @@ def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> bool:
         except KeyboardInterrupt:
             if not arguments.json:
                 output.say("Stopped.")
-    return True
-
-
-# === export ===
 
 
 def export(arguments: argparse.Namespace, output: Output) -> bool:
-    """Exports, and compares with the run if asked to, or where weights are narrower."""
-    settings = config_of(arguments, ExportConfig)
-    check_run_folder(Path(arguments.run))
-    target = model_folder(arguments.run, arguments.name, arguments.directory)
+    settings = config_of(arguments, config.ExportConfig)
+    _places.check_run_folder(Path(arguments.run))
+    target = _places.model_folder(arguments.run, arguments.name, arguments.directory)
     if settings.file_format == "saved-model":
-        free_version(target, settings.version)
+        _places.free_version(target, settings.version)
     from keras_rsft.export._export_run import read_run
 
     run = read_run(arguments.run)
@@ -683,6 +733,7 @@ def _check(
     from keras_rsft.export import _verify as checks
 
     accuracy = verification = images = None
+    progress = output.progress
     missing, narrowed = "", export.settings.weight_dtype != "float32"
     if narrowed or arguments.verify:
         try:
@@ -693,9 +744,7 @@ def _check(
         try:
             if images is None:
                 raise DataError(missing)
-            accuracy = checks.check_accuracy(
-                run, export, images, progress=output.progress
-            )
+            accuracy = checks.check_accuracy(run, export, images, progress=progress)
             output.say(
                 f"Accuracy on the validation split ({accuracy.images} images): "
                 f"{100 * accuracy.exported:.1f} %; in float32 "
@@ -707,15 +756,13 @@ def _check(
                 f"The accuracy on the validation split was not measured: {error}"
             )
     if arguments.verify:
-        encoded = None if images is None else checks.sample_of(images)
-        if not encoded:
+        encoded = None if images is None else checks.sample_of(images) or None
+        if encoded is None:
             reason = missing or "their files are gone."
             output.say(
                 f"The run's images cannot be read, so generated ones are used: {reason}"
             )
-        verification = checks.verify_export(
-            run, export, encoded or None, progress=output.progress
-        )
+        verification = checks.verify_export(run, export, encoded, progress=progress)
         _show_verification(verification, output)
     return accuracy, verification
 
@@ -736,12 +783,9 @@ def _show_verification(found: Verification, output: Output) -> None:
     output.rows("In a fresh process", rows)
 
 
-# === predict ===
-
-
 def predict(arguments: argparse.Namespace, output: Output) -> bool:
     """Prints an answer for each sample that can be read, and lists the others."""
-    check_exists(arguments.model)
+    _places.check_exists(arguments.model)
     from keras_rsft import _predict as library
     from keras_rsft._progress import progress_bar
 

@@ -14,73 +14,49 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from keras_rsft import __version__
-from keras_rsft._runtime import (
-    DEFAULT_TIMEOUT,
-    Terminated,
-    quick_imports,
-    termination_raises,
-)
+from keras_rsft import __version__, _runtime, config, errors
 from keras_rsft.cli import _commands as commands
-from keras_rsft.cli._options import (
-    CommandParser,
-    DataConfig,
-    Setting,
-    named_range,
-    positive,
-    seconds,
-    settings_of,
-    split_at,
-    typed,
-)
+from keras_rsft.cli import _options as options
+from keras_rsft.cli._options import CommandParser, DataConfig, settings_of
 from keras_rsft.cli._render import Output
-from keras_rsft.config import (
-    METHOD_NAMES,
-    RANGE_NAMES,
-    ExportConfig,
-    FeatureConfig,
-    PolicyConfig,
-    SearchConfig,
-    SearchSpace,
-    TrainConfig,
-    UnfreezeConfig,
-    option,
-    rare,
-)
-from keras_rsft.errors import (
-    DataError,
-    InvalidArgument,
-    TrainingStalled,
-    WeightsUnavailable,
-    WorkerLost,
-)
+from keras_rsft.config import option, rare
+from keras_rsft.errors import InvalidArgument
 
 USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
-EXPECTED = (DataError, ImportError, TrainingStalled, WeightsUnavailable, WorkerLost)
+EXPECTED = (
+    ImportError, errors.DataError, errors.TrainingStalled, errors.WeightsUnavailable,
+    errors.WorkerLost,
+)  # fmt: skip
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status."""
     # In another program's process, its Keras is left as it is.
-    imports = quick_imports() if argv is None else contextlib.nullcontext()
+    imports = _runtime.quick_imports() if argv is None else contextlib.nullcontext()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     arguments = parser.parse_args(argv)
     arguments.parser, arguments.argv = parser, argv
     arguments.command_line = shlex.join(["keras-rsft", *argv])
     try:
-        with termination_raises(), imports:
-            _check_backend()
+        with _runtime.termination_raises(), imports:
+            backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+            if backend != "tensorflow":
+                raise InvalidArgument(
+                    "The command line needs Keras's TensorFlow backend. Received: "
+                    f"KERAS_BACKEND={backend}. Leave it out: `RSFTModel` alone trains "
+                    "under jax and torch, in a program of yours."
+                )
             _silence_native_libraries()
             with Output(
                 quiet=arguments.quiet,
                 as_json=getattr(arguments, "json", False),
                 command=arguments.command,
             ) as output:
-                return 0 if arguments.work(arguments, output) else FAILED
+                succeeded = arguments.work(arguments, output)
+                return FAILED if succeeded is False else 0
     except KeyboardInterrupt as stop:
-        status = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        status = TERMINATED if isinstance(stop, _runtime.Terminated) else INTERRUPTED
         text = " ".join(["Interrupted.", *getattr(stop, "__notes__", [])])
         command = f"\n  {arguments.command_line}"
         return _fail(status, f"{text} Run the same command again to resume:{command}")
@@ -109,17 +85,6 @@ def _fail(status: int, message: str) -> int:
     return status
 
 
-def _check_backend() -> None:
-    """Refuses another backend than TensorFlow, before anything heavy is imported."""
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend != "tensorflow":
-        raise InvalidArgument(
-            "The command line needs Keras's TensorFlow backend. Received: "
-            f"KERAS_BACKEND={backend}. Leave it out: `RSFTModel` alone trains under "
-            "jax and torch, in a program of yours."
-        )
-
-
 def _silence_native_libraries() -> None:
     """Keeps TensorFlow's start-up chatter off the user's terminal."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -143,22 +108,19 @@ def _silence_native_libraries() -> None:
 # === Options of the command line alone ===
 
 
-def _ranges() -> str:
-    """Returns the names of ranges, each with its default."""
-    known = {name: getattr(SearchSpace(), name) for name in RANGE_NAMES}
-    shown = [
-        name if bounds is None else "{}={:g}:{:g}".format(name, *bounds)
-        for name, bounds in known.items()
-    ]
-    return ", ".join(shown)
-
-
-_share = typed(
-    split_at("/", int),
+_SPACE = dataclasses.asdict(config.SearchSpace())
+_RANGES = ", ".join(
+    name if _SPACE[name] is None else "{}={:g}:{:g}".format(name, *_SPACE[name])
+    for name in config.RANGE_NAMES
+)
+_share = options.typed(
+    options.split_at("/", int),
     "I/N, with I from 0 to N - 1, such as 0/8",
     lambda pair: len(pair) == 2 and 0 <= pair[0] < pair[1],
 )
-_port = typed(int, "a whole number in [0, 65535]", lambda port: 0 <= port < 2**16)
+_port = options.typed(
+    int, "a whole number in [0, 65535]", lambda port: 0 <= port < 2**16
+)
 
 
 @dataclasses.dataclass
@@ -186,9 +148,9 @@ class Options:
         metavar="FOLDER",
     )
     worker_timeout: float = option(
-        DEFAULT_TIMEOUT,
+        _runtime.DEFAULT_TIMEOUT,
         "how long to wait for a worker that does not respond",
-        type=seconds,
+        type=options.seconds,
     )
     strategy: str = option(
         "none",
@@ -208,17 +170,19 @@ class Options:
     with_plain: bool = rare(True, "train a plain head too, for the report's comparison")
     methods: tuple[str, ...] | None = option(
         None,
-        f"out of {', '.join(METHOD_NAMES)}; plain is always among them; default: all "
-        "that can run",
+        f"out of {', '.join(config.METHOD_NAMES)}; plain is always among them; "
+        "default: all that can run",
         first=2,
     )
     seeds: int = option(
-        5, "how often to train each, from --seed on", first=3, type=positive
+        5, "how often to train each, from --seed on", first=3, type=options.positive
     )
     backbones: tuple[str, ...] = option(
         None, "as --backbone of fit takes them", first=1, required=True
     )
-    sample: int = option(1000, "training samples to look at", first=2, type=positive)
+    sample: int = option(
+        1000, "training samples to look at", first=2, type=options.positive
+    )
     share: str | None = option(
         None,
         "compute the I-th of N shares, from 0 on, and wait for no other; default: all, "
@@ -229,9 +193,9 @@ class Options:
     range: tuple[str, ...] = option(
         (),
         f"search a number from LOW to HIGH; repeat it for another one; names and "
-        f"defaults: {_ranges()}",
+        f"defaults: {_RANGES}",
         first=4,
-        type=named_range,
+        type=options.named_range,
         action="append",
     )
     clean_validation: bool = option(
@@ -241,7 +205,7 @@ class Options:
         None,
         "processes on this machine that share the trials; on several machines Keras "
         "Tuner's variables KERASTUNER_* name them; default: this one alone",
-        type=positive,
+        type=options.positive,
     )
     run: str = option(
         None, "folder of a run or of a search", positional=True, metavar="RUN"
@@ -291,58 +255,58 @@ class Options:
 
 # The help of each command, and which configurations it takes: whole, or with the names
 # of fields, or after `-` without those.
-_COMMANDS: dict[Callable[..., bool], tuple[str, dict[type, str]]] = {
+_COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
     commands.demo: (
         "fine-tune on real digits with noisy labels, a minute",
-        {Options: "output quiet json", FeatureConfig: "cache_dir", TrainConfig: "seed"},
+        {Options: "output", config.FeatureConfig: "cache_dir",
+         config.TrainConfig: "seed"},
     ),
     commands.fit: (
         "fine-tune on your own images or texts",
-        {FeatureConfig: "", PolicyConfig: "", UnfreezeConfig: "", TrainConfig: "",
-         DataConfig: "", Options: "data output strategy tensorboard dry_run with_plain "
-         "quiet json"},
+        {config.FeatureConfig: "", config.PolicyConfig: "", config.UnfreezeConfig: "",
+         config.TrainConfig: "", DataConfig: "",
+         Options: "data output strategy tensorboard dry_run with_plain"},
     ),
     commands.compare: (
         "several methods side by side on your own data",
-        {FeatureConfig: "", TrainConfig: "-early_stopping", DataConfig: "",
-         PolicyConfig: "-policy level",
-         Options: "data methods seeds output quiet json"},
+        {config.FeatureConfig: "", config.TrainConfig: "-early_stopping",
+         config.PolicyConfig: "-policy level", DataConfig: "",
+         Options: "data methods seeds output"},
     ),
     commands.rank: (
         "which backbone suits your own images or texts",
-        {FeatureConfig: "image_size dtype cache_dir", TrainConfig: "seed",
-         DataConfig: "", Options: "data backbones sample quiet json"},
+        {config.FeatureConfig: "image_size dtype cache_dir", config.TrainConfig: "seed",
+         DataConfig: "", Options: "data backbones sample"},
     ),
     commands.features: (
         "extract and cache features, also by shares",
-        {FeatureConfig: "", TrainConfig: "seed", DataConfig: "",
-         Options: "data share worker_timeout quiet json"},
+        {config.FeatureConfig: "", config.TrainConfig: "seed", DataConfig: "",
+         Options: "data share worker_timeout"},
     ),
     commands.search: (
         "find policy, threshold and learning rate",
-        {FeatureConfig: "", SearchSpace: "", SearchConfig: "", DataConfig: "",
-         TrainConfig: "epochs batch_size seed", UnfreezeConfig: "-unfreeze",
-         Options: "data range output clean_validation workers worker_timeout quiet "
-         "json"},
+        {config.FeatureConfig: "", config.SearchSpace: "", config.SearchConfig: "",
+         config.TrainConfig: "epochs batch_size seed",
+         config.UnfreezeConfig: "-unfreeze", DataConfig: "",
+         Options: "data range output clean_validation workers worker_timeout"},
     ),
     commands.review: (
         "look at a run and correct labels in the browser",
-        {Options: "run serve port rebuild no_browser quiet json"},
+        {Options: "run serve port rebuild no_browser"},
     ),
     commands.export: (
         "write a model for TF Serving, LiteRT or ONNX",
-        {Options: "run name directory verify quiet json", ExportConfig: ""},
+        {Options: "run name directory verify", config.ExportConfig: ""},
     ),
     commands.predict: (
         "use a trained model on image files or texts; the exit status is 1 if some "
         "could not be read: they are listed on standard error, the others answered",
-        {Options: "model paths output_format quiet", DataConfig: "text_column"},
+        {Options: "model paths output_format", DataConfig: "text_column"},
     ),
 }  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the whole command line."""
     parser = CommandParser(
         prog="keras-rsft",
         description="Fine-tune a pretrained Keras model only on the samples that "
@@ -351,9 +315,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for work, (help, takes) in _COMMANDS.items():
-        settings: list[Setting] = []
-        for config, which in takes.items():
-            settings += settings_of(config, which)
+        common = " quiet" if work is commands.predict else " quiet json"
+        takes = takes | {Options: takes[Options] + common}
+        settings = [one for owner in takes for one in settings_of(owner, takes[owner])]
         command = subparsers.add_parser(work.__name__, help=help, description=help)
         command.add_settings(settings)
         command.set_defaults(work=work)

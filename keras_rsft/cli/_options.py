@@ -9,46 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import re
-import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from keras_rsft.config import (
-    FROZEN,
-    IMAGES,
-    LAST_BLOCK,
-    RANGE_NAMES,
-    TEXTS,
-    ExportConfig,
-    FeatureConfig,
-    PolicyConfig,
-    SearchConfig,
-    SearchSpace,
-    TrainConfig,
-    Unfreeze,
-    UnfreezeConfig,
-    feature_config,
-    nearest_name_hint,
-    option,
-    parse_unfreeze,
-    rare,
-    require_used,
-    takes_texts,
-)
+from keras_rsft import config
+from keras_rsft.config import nearest_name_hint, option, rare
 from keras_rsft.errors import InvalidArgument
 
-if TYPE_CHECKING:
-    from keras_rsft.data._samples import SampleData
-
-Config = TypeVar("Config")
 DEFAULT_TEXT_COLUMN = "text"
 FIRST = "main options"
-# A file system takes 255 bytes; before and after the name of the data comes more.
-_MAX_NAME_BYTES = 200
 
 
 # === Data ===
@@ -95,70 +66,19 @@ class DataConfig:
     split_seed: int = rare(0, "seed of the cut")
 
     def __post_init__(self) -> None:
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise InvalidArgument(
-                    f"`{name}` must be in (0, 1). Received: {getattr(self, name)}."
-                )
-
-
-def kind_of(arguments: argparse.Namespace) -> str:
-    """Returns `"texts"` or `"images"`, by the data's column and the backbones."""
-    names = getattr(arguments, "backbones", None) or (arguments.backbone,)
-    kinds = {takes_texts(name) for name in names if name is not None}
-    if len(kinds) > 1:
-        raise InvalidArgument(
-            "Backbones for images and for texts cannot be ranked on the same data. "
-            f"Received: {', '.join(names)}."
-        )
-    return TEXTS if arguments.text_column is not None or True in kinds else IMAGES
-
-
-def load_data(arguments: argparse.Namespace, noisy_splits: Sequence[str]) -> SampleData:
-    """Returns the data, labels made wrong in some splits and then corrected."""
-    from keras_rsft import add_label_noise, apply_corrections, load_images, load_texts
-    from keras_rsft.data._labels import read_corrections
-
-    config = config_of(arguments, DataConfig)
-    for file in config.corrections:
-        read_corrections(file)  # Refused before the samples are listed.
-    names = ["label_column", "split_column", "clean_label_column", "split_seed"]
-    names += ["validation_fraction", "test_fraction"]
-    shared = {name: getattr(config, name) for name in names}
-    if kind_of(arguments) == TEXTS:
-        shared["text_column"] = config.text_column or DEFAULT_TEXT_COLUMN
-        data = load_texts(arguments.data, id_column=config.id_column, **shared)
-    else:
-        data = load_images(
-            arguments.data,
-            path_column=config.path_column,
-            label_key=config.label_column,
-            clean_label_key=config.clean_label_column,
-            data_dir=config.data_dir,
-            **shared,
-        )
-    if noisy_splits and config.noise is not None:
-        seed = arguments.seed
-        data = add_label_noise(data, config.noise, seed=seed, splits=noisy_splits)
-    return apply_corrections(data, config.corrections)
-
-
-def data_name(source: str) -> str:
-    """Returns what a folder for the results is named after."""
-    name = os.fsencode(Path(source.removeprefix("tfds:")).stem)
-    return name[:_MAX_NAME_BYTES].decode(errors="ignore") or "run"
+        config.check_numbers(self, "in (0, 1)", "validation_fraction", "test_fraction")
 
 
 # === From fields to options ===
 
 _GROUPS = {
     DataConfig: "data",
-    FeatureConfig: "backbone",
-    PolicyConfig: "rejection",
-    TrainConfig: "training",
-    SearchConfig: "search",
-    SearchSpace: "search",
-    ExportConfig: "export",
+    config.FeatureConfig: "backbone",
+    config.PolicyConfig: "rejection",
+    config.TrainConfig: "training",
+    config.SearchConfig: "search",
+    config.SearchSpace: "search",
+    config.ExportConfig: "export",
 }
 
 
@@ -172,7 +92,7 @@ class Setting:
 
     dest: str
     field: dataclasses.Field
-    config: type
+    owner: type
 
     @property
     def flag(self) -> str:
@@ -181,7 +101,7 @@ class Setting:
     @property
     def default(self) -> Any:
         # The layers to unfreeze have a default only where something is unfrozen.
-        is_none = self.config is UnfreezeConfig and self.dest == "unfreeze"
+        is_none = self.owner is config.UnfreezeConfig and self.dest == "unfreeze"
         return None if is_none else self.field.default
 
     @property
@@ -208,14 +128,14 @@ class Setting:
         return f"{text}; default: {str(shown).lower()}"
 
 
-def settings_of(config: type, which: str = "") -> Iterator[Setting]:
+def settings_of(owner: type, which: str = "") -> Iterator[Setting]:
     """Yields the fields that are options: all, those named, or without `-` those."""
     names = which.lstrip("-").split()
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(owner):
         dest = field.metadata.get("name", field.name)
         named = not names or (dest in names) != which.startswith("-")
         if "help" in field.metadata and named:
-            yield Setting(dest, field, config)
+            yield Setting(dest, field, owner)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -234,7 +154,7 @@ class CommandParser(argparse.ArgumentParser):
         shown = [one for one in settings if not one.is_rare]
         for one in sorted(shown, key=lambda one: one.field.metadata.get("first", 99)):
             is_first = "first" in one.field.metadata
-            title = FIRST if is_first else _GROUPS.get(one.config, "")
+            title = FIRST if is_first else _GROUPS.get(one.owner, "")
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
             self._add(groups[title], one)
@@ -311,20 +231,19 @@ class CommandParser(argparse.ArgumentParser):
 # === Types ===
 
 
-def parsed(text: str, kind: Callable, holds: Callable, expected: str) -> Any:
-    """Returns what an option's text means, or raises what `argparse` shows."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, received {text!r}")
-    return value
-
-
 def typed(kind: Callable, expected: str, holds: Callable = lambda value: True) -> Any:
-    """Returns a parser of an option's text."""
-    return lambda text: parsed(text, kind, holds, expected)
+    """Returns a parser of an option's text, which raises what `argparse` shows."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, received {text!r}")
+        return value
+
+    return parse
 
 
 def split_at(mark: str, kind: Callable = str.strip) -> Callable[[str], tuple]:
@@ -339,12 +258,12 @@ truth = typed({"true": True, "false": False}.get, "true or false")
 name_list = typed(split_at(","), "names separated by commas", all)
 
 
-def unfreeze_layers(text: str) -> Unfreeze | None:
+def unfreeze_layers(text: str) -> config.Unfreeze | None:
     """Parses which layers to unfreeze; `frozen` means none."""
-    if text in (FROZEN, LAST_BLOCK):
-        return None if text == FROZEN else text
+    if text in (config.FROZEN, config.LAST_BLOCK):
+        return None if text == config.FROZEN else text
     try:
-        return parse_unfreeze(text)
+        return config.parse_unfreeze(text)
     except InvalidArgument as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -353,19 +272,19 @@ def named_range(text: str) -> tuple[str, tuple[float, float]]:
     """Parses `NAME=LOW:HIGH`."""
     name, _, bounds = text.partition("=")
     name = name.strip().replace("-", "_")
-    if name not in RANGE_NAMES:
-        hint = nearest_name_hint(name, list(RANGE_NAMES))
+    if name not in config.RANGE_NAMES:
+        hint = nearest_name_hint(name, config.RANGE_NAMES)
         raise argparse.ArgumentTypeError(
-            f"expected NAME=LOW:HIGH with a name out of {', '.join(RANGE_NAMES)}, "
-            f"received {text!r}.{hint}"
+            "expected NAME=LOW:HIGH with a name out of "
+            f"{', '.join(config.RANGE_NAMES)}, received {text!r}.{hint}"
         )
-    kind = int if RANGE_NAMES[name][3] else float
-    return name, parsed(
-        bounds,
+    kind = int if name in config.WHOLE_RANGES else float
+    parse = typed(
         split_at(":", kind),
-        lambda value: len(value) == 2 and value[0] <= value[1],
         f"two {'whole ' if kind is int else ''}numbers LOW:HIGH, the lower one first",
+        lambda value: len(value) == 2 and value[0] <= value[1],
     )
+    return name, parse(bounds)
 
 
 _METAVARS = {
@@ -377,82 +296,3 @@ _METAVARS = {
     named_range: "NAME=LOW:HIGH",
     str: "NAME",
 }
-
-
-# === From options to configurations ===
-
-
-def config_of(
-    arguments: argparse.Namespace, config: type[Config], **others: Any
-) -> Config:
-    """Returns a configuration of the options that a command has, and other fields."""
-    values = {
-        one.field.name: getattr(arguments, one.dest)
-        for one in settings_of(config)
-        if hasattr(arguments, one.dest)
-    }
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return config(**values | others)
-
-
-def policy_of(arguments: argparse.Namespace) -> PolicyConfig:
-    """Returns the policy that was asked for, or the default one with the numbers."""
-    policy = config_of(arguments, PolicyConfig)
-    if hasattr(arguments, "policy"):  # Else several are tried, with all numbers.
-        require_used(policy.name or "", vars(arguments))
-    return policy
-
-
-def unfreezing(
-    arguments: argparse.Namespace, layers: Unfreeze | None
-) -> UnfreezeConfig | None:
-    """Returns how these layers are unfrozen; refuses a how without layers."""
-    how = list(settings_of(UnfreezeConfig, "-unfreeze"))
-    if layers is not None:
-        values = {one.field.name: getattr(arguments, one.dest) for one in how}
-        return UnfreezeConfig(layers, **values)
-    for one in how:
-        if getattr(arguments, one.dest) != one.default:
-            is_fit = hasattr(arguments, "unfreeze")
-            raise InvalidArgument(
-                f"`{one.dest}` says how unfrozen layers are trained. Say which ones "
-                f"with `{'--unfreeze' if is_fit else '--unfreeze-choices'}`."
-            )
-    return None
-
-
-def features_of(arguments: argparse.Namespace) -> FeatureConfig:
-    """Returns the features that were asked for."""
-    config_of(arguments, DataConfig)  # Refused before anything heavy is imported.
-    return feature_config(config_of(arguments, FeatureConfig), kind_of(arguments))
-
-
-# === From configurations to a command ===
-
-
-def words_of(config: Any) -> list[str]:
-    """Returns the options that give this configuration, without what is default."""
-    words = []
-    for one in settings_of(type(config)):
-        value = getattr(config, one.field.name)
-        if value is None or value == one.default:
-            continue
-        if one.repeats:
-            words += [f"{one.flag}={part}" for part in value]
-            continue
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
-        given = ["--set", f"{one.dest}={text}"]
-        words += given if one.is_rare else [f"{one.flag}={text}"]
-    return words
-
-
-def fit_command(
-    arguments: argparse.Namespace, *words: str, backbone: str | None = None
-) -> str:
-    """Returns a whole `fit`, quoted for a shell, on the data of another command."""
-    features = config_of(arguments, FeatureConfig)
-    if backbone is not None:
-        features = dataclasses.replace(features, backbone=backbone)
-    configs = (config_of(arguments, DataConfig), features)
-    given = [word for config in configs for word in words_of(config)]
-    return shlex.join(["keras-rsft", "fit", arguments.data, *given, *words])

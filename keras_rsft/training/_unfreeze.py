@@ -24,7 +24,7 @@ from keras_rsft.config import (
     TrainConfig,
     UnfreezeConfig,
     is_fixed_network,
-    require_base_can_learn,
+    require_unfreezable,
 )
 from keras_rsft.data._samples import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
@@ -62,7 +62,7 @@ def require_layers_to_train(
 ) -> None:
     """Refuses by its name a backbone in which no layer can learn."""
     backbone = str(features.backbone)
-    require_base_can_learn(backbone)
+    require_unfreezable(backbone)
     if is_fixed_network(backbone):
         raise InvalidArgument(
             f"No part of {backbone} can learn: it has no Keras layers. Leave out "

@@ -16,29 +16,29 @@ from keras_rsft.config import (
     PixelScale,
     feature_config,
     is_fixed_network,
-    parse_base_name,
+    parse_backbone_name,
     parse_pixel_scale,
 )
 from keras_rsft.errors import InvalidArgument
 
 
 def test_a_name_is_taken_apart():
-    parsed = parse_base_name("onnx:models/a@b.onnx@-1:1")
-    assert (parsed.kind, parsed.place) == ("onnx", "models/a@b.onnx")
+    parsed = parse_backbone_name("onnx:models/a@b.onnx@-1:1")
+    assert (parsed.kind, parsed.location) == ("onnx", "models/a@b.onnx")
     assert parsed.scale == PixelScale((2 / 255,) * 3, (-1.0,) * 3)
-    assert parse_base_name("hub:resnet_50_imagenet").scale is None
-    assert parse_base_name("hub:./preset@imagenet").place == "./preset"
-    assert parse_base_name("resnet50") is None
-    assert parse_base_name("C:/bases/own.keras") is None
+    assert parse_backbone_name("hub:resnet_50_imagenet").scale is None
+    assert parse_backbone_name("hub:./preset@imagenet").location == "./preset"
+    assert parse_backbone_name("resnet50") is None
+    assert parse_backbone_name("C:/bases/own.keras") is None
 
 
 def test_an_at_sign_in_a_path_that_exists_is_no_scale(tmp_path):
     (tmp_path / "a@0:1").mkdir()
     with pytest.raises(InvalidArgument, match="what pixel values"):
-        parse_base_name(f"savedmodel:{tmp_path / 'a@0:1'}")
-    parsed = parse_base_name(f"savedmodel:{tmp_path / 'a@0:1'}@0:255")
-    assert parsed.place == str(tmp_path / "a@0:1")
-    assert parsed.scale.changes_nothing
+        parse_backbone_name(f"savedmodel:{tmp_path / 'a@0:1'}")
+    parsed = parse_backbone_name(f"savedmodel:{tmp_path / 'a@0:1'}@0:255")
+    assert parsed.location == str(tmp_path / "a@0:1")
+    assert parsed.scale == PixelScale()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_what_is_no_scale(text):
 @pytest.mark.parametrize("name", ["onnx:", "hub:@0:1", "savedmodel:m", "onnx:a.onnx@"])
 def test_what_is_no_name(name):
     with pytest.raises(InvalidArgument, match="Received"):
-        parse_base_name(name)
+        parse_backbone_name(name)
 
 
 def test_which_bases_have_no_keras_layers():
