@@ -225,7 +225,9 @@ class TestNames:
         require_takes("resnet50", "images")
         with pytest.raises(InvalidArgument, match="--backbone minilm"):
             require_takes("resnet50", "texts")
-        with pytest.raises(InvalidArgument, match="images, and the backbone takes texts"):
+        with pytest.raises(
+            InvalidArgument, match="images, and the backbone takes texts"
+        ):
             require_takes("minilm", "images")
 
     def test_an_image_size_is_refused(self):
