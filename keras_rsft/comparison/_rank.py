@@ -19,11 +19,7 @@ from keras_rsft.data._samples import SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
-from keras_rsft.features._extract import (
-    FrozenBackbone,
-    extract_features,
-    seconds_per_image,
-)
+from keras_rsft.features import _extract
 from keras_rsft.label_quality._audit import MIN_NOISE_RATE, LabelQuality, audit_labels
 from keras_rsft.training._features import load_configured
 
@@ -132,8 +128,8 @@ def rank_backbones(
     for name, config in zip(names, configs, strict=True):
         try:
             backbone = load_configured(config)
-            frozen = FrozenBackbone(backbone, num_images=len(images))
-            cached = extract_features(
+            frozen = _extract.FrozenBackbone(backbone, num_images=len(images))
+            cached = _extract.extract_features(
                 frozen,
                 images,
                 cache_dir=config.cache_dir,
@@ -143,7 +139,7 @@ def rank_backbones(
             quality = audit_labels(cached, data.num_classes, progress=progress)
             costs: dict[str, Any] = {
                 "name": name,
-                "seconds_per_image": seconds_per_image(frozen, images),
+                "seconds_per_image": _extract.seconds_per_image(frozen, images),
                 "weights_bytes": weights_bytes(backbone),
                 "dim": frozen.dim,
                 "image_size": frozen.image_size,
