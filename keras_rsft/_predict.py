@@ -15,14 +15,8 @@ import tensorflow as tf
 from keras_rsft._storage import CLASSES_FILE, MODEL_FILE
 from keras_rsft.backbones._build import first_line
 from keras_rsft.config import IMAGES, TEXTS
+from keras_rsft.data import _sources
 from keras_rsft.data._images import decode_images
-from keras_rsft.data._sources import (
-    DEFAULT_TEXT_COLUMN,
-    IMAGE_SUFFIXES,
-    TEXT_SUFFIXES,
-    read_table,
-    text_of,
-)
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import unusable_model
 from keras_rsft.export._runtimes import ExportedModel, load_exported
@@ -71,7 +65,7 @@ def predict_files(
     model: str | os.PathLike,
     files: Sequence[str | os.PathLike],
     *,
-    text_column: str = DEFAULT_TEXT_COLUMN,
+    text_column: str = _sources.DEFAULT_TEXT_COLUMN,
 ) -> Iterator[Prediction]:
     """Yields one prediction a file, in order; of a CSV file of texts one a row.
 
@@ -103,7 +97,7 @@ def samples_in(
         if classifier.takes != TEXTS or not file.lower().endswith(".csv"):
             samples.append(Sample(file))
             continue
-        for line, row in read_table(file, [text_column]):
+        for line, row in _sources.read_table(file, [text_column]):
             content = row[text_column].encode("utf-8", "surrogatepass")
             samples.append(Sample(f"{file}:{line}", content))
     return samples
@@ -128,7 +122,7 @@ def predict_samples(
 
 def find_files(paths: Sequence[str | os.PathLike], kind: str) -> list[str]:
     """Replaces folders and patterns by the image or text files in them, sorted."""
-    suffixes = TEXT_SUFFIXES if kind == TEXTS else IMAGE_SUFFIXES
+    suffixes = _sources.TEXT_SUFFIXES if kind == TEXTS else _sources.IMAGE_SUFFIXES
     found: dict[str, None] = {}
     for path in (os.fspath(path) for path in paths):
         if os.path.isdir(path):
@@ -196,7 +190,7 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
 
 def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
     try:
-        return text_of(encoded).encode(), None
+        return _sources.text_of(encoded).encode(), None
     except DataError as error:
         return b"", str(error)
 

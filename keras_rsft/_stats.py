@@ -54,7 +54,6 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_interval(ones: Sequence[float], others: Sequence[float]) -> Interval:
-    """Returns the interval of `ones - others`, pair by pair."""
     return mean_interval([a - b for a, b in zip(ones, others, strict=True)])
 
 

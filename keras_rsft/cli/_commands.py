@@ -1,8 +1,4 @@
-"""The commands: each checks its options, calls the library, and shows the result.
-
-What cannot be done is refused before anything heavy is imported. A command that can
-fail without an error returns whether it succeeded.
-"""
+"""The commands: each checks its options, calls the library, and shows the result."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Parses the command line, runs one command, and turns errors into exit statuses.
-
-Imports nothing heavy, so that `--help` and typing errors answer at once.
-"""
+"""Parses the command line, runs one command, and turns errors into exit statuses."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Options from the fields of the configurations, and configurations from options.
-
-A field with a help text becomes an option of its name; a `rare` one is given by `--set
-FIELD=VALUE` only. The type is checked here, the range by the configuration.
-"""
+"""Options from the fields of the configurations, and configurations from options."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Where a command's words and its result go: to a person, a script or a program.
-
-The keys of the JSON documents in `_commands.py` may be added to and are not renamed.
-Shares and accuracies are in [0, 1]; what is not known, NaN and infinity are null.
-"""
+"""Where a command's words and its result go: to a person, a script or a program."""
 
 from __future__ import annotations
 

@@ -17,15 +17,7 @@ import tensorflow as tf
 
 from keras_rsft._runtime import import_extra
 from keras_rsft.config import nearest_name_hint
-from keras_rsft.data._samples import (
-    ArrayReader,
-    FileReader,
-    ImageData,
-    Reader,
-    SampleData,
-    SampleSplit,
-    digest,
-)
+from keras_rsft.data import _samples
 from keras_rsft.data._splits import SPLIT_ALIASES, Cut, Data, NamedSample, data_of
 from keras_rsft.data._tfds import tfds_data
 from keras_rsft.errors import DataError, InvalidArgument
@@ -82,7 +74,7 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
                 "File names must be valid UTF-8. "
                 f"Received: {sample.id!r}. Rename the file or its folder."
             ) from error
-    reader_of = functools.partial(FileReader, root)
+    reader_of = functools.partial(_samples.FileReader, root)
     return data_of(data_type, samples, reader_of, cut, source, ignored_files=ignored)
 
 
@@ -225,7 +217,7 @@ def _value(row: dict[str, str], column: str, where: str) -> str:
     return value
 
 
-def _image_table(file: str, columns: _Columns, cut: Cut) -> ImageData:
+def _image_table(file: str, columns: _Columns, cut: Cut) -> _samples.ImageData:
     """Reads a table of images, whose paths are relative to its own folder."""
     folder = os.path.dirname(os.path.abspath(file))
     root = os.path.join(os.path.realpath(folder), "")
@@ -264,8 +256,8 @@ def _image_table(file: str, columns: _Columns, cut: Cut) -> ImageData:
             f"{next(iter(samples))!r}. Paths are relative to the CSV's folder, "
             f"{folder}."
         )
-    reader_of = functools.partial(FileReader, folder)
-    return data_of(ImageData, samples.values(), reader_of, cut, file)
+    reader_of = functools.partial(_samples.FileReader, folder)
+    return data_of(_samples.ImageData, samples.values(), reader_of, cut, file)
 
 
 # Texts --------------------------------------------------------------------------------
@@ -276,7 +268,7 @@ _ID_DIGITS = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TextSplit(SampleSplit):
+class TextSplit(_samples.SampleSplit):
     """The texts of one split, in an order that does not change between runs.
 
     `ids` are paths relative to the folder with `/` between their parts; of a CSV file
@@ -331,10 +323,10 @@ class TextSplit(SampleSplit):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TextData(SampleData):
+class TextData(_samples.SampleData):
     """A data set of labelled texts; for its attributes see `SampleData`."""
 
-    split_type: ClassVar[type[SampleSplit]] = TextSplit
+    split_type: ClassVar[type[_samples.SampleSplit]] = TextSplit
 
     train: TextSplit
     validation: TextSplit
@@ -445,7 +437,7 @@ def _text_table(
     return data_of(TextData, samples, reader_of, cut, file, groups_of=groups_of)
 
 
-class TextReader(Reader):
+class TextReader(_samples.Reader):
     """Reads texts, bytes in UTF-8, from memory."""
 
     def encoded(self, index: int) -> bytes:
@@ -453,7 +445,9 @@ class TextReader(Reader):
 
     def fingerprint(self) -> str:
         named = zip(self._ids, self._items, strict=True)
-        return digest(f"{name}\0{len(text)}\0".encode() + text for name, text in named)
+        return _samples.digest(
+            f"{name}\0{len(text)}\0".encode() + text for name, text in named
+        )
 
 
 # Images -------------------------------------------------------------------------------
@@ -476,7 +470,7 @@ def load_images(
     test_fraction: float = 0.15,
     split_seed: int = 0,
     data_dir: str | Path | None = None,
-) -> ImageData:
+) -> _samples.ImageData:
     """Lists the images of a data set and makes its splits. No image is opened.
 
     A split that the source has is left alone. One that it lacks is cut from the
@@ -530,7 +524,7 @@ def load_images(
     if source == DIGITS:
         return _digits(cut)
     if os.path.isdir(name):
-        return _folder_data(ImageData, name, cut)
+        return _folder_data(_samples.ImageData, name, cut)
     fault = "" if name.lower().endswith(".csv") else "another kind of file."
     if not os.path.exists(name):
         fault = f"which does not exist.{_suggestion(name)}"
@@ -543,17 +537,17 @@ def load_images(
     return _image_table(name, columns, cut)
 
 
-def _digits(cut: Cut) -> ImageData:
+def _digits(cut: Cut) -> _samples.ImageData:
     """Reads scikit-learn's digits, as "digits/0000" to "digits/1796"."""
     datasets = import_extra("sklearn.datasets", "demo", 'The source "digits"')
     bunch = datasets.load_digits()
     pixels = np.round(bunch.images * (255 / _BRIGHTEST_DIGIT)).astype(np.uint8)
-    reader_of = functools.partial(ArrayReader, items=pixels[..., np.newaxis])
+    reader_of = functools.partial(_samples.ArrayReader, items=pixels[..., np.newaxis])
     samples = [
         NamedSample(f"digits/{number:04}", str(label), "train")
         for number, label in enumerate(bunch.target)
     ]
-    return data_of(ImageData, samples, reader_of, cut, DIGITS)
+    return data_of(_samples.ImageData, samples, reader_of, cut, DIGITS)
 
 
 def _suggestion(name: str) -> str:

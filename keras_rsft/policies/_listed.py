@@ -198,7 +198,6 @@ def _add_list(policy: Policy, name: str, entries: np.ndarray) -> Any:
 
 
 def _entries(policy: Policy, listed: Any, batch: Batch) -> Any:
-    """Returns the entries of a list for the samples of a batch."""
     if batch.sample_index is None:
         raise InvalidArgument(
             f"{type(policy).__name__} must be told which samples a batch holds. "

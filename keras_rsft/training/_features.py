@@ -14,14 +14,7 @@ from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
 from keras_rsft.data._samples import ImageData, SampleData
 from keras_rsft.data._sources import load_images
-from keras_rsft.features._extract import (
-    FeaturePass,
-    FrozenBackbone,
-    choose_precision,
-    open_cached,
-    run_alone,
-    run_together,
-)
+from keras_rsft.features import _extract
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 
@@ -82,7 +75,7 @@ def resolve(
 def choose_dtype(config: FeatureConfig) -> str:
     if config.dtype == "auto" and is_fixed_network(str(config.backbone)):
         return "float32"
-    return choose_precision(config.dtype)
+    return _extract.choose_precision(config.dtype)
 
 
 def load_configured(config: FeatureConfig) -> keras.Model:
@@ -114,12 +107,12 @@ def open_features(
     )
     if devices.cluster.is_alone:
         for work in passes:
-            run_alone(work)
+            _extract.run_alone(work)
     else:
-        run_together(passes, devices.cluster, timeout=timeout)
+        _extract.run_together(passes, devices.cluster, timeout=timeout)
     splits = (data.train, data.validation, data.test)  # A pass has them uncorrected.
     train, validation, test = (
-        open_cached(work.folder, split)
+        _extract.open_cached(work.folder, split)
         for split, work in zip(splits, passes, strict=True)
     )
     features = SplitFeatures(train, validation, test, data.class_names)
@@ -127,24 +120,24 @@ def open_features(
 
 
 def feature_passes(
-    backbone: keras.Model | FrozenBackbone,
+    backbone: keras.Model | _extract.FrozenBackbone,
     data: SampleData,
     config: FeatureConfig,
     *,
     seed: int = 0,
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
-) -> list[FeaturePass]:
+) -> list[_extract.FeaturePass]:
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
-    if not isinstance(backbone, FrozenBackbone):
-        backbone = FrozenBackbone(
+    if not isinstance(backbone, _extract.FrozenBackbone):
+        backbone = _extract.FrozenBackbone(
             backbone,
             num_images=sum(map(len, splits)) + more,
             device_names=devices.local_names,
         )
     return [
-        FeaturePass(
+        _extract.FeaturePass(
             backbone,
             split,
             cache_dir=config.cache_dir,

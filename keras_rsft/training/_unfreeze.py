@@ -13,28 +13,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft import config
 from keras_rsft._ledger import RejectionLedger
 from keras_rsft._storage import CACHE_CHOICE, RunPlace, read_json, replaced, write_json
 from keras_rsft.backbones._blocks import TrainablePart, copy_model, trainable_part
 from keras_rsft.backbones._build import build_classifier, built_in_float32
-from keras_rsft.config import (
-    NOT_DECAYED,
-    FeatureConfig,
-    PolicyConfig,
-    TrainConfig,
-    UnfreezeConfig,
-    is_fixed_network,
-    require_unfreezable,
-)
 from keras_rsft.data._samples import ImageSplit
 from keras_rsft.errors import InvalidArgument, TrainingStalled
-from keras_rsft.features._batches import (
-    ImageBatches,
-    TrainingBatches,
-    batches_of,
-    labelled_images,
-    positions_of,
-)
+from keras_rsft.features import _batches
 from keras_rsft.features._extract import (
     FrozenBackbone,
     default_cache_dir,
@@ -42,13 +28,8 @@ from keras_rsft.features._extract import (
 )
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import AcceptAll
+from keras_rsft.training import _head
 from keras_rsft.training._features import FeatureSource, SplitFeatures
-from keras_rsft.training._head import (
-    TrainedHead,
-    fit_resumable,
-    make_optimizer,
-    rejected_shares,
-)
 from keras_rsft.training._resume import TrainingCheckpoint
 
 # A head that standardises features of little spread makes the first gradients large
@@ -58,30 +39,30 @@ LARGEST_SHARE_OF_DISK = 0.5
 
 
 def require_layers_to_train(
-    features: FeatureConfig, option: str = "--unfreeze"
+    features: config.FeatureConfig, option: str = "--unfreeze"
 ) -> None:
     """Refuses by its name a backbone in which no layer can learn."""
     backbone = str(features.backbone)
-    require_unfreezable(backbone)
-    if is_fixed_network(backbone):
+    config.require_unfreezable(backbone)
+    if config.is_fixed_network(backbone):
         raise InvalidArgument(
             f"No part of {backbone} can learn: it has no Keras layers. Leave out "
             f"`{option}`, or use a Keras backbone."
         )
 
 
-def cut_backbone(backbone: keras.Model, how: UnfreezeConfig) -> TrainablePart:
+def cut_backbone(backbone: keras.Model, how: config.UnfreezeConfig) -> TrainablePart:
     return trainable_part(backbone, how.cut, train_batch_norm=how.train_batch_norm)
 
 
 def unfreeze(
     source: FeatureSource,
-    trained: TrainedHead,
-    settings: TrainConfig,
+    trained: _head.TrainedHead,
+    settings: config.TrainConfig,
     *,
     place: RunPlace | None,
     checkpoint: TrainingCheckpoint | None,
-) -> tuple[keras.Model, TrainedHead]:
+) -> tuple[keras.Model, _head.TrainedHead]:
     backbone, how = source.float32_backbone(), settings.unfreezing
     features = source.features
     head_only = build_classifier(
@@ -105,19 +86,19 @@ def unfreeze(
     if results["unfrozen_kept"]:
         results["acceptance_rate"] = whole.history["acceptance_rate"][-1]
         if features.train.clean_labels is not None:
-            results |= rejected_shares(features.train, whole.accepted)
+            results |= _head.rejected_shares(features.train, whole.accepted)
     return kept, whole
 
 
 def tune(
     backbone: keras.Model,
     source: FeatureSource,
-    trained: TrainedHead,
-    settings: TrainConfig,
+    trained: _head.TrainedHead,
+    settings: config.TrainConfig,
     *,
     place: RunPlace | None = None,
     checkpoint: TrainingCheckpoint | None = None,
-) -> tuple[keras.Model, TrainedHead]:
+) -> tuple[keras.Model, _head.TrainedHead]:
     """Cuts a copy of the backbone and trains it and the head as the settings say."""
     features = source.features
     if settings.unfreezing.accepted_only:
@@ -128,7 +109,7 @@ def tune(
             )
         settings = dataclasses.replace(
             settings,
-            policy=PolicyConfig("accept-all"),
+            policy=config.PolicyConfig("accept-all"),
             optimizer="sgd",
             momentum=0.9,
             weight_decay=None,
@@ -159,10 +140,10 @@ def begun_from(
     *,
     epochs: int = 0,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-) -> TrainedHead:
+) -> _head.TrainedHead:
     """Returns a head of `epochs` epochs, of which no ledger is left, to train on."""
     train = features.train
-    return TrainedHead(
+    return _head.TrainedHead(
         model=head,
         history={"loss": [float("nan")] * epochs},
         results={},
@@ -303,25 +284,25 @@ def with_two_rates(
     kind: Any = type("TwoRates", (_TwoRates, type(optimizer)), {})
     two_rates = kind.from_config(optimizer.get_config())
     two_rates.slow_variables, two_rates.slow_rate = slow_variables, slow_rate
-    two_rates.exclude_from_weight_decay(var_names=list(NOT_DECAYED))
+    two_rates.exclude_from_weight_decay(var_names=list(config.NOT_DECAYED))
     return two_rates
 
 
 def train_unfrozen(
     part: TrainablePart,
-    trained: TrainedHead,
+    trained: _head.TrainedHead,
     source: FeatureSource,
     features: SplitFeatures,
-    settings: TrainConfig,
+    settings: config.TrainConfig,
     *,
     cached: bool,
     checkpoint: TrainingCheckpoint | None = None,
-) -> tuple[keras.Model, TrainedHead]:
+) -> tuple[keras.Model, _head.TrainedHead]:
     """Trains the part's layers and a copy of the head, under the head's policy."""
     data, recorder, validation = source.images, trained.recorder, None
     batch_size = settings.unfreezing.batch_size or settings.batch_size
     names: list[str] = []
-    train: TrainingBatches | ImageBatches
+    train: _batches.TrainingBatches | _batches.ImageBatches
     if cached:
         views = features.train.views
         images = views * len(data.train) + len(data.validation)
@@ -337,21 +318,23 @@ def train_unfrozen(
         activations = extract(data.train, views=views)
         names.append(activations.path.parent.name)
         if not np.array_equal(activations.ids, features.train.ids):
-            activations = activations.take(positions_of(features.train, activations))
+            activations = activations.take(
+                _batches.positions_of(features.train, activations)
+            )
         if len(features.validation):
             of_validation = extract(data.validation)
-            validation = batches_of(of_validation, batch_size=batch_size)
+            validation = _batches.batches_of(of_validation, batch_size=batch_size)
             names.append(of_validation.path.parent.name)
-        train = TrainingBatches(
+        train = _batches.TrainingBatches(
             activations, batch_size=batch_size, seed=settings.seed, sample_index=True
         )
     else:
         size = part.backbone.input_shape[1:3]
         if len(features.validation):
-            validation = labelled_images(
+            validation = _batches.labelled_images(
                 data.validation, features.validation, size, batch_size=batch_size
             )
-        train = ImageBatches(
+        train = _batches.ImageBatches(
             data.train, features.train, size, batch_size=batch_size, seed=settings.seed
         )
     with built_in_float32():
@@ -368,7 +351,7 @@ def train_unfrozen(
         body = keras.Model(inputs, head(part.rest(rest_of)), name="tuned")
         model = RSFTModel(body, policy)
         optimizer = with_two_rates(
-            make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
+            _head.make_optimizer(settings, largest_gradient=LARGEST_GRADIENT),
             # In the order of the layers the head's come last.
             slow_variables=len(part.rest.trainable_variables),
             slow_rate=settings.unfreeze_rate / settings.learning_rate,
@@ -382,7 +365,7 @@ def train_unfrozen(
         )
     begin = len(trained.history["loss"])
     try:
-        history = fit_resumable(
+        history = _head.fit_resumable(
             model,
             train.dataset,
             validation,
