@@ -118,7 +118,7 @@ def assert_finished(processes, weights, folder):
         (process, process.communicate(timeout=120)) for process in processes
     )
     assert [process.returncode for process in processes] == [0, 0], (out, others)
-    assert "Going on with photos" in out[0]
+    assert "Resuming photos" in out[0]
     assert "worker 0, has written the run" in others[0]
     (run,) = (folder / "runs").iterdir()
     assert f"{run.name}" in out[0]
