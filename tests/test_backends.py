@@ -64,6 +64,7 @@ def found_under(tmp_path_factory):
     return find
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_weights_decisions_and_ledger_are_those_of_tensorflow(backend, found_under):
     expected, found = found_under("tensorflow"), found_under(backend)

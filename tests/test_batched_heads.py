@@ -101,6 +101,7 @@ def test_each_policy_equals_the_ordinary_path(features, optimizer, policies):
     assert_equal_to_alone(features, settings, together)
 
 
+@pytest.mark.slow
 def test_what_was_reviewed_is_accepted_as_on_the_ordinary_path(features):
     before = features.train
     labels, reviewed = before.labels.copy(), np.arange(len(before)) % 3 == 0

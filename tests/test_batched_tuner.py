@@ -243,6 +243,7 @@ def test_keras_tuners_own_tuners(features, tmp_path, monkeypatch, name):
     assert model.predict(np.zeros((1, 6)), verbose=0).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_rules_that_no_batch_of_heads_can_train_are_tried_alone(features, tmp_path):
     names = ["self-paced", "running-threshold", "loss-mixture"]
 
@@ -272,6 +273,7 @@ def test_a_trial_whose_values_cannot_be_trained_fails_alone(features, tmp_path):
     assert failed.message.startswith("InvalidArgument: `keep_fraction`")
 
 
+@pytest.mark.slow
 def test_a_single_trial_that_diverges_says_so(features, tmp_path, capfd):
     def space(hp):
         rates = [1e38, 0.01]

@@ -46,6 +46,7 @@ def test_tables_a_reason_and_a_command_that_trains_the_same(
         assert again[name] == pytest.approx(results["chosen"][name])
 
 
+@pytest.mark.slow
 def test_with_noise_the_same_head_is_judged_by_other_labels(search, call, tmp_path):
     """A search makes validation labels noisy too, `fit` training labels alone."""
 

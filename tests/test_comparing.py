@@ -258,6 +258,7 @@ class TestComparison:
         assert outcome.test_accuracy is None
         assert "NaN" in outcome.stalled
 
+    @pytest.mark.slow
     def test_all_methods_the_same_again_and_each_seed_its_own(self, noisy, settings):
         short = dataclasses.replace(settings, epochs=1)
         options = {"settings": short, "progress": False}

@@ -85,6 +85,7 @@ def test_a_run_on_an_onnx_base_cannot_be_a_saved_model(onnx_run, tmp_path, capsy
     assert not list((tmp_path / "out").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_saved_model_is_exported_as_any_other(
     saved_model_run, files, tmp_path
 ):

@@ -281,12 +281,17 @@ class TestPoliciesThatKnowTheSamples:
         "policy",
         [
             lambda: AcceptListed(np.arange(48) % 2 == 0),
-            lambda: AutoPolicy(48),
             lambda: AutoPolicy(48, loss_limit=1.0, warmup_steps=3),
-            lambda: SelfPaced(1.0, growth_steps=3, class_floor=0.25),
-            lambda: RunningThreshold(0.5, num_classes=3),
             lambda: LossMixture(0.6, warmup_steps=0),
-            lambda: LossMixture(0.6),
+            *(
+                pytest.param(policy, marks=pytest.mark.slow)
+                for policy in (
+                    lambda: AutoPolicy(48),
+                    lambda: SelfPaced(1.0, growth_steps=3, class_floor=0.25),
+                    lambda: RunningThreshold(0.5, num_classes=3),
+                    lambda: LossMixture(0.6),
+                )
+            ),
         ],
     )
     def test_state_is_saved_and_training_goes_on_alike(

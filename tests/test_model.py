@@ -211,15 +211,15 @@ def train_beside_stock_keras(policy, optimizer, options, data, make_model, value
 @pytest.mark.parametrize(
     "policy, optimizer, mode",
     [
-        ("AcceptAll", "adamw", "steps_per_execution"),
         ("AcceptAll", "ema", "eager"),
         ("AcceptAll", "accumulation", "eager"),
-        ("AcceptAll", "adam", "mixed_float16"),
         ("LossThreshold", "momentum", "graph"),
         ("LossThreshold", "adamw", "eager"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ("AcceptAll", "adamw", "steps_per_execution"),
+                ("AcceptAll", "adam", "mixed_float16"),
                 ("AcceptAll", "momentum", "graph"),
                 ("AcceptAll", "accumulation", "graph"),
                 ("AcceptAll", "momentum", "mixed_bfloat16"),

@@ -426,7 +426,9 @@ def test_any_loss_trains_as_in_stock_keras(case, small_data):
     assert_same_training(outcomes)
 
 
-@pytest.mark.parametrize("container", [dict, list])
+@pytest.mark.parametrize(
+    "container", [pytest.param(dict, marks=pytest.mark.slow), list]
+)
 def test_several_outputs(container, small_data):
     x, labels = small_data
     number = labels.astype("float32")[:, None]

@@ -75,6 +75,7 @@ def test_the_learning_curves_of_a_run(run):
     assert len(list(drawing.iter(f"{SVG}polyline"))) == 6
 
 
+@pytest.mark.slow
 def test_a_comparison(features):
     found = compare_features(
         features, methods=["gce"], seeds=2, settings=SETTINGS, progress=False
@@ -89,6 +90,7 @@ def test_a_comparison(features):
     assert len(list(drawing_of(root).iter(f"{SVG}circle"))) == 2
 
 
+@pytest.mark.slow
 def test_a_search(features, tmp_path):
     found = search_features(
         features,

@@ -48,6 +48,7 @@ def models(tiny_base_file, tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_every_form_of_a_model_gives_the_same_answers(models, photo_folder, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     files = [

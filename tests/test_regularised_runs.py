@@ -97,6 +97,7 @@ class TestWeightDecay:
         np.testing.assert_allclose(kernel.numpy(), 0.95 * before, rtol=1e-6)
         np.testing.assert_array_equal(bias.numpy(), np.ones(3))
 
+    @pytest.mark.slow
     def test_the_kernel_gets_smaller(self, features):
         models = (train(features, weight_decay=one).model for one in (None, 2.0))
         plain, decayed = (np.linalg.norm(one.trainable_weights[0]) for one in models)
@@ -104,6 +105,7 @@ class TestWeightDecay:
 
 
 class TestEarlyStopping:
+    @pytest.mark.slow
     def test_keeps_the_first_best_epoch(self, features):
         whole = train(features, epochs=12)
         run = train(features, epochs=12, early_stopping=2)

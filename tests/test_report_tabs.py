@@ -90,6 +90,7 @@ class TestTwoTabs:
         wait_for(other, 1, "")
         assert "1 of 40 decided" in one.text_content("#progress-text")
 
+    @pytest.mark.slow
     def test_what_another_decided_since_is_not_taken_back(self, tabs):
         one, other = tabs
         decide(one, 1, "d")

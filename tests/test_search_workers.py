@@ -110,6 +110,7 @@ def python(code):
 
 
 class TestSearch:
+    @pytest.mark.slow
     def test_two_workers_share_the_trials(self, chief, work, tmp_path):
         threads = [work(name) for name in ("a", "b")]
         outcomes = led(chief, tmp_path)

@@ -115,6 +115,7 @@ def test_a_search_has_not_ended_before_its_model_is_kept(features, tmp_path):
     assert next_search_folder("x", tmp_path) != folder
 
 
+@pytest.mark.slow
 def test_more_trials_go_on(run, tmp_path):
     first = run(tmp_path / "run", max_trials=3)
     more = run(tmp_path / "run", max_trials=5)

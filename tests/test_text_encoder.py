@@ -206,6 +206,7 @@ class TestWeights:
             load_backbone("minilm")
 
 
+@pytest.mark.slow
 def test_a_process_that_only_predicts_can_load_the_tokenizer():
     program = (
         "import keras, keras_rsft as rsft; rsft.predict_files; "
