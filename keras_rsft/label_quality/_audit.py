@@ -99,10 +99,10 @@ class LabelQuality:
             return f"{self.reason}: keeping every sample."
         accepted = self.accept_mask().mean()
         return (
-            f"About {100 * self.noise_rate:.0f} % of the labels look wrong; keeping "
-            f"the {100 * accepted:.0f} % whose label is right with a probability of "
-            f"{MIN_RIGHT_PROBABILITY} or more, while they are learnt better than by "
-            "guessing."
+            f"About {100 * self.noise_rate:.0f} % of the labels look wrong; accepting "
+            f"the {100 * accepted:.0f} % that are right with a probability of "
+            f"{MIN_RIGHT_PROBABILITY} or more, and of these, after the warm-up, those "
+            "with a smaller loss than a guess."
         )
 
 
