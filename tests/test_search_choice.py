@@ -169,7 +169,7 @@ class TestHeatMap:
             text = (tmp_path / name).read_text()
             assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
             # Ink and paper follow light and dark.
-            assert text.count("prefers-color-scheme:dark") == 1
+            assert text.count("prefers-color-scheme: dark") == 1
             assert "nan" not in text
 
     @pytest.mark.parametrize(
