@@ -262,7 +262,7 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         f"the {len(data.test)} test labels are right."
     )
     columns = {
-        "test_accuracy": "Test accuracy",
+        "test_accuracy": "Accuracy",
         "acceptance_rate": "Accepted",
         "wrong_labels_rejected": "Wrong rejected",
         "right_labels_rejected": "Right rejected",
