@@ -120,7 +120,7 @@ def test_asked_to_end_it_ends_all(start, tmp_path):
     search.send_signal(signal.SIGTERM)
     out, _ = search.communicate(timeout=SECONDS)
     assert search.returncode == 143
-    assert "Run the same command again to go on." in out
+    assert "Run the same command again to resume" in out
     assert not any(child.is_running() for child in children)
     log = (tmp_path / "run" / "workers" / "worker-0.log").read_text()
     assert "Interrupted." in log
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_all_and_workers_by_hand_go_on(start, tmp_path):
     search.send_signal(signal.SIGINT)
     out, _ = search.communicate(timeout=SECONDS)
     assert search.returncode == 130
-    assert "Run the same command again to go on." in out
+    assert "Run the same command again to resume" in out
     assert not any(child.is_running() for child in children)
 
     with socket.socket() as free:
