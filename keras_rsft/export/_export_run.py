@@ -134,7 +134,7 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
         class_names = read_class_names(folder)
         if (folder / _storage.SEARCH_FILE).is_file():
             results = _read_json(folder / _storage.RESULTS_FILE)
-            config = _read_json(folder / _storage.SEARCH_FILE)["data"]["source"]
+            config = _read_json(folder / _storage.SEARCH_FILE)["data"][0]
             config |= results.get("settings") or {}
             config |= {name: results.get(name) for name in ("command", "versions")}
         else:
