@@ -343,7 +343,7 @@ class TestPage:
 
     def test_the_page_of_a_search_that_failed(self, tmp_path):
         """It has no model, and the table says what became of each trial."""
-        (tmp_path / "search.json").write_text('{"data": {"classes": ["a", "b"]}}')
+        (tmp_path / "search.json").write_text('{"data": [{}, ["a", "b"], ""]}')
         (tmp_path / "trials.csv").write_text("trial,status,message\n0,FAILED,NaN\n")
         results = {"chosen": None, "reason": "All 1 trials failed."}
         (tmp_path / "results.json").write_text(json.dumps(results))

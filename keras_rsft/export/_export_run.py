@@ -139,7 +139,7 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
             config |= {name: results.get(name) for name in ("command", "versions")}
         else:
             config = _read_json(folder / _storage.CONFIG_FILE)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, LookupError, OSError) as error:
         raise DataError(
             f"The run {folder} cannot be read: {first_line(error)}. Its backbone, head "
             "and class names must be whole; a backbone with layers of your own needs "

@@ -111,8 +111,8 @@ class RunRecord:
     def kind(self) -> str:
         """What the samples are, in the plural: "images" or "texts"."""
         recorded = self.config
-        if isinstance(recorded.get("data"), dict):  # A search has it one level deeper.
-            recorded = recorded["data"].get("source", {})
+        if isinstance(recorded.get("data"), list):  # A search has it one level deeper.
+            recorded = next((one for one in recorded["data"][:1] if one), {})
         return TEXTS if takes_texts(recorded.get("backbone") or "") else IMAGES
 
     @property
@@ -133,7 +133,7 @@ def read_run(folder: Path) -> RunRecord:
         )
     try:
         return _read(folder, is_search=not has_ledger)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"A file in {folder} is not as `keras-rsft` wrote it "
             f"({type(error).__name__}: {error}). Make the run again."
@@ -146,7 +146,7 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
 
     config = json_of(_storage.SEARCH_FILE if is_search else _storage.CONFIG_FILE)
     if is_search and not (folder / _storage.CLASSES_FILE).exists():
-        class_names = tuple(config["data"]["classes"])  # All trials failed: no model.
+        class_names = tuple(config["data"][1])  # All trials failed: no model.
     else:
         class_names = tuple(json_of(_storage.CLASSES_FILE))
     metrics = _rows(folder / _storage.METRICS_FILE)
