@@ -141,8 +141,8 @@ class TestSearch:
 
     def test_nothing_is_left_to_do(self, chief, tmp_path):
         chief.search()
-        crew = [python("raise SystemExit('started for nothing')")]
-        outcomes = led(chief, tmp_path, commands=crew)
+        commands = [python("raise SystemExit('started for nothing')")]
+        outcomes = led(chief, tmp_path, commands=commands)
         assert [one.status for one in outcomes] == ["COMPLETED"] * 4
         assert not (tmp_path / workers.LOGS_FOLDER).exists()
 
@@ -163,14 +163,14 @@ class TestSearch:
 
 class TestChief:
     def test_a_worker_that_fails(self, chief, tmp_path):
-        crew = [python("print('no such data'); raise SystemExit(3)")] * 2
+        commands = [python("print('no such data'); raise SystemExit(3)")] * 2
         message = r"(?s)worker-\d has ended with status 3.*resumes.*no such data"
         with pytest.raises(WorkerLost, match=message):
-            led(chief, tmp_path, commands=crew)
+            led(chief, tmp_path, commands=commands)
 
     def test_a_worker_that_is_killed(self, chief, tmp_path):
-        crew = [python("import time; time.sleep(60)")] * 2
-        with workers.leading(chief, crew, tmp_path, timeout=30) as trials_left:
+        commands = [python("import time; time.sleep(60)")] * 2
+        with workers.leading(chief, commands, tmp_path, timeout=30) as trials_left:
             killed, other = psutil.Process().children()
             assert trials_left()
             killed.kill()

@@ -66,7 +66,7 @@ class LabelQuality:
         """Loss from which on a trained head does no better than a guess: ln(k).
 
         Infinite where nothing is to be rejected. A sample above it is wrong, or so
-        hard that a head learns it by heart.
+        hard that a head memorises it.
         """
         return math.inf if self.reason is not None else math.log(len(self.noise))
 
