@@ -115,7 +115,7 @@ class TestRun:
         status, out, err = call(
             "fit", "texts.csv", "--text-column", "text", "--corrections",
             "corrections.csv", "--output", "mended", "--cache-dir", "kept", "--json",
-            "--no-plain", *FEW[:4],
+            *FEW[:4],
         )  # fmt: skip
         assert status == 0, err
         assert json.loads(out)["corrections"]["drop"] == 1

@@ -142,7 +142,7 @@ def assign_splits(groups: np.ndarray, labels: np.ndarray, cut: Cut) -> np.ndarra
         splits[members[_take(in_class, rest, validation, spare=1)]] = VALIDATION
     # All samples of a class may be copies of those of smaller ones.
     for label in np.setdiff1d(labels, labels[splits[group_of] == TRAIN]):
-        splits[group_of[np.flatnonzero(labels == label)[0]]] = TRAIN
+        splits[group_of[labels == label].min()] = TRAIN
     return splits[group_of]
 
 

@@ -11,6 +11,7 @@ from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weigh
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model._losses import LossScorer
 from keras_rsft.model._metrics import AcceptanceGuard, SelectionMetric
+from keras_rsft.policies import _listed, _threshold  # noqa: F401 (registered)
 from keras_rsft.policies._policy import Policy
 
 _BACKEND = keras.backend.backend()
