@@ -384,6 +384,7 @@ def run_trials(
                     now = len(oracle.end_order)
                     advance(now - ended, state())
                     ended = now
+                    time.sleep(0.2)
     return tuner.outcomes
 
 
