@@ -134,10 +134,11 @@ class Ledger:
         self._suspicion = (1.0 - given).astype(np.float32)
 
     def note_reviewed(self, reviewed: np.ndarray) -> None:
-        """Notes whose label a person has found or made right: not to be asked again.
+        """Notes which labels a reviewer has decided on: not to be asked again.
 
         Args:
-            reviewed: Boolean array `(n,)`.
+            reviewed: Boolean array `(n,)`: True where a reviewer confirmed or
+                corrected the label.
         """
         self._reviewed |= reviewed
 
@@ -194,9 +195,9 @@ class RejectionLedger(keras.callbacks.Callback):
 
     Works with any data set that says which samples a batch holds: it yields
     `(x, y, sample_weight or None, sample_index)`. Where the right labels are known,
-    each epoch's logs get `rejection_precision` (share of the rejected samples whose
-    label is wrong) and `rejection_recall` (share of the wrong labels rejected), 0 where
-    there is nothing to divide by.
+    each epoch's logs get `rejection_precision` (fraction of the rejected samples
+    whose label is wrong) and `rejection_recall` (fraction of the wrong labels
+    rejected), 0 where there is nothing to divide by.
 
     Of a policy at level `"element"` it keeps samples all the same: the mean of the
     finite losses of a sample's elements, and as accepted those of whose elements at

@@ -1,4 +1,4 @@
-"""Intervals for means, shares and paired differences. Pure numbers."""
+"""Intervals for means, fractions and paired differences. Pure numbers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def paired_interval(ones: Sequence[float], others: Sequence[float]) -> Interval:
 
 
 def proportion_interval(successes: int, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share (Wilson, 1927)."""
+    """Returns the 95 % interval of a fraction (Wilson, 1927)."""
     share = successes / count
     squared = NORMAL_QUANTILE**2
     centre = (share + squared / (2 * count)) / (1 + squared / count)
@@ -70,7 +70,7 @@ def proportion_interval(successes: int, count: int) -> tuple[float, float]:
 def paired_share_interval(
     only_one: int, only_other: int, count: int
 ) -> tuple[float, float]:
-    """Returns the 95 % interval of a difference of two shares of the same items."""
+    """Returns the 95 % interval of a difference of two fractions of the same items."""
     difference, half = _matched_difference(
         only_one - only_other, only_one + only_other, count
     )

@@ -200,11 +200,11 @@ class FeatureConfig:
         image_size: Side of the square images in pixels, at least 1. Default None: the
             backbone's own.
         cache_dir: Where features are cached. Default None: the user's cache folder.
-        augmentations: Versions of each training image that are cached, at least 1:
-            the image as it is, and others flipped and cropped at random. Default 1.
-        dtype: Of the backbone: `"float32"`, `"bfloat16"`, or `"auto"`, which takes
-            bfloat16 where the hardware has it. Default `"auto"`.
-        cache_dtype: Of the features on disk: `"float32"` or `"float16"`. Default
+        augmentations: Augmented views cached per training image, at least 1: the image
+            as it is, and others flipped and cropped at random. Default 1.
+        dtype: Dtype of the backbone: `"float32"`, `"bfloat16"`, or `"auto"`, which
+            takes bfloat16 where the hardware has it. Default `"auto"`.
+        cache_dtype: Dtype of the features on disk: `"float32"` or `"float16"`. Default
             `"float32"`.
 
     Raises:
@@ -233,16 +233,17 @@ class FeatureConfig:
     )
     augmentations: int = rare(
         1,
-        "versions cached of each training image, flipped and cropped but for the first",
+        "augmented views cached per training image; the first is unchanged",
     )
     dtype: str = rare(
         "auto",
-        f"of the backbone: {', '.join(DTYPES)}; auto takes bfloat16 where the hardware "
-        "has it",
+        f"dtype of the backbone: {', '.join(DTYPES)}; auto takes bfloat16 where the "
+        "hardware has it",
     )
     cache_dtype: str = rare(
         "float32",
-        f"of the cached features: {', '.join(CACHE_DTYPES)}, which halves them",
+        f"dtype of the cached features: {', '.join(CACHE_DTYPES)}; float16 takes half "
+        "the space",
     )
 
     def __post_init__(self) -> None:
@@ -286,7 +287,12 @@ USED_BY = {
     "threshold": ("loss-threshold", "self-paced"),
     "keep_fraction": ("keep-fraction",),
     "level": ("loss-threshold",),
-}
+    # `auto` has a floor of its own.
+    "class_floor": (
+        "loss-threshold", "keep-fraction", "self-paced", "running-threshold",
+        "loss-mixture",
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,19 +300,21 @@ class PolicyConfig:
     """A policy by name, in units that do not depend on the data set's size.
 
     Attributes:
-        name: One of `POLICY_NAMES`. Default: the policy whose number is given below
-            (`loss-threshold` for `threshold` or batch level, `keep-fraction`), else
-            `"auto"`, which none of them concerns.
+        name: One of `POLICY_NAMES`. Default: the policy whose parameter is given
+            below (`loss-threshold` for `threshold` or batch level, `keep-fraction`),
+            else `"auto"`, which none of them concerns.
         threshold: Loss below which `loss-threshold` accepts, and from which
             `self-paced` starts, positive. Default None: `relative_threshold` decides.
         relative_threshold: The same in multiples of ln(classes), the loss that
             a new head starts with; positive. Default 0.65.
-        keep_fraction: Share that `keep-fraction` keeps, in (0, 1]. Default 0.7.
+        keep_fraction: Fraction that `keep-fraction` keeps, in (0, 1]. Default 0.7.
         level: `"sample"` or `"batch"`, for `loss-threshold`. Default `"sample"`.
-        warmup_epochs: Epochs at the start in which everything is accepted;
-            `keep-fraction` ramps down over them. At least 0. Default 2.
-        class_floor: Least share of each class in a batch that a policy by loss
-            accepts, in [0, 1]. Default 0.
+        warmup_epochs: Epochs at the start in which the loss is not used yet: policies
+            by loss accept every sample with a finite loss, `auto` already leaves out
+            the labels that look noisy, `keep-fraction` ramps down. At least 0. Default
+            2.
+        class_floor: Minimum fraction of each class in a batch that a policy by loss
+            accepts, in [0, 1]; `auto` has a floor of its own. Default 0.
 
     Raises:
         InvalidArgument: If a value is unknown or out of its range.
@@ -334,11 +342,17 @@ class PolicyConfig:
     )
     relative_threshold: float = rare(0.65, "threshold in multiples of ln(classes)")
     keep_fraction: float | None = option(
-        None, f"share that keep-fraction keeps; default: {DEFAULT_KEEP_FRACTION}"
+        None, f"fraction that keep-fraction keeps; default: {DEFAULT_KEEP_FRACTION}"
     )
     level: str = option(LEVELS[0], f"judge each {' or each '.join(LEVELS)}")
-    warmup_epochs: float = option(2.0, "epochs before rejection begins")
-    class_floor: float = rare(0.0, "least share of each class in a batch to accept")
+    warmup_epochs: float = option(
+        2.0, "epochs at the start in which the loss is not used yet"
+    )
+    class_floor: float = rare(
+        0.0,
+        "minimum fraction of each class in a batch to accept; not for auto and "
+        "accept-all",
+    )
 
     def __post_init__(self) -> None:
         name = self.name
@@ -359,11 +373,14 @@ class PolicyConfig:
 
 def require_used(name: str, given: Mapping[str, object]) -> None:
     """Raises InvalidArgument if a policy would not look at a field that was given."""
-    for attribute, users in USED_BY.items():
-        if given.get(attribute) not in (None, LEVELS[0]) and name not in users:
-            option = "--" + attribute.replace("_", "-")
+    for field in dataclasses.fields(PolicyConfig):
+        users = USED_BY.get(field.name, POLICY_NAMES)
+        if given.get(field.name, field.default) != field.default and name not in users:
+            flag = "--" + field.name.replace("_", "-")
+            if "rare" in field.metadata:
+                flag = f"--set {field.name}"
             raise InvalidArgument(
-                f"`{option}` is for the policy {' or '.join(users)}. Received it for "
+                f"`{flag}` is for the policy {' or '.join(users)}. Received it for "
                 f"{name}. Leave it out, or choose that policy."
             )
 
@@ -436,7 +453,9 @@ class UnfreezeConfig:
         None, "default: 3 for last-block, 5 otherwise", name="unfreeze_epochs"
     )
     learning_rate: float | None = rare(
-        None, "default: a tenth of the head's", name="unfreeze_learning_rate"
+        None,
+        "default: a tenth of the head's; 0.0001 for last-block",
+        name="unfreeze_learning_rate",
     )
     batch_size: int | None = None
     train_batch_norm: bool = rare(
@@ -488,8 +507,9 @@ class TrainConfig:
         optimizer: Name of a Keras optimizer. Default `"sgd"`.
         weight_decay: Of the kernels, at least 0, decoupled from the gradient
             (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR
-            2019): an accepted step also takes `learning_rate` times this share of
-            them away, a rejected one nothing. Default None: the optimizer's own.
+            2019): an accepted step multiplies them by 1 - `weight_decay` times
+            `learning_rate`, a rejected one leaves them. Default None: the
+            optimizer's own.
         early_stopping: Epochs without a better validation accuracy, at least 1, after
             which the training of the head ends; the weights of the best epoch are
             kept. Default None: all epochs, and the weights of the last.
@@ -509,13 +529,13 @@ class TrainConfig:
 
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     epochs: int = option(20, "passes over the training features", first=4)
-    learning_rate: float = option(1e-3, "of the head")
+    learning_rate: float = option(1e-3, "learning rate of the head")
     batch_size: int = option(32, "samples per step")
     optimizer: str = option("sgd", "a Keras optimizer, such as sgd or adamw")
     weight_decay: float | None = option(
         None,
-        "of the kernels, decoupled: an accepted step takes this share of them, times "
-        "the learning rate; default: the optimizer's own",
+        "decoupled weight decay of the kernels, applied on accepted steps only; "
+        "default: the optimizer's own",
     )
     early_stopping: int | None = option(
         None,
@@ -526,7 +546,7 @@ class TrainConfig:
         const=5,
     )
     seed: int = option(0, "seed of the weights, the order and the noise")
-    momentum: float = rare(0.9, "of sgd")
+    momentum: float = rare(0.9, "momentum of sgd")
     unfreeze: UnfreezeConfig | None = None
 
     def __post_init__(self) -> None:
@@ -567,7 +587,7 @@ class TrainConfig:
 BATCHED, HYPERBAND = "batched", "hyperband"
 TUNER_NAMES = (BATCHED, "random", "bayesian", HYPERBAND, "grid")
 ORACLE_NAMES = ("random", "bayesian", "grid")
-# The rule of the RSFT article: whole batches, an absolute threshold, no warm-up.
+# The batch-level rule: whole batches, an absolute threshold, no warm-up.
 ARTICLE = "article"
 SEARCHED_POLICIES = (*POLICY_NAMES, ARTICLE)
 # Each with the direction in which it is better.
@@ -589,11 +609,11 @@ class SearchConfig:
             Default 64.
         halvings: How often the batched tuner drops the worse half of its heads
             while they train, at least 0. Default 0.
-        min_acceptance: Least acceptance rate of a setting that may be chosen, in
+        min_acceptance: Minimum acceptance rate of the chosen trial, in
             [0, 1]. Default 0.1.
-        unfreeze: Out of `UNFREEZE_NAMES`. `"last-block"` and `"all"` of the backbone
-            are trained on from the best heads; `"frozen"`, the heads, is always among
-            them. Default `("frozen",)`.
+        unfreeze: Out of `UNFREEZE_NAMES`. For `"last-block"` and `"all"`, training
+            continues from the best heads with this part of the backbone; `"frozen"`,
+            the heads, is always among them. Default `("frozen",)`.
 
     Raises:
         InvalidArgument: If a value is unknown or out of its range.
@@ -609,12 +629,12 @@ class SearchConfig:
     )
     parallel_trials: int = rare(64, "heads trained together")
     halvings: int = rare(0, "how often the worse half of the heads is dropped")
-    min_acceptance: float = rare(0.1, "a setting that accepts less is not chosen")
+    min_acceptance: float = rare(0.1, "minimum acceptance rate of the chosen trial")
     unfreeze: tuple[str, ...] = option(
         (FROZEN,),
-        f"out of {', '.join(UNFREEZE_NAMES)}: train the backbone's last block, or all "
-        "of it, on from the best plain head and the best one that rejects, and choose "
-        "the cheapest that is as good as the best; default: frozen",
+        f"out of {', '.join(UNFREEZE_NAMES)}: continue training with the last block, "
+        "or all of the backbone, from the best plain head and the best one that "
+        "rejects, and choose the cheapest that is as good as the best; default: frozen",
         first=3,
         name="unfreeze_choices",
         metavar="A,B,C",
@@ -666,11 +686,11 @@ class SearchSpace:
 
     Attributes:
         learning_rate: Lowest and highest, sampled by their logarithm.
-        policies: Names of policies, and `"article"`: the article's rule per batch.
+        policies: Names of policies, and `"article"`: the batch-level rule.
         relative_threshold: Lowest and highest threshold of `loss-threshold` and
             `self-paced`, in multiples of ln(classes).
         article_threshold: Lowest and highest of `"article"`, in the loss's units.
-        keep_fraction: Lowest and highest share of `keep-fraction`, in (0, 1].
+        keep_fraction: Lowest and highest fraction of `keep-fraction`, in (0, 1].
         warmup_epochs: Fewest and most, whole numbers.
         optimizers: Names of Keras optimizers.
         weight_decay: Lowest and highest of `adamw`, sampled by their logarithm.
@@ -833,7 +853,7 @@ class ExportConfig:
         name="model_version",
     )
     top_k: int | None = option(
-        None, "have a saved-model name the K most probable classes too", metavar="K"
+        None, "also return the K most probable classes of a saved-model", metavar="K"
     )
 
     def __post_init__(self) -> None:

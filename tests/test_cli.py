@@ -92,6 +92,7 @@ class TestMistakes:
             (["--level", "batch", "--policy", "keep-fraction"], 2, "loss-threshold"),
             (["--threshold", "1", "--keep-fraction", "0.5"], 2, "keep-fraction"),
             (["--threshold", "1", "--policy", "accept-all"], 2, "self-paced"),
+            (["--set", "class_floor=0.1"], 2, "`--set class_floor` is for the policy"),
             (["--backbone", "nosuch"], 2, "Received: 'nosuch'.\n"),
             (["-x"], 2, "arguments: -x.\nOptions: keras-rsft fit --help\n"),
             (["more"], 2, "arguments: more.\n"),
@@ -107,6 +108,11 @@ class TestMistakes:
         actual, _, err = fit(*arguments)
         assert actual == status
         assert message in err
+
+    def test_in_the_command(self, call):
+        status, _, err = call("fitt")
+        assert status == 2
+        assert "Did you mean 'fit'?" in err
 
     def test_a_missing_folder(self, call, tmp_path):
         status, _, err = call("fit", tmp_path / "nothing", "--weights", "none")

@@ -24,7 +24,7 @@ def test_features_are_kept_and_found_by_shares_of_several_tasks(features, tmp_pa
     answer = json.loads(out)
     assert answer["share"] == {"index": 1, "count": 2}
     assert answer["splits"] is None
-    assert "Share 1 of 2 is cached" in err
+    assert "Shard 1 of 2 is cached" in err
     assert "--cache-dir" in err.splitlines()[-1]
     assert not list(tmp_path.glob("kept/*/meta.json"))
     status, out, err = features("--share", "0/2", "--quiet")

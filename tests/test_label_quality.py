@@ -192,7 +192,7 @@ class TestExamination:
         given = np.random.default_rng(5).permutation(labels)
         found = audit_labels(feature_set(values, given), 4, progress=False)
         assert found.accept_mask().all()
-        assert "not fit the images better than chance" in found.describe()
+        assert "labels fit the features no better than chance" in found.describe()
 
     @pytest.mark.parametrize("count,num_classes", [(10, 5), (2000, 1000), (6, 2)])
     def test_too_few_samples_to_judge(self, feature_set, count, num_classes):

@@ -89,7 +89,7 @@ def label_quality(right, rate, reason=None):
 
 def test_labels_are_weighed_by_all_who_can_judge():
     one, two = label_quality([1.0, 0.2], 0.4), label_quality([0.8, 0.4], 0.4)
-    blind = label_quality([0.0, 0.0], 1.0, "The labels do not fit the images")
+    blind = label_quality([0.0, 0.0], 1.0, "The labels fit the features no better")
     sure = label_quality([1.0, 1.0], 0.0, "No sign of wrong labels")
     assert label_weights([one, two, blind]) == pytest.approx([0.9, 0.3])
     assert label_weights([one, sure]) == pytest.approx([1.0, 0.6])

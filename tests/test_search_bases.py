@@ -258,7 +258,7 @@ def test_the_command_trains_the_same_model(
 def test_a_model_card_says_that_the_base_was_trained(tuned, call, tmp_path):
     status, output, error = call("export", tuned.folder, "--verify")
     assert (status, error) == (0, "")
-    assert "as the run" in output
+    assert "same as the run" in output
     (card,) = tmp_path.glob("saved_models/*/1/README.md")
     assert "A part of the backbone was trained too." in card.read_text()
 

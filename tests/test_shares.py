@@ -286,7 +286,7 @@ class TestLost:
 
     def test_the_chief_may_be_the_one(self, work):
         keep_shares([work], workers(2, 0))
-        with pytest.raises(WorkerLost, match="worker 0 has not put them together"):
+        with pytest.raises(WorkerLost, match="worker 0 has not joined them"):
             run_together([work], workers(2, 1), timeout=0.5)
 
     def test_two_with_the_same_index(self, work):

@@ -391,6 +391,6 @@ def test_export_with_verification(fit, call, tmp_path, choose):
     assert done.results["unfrozen_kept"] == 1.0
     status, output, error = call("export", done.folder, "--verify")
     assert (status, error) == (0, "")
-    assert "as the run" in output
+    assert "same as the run" in output
     (card,) = tmp_path.glob("saved_models/*/1/README.md")
     assert "A part of the backbone was trained too." in card.read_text()

@@ -82,7 +82,7 @@ def _build_preset(
                 f"There is no KerasHub preset {preset!r}, nor a preset folder of that "
                 "path. A preset has a name such as resnet_50_imagenet."
             ) from error
-        kind = "is damaged" if Path(preset).is_dir() else "cannot be had"
+        kind = "is damaged" if Path(preset).is_dir() else "cannot be downloaded"
         raise WeightsUnavailable(
             f"The KerasHub preset {preset} {kind}: {_build.first_line(error)}. Without "
             "a network, fetch its folder elsewhere and use hub:FOLDER."
@@ -158,7 +158,7 @@ def load_backbone(
             - The path of your own `.keras` file that maps images in [0, 255] to
               `(batch, dim)` features or `(batch, h, w, dim)` feature maps.
             - `hub:PRESET`, a preset of KerasHub by name or folder, with the extra
-              `hub`. Its image converter says how pixels are _build.scaled.
+              `hub`. Its image converter says how pixels are scaled.
             - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
               other. Loading one runs its initialisers: take it from a source that
               you trust. What is stored and run later does nothing but compute.

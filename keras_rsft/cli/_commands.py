@@ -55,9 +55,9 @@ def config_of(
 
 
 def policy_of(arguments: argparse.Namespace) -> config.PolicyConfig:
-    """Returns the policy that was asked for, or the default one with the numbers."""
+    """Returns the policy that was asked for, or the default one with the parameters."""
     policy = config_of(arguments, config.PolicyConfig)
-    if hasattr(arguments, "policy"):  # Else several are tried, with all numbers.
+    if hasattr(arguments, "policy"):  # Else several are tried, with all parameters.
         config.require_used(policy.name or "", vars(arguments))
     return policy
 
@@ -383,10 +383,13 @@ def _dry_run(
         ("Largest class", f"{largest}: {most:,}"),
         ("Smallest class", f"{smallest}: {fewest:,}"),
         ("Labels that look wrong", f"{share:.0f} % ({low:.0f} to {high:.0f} %)"),
-        ("Agrees with held-out labels, plain", f"{100 * pilot.plain_accuracy:.1f} %"),
+        (
+            "Held-out accuracy (given labels), plain",
+            f"{100 * pilot.plain_accuracy:.1f} %",
+        ),
     ]
     if pilot.policy_accuracy is not None:
-        name = f"Agrees with held-out labels, {pilot.policy}"
+        name = f"Held-out accuracy (given labels), {pilot.policy}"
         rows.append((name, f"{100 * pilot.policy_accuracy:.1f} %"))
     extraction = "cached from before"
     if pilot.images_left:
@@ -400,7 +403,7 @@ def _dry_run(
     output.rows(f"From {pilot.num_images} training {data.kind}", rows)
     output.say(pilot.verdict)
     words = [word for word in arguments.argv if word != "--dry-run"]
-    output.next_command("Nothing was trained. Train with", _program(*words))
+    output.next_command("No run was written. Train with", _program(*words))
     document = {"command": "fit --dry-run", **json_value(pilot)}
     output.finish(pilot.verdict, **document)
 
@@ -500,15 +503,15 @@ def features(arguments: argparse.Namespace, output: Output) -> None:
         backbone = _features.load_configured(config)
         passes = _features.feature_passes(backbone, data, config, **options)
         keep_shares(passes, cluster, timeout=timeout)
-        output.say(f"Share {cluster.index} of {len(cluster)} is cached in {folder}.")
-        title = "Once all shares are cached, put them together and train"
+        output.say(f"Shard {cluster.index} of {len(cluster)} is cached in {folder}.")
+        title = "Once all shards are cached, join them and train"
     output.next_command(title, fit_command(arguments, f"--seed={arguments.seed}"))
     share = {"index": cluster.index, "count": len(cluster)}
     output.finish(folder, folder=folder, share=share, splits=splits)
 
 
 def features_cluster(arguments: argparse.Namespace) -> rsft.Cluster:
-    """Returns which share of how many this process computes."""
+    """Returns which shard of how many this process computes."""
     if arguments.share is None:
         return rsft.cluster_of()
     index, count = arguments.share
@@ -560,9 +563,9 @@ def chosen_words(found: Search) -> list[str]:
     """Returns the options of `fit` that train as a search has chosen."""
     settings, policy = found.settings, found.settings.policy
     given: dict[str, object] = {"policy": policy.name}
-    for name, users in config.USED_BY.items():
-        if policy.name in users:
-            given[name] = getattr(policy, name)
+    for one in settings_of(config.PolicyConfig):
+        if policy.name in config.USED_BY.get(one.dest, ()) and not one.is_rare:
+            given[one.dest] = getattr(policy, one.dest)
     if "threshold" in given and policy.threshold is None:
         classes = found.head.model.output_shape[-1]
         given["threshold"] = policy.relative_threshold * math.log(classes)
@@ -773,9 +776,13 @@ def _show_verification(found: Verification, output: Output) -> None:
         ("Same label", f"{found.same_labels} of {found.images} images"),
     ]
     if found.broken_refused is not None:
-        rows.append(("Broken image", "refused" if found.broken_refused else "MISTAKEN"))
+        rows.append(
+            ("Broken image", "refused" if found.broken_refused else "NOT refused")
+        )
     rows.append(("Loaded in", f"{found.load_seconds:.1f} s"))
-    rows.append(("Verdict", "as the run" if found.passed else "NOT as the run"))
+    rows.append(
+        ("Verdict", "same as the run" if found.passed else "DIFFERS from the run")
+    )
     output.rows("In a fresh process", rows)
 
 

@@ -161,7 +161,7 @@ class Options:
     )
     dry_run: bool = option(
         False,
-        "train nothing: estimate from 1,000 samples how many labels are wrong, whether "
+        "write no run: estimate from 1,000 samples how many labels are wrong, whether "
         "rejection is likely to help, and how long the run will take",
     )
     with_plain: bool = rare(True, "train a plain head too, for the report's comparison")
@@ -182,7 +182,7 @@ class Options:
     )
     share: str | None = option(
         None,
-        "compute the I-th of N shares, from 0 on, and wait for no other; default: all, "
+        "compute the I-th of N shards, from 0 on, and wait for no other; default: all, "
         "or with TF_CONFIG this worker's, and wait for the others",
         type=_share,
         metavar="I/N",
@@ -276,7 +276,7 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
          DataConfig: "", Options: "data backbones sample"},
     ),
     commands.features: (
-        "extract and cache features, also by shares",
+        "extract and cache features, also by shards",
         {config.FeatureConfig: "", config.TrainConfig: "seed", DataConfig: "",
          Options: "data share worker_timeout"},
     ),
@@ -306,8 +306,8 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="keras-rsft",
-        description="Fine-tune a pretrained Keras model only on the samples that "
-        "their loss says are worth learning from.",
+        description="Fine-tune a pretrained Keras model on noisy labels, rejecting "
+        "samples that are probably mislabelled.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -50,16 +50,16 @@ class DataConfig:
         action="append",
     )
     validation_fraction: float = option(
-        0.15, "share cut off where there is no validation split"
+        0.15, "fraction held out if there is no validation split"
     )
-    test_fraction: float = option(0.15, "share cut off where there is no test split")
+    test_fraction: float = option(0.15, "fraction held out if there is no test split")
     path_column: str = rare("path", "column of the images' paths in a CSV file")
     split_column: str = rare("split", "column of each sample's split in a CSV file")
     id_column: str | None = rare(
         None, "column of the texts' ids; default: made of the texts"
     )
     data_dir: str | None = rare(None, "folder of tfds: data")
-    split_seed: int = rare(0, "seed of the cut")
+    split_seed: int = rare(0, "seed of the random split")
 
     def __post_init__(self) -> None:
         config.check_numbers(self, "in (0, 1)", "validation_fraction", "test_fraction")
@@ -135,7 +135,7 @@ def settings_of(owner: type, which: str = "") -> Iterator[Setting]:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses a command; names the nearest option where one is mistyped."""
+    """Parses a command; names the nearest command or option where one is mistyped."""
 
     def __init__(self, **options: Any):
         options["formatter_class"] = argparse.RawDescriptionHelpFormatter
@@ -157,7 +157,7 @@ class CommandParser(argparse.ArgumentParser):
         rare = [one for one in settings if one.is_rare]
         self.set_defaults(**{one.dest: one.default for one in rare})
         if rare:
-            text = "give a field that has no option, see below"
+            text = "set a field that has no option of its own, see below"
             groups[""].add_argument(
                 "--set", dest="given", action="append", default=[], help=text,
                 metavar="FIELD=VALUE",
@@ -218,6 +218,13 @@ class CommandParser(argparse.ArgumentParser):
             setattr(parsed, name, [value] if one.repeats else one.parse(value))
         except (ValueError, argparse.ArgumentTypeError) as error:
             self.error(f"argument --set: {name}: {error}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = nearest_name_hint(value, list(action.choices or ()), cutoff=0.7)
+            raise argparse.ArgumentError(action, f"{error.message}.{hint}") from error
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with one sentence, not with a page of options."""

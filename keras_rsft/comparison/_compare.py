@@ -84,7 +84,7 @@ def compare(
             purpose, as in `add_label_noise`. Default: none.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
             Default: `FeatureConfig()`.
-        settings: How each head is trained; the numbers of `settings.policy` are
+        settings: How each head is trained; the parameters of `settings.policy` are
             those of the methods that are policies. Without early stopping, which is a
             method. Default: `TrainConfig()`.
         output: Folder of the comparison, which must not exist, or
@@ -101,7 +101,7 @@ def compare(
         DataError: If the data has no test split, or lacks what a method that was
             asked for by name needs.
         ImportError: If `cleanlab` is asked for by name and not installed.
-        WeightsUnavailable: If the backbone's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be downloaded or read.
     """
     require_tensorflow_backend("`compare`")
     settings = settings or TrainConfig()

@@ -32,7 +32,7 @@ REJECTED = ("wrong_labels_rejected", "right_labels_rejected")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one method did with one seed. Shares are in [0, 1]."""
+    """What one method did with one seed. Fractions are in [0, 1]."""
 
     method: str
     seed: int
@@ -131,7 +131,7 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
 
 
 def recovered_share(method: float, plain: float, clean: float) -> float | None:
-    """Returns the share of the accuracy lost to wrong labels that a method recovers."""
+    """Returns the fraction of the accuracy lost to wrong labels that is recovered."""
     return (method - plain) / (clean - plain) if clean > plain else None
 
 
@@ -184,7 +184,7 @@ class Trial:
 
 
 # Which test samples a method gets right, and which training samples it accepts in the
-# end (None where it has no such notion), with the share accepted.
+# end (None where it has no such notion), with the fraction accepted.
 Trained = tuple[np.ndarray, np.ndarray | None, float | None]
 
 
@@ -225,7 +225,7 @@ def _policy(
     decayed: bool = False,
     **changes: Any,
 ) -> Trained:
-    """Trains with a policy by name, with the numbers of the trial's settings."""
+    """Trains with a policy by name, with the parameters of the trial's settings."""
     choice = dataclasses.replace(trial.settings.policy, name=name, **changes)
     settings = dataclasses.replace(trial.settings, policy=choice)
     if decayed:
@@ -239,7 +239,7 @@ def _policy(
 
 
 def _article(trial: Trial) -> Trained:
-    """The RSFT article's rule: a fixed threshold on the batch's mean loss."""
+    """The batch-level rule: a fixed threshold on the batch's mean loss."""
     changes: dict[str, Any] = {"level": "batch", "warmup_epochs": 0.0}
     if trial.settings.policy.threshold is None:
         changes["relative_threshold"] = ARTICLE_THRESHOLD

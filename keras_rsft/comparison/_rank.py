@@ -53,7 +53,7 @@ class BackboneRanking:
         failed: Name and reason of each backbone that could not be used.
         num_images: Images that were looked at.
         num_classes: Classes.
-        noise_rate: Share of the labels that look wrong, a mean over the backbones.
+        noise_rate: Fraction of the labels that look wrong, a mean over the backbones.
         counts_right_labels: Whether each label counts by how likely it is right, as
             `noise_rate` is not negligible; else all count the same.
     """

@@ -39,7 +39,7 @@ _RATE_DEVIATION = 0.1
 def add_label_noise(
     data: SampleData, spec: str, *, seed: int, splits: tuple[str, ...] = ("train",)
 ) -> SampleData:
-    """Gives a share of the samples a wrong label.
+    """Gives a fraction of the samples a wrong label.
 
     Args:
         data: The data set.

@@ -362,8 +362,8 @@ def load_texts(
         clean_label_column: CSV: the column of the right labels, if known.
         id_column: CSV: the column of the ids, each once. Default None: an id is made
             of the text, so that a sample keeps it when rows are moved or added.
-        validation_fraction: Share of the training samples, in [0, 1).
-        test_fraction: Share of the training samples, in [0, 1).
+        validation_fraction: Fraction of the training samples, in [0, 1).
+        test_fraction: Fraction of the training samples, in [0, 1).
         split_seed: Chooses which samples are taken for a missing split.
 
     Returns:
@@ -496,8 +496,8 @@ def load_images(
         clean_label_key: TFDS: the feature that holds the right labels, if
             known. In validation and test it also stands in where `label_key`
             holds -1.
-        validation_fraction: Share of the training samples, in [0, 1).
-        test_fraction: Share of the training samples, in [0, 1).
+        validation_fraction: Fraction of the training samples, in [0, 1).
+        test_fraction: Fraction of the training samples, in [0, 1).
         split_seed: Chooses which samples are taken for a missing split.
         data_dir: TFDS: folder of prepared data. Default None: TFDS's own folder.
 

@@ -285,9 +285,9 @@ class FeaturePass:
 
 
 def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> None:
-    """Puts finished parts together, verifies the set, and gives it its name."""
+    """Joins finished parts, verifies the set, and gives it its name."""
     # Verified are each part's checksums against those of its worker, the number of its
-    # rows, and that its samples are of its share, in order, none twice. Afterwards all
+    # rows, and that its samples are of its shard, in order, none twice. Afterwards all
     # parts are removed.
     _require_rows(sum(part.rows for part in parts), work.split)
     folder, name, files = work.folder, work.split.name, (FEATURES_FILE, INDEX_FILE)
@@ -303,7 +303,7 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             opened = [stack.enter_context((joining / one).open("wb")) for one in files]
             advance = stack.enter_context(
                 progress_bar(
-                    f"{name}: putting shares together",
+                    f"{name}: joining shards",
                     total=-(-sum(sizes) // 2**20), unit="MiB", visible=work.progress,
                 )
             )  # fmt: skip
@@ -319,7 +319,7 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
                     shutil.rmtree(part.path, ignore_errors=True)
                     first, last = part.stretch.start, part.stretch.stop - 1
                     raise DataError(
-                        f"The share of {name} from image {first} to {last} is damaged: "
+                        f"The shard of {name} from image {first} to {last} is damaged: "
                         f"{fault}. It was removed. Run the same command again, on all "
                         "workers; see that each has an index of its own."
                     )
@@ -428,7 +428,7 @@ def _require_unreadable(
             raise OSError(
                 errno.EIO,
                 f"Could not be read for the features of {split.name}, and could on a "
-                "second try. See to the disk that it is on, and run the same command "
+                "second try. Check the disk that holds it, and run the same command "
                 "again: it resumes from here",
                 str(split.ids[left_out]),
             )
@@ -477,7 +477,7 @@ def extract_features(
     The pass appends chunk after chunk to a file beside its final place and is
     renamed when it is complete. Interrupted at any moment, the next call resumes
     after the last whole chunk. Two processes that want the same features
-    take turns, and shares that several processes have computed are put together. A
+    take turns, and shards that several processes have computed are joined. A
     split that images were dropped from is served by the features of the whole one.
 
     Args:
@@ -593,8 +593,8 @@ def run_together(
                 break
             if lost:
                 raise WorkerLost(
-                    f"All shares of {work.split.name} are finished, and "
-                    f"{cluster.named(0)} has not put them together for "
+                    f"All shards of {work.split.name} are finished, and "
+                    f"{cluster.named(0)} has not joined them for "
                     f"{timeout:.0f} s. Start the same command there again, and here: "
                     "everything that was computed is cached."
                 )
@@ -626,15 +626,15 @@ def _wait_for_parts(work: FeaturePass, cluster: Cluster, timeout: float) -> None
                 for who in lost
             ]
             text = (
-                f"Features of {name} are missing, and nothing is added any more: "
+                f"Features of {name} are missing, and there is no progress: "
                 f"{'; '.join(behind)}. Start the same command there again, and here: "
                 "everything that was computed is cached."
             )
             if not all(parts[who].path.exists() for who in lost):
                 text += (
                     " If it is running, it is computing other features: all workers "
-                    "need the same folder of features, the same images, with the same "
-                    "times of change, the same backbone and the same `--set dtype`."
+                    "need the same feature cache, the same images, with the same "
+                    "modification times, the same backbone and the same `--set dtype`."
                 )
             raise WorkerLost(text)
 
@@ -642,7 +642,7 @@ def _wait_for_parts(work: FeaturePass, cluster: Cluster, timeout: float) -> None
 def keep_shares(
     passes: Sequence[FeaturePass], cluster: Cluster, timeout: float = DEFAULT_TIMEOUT
 ) -> None:
-    """Computes this process's share of each pass, and waits for nobody."""
+    """Computes this process's shard of each pass, and waits for nobody."""
     for work in passes:
         parts = work.parts(len(cluster))
         if work.is_done or cluster.index >= len(parts):

@@ -27,7 +27,7 @@ _COPIED_BYTES = 2**24
 
 
 def share_of(count: int, batch_size: int, shares: int, index: int) -> range:
-    # All shares have the same number of batches, give or take one.
+    # All shards have the same number of batches, give or take one.
     # Whole batches of the whole split, so that each sample is computed together with
     # those that it would have been computed with by one process.
     each, more = divmod(-(-count // batch_size), shares)
@@ -50,7 +50,7 @@ def chain_of(stretches: Iterable[range], count: int) -> list[range] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The share of one worker, as far as it is on disk."""
+    """The shard of one worker, as far as it is on disk."""
 
     path: Path
     stretch: range

@@ -33,8 +33,8 @@ class FeatureSet:
         unreadable: `(id, reason)` of each image that could not be read.
         precision: Of the values in the file, `"float32"` or `"float16"`. What comes out
             of `chunks` and of training batches is float32 in either case.
-        reviewed: Boolean array of shape `(n,)`: whose given label a person has found
-            or made right. None: nobody looked.
+        reviewed: Boolean array of shape `(n,)`: True where a reviewer confirmed or
+            corrected the label. None: nobody looked.
         before_review: These samples and those dropped since, with the labels that they
             had before a person looked. None: nobody looked.
         rows: int64 array of shape `(n,)`, increasing: the row of each sample in the

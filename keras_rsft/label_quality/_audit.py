@@ -42,7 +42,7 @@ class LabelQuality:
             each class is, from the other samples alone.
         right_probability: Float32 array `(n,)` in [0, 1]: how likely the given
             label is right.
-        noise_rate: Estimated share of wrong labels, in [0, 1].
+        noise_rate: Estimated fraction of wrong labels, in [0, 1].
         noise: Float64 array `(k, k)`: `noise[c, g]` is the estimated probability
             that a sample of class `c` was labelled `g`. Rows add up to 1.
         labels: int32 array `(n,)`, the given labels.
@@ -74,7 +74,7 @@ class LabelQuality:
         """Chooses the samples to learn from.
 
         Args:
-            class_floor: Least share of each class's samples to accept, in [0, 1];
+            class_floor: Minimum fraction of each class's samples to accept, in [0, 1];
                 at least one is. Default 0.1.
 
         Returns:
@@ -102,7 +102,7 @@ class LabelQuality:
             f"About {100 * self.noise_rate:.0f} % of the labels look wrong; accepting "
             f"the {100 * accepted:.0f} % that are right with a probability of "
             f"{MIN_RIGHT_PROBABILITY} or more, and of these, after the warm-up, those "
-            "with a smaller loss than a guess."
+            "with a loss below ln(classes), a uniform guess."
         )
 
 
@@ -209,10 +209,10 @@ def audit_labels(
     reason = None
     if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / len(labels)):
         reason = (
-            "The labels do not fit the images better than chance (they agree with a "
-            f"head that has not seen them in {100 * agreement:.0f} % of the cases, "
-            f"against {100 * chance:.0f} % for the commonest class), so that right "
-            "and wrong ones cannot be told apart"
+            "The labels fit the features no better than chance (they agree with a "
+            f"regression that has not seen them in {100 * agreement:.0f} % of the "
+            f"cases, against {100 * chance:.0f} % for the commonest class), so that "
+            "right and wrong ones cannot be told apart"
         )
     elif rate < MIN_NOISE_RATE:
         reason = f"No sign of wrong labels (about {100 * rate:.1f} %)"
@@ -234,7 +234,7 @@ class LeftOutRegression:
             finite = [np.isfinite(chunk).all(axis=1) for chunk in features.chunks()]
             bad = ~np.concatenate(finite)
             raise DataError(
-                f"The features of {np.count_nonzero(bad)} of {len(features)} images "
+                f"The features of {np.count_nonzero(bad)} of {len(features)} samples "
                 f"are NaN or infinite, for example {', '.join(features.ids[bad][:3])}. "
                 "Try `--set dtype=float32`, or another backbone."
             )
@@ -294,7 +294,7 @@ class LeftOutRegression:
 
 def _inverse(gram: np.ndarray, ridge: float) -> np.ndarray:
     penalty = np.full(len(gram), ridge)
-    penalty[-1] = 1e-3  # The intercept is hardly held back.
+    penalty[-1] = 1e-3  # The intercept is barely regularised.
     return np.linalg.inv(gram + np.diag(penalty)).astype(np.float32)
 
 

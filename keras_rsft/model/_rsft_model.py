@@ -33,7 +33,7 @@ class RSFTModel(BackendStep):
     """Wraps a Keras model so that only accepted samples change its weights.
 
     Compiled, fitted, evaluated, saved and loaded like any `keras.Model`. The
-    logs of training have `acceptance_rate` (share of the samples that were
+    logs of training have `acceptance_rate` (fraction of the samples that were
     accepted, in [0, 1]) and `accepted_loss` (mean loss of the accepted ones)
     beside `loss` (mean loss of all samples whose loss is finite).
 

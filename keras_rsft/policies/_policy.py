@@ -33,7 +33,7 @@ class Policy(keras.layers.Layer):
         warmup_steps: Steps at the start in which the loss plays no part, at least 0:
             every finite sample is accepted, but for those that a list made before
             training leaves out. Default 0.
-        class_floor: Least share of each class's samples in a batch to accept, in
+        class_floor: Minimum fraction of each class's samples in a batch to accept, in
             [0, 1], so that no class is dropped in silence; needs labels that are
             classes: integers or one-hot rows, not rows of several labels. Default 0:
             no floor. Not at level `"element"`.
@@ -193,8 +193,8 @@ class Policy(keras.layers.Layer):
     def threshold_in_use(self) -> float | None:
         """Returns the loss that the last batch's samples had to be below.
 
-        None where the policy has no such number for all samples, or did not use it
-        yet: during the warm-up everything is accepted.
+        None where the policy has no such number for all samples, or during the
+        warm-up, in which the loss is not used yet.
         """
         seen = int(ops.convert_to_numpy(self.steps_seen))
         limit = self._loss_limit(seen - 1) if seen > self.warmup_steps else None

@@ -1,4 +1,4 @@
-"""Decides which losses are accepted. Pure functions of losses and numbers."""
+"""Decides which losses are accepted. Pure functions of losses and parameters."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def grown_threshold(step: Any, threshold: Any, growth: Any, growth_steps: Any) -
 def running_moments(moments: Any, losses: Any, members: Any, momentum: float) -> Any:
     """Updates weight, mean and variance `(..., groups, 3)` of each group's losses."""
     finite = ops.isfinite(losses)
-    # Limited, for the square of a huge loss would be infinite for ever.
+    # Limited, because the square would overflow and stay infinite.
     losses = ops.clip(ops.where(finite, losses, 0.0), -1e6, 1e6)
     losses = ops.cast(losses, "float32")[..., None, :]
     members = members * ops.cast(finite, "float32")[..., None, :]
@@ -130,7 +130,7 @@ def threshold_from_percentile(statistics: Any) -> Any:
 def with_class_floor(
     accept_mask: Any, losses: Any, labels: Any, class_floor: Any
 ) -> Any:
-    """Also accepts the smallest losses of each class, a share of those in the batch."""
+    """Also accepts the smallest losses of each class, a fraction of its samples."""
     finite = ops.isfinite(losses)
     same_class = ops.equal(labels[..., :, None], labels[..., None, :])
     peers = ops.logical_and(same_class, finite[..., None, :])

@@ -47,8 +47,8 @@ class AcceptAll(Policy):
 class LossThreshold(Policy):
     """Accepts what has a loss strictly below a fixed threshold.
 
-    With `level="batch"` and `warmup_steps=0` this is the rule of the RSFT
-    article: a batch whose mean loss is not below the threshold is skipped.
+    With `level="batch"` and `warmup_steps=0` this is the batch-level rule: a batch
+    whose mean loss is not below the threshold is rejected.
     The threshold is live: `policy.threshold.assign(value)` takes effect at the
     next step.
 
@@ -97,16 +97,16 @@ class LossThreshold(Policy):
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class KeepFraction(Policy):
-    """Keeps a fixed share of each batch: the smallest losses.
+    """Keeps a fixed fraction of each batch: the smallest losses.
 
     Source: Han et al., "Co-teaching: Robust training of deep neural networks
     with extremely noisy labels", NeurIPS 2018 (the small-loss rule and its
     ramp, with one network).
 
     Args:
-        keep_fraction: Share kept after the ramp, in (0, 1]; one minus the
-            share of wrong labels is a good value.
-        ramp_steps: Steps over which the kept share falls from 1 to
+        keep_fraction: Fraction kept after the ramp, in (0, 1]; one minus the
+            fraction of wrong labels is a good value.
+        ramp_steps: Steps over which the kept fraction falls from 1 to
             `keep_fraction`, after the warm-up; at least 0. Default 0: no ramp.
         warmup_steps: As for every `Policy`.
         level: `"sample"`, or `"element"` for all elements of the batch together.
@@ -217,9 +217,10 @@ class RunningThreshold(Policy):
 
     Args:
         deviations: Standard deviations above the mean, any finite number. Default 0.
-        percentile: Share of the losses, in (0, 1], whose largest is the threshold;
+        percentile: Fraction of the losses, in (0, 1], whose largest is the threshold;
             None, the default, for mean and deviations.
-        momentum: Share of the old statistics kept in a step, in [0, 1). Default 0.95.
+        momentum: Fraction of the old statistics kept in a step, in [0, 1). Default
+            0.95.
         num_classes: Number of classes to keep apart, or None for one threshold.
         warmup_steps: As for every `Policy`; the statistics run meanwhile.
         class_floor: As for every `Policy`.
@@ -363,7 +364,8 @@ def mixture_threshold(losses: np.ndarray, probability: float) -> float:
         from sklearn.mixture import GaussianMixture
     except ImportError as error:
         raise ImportError(
-            'LossMixture needs scikit-learn: pip install "keras_rsft[demo]"'
+            "LossMixture needs scikit-learn, in the extra demo: "
+            'pip install "keras_rsft[demo]"'
         ) from error
     values = np.sort(losses[np.isfinite(losses)].astype(np.float64))
     top = np.quantile(values, 0.99) if len(values) else 0.0

@@ -362,7 +362,7 @@ def trials_svg(
         drawn += _dot(style, x(100 * accepted), y(100 * accuracy), radius)
     drawn += _dot("dot chosen", box.right - 52, box.top - 14, 7)
     drawn += _words("chosen", box.right, box.top - 10, "end")
-    return _alone(drawn, 640, 296, "Validation accuracy by accepted share.")
+    return _alone(drawn, 640, 296, "Validation accuracy by acceptance rate.")
 
 
 # -- The pictures of a search --------------------------------------------------

@@ -327,8 +327,8 @@ def _paired(record: RunRecord) -> Outcome:
         ],
         f"Measured on the {split} split {labels}. Both heads have the same features, "
         "seed and settings. Intervals: Wilson (1927) for each head; Agresti and Min "
-        f"(2005) for the difference, {kind[:-1]} by {kind[:-1]}. They say what other "
-        f"{kind} would change, not what another seed would.",
+        f"(2005) for the difference, {kind[:-1]} by {kind[:-1]}. They cover the "
+        f"choice of test {kind}, not of the seed.",
     )
 
 
@@ -344,7 +344,7 @@ def _alone(record: RunRecord) -> Outcome:
         f"interval {interval}). No plain head was trained beside it.",
         [("Accuracy", accuracy, f"95 %: {interval}")],
         f"Measured on the {split} split by its given labels. Interval: Wilson "
-        f"(1927). It says what other {record.kind} would change, not another seed.",
+        f"(1927). It covers the choice of test {record.kind}, not of the seed.",
     )
 
 

@@ -69,13 +69,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         own = [f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")]
         if self.headers.get("Host") not in own:
-            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"Another host's name.\n")
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"Unknown host.\n")
         elif self.path == "/":
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
         elif (picture := self._picture()) is not None:
             self._answer(HTTPStatus.OK, "image/jpeg", picture)
         else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"Nothing is here.\n")
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"Not found.\n")
 
     do_HEAD = do_GET  # noqa: N815 -- The names that the library asks for.
 

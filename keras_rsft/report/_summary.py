@@ -12,7 +12,7 @@ from keras_rsft.config import takes_texts
 
 # Words --------------------------------------------------------------------------------
 
-# The shares among the results of a run, in the order in which they are shown.
+# The fractions among the results of a run, in the order in which they are shown.
 RESULT_NAMES = {
     "test_accuracy": "Accuracy on the test split",
     "validation_accuracy": "Accuracy on the validation split",
@@ -33,7 +33,7 @@ TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Backbone trained too"
 
 
 def share_text(share: float | None, digits: int = 1) -> str:
-    """Returns a share in percent, a dash for None and NaN."""
+    """Returns a fraction in percent, a dash for None and NaN."""
     if share is None or math.isnan(share):
         return "-"
     return f"{100 * share:.{digits}f} %"
@@ -44,7 +44,7 @@ def range_text(low: float, high: float, sign: str = "") -> str:
 
 
 def proportion_text(share: float, count: int) -> str:
-    """Returns the 95 % interval of a share of `count` samples, in percent."""
+    """Returns the 95 % interval of a fraction of `count` samples, in percent."""
     return range_text(*proportion_interval(round(share * count), count))
 
 
@@ -147,7 +147,7 @@ def comparison_summary(comparison: Any) -> Summary:
     seeds = len({outcome.seed for outcome in comparison.outcomes})
     spread = covered = ""
     if seeds > 1:
-        spread = f", mean of {seeds} seeds ± half of its 95 % interval over seeds"
+        spread = f", mean of {seeds} seeds ± half-width of the 95 % interval over seeds"
         covered = " The verdict allows for other test samples too."
     notes = [
         f"Test accuracy in percent{spread}; differences to plain are paired by seed."
@@ -160,7 +160,7 @@ def comparison_summary(comparison: Any) -> Summary:
             "other ones for each seed."
         )
         notes.insert(0, made_wrong)
-    columns = ("Method", "Test", "To plain", "Accepted", "Recovered", "Seconds")
+    columns = ("Method", "Test", "vs. plain", "Accepted", "Recovered", "Seconds")
     return Summary((Table(columns, tuple(rows)),), comparison.notes, tuple(notes))
 
 
@@ -229,7 +229,7 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
         title="How much of the backbone to train",
         note=(
             "Validation accuracy in percent ± its standard error; a head's time is its "
-            "share of the time of all heads; weights are those that learn."
+            "fraction of the time of all heads; weights are those that learn."
         ),
         text_columns=2,
     )
@@ -250,19 +250,20 @@ def ranking_summary(ranking: Any) -> Summary:
     )
     notes = [
         f"Accuracy in percent of a quick head on {ranking.num_images} training "
-        "samples, each predicted from the others, ± half of its 95 % interval; ms of "
-        "feature extraction for a sample."
+        "samples, each predicted from the others, ± half-width of the 95 % interval; "
+        "ms of feature extraction for a sample."
     ]
     if ranking.counts_right_labels:
         notes.append(
             f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong: each "
-            "label counts by how likely it is right, by all backbones together."
+            "label is weighted by its probability of being right, averaged over the "
+            "backbones."
         )
     equal = [one.name for one in others if one.behind <= one.behind_error]
     if equal:
         notes.append(
-            f"Not shown to be worse than the first: {', '.join(equal)}; a larger "
-            "--sample tells more."
+            f"Not significantly worse than the first: {', '.join(equal)}; use a larger "
+            "--sample."
         )
     warnings = [f"{name}: {why.partition(chr(10))[0]}" for name, why in ranking.failed]
     columns = ("Backbone", "Accuracy", "Behind", "ms", "MB", "Features")

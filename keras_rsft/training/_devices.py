@@ -71,7 +71,7 @@ class Devices:
         )
 
     def distributed(self, dataset: tf.data.Dataset, samples: int, batch: int) -> Any:
-        """Returns what `fit` takes of batches that `share` was heeded in."""
+        """Returns what `fit` takes of batches already restricted to `share`."""
         if self.strategy is None:
             return dataset
         shared = self.strategy.distribute_datasets_from_function(lambda _: dataset)
@@ -98,8 +98,8 @@ class Devices:
         if self.from_chief(own) != own:
             raise InvalidArgument(
                 "All workers must be started with the same command on the same data, "
-                f"by the same versions. Received: another one on worker "
-                f"{self.cluster.index} than on the chief, worker 0."
+                f"with the same package versions. Worker {self.cluster.index} differs "
+                "from the chief, worker 0."
             )
 
     @contextlib.contextmanager

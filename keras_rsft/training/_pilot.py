@@ -41,12 +41,12 @@ class Pilot:
         num_images: Images of the sample.
         largest_class: Name of the class with most training images, and their number.
         smallest_class: The same of the class with fewest.
-        noise_rate: Estimated share of wrong labels, with the ends of its 95 %
+        noise_rate: Estimated fraction of wrong labels, with the ends of its 95 %
             interval, which covers the chance of the sample and no error of the method.
         reason: Why no label is rejected by `auto`, or None.
         policy: The policy that was tried.
-        plain_accuracy: Share of given labels in [0, 1] that plain fine-tuning of half
-            of the sample gets right in the other half, both ways round.
+        plain_accuracy: Fraction of given labels in [0, 1] that plain fine-tuning of
+            half of the sample gets right in the other half, both ways round.
         policy_accuracy: The same with the policy; None where it was not tried, as it
             would be the same, or where it accepted nothing.
         gain: `policy_accuracy - plain_accuracy`, with the ends of its 95 % interval.
@@ -90,7 +90,7 @@ def run_pilot(
     Wrong labels among those that judge make the difference smaller than it is. A
     policy `auto` that finds nothing to reject would train plainly, and is not tried.
 
-    Times are those of a few batches and of these heads, and of no stage two.
+    Times are those of a few batches and of these heads, without unfrozen layers.
 
     Args:
         data: The images.
@@ -107,7 +107,7 @@ def run_pilot(
     Raises:
         InvalidArgument: If an argument cannot be used.
         DataError: If the images cannot be used.
-        WeightsUnavailable: If the backbone's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be downloaded or read.
     """
     require_tensorflow_backend("`run_pilot`")
     settings = settings or TrainConfig()

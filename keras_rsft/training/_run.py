@@ -140,12 +140,13 @@ class Run:
         class_names: Names of the classes, in the order of the probabilities.
         history: Each logged value, one number an epoch.
         results: Final numbers: accuracies in [0, 1], acceptance rate, seconds,
-            and, where the right labels are known, the shares of wrong and right
-            labels that the finished model's policy rejects. After a stage two also
-            `stage2_validation_accuracy`, `stage2_test_accuracy`, and `stage2_kept`:
-            1.0 where `model` is its model. The plain accuracies are then its own,
-            and the head's `head_validation_accuracy` and `head_test_accuracy`. Where a
-            part of the backbone was trained, the same under names with `unfrozen`.
+            and, where the right labels are known, the fractions of wrong and right
+            labels that the finished model's policy rejects. With unfrozen layers also
+            `unfrozen_validation_accuracy`, `unfrozen_test_accuracy`, and
+            `unfrozen_kept`: 1.0 where `model` has the unfrozen layers. With
+            `"last-block"` these names begin with `stage2`. If kept, the accuracies
+            without a prefix are those of `model`, and `head_validation_accuracy` and
+            `head_test_accuracy` those of the head on the frozen backbone.
         config: Everything that is needed to repeat the run.
         features: The cached features; `.unreadable` names the images left out.
         trained: The head's training: ledger, acceptance by class, label_quality.
@@ -235,7 +236,7 @@ def finetune(
     Raises:
         InvalidArgument: If an argument cannot be used.
         DataError: If the data cannot be trained on, or not be corrected so.
-        WeightsUnavailable: If the backbone's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be downloaded or read.
         TrainingStalled: If the last epoch accepted nothing, or the finished head
             accepts nothing for unfrozen layers to learn from.
         OSError: If the disk is full; the same call resumes once there is room.

@@ -117,9 +117,9 @@ def _reason(
     if chosen.cost < best.cost:
         what = "no part" if chosen.cost == 0 else "the least"
         return (
-            f"{name} trains {what} of the backbone, and its {objective} is within the "
-            f"noise ({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of "
-            f"trial {best.trial_id}."
+            f"{name} trains {what} of the backbone, and its {objective} is within one "
+            f"standard error ({noise:.4f}) of the best: {value:.4f} against "
+            f"{best_value:.4f} of trial {best.trial_id}."
         )
     alike = _ALIKE[chosen.cost] if UNFREEZE in chosen.values else ""
     if value == best_value:
@@ -128,7 +128,7 @@ def _reason(
             f"those {alike}that have it."
         )
     return (
-        f"{name} rejects the least of those {alike}whose {objective} is within the "
-        f"noise ({noise:.4f}) of the best: {value:.4f} against {best_value:.4f} of "
-        f"trial {best.trial_id}."
+        f"{name} rejects the least of those {alike}whose {objective} is within one "
+        f"standard error ({noise:.4f}) of the best: {value:.4f} against "
+        f"{best_value:.4f} of trial {best.trial_id}."
     )

@@ -134,7 +134,7 @@ def search(
         DataError: If there is no validation split, or its right labels are wanted
             and not known.
         TrainingStalled: If every trial failed or accepted too little.
-        WeightsUnavailable: If the backbone's weights cannot be had.
+        WeightsUnavailable: If the backbone's weights cannot be downloaded or read.
     """
     _runtime.require_tensorflow_backend("`search`")
     options = dataclasses.replace(options or SearchConfig(), **changes)
