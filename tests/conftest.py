@@ -206,17 +206,17 @@ def synthetic(tmp_path):
 
     from keras_rsft.features._store import FeatureSet
 
-    def build(rows=10, views=1, dim=4, dtype=np.float32):
-        values = np.arange(rows * views * dim, dtype=dtype)
-        path = tmp_path / f"{rows}-{views}-{dim}.bin"
+    def build(rows=10, augmentations=1, dim=4, dtype=np.float32):
+        values = np.arange(rows * augmentations * dim, dtype=dtype)
+        path = tmp_path / f"{rows}-{augmentations}-{dim}.bin"
         values.tofile(path)
         return FeatureSet(
             path,
             labels=np.arange(rows, dtype=np.int32) % 3,
             ids=np.arange(rows).astype(str),
             dim=dim,
-            views=views,
-            precision=np.dtype(dtype).name,
+            augmentations=augmentations,
+            dtype=np.dtype(dtype).name,
         )
 
     return build

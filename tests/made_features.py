@@ -19,7 +19,7 @@ def feature_set(
     *,
     seed: int,
     wrong: float = 0.0,
-    views=1,
+    augmentations=1,
     noise: int = 0,
 ) -> FeatureSet:
     """Three clusters in six dimensions, some of their labels wrong.
@@ -30,13 +30,13 @@ def feature_set(
     clean = rng.integers(0, CLASSES, count).astype("int32")
     dim = DIM + noise
     centres = 3.0 * np.eye(CLASSES, dim)
-    values = centres[clean][:, None] + rng.normal(size=(count, views, dim))
+    values = centres[clean][:, None] + rng.normal(size=(count, augmentations, dim))
     path = folder / f"{name}.bin"
     (5.0 + 2.0 * values).astype("float32").tofile(path)
     flipped = rng.random(count) < wrong
     labels = np.where(flipped, (clean + 1) % CLASSES, clean).astype("int32")
     ids = np.array([f"{name}{number}" for number in range(count)])
-    return FeatureSet(path, labels, ids, dim, views, clean)
+    return FeatureSet(path, labels, ids, dim, augmentations, clean)
 
 
 def split_features(folder: Path) -> SplitFeatures:

@@ -21,7 +21,7 @@ from keras_rsft.training._unfreeze import (
 class Samples:
     """As many as there are, with two augmentations each."""
 
-    views = 2
+    augmentations = 2
 
     def __init__(self, count):
         self.count = count

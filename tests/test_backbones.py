@@ -50,7 +50,7 @@ def mobilenet():
 @pytest.fixture(scope="module")
 def efficientnet():
     """EfficientNetB0 in bfloat16 with random weights, likewise."""
-    return random_base("efficientnetb0", precision="bfloat16")
+    return random_base("efficientnetb0", dtype="bfloat16")
 
 
 # Names
@@ -235,7 +235,7 @@ def test_bfloat16_is_inside_only(efficientnet):
 
 
 def test_bfloat16_features_point_the_same_way(mobilenet):
-    low = np.asarray(random_base(precision="bfloat16")(IMAGES))
+    low = np.asarray(random_base(dtype="bfloat16")(IMAGES))
     high = np.asarray(mobilenet(IMAGES))
     norms = np.linalg.norm(low, axis=1) * np.linalg.norm(high, axis=1)
     assert ((low * high).sum(axis=1) / norms > 0.99).all()
@@ -266,8 +266,8 @@ def test_wrong_image_size(image_size):
 
 
 def test_wrong_precision():
-    with pytest.raises(InvalidArgument, match=r"`precision` must be.*'float16'"):
-        load_backbone("mobilenetv2", weights="none", precision="float16")
+    with pytest.raises(InvalidArgument, match=r"`dtype` must be.*'float16'"):
+        load_backbone("mobilenetv2", weights="none", dtype="float16")
 
 
 @pytest.mark.parametrize("weights", [None, "imagnet", "absent.weights.h5"])

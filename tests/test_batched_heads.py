@@ -130,7 +130,7 @@ def test_each_optimizer_equals_the_ordinary_path(features, rule):
 
 
 def test_views_are_drawn_as_on_the_ordinary_path(features, tmp_path):
-    train = feature_set(tmp_path, "views", 37, seed=3, views=3)
+    train = feature_set(tmp_path, "views", 37, seed=3, augmentations=3)
     features = dataclasses.replace(features, train=train)
     settings = [dataclasses.replace(SETTINGS, policy=POLICIES["accept-all"])]
     assert_equal_to_alone(features, settings, trained_together(features, settings))

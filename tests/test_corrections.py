@@ -239,7 +239,11 @@ class TestFeatures:
         self, data, named, file, tiny_base, tmp_path, passes, views
     ):
         kept = extract_features(
-            tiny_base, data.train, cache_dir=tmp_path / "k", views=views, progress=False
+            tiny_base,
+            data.train,
+            cache_dir=tmp_path / "k",
+            augmentations=views,
+            progress=False,
         )
         assert sum(passes) == views * len(data.train)
         rows = [f"{named[n][0]},cat,drop," for n in (0, 3)]
@@ -247,7 +251,11 @@ class TestFeatures:
             data, file(*rows, f"{named[1][0]},cat,relabel,owl")
         ).train
         part = extract_features(
-            tiny_base, after, cache_dir=tmp_path / "k", views=views, progress=False
+            tiny_base,
+            after,
+            cache_dir=tmp_path / "k",
+            augmentations=views,
+            progress=False,
         )
         assert sum(passes) == views * len(data.train)
         rest = np.setdiff1d(np.arange(len(kept)), [0, 3])
@@ -273,7 +281,9 @@ class TestFeatures:
         values = np.arange(10 * 2 * 3, dtype=np.float32).reshape(10, 2, 3)
         values.tofile(tmp_path / "f.bin")
         labels = np.arange(10, dtype=np.int32)
-        whole = FeatureSet(tmp_path / "f.bin", labels, labels.astype(str), 3, views=2)
+        whole = FeatureSet(
+            tmp_path / "f.bin", labels, labels.astype(str), 3, augmentations=2
+        )
         part = whole.take(np.array([1, 4, 5, 9])).take(np.array([1, 3]))
         assert part.ids.tolist() == ["4", "9"]
         made = TrainingBatches(part, batch_size=2, seed=0)

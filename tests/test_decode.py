@@ -318,7 +318,7 @@ def test_wrong_image_size_is_refused(size):
 def test_views_begin_with_the_plain_one_and_differ():
     encoded = tf.constant(FILES["png"])
     index = tf.constant(5, tf.int64)
-    views = decode.decode_views(encoded, (24, 24), views=4, seed=1, index=index)
+    views = decode.decode_views(encoded, (24, 24), augmentations=4, seed=1, index=index)
     assert views.shape == (4, 24, 24, 3)
     np.testing.assert_array_equal(views[0], decode_image(encoded, 24))
     for one in range(4):
@@ -331,7 +331,7 @@ def test_a_view_depends_on_seed_index_and_number_only():
         return decode.decode_views(
             tf.constant(FILES["png"]),
             24,
-            views=count,
+            augmentations=count,
             seed=seed,
             index=tf.constant(index, tf.int64),
         ).numpy()
@@ -346,7 +346,7 @@ def test_random_views_keep_most_of_the_image():
     ramp = np.broadcast_to(np.arange(0, 256, dtype=np.uint8), (256, 256))
     encoded = tf.constant(encode(Image.fromarray(ramp), "PNG"))
     views = decode.decode_views(
-        encoded, 32, views=60, seed=0, index=tf.constant(0, tf.int64)
+        encoded, 32, augmentations=60, seed=0, index=tf.constant(0, tf.int64)
     ).numpy()
     spans = np.ptp(views[1:, 16, :, 0], axis=1) / np.ptp(views[0, 16, :, 0])
     # A crop of half the area that is stretched to 3:4 is 0.53 of the width.

@@ -59,7 +59,7 @@ def test_features_are_those_of_the_reference(side):
 @needs_weights
 def test_bfloat16_features_point_the_same_way():
     image = synthetic_image(96)[None]
-    backbone = load_backbone("efficientnet_lite0", image_size=96, precision="bfloat16")
+    backbone = load_backbone("efficientnet_lite0", image_size=96, dtype="bfloat16")
     features = np.asarray(backbone(image))[0]
     expected = np.load(REFERENCE)["px96"]
     cosine = features @ expected / np.linalg.norm(features) / np.linalg.norm(expected)

@@ -208,7 +208,9 @@ class TestExtraction:
 
     def test_views_keep_the_plain_image_first(self, tiny_base, data, tmp_path):
         plain = extract_features(tiny_base, data.train, cache_dir=tmp_path)
-        viewed = extract_features(tiny_base, data.train, cache_dir=tmp_path, views=3)
+        viewed = extract_features(
+            tiny_base, data.train, cache_dir=tmp_path, augmentations=3
+        )
         assert viewed.all_views.shape == (len(plain), 3, 6)
         np.testing.assert_allclose(viewed.features, plain.features, atol=1e-5)
         assert np.abs(viewed.all_views[:, 1] - viewed.all_views[:, 2]).max() > 1e-4
@@ -250,9 +252,9 @@ class TestKey:
         keys = {
             key(tiny_base, data.train),
             key(tiny_base, data.test),
-            key(tiny_base, data.train, views=2),
-            key(tiny_base, data.train, views=2, seed=1),
-            key(tiny_base, data.train, feature_precision="float16"),
+            key(tiny_base, data.train, augmentations=2),
+            key(tiny_base, data.train, augmentations=2, seed=1),
+            key(tiny_base, data.train, cache_dtype="float16"),
         }
         kernel = next(w for w in tiny_base.weights if w.name == "kernel")
         kernel.assign(kernel + 1e-3)
@@ -298,7 +300,7 @@ class TestBatches:
     ):
         monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", limit)
         monkeypatch.setattr(batches, "BLOCK_BYTES", 100)  # Several blocks an epoch.
-        cached = synthetic(rows=11, views=views)
+        cached = synthetic(rows=11, augmentations=views)
         fed = TrainingBatches(cached, batch_size=4, seed=0)
         assert fed.dataset.cardinality() == 3
         parts = list(fed.dataset)
@@ -312,7 +314,7 @@ class TestBatches:
         np.testing.assert_array_equal(values, rows[:, None] * 4 + np.arange(4))
 
     def test_in_order_for_evaluation(self, synthetic):
-        cached = synthetic(rows=11, views=3)
+        cached = synthetic(rows=11, augmentations=3)
         fed = batches.batches_of(cached, batch_size=4)
         assert fed.cardinality() == 3  # Else Keras warns that the data ran out.
         values = np.concatenate([x for x, _ in fed])
@@ -359,7 +361,7 @@ class TestBatches:
         assert seen == [1, 2, 3]
 
     def test_evaluation_reads_the_plain_images_in_order(self, synthetic):
-        cached = synthetic(rows=5, views=2)
+        cached = synthetic(rows=5, augmentations=2)
         values = np.concatenate([x for x, _ in batches_of(cached, batch_size=2)])
         np.testing.assert_array_equal(values, cached.features)
 
@@ -392,18 +394,18 @@ def test_cached_features_train_like_end_to_end(tiny_base, data, tmp_path):
 
 class TestPrecision:
     def test_what_is_asked_for_is_taken(self):
-        assert extraction.choose_precision("bfloat16") == "bfloat16"
-        assert extraction.choose_precision("float32") == "float32"
+        assert extraction.choose_dtype("bfloat16") == "bfloat16"
+        assert extraction.choose_dtype("float32") == "float32"
 
     def test_auto_follows_the_hardware(self, monkeypatch):
         monkeypatch.setattr(extraction, "_has_bfloat16", lambda: True)
-        assert extraction.choose_precision("auto") == "bfloat16"
+        assert extraction.choose_dtype("auto") == "bfloat16"
         monkeypatch.setattr(extraction, "_has_bfloat16", lambda: False)
-        assert extraction.choose_precision("auto") == "float32"
+        assert extraction.choose_dtype("auto") == "float32"
 
     def test_unknown(self):
         with pytest.raises(InvalidArgument, match="float16"):
-            extraction.choose_precision("float16")
+            extraction.choose_dtype("float16")
 
     def test_reading_the_flags(self, monkeypatch):
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: [])

@@ -85,7 +85,7 @@ def test_a_keras_file_holds_the_whole_base(name, tmp_path, expected):
 
 def test_precision_and_weights_are_the_files_own(name):
     with pytest.raises(InvalidArgument, match="computes as it was made"):
-        load_backbone(name, precision="bfloat16")
+        load_backbone(name, dtype="bfloat16")
     with pytest.raises(InvalidArgument, match="cannot be given"):
         load_backbone(name, weights="none")
     with pytest.raises(InvalidArgument, match="must be 16x16"):

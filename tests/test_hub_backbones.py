@@ -66,7 +66,7 @@ def test_a_preset_scales_pixels_as_its_converter_says(preset, network):
 
 def test_bfloat16_is_near_float32(preset):
     exact = np.asarray(load_backbone(f"hub:{preset}")(IMAGES))
-    base = load_backbone(f"hub:{preset}", precision="bfloat16")
+    base = load_backbone(f"hub:{preset}", dtype="bfloat16")
     features = np.asarray(base(IMAGES))
     assert features.dtype == np.float32
     assert 0 < np.abs(features - exact).max() < 0.05 * np.abs(exact).max()

@@ -26,7 +26,7 @@ class TestFloat16:
     def test_half_the_disk_and_nearly_the_same_values(self, tiny_base, data, tmp_path):
         full = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         half = extract_features(
-            tiny_base, data.train, cache_dir=tmp_path, feature_precision="float16"
+            tiny_base, data.train, cache_dir=tmp_path, cache_dtype="float16"
         )
         assert half.path != full.path
         assert 2 * half.path.stat().st_size == full.path.stat().st_size
@@ -38,7 +38,7 @@ class TestFloat16:
     @pytest.mark.parametrize("limit", [2**28, 0], ids=["memory", "disk"])
     def test_batches_are_float32(self, synthetic, monkeypatch, limit):
         monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", limit)
-        cached = synthetic(rows=11, views=3, dtype=np.float16)
+        cached = synthetic(rows=11, augmentations=3, dtype=np.float16)
         fed = TrainingBatches(cached, batch_size=4, seed=0)
         values = np.concatenate([x for x, _ in fed.dataset])
         assert values.dtype == np.float32
@@ -52,7 +52,7 @@ class TestFloat16:
         monkeypatch.setattr(batches, "WINDOW_BYTES", max(limit, 40 * 8))
         monkeypatch.setattr(batches, "STRETCH_BYTES", 5 * 8)
         left = np.setdiff1d(np.arange(203), [0, 50, 51, 202])
-        cached = synthetic(rows=203, views=2, dtype=np.float16).take(left)
+        cached = synthetic(rows=203, augmentations=2, dtype=np.float16).take(left)
         assert cached.num_bytes == 199 * 2 * 4 * 2
         assert cached.features.dtype == np.float16
         plain = np.concatenate(list(cached.chunks(7)))
@@ -67,7 +67,7 @@ class TestFloat16:
         assert sorted(seen) == list(range(199))
 
     def test_a_review_needs_no_pass(self, tiny_base, data, tmp_path, monkeypatch):
-        options = {"cache_dir": tmp_path, "feature_precision": "float16"}
+        options = {"cache_dir": tmp_path, "cache_dtype": "float16"}
         cached = extract_features(tiny_base, data.train, **options)
         path = tmp_path / "review.csv"
         name = data.class_names[data.train.labels[2]]
@@ -77,7 +77,7 @@ class TestFloat16:
         after = extract_features(
             tiny_base, apply_corrections(data, path).train, **options
         )
-        assert (after.path, after.precision) == (cached.path, "float16")
+        assert (after.path, after.dtype) == (cached.path, "float16")
         np.testing.assert_array_equal(
             after.features, np.delete(cached.features, 2, axis=0)
         )
@@ -88,14 +88,14 @@ class TestFloat16:
         base = keras.Model(images, keras.layers.Rescaling(1e4)(pooled))
         with pytest.raises(DataError, match="float16 cannot hold"):
             extract_features(
-                base, data.train, cache_dir=tmp_path, feature_precision="float16"
+                base, data.train, cache_dir=tmp_path, cache_dtype="float16"
             )
         assert len(extract_features(base, data.train, cache_dir=tmp_path)) > 0
 
     def test_an_unknown_precision(self, tiny_base, data, tmp_path):
         with pytest.raises(InvalidArgument, match="Did you mean 'float16'"):
             extract_features(
-                tiny_base, data.train, cache_dir=tmp_path, feature_precision="flot16"
+                tiny_base, data.train, cache_dir=tmp_path, cache_dtype="flot16"
             )
 
 
@@ -128,7 +128,7 @@ class TestStretches:
         monkeypatch.setattr(batches, "WINDOW_BYTES", 40 * 16)  # 40 rows.
         monkeypatch.setattr(batches, "STRETCH_BYTES", 5 * 16)
         monkeypatch.setattr(batches, "BLOCK_BYTES", 100)
-        cached = synthetic(rows=203, views=views)
+        cached = synthetic(rows=203, augmentations=views)
         fed = TrainingBatches(cached, batch_size=8, seed=0, sample_index=True)
         seen = []
         for values, labels, _, index in fed.dataset:

@@ -61,16 +61,24 @@ class TestImages:
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(noise).save(path)
         train = load_images(tmp_path, validation_fraction=0, test_fraction=0).train
-        views = {int(i): v.numpy() for i, v in train.images(8, views=3, seed=4)}
+        views = {int(i): v.numpy() for i, v in train.images(8, augmentations=3, seed=4)}
         assert views[0].shape == (3, 8, 8, 3)
-        later = {int(i): v for i, v in train.images(8, views=3, seed=4, start=4)}
+        later = {
+            int(i): v for i, v in train.images(8, augmentations=3, seed=4, start=4)
+        }
         np.testing.assert_array_equal(views[4], later[4])
         np.testing.assert_array_equal(views[0][0], views[1][0])
         assert np.abs(views[0][1:] - views[1][1:]).mean() > 1
 
     @pytest.mark.parametrize(
         "options",
-        [{"start": -1}, {"start": 43}, {"start": 0.5}, {"views": 0}, {"seed": 2**63}],
+        [
+            {"start": -1},
+            {"start": 43},
+            {"start": 0.5},
+            {"augmentations": 0},
+            {"seed": 2**63},
+        ],
     )
     def test_wrong_options_are_refused(self, train, options):
         with pytest.raises(InvalidArgument, match=next(iter(options))):

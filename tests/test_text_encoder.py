@@ -110,7 +110,7 @@ def test_saved_and_loaded_it_is_the_same(text_encoder, tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_is_close(text_encoder):
-    half = features_of(load_backbone("minilm", precision="bfloat16"), *SENTENCES)
+    half = features_of(load_backbone("minilm", dtype="bfloat16"), *SENTENCES)
     assert half.dtype == np.float32
     np.testing.assert_allclose(half, features_of(text_encoder, *SENTENCES), atol=0.01)
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1.0, atol=1e-5)
@@ -234,8 +234,8 @@ class TestNames:
             load_backbone("minilm", image_size=32)
 
     def test_a_precision_is_checked(self):
-        with pytest.raises(InvalidArgument, match="precision"):
-            load_backbone("minilm", precision="float8")
+        with pytest.raises(InvalidArgument, match="dtype"):
+            load_backbone("minilm", dtype="float8")
 
 
 def _encoded(state, tokens):

@@ -245,7 +245,7 @@ class TestOtherCommands:
             )  # fmt: skip
             assert status == 0, err
         base = rsft.load_backbone("minilm")
-        options = {"progress": False, "feature_precision": "float32"}
+        options = {"progress": False, "cache_dtype": "float32"}
         one, joined = (
             rsft.extract_features(base, data.train, cache_dir=root / name, **options)
             for name in ("alone", "shared")

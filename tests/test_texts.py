@@ -210,8 +210,8 @@ class TestSplit:
         split = load_texts(table).train
         with pytest.raises(InvalidArgument, match="texts, and the backbone"):
             split.inputs((16, 16, 3))
-        with pytest.raises(InvalidArgument, match="one view"):
-            split.inputs((), views=2)
+        with pytest.raises(InvalidArgument, match="no augmentations"):
+            split.inputs((), augmentations=2)
 
     def test_images_refuse_a_base_for_texts(self, photo_folder):
         with pytest.raises(InvalidArgument, match="images, and the backbone"):

@@ -95,7 +95,7 @@ def first_line(error: BaseException) -> str:
 
 # Backbone and head --------------------------------------------------------------------
 
-PRECISIONS = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 
 _POOLING = {3: layers.GlobalAveragePooling1D, 4: layers.GlobalAveragePooling2D}
 _DROPOUT = (layers.Dropout, layers.AlphaDropout, layers.GaussianDropout)
@@ -124,7 +124,7 @@ def built_in_float32() -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def assemble(network: Network, *, precision: str) -> keras.Model:
+def assemble(network: Network, *, dtype: str) -> keras.Model:
     """Puts preprocessing before a network, pooling behind it, and freezes it."""
     body, preprocess, image_size = network
     # The `training=False` that a call bakes into a functional model gives way when the
@@ -133,7 +133,7 @@ def assemble(network: Network, *, precision: str) -> keras.Model:
     for layer in leaf_layers(body):
         if isinstance(layer, _DROPOUT):
             layer.rate = 0.0
-    if precision == "bfloat16":
+    if dtype == "bfloat16":
         compute_in_bfloat16(body)
     images = keras.Input((*image_size, 3), dtype="float32", name="images")
     x = body(preprocess(images), training=False)

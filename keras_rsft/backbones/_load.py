@@ -62,7 +62,7 @@ def _build_preset(
     name: config.BackboneName,
     weights: str | os.PathLike[str],
     image_size: tuple[int, int] | None,
-    precision: str,
+    dtype: str,
 ) -> _build.Network:
     """Loads a preset: one by name, which KerasHub downloads, or a folder."""
     preset = name.location
@@ -74,7 +74,7 @@ def _build_preset(
         )
     try:
         body = keras_hub.models.Backbone.from_preset(
-            preset, load_weights=weights == "imagenet", dtype=_DTYPES[precision]
+            preset, load_weights=weights == "imagenet", dtype=_DTYPES[dtype]
         )
     except Exception as error:  # Of KerasHub, Kaggle, Hugging Face and the network.
         if isinstance(error, ValueError) and str(error).startswith("Unknown preset"):
@@ -140,7 +140,7 @@ def load_backbone(
     *,
     weights: str | os.PathLike[str] | None = "imagenet",
     image_size: int | tuple[int, int] | None = None,
-    precision: str = "float32",
+    dtype: str = "float32",
 ) -> keras.Model:
     """Loads a pretrained backbone, frozen, with its preprocessing inside.
 
@@ -178,7 +178,7 @@ def load_backbone(
             leave the default: its weights are in it.
         image_size: Side, or (height, width), in pixels. None: the size that the
             backbone was made for.
-        precision: `"float32"`, or `"bfloat16"` to compute it in bfloat16;
+        dtype: `"float32"`, or `"bfloat16"` to compute it in bfloat16;
             preprocessing and features are float32 in both. A SavedModel and an ONNX
             file compute as they were made: `"float32"`.
 
@@ -193,9 +193,9 @@ def load_backbone(
         ImportError: `efficientnet_lite0` without the package of its weights, or a
             backbone of an extra that is not installed.
     """
-    if precision not in _build.PRECISIONS:
+    if dtype not in _build.DTYPES:
         raise InvalidArgument(
-            f"`precision` must be one of {_build.PRECISIONS}. Received: {precision!r}"
+            f"`dtype` must be one of {_build.DTYPES}. Received: {dtype!r}"
         )
     if config.takes_texts(name):
         if image_size is not None:
@@ -204,7 +204,7 @@ def load_backbone(
                 f"image_size={image_size!r}. Leave it out."
             )
         with _build.built_in_float32():
-            return _minilm.build(weights=weights or "imagenet", precision=precision)
+            return _minilm.build(weights=weights or "imagenet", dtype=dtype)
     size = None if image_size is None else checked_size(image_size)
     if keras.config.image_data_format() != "channels_last":
         raise InvalidArgument(
@@ -215,10 +215,10 @@ def load_backbone(
     name = os.fspath(name)
     parsed = config.parse_backbone_name(name)
     with _build.built_in_float32():
-        network = _build_network(name, parsed, weights, size, precision)
+        network = _build_network(name, parsed, weights, size, dtype)
         if parsed is not None:
-            precision = "float32"  # Of what is not yet in the wanted one.
-        return _build.assemble(network, precision=precision)
+            dtype = "float32"  # Of what is not yet in the wanted one.
+        return _build.assemble(network, dtype=dtype)
 
 
 def check_backbone_name(name: str | os.PathLike[str]) -> None:
@@ -240,10 +240,10 @@ def _build_network(
     parsed: config.BackboneName | None,
     weights: str | os.PathLike[str] | None,
     size: tuple[int, int] | None,
-    precision: str,
+    dtype: str,
 ) -> _build.Network:
     if parsed is not None and parsed.kind == "hub":
-        return _build_preset(parsed, weights or "imagenet", size, precision)
+        return _build_preset(parsed, weights or "imagenet", size, dtype)
     if parsed is None and not name.endswith(".keras"):
         known = _resolve(name)
         if weights not in ("imagenet", "none"):
@@ -266,10 +266,10 @@ def _build_network(
         )
     if parsed is None:
         return _build_own_model(Path(name), size)
-    if precision != "float32":
+    if dtype != "float32":
         raise InvalidArgument(
-            f"{name} computes as it was made: `precision` must be float32 (or auto, "
-            f"where that can be said). Received: {precision!r}"
+            f"{name} computes as it was made: `dtype` must be float32 (or auto, "
+            f"where that can be said). Received: {dtype!r}"
         )
     onnx = parsed.kind == "onnx"
     build = _foreign.build_onnx if onnx else _foreign.build_saved_model

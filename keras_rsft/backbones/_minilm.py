@@ -34,7 +34,7 @@ _PUBLISHED_SHA256 = {
 
 
 def build(
-    *, weights: str | os.PathLike[str] = "imagenet", precision: str = "float32"
+    *, weights: str | os.PathLike[str] = "imagenet", dtype: str = "float32"
 ) -> keras.Model:
     folder = _folder_of(weights)
     content = _read(folder / _TOKENIZER_FILE)
@@ -52,7 +52,7 @@ def build(
         _build.set_layer_weights(
             encoder, _layer_weights, state, path, "all-MiniLM-L6-v2"
         )
-    if precision == "bfloat16":
+    if dtype == "bfloat16":
         _build.compute_in_bfloat16(encoder)
     texts = keras.Input((), dtype="string", name="texts")
     tokens = tokenizer(texts)

@@ -483,15 +483,15 @@ def features(arguments: argparse.Namespace, output: Output) -> None:
         for name in ("train", "validation", "test"):
             part = getattr(found, name)
             text = f"{name}: {len(part):,} {data.kind}, {part.dim:,} features each"
-            if part.views > 1:
-                text += f", {part.views} augmentations"
+            if part.augmentations > 1:
+                text += f", {part.augmentations} augmentations"
             output.say(f"{text}, {part.num_bytes / 1e6:,.1f} MB in {part.path}")
             splits[name] = {
                 "images": len(part),
                 "unreadable": len(part.unreadable),
                 "dim": part.dim,
-                "augmentations": part.views,
-                "dtype": part.precision,
+                "augmentations": part.augmentations,
+                "dtype": part.dtype,
                 "bytes": part.num_bytes,
                 "path": part.path,
             }

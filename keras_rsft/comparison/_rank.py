@@ -133,7 +133,7 @@ def rank_backbones(
                 frozen,
                 images,
                 cache_dir=config.cache_dir,
-                feature_precision=config.cache_dtype,
+                cache_dtype=config.cache_dtype,
                 progress=progress,
             )
             quality = audit_labels(cached, data.num_classes, progress=progress)

@@ -95,7 +95,7 @@ def _number(head: tf.Tensor, at: int, count: int, order: int = 1) -> tf.Tensor:
 MAX_PIXELS = 100_000_000
 """An image with more pixels than this is refused before any is allocated."""
 
-# Random views: how much of the image a crop has, and how much it may be
+# Random augmentations: how much of the image a crop has, and how much it may be
 # stretched. Milder than what is usual for training from scratch, because the
 # features come from a frozen backbone and no later layer can undo a lost object.
 CROP_AREA = (0.5, 1.0)
@@ -122,16 +122,16 @@ def decode_views(
     encoded: tf.Tensor,
     image_size: int | tuple[int, int],
     *,
-    views: int,
+    augmentations: int,
     seed: int,
     index: tf.Tensor,
 ) -> tf.Tensor:
-    """Decodes one image into its plain view and random flips and crops of it."""
+    """Decodes one image into its plain image and random flips and crops of it."""
     size = checked_size(image_size)
     pixels = decode_pixels(encoded, smallest=size)
     random = [
         _random_resize(pixels, size, tf.stack([tf.constant(seed, tf.int64), key]))
-        for key in (index * 2**16 + view for view in range(1, views))
+        for key in (index * 2**16 + view for view in range(1, augmentations))
     ]
     return tf.stack([centre_resize(pixels, size), *random])
 

@@ -338,7 +338,7 @@ class ImageSplit(SampleSplit):
         *,
         start: int = 0,
         stop: int | None = None,
-        views: int = 1,
+        augmentations: int = 1,
         seed: int = 0,
     ) -> tf.data.Dataset:
         """Decodes the images one after the other.
@@ -350,28 +350,29 @@ class ImageSplit(SampleSplit):
             image_size: Height and width, or one number for a square.
             start: Index of the first image, in [0, n].
             stop: Index after the last image, in [start, n]. Default: n.
-            views: How many versions of each image. The first is the plain one,
+            augmentations: Augmented views of each image. The first is the plain one,
                 each further one a random flip and crop.
-            seed: Chooses the random versions, together with the image's index
-                and the version's number; their order plays no part.
+            seed: Chooses the random augmentations, together with the image's index
+                and the augmentation's number; their order plays no part.
 
         Returns:
             A dataset, not batched, of `(index, image)` in index order: an int64
             scalar, and float32 of shape `(height, width, 3)` in [0, 255]. With
-            `views` > 1 the latter has shape `(views, height, width, 3)`.
+            `augmentations` > 1 the latter has shape `(augmentations, height, width,
+            3)`.
 
         Raises:
             InvalidArgument: If an argument is out of its range.
         """
         size = _images.checked_size(image_size)
-        require_in_range("views", views, 1, 2**16 - 1)
+        require_in_range("augmentations", augmentations, 1, 2**16 - 1)
         require_in_range("seed", seed, -(2**63), 2**63 - 1)
 
         def render(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
-            if views == 1:
+            if augmentations == 1:
                 return _images.traced_image(encoded, size)
             return _images.traced_views(
-                encoded, size, views=views, seed=seed, index=index
+                encoded, size, augmentations=augmentations, seed=seed, index=index
             )
 
         return self.mapped(render, start, stop)

@@ -285,7 +285,7 @@ class TextSplit(_samples.SampleSplit):
         *,
         start: int = 0,
         stop: int | None = None,
-        views: int = 1,
+        augmentations: int = 1,
         **options: Any,
     ) -> tf.data.Dataset:
         if sample_shape:
@@ -293,9 +293,9 @@ class TextSplit(_samples.SampleSplit):
                 "The data are texts, and the backbone takes images. Give a text "
                 "encoder: minilm."
             )
-        if views != 1:
+        if augmentations != 1:
             raise InvalidArgument(
-                f"A text has one view. Received: augmentations={views}."
+                f"A text has no augmentations. Received: augmentations={augmentations}."
             )
 
         def read(index: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
@@ -473,8 +473,8 @@ def load_images(
 ) -> _samples.ImageData:
     """Lists the images of a data set and makes its splits. No image is opened.
 
-    A split that the source has is left alone. One that it lacks is cut from the
-    training samples, class by class; each class keeps at least one, and gives
+    A split that the source has is left alone. One that it lacks is held out from
+    the training samples, class by class; each class keeps at least one, and gives
     at least one to each split if it has three.
 
     Args:

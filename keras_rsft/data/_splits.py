@@ -18,7 +18,7 @@ SPLIT_ALIASES = {name: name for name in SPLITS}
 SPLIT_ALIASES |= {"valid": "validation", "val": "validation"}
 TRAIN, VALIDATION, TEST = range(3)
 
-# From this many samples of a class on, each split that is cut gets at least one.
+# From this many samples of a class on, each split held out gets at least one.
 _SMALLEST_CLASS_TO_CUT = 3
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
@@ -27,7 +27,7 @@ Data = TypeVar("Data", bound=SampleData)
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How missing splits are cut from the training samples."""
+    """How missing splits are held out from the training samples."""
 
     validation_fraction: float
     test_fraction: float
@@ -86,7 +86,7 @@ def data_of(
 
 
 def cut_splits(data: Data, splits: np.ndarray, cut: Cut, groups: np.ndarray) -> Data:
-    """Makes three splits of data whose splits are all samples; cuts missing ones."""
+    """Makes three splits of data whose splits are all samples."""
     whole, source = data.train, data.source
     trained = np.unique(whole.labels[splits == TRAIN])
     if not len(trained):

@@ -77,7 +77,7 @@ class TrainingBatches:
         features: The training features.
         batch_size: Samples per step, at least 1; the last batch of an epoch may
             be smaller.
-        seed: Seed of the order and of the choice among views.
+        seed: Seed of the order and of the choice among augmentations.
         sample_index: Say which sample each row is. Default False.
         share: Which rows of each batch to yield, one element for each replica of this
             process. Default: whole batches.
@@ -133,7 +133,7 @@ class TrainingBatches:
         Args:
             epoch: The epoch's number, from 0.
         """
-        count, views = len(self._features), self._features.views
+        count, augmentations = len(self._features), self._features.augmentations
         seed = tf.stack([tf.cast(self._seed, tf.int32), tf.cast(epoch, tf.int32)])
         if self._features.num_bytes <= WINDOW_BYTES:
             samples = _shuffled(count, seed)
@@ -142,15 +142,15 @@ class TrainingBatches:
             samples = shuffled_by_stretches(
                 count,
                 seed,
-                stretch_rows=max(1, STRETCH_BYTES // (views * row_bytes)),
+                stretch_rows=max(1, STRETCH_BYTES // (augmentations * row_bytes)),
                 window_rows=max(1, WINDOW_BYTES // row_bytes),
             )
-        if views == 1:
+        if augmentations == 1:
             return samples, samples
         view = tf.random.stateless_uniform(
-            (count,), seed=tf.add(seed, [1, 0]), maxval=views, dtype=tf.int64
+            (count,), seed=tf.add(seed, [1, 0]), maxval=augmentations, dtype=tf.int64
         )
-        return samples, samples * views + view
+        return samples, samples * augmentations + view
 
     def epoch_order(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns `order` of the epoch that began last."""
@@ -162,7 +162,7 @@ def batches_of(
 ) -> tf.data.Dataset:
     """Returns the plain images' features in order, for evaluation."""
     samples = tf.range(len(features), dtype=tf.int64)
-    order = (samples, samples * features.views)
+    order = (samples, samples * features.augmentations)
     return _gathered(features, lambda: order, batch_size, share)
 
 
@@ -194,7 +194,7 @@ def _gathered(
     )
     if features.num_bytes <= MAX_BYTES_IN_MEMORY:
         if features.rows is None:
-            values = np.fromfile(features.path, features.precision)
+            values = np.fromfile(features.path, features.dtype)
         else:
             values = features.all_views
         table = tf.constant(values.reshape(-1, features.dim))
@@ -259,12 +259,12 @@ def _make_row_reader(features: FeatureSet) -> Callable[[tf.Tensor], tf.Tensor]:
     # memory map would count its pages as ours, and bring in many more than asked for.
     file = features.path.open("rb", buffering=0)
     _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")  # It need not read ahead.
-    dtype, row_bytes = np.dtype(features.precision), features.row_bytes
+    dtype, row_bytes = np.dtype(features.dtype), features.row_bytes
 
     def read(rows: np.ndarray) -> np.ndarray:
         descriptor = file.fileno()  # Of the file, which is open as long as we are.
-        samples, view = np.divmod(rows, features.views)
-        rows = features.file_rows(samples) * features.views + view
+        samples, view = np.divmod(rows, features.augmentations)
+        rows = features.file_rows(samples) * features.augmentations + view
         values = _aligned_array(len(rows), features.dim, dtype)
         filled = values.view(np.uint8)
         by_row = np.argsort(rows)
@@ -358,8 +358,9 @@ class ImageBatches:
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images and samples: some, or a window where a source has an order."""
         samples, rows = (part.numpy() for part in self._order_of.epoch_order())
-        views, any_order = self._features.views, self._split.reader.any_order
-        image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * views
+        augmentations = self._features.augmentations
+        any_order = self._split.reader.any_order
+        image_bytes = _BYTES_PER_PIXEL * int(np.prod(self._image_size)) * augmentations
         window = max(1, IMAGE_WINDOW_BYTES // image_bytes)
         stretch, size = window, window
         if any_order:
@@ -373,8 +374,8 @@ class ImageBatches:
                     images = images[np.argsort(order)]
                 part = slice(start + done, start + done + len(images))
                 done += len(images)
-                if views > 1:
-                    view = rows[part] - samples[part] * views
+                if augmentations > 1:
+                    view = rows[part] - samples[part] * augmentations
                     images = images[np.arange(len(images)), view]
                 yield images, samples[part]
 
@@ -382,7 +383,9 @@ class ImageBatches:
         """Yields images in parts; raises DataError where one is left out."""
         ids, reader = self._split.ids[positions], self._split.reader.take(positions)
         images = dataclasses.replace(self._split, ids=ids, reader=reader).images(
-            self._image_size, views=self._features.views, seed=self._seed
+            self._image_size,
+            augmentations=self._features.augmentations,
+            seed=self._seed,
         )
         done = 0
         for index, values in images.batch(size).prefetch(2).as_numpy_iterator():

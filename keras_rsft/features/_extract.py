@@ -25,14 +25,12 @@ import tensorflow as tf
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster, require_tensorflow_backend
 from keras_rsft._storage import locked, write_json
-from keras_rsft.backbones import _build as assembly
-from keras_rsft.config import require_known
+from keras_rsft.config import CACHE_DTYPES, DTYPES, require_known
 from keras_rsft.data._samples import SampleSplit
 from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _shares
 from keras_rsft.features._shares import Part
 from keras_rsft.features._store import (
-    FEATURE_PRECISIONS,
     FEATURES_FILE,
     INDEX_FILE,
     META_FILE,
@@ -173,15 +171,14 @@ def _by_position(references: Any, positions: Mapping[str, int]) -> Any:
     return [_by_position(one, positions) for one in references]
 
 
-PRECISIONS = ("auto", *assembly.PRECISIONS)
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 _FIRST_GPU_WITH_BFLOAT16 = (8, 0)
 
 
-def choose_precision(precision: str = "auto") -> str:
-    require_known("dtype", precision, PRECISIONS)
-    if precision != "auto":
-        return precision
+def choose_dtype(dtype: str = "auto") -> str:
+    require_known("dtype", dtype, DTYPES)
+    if dtype != "auto":
+        return dtype
     return "bfloat16" if _has_bfloat16() else "float32"
 
 
@@ -238,9 +235,9 @@ class FeaturePass:
     split: SampleSplit
     cache_dir: str | os.PathLike | None = None
     batch_size: int = 32
-    views: int = 1
+    augmentations: int = 1
     seed: int = 0
-    feature_precision: str = "float32"
+    cache_dtype: str = "float32"
     called: str = "Features"
     progress: bool = True
 
@@ -250,16 +247,16 @@ class FeaturePass:
         root = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir)
         root.mkdir(parents=True, exist_ok=True)
         if not isinstance(self.backbone, FrozenBackbone):
-            num_images = self.views * len(self.split)
+            num_images = self.augmentations * len(self.split)
             self.backbone = FrozenBackbone(self.backbone, num_images=num_images)
         self.frozen = self.backbone
-        require_known("feature precision", self.feature_precision, FEATURE_PRECISIONS)
+        require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
         # Names the features of these samples under this backbone, with its weights.
         prints = [self.frozen.fingerprint, self.split.fingerprint]
-        seed = self.seed if self.views > 1 else None
-        described = [FORMAT_VERSION, *prints, self.views, seed]
-        if self.feature_precision != "float32":
-            described.append(self.feature_precision)
+        seed = self.seed if self.augmentations > 1 else None
+        described = [FORMAT_VERSION, *prints, self.augmentations, seed]
+        if self.cache_dtype != "float32":
+            described.append(self.cache_dtype)
         encoded = json.dumps(described).encode()
         self.folder = root / hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
@@ -269,16 +266,25 @@ class FeaturePass:
 
     @property
     def row_bytes(self) -> int:
-        return np.dtype(self.feature_precision).itemsize * self.views * self.frozen.dim
+        itemsize = np.dtype(self.cache_dtype).itemsize
+        return itemsize * self.augmentations * self.frozen.dim
 
     @property
     def meta(self) -> dict[str, Any]:
-        dtype = self.feature_precision
-        return {"views": self.views, "dim": self.frozen.dim, "precision": dtype}
+        return {
+            "views": self.augmentations,
+            "dim": self.frozen.dim,
+            "precision": self.cache_dtype,
+        }
 
     def inputs(self, start: int, stop: int) -> tf.data.Dataset:
-        shape, views, seed = self.frozen.sample_shape, self.views, self.seed
-        return self.split.inputs(shape, start=start, stop=stop, views=views, seed=seed)
+        return self.split.inputs(
+            self.frozen.sample_shape,
+            start=start,
+            stop=stop,
+            augmentations=self.augmentations,
+            seed=self.seed,
+        )
 
     def parts(self, shares: int) -> list[Part]:
         return _shares.parts_of(self.folder, len(self.split), self.batch_size, shares)
@@ -386,13 +392,13 @@ def append_rows(
                 digests[Path(file.name).name].update(_bytes_of(array))
 
         writing: Future | None = None
-        views_in_a_row = (
+        flat_batches = (
             (index.numpy(), tf.reshape(batch, (-1, *frozen.sample_shape)))
             for index, batch in samples
         )
-        for index, features in frozen.over(views_in_a_row):
+        for index, features in frozen.over(flat_batches):
             _require_unreadable(work, range(next_index, int(index[-1])), index)
-            values = _cached_as(work.feature_precision, features)
+            values = _cached_as(work.cache_dtype, features)
             if writing is not None:
                 writing.result()
             # The disk is waited for while the backbone is busy with the next batch.
@@ -434,16 +440,16 @@ def _require_unreadable(
             )
 
 
-def _cached_as(precision: str, values: np.ndarray) -> np.ndarray:
-    if precision == "float32":
+def _cached_as(dtype: str, values: np.ndarray) -> np.ndarray:
+    if dtype == "float32":
         return values
     largest = np.abs(values).max(initial=0.0, where=np.isfinite(values))
-    if largest > np.finfo(precision).max:
+    if largest > np.finfo(dtype).max:
         raise DataError(
             f"This backbone has a feature of {largest:.3g}, which float16 cannot hold. "
             "Cache its features in float32: leave out `--set cache_dtype`."
         )
-    return values.astype(precision)
+    return values.astype(dtype)
 
 
 def _append(file: Any, values: np.ndarray) -> None:
@@ -466,9 +472,9 @@ def extract_features(
     *,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
-    views: int = 1,
+    augmentations: int = 1,
     seed: int = 0,
-    feature_precision: str = "float32",
+    cache_dtype: str = "float32",
     called: str = "Features",
     progress: bool = True,
 ) -> FeatureSet:
@@ -488,10 +494,11 @@ def extract_features(
         cache_dir: Folder for cached features. Default: `keras_rsft/features` in
             the user's cache folder.
         batch_size: Images per step of the backbone, at least 1. Default 32.
-        views: Views cached of each image, at least 1; view 0 is the plain image,
+        augmentations: Augmented views cached per image, at least 1; the first is the
+            plain image,
             the others are flipped and cropped at random. Default 1.
-        seed: Seed of the random views. Default 0.
-        feature_precision: Dtype of the cached features: `"float32"`, the default, or
+        seed: Seed of the random augmentations. Default 0.
+        cache_dtype: Dtype of the cached features: `"float32"`, the default, or
             `"float16"` for half the disk.
         called: What the progress bar calls them. Default "Features".
         progress: Show a progress bar. Default True.
@@ -500,7 +507,7 @@ def extract_features(
         The features of all readable images, in the order of the split.
 
     Raises:
-        InvalidArgument: If `feature_precision` is neither, or the backbone does not
+        InvalidArgument: If `cache_dtype` is neither, or the backbone does not
             take such samples.
         DataError: If no image can be read, or a feature is too large for float16.
         OSError: If the disk has no room for the features, or a sample was left out
@@ -508,8 +515,8 @@ def extract_features(
     """
     require_tensorflow_backend("`extract_features`")
     work = FeaturePass(
-        backbone, split, cache_dir, batch_size, views, seed, feature_precision, called,
-        progress,
+        backbone, split, cache_dir, batch_size, augmentations, seed, cache_dtype,
+        called, progress,
     )  # fmt: skip
     run_alone(work)
     return open_cached(work.folder, split)
@@ -550,7 +557,7 @@ def open_cached(folder: Path, split: SampleSplit) -> FeatureSet:
             (str(split.ids[i]), split.read_error(int(i)) or "unreadable")
             for i in missing
         ]
-        sizes = {name: meta[name] for name in ("dim", "views", "precision")}
+        sizes = {name: meta[name] for name in ("dim", "augmentations", "dtype")}
         features = FeatureSet(
             folder / FEATURES_FILE, split.labels[index], split.ids[index], **sizes
         )

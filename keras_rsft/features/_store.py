@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from keras_rsft.config import CACHE_DTYPES
+
 FEATURES_FILE = "features.bin"
 INDEX_FILE = "index.bin"
 META_FILE = "meta.json"
-FEATURE_PRECISIONS = ("float32", "float16")
 # Variance floor for standardisation, as a fraction of the mean variance.
 LEAST_VARIANCE = 0.1
 
@@ -24,15 +25,15 @@ class FeatureSet:
     """Features, labels and ids of the readable images of one split.
 
     Attributes:
-        path: Raw file of values, shape `(rows, views, dim)`.
+        path: Raw file of values, shape `(rows, augmentations, dim)`.
         labels: int32 array of shape `(n,)`, the given labels.
         ids: String array of shape `(n,)`.
         dim: Number of features of an image.
-        views: Views cached of each image; view 0 is the plain image.
+        augmentations: Augmented views cached per image; the first is the plain image.
         clean_labels: int32 array of shape `(n,)`, or None if not known.
         unreadable: `(id, reason)` of each image that could not be read.
-        precision: Of the values in the file, `"float32"` or `"float16"`. What comes out
-            of `chunks` and of training batches is float32 in either case.
+        dtype: Dtype of the values in the file, `"float32"` or `"float16"`. What comes
+            out of `chunks` and of training batches is float32 in either case.
         reviewed: Boolean array of shape `(n,)`: True where a reviewer confirmed or
             corrected the label. None: nobody looked.
         before_review: These samples and those dropped since, with the labels that they
@@ -57,10 +58,10 @@ class FeatureSet:
     labels: np.ndarray
     ids: np.ndarray
     dim: int
-    views: int = 1
+    augmentations: int = 1
     clean_labels: np.ndarray | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
-    precision: str = "float32"
+    dtype: str = "float32"
     reviewed: np.ndarray | None = None
     before_review: FeatureSet | None = None
     rows: np.ndarray | None = None
@@ -70,17 +71,17 @@ class FeatureSet:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one view of one image in the file."""
-        return np.dtype(self.precision).itemsize * self.dim
+        """Bytes of one augmentation of one image in the file."""
+        return np.dtype(self.dtype).itemsize * self.dim
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all views of these samples in the file."""
-        return len(self) * self.views * self.row_bytes
+        """Bytes of all augmentations of these samples in the file."""
+        return len(self) * self.augmentations * self.row_bytes
 
     @functools.cached_property
     def all_views(self) -> np.ndarray:
-        """Read-only array of shape `(n, views, dim)`, in the file's precision.
+        """Read-only array of shape `(n, augmentations, dim)`, in the file's dtype.
 
         Memory-mapped where the file holds no other samples, else a copy.
         """
@@ -94,9 +95,9 @@ class FeatureSet:
         return self.all_views[:, 0]
 
     def views_of(self, samples: np.ndarray) -> np.ndarray:
-        """Returns a copy of all views of some samples, `(k, views, dim)`.
+        """Returns all augmentations of some samples, a copy `(k, augmentations, dim)`.
 
-        In the file's precision.
+        In the file's dtype.
 
         Args:
             samples: Integers of shape `(k,)`, positions in [0, n).
@@ -151,17 +152,17 @@ class FeatureSet:
         Yields:
             Float32 arrays of shape `(rows, dim)`.
         """
-        row_values = self.views * self.dim
+        row_values = self.augmentations * self.dim
         for start in range(0, len(self), rows):
             wanted = self.file_rows(np.arange(start, min(start + rows, len(self))))
             first, last = int(wanted[0]), int(wanted[-1])
             values = np.fromfile(
                 self.path,
-                self.precision,
+                self.dtype,
                 count=(last - first + 1) * row_values,
-                offset=first * self.views * self.row_bytes,
+                offset=first * self.augmentations * self.row_bytes,
             )
-            values = values.reshape(-1, self.views, self.dim)[:, 0]
+            values = values.reshape(-1, self.augmentations, self.dim)[:, 0]
             plain = values if self.rows is None else values[wanted - first]
             yield plain.astype(np.float32, copy=False)
 
@@ -192,23 +193,23 @@ class FeatureSet:
     @functools.cached_property
     def _file_views(self) -> np.ndarray:
         count = len(self) if self.rows is None else int(self.rows[-1]) + 1
-        shape = (count, self.views, self.dim)
-        return np.memmap(self.path, dtype=self.precision, mode="r", shape=shape)
+        shape = (count, self.augmentations, self.dim)
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=shape)
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """Returns sizes and precision of a finished folder, or None if there is none."""
+    """Returns sizes and dtype of a finished folder, or None if there is none."""
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        rows, views, dim = (int(meta[key]) for key in ("rows", "views", "dim"))
-        precision = meta.get("precision", "float32")
-        row_bytes = np.dtype(precision).itemsize * views * dim
+        rows, augmentations, dim = (int(meta[key]) for key in ("rows", "views", "dim"))
+        dtype = meta.get("precision", "float32")
+        row_bytes = np.dtype(dtype).itemsize * augmentations * dim
         complete = (
             (folder / FEATURES_FILE).stat().st_size == row_bytes * rows
             and (folder / INDEX_FILE).stat().st_size == 8 * rows
-            and precision in FEATURE_PRECISIONS
+            and dtype in CACHE_DTYPES
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    found = {"rows": rows, "views": views, "dim": dim, "precision": precision}
+    found = {"rows": rows, "augmentations": augmentations, "dim": dim, "dtype": dtype}
     return found if complete else None

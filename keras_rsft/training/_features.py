@@ -75,7 +75,7 @@ def resolve(
 def choose_dtype(config: FeatureConfig) -> str:
     if config.dtype == "auto" and is_fixed_network(str(config.backbone)):
         return "float32"
-    return _extract.choose_precision(config.dtype)
+    return _extract.choose_dtype(config.dtype)
 
 
 def load_configured(config: FeatureConfig) -> keras.Model:
@@ -83,7 +83,7 @@ def load_configured(config: FeatureConfig) -> keras.Model:
         str(config.backbone),
         weights=config.weights,
         image_size=config.image_size,
-        precision=choose_dtype(config),
+        dtype=choose_dtype(config),
     )
 
 
@@ -141,9 +141,9 @@ def feature_passes(
             backbone,
             split,
             cache_dir=config.cache_dir,
-            views=config.augmentations if split is data.train else 1,
+            augmentations=config.augmentations if split is data.train else 1,
             seed=seed,
-            feature_precision=config.cache_dtype,
+            cache_dtype=config.cache_dtype,
             progress=progress,
         )
         for split in splits

@@ -121,12 +121,13 @@ def run_pilot(
     frozen = FrozenBackbone(load_configured(config))
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
     passes = feature_passes(frozen, data, config, seed=settings.seed)
-    left = sum(work.views * len(work.split) for work in passes if not work.is_done)
+    waiting = [work for work in passes if not work.is_done]
+    left = sum(work.augmentations * len(work.split) for work in waiting)
     sampled = extract_features(
         frozen,
         images,
         cache_dir=config.cache_dir,
-        feature_precision=config.cache_dtype,
+        cache_dtype=config.cache_dtype,
         progress=progress,
     )
     started = time.perf_counter()

@@ -212,7 +212,8 @@ def cache_activations(
     folder = Path(source.config.cache_dir or default_cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    images = len(features.train) * features.train.views + len(features.validation)
+    images = features.train.augmentations * len(features.train)
+    images += len(features.validation)
     itemsize = np.dtype(source.config.cache_dtype).itemsize
     needed = images * itemsize * int(part.front.output_shape[-1])
     cached = needed <= LARGEST_SHARE_OF_DISK * free and not part.front_is_preprocessing
@@ -304,18 +305,18 @@ def train_unfrozen(
     names: list[str] = []
     train: _batches.TrainingBatches | _batches.ImageBatches
     if cached:
-        views = features.train.views
-        images = views * len(data.train) + len(data.validation)
+        augmentations = features.train.augmentations
+        images = augmentations * len(data.train) + len(data.validation)
         extract = functools.partial(
             extract_features,
             FrozenBackbone(part.front, num_images=images),
             seed=settings.seed,
-            feature_precision=source.config.cache_dtype,
+            cache_dtype=source.config.cache_dtype,
             cache_dir=source.config.cache_dir,
             called="Activations",
             progress=source.progress,
         )
-        activations = extract(data.train, views=views)
+        activations = extract(data.train, augmentations=augmentations)
         names.append(activations.path.parent.name)
         if not np.array_equal(activations.ids, features.train.ids):
             activations = activations.take(

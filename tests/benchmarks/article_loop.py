@@ -52,8 +52,8 @@ FORWARD = """
 import sys, time
 import tensorflow as tf
 import keras_rsft as rsft
-from keras_rsft.features._extract import choose_precision
-base = rsft.load_backbone("resnet50", weights="none", precision=choose_precision())
+from keras_rsft.features._extract import choose_dtype
+base = rsft.load_backbone("resnet50", weights="none", dtype=choose_dtype())
 forward = tf.function(lambda images: base(images, training=False))
 images = tf.random.uniform((32, 224, 224, 3), 0, 255)
 forward(images).numpy()

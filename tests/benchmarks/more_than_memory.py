@@ -85,7 +85,7 @@ def make_features(folder: Path, rows: int, dim: int, spread: float) -> rsft.Feat
             rolled = np.roll(noise, rng.integers(dim), axis=1)[rng.permutation(4096)]
             file.write((centres[part] + rolled[: len(part)]).astype(np.float16).data)
     ids = np.arange(rows).astype(str)
-    return rsft.FeatureSet(path, labels, ids, dim, precision="float16")
+    return rsft.FeatureSet(path, labels, ids, dim, dtype="float16")
 
 
 def first_rows(features: rsft.FeatureSet, rows: int) -> rsft.FeatureSet:

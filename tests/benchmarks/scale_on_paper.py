@@ -183,7 +183,7 @@ def measure(photos: int, rows: int, classes: int, batch_size: int) -> Measured:
             str(folder / "photos"), validation_fraction=0.01, test_fraction=0.01
         ).train
         sizes = [file.stat().st_size for file in (folder / "photos").rglob("*.jpg")]
-        base = rsft.load_backbone("resnet50", weights="none", precision="float32")
+        base = rsft.load_backbone("resnet50", weights="none", dtype="float32")
         written, joined = disk_rates(folder)
         features = more_than_memory.make_features(folder, rows, DIM, 0.06)
         return Measured(

@@ -28,9 +28,9 @@ TIMED_TRIALS, TIMED_BATCHES = 2, 5
 ONE_PASS = """
 import sys, time
 import keras_rsft as rsft
-from keras_rsft.features._extract import choose_precision
+from keras_rsft.features._extract import choose_dtype
 data = rsft.load_images(sys.argv[1])
-base = rsft.load_backbone("resnet50", weights="none", precision=choose_precision())
+base = rsft.load_backbone("resnet50", weights="none", dtype=choose_dtype())
 started = time.perf_counter()
 for split in (data.train, data.validation, data.test):
     rsft.extract_features(base, split, cache_dir=sys.argv[2], progress=False)
