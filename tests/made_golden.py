@@ -111,7 +111,10 @@ def prepare(root: Path) -> None:
     (root / "corrections.csv").write_text(lines)
 
 
-COMMON = ("--backbone", "{root}/tiny.keras", "--cache-dir", "{root}/cache", "--json")
+COMMON = (
+    "--backbone", "{root}/tiny.keras", "--cache-dir", "{root}/cache", "--json",
+    "--set", "dtype=float32",  # By default it depends on the processor.
+)  # fmt: skip
 NOISE = ("--noise", "symmetric:0.25")
 FINISHED = {
     "fit": (
