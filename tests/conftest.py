@@ -52,6 +52,11 @@ def pytest_collection_modifyitems(config, items):
 
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     backend = keras.backend.backend()
+    if backend == "tensorflow" and config.option.markexpr != "slow":
+        import tensorflow as tf
+
+        # Graphs are run a few times, and mean the same; the slow tests optimise them.
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     for item in items:
         for mark in item.iter_markers("only_under"):
             if backend not in mark.args:

@@ -19,6 +19,7 @@ from keras_rsft.backbones._build import (
 from keras_rsft.backbones._load import available_backbones, load_backbone
 from keras_rsft.errors import InvalidArgument
 
+SLOW = pytest.mark.slow
 IMAGES = (
     np.random.default_rng(0).integers(0, 256, size=(2, 32, 32, 3)).astype("float32")
 )
@@ -130,15 +131,16 @@ def test_default_image_size_does_not_hang_on_the_words_of_an_error():
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("resnet50", [30 - 103.939, 20 - 116.779, 10 - 123.68]),
+        pytest.param("resnet50", [30 - 103.939, 20 - 116.779, 10 - 123.68], marks=SLOW),
         ("mobilenetv2", [10 / 127.5 - 1, 20 / 127.5 - 1, 30 / 127.5 - 1]),
-        (
+        pytest.param(
             "densenet121",
             [
                 (10 / 255 - 0.485) / 0.229,
                 (20 / 255 - 0.456) / 0.224,
                 (30 / 255 - 0.406) / 0.225,
             ],
+            marks=SLOW,
         ),
         ("mobilenetv3small", [10.0, 20.0, 30.0]),
     ],

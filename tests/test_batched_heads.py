@@ -118,7 +118,7 @@ def test_what_was_reviewed_is_accepted_as_on_the_ordinary_path(features):
     assert_equal_to_alone(features, settings, together)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("rule", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_each_optimizer_equals_the_ordinary_path(features, rule):
     settings = [
         dataclasses.replace(FEW_EPOCHS, policy=POLICIES["below, warm-up"], **changes)

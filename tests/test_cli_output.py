@@ -121,6 +121,7 @@ class TestCommandsToPaste:
         assert f"--backbone={finished.root / 'tiny.keras'}" in fit
         assert f"fit {finished.root / 'photos'} " in fit
 
+    @pytest.mark.slow
     def test_after_features_and_rank(self, finished, call, pasted):
         photos, base = finished.root / "photos", finished.root / "tiny.keras"
         cache = ["--cache-dir", finished.root / "cache", "--image-size", 16]

@@ -64,6 +64,7 @@ def collected_with(callback):
 
 
 @pytest.mark.parametrize("number", RAISED)
+@pytest.mark.slow
 def test_raises_after_the_collection_of_garbage(number):
     def callback(phase, info):
         if phase == "start" and not came:

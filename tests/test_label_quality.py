@@ -221,7 +221,7 @@ class TestExamination:
     def test_features_that_are_not_finite_are_refused(self, feature_set):
         values, labels = clusters(count=50)
         values[3, 2] = np.nan
-        with pytest.raises(DataError, match=r"1 of 50 images.*photos/3\.jpg"):
+        with pytest.raises(DataError, match=r"1 of 50 samples.*photos/3\.jpg"):
             audit_labels(feature_set(values, labels), 4, progress=False)
 
     def test_a_feature_that_never_varies(self, feature_set):

@@ -156,6 +156,7 @@ class TestWarning:
         name = "validation_accuracy"
         assert run.results[name] > overfitted.results[name]
 
+    @pytest.mark.slow
     def test_a_run_that_does_not_overfit_does_not_warn(self, features):
         with eagerly(False):
             run = train(features, epochs=20, policy=PolicyConfig("auto"))

@@ -12,6 +12,8 @@ from keras_rsft.report._page import write_report
 from keras_rsft.report._record import read_run
 from keras_rsft.report._server import ReviewServer, own_port
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):

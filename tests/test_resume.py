@@ -64,7 +64,10 @@ class TestGoesOn:
         "policy",
         [
             PolicyConfig("auto"),
-            PolicyConfig("running-threshold", warmup_epochs=1),
+            pytest.param(
+                PolicyConfig("running-threshold", warmup_epochs=1),
+                marks=pytest.mark.slow,
+            ),
             pytest.param(
                 PolicyConfig("loss-mixture", warmup_epochs=1), marks=pytest.mark.slow
             ),
@@ -84,6 +87,7 @@ class TestGoesOn:
             fit_photos(tmp_path / "stopped", **changes)
         assert_same_run(fit_photos(tmp_path / "stopped", **changes), whole)
 
+    @pytest.mark.slow
     def test_the_plain_head_is_the_same(self, fit_photos, tmp_path, stop_at):
         whole = fit_photos(tmp_path / "whole", with_plain=True)
         stop_at(2)

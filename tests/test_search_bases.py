@@ -354,6 +354,7 @@ class TestCommandLine:
 
         return run
 
+    @pytest.mark.slow
     def test_end_to_end(self, search, call, tmp_path):
         status, out, err = search(
             "--unfreeze-choices", "last-block", "--set", "unfreeze_epochs=1", "--json",

@@ -215,6 +215,7 @@ class TestWorker:
         thread.join(20)
         assert "did not answer within 0.5 seconds" in str(ended[0])
 
+    @pytest.mark.slow
     def test_the_chief_goes(self, chief, work, tmp_path):
         leading = workers.leading(chief, (), tmp_path, timeout=20)
         with contextlib.suppress(KeyboardInterrupt), leading as trials_left:
@@ -232,6 +233,7 @@ class TestWorker:
         thread.join(20)
         assert not ended
 
+    @pytest.mark.slow
     def test_the_chief_cannot_propose_trials(self, chief, work, monkeypatch, tmp_path):
         def fail(trial_id):
             raise ValueError("no next point")

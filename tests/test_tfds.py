@@ -78,6 +78,7 @@ class TestTfds:
         assert len(set(all_ids(data))) == 30
         assert not any("extra" in id_ for id_ in all_ids(data))
 
+    @pytest.mark.slow
     def test_images_belong_to_their_labels_across_shards(self, data_dir):
         for split in ("train", "validation", "test"):
             part = getattr(self.load(data_dir), split)

@@ -25,6 +25,7 @@ EPOCHS = 5
 
 
 class TestPlaces:
+    @pytest.mark.slow
     def test_a_number_is_taken_once_and_an_unfinished_run_found(
         self, fit_photos, tmp_path, stop_at
     ):

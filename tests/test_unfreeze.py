@@ -313,9 +313,8 @@ class TestGoesOn:
         choose(CACHED)  # Would be chosen now, and is not.
         assert_same_run(fit(tmp_path / "stopped"), whole)
 
-    @pytest.mark.parametrize(
-        "on_disk", [False, pytest.param(True, marks=pytest.mark.slow)]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("on_disk", [False, True])
     def test_killed(self, fit, tmp_path, stop_at, choose, monkeypatch, on_disk):
         changes = {"optimizer": "adam"}
         if on_disk:  # The state of each epoch, not only every ten seconds.
