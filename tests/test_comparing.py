@@ -68,6 +68,7 @@ def trial(noisy, settings):
 
 
 class TestBaselines:
+    @pytest.mark.slow
     def test_early_stopping_restores_the_best_epoch(self, trial, monkeypatch):
         """Epoch by epoch the same as plain; then the weights of the best one."""
         settings = dataclasses.replace(
@@ -233,6 +234,7 @@ class TestBaselines:
 
 
 class TestComparison:
+    @pytest.mark.slow
     def test_a_stall_is_a_result(self, noisy, settings):
         """A threshold far below ln(3) rejects every batch of the article's rule."""
         hopeless = dataclasses.replace(settings, policy=PolicyConfig(threshold=1e-6))

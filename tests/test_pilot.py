@@ -72,6 +72,7 @@ def test_durations_look_no_more_exact_than_they_are():
 
 
 @pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.slow
 def test_each_half_is_judged_by_a_head_of_the_other(tmp_path, drawn):
     """What has labels by lot is known by heart, and not what was held out of it."""
     kept = feature_set(tmp_path, "train", 80, seed=0)
@@ -166,6 +167,7 @@ def test_a_sample_of_all_images_is_kept_for_the_run(pilot_of, photo_folder):
     assert pilot.policy == "auto"  # Tried although the run would be plain.
 
 
+@pytest.mark.slow
 def test_images_that_a_review_dropped_leave_nothing_to_run(
     pilot_of, photo_folder, tiny_base_file, tmp_path
 ):

@@ -198,6 +198,7 @@ class TestCommand:
         page = (tmp_path / document["folder"] / "report.html").read_text()
         assert "training, all samples" in page
 
+    @pytest.mark.slow
     def test_what_is_found_is_said_once(self, fit, tmp_path, monkeypatch):
         from keras_rsft.training import _head as head_training
         from keras_rsft.training._curves import Overfitting

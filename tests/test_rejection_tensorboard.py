@@ -104,6 +104,7 @@ def test_a_run_read_back(fit, tmp_path, photo_folder):
     assert config["learning_rate"] == 0.05
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_in_its_log_folder(fit, tmp_path, monkeypatch):
     from keras_rsft.training._resume import TrainingCheckpoint
 

@@ -122,6 +122,7 @@ class TestSearch:
             assert not ended
         chief.get_best_models(4)  # The weights lie in the chief's folder.
 
+    @pytest.mark.slow
     def test_why_a_trial_failed_is_told(self, chief, work, hypermodel, tmp_path):
         broken = RSFTHyperModel(hypermodel.features, settings=SETTINGS, progress=False)
         made = []
@@ -139,6 +140,7 @@ class TestSearch:
         assert {one.status for one in outcomes} == {"FAILED"}
         assert "`keep_fraction` must be in" in outcomes[0].message
 
+    @pytest.mark.slow
     def test_nothing_is_left_to_do(self, chief, tmp_path):
         chief.search()
         commands = [python("raise SystemExit('started for nothing')")]

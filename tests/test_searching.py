@@ -226,6 +226,7 @@ def test_validation_by_its_right_labels(run, features, tmp_path):
         run(tmp_path / "no", features=unknown, clean_validation=True)
 
 
+@pytest.mark.slow
 def test_a_search_without_plain_trials_trains_one(run, tmp_path):
     space = dataclasses.replace(SPACE, policies=("keep-fraction",))
     found = run(tmp_path / "run", space=space, max_trials=2)

@@ -284,6 +284,7 @@ class TestLost:
         keep_shares([work], workers(3, 2))  # It is started again, and so are we.
         run_together([work], cluster, timeout=0.5)
 
+    @pytest.mark.slow
     def test_the_chief_may_be_the_one(self, work):
         keep_shares([work], workers(2, 0))
         with pytest.raises(WorkerLost, match="worker 0 has not joined them"):

@@ -115,6 +115,7 @@ class TestTfds:
         with pytest.raises(DataError, match=r"6 of 30 samples.*clean_label_key"):
             self.load(data_dir, label_key="human")
 
+    @pytest.mark.slow
     def test_without_a_split_called_train_all_is_cut(self, data_dir):
         data = self.load(data_dir, "untrained", test_fraction=0)
         assert len(data.train) + len(data.validation) == 14

@@ -346,6 +346,7 @@ class TestGoesOn:
 
 class TestImageBatches:
     @pytest.mark.parametrize("any_order", [True, False])
+    @pytest.mark.slow
     def test_order_of_kept_features(self, source, monkeypatch, any_order):
         monkeypatch.setattr(
             "keras_rsft.features._batches.IMAGE_WINDOW_BYTES", 16 * 16 * 16 * 3 * 4
