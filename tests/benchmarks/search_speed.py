@@ -26,6 +26,7 @@ import tensorflow as tf
 
 import keras_rsft as rsft
 from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._head import best_of_all_epochs
 from keras_rsft.tuning._batched import BatchedHeads
 from keras_rsft.tuning._space import settings_of_values, values_of
 
@@ -130,7 +131,8 @@ def _measure_time(features, settings, arguments) -> None:
     few = [dataclasses.replace(one, epochs=COMPARED_EPOCHS) for one in settings]
     kernels = train_together(features, few)
     for place in range(arguments.alone):
-        kernel = _fit_alone(features, few[place]).get_weights()[0]
+        best = best_of_all_epochs("val_accuracy", "max", epochs=COMPARED_EPOCHS)
+        kernel = _fit_alone(features, few[place], best).get_weights()[0]
         difference = np.abs(kernel - kernels[place]).max()
         print(
             f"trial {place}, {few[place].policy.name}, {few[place].optimizer}: largest "
@@ -149,7 +151,7 @@ def _timed(work) -> tuple:
     return result, *(end - start for start, end in zip(started, ended, strict=True))
 
 
-def _fit_alone(features, settings):
+def _fit_alone(features, settings, *callbacks):
     """Trains through `model.fit`, without a ledger and what comes after training."""
     hypermodel = rsft.RSFTHyperModel(
         features,
@@ -158,7 +160,7 @@ def _fit_alone(features, settings):
     )
     hp = keras_tuner.HyperParameters()
     model = hypermodel.build(hp)
-    hypermodel.fit(hp, model)
+    hypermodel.fit(hp, model, callbacks=callbacks)
     return model.model.get_layer("scores")
 
 
