@@ -7,6 +7,7 @@ imports neither Keras nor TensorFlow, so that the command line answers at once.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -87,3 +88,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "keras" in sys.modules:  # Its `load_model` finds the classes that it has heard of.
+    importlib.import_module("keras_rsft.model._rsft_model")

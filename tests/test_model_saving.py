@@ -108,20 +108,23 @@ class TestKerasFile:
             keras.saving.load_model(tmp_path / "model.keras")
 
     @pytest.mark.slow
-    def test_loads_in_a_fresh_process(self, make_model, small_data, tmp_path):
+    @pytest.mark.parametrize(
+        "imported", ["import keras_rsft", "from keras_rsft import RSFTModel"]
+    )
+    def test_loads_in_a_fresh_process(self, make_model, small_data, tmp_path, imported):
         model = compiled(make_model())
         fit(model, small_data)
         model.save(tmp_path / "model.keras")
         program = textwrap.dedent(f"""
             import keras
-            from keras_rsft import RSFTModel
+            {imported}
             model = keras.saving.load_model({str(tmp_path / "model.keras")!r})
-            print(type(model) is RSFTModel, int(model.policy.steps_seen))
+            print(type(model).__name__, int(model.policy.steps_seen))
         """)
         result = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True
         )
-        assert result.stdout.split() == ["True", "6"]
+        assert result.stdout.split() == ["RSFTModel", "6"]
 
 
 def test_what_is_exported_is_the_wrapped_model(make_model, small_data, tmp_path):
