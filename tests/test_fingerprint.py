@@ -66,6 +66,14 @@ def test_a_layer_called_like_a_setting_leaves_the_setting(base, one, other):
     assert fingerprint(base(one, one)) == fingerprint(base(one, "other"))
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_each_weight_counts(which):
+    base = keras.Sequential([keras.Input((8,)), dense(4), dense(2)])
+    before = fingerprint(base)
+    base.weights[which].assign(base.weights[which] + 0.001)
+    assert fingerprint(base) != before
+
+
 def test_the_features_of_another_base_are_not_served(tmp_path):
     split = load_images("digits").test.take(range(10))
     for kind in ("relu", "tanh"):
