@@ -182,6 +182,24 @@ class TestExamination:
         blind = audit_labels(alone, 4, progress=False)
         assert blind.noise_rate < wrong.mean() / 2
 
+    def test_held_out_labels_are_judged_by_the_training_split(self, feature_set):
+        values, labels = clusters(count=900)
+        given = noisy(labels, asymmetric_noise, 0.3)
+        whole = feature_set(values, given)
+        train, held_out = whole.take(np.arange(600)), whole.take(np.arange(600, 900))
+        alone = audit_labels(train, 4, progress=False)
+        found = audit_labels(train, 4, held_out=[held_out], progress=False)
+        np.testing.assert_array_equal(found.out_of_sample, alone.out_of_sample)
+        (other,) = found.held_out
+        wrong = given[600:] != labels[600:]
+        assert other.noise_rate == pytest.approx(wrong.mean(), abs=0.06)
+        first = np.argsort(-other.suspicion)[: wrong.sum()]
+        assert wrong[first].mean() > 0.9
+        # Their own labels have no part in it.
+        turned = dataclasses.replace(held_out, labels=(held_out.labels + 1) % 4)
+        (others,) = audit_labels(train, 4, held_out=[turned], progress=False).held_out
+        np.testing.assert_array_equal(others.out_of_sample, other.out_of_sample)
+
     def test_right_labels_are_all_kept(self, feature_set):
         found = audit_labels(feature_set(*clusters()), 4, progress=False)
         assert found.accept_mask().all()

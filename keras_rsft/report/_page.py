@@ -101,6 +101,7 @@ def gallery_data(
         ],
         "samples": {
             "id": [samples.ids[row] for row in rows],
+            "split": [samples.split[row] for row in rows],
             "given": samples.given[rows].tolist(),
             "predicted": samples.predicted[rows].tolist(),
             "clean": samples.clean[rows].tolist(),

@@ -41,6 +41,19 @@ Callbacks = (
 )
 
 
+HELD_OUT = ("validation", "test")
+
+
+def audit_splits(
+    features: SplitFeatures, seed: int, *, progress: bool = True
+) -> LabelQuality:
+    """Audits the labels of all splits; those held out by the training split alone."""
+    held_out, count = (features.validation, features.test), len(features.class_names)
+    return audit_labels(
+        features.train, count, held_out=held_out, seed=seed, progress=progress
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainedHead:
     model: RSFTModel
@@ -67,6 +80,7 @@ def train_head(
     devices: Devices = ONE_DEVICE,
     curves: bool = False,
     called: str | None = None,
+    label_quality: LabelQuality | None = None,
 ) -> TrainedHead:
     train = features.train
     if settings.early_stopping is not None and not len(features.validation):
@@ -74,11 +88,8 @@ def train_head(
             "Early stopping goes by the validation split, and there is none. Leave out "
             "`--early-stopping`, or give `--validation-fraction`."
         )
-    label_quality = None
-    if settings.policy.name == "auto":
-        label_quality = audit_labels(
-            train, len(features.class_names), seed=settings.seed, progress=progress
-        )
+    if label_quality is None and settings.policy.name == "auto":
+        label_quality = audit_splits(features, settings.seed, progress=progress)
     with devices.scope():
         model = untrained_head(features, settings, label_quality)
     batches = TrainingBatches(
@@ -220,7 +231,7 @@ def untrained_head(
 ) -> RSFTModel:
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    if label_quality is not None:
+    if settings.policy.name == "auto" and label_quality is not None:
         policy: Policy = AutoPolicy(
             label_quality.accept_mask(),
             loss_limit=label_quality.loss_limit,
