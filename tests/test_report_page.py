@@ -318,18 +318,24 @@ def test_from_wrong_labels_to_a_better_model(
 
     run = fit("run")
     page = open_page(write_report(run))
-    names, train = noisy.class_names, noisy.train
-    right = dict(zip(train.ids.tolist(), train.clean_labels.tolist(), strict=True))
+    names, splits = noisy.class_names, (noisy.train, noisy.validation, noisy.test)
+    right = {
+        sample_id: names.index(sample_id.partition("/")[0])
+        for split in splits
+        for sample_id in split.ids.tolist()
+    }
     page.click("#start-review")
-    for _ in train.ids:  # A person who sees what is on each image.
+    for _ in right:  # A person who sees what is on each image.
         page.keyboard.press(str(1 + right[text_of(page, "id")]))
     page.keyboard.press("Escape")
     file = download(page)
     decided = {row.id: row for _, row in read_corrections(file)}
-    for sample_id, label in zip(train.ids, train.labels, strict=True):
-        row = decided[sample_id]
-        assert row.given_label == names[label]
-        assert (row.new_label or row.given_label) == names[right[sample_id]]
+    assert decided.keys() == right.keys()
+    for split in splits:
+        for sample_id, label in zip(split.ids, split.labels, strict=True):
+            row = decided[sample_id]
+            assert row.given_label == names[label]
+            assert (row.new_label or row.given_label) == names[right[sample_id]]
 
     again = fit("again", corrections=file)
     mended = again.features.train
