@@ -15,9 +15,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "AcceptAll": "policies._threshold",
     "AcceptListed": "policies._listed",
+    "AcceptReviewed": "policies._listed",
     "AutoPolicy": "policies._listed",
     "BackboneRanking": "comparison._rank",
     "BatchedTuner": "tuning._tuner",
+    "Cluster": "_runtime",
     "Comparison": "comparison._compare",
     "Export": "export._export_run",
     "ExportConfig": "config",
@@ -53,8 +55,13 @@ _HOMES = {
     "apply_corrections": "data._labels",
     "audit_labels": "label_quality._audit",
     "available_backbones": "backbones._load",
+    "build_classifier": "backbones._build",
     "build_head": "backbones._build",
+    "cluster_of": "_runtime",
     "compare": "comparison._compare",
+    "datalab_inputs": "_ledger",
+    "export_litert": "export._formats",
+    "export_onnx": "export._formats",
     "export_run": "export._export_run",
     "export_saved_model": "export._saved_model",
     "extract_features": "features._extract",
@@ -66,6 +73,7 @@ _HOMES = {
     "rank_backbones": "comparison._rank",
     "run_pilot": "training._pilot",
     "search": "tuning._search",
+    "search_features": "tuning._search",
     "write_report": "report._page",
 }
 

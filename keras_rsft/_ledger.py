@@ -162,6 +162,38 @@ class Ledger:
             yield [str(sample_id), split, *names, *map(_written, values[3:])]
 
 
+def datalab_inputs(
+    features: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns what cleanlab's Datalab takes, without importing it.
+
+    ```python
+    lab = Datalab({"label": inputs["labels"]}, label_name="label")
+    lab.find_issues(features=inputs["features"], pred_probs=inputs["pred_probs"])
+    ```
+
+    Args:
+        features: Shape `(n, dim)`.
+        labels: Shape `(n,)`, the given labels.
+        probabilities: Shape `(n, classes)`, out-of-sample, such as
+            `LabelQuality.out_of_sample`.
+
+    Returns:
+        `features` float32, `labels` int64 and `pred_probs` float64, each row of the
+        last adding up to 1.
+
+    Raises:
+        InvalidArgument: If the arrays differ in length.
+    """
+    _require_equally_long(features=features, labels=labels, probabilities=probabilities)
+    probabilities = np.asarray(probabilities, np.float64)
+    return {
+        "features": np.asarray(features, np.float32),
+        "labels": np.asarray(labels, np.int64),
+        "pred_probs": probabilities / probabilities.sum(axis=1, keepdims=True),
+    }
+
+
 class RejectionLedger(keras.callbacks.Callback):
     """Keeps a `Ledger` of an `RSFTModel` while it is fitted.
 

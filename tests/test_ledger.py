@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_rsft._ledger import (
     Ledger,
     RejectionLedger,
+    datalab_inputs,
     loss_histogram,
     rejection_quality,
 )
@@ -198,6 +199,15 @@ class TestLedger:
             "rejection_precision": 0.0,
             "rejection_recall": 0.0,
         }
+
+    def test_datalab_inputs(self):
+        inputs = datalab_inputs(
+            np.ones((2, 3)), np.array([0, 1]), np.array([[2.0, 2.0], [0.2, 0.8]])
+        )
+        np.testing.assert_allclose(inputs["pred_probs"], [[0.5, 0.5], [0.2, 0.8]])
+        assert inputs["features"].dtype == np.float32
+        with pytest.raises(InvalidArgument, match="equally long"):
+            datalab_inputs(np.ones((2, 3)), np.array([0]), np.ones((2, 2)))
 
 
 class TestPoliciesThatKnowTheSamples:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import keras_rsft as rsft
-from keras_rsft import _runtime, config
+from keras_rsft import config
+from keras_rsft._runtime import PARENT, TUNER_ID, check_strategy, part_in_search
 from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
 from keras_rsft.cli._options import DEFAULT_TEXT_COLUMN, DataConfig, settings_of
 from keras_rsft.cli._render import Output
@@ -292,7 +293,7 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def fit(arguments: argparse.Namespace, output: Output) -> None:
-    _runtime.check_strategy(arguments.strategy)
+    check_strategy(arguments.strategy)
     for name in ("dry_run", "tensorboard"):
         if arguments.strategy == "multiworker" and getattr(arguments, name):
             raise InvalidArgument(
@@ -509,12 +510,12 @@ def features(arguments: argparse.Namespace, output: Output) -> None:
     output.finish(folder, folder=folder, share=share, splits=splits)
 
 
-def features_cluster(arguments: argparse.Namespace) -> _runtime.Cluster:
+def features_cluster(arguments: argparse.Namespace) -> rsft.Cluster:
     """Returns which shard of how many this process computes."""
     if arguments.share is None:
-        return _runtime.cluster_of()
+        return rsft.cluster_of()
     index, count = arguments.share
-    return _runtime.Cluster(("",) * count, index)
+    return rsft.Cluster(("",) * count, index)
 
 
 def search(arguments: argparse.Namespace, output: Output) -> None:
@@ -543,7 +544,7 @@ def search(arguments: argparse.Namespace, output: Output) -> None:
         on_note=output.say,
     )
     if found is None:
-        name = os.environ[_runtime.TUNER_ID]
+        name = os.environ[TUNER_ID]
         text = f"{name} is done; the chief has the results."
         output.say(text)
         output.finish(text, worker=name)
@@ -581,13 +582,13 @@ def chosen_words(found: Search) -> list[str]:
 
 def _check_part(arguments: argparse.Namespace) -> None:
     """Refuses options that do not fit a process that is one of several."""
-    if _runtime.part_in_search() == "alone" or _runtime.PARENT in os.environ:
+    if part_in_search() == "alone" or PARENT in os.environ:
         return
     if arguments.workers is not None:
         raise InvalidArgument(
             "`--workers` starts chief and workers by itself, but the environment says "
-            f"that this process is one of several ({_runtime.TUNER_ID}="
-            f"{os.environ[_runtime.TUNER_ID]}). Leave out one of the two."
+            "that this process is one of several "
+            f"({TUNER_ID}={os.environ[TUNER_ID]}). Leave out one of the two."
         )
     if arguments.output is None:
         raise InvalidArgument(
@@ -600,7 +601,7 @@ def _worker_commands(
 ) -> list[list[str]]:
     """Returns the workers that `--workers` asks for: the same command once more."""
     count = arguments.workers
-    if count is None or _runtime.PARENT in os.environ:
+    if count is None or PARENT in os.environ:
         return []
     # So that the first to ask does not take all trials of the batched tuner.
     together = min(options.parallel_trials, -(-options.max_trials // count))

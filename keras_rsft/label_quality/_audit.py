@@ -6,10 +6,12 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from keras_rsft._progress import progress_bar
+from keras_rsft._stats import NORMAL_QUANTILE, proportion_interval
 from keras_rsft.errors import DataError
 from keras_rsft.features._store import FeatureSet
 
@@ -32,6 +34,17 @@ EXPECTATION_STEPS = 20
 PRIOR_COUNT = 20.0
 CHUNK_VALUES = 2**22
 
+# Deviation of what the probabilities get wrong about an accuracy; see `accuracy`.
+PRIOR_BIAS = 0.02
+
+
+class Estimate(NamedTuple):
+    """An estimated fraction, or a difference of two, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelQuality:
@@ -48,6 +61,9 @@ class LabelQuality:
         labels: int32 array `(n,)`, the given labels.
         reason: Why nothing is rejected, or None if the labels could be judged.
         held_out: The same of each further split.
+        can_judge: Whether right and wrong labels can be told apart.
+        reviewed: Boolean array `(n,)`, the labels that a person confirmed or
+            corrected. None: nobody looked.
     """
 
     out_of_sample: np.ndarray
@@ -57,6 +73,8 @@ class LabelQuality:
     labels: np.ndarray
     reason: str | None = None
     held_out: tuple[LabelQuality, ...] = ()
+    can_judge: bool = True
+    reviewed: np.ndarray | None = None
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -94,6 +112,93 @@ class LabelQuality:
                 best = np.argsort(-self.right_probability[members], kind="stable")
                 accepted[members[best[:least]]] = True
         return accepted
+
+    def accuracy(self, predicted: np.ndarray) -> Estimate | None:
+        """Estimates how many predictions are right, although some labels are not.
+
+        Two estimates are combined: the probability that each prediction is right,
+        given the label and the other samples, which varies little; and the inverse of
+        the noise matrix (Natarajan et al., "Learning with noisy labels", 2013), which
+        has no bias where the noise depends on the class alone. The first counts as off
+        by 2 points (one standard deviation), or more where the second contradicts it;
+        the second by its own variance. The
+        model that predicts has no part in the probabilities. A label that was reviewed
+        counts as right, and so does every label where none looks wrong.
+
+        Args:
+            predicted: Integers `(n,)`, the predicted classes of these samples.
+
+        Returns:
+            The accuracy with an interval that covers the choice of samples too. None
+            where the labels cannot be judged, or there is no sample.
+
+        Example:
+            >>> import numpy as np
+            >>> import keras_rsft as rsft
+            >>> given = np.array([0, 1] * 20)
+            >>> sure = np.full(40, 1.0, "float32")
+            >>> clean = rsft.LabelQuality(
+            ...     np.eye(2, dtype="float32")[given], sure, 0.0, np.eye(2), given,
+            ...     reason="No sign of wrong labels")
+            >>> clean.accuracy(np.where(np.arange(40) < 4, 1 - given, given)).value
+            0.9
+        """
+        if not self.can_judge or not len(self.labels):
+            return None
+        likely, unbiased = self._credits(predicted)
+        value, variance = _combined(likely, unbiased)
+        value, count = min(max(value, 0.0), 1.0), float(len(likely))
+        spread = value * (1.0 - value)
+        if spread > 0:  # As many clean labels would say as much.
+            count = spread / (spread / count + variance)
+        low, high = proportion_interval(value * count, count)
+        return Estimate(value, min(low, value), max(high, value))
+
+    def gain(self, ours: np.ndarray, others: np.ndarray) -> Estimate | None:
+        """Estimates how much more of one model's predictions are right: `accuracy`.
+
+        Args:
+            ours: Integers `(n,)`, the predicted classes of one model.
+            others: Integers `(n,)`, those of the other, of the same samples.
+
+        Returns:
+            The difference of the two accuracies, paired by sample. None as above.
+        """
+        if not self.can_judge or not len(self.labels):
+            return None
+        (likely, unbiased), (less, less_unbiased) = map(self._credits, (ours, others))
+        value, variance = _combined(likely - less, unbiased - less_unbiased)
+        differ = np.where(np.asarray(ours) != others, likely + less, 0.0).mean()
+        variance += max(differ - value**2, 0.0) / len(likely)
+        half = NORMAL_QUANTILE * math.sqrt(variance)
+        return Estimate(value, max(value - half, -1.0), min(value + half, 1.0))
+
+    def with_right_labels(self, labels: np.ndarray) -> LabelQuality:
+        """Returns the same of labels that are known to be right.
+
+        Args:
+            labels: Integers `(n,)`.
+        """
+        reason = "The right labels are known"
+        return dataclasses.replace(self, labels=labels, reason=reason, can_judge=True)
+
+    def _credits(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what each prediction counts: by the posterior, and by the inverse."""
+        rows, predicted = np.arange(len(self.labels)), np.asarray(predicted)
+        matches = (predicted == self.labels).astype(float)
+        if self.reason is not None:  # No label is wrong, as far as one can see.
+            return matches, matches
+        likely = np.empty(len(rows))
+        for part in _parts(*self.out_of_sample.shape):
+            posterior = true_label_posterior(
+                self.out_of_sample[part], self.noise, self.labels[part]
+            )
+            likely[part] = posterior[rows[: len(posterior)], predicted[part]]
+        unbiased = np.linalg.pinv(self.noise)[self.labels, predicted]
+        if self.reviewed is not None:
+            likely = np.where(self.reviewed, matches, likely)
+            unbiased = np.where(self.reviewed, matches, unbiased)
+        return likely, unbiased
 
     def describe(self) -> str:
         """Says in one line what was found and chosen."""
@@ -162,7 +267,7 @@ def audit_labels(
     labels = np.asarray(features.labels)
     counts = np.bincount(labels, minlength=num_classes)
     if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
-        too_few = (
+        reason = (
             f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
             "labels by"
         )
@@ -170,11 +275,12 @@ def audit_labels(
         shares = (counts / max(counts.sum(), 1)).astype(np.float32)
 
         def unjudged(part: FeatureSet) -> LabelQuality:
-            rows, given = np.tile(shares, (len(part), 1)), np.asarray(part.labels)
-            right = np.ones(len(part), np.float32)
-            return LabelQuality(rows, right, 0.0, np.eye(num_classes), given, too_few)
+            count, given = len(part), np.asarray(part.labels)
+            right, noise = np.ones(count, np.float32), np.eye(num_classes)
+            rows = np.tile(shares, (count, 1))
+            return LabelQuality(rows, right, 0.0, noise, given, reason, can_judge=False)
 
-        others = tuple(map(unjudged, held_out))
+        others = tuple(unjudged(part) for part in held_out)
         return dataclasses.replace(unjudged(features), held_out=others)
     # The noise is estimated from all samples there were before a review; `judged` are
     # the positions of today's among them.
@@ -219,6 +325,7 @@ def audit_labels(
     chance = float(counts.max() / len(labels))
     agreement = float(np.mean(scored.argmax(axis=1) == labels))
     reason: str | None = None
+    can_judge = True
     if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / len(labels)):
         reason = (
             "The labels fit the features no better than chance (they agree with a "
@@ -226,6 +333,7 @@ def audit_labels(
             f"cases, against {100 * chance:.0f} % for the commonest class), so that "
             "right and wrong ones cannot be told apart"
         )
+        can_judge = False
     elif rate < MIN_NOISE_RATE:
         reason = f"No sign of wrong labels (about {100 * rate:.1f} %)"
     parts = []
@@ -237,8 +345,39 @@ def audit_labels(
         if other.reviewed is not None:
             right[other.reviewed] = 1.0
         missing = float(1.0 - right.mean()) if len(other) else 0.0
-        parts.append(LabelQuality(shares, right, missing, noise, other_labels, reason))
-    return LabelQuality(scored, probability, rate, noise, labels, reason, tuple(parts))
+        parts.append(
+            LabelQuality(
+                shares,
+                right,
+                missing,
+                noise,
+                other_labels,
+                reason,
+                can_judge=can_judge,
+                reviewed=other.reviewed,
+            )
+        )
+    return LabelQuality(
+        scored,
+        probability,
+        rate,
+        noise,
+        labels,
+        reason,
+        tuple(parts),
+        can_judge,
+        features.reviewed,
+    )
+
+
+def _combined(likely: np.ndarray, unbiased: np.ndarray) -> tuple[float, float]:
+    """Returns the mean, and the variance that not knowing the right labels adds."""
+    surplus = unbiased - likely
+    variance = float(surplus.var()) / len(surplus)
+    # More, where the two differ by more than two standard errors.
+    bias = max(PRIOR_BIAS**2, float(surplus.mean()) ** 2 - 4.0 * variance)
+    trust = bias / (bias + variance) if variance > 0 else 0.0
+    return float(likely.mean() + trust * surplus.mean()), trust * variance
 
 
 # -- Class scores of each sample from the other samples alone --------------------
@@ -266,6 +405,7 @@ class LeftOutRegression:
         self.sampled = np.zeros(count, bool)
         self.sampled[chosen] = True
         self._ridge: float | None = None
+        self._fit: _RidgePath | None = None
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
@@ -292,7 +432,9 @@ class LeftOutRegression:
 
     def scores(self, others: FeatureSet) -> np.ndarray:
         """Returns class scores `(m, k)` of samples that were not among those fitted."""
-        fit, ridge = self._fit, self._ridge or 0.0
+        fit, ridge = self._fit, self._ridge
+        if fit is None or ridge is None:
+            raise ValueError("Nothing was fitted yet.")
         parts = [
             fit.scores(fit.rotated(self._standardised(chunk)), ridge)
             for chunk in others.chunks(CHUNK_ROWS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import time
@@ -63,7 +62,6 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
     recorder, train = run.trained.recorder, run.features.train
     suspicion = recorder.ledger.suspicion
     ledgers = {"train": recorder.ledger} | held_out_ledgers(run)
-    of_splits = (one.rows(run.class_names, name) for name, one in ledgers.items())
     epochs = enumerate(zip(*run.history.values(), strict=True), 1)
     tables: dict[str, tuple[Sequence[str], Iterable[Sequence]]] = {
         _storage.METRICS_FILE: (
@@ -74,7 +72,14 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
             ["id", "split", "given_label", "clean_label", "decision", "label_before"],
             _sample_rows(data),
         ),
-        _storage.LEDGER_FILE: (COLUMNS, itertools.chain.from_iterable(of_splits)),
+        _storage.LEDGER_FILE: (
+            COLUMNS,
+            (
+                row
+                for split, ledger in ledgers.items()
+                for row in ledger.rows(run.class_names, split)
+            ),
+        ),
         _storage.ACCEPTANCE_FILE: (
             ["epoch", *run.class_names],
             ([at, *row] for at, row in enumerate(recorder.acceptance_by_class, 1)),
@@ -101,9 +106,11 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
         tables["unreadable.csv"] = (["id", "reason"], run.features.unreadable)
     for name, (header, rows) in tables.items():
         _storage.write_csv(folder / name, header, rows)
-    by_id: dict[str, float] = {}
-    for ledger in ledgers.values():
-        by_id |= zip(map(str, ledger.ids), ledger.suspicion.tolist(), strict=True)
+    by_id = {
+        str(sample_id): value
+        for ledger in ledgers.values()
+        for sample_id, value in zip(ledger.ids, ledger.suspicion.tolist(), strict=True)
+    }
     splits: Any = [getattr(data, name) for name in ledgers]
     if data.kind == "texts":
         write_excerpts(splits, by_id, folder)
