@@ -13,7 +13,6 @@ from keras_rsft.errors import InvalidArgument
 
 COLUMNS = (
     "id",
-    "split",
     "given_label",
     "clean_label",
     "predicted_label",
@@ -143,55 +142,20 @@ class Ledger:
         """
         self._reviewed |= reviewed
 
-    def rows(
-        self, class_names: tuple[str, ...], split: str = "train"
-    ) -> Iterator[list[Any]]:
+    def rows(self, class_names: tuple[str, ...]) -> Iterator[list[Any]]:
         """Yields one row a sample, in the order of `COLUMNS`; unknown is empty.
 
         Args:
             class_names: Names of the classes.
-            split: Name of the samples' split. Default `"train"`.
         """
         named = [*class_names, ""]  # -1, not known, is the empty name.
         unknown = np.full(len(self), -1)
         clean = unknown if self.clean_labels is None else self.clean_labels
-        numbers = [getattr(self, name) for name in COLUMNS[5:]]
+        numbers = [getattr(self, name) for name in COLUMNS[4:]]
         columns = (self.ids, self.labels, clean, self.predicted, *numbers)
         for sample_id, *values in zip(*columns, strict=True):
             names = (named[label] for label in values[:3])
-            yield [str(sample_id), split, *names, *map(_written, values[3:])]
-
-
-def datalab_inputs(
-    features: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Returns what cleanlab's Datalab takes, without importing it.
-
-    ```python
-    lab = Datalab({"label": inputs["labels"]}, label_name="label")
-    lab.find_issues(features=inputs["features"], pred_probs=inputs["pred_probs"])
-    ```
-
-    Args:
-        features: Shape `(n, dim)`.
-        labels: Shape `(n,)`, the given labels.
-        probabilities: Shape `(n, classes)`, out-of-sample, such as
-            `LabelQuality.out_of_sample`.
-
-    Returns:
-        `features` float32, `labels` int64 and `pred_probs` float64, each row of the
-        last adding up to 1.
-
-    Raises:
-        InvalidArgument: If the arrays differ in length.
-    """
-    _require_equally_long(features=features, labels=labels, probabilities=probabilities)
-    probabilities = np.asarray(probabilities, np.float64)
-    return {
-        "features": np.asarray(features, np.float32),
-        "labels": np.asarray(labels, np.int64),
-        "pred_probs": probabilities / probabilities.sum(axis=1, keepdims=True),
-    }
+            yield [str(sample_id), *names, *map(_written, values[3:])]
 
 
 class RejectionLedger(keras.callbacks.Callback):

@@ -28,16 +28,7 @@ _TASK_TYPES = ("chief", "worker")
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Several processes that do one thing together, and which of them this one is.
-
-    Attributes:
-        workers: `host:port` of each, in the same order everywhere; `""` where no
-            connection is made, as for features.
-        index: Index of this process, from 0.
-
-    Raises:
-        InvalidArgument: If there is no such worker.
-    """
+    """Several processes, by `host:port`, and which of them this one is."""
 
     workers: tuple[str, ...] = ("",)
     index: int = 0
@@ -54,46 +45,19 @@ class Cluster:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other worker."""
         return len(self) == 1
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is the worker that does what only one of them may do."""
         return self.index == 0
 
     def named(self, index: int) -> str:
-        """Returns a worker's name for messages, with its address if it has one.
-
-        Args:
-            index: In [0, number of workers).
-        """
         address = self.workers[index]
         return f"worker {index} ({address})" if address else f"worker {index}"
 
 
 def cluster_of(environment: Mapping[str, str] = os.environ) -> Cluster:
-    """Returns the cluster that `TF_CONFIG` describes; without it, one of one worker.
-
-    A `chief` counts as the first worker, as TensorFlow has it.
-
-    Args:
-        environment: Variables by name. Default: the process's.
-
-    Raises:
-        InvalidArgument: If TensorFlow could not use it, or it has tasks of another
-            type than `chief` and `worker`.
-
-    Example:
-        >>> import keras_rsft as rsft
-        >>> rsft.cluster_of({}).workers
-        ('',)
-        >>> cluster = {"worker": ["host-a:2222", "host-b:2222"]}
-        >>> task = {"type": "worker", "index": 1}
-        >>> text = json.dumps({"cluster": cluster, "task": task})
-        >>> rsft.cluster_of({"TF_CONFIG": text}).index
-        1
-    """
+    """Returns the cluster that `TF_CONFIG` describes; without it, one of one worker."""
     text = environment.get(CLUSTER_VARIABLE, "").strip()
     if not text:
         return Cluster()

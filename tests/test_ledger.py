@@ -12,7 +12,6 @@ import tensorflow as tf
 from keras_rsft._ledger import (
     Ledger,
     RejectionLedger,
-    datalab_inputs,
     loss_histogram,
     rejection_quality,
 )
@@ -173,21 +172,7 @@ class TestLedger:
     def test_rows_leave_out_what_is_not_known(self):
         ledger = Ledger(["a"], [1], [0])
         (row,) = ledger.rows(("cat", "dog"))
-        assert row == [
-            "a",
-            "train",
-            "dog",
-            "cat",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "0",
-            "0",
-            "0",
-            "0",
-        ]
+        assert row == ["a", "dog", "cat", "", "", "", "", "", "0", "0", "0", "0"]
 
     def test_lengths_must_agree(self):
         with pytest.raises(InvalidArgument, match="equally long"):
@@ -199,15 +184,6 @@ class TestLedger:
             "rejection_precision": 0.0,
             "rejection_recall": 0.0,
         }
-
-    def test_datalab_inputs(self):
-        inputs = datalab_inputs(
-            np.ones((2, 3)), np.array([0, 1]), np.array([[2.0, 2.0], [0.2, 0.8]])
-        )
-        np.testing.assert_allclose(inputs["pred_probs"], [[0.5, 0.5], [0.2, 0.8]])
-        assert inputs["features"].dtype == np.float32
-        with pytest.raises(InvalidArgument, match="equally long"):
-            datalab_inputs(np.ones((2, 3)), np.array([0]), np.ones((2, 2)))
 
 
 class TestPoliciesThatKnowTheSamples:

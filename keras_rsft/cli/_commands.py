@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import keras_rsft as rsft
 from keras_rsft import config
-from keras_rsft._runtime import PARENT, TUNER_ID, check_strategy, part_in_search
+from keras_rsft._runtime import (
+    PARENT,
+    TUNER_ID,
+    Cluster,
+    check_strategy,
+    cluster_of,
+    part_in_search,
+)
 from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
 from keras_rsft.cli._options import DEFAULT_TEXT_COLUMN, DataConfig, settings_of
 from keras_rsft.cli._render import Output
@@ -510,12 +517,12 @@ def features(arguments: argparse.Namespace, output: Output) -> None:
     output.finish(folder, folder=folder, share=share, splits=splits)
 
 
-def features_cluster(arguments: argparse.Namespace) -> rsft.Cluster:
+def features_cluster(arguments: argparse.Namespace) -> Cluster:
     """Returns which shard of how many this process computes."""
     if arguments.share is None:
-        return rsft.cluster_of()
+        return cluster_of()
     index, count = arguments.share
-    return rsft.Cluster(("",) * count, index)
+    return Cluster(("",) * count, index)
 
 
 def search(arguments: argparse.Namespace, output: Output) -> None:

@@ -35,7 +35,6 @@ class RankedBackbone:
     name: str
     accuracy: float
     accuracy_error: float
-    given_label_accuracy: float
     behind: float
     behind_error: float
     seconds_per_image: float
@@ -164,7 +163,6 @@ def rank_backbones(
         one = RankedBackbone(
             accuracy=accuracy,
             accuracy_error=accuracy_error,
-            given_label_accuracy=float(right.mean()),
             behind=behind,
             behind_error=behind_error,
             **costs,

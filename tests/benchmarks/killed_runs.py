@@ -27,6 +27,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
+import keras_rsft  # noqa: F401
+
 EXPORT = ["export", "runs/digits-1", "--name", "photos"]
 PROGRAM = """
 import sys
