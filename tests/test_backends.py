@@ -32,8 +32,9 @@ INSTALLED = [
 
 
 # Compiling small programs takes longest: each is compiled once, and quickly.
+PROGRAMS = tempfile.TemporaryDirectory()
 QUICK = {
-    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
+    "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",

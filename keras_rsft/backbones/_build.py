@@ -95,8 +95,6 @@ def first_line(error: BaseException) -> str:
 
 # Backbone and head --------------------------------------------------------------------
 
-DTYPES = ("float32", "bfloat16")
-
 _POOLING = {3: layers.GlobalAveragePooling1D, 4: layers.GlobalAveragePooling2D}
 _DROPOUT = (layers.Dropout, layers.AlphaDropout, layers.GaussianDropout)
 

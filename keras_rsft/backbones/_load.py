@@ -193,9 +193,9 @@ def load_backbone(
         ImportError: `efficientnet_lite0` without the package of its weights, or a
             backbone of an extra that is not installed.
     """
-    if dtype not in _build.DTYPES:
+    if dtype not in _DTYPES:
         raise InvalidArgument(
-            f"`dtype` must be one of {_build.DTYPES}. Received: {dtype!r}"
+            f"`dtype` must be one of {tuple(_DTYPES)}. Received: {dtype!r}"
         )
     if config.takes_texts(name):
         if image_size is not None:
@@ -268,8 +268,8 @@ def _build_network(
         return _build_own_model(Path(name), size)
     if dtype != "float32":
         raise InvalidArgument(
-            f"{name} computes as it was made: `dtype` must be float32 (or auto, "
-            f"where that can be said). Received: {dtype!r}"
+            f"{name} computes as it was made: leave `dtype` out, or use float32. "
+            f"Received: {dtype!r}"
         )
     onnx = parsed.kind == "onnx"
     build = _foreign.build_onnx if onnx else _foreign.build_saved_model

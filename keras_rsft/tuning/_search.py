@@ -36,6 +36,7 @@ from keras_rsft.tuning._space import Space
 from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
 
 Splits = TypeVar("Splits", SplitFeatures, SampleData)
+_POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -384,7 +385,7 @@ def run_trials(
                     now = len(oracle.end_order)
                     advance(now - ended, state())
                     ended = now
-                    time.sleep(0.2)
+                    time.sleep(_POLL_SECONDS)
     return tuner.outcomes
 
 
