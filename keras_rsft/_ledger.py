@@ -13,6 +13,7 @@ from keras_rsft.errors import InvalidArgument
 
 COLUMNS = (
     "id",
+    "split",
     "given_label",
     "clean_label",
     "predicted_label",
@@ -142,20 +143,23 @@ class Ledger:
         """
         self._reviewed |= reviewed
 
-    def rows(self, class_names: tuple[str, ...]) -> Iterator[list[Any]]:
+    def rows(
+        self, class_names: tuple[str, ...], split: str = "train"
+    ) -> Iterator[list[Any]]:
         """Yields one row a sample, in the order of `COLUMNS`; unknown is empty.
 
         Args:
             class_names: Names of the classes.
+            split: Name of the samples' split. Default `"train"`.
         """
         named = [*class_names, ""]  # -1, not known, is the empty name.
         unknown = np.full(len(self), -1)
         clean = unknown if self.clean_labels is None else self.clean_labels
-        numbers = [getattr(self, name) for name in COLUMNS[4:]]
+        numbers = [getattr(self, name) for name in COLUMNS[5:]]
         columns = (self.ids, self.labels, clean, self.predicted, *numbers)
         for sample_id, *values in zip(*columns, strict=True):
             names = (named[label] for label in values[:3])
-            yield [str(sample_id), *names, *map(_written, values[3:])]
+            yield [str(sample_id), split, *names, *map(_written, values[3:])]
 
 
 class RejectionLedger(keras.callbacks.Callback):

@@ -57,7 +57,7 @@ def paired_interval(ones: Sequence[float], others: Sequence[float]) -> Interval:
     return mean_interval([a - b for a, b in zip(ones, others, strict=True)])
 
 
-def proportion_interval(successes: int, count: int) -> tuple[float, float]:
+def proportion_interval(successes: float, count: float) -> tuple[float, float]:
     """Returns the 95 % interval of a fraction (Wilson, 1927)."""
     share = successes / count
     squared = NORMAL_QUANTILE**2

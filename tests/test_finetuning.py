@@ -73,10 +73,16 @@ class TestRun:
         assert float(epochs[-1]["loss"]) == pytest.approx(run.history["loss"][-1])
         assert [path.name for path in run.folder.parent.iterdir()] == ["first"]
 
-    def test_the_ledger_has_a_row_for_each_training_sample(self, run, noisy, settings):
+    def test_the_ledger_has_a_row_for_each_sample(self, run, noisy, settings):
         with (run.folder / "ledger.csv").open(encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        assert [row["id"] for row in rows] == noisy.train.ids.tolist()
+        for split in (noisy.train, noisy.validation, noisy.test):
+            of_split = [row for row in rows if row["split"] == split.name]
+            assert [row["id"] for row in of_split] == split.ids.tolist()
+        held_out = [row for row in rows if row["split"] != "train"]
+        assert {row["seen"] for row in held_out} == {"0"}
+        assert all(0 <= float(row["suspicion"]) <= 1 for row in held_out)
+        rows = [row for row in rows if row["split"] == "train"]
         assert {row["seen"] for row in rows} == {str(settings.epochs)}
         accepted = sum(int(row["accepted"]) for row in rows)
         rates = np.mean(run.history["acceptance_rate"])

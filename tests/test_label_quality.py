@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from keras_rsft._stats import proportion_interval
 from keras_rsft.data._labels import asymmetric_noise, symmetric_noise
 from keras_rsft.errors import DataError
 from keras_rsft.features._store import FeatureSet
@@ -182,6 +183,24 @@ class TestExamination:
         blind = audit_labels(alone, 4, progress=False)
         assert blind.noise_rate < wrong.mean() / 2
 
+    def test_held_out_labels_are_judged_by_the_training_split(self, feature_set):
+        values, labels = clusters(count=900)
+        given = noisy(labels, asymmetric_noise, 0.3)
+        whole = feature_set(values, given)
+        train, held_out = whole.take(np.arange(600)), whole.take(np.arange(600, 900))
+        alone = audit_labels(train, 4, progress=False)
+        found = audit_labels(train, 4, held_out=[held_out], progress=False)
+        np.testing.assert_array_equal(found.out_of_sample, alone.out_of_sample)
+        (other,) = found.held_out
+        wrong = given[600:] != labels[600:]
+        assert other.noise_rate == pytest.approx(wrong.mean(), abs=0.06)
+        first = np.argsort(-other.suspicion)[: wrong.sum()]
+        assert wrong[first].mean() > 0.9
+        # Their own labels have no part in it.
+        turned = dataclasses.replace(held_out, labels=(held_out.labels + 1) % 4)
+        (others,) = audit_labels(train, 4, held_out=[turned], progress=False).held_out
+        np.testing.assert_array_equal(others.out_of_sample, other.out_of_sample)
+
     def test_right_labels_are_all_kept(self, feature_set):
         found = audit_labels(feature_set(*clusters()), 4, progress=False)
         assert found.accept_mask().all()
@@ -236,3 +255,89 @@ class TestExamination:
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
         first, second = (audit_labels(features, 4, progress=False) for _ in "12")
         np.testing.assert_array_equal(first.right_probability, second.right_probability)
+
+
+class TestAccuracy:
+    """Estimated against right labels that the estimate does not see."""
+
+    @pytest.fixture
+    def judged(self, feature_set):
+        """Returns the audit of held-out samples, their right labels, predictions."""
+
+        def judge(kind, rate, seed=0):
+            values, labels = clusters(count=1800, spread=1.6, seed=seed)
+            given = noisy(labels, kind, rate, seed=seed) if rate else labels
+            whole = feature_set(values, given)
+            parts = whole.take(np.arange(1200)), whole.take(np.arange(1200, 1800))
+            found = audit_labels(parts[0], 4, held_out=parts[1:], progress=False)
+            # A model that knows half of the features, and so makes mistakes.
+            centres = [values[labels == c].mean(axis=0)[:6] for c in range(4)]
+            distances = values[1200:, None, :6] - np.array(centres)
+            predicted = np.square(distances).sum(axis=2).argmin(axis=1)
+            return found.held_out[0], labels[1200:], predicted
+
+        return judge
+
+    @pytest.mark.parametrize(
+        "kind, rate", [(symmetric_noise, 0.4), (asymmetric_noise, 0.3)]
+    )
+    def test_is_near_what_right_labels_would_say(self, judged, kind, rate):
+        misses, covered = [], 0
+        for seed in range(5):
+            quality, right, predicted = judged(kind, rate, seed)
+            truth = np.mean(predicted == right)
+            found = quality.accuracy(predicted)
+            misses.append(abs(found.value - truth))
+            covered += found.low <= truth <= found.high
+            assert np.mean(predicted == quality.labels) < truth - 0.15
+            assert found.low < found.value < found.high < found.low + 0.12
+        assert np.mean(misses) < 0.025
+        assert covered == 5
+
+    def test_a_model_that_knows_more_than_the_features_is_believed(self, judged):
+        quality, right, _ = judged(symmetric_noise, 0.4)
+        knowing = np.where(np.arange(600) % 20, right, (right + 1) % 4)
+        found = quality.accuracy(knowing)
+        assert found.low < 0.95 < found.high
+
+    def test_without_wrong_labels_is_the_plain_accuracy(self, judged):
+        quality, right, predicted = judged(symmetric_noise, 0)
+        found = quality.accuracy(predicted)
+        assert found.value == np.mean(predicted == right)
+        assert found[1:] == pytest.approx(
+            proportion_interval(np.sum(predicted == right), 600)
+        )
+        low, _ = proportion_interval(600, 600)
+        assert quality.accuracy(right) == (1.0, low, 1.0)
+
+    def test_a_gain_is_paired(self, judged):
+        quality, right, predicted = judged(asymmetric_noise, 0.3)
+        better = quality.out_of_sample.argmax(axis=1)  # By all features.
+        gain = quality.gain(better, predicted)
+        truth = np.mean(better == right) - np.mean(predicted == right)
+        assert 0 < gain.low < truth < gain.high
+        alone = quality.accuracy(better), quality.accuracy(predicted)
+        assert gain.high - gain.low < sum(one.high - one.low for one in alone)
+        assert quality.gain(predicted, predicted) == (0.0, 0.0, 0.0)
+        back = quality.gain(predicted, better)
+        assert back == pytest.approx((-gain.value, -gain.high, -gain.low))
+
+    def test_reviewed_labels_are_known(self, judged):
+        quality, right, predicted = judged(symmetric_noise, 0.4)
+        known = dataclasses.replace(quality, labels=right, reviewed=np.ones(600, bool))
+        assert known.accuracy(predicted).value == np.mean(predicted == right)
+        assert quality.with_right_labels(right).accuracy(predicted) == known.accuracy(
+            predicted
+        )
+
+    def test_labels_that_cannot_be_judged_give_none(self, feature_set):
+        values, labels = clusters()
+        given = np.random.default_rng(5).permutation(labels)
+        features = feature_set(values, given)
+        held_out = [features.take(np.arange(50))]
+        (found,) = audit_labels(features, 4, held_out=held_out, progress=False).held_out
+        assert found.accuracy(given[:50]) is None
+        few = features.take(np.arange(6))
+        (found,) = audit_labels(few, 4, held_out=[few], progress=False).held_out
+        assert found.accuracy(few.labels) is None
+        assert found.gain(few.labels, few.labels) is None

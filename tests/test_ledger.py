@@ -172,7 +172,21 @@ class TestLedger:
     def test_rows_leave_out_what_is_not_known(self):
         ledger = Ledger(["a"], [1], [0])
         (row,) = ledger.rows(("cat", "dog"))
-        assert row == ["a", "dog", "cat", "", "", "", "", "", "0", "0", "0", "0"]
+        assert row == [
+            "a",
+            "train",
+            "dog",
+            "cat",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "0",
+            "0",
+            "0",
+            "0",
+        ]
 
     def test_lengths_must_agree(self):
         with pytest.raises(InvalidArgument, match="equally long"):

@@ -108,7 +108,7 @@ class TestThumbnails:
 
     def write(self, split, folder, cache, **suspicion):
         folder.mkdir()
-        write_thumbnails(split, suspicion, folder, cache_dir=cache, progress=False)
+        write_thumbnails([split], suspicion, folder, cache_dir=cache, progress=False)
         return self.read(folder)
 
     def test_each_shows_its_image(self, split, tmp_path):
@@ -126,6 +126,21 @@ class TestThumbnails:
         assert list(self.write(split, tmp_path / "two", tmp_path / "cache")) == list(
             first
         )
+
+    def test_of_all_splits(self, photo_folder, tmp_path, monkeypatch):
+        data = load_images(str(photo_folder))
+        splits = [data.train, data.validation, data.test]
+        (tmp_path / "run").mkdir()
+        write_thumbnails(
+            splits, {}, tmp_path / "run", cache_dir=tmp_path, progress=False
+        )
+        ids = [name for split in splits for name in split.ids.tolist()]
+        assert list(self.read(tmp_path / "run")) == ids
+        monkeypatch.setattr(thumbnails, "MAX_THUMBNAILS", 2)
+        suspicion = {str(data.test.ids[0]): 0.9, str(data.train.ids[3]): 0.8}
+        (tmp_path / "few").mkdir()
+        write_thumbnails(splits, suspicion, tmp_path / "few", progress=False)
+        assert set(self.read(tmp_path / "few")) == set(suspicion)
 
     def test_an_interrupted_pass_leaves_nothing(self, split, tmp_path, monkeypatch):
         def stop(*_):

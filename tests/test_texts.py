@@ -233,7 +233,7 @@ class TestExcerpts:
     def test_the_file_runs_nothing_in_a_spreadsheet(self, tmp_path):
         rows = [(text, str(n % 2)) for n, text in enumerate((*HOSTILE_TEXTS, ""))]
         data = load_texts(write_table(tmp_path / "t.csv", rows), **ONE_SPLIT)
-        write_excerpts(data.train, {}, tmp_path)
+        write_excerpts([data.train], {}, tmp_path)
         lines = (tmp_path / "texts.jsonl").read_text(encoding="utf-8").split("\n")
         assert len([line for line in lines if line]) == len(HOSTILE_TEXTS)
         cells = next(csv.reader([lines[0]]))

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -27,7 +29,7 @@ _BATCH = 64
 
 
 def write_thumbnails(
-    split: ImageSplit,
+    splits: Sequence[ImageSplit],
     suspicion: dict[str, float],
     folder: Path,
     *,
@@ -35,15 +37,16 @@ def write_thumbnails(
     progress: bool = True,
 ) -> None:
     """Puts a pack of thumbnails into a folder; cached ones if there are any."""
-    if len(split) > MAX_THUMBNAILS:
-        chosen = most_suspicious(split, suspicion, MAX_THUMBNAILS)
-        _render(split.take(chosen), folder, progress)
+    if sum(map(len, splits)) > MAX_THUMBNAILS:
+        chosen = most_suspicious(splits, suspicion, MAX_THUMBNAILS)
+        pairs = zip(splits, chosen, strict=True)
+        _render([split.take(rows) for split, rows in pairs], folder, progress)
         return
     root = default_cache_dir() if cache_dir is None else Path(cache_dir)
     root.mkdir(parents=True, exist_ok=True)
-    if split.before_review is not None:
-        split = split.before_review  # Those that were cached before serve still.
-    described = [_FORMAT_VERSION, SIZE, QUALITY, split.fingerprint]
+    # Those that were cached before a review serve still.
+    whole: list[Any] = [split.before_review or split for split in splits]
+    described = [_FORMAT_VERSION, SIZE, QUALITY, *(one.fingerprint for one in whole)]
     encoded = json.dumps(described).encode()
     pack = root / f"thumbnails-{hashlib.blake2b(encoded, digest_size=16).hexdigest()}"
     with _storage.locked(f"{pack}.lock"):
@@ -51,7 +54,7 @@ def write_thumbnails(
             for left in root.glob(f".{pack.name}-*"):  # By one that was killed.
                 shutil.rmtree(left, ignore_errors=True)
             with _storage.written_whole(pack) as partial:
-                _render(split, partial, progress)
+                _render(whole, partial, progress)
     for name in (_storage.THUMBNAILS_FILE, _storage.THUMBNAILS_INDEX_FILE):
         try:
             os.link(pack / name, folder / name)  # No second copy on the same disk.
@@ -60,31 +63,40 @@ def write_thumbnails(
 
 
 def most_suspicious(
-    split: SampleSplit, suspicion: dict[str, float], most: int
-) -> np.ndarray:
-    """Returns the positions of the most suspicious samples, in increasing order."""
-    values = np.array([suspicion.get(str(one), -1.0) for one in split.ids])
-    return np.sort(np.argsort(-values, kind="stable")[:most])
+    splits: Sequence[SampleSplit], suspicion: dict[str, float], most: int
+) -> list[np.ndarray]:
+    """Returns of each split the positions of its share of the most suspicious."""
+    values = [
+        np.array([suspicion.get(str(one), -1.0) for one in split.ids])
+        for split in splits
+    ]
+    order = np.argsort(-np.concatenate(values), kind="stable")
+    taken = np.zeros(len(order), bool)
+    taken[order[:most]] = True
+    borders = np.cumsum([len(split) for split in splits])[:-1]
+    return [np.flatnonzero(part) for part in np.split(taken, borders)]
 
 
-def _render(split: ImageSplit, folder: Path, progress: bool) -> None:
-    images = split.images(SIZE).map(_encode, num_parallel_calls=tf.data.AUTOTUNE)
-    batches = without_autotuning(images.batch(_BATCH).prefetch(2))
-    rows = []
-    offset = reached = 0
+def _render(splits: Sequence[ImageSplit], folder: Path, progress: bool) -> None:
+    rows, offset = [], 0
     with (
         (folder / _storage.THUMBNAILS_FILE).open("wb") as file,
         progress_bar(
-            "Thumbnails", total=len(split), unit="images", visible=progress
+            "Thumbnails", total=sum(map(len, splits)), unit="images", visible=progress
         ) as advance,
     ):
-        for indices, encoded in batches.as_numpy_iterator():
-            for index, one in zip(indices, encoded, strict=True):
-                file.write(one)
-                rows.append((str(split.ids[index]), offset, len(one)))
-                offset += len(one)
-            advance(int(indices[-1]) + 1 - reached)
-            reached = int(indices[-1]) + 1
+        for split in filter(len, splits):
+            images = split.images(SIZE)
+            images = images.map(_encode, num_parallel_calls=tf.data.AUTOTUNE)
+            batches = without_autotuning(images.batch(_BATCH).prefetch(2))
+            reached = 0
+            for indices, encoded in batches.as_numpy_iterator():
+                for index, one in zip(indices, encoded, strict=True):
+                    file.write(one)
+                    rows.append((str(split.ids[index]), offset, len(one)))
+                    offset += len(one)
+                advance(int(indices[-1]) + 1 - reached)
+                reached = int(indices[-1]) + 1
     _storage.write_csv(
         folder / _storage.THUMBNAILS_INDEX_FILE, ("id", "offset", "bytes"), rows
     )
@@ -99,16 +111,20 @@ def _encode(index: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 MAX_CHARACTERS = 600
 
 
-def write_excerpts(split: TextSplit, suspicion: dict[str, float], folder: Path) -> None:
+def write_excerpts(
+    splits: Sequence[TextSplit], suspicion: dict[str, float], folder: Path
+) -> None:
     """Puts the beginnings of the texts that can be read into a folder."""
+    chosen = most_suspicious(splits, suspicion, MAX_THUMBNAILS)
     with (folder / _storage.TEXTS_FILE).open("w", encoding="utf-8") as file:
-        for index in most_suspicious(split, suspicion, MAX_THUMBNAILS).tolist():
-            try:
-                text = split.text(index)
-            except (DataError, OSError):  # It is in unreadable.csv, or gone since.
-                continue
-            line = {"id": str(split.ids[index]), "text": excerpt_of(text)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for split, rows in zip(splits, chosen, strict=True):
+            for index in rows.tolist():
+                try:
+                    text = split.text(index)
+                except (DataError, OSError):  # In unreadable.csv, or gone since.
+                    continue
+                line = {"id": str(split.ids[index]), "text": excerpt_of(text)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def excerpt_of(text: str) -> str:

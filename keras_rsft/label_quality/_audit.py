@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from keras_rsft._progress import progress_bar
+from keras_rsft._stats import NORMAL_QUANTILE, proportion_interval
 from keras_rsft.errors import DataError
 from keras_rsft.features._store import FeatureSet
 
@@ -21,7 +23,7 @@ MIN_RIGHT_PROBABILITY = 0.6
 
 RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
 # The ridge does not depend on the number of samples: some are enough to choose it.
-MAX_ROWS_TO_CHOOSE = 10_000
+MAX_ROWS_TO_CHOOSE = 4096
 CHUNK_ROWS = 4096
 
 SHARPNESSES = np.array([2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 32], float)
@@ -31,6 +33,17 @@ EXPECTATION_STEPS = 20
 # matters where a class has few samples.
 PRIOR_COUNT = 20.0
 CHUNK_VALUES = 2**22
+
+# Deviation of what the probabilities get wrong about an accuracy; see `accuracy`.
+PRIOR_BIAS = 0.02
+
+
+class Estimate(NamedTuple):
+    """An estimated fraction, or a difference of two, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +60,10 @@ class LabelQuality:
             that a sample of class `c` was labelled `g`. Rows add up to 1.
         labels: int32 array `(n,)`, the given labels.
         reason: Why nothing is rejected, or None if the labels could be judged.
+        held_out: The same of each further split.
+        can_judge: Whether right and wrong labels can be told apart.
+        reviewed: Boolean array `(n,)`, the labels that a person confirmed or
+            corrected. None: nobody looked.
     """
 
     out_of_sample: np.ndarray
@@ -55,6 +72,9 @@ class LabelQuality:
     noise: np.ndarray
     labels: np.ndarray
     reason: str | None = None
+    held_out: tuple[LabelQuality, ...] = ()
+    can_judge: bool = True
+    reviewed: np.ndarray | None = None
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -93,6 +113,93 @@ class LabelQuality:
                 accepted[members[best[:least]]] = True
         return accepted
 
+    def accuracy(self, predicted: np.ndarray) -> Estimate | None:
+        """Estimates how many predictions are right, although some labels are not.
+
+        Two estimates are combined: the probability that each prediction is right,
+        given the label and the other samples, which varies little; and the inverse of
+        the noise matrix (Natarajan et al., "Learning with noisy labels", 2013), which
+        has no bias where the noise depends on the class alone. The first counts as off
+        by 2 points (one standard deviation), or more where the second contradicts it;
+        the second by its own variance. The
+        model that predicts has no part in the probabilities. A label that was reviewed
+        counts as right, and so does every label where none looks wrong.
+
+        Args:
+            predicted: Integers `(n,)`, the predicted classes of these samples.
+
+        Returns:
+            The accuracy with an interval that covers the choice of samples too. None
+            where the labels cannot be judged, or there is no sample.
+
+        Example:
+            >>> import numpy as np
+            >>> import keras_rsft as rsft
+            >>> given = np.array([0, 1] * 20)
+            >>> sure = np.full(40, 1.0, "float32")
+            >>> clean = rsft.LabelQuality(
+            ...     np.eye(2, dtype="float32")[given], sure, 0.0, np.eye(2), given,
+            ...     reason="No sign of wrong labels")
+            >>> clean.accuracy(np.where(np.arange(40) < 4, 1 - given, given)).value
+            0.9
+        """
+        if not self.can_judge or not len(self.labels):
+            return None
+        likely, unbiased = self._credits(predicted)
+        value, variance = _combined(likely, unbiased)
+        value, count = min(max(value, 0.0), 1.0), float(len(likely))
+        spread = value * (1.0 - value)
+        if spread > 0:  # As many clean labels would say as much.
+            count = spread / (spread / count + variance)
+        low, high = proportion_interval(value * count, count)
+        return Estimate(value, min(low, value), max(high, value))
+
+    def gain(self, ours: np.ndarray, others: np.ndarray) -> Estimate | None:
+        """Estimates how much more of one model's predictions are right: `accuracy`.
+
+        Args:
+            ours: Integers `(n,)`, the predicted classes of one model.
+            others: Integers `(n,)`, those of the other, of the same samples.
+
+        Returns:
+            The difference of the two accuracies, paired by sample. None as above.
+        """
+        if not self.can_judge or not len(self.labels):
+            return None
+        (likely, unbiased), (less, less_unbiased) = map(self._credits, (ours, others))
+        value, variance = _combined(likely - less, unbiased - less_unbiased)
+        differ = np.where(np.asarray(ours) != others, likely + less, 0.0).mean()
+        variance += max(differ - value**2, 0.0) / len(likely)
+        half = NORMAL_QUANTILE * math.sqrt(variance)
+        return Estimate(value, max(value - half, -1.0), min(value + half, 1.0))
+
+    def with_right_labels(self, labels: np.ndarray) -> LabelQuality:
+        """Returns the same of labels that are known to be right.
+
+        Args:
+            labels: Integers `(n,)`.
+        """
+        reason = "The right labels are known"
+        return dataclasses.replace(self, labels=labels, reason=reason, can_judge=True)
+
+    def _credits(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what each prediction counts: by the posterior, and by the inverse."""
+        rows, predicted = np.arange(len(self.labels)), np.asarray(predicted)
+        matches = (predicted == self.labels).astype(float)
+        if self.reason is not None:  # No label is wrong, as far as one can see.
+            return matches, matches
+        likely = np.empty(len(rows))
+        for part in _parts(*self.out_of_sample.shape):
+            posterior = true_label_posterior(
+                self.out_of_sample[part], self.noise, self.labels[part]
+            )
+            likely[part] = posterior[rows[: len(posterior)], predicted[part]]
+        unbiased = np.linalg.pinv(self.noise)[self.labels, predicted]
+        if self.reviewed is not None:
+            likely = np.where(self.reviewed, matches, likely)
+            unbiased = np.where(self.reviewed, matches, unbiased)
+        return likely, unbiased
+
     def describe(self) -> str:
         """Says in one line what was found and chosen."""
         if self.reason is not None:
@@ -107,7 +214,12 @@ class LabelQuality:
 
 
 def audit_labels(
-    features: FeatureSet, num_classes: int, *, seed: int = 0, progress: bool = True
+    features: FeatureSet,
+    num_classes: int,
+    *,
+    held_out: Sequence[FeatureSet] = (),
+    seed: int = 0,
+    progress: bool = True,
 ) -> LabelQuality:
     """Estimates how many labels are wrong, and for each how likely it is right.
 
@@ -125,8 +237,10 @@ def audit_labels(
     Args:
         features: Cached features of the training samples with their given labels.
         num_classes: Number of classes, at least 2.
+        held_out: Further splits. Their labels are judged by the training samples
+            alone, and have no part in judging others. Default: none.
         seed: Chooses the samples by which the ridge is chosen, where there are
-            more than 10,000. Default 0.
+            more than 4,096. Default 0.
         progress: Show a progress bar. Default True.
 
     Returns:
@@ -153,17 +267,21 @@ def audit_labels(
     labels = np.asarray(features.labels)
     counts = np.bincount(labels, minlength=num_classes)
     if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
+        reason = (
+            f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
+            "labels by"
+        )
         # Nothing is said against any label: each class is as likely as it is frequent.
         shares = (counts / max(counts.sum(), 1)).astype(np.float32)
-        return LabelQuality(
-            np.tile(shares, (len(labels), 1)),
-            np.ones(len(labels), np.float32),
-            0.0,
-            np.eye(len(counts)),
-            labels,
-            f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
-            "labels by",
-        )
+
+        def unjudged(part: FeatureSet) -> LabelQuality:
+            count, given = len(part), np.asarray(part.labels)
+            right, noise = np.ones(count, np.float32), np.eye(num_classes)
+            rows = np.tile(shares, (count, 1))
+            return LabelQuality(rows, right, 0.0, noise, given, reason, can_judge=False)
+
+        others = tuple(unjudged(part) for part in held_out)
+        return dataclasses.replace(unjudged(features), held_out=others)
     # The noise is estimated from all samples there were before a review; `judged` are
     # the positions of today's among them.
     before = features.before_review if features.reviewed is not None else None
@@ -206,7 +324,8 @@ def audit_labels(
     rate = float(1.0 - probability.mean())
     chance = float(counts.max() / len(labels))
     agreement = float(np.mean(scored.argmax(axis=1) == labels))
-    reason = None
+    reason: str | None = None
+    can_judge = True
     if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / len(labels)):
         reason = (
             "The labels fit the features no better than chance (they agree with a "
@@ -214,9 +333,51 @@ def audit_labels(
             f"cases, against {100 * chance:.0f} % for the commonest class), so that "
             "right and wrong ones cannot be told apart"
         )
+        can_judge = False
     elif rate < MIN_NOISE_RATE:
         reason = f"No sign of wrong labels (about {100 * rate:.1f} %)"
-    return LabelQuality(scored, probability, rate, noise, labels, reason)
+    parts = []
+    for other in held_out:
+        shares = softmax(sharpness * regression.scores(other)).astype(np.float32)
+        other_labels = np.asarray(other.labels)
+        posterior = true_label_posterior(shares, noise, other_labels)
+        right = posterior[np.arange(len(other)), other_labels].astype(np.float32)
+        if other.reviewed is not None:
+            right[other.reviewed] = 1.0
+        missing = float(1.0 - right.mean()) if len(other) else 0.0
+        parts.append(
+            LabelQuality(
+                shares,
+                right,
+                missing,
+                noise,
+                other_labels,
+                reason,
+                can_judge=can_judge,
+                reviewed=other.reviewed,
+            )
+        )
+    return LabelQuality(
+        scored,
+        probability,
+        rate,
+        noise,
+        labels,
+        reason,
+        tuple(parts),
+        can_judge,
+        features.reviewed,
+    )
+
+
+def _combined(likely: np.ndarray, unbiased: np.ndarray) -> tuple[float, float]:
+    """Returns the mean, and the variance that not knowing the right labels adds."""
+    surplus = unbiased - likely
+    variance = float(surplus.var()) / len(surplus)
+    # More, where the two differ by more than two standard errors.
+    bias = max(PRIOR_BIAS**2, float(surplus.mean()) ** 2 - 4.0 * variance)
+    trust = bias / (bias + variance) if variance > 0 else 0.0
+    return float(likely.mean() + trust * surplus.mean()), trust * variance
 
 
 # -- Class scores of each sample from the other samples alone --------------------
@@ -244,71 +405,111 @@ class LeftOutRegression:
         self.sampled = np.zeros(count, bool)
         self.sampled[chosen] = True
         self._ridge: float | None = None
+        self._fit: _RidgePath | None = None
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
-        gram, moment = self._normal_equations(weights * self.sampled)
-        sample = np.concatenate(
-            [inputs[self.sampled[rows]] for rows, inputs in self._chunks()]
-        )
-        targets = self._one_hot(self.sampled)
-        sample_weights = weights[self.sampled]
+        sampled = self.sampled
+        fit = self._fitted(weights * sampled)
+        sample = np.concatenate([x[sampled[rows]] for rows, x in self._chunks()])
+        targets, sample_weights = self._one_hot(sampled), weights[sampled]
+        rotated = fit.rotated(sample)
 
         def error(ridge: float) -> float:
-            inverse = _inverse(gram, ridge)
-            scores = _leave_one_out(sample, targets, sample_weights, inverse, moment)
+            scores = fit.left_out_scores(rotated, targets, sample_weights, ridge)
             return float(sample_weights @ np.square(scores - targets).sum(axis=1))
 
         self._ridge = float(min(_neighbours(RIDGES, self._ridge), key=error))
-        if not self.sampled.all():
-            gram, moment = self._normal_equations(weights)
-        inverse = _inverse(gram, self._ridge)
+        if not sampled.all():
+            fit = self._fitted(weights)
         scores = np.empty((len(weights), self._num_classes), np.float32)
         for rows, inputs in self._chunks():
-            scores[rows] = _leave_one_out(
-                inputs, self._one_hot(rows), weights[rows], inverse, moment
+            scores[rows] = fit.left_out_scores(
+                fit.rotated(inputs), self._one_hot(rows), weights[rows], self._ridge
             )
+        self._fit = fit
         return scores
+
+    def scores(self, others: FeatureSet) -> np.ndarray:
+        """Returns class scores `(m, k)` of samples that were not among those fitted."""
+        fit, ridge = self._fit, self._ridge
+        if fit is None or ridge is None:
+            raise ValueError("Nothing was fitted yet.")
+        parts = [
+            fit.scores(fit.rotated(self._standardised(chunk)), ridge)
+            for chunk in others.chunks(CHUNK_ROWS)
+        ]
+        return np.concatenate([np.empty((0, self._num_classes), np.float32), *parts])
+
+    def _standardised(self, values: np.ndarray) -> np.ndarray:
+        return ((values - self._mean) * self._scale).astype(np.float32)
 
     def _chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
         start = 0
         for chunk in self._features.chunks(CHUNK_ROWS):
-            inputs = np.ones((len(chunk), chunk.shape[1] + 1), np.float32)
-            inputs[:, :-1] = (chunk - self._mean) * self._scale
-            yield slice(start, start + len(chunk)), inputs
+            yield slice(start, start + len(chunk)), self._standardised(chunk)
             start += len(chunk)
 
     def _one_hot(self, rows: np.ndarray | slice) -> np.ndarray:
         return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
 
-    def _normal_equations(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        width = self._features.dim + 1
-        gram = np.zeros((width, width))
-        moment = np.zeros((width, self._num_classes))
+    def _fitted(self, weights: np.ndarray) -> _RidgePath:
+        width = self._features.dim
+        gram, moment = np.zeros((width, width)), np.zeros((width, self._num_classes))
+        inputs_sum, targets_sum = np.zeros(width), np.zeros(self._num_classes)
         for rows, inputs in self._chunks():
-            weighted = inputs * weights[rows, None]
+            weighted, targets = inputs * weights[rows, None], self._one_hot(rows)
             gram += weighted.T @ inputs
-            moment += weighted.T @ self._one_hot(rows)
-        return gram, moment.astype(np.float32)
+            moment += weighted.T @ targets
+            inputs_sum += weighted.sum(axis=0)
+            targets_sum += weights[rows] @ targets
+        return _RidgePath(
+            gram, moment, inputs_sum, targets_sum, max(float(weights.sum()), 1e-9)
+        )
 
 
-def _inverse(gram: np.ndarray, ridge: float) -> np.ndarray:
-    penalty = np.full(len(gram), ridge)
-    penalty[-1] = 1e-3  # The intercept is barely regularised.
-    return np.linalg.inv(gram + np.diag(penalty)).astype(np.float32)
+class _RidgePath:
+    """Ridge regression with an intercept; one eigendecomposition serves every ridge."""
 
+    def __init__(
+        self,
+        gram: np.ndarray,
+        moment: np.ndarray,
+        inputs_sum: np.ndarray,
+        targets_sum: np.ndarray,
+        total: float,
+    ):
+        centre, mean_target = inputs_sum / total, targets_sum / total
+        gram = gram - total * np.outer(centre, centre)
+        moment = moment - total * np.outer(centre, mean_target)
+        values, axes = np.linalg.eigh(gram)
+        self._values = np.maximum(values, 0.0)
+        self._axes = axes.astype(np.float32)
+        self._moment = (axes.T @ moment).astype(np.float32)
+        self._centre = centre.astype(np.float32)
+        self._mean_target = mean_target.astype(np.float32)
+        self._total = total
 
-def _leave_one_out(
-    inputs: np.ndarray,
-    targets: np.ndarray,
-    weights: np.ndarray,
-    inverse: np.ndarray,
-    moment: np.ndarray,
-) -> np.ndarray:
-    fitted = inputs @ (inverse @ moment)
-    leverage = np.einsum("ij,ij->i", inputs @ inverse, inputs) * weights
-    leverage = np.minimum(leverage, 0.999)[:, None]
-    return fitted + leverage / (1.0 - leverage) * (fitted - targets)
+    def rotated(self, inputs: np.ndarray) -> np.ndarray:
+        return (inputs - self._centre) @ self._axes
+
+    def scores(self, rotated: np.ndarray, ridge: float) -> np.ndarray:
+        shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
+        return self._mean_target + rotated @ shrunk
+
+    def left_out_scores(
+        self,
+        rotated: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        ridge: float,
+    ) -> np.ndarray:
+        """Returns scores as if each sample had been left out (Allen, 1974)."""
+        fitted = self.scores(rotated, ridge)
+        inverse = (1.0 / (self._values + ridge)).astype(np.float32)
+        leverage = weights * (1.0 / self._total + np.square(rotated) @ inverse)
+        leverage = np.minimum(leverage, 0.999).astype(np.float32)[:, None]
+        return fitted + leverage / (1.0 - leverage) * (fitted - targets)
 
 
 def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:

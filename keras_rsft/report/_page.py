@@ -101,6 +101,7 @@ def gallery_data(
         ],
         "samples": {
             "id": [samples.ids[row] for row in rows],
+            "split": [samples.split[row] for row in rows],
             "given": samples.given[rows].tolist(),
             "predicted": samples.predicted[rows].tolist(),
             "clean": samples.clean[rows].tolist(),
@@ -311,6 +312,8 @@ def _paired(record: RunRecord) -> Outcome:
     if low > 0 or high < 0:
         verdict = f"{abs(points):.1f} points {'better' if low > 0 else 'worse'}"
     interval = summary.range_text(low, high, "+")
+    if by_right := paired.get("by_right_labels"):
+        return _by_right_labels(record, by_right, ours, plain)
     wrong = paired["wrong_labels"]
     labels = {
         None: "by its given labels, right or wrong",
@@ -332,6 +335,49 @@ def _paired(record: RunRecord) -> Outcome:
     )
 
 
+def _by_right_labels(
+    record: RunRecord, estimates: dict[str, list[float]], ours: float, plain: float
+) -> Outcome:
+    """Returns the outcome by the right labels, which are known or estimated."""
+    paired, kind = record.results["against_plain"], record.kind
+    split, known = paired["split"], paired["wrong_labels"] is not None
+    about = "" if known else "about "
+    rejection, without, gain = (
+        estimates[name] for name in ("rejection", "plain", "difference")
+    )
+    verdict = "a difference that may be chance"
+    if gain[1] > 0 or gain[2] < 0:
+        better = "better" if gain[1] > 0 else "worse"
+        verdict = f"{about}{100 * abs(gain[0]):.1f} points {better}"
+    interval = summary.range_text(gain[1], gain[2], "+")
+    how = (
+        "by labels that are known to be right"
+        if known
+        else "against the right labels, which nobody knows: estimated from the given "
+        "ones, how often each class is mislabelled, and what the training samples say "
+        "of each label"
+    )
+
+    def figure(title: str, one: list[float], given: float) -> tuple[str, str, str]:
+        note = f"95 %: {summary.range_text(one[1], one[2])}"
+        by_given = "" if known else f"; by the given labels {share_text(given)}"
+        return title, share_text(one[0]), f"{note}{by_given}"
+
+    return Outcome(
+        f"With rejection the head gets {about}{share_text(rejection[0])} of "
+        f"{paired['images']:,} {split} {kind} right, without it {about}"
+        f"{share_text(without[0])}: {verdict} (95 % interval {interval} points).",
+        [
+            figure("With rejection", rejection, ours),
+            figure("Plain fine-tuning", without, plain),
+            ("Difference in points", f"{100 * gain[0]:+.1f}", f"95 %: {interval}"),
+        ],
+        f"Measured on the {split} split {how}. Both heads have the same features, "
+        f"seed and settings; the difference is taken {kind[:-1]} by {kind[:-1]}. The "
+        f"intervals cover the choice of {split} {kind}, not of the seed.",
+    )
+
+
 def _alone(record: RunRecord) -> Outcome:
     rows = summary.accuracy_rows(record.results, record.split_sizes)
     if not rows:
@@ -339,6 +385,15 @@ def _alone(record: RunRecord) -> Outcome:
             "There is no test or validation split to judge the model by.", []
         )
     split, accuracy, interval, count = rows[-1]
+    if right := summary.right_text(record.results, f"{split}_accuracy"):
+        return Outcome(
+            f"The model gets {right.partition(' (')[0]} of {count} {split} "
+            f"{record.kind} right, {accuracy} by the given labels. No plain head was "
+            "trained beside it.",
+            [("Accuracy", right, f"by the given labels {accuracy}")],
+            f"Measured on the {split} split. The interval covers the choice of "
+            f"{split} {record.kind}, not of the seed.",
+        )
     return Outcome(
         f"The model gets {accuracy} of {count} {split} {record.kind} right (95 % "
         f"interval {interval}). No plain head was trained beside it.",

@@ -25,9 +25,10 @@ PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """The ledger, one entry per training sample; an unknown label is -1."""
+    """The ledger, one entry per sample; an unknown label is -1."""
 
     ids: list[str]
+    split: list[str]
     given: np.ndarray
     predicted: np.ndarray
     clean: np.ndarray
@@ -199,6 +200,7 @@ def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
 
     return Samples(
         ids=[row["id"] for row in rows],
+        split=[row["split"] for row in rows],
         given=labels("given_label"),
         predicted=labels("predicted_label"),
         clean=labels("clean_label"),

@@ -86,6 +86,16 @@ class Summary:
     notes: tuple[str, ...] = ()
 
 
+def right_text(results: Mapping[str, Any], key: str) -> str | None:
+    """Returns an accuracy by the right labels, known or estimated, or None."""
+    if (known := results.get(f"{key}_clean")) is not None:
+        return share_text(known)
+    if (value := results.get(f"{key}_estimated")) is None:
+        return None
+    interval = range_text(results[f"{key}_low"], results[f"{key}_high"])
+    return f"{share_text(value)} ({interval} %), estimated"
+
+
 def accuracy_rows(
     results: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> list[tuple[str, str, str, str]]:
@@ -101,11 +111,13 @@ def accuracy_rows(
 
 def run_summary(run: Any) -> Summary:
     results = run.results
-    rows = [
-        (name, share_text(results[key]))
-        for key, name in RESULT_NAMES.items()
-        if key in results
-    ]
+    rows = []
+    for key, name in RESULT_NAMES.items():
+        if (right := right_text(results, key)) is not None:
+            rows.append((name, right))
+            name = "  by the given labels"
+        if key in results:
+            rows.append((name, share_text(results[key])))
     for tuning, name in TUNINGS.items():
         if (kept := results.get(f"{tuning}_kept")) is not None:
             rows.append((name, "kept" if kept else "not kept: worse on validation"))

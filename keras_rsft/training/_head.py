@@ -17,7 +17,7 @@ from keras_rsft.config import NOT_DECAYED, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._audit import LabelQuality, audit_labels
+from keras_rsft.label_quality._audit import Estimate, LabelQuality, audit_labels
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._listed import AcceptReviewed, AutoPolicy
 from keras_rsft.policies._policy import Policy
@@ -39,6 +39,22 @@ Callbacks = (
     Sequence[keras.callbacks.Callback]
     | Callable[[RejectionLedger], Sequence[keras.callbacks.Callback]]
 )
+
+
+HELD_OUT = ("validation", "test")
+
+
+def audit_splits(
+    features: SplitFeatures, seed: int, *, progress: bool = True
+) -> LabelQuality:
+    """Audits the labels of all splits; those held out by the training split alone."""
+    return audit_labels(
+        features.train,
+        len(features.class_names),
+        held_out=[getattr(features, name) for name in HELD_OUT],
+        seed=seed,
+        progress=progress,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +83,7 @@ def train_head(
     devices: Devices = ONE_DEVICE,
     curves: bool = False,
     called: str | None = None,
+    label_quality: LabelQuality | None = None,
 ) -> TrainedHead:
     train = features.train
     if settings.early_stopping is not None and not len(features.validation):
@@ -74,11 +91,8 @@ def train_head(
             "Early stopping goes by the validation split, and there is none. Leave out "
             "`--early-stopping`, or give `--validation-fraction`."
         )
-    label_quality = None
-    if settings.policy.name == "auto":
-        label_quality = audit_labels(
-            train, len(features.class_names), seed=settings.seed, progress=progress
-        )
+    if label_quality is None and settings.policy.name == "auto":
+        label_quality = audit_splits(features, settings.seed, progress=progress)
     with devices.scope():
         model = untrained_head(features, settings, label_quality)
     batches = TrainingBatches(
@@ -126,11 +140,12 @@ def train_head(
             f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
             "Raise `--threshold` or `--warmup-epochs`, or leave both out."
         )
-    results = {
-        f"{name}_accuracy": float(np.mean(right_answers(model, part)))
-        for name, part in (("validation", features.validation), ("test", features.test))
-        if len(part)
-    }
+    results: dict[str, float] = {}
+    for at, name in enumerate(HELD_OUT):
+        if len(part := getattr(features, name)):
+            predicted = head_probabilities(model, part).argmax(axis=-1)
+            found_in = None if label_quality is None else label_quality.held_out[at]
+            results |= accuracies(f"{name}_accuracy", predicted, part, found_in)
     results["acceptance_rate"] = history["acceptance_rate"][best]
     if settings.early_stopping is not None:
         results |= {"best_epoch": best + 1, "epochs_trained": len(history["loss"])}
@@ -220,7 +235,7 @@ def untrained_head(
 ) -> RSFTModel:
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    if label_quality is not None:
+    if settings.policy.name == "auto" and label_quality is not None:
         policy: Policy = AutoPolicy(
             label_quality.accept_mask(),
             loss_limit=label_quality.loss_limit,
@@ -292,6 +307,19 @@ def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
     return head_probabilities(model, part).argmax(axis=-1) == part.labels
 
 
+def accuracies(
+    name: str, predicted: np.ndarray, part: FeatureSet, quality: LabelQuality | None
+) -> dict[str, float]:
+    """Returns an accuracy by the given labels, and by the right ones, as one can."""
+    results = {name: float(np.mean(predicted == part.labels))}
+    if part.clean_labels is not None:
+        results[f"{name}_clean"] = float(np.mean(predicted == part.clean_labels))
+    elif quality is not None and (found := quality.accuracy(predicted)) is not None:
+        estimate = zip(("estimated", "low", "high"), found, strict=True)
+        results |= {f"{name}_{key}": value for key, value in estimate}
+    return results
+
+
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
@@ -326,6 +354,8 @@ class AgainstPlain:
     wrong_labels: int | None
     history: dict[str, list[float]]
     results: dict[str, float]
+    # By the right labels, known or estimated: both accuracies and their difference.
+    by_right_labels: dict[str, Estimate] | None = None
 
 
 def train_against_plain(
@@ -349,10 +379,24 @@ def train_against_plain(
         called="Training the plain head for comparison",
     )
     name, part = judged
-    right, plain_right = (
-        right_answers(model, part) for model in (trained.model, plain.model)
+    predicted, plain_predicted = (
+        head_probabilities(model, part).argmax(axis=-1)
+        for model in (trained.model, plain.model)
     )
-    clean = part.clean_labels
+    right, plain_right = predicted == part.labels, plain_predicted == part.labels
+    clean, by_right_labels = part.clean_labels, None
+    quality = trained.label_quality
+    if quality is not None:
+        judge = quality.held_out[HELD_OUT.index(name)]
+        if clean is not None:
+            judge = judge.with_right_labels(clean)
+        estimates = {
+            "rejection": judge.accuracy(predicted),
+            "plain": judge.accuracy(plain_predicted),
+            "difference": judge.gain(predicted, plain_predicted),
+        }
+        found = {key: one for key, one in estimates.items() if one is not None}
+        by_right_labels = found or None
     return AgainstPlain(
         split=name,
         images=len(part),
@@ -362,4 +406,5 @@ def train_against_plain(
         wrong_labels=None if clean is None else int(np.sum(clean != part.labels)),
         history=plain.history,
         results=plain.results,
+        by_right_labels=by_right_labels,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from keras_rsft import _storage
-from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS
+from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS, Ledger
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._storage import NumberedFolder
 from keras_rsft.backbones._build import build_classifier
@@ -30,9 +30,11 @@ from keras_rsft.training._curves import Overfitting
 from keras_rsft.training._devices import Devices, open_devices
 from keras_rsft.training._features import SplitFeatures, open_features, resolve
 from keras_rsft.training._head import (
+    HELD_OUT,
     AgainstPlain,
     Callbacks,
     TrainedHead,
+    audit_splits,
     train_against_plain,
     train_head,
 )
@@ -59,6 +61,7 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
     _storage.write_json(folder / _storage.CLASSES_FILE, list(run.class_names))
     recorder, train = run.trained.recorder, run.features.train
     suspicion = recorder.ledger.suspicion
+    ledgers = {"train": recorder.ledger} | held_out_ledgers(run)
     epochs = enumerate(zip(*run.history.values(), strict=True), 1)
     tables: dict[str, tuple[Sequence[str], Iterable[Sequence]]] = {
         _storage.METRICS_FILE: (
@@ -69,7 +72,14 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
             ["id", "split", "given_label", "clean_label", "decision", "label_before"],
             _sample_rows(data),
         ),
-        _storage.LEDGER_FILE: (COLUMNS, recorder.ledger.rows(run.class_names)),
+        _storage.LEDGER_FILE: (
+            COLUMNS,
+            (
+                row
+                for split, ledger in ledgers.items()
+                for row in ledger.rows(run.class_names, split)
+            ),
+        ),
         _storage.ACCEPTANCE_FILE: (
             ["epoch", *run.class_names],
             ([at, *row] for at, row in enumerate(recorder.acceptance_by_class, 1)),
@@ -96,13 +106,32 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
         tables["unreadable.csv"] = (["id", "reason"], run.features.unreadable)
     for name, (header, rows) in tables.items():
         _storage.write_csv(folder / name, header, rows)
-    by_id = dict(zip(map(str, train.ids), suspicion.tolist(), strict=True))
-    split: Any = data.train
+    by_id = {
+        str(sample_id): value
+        for ledger in ledgers.values()
+        for sample_id, value in zip(ledger.ids, ledger.suspicion.tolist(), strict=True)
+    }
+    splits: Any = [getattr(data, name) for name in ledgers]
     if data.kind == "texts":
-        write_excerpts(split, by_id, folder)
+        write_excerpts(splits, by_id, folder)
     else:
         cache_dir = work.features.cache_dir
-        write_thumbnails(split, by_id, folder, cache_dir=cache_dir, progress=progress)
+        write_thumbnails(splits, by_id, folder, cache_dir=cache_dir, progress=progress)
+
+
+def held_out_ledgers(run: Run) -> dict[str, Ledger]:
+    """Returns what the audit says of the splits that were not trained on, by name."""
+    quality, ledgers = run.trained.label_quality, {}
+    found_in = () if quality is None else zip(HELD_OUT, quality.held_out, strict=True)
+    for name, found in found_in:
+        part = getattr(run.features, name)
+        if len(part):
+            ledger = Ledger(part.ids, part.labels, part.clean_labels)
+            ledger.note_probabilities(found.out_of_sample)
+            if part.reviewed is not None:
+                ledger.note_reviewed(part.reviewed)
+            ledgers[name] = ledger
+    return ledgers
 
 
 def results_of(run: Run) -> dict[str, Any]:
@@ -170,7 +199,8 @@ class Run:
     def finding(self) -> str | None:
         """What the policy `auto` found and chose, in one line; None for others."""
         label_quality = self.trained.label_quality
-        return None if label_quality is None else label_quality.describe()
+        is_auto = (self.config.get("policy") or {}).get("name") == "auto"
+        return label_quality.describe() if label_quality and is_auto else None
 
     @property
     def overfitting(self) -> Overfitting | None:
@@ -349,10 +379,12 @@ class _Work:
             on_note=self.on_note,
         )
         features = source.features
+        quality = audit_splits(features, settings.seed, progress=self.progress)
         with devices.heeding_loss():
             trained = train_head(
                 features,
                 settings,
+                label_quality=quality,
                 callbacks=self.callbacks,
                 progress=self.progress,
                 checkpoint=checkpoint,

@@ -174,7 +174,8 @@ def better_model(
         return head_only
     for split in ("validation_accuracy", "test_accuracy"):
         if f"{name}_{split}" in results:
-            results[f"head_{split}"] = results[split]
+            for key in [key for key in results if key.startswith(split)]:
+                results[f"head_{key}"] = results.pop(key)
             results[split] = results[f"{name}_{split}"]
     return tuned
 

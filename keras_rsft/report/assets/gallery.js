@@ -51,6 +51,9 @@ class Gallery {
         this.form.elements[name].append(made("option", { value: number, textContent: label }));
       });
     }
+    for (const split of new Set(this.samples.split)) {
+      this.form.elements.split.append(made("option", { value: split, textContent: split }));
+    }
   }
 
   followPair(event) {
@@ -85,8 +88,8 @@ class Gallery {
     };
     this.rows = [];
     for (let row = 0; row < this.samples.id.length; row += 1) {
-      const matches = ["given", "predicted"].every(
-        (name) => chosen[name] === "" || this.samples[name][row] === Number(chosen[name]),
+      const matches = ["given", "predicted", "split"].every(
+        (name) => chosen[name] === "" || String(this.samples[name][row]) === chosen[name],
       );
       const found = find === "" || textsOf(this.samples, row).some((text) => text.toLowerCase().includes(find));
       if (matches && found && tests[chosen.kind](row)) this.rows.push(row);
@@ -138,7 +141,7 @@ class Gallery {
   }
 
   card(row, note = "") {
-    const { id, given, predicted, probability, rejected, seen } = this.samples;
+    const { id, given, predicted, probability } = this.samples;
     const classes = this.data.classes;
     const labels = [made("span", { className: "label" }, isolated(classes[given[row]]))];
     const sure = made("small", { textContent: percentText(probability[row]) });
@@ -148,7 +151,7 @@ class Gallery {
     } else {
       labels[0] = made("span", { className: "with-share" }, labels[0], sure);
     }
-    const facts = `rejected ${rejected[row]} of ${seen[row]}`;
+    const facts = trainedOn(this.samples, row) ?? `${this.samples.split[row]} split`;
     const card = made(
       "button",
       { type: "button", className: "card", title: id[row] },
@@ -174,6 +177,12 @@ class Gallery {
       }),
     );
   }
+}
+
+// How often a training sample was rejected; undefined for one that was held out.
+function trainedOn(samples, row) {
+  if (samples.split[row] !== "train") return undefined;
+  return `rejected ${samples.rejected[row]} of ${samples.seen[row]}`;
 }
 
 // What a sample is called in a sentence.

@@ -182,7 +182,7 @@ class Review {
   }
 
   show() {
-    const { id, probability, rejected, seen, clean } = this.data.samples;
+    const { id, split, probability, clean } = this.data.samples;
     const row = this.row;
     const set = (name, text) => { document.getElementById(`review-${name}`).textContent = text; };
     this.showSample(row);
@@ -192,7 +192,10 @@ class Review {
     const sure = percentText(probability[row]);
     document.getElementById("review-predicted").title = sure;
     set("predicted", sure ? `${this.text("predicted")}, ${sure}` : this.text("predicted"));
-    set("rejected", `${rejected[row]} of ${seen[row]} times`);
+    set("split", split[row]);
+    const rejected = trainedOn(this.data.samples, row);
+    document.getElementById("review-rejected-row").hidden = rejected === undefined;
+    set("rejected", (rejected ?? "").replace("rejected ", "") + " times");
     document.getElementById("review-clean-row").hidden = clean[row] < 0;
     set("clean", this.text("clean"));
     document.getElementById("accept-prediction").disabled = this.data.samples.predicted[row] < 0;
