@@ -15,7 +15,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "AcceptAll": "policies._threshold",
     "AcceptListed": "policies._listed",
-    "AcceptReviewed": "policies._listed",
     "AutoPolicy": "policies._listed",
     "BackboneRanking": "comparison._rank",
     "BatchedTuner": "tuning._tuner",
@@ -54,11 +53,8 @@ _HOMES = {
     "apply_corrections": "data._labels",
     "audit_labels": "label_quality._audit",
     "available_backbones": "backbones._load",
-    "build_classifier": "backbones._build",
     "build_head": "backbones._build",
     "compare": "comparison._compare",
-    "export_litert": "export._formats",
-    "export_onnx": "export._formats",
     "export_run": "export._export_run",
     "export_saved_model": "export._saved_model",
     "extract_features": "features._extract",
@@ -70,7 +66,6 @@ _HOMES = {
     "rank_backbones": "comparison._rank",
     "run_pilot": "training._pilot",
     "search": "tuning._search",
-    "search_features": "tuning._search",
     "write_report": "report._page",
 }
 

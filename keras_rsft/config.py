@@ -103,10 +103,7 @@ class BackboneName:
 
 
 def parse_backbone_name(name: str) -> BackboneName | None:
-    """Takes apart a name that begins with `hub:`, `savedmodel:` or `onnx:`, else None.
-
-    What follows the last `@` is the scale of the pixels, unless the path exists.
-    """
+    """Takes apart `hub:NAME`, `savedmodel:PATH` or `onnx:PATH[@SCALE]`, else None."""
     kind, colon, rest = name.partition(":")
     if not colon or kind not in (_PRESET, *_FIXED_NETWORKS):
         return None

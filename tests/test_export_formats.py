@@ -183,9 +183,9 @@ def test_exporting_imports_no_optional_package(tmp_path):
             sys.modules[name] = None  # Any import of it fails.
         import keras_rsft
         import keras_rsft.export._export_run, keras_rsft.export._verify
-        print(keras_rsft.export_litert.__name__)
+        print(keras_rsft.export_run.__name__)
     """)
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
-    assert result.stdout.strip() == "export_litert", result.stderr
+    assert result.stdout.strip() == "export_run", result.stderr

@@ -216,6 +216,29 @@ class TestGallery:
         page.click("[type=reset]")
         playwright.expect(page.locator("#grid .card")).to_have_count(60)
 
+    def test_held_out_samples_are_shown_and_found_by_split(self, open_page, tmp_path):
+        folder = made_run(tmp_path / "run", count=12)
+        with (folder / "ledger.csv").open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        # Those that were not trained on have neither losses nor decisions.
+        for row in rows[:5]:
+            row[1], row[6:12] = "test", ["", "", "", "0", "0", "0"]
+        with (folder / "ledger.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+        page = open_page(write_report(folder))
+        assert page.locator("#grid .card").count() == 12
+        page.select_option("[name=split]", "test")
+        playwright.expect(page.locator("#grid .card")).to_have_count(5)
+        assert set(page.locator("#grid .facts").all_text_contents()) == {"test split"}
+        page.click("#grid li:first-child .card")
+        assert page.text_content("#review-split") == "test"
+        assert page.is_hidden("#review-rejected-row")
+        page.keyboard.press("Escape")
+        page.select_option("[name=split]", "train")
+        page.click("#grid li:first-child .card")
+        assert page.is_visible("#review-rejected-row")
+        assert page.text_content("#review-rejected").endswith(" of 3 times")
+
     def test_order_by_id(self, open_page, report):
         page = open_page(report)
         page.select_option("[name=order]", "id")
@@ -295,18 +318,24 @@ def test_from_wrong_labels_to_a_better_model(
 
     run = fit("run")
     page = open_page(write_report(run))
-    names, train = noisy.class_names, noisy.train
-    right = dict(zip(train.ids.tolist(), train.clean_labels.tolist(), strict=True))
+    names, splits = noisy.class_names, (noisy.train, noisy.validation, noisy.test)
+    right = {
+        sample_id: names.index(sample_id.partition("/")[0])
+        for split in splits
+        for sample_id in split.ids.tolist()
+    }
     page.click("#start-review")
-    for _ in train.ids:  # A person who sees what is on each image.
+    for _ in right:  # A person who sees what is on each image.
         page.keyboard.press(str(1 + right[text_of(page, "id")]))
     page.keyboard.press("Escape")
     file = download(page)
     decided = {row.id: row for _, row in read_corrections(file)}
-    for sample_id, label in zip(train.ids, train.labels, strict=True):
-        row = decided[sample_id]
-        assert row.given_label == names[label]
-        assert (row.new_label or row.given_label) == names[right[sample_id]]
+    assert decided.keys() == right.keys()
+    for split in splits:
+        for sample_id, label in zip(split.ids, split.labels, strict=True):
+            row = decided[sample_id]
+            assert row.given_label == names[label]
+            assert (row.new_label or row.given_label) == names[right[sample_id]]
 
     again = fit("again", corrections=file)
     mended = again.features.train

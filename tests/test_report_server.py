@@ -52,7 +52,7 @@ def test_the_page_and_every_picture(server, run_folder):
     status, headers, body = ask(server, "/")
     assert status == 200
     assert headers["X-Frame-Options"] == "DENY"
-    assert b"All 40 training samples" in body
+    assert b"All 40 samples" in body
     record = read_run(run_folder)
     for row, name in enumerate(record.samples.ids):
         status, headers, body = ask(server, f"/thumbnails/{row}")

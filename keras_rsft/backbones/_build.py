@@ -228,22 +228,7 @@ def build_head(
 def build_classifier(
     backbone: keras.Model, num_classes: int, *, head: keras.Model | None = None
 ) -> keras.Model:
-    """Joins a frozen backbone and a head into one model.
-
-    Args:
-        backbone: Model from images `(batch, height, width, 3)`, float32 in
-            [0, 255], or from texts, to features `(batch, dim)`, as `load_backbone`
-            gives it.
-        num_classes: Number of classes, at least 2.
-        head: A trained head. Default: a new one, without standardisation.
-
-    Returns:
-        Model from images or texts to probabilities `(batch, num_classes)`; only the
-        head is trainable.
-
-    Raises:
-        InvalidArgument: If the head does not fit the backbone or the classes.
-    """
+    """Joins a frozen backbone and a head into one model."""
     dim = backbone.output_shape[-1]
     if head is None:
         head = build_head(dim, num_classes)

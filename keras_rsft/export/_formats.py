@@ -40,26 +40,7 @@ def export_litert(
     class_names: Sequence[str],
     weight_dtype: str = "float32",
 ) -> Path:
-    """Writes a LiteRT model from `images` to `probabilities`.
-
-    It takes float32 images `(batch, height, width, 3)` in [0, 255], at the size that
-    the model was trained with, any batch after `resize_tensor_input`, and needs
-    nothing but LiteRT's own operators.
-
-    Args:
-        model: Images in [0, 255] to probabilities, as `Run.model`.
-        path: The file to write; it must not exist.
-        class_names: Names in the order of the probabilities, kept in the file.
-        weight_dtype: `"float32"`, `"float16"`, or `"int8"` for dynamic-range
-            quantisation: weights in 8 bits, activations quantised as they come.
-            Default float32.
-
-    Returns:
-        The file.
-
-    Raises:
-        InvalidArgument: If the file exists or an argument does not fit.
-    """
+    """Writes a LiteRT model from `images` to `probabilities`."""
     require_tensorflow_backend("`export_litert`")
     path = check_file(path, "tflite")
     check_class_names(model, class_names)
@@ -100,24 +81,7 @@ _PREFIX = "backbone/"
 def export_onnx(
     model: keras.Model, path: str | os.PathLike, *, class_names: Sequence[str]
 ) -> Path:
-    """Writes an ONNX model from `images` to `probabilities`.
-
-    It takes float32 images `(batch, height, width, 3)` in [0, 255], at the size that
-    the model was trained with.
-
-    Args:
-        model: Images in [0, 255] to probabilities, as `Run.model`.
-        path: The file to write; it must not exist.
-        class_names: Names in the order of the probabilities; kept in the file's
-            metadata as a JSON list, under `class_names`.
-
-    Returns:
-        The file.
-
-    Raises:
-        InvalidArgument: If the file exists or the names do not fit.
-        ImportError: If the extra `onnx` is not installed.
-    """
+    """Writes an ONNX model from `images` to `probabilities`."""
     require_tensorflow_backend("`export_onnx`")
     path = check_file(path, "onnx")
     check_class_names(model, class_names)

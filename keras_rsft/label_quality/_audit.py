@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -145,12 +146,13 @@ class LabelQuality:
         """
         if not self.can_judge or not len(self.labels):
             return None
-        likely, unbiased = self._credits(predicted)
-        value, variance = _combined(likely, unbiased)
-        value, count = min(max(value, 0.0), 1.0), float(len(likely))
+        likely, unbiased = self._credited(predicted)
+        trust, variance = _trust(unbiased - likely)
+        value = float(np.mean(likely + trust * (unbiased - likely), dtype=float))
+        value, count = min(max(value, 0.0), 1.0), float(len(self.labels))
         spread = value * (1.0 - value)
         if spread > 0:  # As many clean labels would say as much.
-            count = spread / (spread / count + variance)
+            count = spread / (spread / count + trust * variance)
         low, high = proportion_interval(value * count, count)
         return Estimate(value, min(low, value), max(high, value))
 
@@ -166,11 +168,11 @@ class LabelQuality:
         """
         if not self.can_judge or not len(self.labels):
             return None
-        (likely, unbiased), (less, less_unbiased) = map(self._credits, (ours, others))
-        value, variance = _combined(likely - less, unbiased - less_unbiased)
-        differ = np.where(np.asarray(ours) != others, likely + less, 0.0).mean()
-        variance += max(differ - value**2, 0.0) / len(likely)
-        half = NORMAL_QUANTILE * math.sqrt(variance)
+        (likely, unbiased), (less, less_unbiased) = map(self._credited, (ours, others))
+        surplus = unbiased - likely - (less_unbiased - less)
+        difference = likely - less + _trust(surplus)[0] * surplus
+        value = float(np.mean(difference, dtype=float))
+        half = NORMAL_QUANTILE * float(difference.std()) / math.sqrt(len(difference))
         return Estimate(value, max(value - half, -1.0), min(value + half, 1.0))
 
     def with_right_labels(self, labels: np.ndarray) -> LabelQuality:
@@ -182,23 +184,41 @@ class LabelQuality:
         reason = "The right labels are known"
         return dataclasses.replace(self, labels=labels, reason=reason, can_judge=True)
 
-    def _credits(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what each prediction counts: by the posterior, and by the inverse."""
-        rows, predicted = np.arange(len(self.labels)), np.asarray(predicted)
-        matches = (predicted == self.labels).astype(float)
+    @property
+    def credits(self) -> np.ndarray:
+        """Float32 array `(n, k)`: what predicting each class counts for each sample.
+
+        The mean over samples of the predicted classes' credits is the estimated
+        accuracy. 0 or 1 where the right label is known, else about the probability
+        that the class is right; it can lie outside of [0, 1].
+        """
+        likely, unbiased = self._credits
+        expected = self._credited(self.out_of_sample.argmax(axis=1))
+        return likely + np.float32(_trust(expected[1] - expected[0])[0]) * (
+            unbiased - likely
+        )
+
+    @functools.cached_property
+    def _credits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns them by the posterior, and by the inverse of the noise matrix."""
+        matches = self.labels[:, None] == np.arange(len(self.noise))
+        matches = matches.astype(np.float32)
         if self.reason is not None:  # No label is wrong, as far as one can see.
             return matches, matches
-        likely = np.empty(len(rows))
-        for part in _parts(*self.out_of_sample.shape):
-            posterior = true_label_posterior(
+        likely = np.empty_like(matches)
+        for part in _parts(*matches.shape):
+            likely[part] = true_label_posterior(
                 self.out_of_sample[part], self.noise, self.labels[part]
             )
-            likely[part] = posterior[rows[: len(posterior)], predicted[part]]
-        unbiased = np.linalg.pinv(self.noise)[self.labels, predicted]
+        unbiased = np.linalg.pinv(self.noise)[self.labels].astype(np.float32)
         if self.reviewed is not None:
-            likely = np.where(self.reviewed, matches, likely)
-            unbiased = np.where(self.reviewed, matches, unbiased)
+            likely[self.reviewed] = unbiased[self.reviewed] = matches[self.reviewed]
         return likely, unbiased
+
+    def _credited(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = np.arange(len(self.labels)), np.asarray(predicted)
+        likely, unbiased = self._credits
+        return likely[at], unbiased[at]
 
     def describe(self) -> str:
         """Says in one line what was found and chosen."""
@@ -267,7 +287,7 @@ def audit_labels(
     labels = np.asarray(features.labels)
     counts = np.bincount(labels, minlength=num_classes)
     if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
-        reason = (
+        too_few = (
             f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
             "labels by"
         )
@@ -278,7 +298,9 @@ def audit_labels(
             count, given = len(part), np.asarray(part.labels)
             right, noise = np.ones(count, np.float32), np.eye(num_classes)
             rows = np.tile(shares, (count, 1))
-            return LabelQuality(rows, right, 0.0, noise, given, reason, can_judge=False)
+            return LabelQuality(
+                rows, right, 0.0, noise, given, too_few, can_judge=False
+            )
 
         others = tuple(unjudged(part) for part in held_out)
         return dataclasses.replace(unjudged(features), held_out=others)
@@ -370,14 +392,12 @@ def audit_labels(
     )
 
 
-def _combined(likely: np.ndarray, unbiased: np.ndarray) -> tuple[float, float]:
-    """Returns the mean, and the variance that not knowing the right labels adds."""
-    surplus = unbiased - likely
-    variance = float(surplus.var()) / len(surplus)
+def _trust(surplus: np.ndarray) -> tuple[float, float]:
+    """Returns how much to trust the unbiased credit, and the variance of its mean."""
+    variance = float(surplus.var()) / max(len(surplus), 1)
     # More, where the two differ by more than two standard errors.
     bias = max(PRIOR_BIAS**2, float(surplus.mean()) ** 2 - 4.0 * variance)
-    trust = bias / (bias + variance) if variance > 0 else 0.0
-    return float(likely.mean() + trust * surplus.mean()), trust * variance
+    return (bias / (bias + variance) if variance > 0 else 0.0), variance
 
 
 # -- Class scores of each sample from the other samples alone --------------------

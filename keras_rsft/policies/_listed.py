@@ -62,31 +62,7 @@ class AcceptListed(Policy):
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class AcceptReviewed(Policy):
-    """Accepts what a person has reviewed, and of the rest what another policy does.
-
-    Somebody looked at these samples and found or made their label right: a high loss
-    says that they are hard, not that they are wrong. The data set must say which
-    samples a batch holds, as for `AcceptListed`.
-
-    Args:
-        policy: Judges the samples that nobody reviewed. It sees all of them, so that
-            its running statistics are those of the whole batch. At sample level.
-        reviewed: Boolean array of shape `(n,)`, one entry a training sample; or the
-            number `n`, before saved values are loaded.
-
-    Raises:
-        InvalidArgument: If `policy` judges whole batches, of which no single sample
-            can be accepted.
-
-    Example:
-        >>> import numpy as np
-        >>> import keras_rsft as rsft
-        >>> reviewed = np.array([True, False, False])
-        >>> policy = rsft.AcceptReviewed(rsft.LossThreshold(1.5), reviewed)
-        >>> losses = np.array([4.0, 4.0, 0.1], "float32")
-        >>> np.asarray(policy(losses, sample_index=np.arange(3))).tolist()
-        [True, False, True]
-    """
+    """Accepts what a person has reviewed, and of the rest what another policy does."""
 
     def __init__(self, policy: Policy, reviewed: Any, **kwargs: Any):
         super().__init__(**kwargs)

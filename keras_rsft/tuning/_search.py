@@ -197,34 +197,7 @@ def search_features(
     whole_model: Callable[[keras.Model], keras.Model] | None = None,
     backbone_source: FeatureSource | None = None,
 ) -> Search | None:
-    """Searches on cached features.
-
-    Args:
-        features: The splits.
-        output: As in `search`.
-        options: As in `search`.
-        space: As in `search`.
-        clean_validation: As in `search`.
-        settings: As in `search`.
-        progress: Show a progress bar over the trials. Default True.
-        source: Where the features come from; a resumed search has the same.
-        command: As in `search`.
-        worker_commands: As in `search`.
-        worker_timeout: As in `search`.
-        whole_model: Makes of the chosen head the model from images for the folder.
-            Default None: the folder has the head alone.
-        backbone_source: Images and backbone, for trials that unfreeze it. Default
-            None: there are none.
-
-    Returns:
-        As in `search`.
-
-    Raises:
-        InvalidArgument: As in `search`.
-        WorkerLost: As in `search`.
-        DataError: As in `search`.
-        TrainingStalled: As in `search`.
-    """
+    """Searches on cached features."""
     _runtime.require_tensorflow_backend("`search_features`")
     started = time.perf_counter()
     options = options or SearchConfig()

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_rsft as rsft
+from keras_rsft.backbones._build import build_classifier
 from keras_rsft.data._images import decode_image
 
 CLASSES = 10
@@ -80,7 +81,7 @@ def main() -> None:
     base = rsft.load_backbone(
         arguments.backbone, weights=arguments.weights, image_size=arguments.image_size
     )
-    model = rsft.build_classifier(base, CLASSES)
+    model = build_classifier(base, CLASSES)
     size = tuple(base.input_shape[1:3])
     with tempfile.TemporaryDirectory() as folder:
         version = rsft.export_saved_model(
