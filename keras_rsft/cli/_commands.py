@@ -415,6 +415,32 @@ def _dry_run(
     output.finish(pilot.verdict, **document)
 
 
+def audit(arguments: argparse.Namespace, output: Output) -> None:
+    features = features_of(arguments)
+    folder = _new_folder(arguments, "audit-")
+    found = rsft.audit(
+        _load(arguments, output, "train"),
+        features=features,
+        seed=arguments.seed,
+        output=folder,
+        progress=output.progress,
+        command=arguments.command_line,
+    )
+    rsft.write_report(found)
+    output.show(summary.audit_summary(found), plain=True)
+    output.say(f"Folder: {found.folder}")
+    output.next_command("Review the labels", _program("review", found.folder))
+    command = fit_command(arguments, f"--seed={arguments.seed}")
+    output.next_command("Train on them", command)
+    output.finish(
+        found.folder,
+        folder=found.folder,
+        classes=found.class_names,
+        corrections=found.config.get("corrections"),
+        **found.results,
+    )
+
+
 def compare(arguments: argparse.Namespace, output: Output) -> None:
     methods = config.check_methods(arguments.methods)
     settings = config_of(arguments, TrainConfig, policy=policy_of(arguments))

@@ -264,6 +264,11 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
          config.TrainConfig: "", DataConfig: "",
          Options: "data output strategy tensorboard dry_run with_plain"},
     ),
+    commands.audit: (
+        "find wrong labels in all splits, without training",
+        {config.FeatureConfig: "", config.TrainConfig: "seed", DataConfig: "",
+         Options: "data output"},
+    ),
     commands.compare: (
         "several methods side by side on your own data",
         {config.FeatureConfig: "", config.TrainConfig: "-early_stopping",
