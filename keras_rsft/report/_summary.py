@@ -176,9 +176,8 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
             key: sum(one[key] or 0 for one in others)
             for key in ("samples", "expected_wrong", "look_wrong")
         }
-        shown.append(
-            {"class": f"{len(others):,} others", **sums, "confused_with": None}
-        )
+        name = f"{len(others):,} others"
+        shown.append({"class": name, **sums, "confused_with": None})
         if found["expected_wrong"] is None:
             shown[-1]["expected_wrong"] = None
     classes = [
