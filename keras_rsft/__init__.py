@@ -68,6 +68,7 @@ _HOMES = {
     "rank_backbones": "comparison._rank",
     "run_pilot": "training._pilot",
     "search": "tuning._search",
+    "trust_splits": "data._labels",
     "write_report": "report._page",
 }
 

@@ -278,12 +278,12 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
     commands.rank: (
         "which backbone suits your own images or texts",
         {config.FeatureConfig: "image_size dtype cache_dir", config.TrainConfig: "seed",
-         DataConfig: "", Options: "data backbones sample"},
+         DataConfig: "-clean_splits", Options: "data backbones sample"},
     ),
     commands.features: (
         "extract and cache features, also by shards",
-        {config.FeatureConfig: "", config.TrainConfig: "seed", DataConfig: "",
-         Options: "data share worker_timeout"},
+        {config.FeatureConfig: "", config.TrainConfig: "seed",
+         DataConfig: "-clean_splits", Options: "data share worker_timeout"},
     ),
     commands.search: (
         "find policy, threshold and learning rate",

@@ -346,8 +346,17 @@ def audit_labels(
             count, given = len(part), np.asarray(part.labels)
             right, noise = np.ones(count, np.float32), np.eye(num_classes)
             rows = np.tile(shares, (count, 1))
-            return LabelQuality(
-                rows, right, 0.0, noise, given, too_few, can_judge=False
+            return _trusted(
+                LabelQuality(
+                    rows,
+                    right,
+                    0.0,
+                    noise,
+                    given,
+                    too_few,
+                    can_judge=False,
+                    reviewed=part.reviewed,
+                )
             )
 
         others = tuple(unjudged(part) for part in held_out)
@@ -366,6 +375,7 @@ def audit_labels(
     if features.reviewed is not None:
         known = np.full(len(given), -1)
         known[judged[features.reviewed]] = labels[features.reviewed]
+    all_known = known is not None and bool((known[judged] >= 0).all())
     dropped = np.ones(len(given), bool)
     dropped[judged] = False
     regression = LeftOutRegression(learnt, num_classes, seed)
@@ -408,8 +418,16 @@ def audit_labels(
         )
         can_judge, rate = False, 0.0
         probability[:] = 1.0
+    elif all_known:
+        reason = "All training labels are known to be right"
     elif rate < MIN_NOISE_RATE:
         reason = f"Hardly any training label is wrong (about {100 * rate:.1f} %)"
+    unknown = [part for part in held_out if len(part) and part.reviewed is None]
+    if all_known and before is None and unknown:
+        # Right training labels tell nothing about the noise of the other splits.
+        scores = np.concatenate([regression.scores(part) for part in unknown])
+        given = np.concatenate([part.labels for part in unknown])
+        sharpness, noise = fit_noise(scores, given, near=sharpness)
     parts = []
     for other in held_out:
         shares = softmax(sharpness * regression.scores(other)).astype(np.float32)
@@ -420,18 +438,18 @@ def audit_labels(
         if other.reviewed is not None:
             right[other.reviewed] = 1.0
         missing = float(1.0 - right.mean(dtype=float)) if len(other) else 0.0
-        parts.append(
-            LabelQuality(
-                shares,
-                right,
-                missing,
-                noise,
-                other_labels,
-                reason,
-                can_judge=can_judge,
-                reviewed=other.reviewed,
-            )
+        is_noisy = all_known and can_judge and missing >= MIN_NOISE_RATE
+        found = LabelQuality(
+            shares,
+            right,
+            missing,
+            noise,
+            other_labels,
+            None if is_noisy else reason,
+            can_judge=can_judge,
+            reviewed=other.reviewed,
         )
+        parts.append(_trusted(found))
     return LabelQuality(
         scored,
         probability,
@@ -443,6 +461,13 @@ def audit_labels(
         can_judge,
         features.reviewed,
     )
+
+
+def _trusted(found: LabelQuality) -> LabelQuality:
+    """Returns the same; where every label was reviewed, as labels that are right."""
+    if found.reviewed is None or not found.reviewed.all():
+        return found
+    return found.with_right_labels(found.labels)
 
 
 def _trust(surplus: np.ndarray) -> tuple[float, float]:

@@ -113,7 +113,8 @@ def run_summary(run: Any) -> Summary:
     results = run.results
     rows = []
     for key, name in RESULT_NAMES.items():
-        if (right := right_text(results, key)) is not None:
+        right = right_text(results, key)
+        if right is not None and right != share_text(results.get(key)):
             rows.append((name, right))
             name = "  by the given labels"
         if key in results:

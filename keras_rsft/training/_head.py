@@ -13,8 +13,7 @@ import tensorflow as tf
 from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import NOT_DECAYED, PolicyConfig, TrainConfig
-from keras_rsft.data._samples import SPLITS
+from keras_rsft.config import NOT_DECAYED, SPLITS, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
