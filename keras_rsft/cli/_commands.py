@@ -390,12 +390,15 @@ def _dry_run(
 ) -> None:
     """Shows what a sample of the data tells about the run to come."""
     pilot, settings = rsft.run_pilot(data, **options), options["settings"]
-    share, low, high = (100 * value for value in pilot.noise_rate)
+    wrong = "-"
+    if pilot.noise_rate is not None:
+        share, low, high = (100 * value for value in pilot.noise_rate)
+        wrong = f"{share:.0f} % ({low:.0f} to {high:.0f} %)"
     (largest, most), (smallest, fewest) = pilot.largest_class, pilot.smallest_class
     rows = [
         ("Largest class", f"{largest}: {most:,}"),
         ("Smallest class", f"{smallest}: {fewest:,}"),
-        ("Labels that look wrong", f"{share:.0f} % ({low:.0f} to {high:.0f} %)"),
+        (summary.RESULT_NAMES["estimated_wrong_labels"], wrong),
         (
             "Held-out accuracy (given labels), plain",
             f"{100 * pilot.plain_accuracy:.1f} %",

@@ -28,6 +28,7 @@ RESULT_NAMES = {
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
 }
+NOT_JUDGED = "There is no test or validation split to judge the model by."
 # How the backbone was trained after the head: the name in the results, and in words.
 TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Backbone trained too"}
 
@@ -129,6 +130,8 @@ def run_summary(run: Any) -> Summary:
     warnings = _unreadable(run)
     if run.overfitting is not None:
         warnings += (run.overfitting.sentence,)
+    if not {"test_accuracy", "validation_accuracy"} & results.keys():
+        warnings += (NOT_JUDGED,)
     notes = () if run.finding is None else (run.finding,)
     return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
 
@@ -170,17 +173,21 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
         if one["known"]:
             known = "all" if one["known"] == one["samples"] else f"{one['known']:,}"
             splits[at] = (f"{name}, {known} known to be right", *splits[at][1:])
-    worst = sorted(found["classes"], key=lambda one: -(one["expected_wrong"] or 0.0))
-    shown, others = worst[:MOST_CLASSES], worst[MOST_CLASSES:]
-    if others:
-        sums = {
-            key: sum(one[key] or 0 for one in others)
-            for key in ("samples", "expected_wrong", "look_wrong")
-        }
-        name = f"{len(others):,} others"
-        shown.append({"class": name, **sums, "confused_with": None})
-        if found["expected_wrong"] is None:
-            shown[-1]["expected_wrong"] = None
+    judged = [one for one in found["classes"] if one["expected_wrong"] is not None]
+    judged.sort(key=lambda one: -one["expected_wrong"])
+    small = [one for one in found["classes"] if one["expected_wrong"] is None]
+    shown = judged[:MOST_CLASSES]
+    for others, what in (
+        (judged[MOST_CLASSES:], "others"),
+        (small, "classes, not judged"),
+    ):
+        if others:
+            keys = ("samples", "look_wrong", "expected_wrong")
+            sums: dict[str, Any] = {k: sum(one[k] or 0 for one in others) for k in keys}
+            if others is small:
+                sums["expected_wrong"] = None
+            name = f"{len(others):,} {what}"
+            shown.append({"class": name, "confused_with": None, **sums})
     classes = [
         (one["class"], one["confused_with"] or "-" if row[1] not in "-0" else "-", *row)
         for one, row in zip(shown, rows_of(shown), strict=True)
@@ -331,7 +338,7 @@ def ranking_summary(ranking: Any) -> Summary:
     ]
     if ranking.counts_right_labels:
         notes.append(
-            f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong: each "
+            f"About {100 * ranking.noise_rate:.0f} % of the labels are wrong: each "
             "label is weighted by its probability of being right, averaged over the "
             "backbones."
         )

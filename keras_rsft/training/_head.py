@@ -74,9 +74,8 @@ def label_results(
     parts = {name: part for name, part in named if len(part.labels)}
 
     def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
-        found: dict[str, Any] = {"samples": len(labels)}
-        found["expected_wrong"] = wrong if quality.can_judge else None
-        return found | {"look_wrong": int(looks_wrong.sum())}
+        known = {"expected_wrong": wrong if quality.can_judge else None}
+        return {"samples": len(labels), **known, "look_wrong": int(looks_wrong.sum())}
 
     labels, looks_wrong = (
         np.concatenate([getattr(part, name) for part in parts.values()])
@@ -209,10 +208,9 @@ def train_head(
     recorder.ledger.note_probabilities(probabilities)
     if train.reviewed is not None:
         recorder.ledger.note_reviewed(train.reviewed)
-    if label_quality is not None:
+    if label_quality is not None and label_quality.can_judge:
         recorder.ledger.note_quality(label_quality)
-        if label_quality.can_judge:
-            results["estimated_wrong_labels"] = label_quality.noise_rate
+        results["estimated_wrong_labels"] = label_quality.noise_rate
     if train.clean_labels is not None:
         results |= rejected_shares(train, accepted)
     found = None
