@@ -36,6 +36,8 @@ def confusion_of(
 ) -> dict[str, list]:
     """Counts given by predicted labels; only pairs with more than `max_classes`."""
     known = samples.predicted >= 0
+    if not known.any():
+        return {}
     flat = samples.given[known].astype(np.int64) * num_classes
     cells, frequencies = np.unique(flat + samples.predicted[known], return_counts=True)
     counted = zip(cells.tolist(), frequencies.tolist(), strict=True)
@@ -43,7 +45,7 @@ def confusion_of(
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
     found: dict[str, list] = {"counts": [], "strengths": []}
     found["pairs"] = different[:max_pairs]
-    if num_classes <= max_classes and known.any():
+    if num_classes <= max_classes:
         table = np.zeros((num_classes, num_classes), np.int64)
         table.flat[cells] = frequencies
         shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)

@@ -179,7 +179,7 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     shown = judged[:MOST_CLASSES]
     for others, what in (
         (judged[MOST_CLASSES:], "others"),
-        (small, "classes, not judged"),
+        (small, "not judged"),
     ):
         if others:
             keys = ("samples", "look_wrong", "expected_wrong")
