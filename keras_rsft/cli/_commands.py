@@ -227,11 +227,6 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         f"are now replaced by wrong ones (seed {arguments.seed})."
     )
     data = rsft.load_images("digits")
-    clean = {
-        split.name: split.with_labels(split.labels, split.labels)
-        for split in (data.train, data.validation, data.test)
-    }
-    data = dataclasses.replace(data, **clean)
     data = rsft.add_label_noise(data, "symmetric:0.3", seed=arguments.seed)
     run = rsft.finetune(
         data,
