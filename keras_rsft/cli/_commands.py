@@ -439,6 +439,7 @@ def compare(arguments: argparse.Namespace, output: Output) -> None:
         noise=arguments.noise,
         methods=comparison.summaries,
         verdict=comparison.verdict,
+        judged_by=comparison.judged_by,
         notes=comparison.notes,
     )
 
