@@ -385,14 +385,19 @@ def _dry_run(
         ("Largest class", f"{largest}: {most:,}"),
         ("Smallest class", f"{smallest}: {fewest:,}"),
         ("Labels that look wrong", f"{share:.0f} % ({low:.0f} to {high:.0f} %)"),
-        (
-            "Held-out accuracy (given labels), plain",
-            f"{100 * pilot.plain_accuracy:.1f} %",
-        ),
     ]
-    if pilot.policy_accuracy is not None:
-        name = f"Held-out accuracy (given labels), {pilot.policy}"
-        rows.append((name, f"{100 * pilot.policy_accuracy:.1f} %"))
+    tried = (
+        ("plain", pilot.plain_accuracy, pilot.plain_accuracy_right),
+        (pilot.policy, pilot.policy_accuracy, pilot.policy_accuracy_right),
+    )
+    for name, given, right in tried:
+        title = f"Held-out accuracy, {name}"
+        if right is not None:
+            interval = summary.range_text(right.low, right.high)
+            rows.append((title, f"{summary.share_text(right.value)} ({interval} %)"))
+        if given is not None:
+            by_given = f"{title}, given labels" if right is None else summary.BY_GIVEN
+            rows.append((by_given, summary.share_text(given)))
     extraction = "cached from before"
     if pilot.images_left:
         time = summary.about(pilot.pass_seconds)

@@ -28,6 +28,7 @@ RESULT_NAMES = {
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
 }
+BY_GIVEN = "  by the given labels"
 # The labels by which a comparison is judged.
 JUDGED_BY = {
     "known": "Judged by labels that are known to be right.",
@@ -124,7 +125,7 @@ def run_summary(run: Any) -> Summary:
     for key, name in RESULT_NAMES.items():
         if (right := right_text(results, key)) is not None:
             rows.append((name, right))
-            name = "  by the given labels"
+            name = BY_GIVEN
         if key in results:
             rows.append((name, share_text(results[key])))
     for tuning, name in TUNINGS.items():
