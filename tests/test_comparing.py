@@ -353,7 +353,9 @@ class TestComparison:
             name: dataclasses.replace(
                 getattr(noisy, name),
                 clean_labels=None,
-                labels=np.random.default_rng(0).permutation(getattr(noisy, name).labels),
+                labels=np.random.default_rng(0).permutation(
+                    getattr(noisy, name).labels
+                ),
             )
             for name in ("train", "validation", "test")
         }

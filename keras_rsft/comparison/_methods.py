@@ -258,7 +258,10 @@ def _judged(predicted: np.ndarray, trial: Trial) -> dict[str, Any]:
     """Returns which test predictions are right, as far as the labels are known."""
     test, judge = trial.features.test, trial.judge
     given_right = predicted == test.labels
-    judged: dict[str, Any] = {"test_right": given_right, "test_accuracy_given": float(given_right.mean())}
+    judged: dict[str, Any] = {
+        "test_right": given_right,
+        "test_accuracy_given": float(given_right.mean()),
+    }
     if test.clean_labels is not None:
         judged["test_right"] = predicted == test.clean_labels
     elif judge is not None and (found := judge.accuracy(predicted)) is not None:

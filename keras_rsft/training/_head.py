@@ -91,7 +91,8 @@ def train_head(
             "Early stopping goes by the validation split, and there is none. Leave out "
             "`--early-stopping`, or give `--validation-fraction`."
         )
-    if label_quality is None and settings.policy.name == "auto":
+    judged = settings.policy.name == "auto" or settings.early_stopping is not None
+    if label_quality is None and judged:
         label_quality = audit_splits(features, settings.seed, progress=progress)
     with devices.scope():
         model = untrained_head(features, settings, label_quality)
@@ -105,13 +106,15 @@ def train_head(
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     further = callbacks(recorder) if callable(callbacks) else callbacks
     own: list[keras.callbacks.Callback] = [batches.callback, recorder]
-    if curves:
-        own.append(EpochCurves(features, recorder, settings.seed))
     found_in_validation = None if label_quality is None else label_quality.held_out[0]
     credits = right_credits(
         features.validation, found_in_validation, len(features.class_names)
     )
+    if curves:
+        own.append(EpochCurves(features, recorder, settings.seed, credits))
+    monitor = "val_accuracy"
     if credits is not None:
+        monitor = ESTIMATED_ACCURACY
         own.append(
             EstimatedAccuracy(
                 lambda model: predicted_classes(model, features.validation), credits
@@ -119,7 +122,7 @@ def train_head(
         )
     remembering = [*further]
     if (most := settings.early_stopping) is not None:
-        remembering.insert(0, best_of_all_epochs("val_accuracy", "max", epochs=most))
+        remembering.insert(0, best_of_all_epochs(monitor, "max", epochs=most))
     validation = None
     if count := len(features.validation):
         rows = even_batch(count)
@@ -143,7 +146,7 @@ def train_head(
     )
     best = len(history["loss"]) - 1
     if settings.early_stopping is not None:
-        best = int(np.argmax(history["val_accuracy"]))
+        best = int(np.argmax(history[monitor]))
     if history["acceptance_rate"][best] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
@@ -370,6 +373,17 @@ def accuracies(
     return results
 
 
+def judge_of(
+    features: SplitFeatures, split: str, quality: LabelQuality | None
+) -> LabelQuality | None:
+    """Returns what judges predictions of a held-out split: right labels, if known."""
+    if quality is None:
+        return None
+    judge = quality.held_out[HELD_OUT.index(split)]
+    clean = getattr(features, split).clean_labels
+    return judge if clean is None else judge.with_right_labels(clean)
+
+
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
@@ -427,25 +441,14 @@ def train_against_plain(
         devices=devices,
         curves=True,
         called="Training the plain head for comparison",
+        label_quality=trained.label_quality,
     )
     name, part = judged
     predicted, plain_predicted = (
         predicted_classes(model, part) for model in (trained.model, plain.model)
     )
     right, plain_right = predicted == part.labels, plain_predicted == part.labels
-    clean, by_right_labels = part.clean_labels, None
-    quality = trained.label_quality
-    if quality is not None:
-        judge = quality.held_out[HELD_OUT.index(name)]
-        if clean is not None:
-            judge = judge.with_right_labels(clean)
-        estimates = {
-            "rejection": judge.accuracy(predicted),
-            "plain": judge.accuracy(plain_predicted),
-            "difference": judge.gain(predicted, plain_predicted),
-        }
-        found = {key: one for key, one in estimates.items() if one is not None}
-        by_right_labels = found or None
+    clean, judge = part.clean_labels, judge_of(features, name, trained.label_quality)
     return AgainstPlain(
         split=name,
         images=len(part),
@@ -455,5 +458,17 @@ def train_against_plain(
         wrong_labels=None if clean is None else int(np.sum(clean != part.labels)),
         history=plain.history,
         results=plain.results,
-        by_right_labels=by_right_labels,
+        by_right_labels=by_right_labels(judge, predicted, plain_predicted),
     )
+
+
+def by_right_labels(
+    judge: LabelQuality | None, predicted: np.ndarray, plain: np.ndarray
+) -> dict[str, Estimate] | None:
+    """Returns both accuracies and their difference, None where none can be judged."""
+    if judge is None or (difference := judge.gain(predicted, plain)) is None:
+        return None
+    both = {"rejection": judge.accuracy(predicted), "plain": judge.accuracy(plain)}
+    return {key: one for key, one in both.items() if one is not None} | {
+        "difference": difference
+    }
