@@ -119,17 +119,14 @@ def with_copies(
         mine, groups = groups[: len(before)], groups[len(before) :]
         before = dataclasses.replace(before, groups=mine)
         if part.before_review is not None:
-            rows = (one.file_rows(np.arange(len(one))) for one in (before, part))
-            mine, part = mine[np.searchsorted(*rows)], dataclasses.replace(
-                part, before_review=before
-            )
+            rows = part.file_rows(np.arange(len(part)))
+            mine = mine[np.searchsorted(before.file_rows(np.arange(len(before))), rows)]
+            part = dataclasses.replace(part, before_review=before)
         found.append(dataclasses.replace(part, groups=mine))
     return found
 
 
-def copy_groups(
-    parts: Sequence[FeatureSet], *, progress: bool = True
-) -> np.ndarray:
+def copy_groups(parts: Sequence[FeatureSet], *, progress: bool = True) -> np.ndarray:
     """Returns of each sample of all parts the position of its first copy, or its own.
 
     The work grows with the square of the number of samples: 128 multiplications a
@@ -233,8 +230,8 @@ def near_duplicates(
             likely = cosines.max(axis=1) >= min_similarity - _SKETCH_SLACK
             pairs = np.stack([rows, cosines.argmax(axis=1)], axis=1)[likely]
             found += [
-                NearDuplicate(*pair, similarity)
-                for pair, similarity in zip(
+                NearDuplicate(first, second, similarity)
+                for (first, second), similarity in zip(
                     pairs.tolist(), pool.similarities(pairs).tolist(), strict=True
                 )
                 if similarity >= min_similarity
