@@ -21,8 +21,6 @@ from keras_rsft._progress import progress_bar
 from keras_rsft.data import _images
 from keras_rsft.errors import DataError, InvalidArgument
 
-SPLITS = ("train", "validation", "test")
-
 
 class Reader(abc.ABC):
     """Reads samples one after the other; `_items` are the keys that `load` takes."""
