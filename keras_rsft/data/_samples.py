@@ -98,7 +98,7 @@ class FileReader(Reader):
             count = sum(map(len, alike))
             with progress_bar(
                 "Looking for copies", total=count, unit="files",
-                visible=count >= _FILES_TO_SHOW and read is not os.path.getsize,
+                visible=count >= _FILES_TO_SHOW,
             ) as advance:  # fmt: skip
                 alike = [
                     part for one in alike for part in self._sorted(one, read, advance)

@@ -67,6 +67,8 @@ class LabelQuality:
         labels: int32 array `(n,)`, the given labels.
         reason: Why nothing is rejected, or None if the labels could be judged.
         held_out: The same of each further split.
+        left_out: The same, by split, of held-out samples that were left out of it,
+            since their copy is in another split.
         can_judge: Whether right and wrong labels can be told apart.
         reviewed: Boolean array `(n,)`, the labels that a person confirmed or
             corrected. None: nobody looked.
@@ -81,6 +83,7 @@ class LabelQuality:
     held_out: tuple[LabelQuality, ...] = ()
     can_judge: bool = True
     reviewed: np.ndarray | None = None
+    left_out: dict[str, LabelQuality] = dataclasses.field(default_factory=dict)
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -257,7 +260,7 @@ class LabelQuality:
         """Says in one sentence how many labels of all splits look wrong."""
         if not self.can_judge:
             return f"{self.reason}."
-        parts = (self, *self.held_out)
+        parts = (self, *self.held_out, *self.left_out.values())
         samples = sum(len(part.labels) for part in parts)
         wrong = sum(part.expected_wrong for part in parts)
         look_wrong = sum(int(part.looks_wrong.sum()) for part in parts)
@@ -389,6 +392,7 @@ def audit_labels(
         known = np.full(len(given), -1)
         known[judged[features.reviewed]] = labels[features.reviewed]
     all_known = known is not None and bool((known[judged] >= 0).all())
+    if known is not None:
         known = _known_by_copies(groups, known)
     dropped = np.ones(len(given), bool)
     dropped[judged] = False
@@ -463,6 +467,10 @@ def audit_labels(
         copy_labels = np.concatenate([labels, other_labels])
         rivals = _rivals(theirs, other_labels, copied, copy_labels)
         right[rivals[0]] = _right_among(shares, noise, other_labels, rivals)
+        if known is not None:
+            both = np.concatenate([known[judged], np.full(len(other), -1)])
+            settled = _known_by_copies(copied, both)[len(labels) :]
+            right[settled >= 0] = (settled == other_labels)[settled >= 0]
         right[too_small[other_labels] | (not can_judge)] = 1.0
         if other.reviewed is not None:
             right[other.reviewed] = 1.0
