@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,6 +16,8 @@ MIN_SIMILARITY = 0.75
 # From here on two photos are copies. Of 12,000 photos of 32 x 32 pixels six of the
 # seven pairs above it are copies, mirrored or recoloured; of 1,797 digits none is.
 COPY_SIMILARITY = 0.9
+# From here on the pixels are looked at: a resized photo can be so unlike its copy.
+PERHAPS_SIMILARITY = 0.6
 MAX_PAIRS = 200
 MAX_QUERIES = 20_000
 _SKETCH_DIM = 128
@@ -108,12 +110,15 @@ class _Pool:
 
 
 def with_copies(
-    parts: Sequence[FeatureSet], *, progress: bool = True
+    parts: Sequence[FeatureSet],
+    groups: np.ndarray | None = None,
+    *,
+    progress: bool = True,
 ) -> list[FeatureSet]:
     """Returns splits whose `groups` say which samples are copies of one another."""
-    # Those that a review dropped are among them: labels are judged by those too.
-    whole = [part.before_review or part for part in parts]
-    groups = copy_groups(whole, progress=progress)
+    whole = before_reviews(parts)
+    if groups is None:
+        groups = copy_groups(whole, progress=progress)
     found = []
     for part, before in zip(parts, whole, strict=True):
         mine, groups = groups[: len(before)], groups[len(before) :]
@@ -126,24 +131,37 @@ def with_copies(
     return found
 
 
-def copy_groups(parts: Sequence[FeatureSet], *, progress: bool = True) -> np.ndarray:
+def before_reviews(parts: Sequence[FeatureSet]) -> list[FeatureSet]:
+    """Returns splits with what a review dropped: labels are judged by that too."""
+    return [part.before_review or part for part in parts]
+
+
+def copy_groups(
+    parts: Sequence[FeatureSet],
+    look_same: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    progress: bool = True,
+) -> np.ndarray:
     """Returns of each sample of all parts the position of its first copy, or its own.
+
+    `look_same` tells of pairs of positions, `(n, 2)`, which are copies by their pixels;
+    it is asked about nearest neighbours that features alone cannot tell from copies.
 
     The work grows with the square of the number of samples: 128 multiplications a
     pair. Memory is 512 bytes a sample and one block of 32 MB.
     """
     count = sum(map(len, parts))
-    groups = np.arange(count)
     if count < 2:
-        return groups
+        return np.arange(count)
     pool = _Pool(parts)
     if not pool.is_finite:
-        return groups
+        return np.arange(count)
     limit = _copy_limit(pool)
     slack = 1e-5
     if pool.dim > _SKETCH_DIM:  # Three standard deviations.
         slack += 3 * (1 - limit**2) / math.sqrt(_SKETCH_DIM)
     pairs = [np.empty((0, 2), np.int64)]
+    nearest, best = np.arange(count), np.full(count, PERHAPS_SIMILARITY)
     block = pool.block()
     with progress_bar(
         "Looking for copies", total=count, unit="samples", visible=progress
@@ -153,6 +171,13 @@ def copy_groups(parts: Sequence[FeatureSet], *, progress: bool = True) -> np.nda
             cosines = rows @ pool.sketches[start:].T
             # Of each pair the second: the first is its own neighbour.
             cosines[np.tril_indices(len(rows))] = -1.0
+            for axis in (1, 0):
+                highest = cosines.max(axis=axis)
+                here = np.arange(start, start + len(highest))
+                nearer = np.flatnonzero(highest > best[here])
+                best[here[nearer]] = highest[nearer]
+                near = np.take(cosines, nearer, axis=1 - axis).argmax(axis=axis)
+                nearest[here[nearer]] = start + near
             some = np.flatnonzero(cosines.max(axis=1) >= limit - slack)
             one, other = np.nonzero(cosines[some] >= limit - slack)
             before = np.searchsorted(one, one)  # Where a sample's links begin.
@@ -161,15 +186,26 @@ def copy_groups(parts: Sequence[FeatureSet], *, progress: bool = True) -> np.nda
             advance(len(rows))
     linked = np.concatenate(pairs)
     linked = linked[pool.similarities(linked) >= limit]
-    while len(linked):
+    groups = _joined(np.arange(count), linked)
+    if look_same is None:
+        return groups
+    asked = np.flatnonzero(groups != groups[nearest])
+    asked = asked[np.argsort(-best[asked], kind="stable")][:MAX_QUERIES]
+    perhaps = np.unique(np.sort(np.stack([asked, nearest[asked]], 1), axis=1), axis=0)
+    return _joined(groups, perhaps[look_same(perhaps)]) if len(perhaps) else groups
+
+
+def _joined(groups: np.ndarray, linked: np.ndarray) -> np.ndarray:
+    """Returns groups with those joined that pairs `(n, 2)` link."""
+    while True:
         smallest = np.minimum(*groups[linked].T)
-        before_round = groups.copy()
-        for side in linked.T:
-            np.minimum.at(groups, side, smallest)
-        groups = groups[groups]
-        if np.array_equal(groups, before_round):
-            break
-    return groups
+        joined = groups.copy()
+        for side in groups[linked].T:
+            np.minimum.at(joined, side, smallest)
+        joined = joined[joined]
+        if np.array_equal(joined, groups):
+            return joined
+        groups = joined
 
 
 def _copy_limit(pool: _Pool) -> float:

@@ -129,8 +129,8 @@ def run_summary(run: Any) -> Summary:
     warnings = _unreadable(run)
     if run.overfitting is not None:
         warnings += (run.overfitting.sentence,)
-    notes = () if run.finding is None else (run.finding,)
-    notes += copies_notes(run.features)
+    finding = () if run.finding is None else (run.finding,)
+    notes = (*finding, *copies_notes(run.features))
     return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
 
 
