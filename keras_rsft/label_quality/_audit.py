@@ -264,6 +264,12 @@ class LabelQuality:
         samples = sum(len(part.labels) for part in parts)
         wrong = sum(part.expected_wrong for part in parts)
         look_wrong = sum(int(part.looks_wrong.sum()) for part in parts)
+        if not look_wrong:
+            return (
+                f"None of {samples:,} labels looks wrong, judged by the other samples "
+                f"({wrong:,.0f} expected). A mistake that all samples of a class share "
+                "cannot be seen."
+            )
         return (
             f"About {wrong:,.0f} of {samples:,} labels are wrong "
             f"({100 * wrong / samples:.1f} %), judged by the other samples; "
@@ -352,8 +358,8 @@ def audit_labels(
     counts = counts.round(3)  # Three thirds are one.
     if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
         too_few = (
-            f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
-            "labels by"
+            f"Fewer than two classes have {MIN_CLASS_SIZE} training samples, too few "
+            "to judge labels by"
         )
         # Nothing is said against any label: each class is as likely as it is frequent.
         shares = (counts / max(counts.sum(), 1)).astype(np.float32)
@@ -436,12 +442,13 @@ def audit_labels(
     agreement = float(np.average(agrees, weights=shares[judged]))
     reason: str | None = None
     can_judge = True
-    if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / counts.sum()):
+    by_chance = chance + 3 * math.sqrt(chance * (1 - chance) / counts.sum())
+    if agreement <= by_chance:
         reason = (
-            "The labels fit the features no better than chance (they agree with a "
-            f"regression that has not seen them in {100 * agreement:.0f} % of the "
-            f"cases, against {100 * chance:.0f} % for the commonest class), so that "
-            "right and wrong ones cannot be told apart"
+            "The labels fit the features no better than chance (the other samples "
+            f"predict {100 * agreement:.0f} % of them, chance alone up to "
+            f"{min(100 * by_chance, 100):.0f} %), so that right and wrong ones cannot "
+            "be told apart"
         )
         can_judge, rate = False, 0.0
         probability[:] = 1.0

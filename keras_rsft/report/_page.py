@@ -43,7 +43,7 @@ def confusion_of(
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
     found: dict[str, list] = {"counts": [], "strengths": []}
     found["pairs"] = different[:max_pairs]
-    if num_classes <= max_classes:
+    if num_classes <= max_classes and known.any():
         table = np.zeros((num_classes, num_classes), np.int64)
         table.flat[cells] = frequencies
         shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -399,9 +399,7 @@ def _by_right_labels(
 def _alone(record: RunRecord) -> Outcome:
     rows = summary.accuracy_rows(record.results, record.split_sizes)
     if not rows:
-        return Outcome(
-            "There is no test or validation split to judge the model by.", []
-        )
+        return Outcome(summary.NOT_JUDGED, [])
     split, accuracy, interval, count = rows[-1]
     if right := summary.right_text(record.results, f"{split}_accuracy"):
         return Outcome(

@@ -28,6 +28,17 @@ RESULT_NAMES = {
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
 }
+NOT_JUDGED = "There is no test or validation split to judge the model by."
+BY_GIVEN = "  by the given labels"
+# The labels by which a comparison is judged.
+JUDGED_BY = {
+    "known": "Judged by labels that are known to be right.",
+    "estimated": (
+        "Judged by right labels, which nobody knows: estimated from the given ones, "
+        "with the error of the estimate in each ±."
+    ),
+    "given": "Judged by the given labels, as right and wrong ones look the same.",
+}
 # How the backbone was trained after the head: the name in the results, and in words.
 TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Backbone trained too"}
 
@@ -116,7 +127,7 @@ def run_summary(run: Any) -> Summary:
         right = right_text(results, key)
         if right is not None and right != share_text(results.get(key)):
             rows.append((name, right))
-            name = "  by the given labels"
+            name = BY_GIVEN
         if key in results:
             rows.append((name, share_text(results[key])))
     for tuning, name in TUNINGS.items():
@@ -129,6 +140,8 @@ def run_summary(run: Any) -> Summary:
     warnings = _unreadable(run)
     if run.overfitting is not None:
         warnings += (run.overfitting.sentence,)
+    if not {"test_accuracy", "validation_accuracy"} & results.keys():
+        warnings += (NOT_JUDGED,)
     finding = () if run.finding is None else (run.finding,)
     notes = (*finding, *copies_notes(run.features))
     return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
@@ -171,17 +184,21 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
         if one["known"]:
             known = "all" if one["known"] == one["samples"] else f"{one['known']:,}"
             splits[at] = (f"{name}, {known} known to be right", *splits[at][1:])
-    worst = sorted(found["classes"], key=lambda one: -(one["expected_wrong"] or 0.0))
-    shown, others = worst[:MOST_CLASSES], worst[MOST_CLASSES:]
-    if others:
-        sums = {
-            key: sum(one[key] or 0 for one in others)
-            for key in ("samples", "expected_wrong", "look_wrong")
-        }
-        name = f"{len(others):,} others"
-        shown.append({"class": name, **sums, "confused_with": None})
-        if found["expected_wrong"] is None:
-            shown[-1]["expected_wrong"] = None
+    judged = [one for one in found["classes"] if one["expected_wrong"] is not None]
+    judged.sort(key=lambda one: -one["expected_wrong"])
+    small = [one for one in found["classes"] if one["expected_wrong"] is None]
+    shown = judged[:MOST_CLASSES]
+    for others, what in (
+        (judged[MOST_CLASSES:], "others"),
+        (small, "classes, not judged"),
+    ):
+        if others:
+            keys = ("samples", "look_wrong", "expected_wrong")
+            sums: dict[str, Any] = {k: sum(one[k] or 0 for one in others) for k in keys}
+            if others is small:
+                sums["expected_wrong"] = None
+            name = f"{len(others):,} {what}"
+            shown.append({"class": name, "confused_with": None, **sums})
     classes = [
         (one["class"], one["confused_with"] or "-" if row[1] not in "-0" else "-", *row)
         for one, row in zip(shown, rows_of(shown), strict=True)
@@ -218,15 +235,24 @@ def comparison_summary(comparison: Any) -> Summary:
             return mean
         return f"{mean} ± {100 * interval.half_width:.1f}"
 
-    rows = []
+    rows, names = [], ["Method", "Test", "vs. plain"]
+    by_given = any(
+        one.test_accuracy is not None
+        and one.test_accuracy.mean != one.test_accuracy_given
+        for one in comparison.summaries.values()
+    )
+    if by_given:
+        names.append("Given labels")
     for name, method in comparison.summaries.items():
         accuracy = points(method.test_accuracy)
         if method.stalled:
             accuracy = f"{accuracy}, {method.stalled} stalled".removeprefix("-, ")
-        difference = points(method.difference_to_plain, sign="+")
-        shares = (method.acceptance_rate, method.recovered)
-        shown = (share_text(share, 0) for share in shares)
-        rows.append((name, accuracy, difference, *shown, f"{method.seconds:.1f}"))
+        shown = [name, accuracy, points(method.difference_to_plain, sign="+")]
+        if by_given:
+            shown.append(share_text(method.test_accuracy_given).removesuffix(" %"))
+        shown += [share_text(method.acceptance_rate, 0)]
+        shown += [share_text(method.recovered, 0), f"{method.seconds:.1f}"]
+        rows.append(tuple(shown))
     seeds = len({outcome.seed for outcome in comparison.outcomes})
     spread = covered = ""
     if seeds > 1:
@@ -234,7 +260,7 @@ def comparison_summary(comparison: Any) -> Summary:
         covered = " The verdict allows for other test samples too."
     notes = [
         f"Test accuracy in percent{spread}; differences to plain are paired by seed."
-        f"{covered}",
+        f"{covered} {JUDGED_BY[comparison.judged_by]}",
         comparison.verdict.sentence,
     ]
     if noise := comparison.config.get("noise"):
@@ -243,7 +269,7 @@ def comparison_summary(comparison: Any) -> Summary:
             "other ones for each seed."
         )
         notes.insert(0, made_wrong)
-    columns = ("Method", "Test", "vs. plain", "Accepted", "Recovered", "Seconds")
+    columns = (*names, "Accepted", "Recovered", "Seconds")
     return Summary((Table(columns, tuple(rows)),), comparison.notes, tuple(notes))
 
 
@@ -338,7 +364,7 @@ def ranking_summary(ranking: Any) -> Summary:
     ]
     if ranking.counts_right_labels:
         notes.append(
-            f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong: each "
+            f"About {100 * ranking.noise_rate:.0f} % of the labels are wrong: each "
             "label is weighted by its probability of being right, averaged over the "
             "backbones."
         )

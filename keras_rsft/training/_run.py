@@ -158,21 +158,22 @@ def held_out_ledgers(
     features: SplitFeatures, quality: LabelQuality | None
 ) -> dict[str, Ledger]:
     """Returns what the audit says of the splits that were not trained on, by name."""
+    if quality is None:
+        return {}
     ledgers = {}
-    found_in = () if quality is None else zip(HELD_OUT, quality.held_out, strict=True)
-    for name, found in found_in:
+    for name, found in zip(HELD_OUT, quality.held_out, strict=True):
         if len(part := getattr(features, name)):
-            ledgers[name] = audited_ledger(part, found)
-    if quality is not None:
-        for name, part in features.left_out.items():
-            found = quality.left_out[name]
-            ledgers[left_out_of(name)] = audited_ledger(part, found)
+            ledgers[name] = audited_ledger(part, found, quality.can_judge)
+    for name, part in features.left_out.items():
+        found = quality.left_out[name]
+        ledgers[left_out_of(name)] = audited_ledger(part, found, quality.can_judge)
     return ledgers
 
 
-def audited_ledger(part: FeatureSet, quality: LabelQuality) -> Ledger:
+def audited_ledger(part: FeatureSet, found: LabelQuality, can_judge: bool) -> Ledger:
     ledger = Ledger(part.ids, part.labels, part.clean_labels)
-    ledger.note_quality(quality)
+    if can_judge:
+        ledger.note_quality(found)
     return ledger
 
 
@@ -601,7 +602,8 @@ def audit(
         )
         found.results["seconds"] = time.perf_counter() - started
         if place is not None:
-            ledgers = {"train": audited_ledger(source.features.train, quality)}
+            train = source.features.train
+            ledgers = {"train": audited_ledger(train, quality, quality.can_judge)}
             ledgers |= held_out_ledgers(source.features, quality)
             place.write(
                 lambda folder: fill_folder(
@@ -620,16 +622,11 @@ def audit(
 
 
 def _label_rows(ledgers: dict[str, Ledger], data: SampleData) -> tuple:
-    header = ("id", "split", "given_label", "proposed_label", "right_probability")
-    names = data.class_names
+    columns = ("id", "split", "given_label", "predicted_label", "right_probability")
+    wanted = [COLUMNS.index(name) for name in columns]
+    header = [name.replace("predicted", "proposed") for name in columns]
     return header, (
-        [str(sample_id), split, names[given], names[proposed], f"{right:.4f}"]
+        [row[at] for at in wanted]
         for split, ledger in ledgers.items()
-        for sample_id, given, proposed, right in zip(
-            ledger.ids,
-            ledger.labels,
-            ledger.predicted,
-            ledger.right_probability,
-            strict=True,
-        )
+        for row in ledger.rows(data.class_names, split)
     )
