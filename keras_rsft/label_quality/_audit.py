@@ -780,11 +780,13 @@ class _RidgePath:
         self._total = total
 
     def rotated(self, inputs: np.ndarray) -> np.ndarray:
-        return (inputs - self._centre) @ self._axes
+        flat = inputs.reshape(-1, inputs.shape[-1])  # One product, not one a group.
+        return ((flat - self._centre) @ self._axes).reshape(inputs.shape)
 
     def scores(self, rotated: np.ndarray, ridge: float) -> np.ndarray:
         shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
-        return self._mean_target + rotated @ shrunk
+        scores = self._mean_target + rotated.reshape(-1, rotated.shape[-1]) @ shrunk
+        return scores.reshape(*rotated.shape[:-1], shrunk.shape[1])
 
     def left_out_scores(
         self,
