@@ -142,7 +142,8 @@ def run_summary(run: Any) -> Summary:
         warnings += (run.overfitting.sentence,)
     if not {"test_accuracy", "validation_accuracy"} & results.keys():
         warnings += (NOT_JUDGED,)
-    notes = () if run.finding is None else (run.finding,)
+    finding = () if run.finding is None else (run.finding,)
+    notes = (*finding, *copies_notes(run.features))
     return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
 
 
@@ -216,7 +217,13 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
 def audit_summary(audit: Any) -> Summary:
     warnings = _unreadable(audit)
     tables = label_tables(audit.results["label_quality"])
-    return Summary(tables[::-1], warnings, (audit.finding,))
+    notes = (audit.finding, *copies_notes(audit.features))
+    return Summary(tables[::-1], warnings, notes)
+
+
+def copies_notes(features: Any) -> tuple[str, ...]:
+    """Returns what there is to say of samples that were found more than once."""
+    return () if features.copies is None else (features.copies.sentence,)
 
 
 def comparison_summary(comparison: Any) -> Summary:
