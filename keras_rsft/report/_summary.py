@@ -107,17 +107,36 @@ def right_text(results: Mapping[str, Any], key: str) -> str | None:
     return f"{share_text(value)} ({interval} %), estimated"
 
 
-def accuracy_rows(
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """An accuracy by right labels, `"known"` or `"estimated"`, or by `"given"` ones."""
+
+    split: str
+    share: float
+    interval: str
+    by: str
+    given: float
+    count: int
+
+
+def accuracies_of(
     results: Mapping[str, Any], sizes: Mapping[str, int]
-) -> list[tuple[str, str, str, str]]:
-    """Returns split, accuracy, its 95 % interval and samples, where it is known."""
-    rows = []
+) -> list[Accuracy]:
+    """Returns the accuracy on each split that has one, with its 95 % interval."""
+    found = []
     for split in ("validation", "test"):
-        share, count = results.get(f"{split}_accuracy"), sizes.get(split)
-        if share is not None and count:
-            interval = f"{proportion_text(share, count)} %"
-            rows.append((split, share_text(share), interval, f"{count:,}"))
-    return rows
+        key, count = f"{split}_accuracy", sizes.get(split)
+        if (given := results.get(key)) is None or not count:
+            continue
+        share, by = given, "given"
+        if (known := results.get(f"{key}_clean")) is not None:
+            share, by = known, "known"
+        interval = proportion_text(share, count)
+        if by == "given" and (value := results.get(f"{key}_estimated")) is not None:
+            share, by = value, "estimated"
+            interval = range_text(results[f"{key}_low"], results[f"{key}_high"])
+        found.append(Accuracy(split, share, f"{interval} %", by, given, count))
+    return found
 
 
 def run_summary(run: Any) -> Summary:

@@ -242,8 +242,10 @@ class Run:
         head: The trained `RSFTModel` over features, with its policy's state.
         class_names: Names of the classes, in the order of the probabilities.
         history: Each logged value, one number an epoch.
-        results: Final numbers: accuracies in [0, 1], acceptance rate, seconds,
-            and, where the right labels are known, the fractions of wrong and right
+        results: Final numbers: accuracies in [0, 1] by the given labels, each with one
+            by right labels beside it (`..._clean`, or `..._estimated` with the ends
+            `..._low` and `..._high` of its interval), acceptance rate, seconds, and,
+            where the right labels are known, the fractions of wrong and right
             labels that the finished model's policy rejects. With unfrozen layers also
             `unfrozen_validation_accuracy`, `unfrozen_test_accuracy`, and
             `unfrozen_kept`: 1.0 where `model` has the unfrozen layers. With
@@ -308,7 +310,7 @@ def finetune(
     with the head: under the same policy, or on the accepted samples alone (Ahn et al.,
     2024, TURN). The activations before that part are cached like features where the
     disk has room. The result is kept where it gets no fewer validation images right
-    than the head alone.
+    than the head alone, by right labels, known or estimated.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
