@@ -107,6 +107,16 @@ def train_head(
     own: list[keras.callbacks.Callback] = [batches.callback, recorder]
     if curves:
         own.append(EpochCurves(features, recorder, settings.seed))
+    found_in_validation = None if label_quality is None else label_quality.held_out[0]
+    credits = right_credits(
+        features.validation, found_in_validation, len(features.class_names)
+    )
+    if credits is not None:
+        own.append(
+            EstimatedAccuracy(
+                lambda model: predicted_classes(model, features.validation), credits
+            )
+        )
     remembering = [*further]
     if (most := settings.early_stopping) is not None:
         remembering.insert(0, best_of_all_epochs("val_accuracy", "max", epochs=most))
@@ -143,7 +153,7 @@ def train_head(
     results: dict[str, float] = {}
     for at, name in enumerate(HELD_OUT):
         if len(part := getattr(features, name)):
-            predicted = head_probabilities(model, part).argmax(axis=-1)
+            predicted = predicted_classes(model, part)
             found_in = None if label_quality is None else label_quality.held_out[at]
             results |= accuracies(f"{name}_accuracy", predicted, part, found_in)
     results["acceptance_rate"] = history["acceptance_rate"][best]
@@ -303,8 +313,48 @@ def head_probabilities(model: keras.Model, part: FeatureSet) -> np.ndarray:
     return np.concatenate([np.asarray(model(one, training=False)) for one in chunks])
 
 
+def predicted_classes(model: keras.Model, part: FeatureSet) -> np.ndarray:
+    return head_probabilities(model, part).argmax(axis=-1)
+
+
 def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
-    return head_probabilities(model, part).argmax(axis=-1) == part.labels
+    return predicted_classes(model, part) == part.labels
+
+
+ESTIMATED_ACCURACY = "val_accuracy_estimated"
+
+
+class EstimatedAccuracy(keras.callbacks.Callback):
+    """Logs the validation accuracy by right labels, known or estimated."""
+
+    def __init__(
+        self, predicted: Callable[[keras.Model], np.ndarray], credits: np.ndarray
+    ):
+        super().__init__()
+        self._predicted, self._credits = predicted, credits
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            credited = credited_to(self._credits, self._predicted(self.model))
+            logs[ESTIMATED_ACCURACY] = float(credited.mean())
+
+
+def credited_to(credits: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Returns what each prediction counts; their mean is the estimated accuracy."""
+    return credits[np.arange(len(credits)), predicted]
+
+
+def right_credits(
+    part: FeatureSet, quality: LabelQuality | None, num_classes: int
+) -> np.ndarray | None:
+    """Returns what each class counts for each sample by right labels, `(n, k)`."""
+    if not len(part):
+        return None
+    if part.clean_labels is not None:
+        return np.equal.outer(part.clean_labels, np.arange(num_classes)).astype("f4")
+    if quality is None or not quality.can_judge:
+        return None
+    return quality.credits
 
 
 def accuracies(
@@ -380,8 +430,7 @@ def train_against_plain(
     )
     name, part = judged
     predicted, plain_predicted = (
-        head_probabilities(model, part).argmax(axis=-1)
-        for model in (trained.model, plain.model)
+        predicted_classes(model, part) for model in (trained.model, plain.model)
     )
     right, plain_right = predicted == part.labels, plain_predicted == part.labels
     clean, by_right_labels = part.clean_labels, None
