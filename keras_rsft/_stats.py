@@ -89,6 +89,18 @@ def paired_right_interval(ones: np.ndarray, others: np.ndarray) -> tuple[float, 
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
+def paired_credits_interval(ones: np.ndarray, others: np.ndarray) -> Interval:
+    """Returns the same of two means of credits, which need not be 0 or 1."""
+    differences = ones.astype(float) - others
+    total, squares = float(differences.sum()), float((differences**2).sum())
+    return Interval(*_matched_difference(total, squares, len(differences)))
+
+
+def paired_error(ones: np.ndarray, others: np.ndarray) -> float:
+    """Returns the standard error of their difference."""
+    return paired_credits_interval(ones, others).half_width / NORMAL_QUANTILE
+
+
 def _matched_difference(
     total: float, squares: float, count: int
 ) -> tuple[float, float]:

@@ -151,7 +151,7 @@ def test_a_search_never_sees_the_test_split(found, run, features, tmp_path):
         ),
         (
             {"objective": "val_loss"},
-            r"other options \(objective val_accuracy, now val_loss\)",
+            r"other options \(objective val_accuracy_estimated, now val_loss\)",
         ),
     ],
 )

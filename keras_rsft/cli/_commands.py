@@ -390,14 +390,18 @@ def _dry_run(
         ("Largest class", f"{largest}: {most:,}"),
         ("Smallest class", f"{smallest}: {fewest:,}"),
         ("Labels that look wrong", f"{share:.0f} % ({low:.0f} to {high:.0f} %)"),
-        (
-            "Held-out accuracy (given labels), plain",
-            f"{100 * pilot.plain_accuracy:.1f} %",
-        ),
     ]
-    if pilot.policy_accuracy is not None:
-        name = f"Held-out accuracy (given labels), {pilot.policy}"
-        rows.append((name, f"{100 * pilot.policy_accuracy:.1f} %"))
+    accuracies = {
+        "given labels": (pilot.plain_accuracy, pilot.policy_accuracy),
+        "right labels": (
+            pilot.plain_accuracy_estimated, pilot.policy_accuracy_estimated,
+        ),
+    }  # fmt: skip
+    for labels, values in accuracies.items():
+        for name, value in zip(("plain", pilot.policy), values, strict=True):
+            if value is not None:
+                name = f"Held-out accuracy ({labels}), {name}"
+                rows.append((name, summary.share_text(value)))
     extraction = "cached from before"
     if pilot.images_left:
         time = summary.about(pilot.pass_seconds)
@@ -573,10 +577,10 @@ def chosen_words(found: Search) -> list[str]:
     for one in settings_of(config.PolicyConfig):
         if policy.name in config.USED_BY.get(one.dest, ()) and not one.is_rare:
             given[one.dest] = getattr(policy, one.dest)
-    if "threshold" in given and policy.threshold is None:
+    if "threshold" in given and policy.threshold is None and policy.name != "auto":
         classes = found.head.model.output_shape[-1]
         given["threshold"] = policy.relative_threshold * math.log(classes)
-    if policy.name not in ("auto", "accept-all"):
+    if policy.name != "accept-all":
         given["warmup_epochs"] = policy.warmup_epochs
     # Defaults too: a default may change, the command must not.
     for name in ("epochs", "batch_size", "learning_rate", "optimizer", "weight_decay"):

@@ -91,28 +91,43 @@ class LabelQuality:
         """
         return math.inf if self.reason is not None else math.log(len(self.noise))
 
-    def accept_mask(self, *, class_floor: float = 0.1) -> np.ndarray:
+    def accept_mask(
+        self, *, threshold: float | None = None, class_floor: float = 0.1
+    ) -> np.ndarray:
         """Chooses the samples to learn from.
 
         Args:
+            threshold: Least probability of a right label, in (0, 1]. Default None: 0.6.
             class_floor: Minimum fraction of each class's samples to accept, in [0, 1];
                 at least one is. Default 0.1.
 
         Returns:
             Boolean array `(n,)`. All True where nothing is to be rejected.
         """
+        if threshold is None:
+            threshold = MIN_RIGHT_PROBABILITY
+        return self.highest_thresholds(class_floor=class_floor) >= threshold
+
+    def highest_thresholds(self, *, class_floor: float = 0.1) -> np.ndarray:
+        """Returns up to which threshold of `accept_mask` each sample is accepted.
+
+        Args:
+            class_floor: As in `accept_mask`.
+
+        Returns:
+            Float32 array `(n,)` in [0, 1]. All 1 where nothing is to be rejected.
+        """
         if self.reason is not None:
-            return np.ones(len(self.labels), bool)
-        accepted = self.right_probability >= MIN_RIGHT_PROBABILITY
+            return np.ones(len(self.labels), np.float32)
+        highest = self.right_probability.astype(np.float32)
         counts = np.bincount(self.labels, minlength=len(self.noise))
-        accepted |= (counts < MIN_CLASS_SIZE)[self.labels]
+        highest[(counts < MIN_CLASS_SIZE)[self.labels]] = 1.0
         for label in np.flatnonzero(counts):
             members = np.flatnonzero(self.labels == label)
             least = max(1, int(np.ceil(class_floor * len(members))))
-            if np.count_nonzero(accepted[members]) < least:
-                best = np.argsort(-self.right_probability[members], kind="stable")
-                accepted[members[best[:least]]] = True
-        return accepted
+            best = np.argsort(-self.right_probability[members], kind="stable")
+            highest[members[best[:least]]] = 1.0
+        return highest
 
     def accuracy(self, predicted: np.ndarray) -> Estimate | None:
         """Estimates how many predictions are right, although some labels are not.
@@ -220,16 +235,20 @@ class LabelQuality:
         likely, unbiased = self._credits
         return likely[at], unbiased[at]
 
-    def describe(self) -> str:
-        """Says in one line what was found and chosen."""
+    def describe(self, threshold: float | None = None) -> str:
+        """Says in one line what was found and chosen.
+
+        Args:
+            threshold: As in `accept_mask`.
+        """
         if self.reason is not None:
             return f"{self.reason}: keeping every sample."
-        accepted = self.accept_mask().mean()
+        accepted = self.accept_mask(threshold=threshold).mean()
         return (
             f"About {100 * self.noise_rate:.0f} % of the labels look wrong; accepting "
             f"the {100 * accepted:.0f} % that are right with a probability of "
-            f"{MIN_RIGHT_PROBABILITY} or more, and of these, after the warm-up, those "
-            "with a loss below ln(classes), a uniform guess."
+            f"{threshold or MIN_RIGHT_PROBABILITY:.3g} or more and, after the warm-up, "
+            "those of them with a loss below ln(classes), a uniform guess."
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._stats import NORMAL_QUANTILE, paired_share_interval
+from keras_rsft._stats import NORMAL_QUANTILE, paired_credits_interval
 from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, feature_config
 from keras_rsft.data._samples import SampleData
 from keras_rsft.data._splits import stratified_sample
@@ -26,7 +26,13 @@ from keras_rsft.features._extract import (
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality._audit import audit_labels
 from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
-from keras_rsft.training._head import right_answers, train_head
+from keras_rsft.training._head import (
+    credited_to,
+    given_credits,
+    predicted_classes,
+    right_credits,
+    train_head,
+)
 
 DEFAULT_SAMPLE = 1000
 _PLAIN = "accept-all"
@@ -49,7 +55,11 @@ class Pilot:
             half of the sample gets right in the other half, both ways round.
         policy_accuracy: The same with the policy; None where it was not tried, as it
             would be the same, or where it accepted nothing.
-        gain: `policy_accuracy - plain_accuracy`, with the ends of its 95 % interval.
+        plain_accuracy_estimated: The same as `plain_accuracy` by right labels, known or
+            estimated; None where too little is known of them.
+        policy_accuracy_estimated: The same as `policy_accuracy` by right labels.
+        gain: How much more the policy gets right, by right labels where
+            `plain_accuracy_estimated` is known, with the ends of its 95 % interval.
         images_left: Images whose features are not cached yet, with all augmentations.
         pass_seconds: Expected time of the pass over them.
         training_seconds: Expected time of examining the labels and training the head,
@@ -65,6 +75,8 @@ class Pilot:
     policy: str
     plain_accuracy: float
     policy_accuracy: float | None
+    plain_accuracy_estimated: float | None
+    policy_accuracy_estimated: float | None
     gain: tuple[float, float, float] | None
     images_left: int
     pass_seconds: float
@@ -84,11 +96,11 @@ def run_pilot(
     """Tries a run on a stratified sample of the training images.
 
     Two heads of the run's settings are trained on one half of the sample and judged
-    by the given labels of the other, then the other way round: one plainly, one with
-    the policy (`auto` where the run's is `accept-all`). Rejection is called likely to
-    help, or to harm, where the 95 % interval of the paired difference leaves out 0.
-    Wrong labels among those that judge make the difference smaller than it is. A
-    policy `auto` that finds nothing to reject would train plainly, and is not tried.
+    by the other, then the other way round: one plainly, one with the policy (`auto`
+    where the run's is `accept-all`). Rejection is called likely to help, or to harm,
+    where the 95 % interval of the paired difference leaves out 0. It is taken against
+    the right labels, known or estimated, where the labels can be judged. A policy
+    `auto` that finds nothing to reject would train plainly, and is not tried.
 
     Times are those of a few batches and of these heads, without unfrozen layers.
 
@@ -156,7 +168,19 @@ def run_pilot(
     training = heads * (start_seconds + steps * step_seconds)
     names, counts = data.class_names, np.bincount(labels, minlength=data.num_classes)
     most, least = int(counts.argmax()), int(counts.argmin())
-    gain = None if rejecting is None else paired_gain(plain, rejecting)
+    known = right_credits(sampled, label_quality, data.num_classes)
+    credits = known
+    if credits is None:
+        credits = given_credits(sampled.labels, data.num_classes)
+    gain = None
+    if rejecting is not None:
+        gain = paired_gain(*(credited_to(credits, one) for one in (plain, rejecting)))
+
+    def estimated(predicted: np.ndarray | None) -> float | None:
+        if predicted is None or known is None:
+            return None
+        return float(credited_to(known, predicted).mean())
+
     return Pilot(
         num_images=len(sampled),
         largest_class=(names[most], int(counts[most])),
@@ -164,8 +188,12 @@ def run_pilot(
         noise_rate=share_interval(1.0 - label_quality.right_probability),
         reason=label_quality.reason,
         policy=str(policy.name),
-        plain_accuracy=float(plain.mean()),
-        policy_accuracy=None if rejecting is None else float(rejecting.mean()),
+        plain_accuracy=float(np.mean(plain == sampled.labels)),
+        policy_accuracy=(
+            None if rejecting is None else float(np.mean(rejecting == sampled.labels))
+        ),
+        plain_accuracy_estimated=estimated(plain),
+        policy_accuracy_estimated=estimated(rejecting),
         gain=gain,
         images_left=left,
         pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
@@ -196,11 +224,13 @@ def verdict(
 
 
 def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float, float]:
-    """Returns how much more often the second is right, with its 95 % interval."""
-    won = int(np.count_nonzero(rejecting & ~plain))
-    lost = int(np.count_nonzero(plain & ~rejecting))
-    count = len(plain)
-    return (won - lost) / count, *paired_share_interval(won, lost, count)
+    """Returns how much more often the second is right, with its 95 % interval.
+
+    Takes what each prediction counts.
+    """
+    interval = paired_credits_interval(rejecting, plain)
+    mean = float(np.mean(rejecting.astype(float) - plain))
+    return mean, max(-1.0, interval.low), min(1.0, interval.high)
 
 
 def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
@@ -216,8 +246,8 @@ def _cross_tried(
     settings: TrainConfig,
     advance: Callable[[int], None],
 ) -> tuple[np.ndarray, float, float]:
-    """Returns which held-out samples are predicted right, and two durations."""
-    right = np.zeros(len(sample), bool)
+    """Returns the classes predicted for held-out samples, and two durations."""
+    predicted = np.zeros(len(sample), int)
     half = stratified_sample(sample.labels, len(sample) // 2, seed=settings.seed)
     chosen = np.zeros(len(sample), bool)
     chosen[half] = True
@@ -234,12 +264,12 @@ def _cross_tried(
             callbacks=[clock],
             progress=False,
         )
-        right[~rows] = right_answers(trained.model, held_out)
+        predicted[~rows] = predicted_classes(trained.model, held_out)
         steps = math.ceil(len(train) / settings.batch_size)
         clocks.append(clock.seconds(steps))
         advance(1)
     start, step = np.mean(clocks, axis=0)
-    return right, float(start), float(step)
+    return predicted, float(start), float(step)
 
 
 class _EpochClock(keras.callbacks.Callback):

@@ -183,6 +183,14 @@ def better_model(
 def accuracy_on_images(
     model: keras.Model, split: ImageSplit, *, batch_size: int = 32
 ) -> float:
+    index, predicted = predicted_on_images(model, split, batch_size=batch_size)
+    return float(np.mean(predicted == split.labels[index]))
+
+
+def predicted_on_images(
+    model: keras.Model, split: ImageSplit, *, batch_size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of the readable images, and the classes predicted."""
     size = model.input_shape[1:3]
     images = tf.TensorSpec((None, *size, 3), tf.float32)
 
@@ -190,11 +198,10 @@ def accuracy_on_images(
     def classify(images: tf.Tensor) -> tf.Tensor:
         return tf.argmax(model(images, training=False), axis=-1)
 
-    right = [
-        classify(images).numpy() == split.labels[index.numpy()]
-        for index, images in split.images(size).batch(batch_size)
-    ]
-    return float(np.mean(np.concatenate(right)))
+    batches = split.images(size).batch(batch_size)
+    parts = [(index.numpy(), classify(images).numpy()) for index, images in batches]
+    index, predicted = map(np.concatenate, zip(*parts, strict=True))
+    return index, predicted
 
 
 # --- Activations before the unfrozen layers -----------------------------------------
@@ -299,8 +306,12 @@ def train_unfrozen(
     *,
     cached: bool,
     checkpoint: TrainingCheckpoint | None = None,
+    credits: np.ndarray | None = None,
 ) -> tuple[keras.Model, _head.TrainedHead]:
-    """Trains the part's layers and a copy of the head, under the head's policy."""
+    """Trains the part's layers and a copy of the head, under the head's policy.
+
+    By `credits` `(validation samples, classes)` it logs `val_accuracy_estimated`.
+    """
     data, recorder, validation = source.images, trained.recorder, None
     batch_size = settings.unfreezing.batch_size or settings.batch_size
     names: list[str] = []
@@ -366,12 +377,20 @@ def train_unfrozen(
             jit_compile=False,
         )
     begin = len(trained.history["loss"])
+    logging: list[keras.callbacks.Callback] = [train.callback, recorder]
+    if credits is not None and validation is not None:
+        logging.append(
+            _head.EstimatedAccuracy(
+                lambda model: model.predict(validation, verbose=0).argmax(axis=-1),
+                credits,
+            )
+        )
     try:
         history = _head.fit_resumable(
             model,
             train.dataset,
             validation,
-            [train.callback, recorder],
+            logging,
             trained.callbacks,
             recorder,
             begin=begin,
