@@ -67,11 +67,11 @@ def test_of_equally_good_ones_the_most_typical_is_taken():
     wrong = {"a": range(10), "b": range(88, 100), "c": range(87, 100)}
     choice = choose(*trials, wrong=wrong)
     assert (choice.chosen.trial_id, choice.best.trial_id) == ("b", "a")
-    assert "agrees most with the 3 trials" in choice.reason
+    assert "labels of the 3 trials" in choice.reason
     assert f"({choice.noise:.4f}) of the best" in choice.reason
 
 
-def test_what_is_worse_has_no_vote():
+def test_what_is_worse_has_hardly_a_vote():
     trials = (
         outcome("a", 0.90, 1.0), outcome("b", 0.89, 0.6),
         outcome("c", 0.60, 0.7), outcome("d", 0.60, 0.7),
@@ -84,9 +84,11 @@ def test_what_is_worse_has_no_vote():
 
 
 def test_more_samples_mean_less_noise():
-    trials = outcome("a", 0.90, 0.6), outcome("b", 0.88, 1.0)
-    few = {"a": range(10), "b": range(88, 100)}
-    many = {"a": range(1000), "b": range(8800, 10_000)}
+    trials = outcome("a", 0.90, 1.0), outcome("b", 0.88, 0.6), outcome("c", 0.87, 0.7)
+    few = {"a": range(10), "b": range(88, 100), "c": range(87, 100)}
+    many = {
+        name: range(100 * rows.start, 100 * rows.stop) for name, rows in few.items()
+    }
     assert choose(*trials, wrong=few, size=100).chosen.trial_id == "b"
     assert choose(*trials, wrong=many, size=10_000).chosen.trial_id == "a"
 
@@ -147,12 +149,17 @@ def test_inside_the_noise_the_cheapest_is_taken(accuracies, chosen):
 def test_of_equally_expensive_ones_the_more_typical_is_taken():
     trials = (
         of_backbone("frozen", 0.70, 1.0, "frozen"),
-        of_backbone("plain", 0.89, 1.0, "all"),
+        of_backbone("plain", 0.88, 1.0, "all"),
+        of_backbone("other", 0.87, 1.0, "all"),
         of_backbone("rejecting", 0.90, 0.7, "all"),
     )
-    choice = choose(*trials)
+    wrong = {
+        "frozen": range(30), "plain": range(88, 100), "other": range(87, 100),
+        "rejecting": range(10),
+    }  # fmt: skip
+    choice = choose(*trials, wrong=wrong)
     assert choice.chosen.trial_id == "plain"
-    assert "agrees most with the 2 trials that train all of the" in choice.reason
+    assert "of the 3 trials that train all of the backbone" in choice.reason
 
 
 def test_what_accepts_too_little_is_not_chosen_for_being_cheap():

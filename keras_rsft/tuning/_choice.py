@@ -88,11 +88,13 @@ def choose_trial(
     predicted: Mapping[str, np.ndarray] | None = None,
     credits: np.ndarray | None = None,
 ) -> Choice:
-    """Chooses, of the trials that are as good as the best, the most typical one.
+    """Chooses, of the trials that are as good as the best, the most convincing one.
 
     As good is what is within one standard error of the best, paired by validation
-    sample; most typical, what agrees most with their votes on each sample, which err
-    less than any one of them. What trains less of the backbone comes first.
+    sample. What trains less of the backbone comes first, then what has the highest sum
+    of the objective and of its agreement with all trials, each weighted by how likely
+    it is as good as the best: where trials err, they err differently, so that their
+    votes say more than the labels of few samples alone.
 
     `predicted` has by trial the class of each validation sample, `(n,)`; the mean of
     the `credits`, `(n, classes)`, of these classes is the objective. Without them only
@@ -126,26 +128,31 @@ def choose_trial(
         for one in eligible
         if best.goodness(options) - one.goodness(options) <= errors[one.trial_id]
     ]
-    agreement = np.zeros(len(as_good))
+    score = dict.fromkeys((one.trial_id for one in as_good), 0.0)
     if predicted is not None:
-        agreement = agreements([predicted[one.trial_id] for one in as_good])
-    agreed = dict(zip((one.trial_id for one in as_good), agreement, strict=True))
+        gaps = [best.goodness(options) - one.goodness(options) for one in eligible]
+        names = [one.trial_id for one in eligible]
+        noise = np.maximum([errors[name] for name in names], 1e-12)
+        weights = np.exp(-0.5 * np.square(gaps / noise))  # How likely as good.
+        agreement = agreements([predicted[name] for name in names], weights)
+        for one, agreed in zip(eligible, agreement, strict=True):
+            score[one.trial_id] = one.goodness(options) + agreed
     chosen = max(
         as_good,
         key=lambda one: (
-            -one.cost, agreed[one.trial_id], one.acceptance, one.goodness(options),
+            -one.cost, score[one.trial_id], one.acceptance, one.goodness(options),
         ),
     )  # fmt: skip
     reason = _reason(chosen, best, len(as_good), errors[chosen.trial_id], objective)
     return Choice(chosen, best, reason, errors)
 
 
-def agreements(predicted: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns how many of all agree with each on a sample, in the mean."""
+def agreements(predicted: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Returns how much of all votes agrees with each, in the mean of the samples."""
     rows = np.arange(len(predicted[0]))
     votes = np.zeros((len(rows), 1 + max(int(one.max()) for one in predicted)))
-    for one in predicted:
-        votes[rows, one] += 1
+    for one, weight in zip(predicted, weights / weights.sum(), strict=True):
+        votes[rows, one] += weight
     return np.array([votes[rows, one].mean() for one in predicted])
 
 
@@ -171,6 +178,6 @@ def _reason(
             f"those {alike}that have it."
         )
     return (
-        f"{name} agrees most with the {count} trials {alike}whose {objective} is "
-        f"{within}, on the same samples: {of_best}."
+        f"{name} agrees most with the others and the labels of the {count} trials "
+        f"{alike}whose {objective} is {within}, on the same samples: {of_best}."
     )
