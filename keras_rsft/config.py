@@ -727,7 +727,7 @@ class SearchSpace:
         metavar="A,B,C",
     )
     relative_threshold: tuple[float, float] = (0.2, 1.5)
-    right_probability: tuple[float, float] = (0.2, 0.95)
+    right_probability: tuple[float, float] = (0.2, 0.9)
     article_threshold: tuple[float, float] = (0.5, 3.0)
     keep_fraction: tuple[float, float] = (0.4, 0.95)
     warmup_epochs: tuple[int, int] = (0, 5)

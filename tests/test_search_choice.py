@@ -67,7 +67,7 @@ def test_of_equally_good_ones_the_most_typical_is_taken():
     wrong = {"a": range(10), "b": range(88, 100), "c": range(87, 100)}
     choice = choose(*trials, wrong=wrong)
     assert (choice.chosen.trial_id, choice.best.trial_id) == ("b", "a")
-    assert "labels of the 3 trials" in choice.reason
+    assert "Of the 3 trials" in choice.reason
     assert f"({choice.noise:.4f}) of the best" in choice.reason
 
 
@@ -159,7 +159,7 @@ def test_of_equally_expensive_ones_the_more_typical_is_taken():
     }  # fmt: skip
     choice = choose(*trials, wrong=wrong)
     assert choice.chosen.trial_id == "plain"
-    assert "of the 3 trials that train all of the backbone" in choice.reason
+    assert "Of the 3 trials that train all of the backbone" in choice.reason
 
 
 def test_what_accepts_too_little_is_not_chosen_for_being_cheap():

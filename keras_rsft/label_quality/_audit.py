@@ -243,12 +243,14 @@ class LabelQuality:
         """
         if self.reason is not None:
             return f"{self.reason}: keeping every sample."
+        if threshold is None:
+            threshold = MIN_RIGHT_PROBABILITY
         accepted = self.accept_mask(threshold=threshold).mean()
         return (
             f"About {100 * self.noise_rate:.0f} % of the labels look wrong; accepting "
             f"the {100 * accepted:.0f} % that are right with a probability of "
-            f"{threshold or MIN_RIGHT_PROBABILITY:.3g} or more and, after the warm-up, "
-            "those of them with a loss below ln(classes), a uniform guess."
+            f"{threshold:.3g} or more, and of these, after the warm-up, those with a "
+            "loss below ln(classes), a uniform guess."
         )
 
 

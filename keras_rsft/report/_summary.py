@@ -208,17 +208,27 @@ def search_summary(found: Any, most_trials: int = 5) -> Summary:
 
 
 def choice_table(results: Mapping[str, Any]) -> Table:
+    both = [results.get(key) or {} for key in ("chosen", "plain")]
     rows = []
-    for key, title in (("chosen", "chosen"), ("plain", "plain fine-tuning")):
-        numbers = results.get(key) or {}
-        names = ("validation_accuracy", "test_accuracy")
-        given = [share_text(numbers.get(name)) for name in names]
-        right = [right_text(numbers, name) for name in names]
-        shown = [one or other for one, other in zip(right, given, strict=True)]
-        rows.append((title, *shown, share_text(numbers.get("acceptance_rate"))))
+    for split in ("test", "validation"):
+        name, title = f"{split}_accuracy", split.title()
+        given = [share_text(numbers.get(name)) for numbers in both]
+        right = [right_text(numbers, name) for numbers in both]
         if any(right):
-            rows.append(("  by the given labels", *given, ""))
-    return Table(("", "Validation", "Test", "Accepted"), tuple(rows))
+            shown = [(one or "-").removesuffix(", estimated") for one in right]
+            rows.append((f"{title}, right labels", *shown))
+            title = f"{title}, given labels"
+        if given != ["-", "-"]:
+            rows.append((title, *given))
+    accepted = [share_text(numbers.get("acceptance_rate")) for numbers in both]
+    rows.append(("Accepted", *accepted))
+    note = ""
+    if any("right labels" in row[0] for row in rows):
+        note = (
+            "Accuracies by right labels are estimated from the given ones; in brackets "
+            "their 95 % intervals."
+        )
+    return Table(("", "chosen", "plain fine-tuning"), tuple(rows), note=note)
 
 
 def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:

@@ -178,6 +178,7 @@ def _reason(
             f"those {alike}that have it."
         )
     return (
-        f"{name} agrees most with the others and the labels of the {count} trials "
-        f"{alike}whose {objective} is {within}, on the same samples: {of_best}."
+        f"Of the {count} trials {alike}whose {objective} is {within}, on the same "
+        f"samples, trial {chosen.trial_id} has the highest sum of it and of its "
+        f"agreement with the other trials: {of_best}."
     )
