@@ -89,16 +89,11 @@ def paired_right_interval(ones: np.ndarray, others: np.ndarray) -> tuple[float, 
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def paired_credits_interval(ones: np.ndarray, others: np.ndarray) -> Interval:
-    """Returns the same of two means of credits, which need not be 0 or 1."""
+def paired_error(ones: np.ndarray, others: np.ndarray) -> float:
+    """Returns the standard error of a difference of means over the same items."""
     differences = ones.astype(float) - others
     total, squares = float(differences.sum()), float((differences**2).sum())
-    return Interval(*_matched_difference(total, squares, len(differences)))
-
-
-def paired_error(ones: np.ndarray, others: np.ndarray) -> float:
-    """Returns the standard error of their difference."""
-    return paired_credits_interval(ones, others).half_width / NORMAL_QUANTILE
+    return _matched_difference(total, squares, len(differences))[1] / NORMAL_QUANTILE
 
 
 def _matched_difference(
@@ -109,3 +104,13 @@ def _matched_difference(
     difference = total / count
     variance = max((squares + 1) / count - difference**2, 0.0)
     return difference, NORMAL_QUANTILE * math.sqrt(variance / count)
+
+
+def apportioned(values: Sequence[float]) -> list[int]:
+    """Returns whole numbers near the values that add up to their rounded sum."""
+    whole = [math.floor(value) for value in values]
+    missing = round(sum(values)) - sum(whole)
+    order = sorted(range(len(values)), key=lambda at: whole[at] - values[at])
+    for at in order[:missing]:
+        whole[at] += 1
+    return whole

@@ -66,6 +66,15 @@ class TestCurves:
         )
         right = predicted_classes(run.model, validation) == validation.clean_labels
         assert run.history["val_accuracy_estimated"][-1] == pytest.approx(right.mean())
+        losses = keras.losses.sparse_categorical_crossentropy(
+            validation.clean_labels, head_probabilities(run.model, validation)
+        )
+        assert run.history["val_loss_estimated"][-1] == pytest.approx(
+            np.mean(losses), rel=1e-5
+        )
+        for name, values in (("loss", losses), ("accuracy", right)):
+            error = np.std(values) / np.sqrt(len(validation))
+            assert run.history[f"val_{name}_error"][-1] == pytest.approx(error, 1e-5)
         assert right.mean() > run.history["val_accuracy"][-1]
 
     def test_validation_accuracy_by_estimated_right_labels(self, features):
@@ -81,6 +90,9 @@ class TestCurves:
         credits = quality.held_out[0].credits
         expected = credits[np.arange(len(predicted)), predicted].mean()
         assert run.history["val_accuracy_estimated"][-1] == pytest.approx(expected)
+        logarithms = np.log(head_probabilities(run.model, unknown.validation))
+        loss = -(credits * logarithms).sum(axis=1).mean()
+        assert run.history["val_loss_estimated"][-1] == pytest.approx(loss, rel=1e-4)
         # Nobody has audited the labels here.
         plain = trained(unknown, PolicyConfig("accept-all"))
         assert "val_accuracy_estimated" not in plain.history

@@ -13,11 +13,16 @@ import tensorflow as tf
 from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import NOT_DECAYED, PolicyConfig, TrainConfig
+from keras_rsft.config import NOT_DECAYED, SPLITS, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._audit import Estimate, LabelQuality, audit_labels
+from keras_rsft.label_quality._audit import (
+    MIN_CLASS_SIZE,
+    Estimate,
+    LabelQuality,
+    audit_labels,
+)
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._listed import AcceptReviewed, AutoPolicy
 from keras_rsft.policies._policy import Policy
@@ -41,7 +46,7 @@ Callbacks = (
 )
 
 
-HELD_OUT = ("validation", "test")
+HELD_OUT = SPLITS[1:]
 
 
 def audit_splits(
@@ -55,6 +60,47 @@ def audit_splits(
         seed=seed,
         progress=progress,
     )
+
+
+def label_results(
+    quality: LabelQuality, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Returns what an audit found, for JSON: in all, by split and by class.
+
+    All numbers of labels that are shown come from here. Those of the splits and those
+    of the classes add up to the same sums.
+    """
+    named = zip(SPLITS, (quality, *quality.held_out), strict=True)
+    parts = {name: part for name, part in named if len(part.labels)}
+
+    def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
+        known = {"expected_wrong": wrong if quality.can_judge else None}
+        return {"samples": len(labels), **known, "look_wrong": int(looks_wrong.sum())}
+
+    labels, looks_wrong = (
+        np.concatenate([getattr(part, name) for part in parts.values()])
+        for name in ("labels", "looks_wrong")
+    )
+    confusion = np.sum([part.confusion for part in parts.values()], axis=0)
+    wrong = confusion - np.diag(np.diag(confusion))
+    sizes, classes = np.bincount(quality.labels, minlength=len(class_names)), []
+    for number, name in enumerate(class_names):
+        members, other = labels == number, int(wrong[number].argmax())
+        found = row(labels[members], float(wrong[number].sum()), looks_wrong[members])
+        if sizes[number] < MIN_CLASS_SIZE:
+            found["expected_wrong"] = None
+        likely = class_names[other] if wrong[number, other] > 0 else None
+        classes.append({"class": name, **found, "confused_with": likely})
+    return {
+        "finding": quality.finding,
+        **row(labels, float(wrong.sum()), looks_wrong),
+        "splits": {
+            name: row(part.labels, part.expected_wrong, part.looks_wrong)
+            | {"known": 0 if part.reviewed is None else int(part.reviewed.sum())}
+            for name, part in parts.items()
+        },
+        "classes": classes,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +137,8 @@ def train_head(
             "Early stopping goes by the validation split, and there is none. Leave out "
             "`--early-stopping`, or give `--validation-fraction`."
         )
-    if label_quality is None and settings.policy.name == "auto":
+    judged = settings.policy.name == "auto" or settings.early_stopping is not None
+    if label_quality is None and judged:
         label_quality = audit_splits(features, settings.seed, progress=progress)
     with devices.scope():
         model = untrained_head(features, settings, label_quality)
@@ -105,13 +152,15 @@ def train_head(
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     further = callbacks(recorder) if callable(callbacks) else callbacks
     own: list[keras.callbacks.Callback] = [batches.callback, recorder]
-    if curves:
-        own.append(EpochCurves(features, recorder, settings.seed))
     found_in_validation = None if label_quality is None else label_quality.held_out[0]
     credits = right_credits(
         features.validation, found_in_validation, len(features.class_names)
     )
+    if curves:
+        own.append(EpochCurves(features, recorder, settings.seed, credits))
+    monitor = "val_accuracy"
     if credits is not None:
+        monitor = ESTIMATED_ACCURACY
         own.append(
             EstimatedAccuracy(
                 lambda model: predicted_classes(model, features.validation), credits
@@ -119,7 +168,7 @@ def train_head(
         )
     remembering = [*further]
     if (most := settings.early_stopping) is not None:
-        remembering.insert(0, best_of_all_epochs("val_accuracy", "max", epochs=most))
+        remembering.insert(0, best_of_all_epochs(monitor, "max", epochs=most))
     validation = None
     if count := len(features.validation):
         rows = even_batch(count)
@@ -143,7 +192,7 @@ def train_head(
     )
     best = len(history["loss"]) - 1
     if settings.early_stopping is not None:
-        best = int(np.argmax(history["val_accuracy"]))
+        best = int(np.argmax(history[monitor]))
     if history["acceptance_rate"][best] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
@@ -169,13 +218,12 @@ def train_head(
         batch = samples[start : start + settings.batch_size]
         with keras.StatelessScope():  # Judging changes no running statistics.
             accepted[batch] = model.policy(losses[batch], train.labels[batch], batch)
-    if label_quality is not None:
-        probabilities = label_quality.out_of_sample
-        if label_quality.noise_rate > 0:  # Else there was too little to judge by.
-            results["estimated_wrong_labels"] = label_quality.noise_rate
     recorder.ledger.note_probabilities(probabilities)
     if train.reviewed is not None:
         recorder.ledger.note_reviewed(train.reviewed)
+    if label_quality is not None and label_quality.can_judge:
+        recorder.ledger.note_quality(label_quality)
+        results["estimated_wrong_labels"] = label_quality.noise_rate
     if train.clean_labels is not None:
         results |= rejected_shares(train, accepted)
     found = None
@@ -375,6 +423,17 @@ def accuracies(
     return results
 
 
+def judge_of(
+    features: SplitFeatures, split: str, quality: LabelQuality | None
+) -> LabelQuality | None:
+    """Returns what judges predictions of a held-out split: right labels, if known."""
+    if quality is None:
+        return None
+    judge = quality.held_out[HELD_OUT.index(split)]
+    clean = getattr(features, split).clean_labels
+    return judge if clean is None else judge.with_right_labels(clean)
+
+
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
@@ -439,25 +498,14 @@ def train_against_plain(
         devices=devices,
         curves=True,
         called="Training the plain head for comparison",
+        label_quality=trained.label_quality,
     )
     name, part = judged
     predicted, plain_predicted = (
         predicted_classes(model, part) for model in (trained.model, plain.model)
     )
     right, plain_right = predicted == part.labels, plain_predicted == part.labels
-    clean, by_right_labels = part.clean_labels, None
-    quality = trained.label_quality
-    if quality is not None:
-        judge = quality.held_out[HELD_OUT.index(name)]
-        if clean is not None:
-            judge = judge.with_right_labels(clean)
-        estimates = {
-            "rejection": judge.accuracy(predicted),
-            "plain": judge.accuracy(plain_predicted),
-            "difference": judge.gain(predicted, plain_predicted),
-        }
-        found = {key: one for key, one in estimates.items() if one is not None}
-        by_right_labels = found or None
+    clean, judge = part.clean_labels, judge_of(features, name, trained.label_quality)
     return AgainstPlain(
         split=name,
         images=len(part),
@@ -467,5 +515,17 @@ def train_against_plain(
         wrong_labels=None if clean is None else int(np.sum(clean != part.labels)),
         history=plain.history,
         results=plain.results,
-        by_right_labels=by_right_labels,
+        by_right_labels=by_right_labels(judge, predicted, plain_predicted),
     )
+
+
+def by_right_labels(
+    judge: LabelQuality | None, predicted: np.ndarray, plain: np.ndarray
+) -> dict[str, Estimate] | None:
+    """Returns both accuracies and their difference, None where none can be judged."""
+    if judge is None or (difference := judge.gain(predicted, plain)) is None:
+        return None
+    both = {"rejection": judge.accuracy(predicted), "plain": judge.accuracy(plain)}
+    return {key: one for key, one in both.items() if one is not None} | {
+        "difference": difference
+    }

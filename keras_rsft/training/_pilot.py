@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft._stats import NORMAL_QUANTILE, paired_credits_interval
+from keras_rsft._stats import NORMAL_QUANTILE, paired_share_interval
 from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, feature_config
 from keras_rsft.data._samples import SampleData
 from keras_rsft.data._splits import stratified_sample
@@ -24,15 +24,9 @@ from keras_rsft.features._extract import (
     seconds_per_image,
 )
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._audit import audit_labels
+from keras_rsft.label_quality._audit import Estimate, LabelQuality, audit_labels
 from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
-from keras_rsft.training._head import (
-    credited_to,
-    given_credits,
-    predicted_classes,
-    right_credits,
-    train_head,
-)
+from keras_rsft.training._head import predicted_classes, train_head
 
 DEFAULT_SAMPLE = 1000
 _PLAIN = "accept-all"
@@ -49,17 +43,20 @@ class Pilot:
         smallest_class: The same of the class with fewest.
         noise_rate: Estimated fraction of wrong labels, with the ends of its 95 %
             interval, which covers the chance of the sample and no error of the method.
+            None where the labels cannot be judged.
         reason: Why no label is rejected by `auto`, or None.
         policy: The policy that was tried.
         plain_accuracy: Fraction of given labels in [0, 1] that plain fine-tuning of
             half of the sample gets right in the other half, both ways round.
         policy_accuracy: The same with the policy; None where it was not tried, as it
             would be the same, or where it accepted nothing.
-        plain_accuracy_estimated: The same as `plain_accuracy` by right labels, known or
-            estimated; None where too little is known of them.
-        policy_accuracy_estimated: The same as `policy_accuracy` by right labels.
-        gain: How much more the policy gets right, by right labels where
-            `plain_accuracy_estimated` is known, with the ends of its 95 % interval.
+        plain_accuracy_right: Accuracy of plain fine-tuning by right labels, known or
+            estimated, with the ends of its 95 % interval; None where no label can be
+            judged.
+        policy_accuracy_right: The same with the policy.
+        gain: How much more accurate the policy is, sample by sample, with the ends of
+            its 95 % interval: by right labels, or by the given ones where no label
+            can be judged.
         images_left: Images whose features are not cached yet, with all augmentations.
         pass_seconds: Expected time of the pass over them.
         training_seconds: Expected time of examining the labels and training the head,
@@ -70,13 +67,13 @@ class Pilot:
     num_images: int
     largest_class: tuple[str, int]
     smallest_class: tuple[str, int]
-    noise_rate: tuple[float, float, float]
+    noise_rate: tuple[float, float, float] | None
     reason: str | None
     policy: str
     plain_accuracy: float
     policy_accuracy: float | None
-    plain_accuracy_estimated: float | None
-    policy_accuracy_estimated: float | None
+    plain_accuracy_right: Estimate | None
+    policy_accuracy_right: Estimate | None
     gain: tuple[float, float, float] | None
     images_left: int
     pass_seconds: float
@@ -96,11 +93,11 @@ def run_pilot(
     """Tries a run on a stratified sample of the training images.
 
     Two heads of the run's settings are trained on one half of the sample and judged
-    by the other, then the other way round: one plainly, one with the policy (`auto`
-    where the run's is `accept-all`). Rejection is called likely to help, or to harm,
-    where the 95 % interval of the paired difference leaves out 0. It is taken against
-    the right labels, known or estimated, where the labels can be judged. A policy
-    `auto` that finds nothing to reject would train plainly, and is not tried.
+    on the other, then the other way round: one plainly, one with the policy (`auto`
+    where the run's is `accept-all`). They are judged by right labels, known or
+    estimated. Rejection is called likely to help, or to harm, where the 95 % interval
+    of the paired difference leaves out 0. A policy `auto` that finds nothing to reject
+    would train plainly, and is not tried.
 
     Times are those of a few batches and of these heads, without unfrozen layers.
 
@@ -168,32 +165,26 @@ def run_pilot(
     training = heads * (start_seconds + steps * step_seconds)
     names, counts = data.class_names, np.bincount(labels, minlength=data.num_classes)
     most, least = int(counts.argmax()), int(counts.argmin())
-    known = right_credits(sampled, label_quality, data.num_classes)
-    credits = known
-    if credits is None:
-        credits = given_credits(sampled.labels, data.num_classes)
-    gain = None
-    if rejecting is not None:
-        gain = paired_gain(*(credited_to(credits, one) for one in (plain, rejecting)))
-
-    def estimated(predicted: np.ndarray | None) -> float | None:
-        if predicted is None or known is None:
-            return None
-        return float(credited_to(known, predicted).mean())
-
+    judge = label_quality  # Of each label by the other samples alone.
+    if sampled.clean_labels is not None:
+        judge = judge.with_right_labels(sampled.clean_labels)
+    given = None if rejecting is None else rejecting == sampled.labels
+    gain = None if rejecting is None else _gain(judge, sampled, plain, rejecting)
     return Pilot(
         num_images=len(sampled),
         largest_class=(names[most], int(counts[most])),
         smallest_class=(names[least], int(counts[least])),
-        noise_rate=share_interval(1.0 - label_quality.right_probability),
+        noise_rate=(
+            share_interval(1.0 - label_quality.right_probability)
+            if label_quality.can_judge
+            else None
+        ),
         reason=label_quality.reason,
         policy=str(policy.name),
         plain_accuracy=float(np.mean(plain == sampled.labels)),
-        policy_accuracy=(
-            None if rejecting is None else float(np.mean(rejecting == sampled.labels))
-        ),
-        plain_accuracy_estimated=estimated(plain),
-        policy_accuracy_estimated=estimated(rejecting),
+        policy_accuracy=None if given is None else float(given.mean()),
+        plain_accuracy_right=judge.accuracy(plain),
+        policy_accuracy_right=None if rejecting is None else judge.accuracy(rejecting),
         gain=gain,
         images_left=left,
         pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
@@ -223,14 +214,22 @@ def verdict(
     return f"The pilot cannot tell whether rejection helps: {numbers}."
 
 
-def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float, float]:
-    """Returns how much more often the second is right, with its 95 % interval.
+def _gain(
+    judge: LabelQuality, sample: FeatureSet, plain: np.ndarray, rejecting: np.ndarray
+) -> tuple[float, float, float]:
+    """Returns how much more accurate the second is, by right labels if possible."""
+    right = sample.with_right_labels().labels
+    if sample.clean_labels is None and (found := judge.gain(rejecting, plain)):
+        return found
+    return paired_gain(plain == right, rejecting == right)
 
-    Takes what each prediction counts.
-    """
-    interval = paired_credits_interval(rejecting, plain)
-    mean = float(np.mean(rejecting.astype(float) - plain))
-    return mean, max(-1.0, interval.low), min(1.0, interval.high)
+
+def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float, float]:
+    """Returns how much more often the second is right, with its 95 % interval."""
+    won = int(np.count_nonzero(rejecting & ~plain))
+    lost = int(np.count_nonzero(plain & ~rejecting))
+    count = len(plain)
+    return (won - lost) / count, *paired_share_interval(won, lost, count)
 
 
 def share_interval(probabilities: np.ndarray) -> tuple[float, float, float]:
@@ -246,8 +245,8 @@ def _cross_tried(
     settings: TrainConfig,
     advance: Callable[[int], None],
 ) -> tuple[np.ndarray, float, float]:
-    """Returns the classes predicted for held-out samples, and two durations."""
-    predicted = np.zeros(len(sample), int)
+    """Returns the classes predicted of held-out samples, and two durations."""
+    predicted = np.zeros(len(sample), np.int64)
     half = stratified_sample(sample.labels, len(sample) // 2, seed=settings.seed)
     chosen = np.zeros(len(sample), bool)
     chosen[half] = True
