@@ -304,9 +304,9 @@ class LabelQuality:
         )
         return (
             f"About {100 * self.noise_rate:.1f} % of the training labels are wrong. "
-            f"{int(below.sum()):,} of {len(kept):,} {words} and are left out{but}; of the "
-            f"other {int(kept.sum()):,}, after the warm-up, those with a loss above "
-            "ln(classes), a uniform guess."
+            f"{int(below.sum()):,} of {len(kept):,} {words} and are left out{but}; of "
+            f"the other {int(kept.sum()):,}, after the warm-up, those with a loss "
+            "above ln(classes), a uniform guess."
         )
 
 
