@@ -99,28 +99,43 @@ class LabelQuality:
         """
         return math.inf if self.reason is not None else math.log(len(self.noise))
 
-    def accept_mask(self, *, class_floor: float = 0.1) -> np.ndarray:
+    def accept_mask(
+        self, *, threshold: float | None = None, class_floor: float = 0.1
+    ) -> np.ndarray:
         """Chooses the samples to learn from.
 
         Args:
+            threshold: Least probability of a right label, in (0, 1]. Default None: 0.6.
             class_floor: Minimum fraction of each class's samples to accept, in [0, 1];
                 at least one is. Default 0.1.
 
         Returns:
             Boolean array `(n,)`. All True where nothing is to be rejected.
         """
+        if threshold is None:
+            threshold = MIN_RIGHT_PROBABILITY
+        return self.highest_thresholds(class_floor=class_floor) >= threshold
+
+    def highest_thresholds(self, *, class_floor: float = 0.1) -> np.ndarray:
+        """Returns up to which threshold of `accept_mask` each sample is accepted.
+
+        Args:
+            class_floor: As in `accept_mask`.
+
+        Returns:
+            Float32 array `(n,)` in [0, 1]. All 1 where nothing is to be rejected.
+        """
         if self.reason is not None:
-            return np.ones(len(self.labels), bool)
-        accepted = self.right_probability >= MIN_RIGHT_PROBABILITY
+            return np.ones(len(self.labels), np.float32)
+        highest = self.right_probability.astype(np.float32)
         counts = np.bincount(self.labels, minlength=len(self.noise))
-        accepted |= (counts < MIN_CLASS_SIZE)[self.labels]
+        highest[(counts < MIN_CLASS_SIZE)[self.labels]] = 1.0
         for label in np.flatnonzero(counts):
             members = np.flatnonzero(self.labels == label)
             least = max(1, int(np.ceil(class_floor * len(members))))
-            if np.count_nonzero(accepted[members]) < least:
-                best = np.argsort(-self.right_probability[members], kind="stable")
-                accepted[members[best[:least]]] = True
-        return accepted
+            best = np.argsort(-self.right_probability[members], kind="stable")
+            highest[members[best[:least]]] = 1.0
+        return highest
 
     def accuracy(self, predicted: np.ndarray) -> Estimate | None:
         """Estimates how many predictions are right, although some labels are not.
@@ -276,20 +291,28 @@ class LabelQuality:
             f"{look_wrong:,} look wrong."
         )
 
-    def describe(self) -> str:
-        """Says in one line what was found in the training labels and what is chosen."""
+    def describe(self, threshold: float | None = None) -> str:
+        """Says in one line what was found in the training labels and what is chosen.
+
+        Args:
+            threshold: As in `accept_mask`.
+        """
         if self.reason is not None:
             return f"{self.reason}: keeping every sample."
-        look_wrong, kept = int(self.looks_wrong.sum()), self.accept_mask()
-        spared = int((self.looks_wrong & kept).sum())
+        below, words = self.looks_wrong, "look wrong"
+        if threshold is not None:
+            below = self.right_probability < threshold
+            words = f"are right with a probability below {threshold:.3g}"
+        kept = self.accept_mask(threshold=threshold)
+        spared = int((below & kept).sum())
         but = (
             f", but for {spared:,} of classes that are wrong by most" if spared else ""
         )
         return (
             f"About {100 * self.noise_rate:.1f} % of the training labels are wrong. "
-            f"{look_wrong:,} of {len(kept):,} look wrong and are left out{but}; of the "
-            f"other {int(kept.sum()):,}, after the warm-up, those with a loss above "
-            "ln(classes), a uniform guess."
+            f"{int(below.sum()):,} of {len(kept):,} {words} and are left out{but}; of "
+            f"the other {int(kept.sum()):,}, after the warm-up, those with a loss "
+            "above ln(classes), a uniform guess."
         )
 
 

@@ -434,28 +434,46 @@ def _interval(share: float, count: int) -> str:
 def _of_search(record: RunRecord) -> Outcome:
     results = record.results
     images = results.get("test_images", 0)
-    table = summary.choice_table(results)
-    figures = []
-    for key, row in zip(("chosen", "plain"), table.rows, strict=True):
-        for column in (2, 1, 3):  # The test split first.
-            if row[column] != "-":
-                of_test = results[key].get("test_accuracy")
-                note = _interval(of_test, images) if column == 2 else ""
-                figures.append((f"{table.columns[column]}, {key}", row[column], note))
+    figures, shares, estimated = [], {}, False
+    for key in ("chosen", "plain"):
+        numbers = results.get(key) or {}
+        for split in ("test", "validation"):
+            name = f"{split}_accuracy"
+            if (given := numbers.get(name)) is None:
+                continue
+            share = numbers.get(f"{name}_estimated", given)
+            note = _interval(given, images) if split == "test" else ""
+            if f"{name}_estimated" in numbers:
+                low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
+                note = f"95 %: {summary.range_text(low, high)}; by the given labels "
+                note += share_text(given)
+                estimated = True
+            if split == "test":
+                shares[key] = share_text(share)
+            figures.append((f"{split.title()}, {key}", share_text(share), note))
+        if "acceptance_rate" in numbers:
+            accepted = share_text(numbers["acceptance_rate"])
+            figures.append((f"Accepted, {key}", accepted, ""))
     method = (
         f"{results.get('trials', 0)} trials. The test split was looked at once, "
         "for the chosen setting and for plain fine-tuning."
     )
     if (results.get("plain") or {}).get("trial"):
         method += " Plain fine-tuning is the best trial that accepts everything."
-    if images:
+    if images and not estimated:
         method += " Intervals: Wilson (1927), each for itself."
-    ours, plain = (row[2] for row in table.rows)
+    if estimated:
+        method += (
+            " Accuracies are against the right labels, which nobody knows: estimated "
+            "from the given ones, how often each class is mislabelled, and what the "
+            "training samples say of each label."
+        )
     sentence = str(results.get("reason", ""))
-    if "-" not in (ours, plain):
+    if len(shares) > 1:
+        about = "about " if estimated else ""
         sentence = (
-            f"The chosen setting gets {ours} of {images:,} test {record.kind} right, "
-            f"plain fine-tuning {plain}."
+            f"The chosen setting gets {about}{shares['chosen']} of {images:,} test "
+            f"{record.kind} right, plain fine-tuning {about}{shares['plain']}."
         )
     return Outcome(sentence, figures, method)
 

@@ -308,7 +308,7 @@ def untrained_head(
     steps = -(-len(train) // settings.batch_size)
     if settings.policy.name == "auto" and label_quality is not None:
         policy: Policy = AutoPolicy(
-            label_quality.accept_mask(),
+            label_quality.accept_mask(threshold=settings.policy.threshold),
             loss_limit=label_quality.loss_limit,
             warmup_steps=round(settings.policy.warmup_epochs * steps),
         )
@@ -405,6 +405,11 @@ def credited_to(credits: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return credits[np.arange(len(credits)), predicted]
 
 
+def given_credits(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns the same by labels as they are."""
+    return np.equal.outer(labels, np.arange(num_classes)).astype(np.float32)
+
+
 def right_credits(
     part: FeatureSet, quality: LabelQuality | None, num_classes: int
 ) -> np.ndarray | None:
@@ -412,7 +417,7 @@ def right_credits(
     if not len(part):
         return None
     if part.clean_labels is not None:
-        return np.equal.outer(part.clean_labels, np.arange(num_classes)).astype("f4")
+        return given_credits(part.clean_labels, num_classes)
     if quality is None or not quality.can_judge:
         return None
     return quality.credits
@@ -453,11 +458,18 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
 
 
 def best_of_all_epochs(
-    monitor: str, mode: str, *, epochs: int
+    monitor: str, mode: str, *, epochs: int, first: int = 0
 ) -> keras.callbacks.Callback:
-    """Restores the best weights, at the end or after `epochs` epochs that are worse."""
+    """Restores the best weights, at the end or after `epochs` epochs that are worse.
+
+    Epochs before the `first` do not count.
+    """
     return keras.callbacks.EarlyStopping(
-        monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
+        monitor=monitor,
+        mode=mode,
+        patience=epochs,
+        restore_best_weights=True,
+        start_from_epoch=first,
     )
 
 

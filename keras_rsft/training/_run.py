@@ -275,8 +275,10 @@ class Run:
     def finding(self) -> str | None:
         """What the policy `auto` found and chose, in one line; None for others."""
         label_quality = self.trained.label_quality
-        is_auto = (self.config.get("policy") or {}).get("name") == "auto"
-        return label_quality.describe() if label_quality and is_auto else None
+        policy = self.config.get("policy") or {}
+        if label_quality is None or policy.get("name") != "auto":
+            return None
+        return label_quality.describe(policy.get("threshold"))
 
     @property
     def overfitting(self) -> Overfitting | None:
