@@ -25,6 +25,7 @@ COLUMNS = (
     "accepted",
     "rejected",
     "suspicion",
+    "right_probability",
 )
 HISTOGRAM_COLUMNS = ("epoch", "threshold", "low", "high", "accepted", "rejected")
 # Ten bins a decade: clean and noisy labels stand apart by their loss's logarithm.
@@ -48,6 +49,8 @@ class Ledger:
         predicted: int32 array `(n,)`, predicted labels; -1 where not known.
         predicted_probability: Float32 array `(n,)`; NaN where not known.
         loss_last: Float32 array `(n,)`, the last loss, NaN or infinite as it came.
+        right_probability: Float32 array `(n,)`: how likely the given label is right;
+            NaN where not known.
 
     Raises:
         InvalidArgument: If the arrays differ in length.
@@ -65,6 +68,7 @@ class Ledger:
         self._loss_sum = np.zeros(count, np.float32)
         self.predicted = np.full(count, -1, np.int32)
         self.predicted_probability = np.full(count, np.nan, np.float32)
+        self.right_probability = np.full(count, np.nan, np.float32)
         self._suspicion: np.ndarray | None = None
         self._reviewed = np.zeros(count, bool)
 

@@ -353,6 +353,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> None:
     run = rsft.finetune(
         data,
         **shared,
+        before=arguments.before,
         strategy=devices,
         output=folder,
         callbacks=() if arguments.tensorboard is None else tensorboard,

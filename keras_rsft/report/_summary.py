@@ -134,8 +134,13 @@ def run_summary(run: Any) -> Summary:
         )
     if run.overfitting is not None:
         warnings.append(run.overfitting.sentence)
-    notes = () if run.finding is None else (run.finding,)
-    return Summary((Table(("", ""), tuple(rows)),), tuple(warnings), notes)
+    compared = run.against_before
+    notes = (run.finding, None if compared is None else compared.sentence)
+    return Summary(
+        (Table(("", ""), tuple(rows)),),
+        tuple(warnings),
+        tuple(note for note in notes if note is not None),
+    )
 
 
 def comparison_summary(comparison: Any) -> Summary:

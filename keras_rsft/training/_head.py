@@ -164,6 +164,8 @@ def train_head(
         if label_quality.noise_rate > 0:  # Else there was too little to judge by.
             results["estimated_wrong_labels"] = label_quality.noise_rate
     recorder.ledger.note_probabilities(probabilities)
+    if label_quality is not None and label_quality.can_judge:
+        recorder.ledger.right_probability = label_quality.right_probability
     if train.reviewed is not None:
         recorder.ledger.note_reviewed(train.reviewed)
     if train.clean_labels is not None:
