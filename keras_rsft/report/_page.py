@@ -415,6 +415,8 @@ def outcome_of(record: RunRecord) -> Outcome:
         (summary.RESULT_NAMES[key], share_text(results[key]), note)
         for key, note in notes.items()
         if key in results
+        # Else said beside the button of the review, of all splits.
+        and (key != "estimated_wrong_labels" or known is not None)
     ]
     return dataclasses.replace(found, figures=found.figures + shares)
 

@@ -6,7 +6,8 @@ looks at one sample after the other: by the first audit's suspicion, by an audit
 run again after every ten decisions (`keras-rsft review --serve`), or by cleanlab's
 self-confidence from out-of-fold probabilities of plain heads. Prints
 
-- the share of the wrong labels that is found after looking at n samples;
+- the share of the wrong labels that is found after looking at half as many samples as
+  labels are wrong, at as many, and at half as many again;
 - what a review in the live order gains: heads trained with `auto` before and after, on
   the held-out samples, by right labels and as `fit --corrections` estimates it, with
   half of the 95 % interval over seeds, and how often the estimate's interval holds the
@@ -36,7 +37,8 @@ from keras_rsft.training._before import joined
 from keras_rsft.training._features import SplitFeatures, open_features
 from keras_rsft.training._head import audit_splits, head_probabilities, train_head
 
-LOOKED = (25, 50, 100, 200, 400)
+# Samples looked at, in multiples of how many labels are wrong.
+LOOKED = (0.5, 1.0, 1.5)
 SPLITS = ("train", "validation", "test")
 FRACTIONS = (0.7, 0.15, 0.15)
 
@@ -134,7 +136,7 @@ def main() -> None:
     )
     whole, names = open_features(data, config).features.train, data.class_names
     found: dict[str, list] = {"static": [], "live": [], "cleanlab": [], "perfect": []}
-    gains: dict[int, list] = {n: [] for n in LOOKED}
+    gains: dict[float, list] = {n: [] for n in LOOKED}
     for seed in range(arguments.seeds):
         if arguments.folder is None:
             kind, rate = parse_noise(noise)
@@ -148,11 +150,12 @@ def main() -> None:
         splits = splits_of(features, names, seed)
         parts = [getattr(splits, name) for name in SPLITS]
         wrong = np.concatenate([one.labels != one.clean_labels for one in parts])
+        counts = {n: round(n * wrong.sum()) for n in LOOKED}
         # Cleanlab judges all samples as one split, in the order of the file.
         ids = np.concatenate([one.ids for one in parts])
         at = {name: place for place, name in enumerate(ids.tolist())}
         by_file = cleanlab_order(features, names, seed)
-        live = live_order(splits, LOOKED[-1], arguments.every, seed)
+        live = live_order(splits, counts[LOOKED[-1]], arguments.every, seed)
         orders = {
             "static": np.argsort(-of_all(audit_splits(splits, seed, progress=False))),
             "live": live,
@@ -161,10 +164,10 @@ def main() -> None:
         }
         for name, order in orders.items():
             shares = np.cumsum(wrong[order]) / max(wrong.sum(), 1)
-            found[name].append([shares[n - 1] for n in LOOKED])
-        for n in LOOKED:
+            found[name].append([shares[n - 1] for n in counts.values()])
+        for n, count in counts.items():
             looked = np.zeros(len(wrong), bool)
-            looked[live[:n]] = True
+            looked[live[:count]] = True
             gains[n].append(gain(splits, looked, seed))
         print(
             f"seed {seed}: {wrong.sum()} of {len(wrong)} labels are wrong", flush=True
@@ -172,10 +175,10 @@ def main() -> None:
     print_tables(f"{source}, {noise}, {arguments.seeds} seeds", found, gains)
 
 
-def print_tables(title: str, found: dict[str, list], gains: dict[int, list]) -> None:
+def print_tables(title: str, found: dict[str, list], gains: dict[float, list]) -> None:
     """Prints what is found, and what it gains."""
     print(f"{Path(title).name}\n{'wrong labels found':18}", end="")
-    print("".join(f"{n:>14}" for n in LOOKED))
+    print("".join(f"{f'{n:g} x wrong':>14}" for n in LOOKED))
     for name, rows in found.items():
         cells = [mean_interval(list(values)) for values in np.transpose(rows)]
         shown = [f"{100 * c.mean:.1f} ± {100 * c.half_width:.1f}" for c in cells]
@@ -192,7 +195,7 @@ def print_tables(title: str, found: dict[str, list], gains: dict[int, list]) -> 
             for one, value in zip(estimates, truth, strict=True)
         ]
         print(
-            f"{n:8} {100 * np.mean(before):6.1f}% "
+            f"{f'{n:g} x':>8} {100 * np.mean(before):6.1f}% "
             f"{100 * true.mean:+7.1f} ± {100 * true.half_width:.1f} "
             f"{100 * estimated.mean:+7.1f} ± {100 * estimated.half_width:.1f} "
             f"{100 * np.mean(held):5.0f}%"

@@ -96,8 +96,10 @@ class Review {
       forward: () => this.move(1),
       "review-close": () => this.dialog.close(),
       "review-download": () => {
+        // After the focus has gone back to the gallery.
+        const download = () => document.getElementById("download").click();
+        this.dialog.addEventListener("close", download, { once: true });
         this.dialog.close();
-        document.getElementById("download").click();
       },
     };
     for (const [id, action] of Object.entries(actions)) {
