@@ -57,7 +57,10 @@ def made_run(
         ledger.note_epoch(losses, accepted)
         rows += loss_histogram(losses, accepted, 2.5 if epoch > 1 else None).rows(epoch)
     scores = rng.gamma(0.3, 1.0, (count, len(classes))) + 1e-6
-    ledger.note_probabilities(scores / scores.sum(axis=1, keepdims=True))
+    shares = scores / scores.sum(axis=1, keepdims=True)
+    ledger.note_probabilities(shares)
+    ledger.right_probability = shares[np.arange(count), labels].astype(np.float32)
+    ledger.looks_wrong = (ledger.right_probability < 0.6).astype(np.int32)
     write_csv(folder / _storage.LEDGER_FILE, COLUMNS, ledger.rows(classes))
     write_csv(folder / _storage.HISTOGRAMS_FILE, HISTOGRAM_COLUMNS, rows)
     _write_tables(folder, names, labels, classes, epochs)

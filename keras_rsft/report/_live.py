@@ -13,7 +13,7 @@ from keras_rsft import _storage
 from keras_rsft.errors import DataError
 from keras_rsft.features._store import FEATURES_FILE, FeatureSet, read_meta
 from keras_rsft.label_quality._audit import LabelQuality, audit_labels
-from keras_rsft.report._record import RunRecord, looks_wrong
+from keras_rsft.report._record import RunRecord
 
 # Of each sample decided on by now, its label; None where it is to be dropped.
 Decided = dict[str, int | None]
@@ -34,8 +34,7 @@ class LiveAudit:
             raise DataError(f"{record.folder} does not say where its features are.")
         try:
             self._parts = {
-                name: self._opened(name, Path(place["folder"]), place["dropped"])
-                for name, place in places.items()
+                name: self._opened(name, **place) for name, place in places.items()
             }
             self._parts["train"]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -70,6 +69,7 @@ class LiveAudit:
         return {
             "row": np.array(rows, int),
             "suspicion": found.suspicion[unseen],
+            "wrong": found.looks_wrong[unseen],
             "right": found.right_probability[unseen],
             "predicted": found.out_of_sample.argmax(axis=1)[unseen],
             "probability": found.out_of_sample.max(axis=1)[unseen],
@@ -84,7 +84,7 @@ class LiveAudit:
         order = np.argsort(-columns["suspicion"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         right = columns.pop("right")
-        wrong = looks_wrong(right) & quality.can_judge
+        columns["wrong"] &= quality.can_judge
         listed = {
             name: np.round(values.astype(float), 4).tolist()
             if values.dtype.kind == "f"
@@ -92,13 +92,16 @@ class LiveAudit:
             for name, values in columns.items()
         }
         expected = float(np.sum(1.0 - right)) if quality.can_judge else None
-        return {"samples": listed | {"wrong": wrong.tolist()}, "expected": expected}
+        return {"samples": listed, "expected": expected}
 
-    def _opened(self, name: str, folder: Path, dropped: dict[str, int]) -> FeatureSet:
-        meta = read_meta(folder)
+    def _opened(
+        self, name: str, folder: str, dropped: dict[str, int], clean: bool
+    ) -> FeatureSet:
+        place = Path(folder)
+        meta = read_meta(place)
         if meta is None:
             raise DataError(
-                f"The features of this run are no longer cached in {folder.parent}."
+                f"The features of this run are no longer cached in {place.parent}."
             )
         ledger, record = self._record.ledger, self._record
         mine = [row for row, split in enumerate(ledger.split) if split == name]
@@ -118,14 +121,15 @@ class LiveAudit:
         for sample_id, row in dropped.items():
             ids[int(row)] = sample_id
             before[int(row)] = self._before[sample_id]
-        whole = FeatureSet(folder / FEATURES_FILE, before, ids.astype(str), **meta)
-        if not len(gone) and not record.ledger.reviewed[mine].any():
+        whole = FeatureSet(place / FEATURES_FILE, before, ids.astype(str), **meta)
+        reviewed = record.ledger.reviewed[mine] | clean
+        if not len(gone) and not reviewed.any():
             return whole
         part = whole.take(rows) if len(gone) else whole
         return dataclasses.replace(
             part,
             labels=given[rows],
-            reviewed=record.ledger.reviewed[mine],
+            reviewed=reviewed,
             before_review=whole,
         )
 

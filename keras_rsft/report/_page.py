@@ -45,7 +45,7 @@ def confusion_of(
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
     found: dict[str, list] = {"counts": [], "strengths": []}
     found["pairs"] = different[:max_pairs]
-    if num_classes <= max_classes:
+    if num_classes <= max_classes and known.any():
         table = np.zeros((num_classes, num_classes), np.int64)
         table.flat[cells] = frequencies
         shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -72,7 +72,7 @@ def gallery_data(
         if one in row_of and other in row_of
     ]
     in_pairs = [row for pair in pairs for row in pair[:2]]
-    wrong = samples.wrong
+    wrong = samples.looks_wrong
     first = [row for row in order if wrong[row]]
     wanted = order if served else [*in_pairs, *[*first, *order][:MAX_EMBEDDED]]
     contents: dict[int, str] = {}
@@ -101,7 +101,7 @@ def gallery_data(
         "token": token,
         "message": message,
         "rows": rows if token else [],
-        "expected": None if np.isnan(samples.right).all() else samples.expected_wrong,
+        "expected": (record.results.get("label_quality") or {}).get("expected_wrong"),
         "examples": _examples(record, rows, served=served, room=max_bytes / 10),
         "pairs": [
             [shown[one], shown[other], similarity]
@@ -271,9 +271,10 @@ def render_page(
         acceptance=_acceptance(record),
         most_classes=_MOST_CLASSES,
         gallery=gallery,
-        labels=gallery and _labels(record),
         against_before=(results.get("against_before") or {}).get("sentence"),
         next_command=gallery and next_command(record),
+        labels=(results.get("label_quality") or {}).get("finding"),
+        label_tables=_label_tables(results),
         confusion=gallery and confusion_of(record.ledger, len(record.class_names)),
     )
 
@@ -287,23 +288,6 @@ def script_json(value: Any) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
-
-
-def _labels(record: RunRecord) -> str:
-    """Says how many labels look wrong, in all splits."""
-    samples = record.ledger
-    if np.isnan(samples.right).all():
-        return "Which labels look wrong is not known."
-    wrong, total = samples.wrong, len(samples.ids)
-    if not wrong.any():
-        return f"None of the {total:,} labels looks wrong."
-    splits = np.array(samples.split)
-    counts = {name: int(wrong[splits == name].sum()) for name in dict.fromkeys(splits)}
-    parts = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-    return (
-        f"{wrong.sum():,} of {total:,} labels look wrong ({parts}); about "
-        f"{samples.expected_wrong:,.0f} are wrong, as estimated."
-    )
 
 
 # Options of a command that are about its own output.
@@ -362,6 +346,11 @@ def _finding(record: RunRecord) -> str | None:
     return reason
 
 
+def _label_tables(results: dict[str, Any]) -> tuple[summary.Table, ...]:
+    found = results.get("label_quality")
+    return () if found is None else summary.label_tables(found)
+
+
 def _settings(record: RunRecord) -> list[tuple[str, str]]:
     """Returns the configuration as rows, one level deep."""
     flat: dict[str, Any] = {}
@@ -398,6 +387,8 @@ def outcome_of(record: RunRecord) -> Outcome:
     if record.is_search:
         return _of_search(record)
     results = record.results
+    if record.is_audit:
+        return _of_audit(results["label_quality"])
     found = _paired(record) if results.get("against_plain") else _alone(record)
     known = results.get("wrong_labels")
     really = "estimated" if known is None else f"{share_text(known)} really are"
@@ -415,10 +406,18 @@ def outcome_of(record: RunRecord) -> Outcome:
         (summary.RESULT_NAMES[key], share_text(results[key]), note)
         for key, note in notes.items()
         if key in results
-        # Else said beside the button of the review, of all splits.
-        and (key != "estimated_wrong_labels" or known is not None)
     ]
     return dataclasses.replace(found, figures=found.figures + shares)
+
+
+def _of_audit(found: dict[str, Any]) -> Outcome:
+    wrong = found["expected_wrong"]
+    figures = [("Samples", f"{found['samples']:,}", "")]
+    if wrong is not None:
+        share = share_text(wrong / found["samples"])
+        figures.append(("Labels expected wrong", f"{wrong:,.0f}", share))
+        figures.append(("Labels that look wrong", f"{found['look_wrong']:,}", ""))
+    return Outcome(found["finding"], figures)
 
 
 def _paired(record: RunRecord) -> Outcome:
@@ -501,9 +500,7 @@ def _by_right_labels(
 def _alone(record: RunRecord) -> Outcome:
     rows = summary.accuracy_rows(record.results, record.split_sizes)
     if not rows:
-        return Outcome(
-            "There is no test or validation split to judge the model by.", []
-        )
+        return Outcome(summary.NOT_JUDGED, [])
     split, accuracy, interval, count = rows[-1]
     if right := summary.right_text(record.results, f"{split}_accuracy"):
         return Outcome(

@@ -18,7 +18,6 @@ import numpy as np
 from keras_rsft import _storage
 from keras_rsft.config import IMAGES, TEXTS, takes_texts
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.label_quality._audit import MIN_RIGHT_PROBABILITY
 
 TRIALS_FILE, HEAT_MAP_FILE = "trials.csv", "heatmap.svg"
 PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
@@ -35,27 +34,13 @@ class Samples:
     clean: np.ndarray
     probability: np.ndarray
     suspicion: np.ndarray
+    right_probability: np.ndarray
+    looks_wrong: np.ndarray
     loss: np.ndarray
     seen: np.ndarray
     rejected: np.ndarray
-    # How likely the given label is right, NaN where not known; and whether a person
-    # has confirmed or corrected it.
-    right: np.ndarray
+    # Whether a person has confirmed or corrected the label.
     reviewed: np.ndarray
-
-    @property
-    def wrong(self) -> np.ndarray:
-        """Which labels look wrong and were not reviewed."""
-        return looks_wrong(self.right) & ~self.reviewed
-
-    @property
-    def expected_wrong(self) -> float:
-        """How many of the labels that nobody has reviewed are wrong, as estimated."""
-        return float(np.nansum((1.0 - self.right)[~self.reviewed]))
-
-
-def looks_wrong(right_probability: np.ndarray) -> np.ndarray:
-    return right_probability < MIN_RIGHT_PROBABILITY  # NaN compares false.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +71,11 @@ class RunRecord:
     @property
     def is_search(self) -> bool:
         return self.samples is None
+
+    @property
+    def is_audit(self) -> bool:
+        """Whether labels were audited, and nothing was trained."""
+        return not (self.is_search or self.metrics)
 
     @property
     def ledger(self) -> Samples:
@@ -231,10 +221,11 @@ def _samples(folder: Path, class_names: tuple[str, ...], reviewed: set[str]) -> 
         clean=labels("clean_label"),
         probability=numbers("predicted_probability"),
         suspicion=numbers("suspicion"),
+        right_probability=numbers("right_probability"),
+        looks_wrong=numbers("looks_wrong") == 1,
         loss=numbers("loss_mean"),
         seen=numbers("seen").astype(np.int64),
         rejected=numbers("rejected").astype(np.int64),
-        right=numbers("right_probability"),
         reviewed=np.array([row["id"] in reviewed for row in rows], bool),
     )
 
