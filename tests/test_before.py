@@ -107,17 +107,20 @@ class TestRuns:
     """Two runs on photos whose labels are partly wrong in all splits."""
 
     @pytest.fixture(scope="class")
-    def noisy(self, photo_folder):
+    @classmethod
+    def noisy(cls, photo_folder):
         data = load_images(str(photo_folder), test_fraction=0.25)
         splits = ("train", "validation", "test")
         return add_label_noise(data, "symmetric:0.25", seed=1, splits=splits)
 
     @pytest.fixture(scope="class")
-    def root(self, tmp_path_factory):
+    @classmethod
+    def root(cls, tmp_path_factory):
         return tmp_path_factory.mktemp("before")
 
     @pytest.fixture(scope="class")
-    def fit(self, noisy, root, tiny_base_file):
+    @classmethod
+    def fit(cls, noisy, root, tiny_base_file):
         def fit(name, **options):
             settings = {"epochs": 6, "batch_size": 8, "learning_rate": 0.05}
             settings |= {"policy": PolicyConfig(threshold=0.8)}
@@ -138,11 +141,13 @@ class TestRuns:
         return fit
 
     @pytest.fixture(scope="class")
-    def first(self, fit):
+    @classmethod
+    def first(cls, fit):
         return fit("first")[0]
 
     @pytest.fixture(scope="class")
-    def corrections(self, noisy, root):
+    @classmethod
+    def corrections(cls, noisy, root):
         """Sets all labels of the test split right and drops its first image."""
         names, rows = noisy.class_names, ["id,given_label,decision,new_label"]
         test = noisy.test
@@ -155,7 +160,8 @@ class TestRuns:
         return path
 
     @pytest.fixture(scope="class")
-    def second(self, first, fit, corrections):
+    @classmethod
+    def second(cls, first, fit, corrections):
         return fit("second", corrections=corrections)
 
     def test_predictions_are_those_of_the_model(self, first, noisy):
@@ -230,6 +236,12 @@ class TestRuns:
             fit("never", before=first.folder)
         with pytest.raises(InvalidArgument, match=r"predictions\.csv"):
             fit("never", before=tmp_path, corrections=corrections)
+
+
+def test_the_command_refuses_it_without_corrections(call, photo_folder, tiny_base_file):
+    options = ("--backbone", tiny_base_file, "--before", "runs/photos-1")
+    status, _, err = call("fit", photo_folder, *options)
+    assert (status, "Give its `corrections` too" in err) == (2, True)
 
 
 def test_corrections_of_the_training_split_alone(photo_folder, tmp_path):

@@ -37,6 +37,8 @@ class LiveAudit:
                 name: self._opened(name, **place) for name, place in places.items()
             }
             self._parts["train"]
+        except DataError:
+            raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{_storage.CACHED_FEATURES_FILE} in {record.folder} cannot be read "
