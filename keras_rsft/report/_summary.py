@@ -29,6 +29,16 @@ RESULT_NAMES = {
     "right_labels_rejected": "Right labels rejected",
 }
 NOT_JUDGED = "There is no test or validation split to judge the model by."
+BY_GIVEN = "  by the given labels"
+# The labels by which a comparison is judged.
+JUDGED_BY = {
+    "known": "Judged by labels that are known to be right.",
+    "estimated": (
+        "Judged by right labels, which nobody knows: estimated from the given ones, "
+        "with the error of the estimate in each ±."
+    ),
+    "given": "Judged by the given labels, as right and wrong ones look the same.",
+}
 # How the backbone was trained after the head: the name in the results, and in words.
 TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Backbone trained too"}
 
@@ -117,7 +127,7 @@ def run_summary(run: Any) -> Summary:
         right = right_text(results, key)
         if right is not None and right != share_text(results.get(key)):
             rows.append((name, right))
-            name = "  by the given labels"
+            name = BY_GIVEN
         if key in results:
             rows.append((name, share_text(results[key])))
     for tuning, name in TUNINGS.items():
@@ -223,15 +233,24 @@ def comparison_summary(comparison: Any) -> Summary:
             return mean
         return f"{mean} ± {100 * interval.half_width:.1f}"
 
-    rows = []
+    rows, names = [], ["Method", "Test", "vs. plain"]
+    by_given = any(
+        one.test_accuracy is not None
+        and one.test_accuracy.mean != one.test_accuracy_given
+        for one in comparison.summaries.values()
+    )
+    if by_given:
+        names.append("Given labels")
     for name, method in comparison.summaries.items():
         accuracy = points(method.test_accuracy)
         if method.stalled:
             accuracy = f"{accuracy}, {method.stalled} stalled".removeprefix("-, ")
-        difference = points(method.difference_to_plain, sign="+")
-        shares = (method.acceptance_rate, method.recovered)
-        shown = (share_text(share, 0) for share in shares)
-        rows.append((name, accuracy, difference, *shown, f"{method.seconds:.1f}"))
+        shown = [name, accuracy, points(method.difference_to_plain, sign="+")]
+        if by_given:
+            shown.append(share_text(method.test_accuracy_given).removesuffix(" %"))
+        shown += [share_text(method.acceptance_rate, 0)]
+        shown += [share_text(method.recovered, 0), f"{method.seconds:.1f}"]
+        rows.append(tuple(shown))
     seeds = len({outcome.seed for outcome in comparison.outcomes})
     spread = covered = ""
     if seeds > 1:
@@ -239,7 +258,7 @@ def comparison_summary(comparison: Any) -> Summary:
         covered = " The verdict allows for other test samples too."
     notes = [
         f"Test accuracy in percent{spread}; differences to plain are paired by seed."
-        f"{covered}",
+        f"{covered} {JUDGED_BY[comparison.judged_by]}",
         comparison.verdict.sentence,
     ]
     if noise := comparison.config.get("noise"):
@@ -248,7 +267,7 @@ def comparison_summary(comparison: Any) -> Summary:
             "other ones for each seed."
         )
         notes.insert(0, made_wrong)
-    columns = ("Method", "Test", "vs. plain", "Accepted", "Recovered", "Seconds")
+    columns = (*names, "Accepted", "Recovered", "Seconds")
     return Summary((Table(columns, tuple(rows)),), comparison.notes, tuple(notes))
 
 
