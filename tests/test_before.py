@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import types
 
 import keras
@@ -16,7 +17,7 @@ from keras_rsft.data._labels import add_label_noise, apply_corrections
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.label_quality._audit import LabelQuality
-from keras_rsft.training._before import RunBefore, joined
+from keras_rsft.training._before import RunBefore, joined, predictions_of_model
 from keras_rsft.training._head import head_probabilities
 from keras_rsft.training._run import finetune
 
@@ -236,6 +237,23 @@ class TestRuns:
             fit("never", before=first.folder)
         with pytest.raises(InvalidArgument, match=r"predictions\.csv"):
             fit("never", before=tmp_path, corrections=corrections)
+
+
+def test_predictions_of_a_model_of_images(photo_folder, tmp_path):
+    """The image that cannot be read has none, and the others keep their ids."""
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder, root)
+    (root / "blue" / "03.png").write_bytes(b"no picture")
+    data = load_images(root, validation_fraction=0, test_fraction=0)
+    data = dataclasses.replace(data, test=dataclasses.replace(data.train, name="test"))
+    images = keras.Input((16, 16, 3))
+    model = keras.Model(images, keras.layers.GlobalAveragePooling2D()(images))
+    found = predictions_of_model(model, data)
+    assert list(found) == ["test"]
+    ids, predicted = found["test"]
+    assert ids.tolist() == [one for one in data.train.ids if one != "blue/03.png"]
+    channels = {"red": 0, "green": 1, "blue": 2}
+    assert predicted.tolist() == [channels[one.split("/")[0]] for one in ids]
 
 
 def test_the_command_refuses_it_without_corrections(call, photo_folder, tiny_base_file):

@@ -205,6 +205,13 @@ class TestPhotos:
         status, _, body = ask(photos, f"/photos/{row}")
         assert (status, body) == (200, photos.record.thumbnail(name))
 
+    def test_it_says_what_is_missing(self, photos, server):
+        assert len(photos.missing) == 1  # The features.
+        assert server.missing[0].startswith("The order stays as it is")
+        assert server.missing[1] == (
+            "No files of <b>photos</b> are found here: thumbnails are shown."
+        )
+
     def test_a_foreign_host_sees_none(self, photos):
         assert ask(photos, "/photos/0", host="evil.example")[0] == 403
         assert ask(photos, "/photos/12")[0] == 404

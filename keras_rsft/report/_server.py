@@ -150,6 +150,15 @@ class ReviewServer(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://{ADDRESS}:{self.server_port}/"
 
+    @property
+    def missing(self) -> list[str]:
+        """Says what the review has to do without."""
+        found = [] if self.live_error is None else [self.live_error]
+        if self.record.kind == IMAGES and not self.photos:
+            data = self.record.config.get("data")
+            found.append(f"No files of {data} are found here: thumbnails are shown.")
+        return found
+
     @functools.cached_property
     def photos(self) -> Photos:
         return Photos(self.record)
