@@ -68,7 +68,7 @@ def post(server, question, **changed):
 
 
 def ask(server, path, *, host=None, method="GET"):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     with contextlib.closing(connection):
         connection.putrequest(method, path, skip_host=True)
         if host != "":
