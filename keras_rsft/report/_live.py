@@ -97,7 +97,12 @@ class LiveAudit:
         return {"samples": listed, "expected": expected}
 
     def _opened(
-        self, name: str, folder: str, dropped: dict[str, int], clean: bool
+        self,
+        name: str,
+        folder: str,
+        dropped: dict[str, int],
+        left_out: dict[str, int],
+        clean: bool,
     ) -> FeatureSet:
         place = Path(folder)
         meta = read_meta(place)
@@ -110,8 +115,11 @@ class LiveAudit:
         count = int(meta.pop("rows"))
         gone = np.array(sorted(int(row) for row in dropped.values()), int)
         rows = np.setdiff1d(np.arange(count), gone)
-        if len(rows) != len(mine) or np.any((gone < 0) | (gone >= count)):
+        copies = {int(row): self._row_of[one] for one, row in left_out.items()}
+        if len(rows) != len(mine) + len(copies) or np.any((gone < 0) | (gone >= count)):
             raise DataError(f"The features in {folder} are not those of this run.")
+        others = iter(mine)
+        mine = [copies[row] if row in copies else next(others) for row in rows.tolist()]
         ids = np.empty(count, dtype=object)
         given, before = np.zeros((2, count), np.int32)
         ids[rows] = [ledger.ids[row] for row in mine]
@@ -123,7 +131,14 @@ class LiveAudit:
         for sample_id, row in dropped.items():
             ids[int(row)] = sample_id
             before[int(row)] = self._before[sample_id]
-        whole = FeatureSet(place / FEATURES_FILE, before, ids.astype(str), **meta)
+        groups = [self._groups.setdefault(one, len(self._groups)) for one in ids]
+        whole = FeatureSet(
+            place / FEATURES_FILE,
+            before,
+            ids.astype(str),
+            groups=np.array(groups),
+            **meta,
+        )
         reviewed = record.ledger.reviewed[mine] | clean
         if not len(gone) and not reviewed.any():
             return whole
@@ -134,6 +149,15 @@ class LiveAudit:
             reviewed=reviewed,
             before_review=whole,
         )
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, int]:
+        """Of each sample the number that its copies share."""
+        numbers: dict[str, int] = {}
+        for row in _storage.read_csv(self._record.folder / _storage.SAMPLES_FILE):
+            first = numbers.setdefault(row.get("copy_of") or row["id"], len(numbers))
+            numbers[row["id"]] = first
+        return numbers
 
     @functools.cached_property
     def _before(self) -> dict[str, int]:

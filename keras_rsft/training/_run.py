@@ -184,14 +184,24 @@ def cached_in(features: SplitFeatures) -> dict[str, dict[str, Any]]:
         part = getattr(features, name)
         if len(part):
             whole, dropped = part.before_review, {}
+            left_out = {}
+            if (copies := features.left_out.get(name)) is not None:
+                rows = copies.file_rows(np.arange(len(copies))).tolist()
+                left_out = dict(zip(copies.ids.tolist(), rows, strict=True))
             if whole is not None:
                 gone = np.setdiff1d(
-                    np.arange(len(whole)), part.file_rows(np.arange(len(part)))
+                    np.arange(len(whole)),
+                    [*part.file_rows(np.arange(len(part))), *left_out.values()],
                 )
                 dropped = {str(whole.ids[row]): int(row) for row in gone}
             clean = part.reviewed is not None and bool(part.reviewed.all())
             folder = str(part.path.parent)
-            places[name] = {"folder": folder, "dropped": dropped, "clean": clean}
+            places[name] = {
+                "folder": folder,
+                "dropped": dropped,
+                "left_out": left_out,
+                "clean": clean,
+            }
     return places
 
 
