@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -17,7 +18,9 @@ from keras_rsft._stats import (
     paired_share_interval,
     t_quantile,
 )
+from keras_rsft.comparison._compare import Comparison
 from keras_rsft.comparison._methods import Outcome, judge, recovered_share, summarize
+from keras_rsft.report._summary import comparison_summary
 
 IMAGES = 1000
 
@@ -114,6 +117,39 @@ class TestIntervals:
         assert recovered_share(0.6, 0.6, 0.9) == 0
         assert recovered_share(0.5, 0.6, 0.9) == pytest.approx(-1 / 3)
         assert recovered_share(0.8, 0.9, 0.9) is None
+
+
+class TestTable:
+    NAMES = ("Method", "Test", "vs. plain", "Given", "Accepted", "Recovered", "Seconds")
+
+    @pytest.mark.parametrize(
+        "given, methods, left_out",
+        [
+            (0.5, ["plain", "clean-subset", "gce"], "Given"),
+            (0.4, ["plain", "gce"], "Recovered"),
+            (0.4, ["plain", "clean-subset", "gce"], "Seconds"),
+        ],
+    )
+    def test_columns_that_say_something(self, given, methods, left_out):
+        accuracies = {"plain": 0.5, "gce": 0.6, "clean-subset": 0.7}
+        accuracies = {name: [accuracies[name]] * 2 for name in methods}
+        outcomes = [
+            dataclasses.replace(
+                one, test_accuracy_given=one.test_accuracy - 0.5 + given
+            )
+            for one in outcomes_of(accuracies)
+        ]
+        found = Comparison(
+            tuple(outcomes), summarize(outcomes), judge(outcomes), "estimated"
+        )
+        shown = comparison_summary(found)
+        (table,) = shown.tables
+        assert table.columns == tuple(n for n in self.NAMES if n != left_out)
+        assert "which nobody knows" in shown.notes[0]
+        if left_out != "Given":
+            place = table.columns.index("Given")
+            assert table.rows[0][place] == "40.0"
+            assert "Given: by the given labels." in shown.notes[0]
 
 
 class TestVerdict:
