@@ -57,7 +57,7 @@ def comparison_html(comparison: Any) -> str:
 def search_html(found: Any) -> str:
     """Returns the best trials, the chosen setting beside plain, and all as points."""
     chosen, *points = (
-        (metrics["acceptance_rate"], metrics["val_accuracy"])
+        (metrics["acceptance_rate"], metrics["val_accuracy_estimated"])
         for metrics in (
             found.choice.chosen.metrics,
             *(one.metrics for one in found.outcomes if one.metrics),
