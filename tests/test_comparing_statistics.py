@@ -20,6 +20,7 @@ from keras_rsft._stats import (
 )
 from keras_rsft.comparison._compare import Comparison
 from keras_rsft.comparison._methods import Outcome, judge, recovered_share, summarize
+from keras_rsft.label_quality._audit import Estimate
 from keras_rsft.report._summary import comparison_summary
 
 IMAGES = 1000
@@ -177,6 +178,28 @@ class TestVerdict:
         )
         equal = judge(outcomes_of({"plain": [0.5, 0.6], "gce": [0.5, 0.6]}))
         assert equal.winner is None
+
+    @pytest.mark.parametrize("error, winner", [(0.04, "gce"), (0.06, None)])
+    def test_an_estimated_lead_has_the_error_of_the_estimate(self, error, winner):
+        """5 points in each of two seeds; the interval of each is +-`error`."""
+
+        class Quality:
+            can_judge, reason = True, None
+
+            def gain(self, ones, others):
+                value = 0.05 * (ones[0] - others[0])
+                return Estimate(value, value - error, value + error)
+
+        accuracies = {"plain": [0.9] * 2, "gce": [0.95] * 2}
+        outcomes = [
+            dataclasses.replace(one, predicted=np.full(3, int(one.method == "gce")))
+            for one in outcomes_of(accuracies)
+        ]
+        found = judge(outcomes, Quality())
+        assert found.winner == winner
+        if winner:
+            assert "+1.0 to +9.0" in found.sentence
+        assert judge(outcomes).winner == "gce"
 
     def test_only_those_within_chance_are_named(self):
         verdict = judge(
