@@ -520,7 +520,9 @@ class TrainConfig:
             optimizer's own.
         early_stopping: Epochs without a better validation accuracy, at least 1, after
             which the training of the head ends; the weights of the best epoch are
-            kept. Default None: all epochs, and the weights of the last.
+            kept. The accuracy is by right labels, known or estimated, or by the given
+            ones where no label can be judged. Default None: all epochs, and the
+            weights of the last.
         seed: Seed of the initial weights and of the order. Default 0.
         momentum: Of `"sgd"`, in [0, 1]. Default 0.9.
         unfreeze: Which layers of the backbone to train with the head after its
@@ -548,7 +550,8 @@ class TrainConfig:
     early_stopping: int | None = option(
         None,
         "end the head's training after this many epochs without a better validation "
-        "accuracy (5 if no number follows), and keep the best weights",
+        "accuracy by right labels, known or estimated (5 if no number follows), and "
+        "keep the best weights",
         metavar="EPOCHS",
         nargs="?",
         const=5,

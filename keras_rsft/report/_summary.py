@@ -107,17 +107,36 @@ def right_text(results: Mapping[str, Any], key: str) -> str | None:
     return f"{share_text(value)} ({interval} %), estimated"
 
 
-def accuracy_rows(
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """An accuracy by right labels, `"known"` or `"estimated"`, or by `"given"` ones."""
+
+    split: str
+    share: float
+    interval: str
+    by: str
+    given: float
+    count: int
+
+
+def accuracies_of(
     results: Mapping[str, Any], sizes: Mapping[str, int]
-) -> list[tuple[str, str, str, str]]:
-    """Returns split, accuracy, its 95 % interval and samples, where it is known."""
-    rows = []
+) -> list[Accuracy]:
+    """Returns the accuracy on each split that has one, with its 95 % interval."""
+    found = []
     for split in ("validation", "test"):
-        share, count = results.get(f"{split}_accuracy"), sizes.get(split)
-        if share is not None and count:
-            interval = f"{proportion_text(share, count)} %"
-            rows.append((split, share_text(share), interval, f"{count:,}"))
-    return rows
+        key, count = f"{split}_accuracy", sizes.get(split)
+        if (given := results.get(key)) is None or not count:
+            continue
+        share, by = given, "given"
+        if (known := results.get(f"{key}_clean")) is not None:
+            share, by = known, "known"
+        interval = proportion_text(share, count)
+        if by == "given" and (value := results.get(f"{key}_estimated")) is not None:
+            share, by = value, "estimated"
+            interval = range_text(results[f"{key}_low"], results[f"{key}_high"])
+        found.append(Accuracy(split, share, f"{interval} %", by, given, count))
+    return found
 
 
 def run_summary(run: Any) -> Summary:
@@ -142,8 +161,16 @@ def run_summary(run: Any) -> Summary:
         warnings += (run.overfitting.sentence,)
     if not {"test_accuracy", "validation_accuracy"} & results.keys():
         warnings += (NOT_JUDGED,)
-    notes = () if run.finding is None else (run.finding,)
-    return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
+    compared = run.against_before
+    notes = (run.finding, None if compared is None else compared.sentence)
+    return Summary(
+        (Table(("", ""), tuple(rows)),),
+        warnings,
+        (
+            *(note for note in notes if note is not None),
+            *copies_notes(run.features),
+        ),
+    )
 
 
 def _unreadable(run: Any) -> tuple[str, ...]:
@@ -189,7 +216,7 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     shown = judged[:MOST_CLASSES]
     for others, what in (
         (judged[MOST_CLASSES:], "others"),
-        (small, "classes, not judged"),
+        (small, "not judged"),
     ):
         if others:
             keys = ("samples", "look_wrong", "expected_wrong")
@@ -216,7 +243,13 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
 def audit_summary(audit: Any) -> Summary:
     warnings = _unreadable(audit)
     tables = label_tables(audit.results["label_quality"])
-    return Summary(tables[::-1], warnings, (audit.finding,))
+    notes = (audit.finding, *copies_notes(audit.features))
+    return Summary(tables[::-1], warnings, notes)
+
+
+def copies_notes(features: Any) -> tuple[str, ...]:
+    """Returns what there is to say of samples that were found more than once."""
+    return () if features.copies is None else (features.copies.sentence,)
 
 
 def comparison_summary(comparison: Any) -> Summary:

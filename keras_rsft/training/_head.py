@@ -53,13 +53,25 @@ def audit_splits(
     features: SplitFeatures, seed: int, *, progress: bool = True
 ) -> LabelQuality:
     """Audits the labels of all splits; those held out by the training split alone."""
-    return audit_labels(
+    held_out = [getattr(features, name) for name in HELD_OUT]
+    found = audit_labels(
         features.train,
         len(features.class_names),
-        held_out=[getattr(features, name) for name in HELD_OUT],
+        held_out=[*held_out, *features.left_out.values()],
         seed=seed,
         progress=progress,
     )
+    further = found.held_out[len(held_out) :]
+    return dataclasses.replace(
+        found,
+        held_out=found.held_out[: len(held_out)],
+        left_out=dict(zip(features.left_out, further, strict=True)),
+    )
+
+
+def left_out_of(split: str) -> str:
+    """Returns how the samples are called that were left out of a split."""
+    return f"{split} (left out)"
 
 
 def label_results(
@@ -70,8 +82,9 @@ def label_results(
     All numbers of labels that are shown come from here. Those of the splits and those
     of the classes add up to the same sums.
     """
-    named = zip(SPLITS, (quality, *quality.held_out), strict=True)
-    parts = {name: part for name, part in named if len(part.labels)}
+    named = dict(zip(SPLITS, (quality, *quality.held_out), strict=True))
+    named |= {left_out_of(name): part for name, part in quality.left_out.items()}
+    parts = {name: part for name, part in named.items() if len(part.labels)}
 
     def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
         known = {"expected_wrong": wrong if quality.can_judge else None}

@@ -170,6 +170,8 @@ def search(
         on_backbone=check,
         on_note=on_note,
     )
+    if (copies := opened.features.copies) is not None:
+        on_note(copies.sentence)
     if names != options.unfreeze:
         on_note(
             "The last block is all that can learn of this backbone: all is left out."
