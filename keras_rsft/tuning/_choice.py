@@ -88,13 +88,13 @@ def choose_trial(
     predicted: Mapping[str, np.ndarray] | None = None,
     credits: np.ndarray | None = None,
 ) -> Choice:
-    """Chooses, of the trials that are as good as the best, the most convincing one.
+    """Chooses the most convincing of the trials that train least of the backbone.
 
-    As good is what is within one standard error of the best, paired by validation
-    sample. What trains less of the backbone comes first, then what has the highest sum
-    of the objective and of its agreement with all trials, each weighted by how likely
-    it is as good as the best: where trials err, they err differently, so that their
-    votes say more than the labels of few samples alone.
+    These are the cheapest of which one is within one standard error of the best, paired
+    by validation sample. Most convincing is the highest sum of the objective and of the
+    agreement with all trials, each weighted by how likely it is as good as the best:
+    where trials err, they err differently, so that their votes add to what few labels
+    say.
 
     `predicted` has by trial the class of each validation sample, `(n,)`; the mean of
     the `credits`, `(n, classes)`, of these classes is the objective. Without them only
@@ -128,7 +128,9 @@ def choose_trial(
         for one in eligible
         if best.goodness(options) - one.goodness(options) <= errors[one.trial_id]
     ]
-    score = dict.fromkeys((one.trial_id for one in as_good), 0.0)
+    cost = min(one.cost for one in as_good)
+    candidates = [one for one in as_good if one.cost == cost]
+    score = dict.fromkeys((one.trial_id for one in eligible), 0.0)
     if predicted is not None:
         gaps = [best.goodness(options) - one.goodness(options) for one in eligible]
         names = [one.trial_id for one in eligible]
@@ -137,13 +139,13 @@ def choose_trial(
         agreement = agreements([predicted[name] for name in names], weights)
         for one, agreed in zip(eligible, agreement, strict=True):
             score[one.trial_id] = one.goodness(options) + agreed
+        if cost == best.cost:
+            candidates = [one for one in eligible if one.cost == cost]
     chosen = max(
-        as_good,
-        key=lambda one: (
-            -one.cost, score[one.trial_id], one.acceptance, one.goodness(options),
-        ),
-    )  # fmt: skip
-    reason = _reason(chosen, best, len(as_good), errors[chosen.trial_id], objective)
+        candidates,
+        key=lambda one: (score[one.trial_id], one.acceptance, one.goodness(options)),
+    )
+    reason = _reason(chosen, best, errors[chosen.trial_id], objective)
     return Choice(chosen, best, reason, errors)
 
 
@@ -157,19 +159,18 @@ def agreements(predicted: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarr
 
 
 def _reason(
-    chosen: TrialOutcome, best: TrialOutcome, count: int, noise: float, objective: str
+    chosen: TrialOutcome, best: TrialOutcome, noise: float, objective: str
 ) -> str:
     value, best_value = (one.metrics[objective] for one in (chosen, best))
     name = f"Trial {chosen.trial_id}"
     if chosen is best:
         return f"{name} has the best {objective}, {value:.4f}."
     of_best = f"{value:.4f} against {best_value:.4f} of trial {best.trial_id}"
-    within = f"within one standard error ({noise:.4f}) of the best"
     if chosen.cost < best.cost:
         what = "no part" if chosen.cost == 0 else "the least"
         return (
-            f"{name} trains {what} of the backbone, and its {objective} is {within}: "
-            f"{of_best}."
+            f"{name} trains {what} of the backbone, and its {objective} is within one "
+            f"standard error ({noise:.4f}) of the best: {of_best}."
         )
     alike = _ALIKE[chosen.cost] if UNFREEZE in chosen.values else ""
     if value == best_value and not noise:
@@ -178,7 +179,7 @@ def _reason(
             f"those {alike}that have it."
         )
     return (
-        f"Of the {count} trials {alike}whose {objective} is {within}, on the same "
-        f"samples, trial {chosen.trial_id} has the highest sum of it and of its "
-        f"agreement with the other trials: {of_best}."
+        f"{name} has the highest sum of {objective} and agreement with the other "
+        f"trials{alike and ', of those ' + alike.strip()}: {of_best}, a difference "
+        f"with a standard error of {noise:.4f}."
     )
