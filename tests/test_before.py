@@ -257,7 +257,7 @@ def test_predictions_of_a_model_of_images(photo_folder, tmp_path):
 
 
 def test_the_command_refuses_it_without_corrections(call, photo_folder, tiny_base_file):
-    options = ("--backbone", tiny_base_file, "--before", "runs/photos-1")
+    options = ("--backbone", tiny_base_file, "--set", "before=runs/photos-1")
     status, _, err = call("fit", photo_folder, *options)
     assert (status, "Give its `corrections` too" in err) == (2, True)
 

@@ -548,7 +548,7 @@ class _Work:
             self.on_note(
                 f"No run of the same data and settings without these corrections is in "
                 f"{run.folder.parent}, so there is nothing to compare with; "
-                "`--before` names one."
+                "`--set before=RUN` names one."
             )
             return run
         against = before.against(predictions, run.features, quality)
