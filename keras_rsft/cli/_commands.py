@@ -623,10 +623,10 @@ def chosen_words(found: Search) -> list[str]:
     for one in settings_of(config.PolicyConfig):
         if policy.name in config.USED_BY.get(one.dest, ()) and not one.is_rare:
             given[one.dest] = getattr(policy, one.dest)
-    if "threshold" in given and policy.threshold is None:
+    if "threshold" in given and policy.threshold is None and policy.name != "auto":
         classes = found.head.model.output_shape[-1]
         given["threshold"] = policy.relative_threshold * math.log(classes)
-    if policy.name not in ("auto", "accept-all"):
+    if policy.name != "accept-all":
         given["warmup_epochs"] = policy.warmup_epochs
     # Defaults too: a default may change, the command must not.
     for name in ("epochs", "batch_size", "learning_rate", "optimizer", "weight_decay"):

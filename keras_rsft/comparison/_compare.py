@@ -150,8 +150,12 @@ def compare(
             settings=settings,
             progress=progress,
         )
+        notes = comparison.notes
+        if (copies := source.features.copies) is not None:
+            notes += (copies.sentence,)
         comparison = dataclasses.replace(
             comparison,
+            notes=notes,
             config={
                 "command": command,
                 **source.origin,

@@ -107,17 +107,36 @@ def right_text(results: Mapping[str, Any], key: str) -> str | None:
     return f"{share_text(value)} ({interval} %), estimated"
 
 
-def accuracy_rows(
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """An accuracy by right labels, `"known"` or `"estimated"`, or by `"given"` ones."""
+
+    split: str
+    share: float
+    interval: str
+    by: str
+    given: float
+    count: int
+
+
+def accuracies_of(
     results: Mapping[str, Any], sizes: Mapping[str, int]
-) -> list[tuple[str, str, str, str]]:
-    """Returns split, accuracy, its 95 % interval and samples, where it is known."""
-    rows = []
+) -> list[Accuracy]:
+    """Returns the accuracy on each split that has one, with its 95 % interval."""
+    found = []
     for split in ("validation", "test"):
-        share, count = results.get(f"{split}_accuracy"), sizes.get(split)
-        if share is not None and count:
-            interval = f"{proportion_text(share, count)} %"
-            rows.append((split, share_text(share), interval, f"{count:,}"))
-    return rows
+        key, count = f"{split}_accuracy", sizes.get(split)
+        if (given := results.get(key)) is None or not count:
+            continue
+        share, by = given, "given"
+        if (known := results.get(f"{key}_clean")) is not None:
+            share, by = known, "known"
+        interval = proportion_text(share, count)
+        if by == "given" and (value := results.get(f"{key}_estimated")) is not None:
+            share, by = value, "estimated"
+            interval = range_text(results[f"{key}_low"], results[f"{key}_high"])
+        found.append(Accuracy(split, share, f"{interval} %", by, given, count))
+    return found
 
 
 def run_summary(run: Any) -> Summary:
@@ -147,7 +166,10 @@ def run_summary(run: Any) -> Summary:
     return Summary(
         (Table(("", ""), tuple(rows)),),
         warnings,
-        tuple(note for note in notes if note is not None),
+        (
+            *(note for note in notes if note is not None),
+            *copies_notes(run.features),
+        ),
     )
 
 
@@ -194,7 +216,7 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     shown = judged[:MOST_CLASSES]
     for others, what in (
         (judged[MOST_CLASSES:], "others"),
-        (small, "classes, not judged"),
+        (small, "not judged"),
     ):
         if others:
             keys = ("samples", "look_wrong", "expected_wrong")
@@ -221,7 +243,13 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
 def audit_summary(audit: Any) -> Summary:
     warnings = _unreadable(audit)
     tables = label_tables(audit.results["label_quality"])
-    return Summary(tables[::-1], warnings, (audit.finding,))
+    notes = (audit.finding, *copies_notes(audit.features))
+    return Summary(tables[::-1], warnings, notes)
+
+
+def copies_notes(features: Any) -> tuple[str, ...]:
+    """Returns what there is to say of samples that were found more than once."""
+    return () if features.copies is None else (features.copies.sentence,)
 
 
 def comparison_summary(comparison: Any) -> Summary:
@@ -274,7 +302,7 @@ def comparison_summary(comparison: Any) -> Summary:
 def search_summary(found: Any, most_trials: int = 5) -> Summary:
     better = sorted(
         (one for one in found.outcomes if one.metrics),
-        key=lambda one: -one.metrics["val_accuracy"],
+        key=lambda one: -one.metrics["val_accuracy_estimated"],
     )
     rows = []
     for one in better[:most_trials]:
@@ -282,13 +310,13 @@ def search_summary(found: Any, most_trials: int = 5) -> Summary:
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in one.values.items()
         )
-        names = ("val_accuracy", "acceptance_rate")
+        names = ("val_accuracy_estimated", "val_accuracy", "acceptance_rate")
         shares = (share_text(one.metrics[name]) for name in names)
         rows.append((one.trial_id, setting, *shares))
     trials = Table(
-        ("Trial", "Setting", "Validation", "Accepted"),
+        ("Trial", "Setting", "Right labels", "Given labels", "Accepted"),
         tuple(rows),
-        title=f"The best of {len(found.outcomes)} trials",
+        title=f"The best of {len(found.outcomes)} trials, on the validation split",
         text_columns=2,
     )
     warnings: tuple[str, ...] = ()
@@ -303,12 +331,27 @@ def search_summary(found: Any, most_trials: int = 5) -> Summary:
 
 
 def choice_table(results: Mapping[str, Any]) -> Table:
-    names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
+    both = [results.get(key) or {} for key in ("chosen", "plain")]
     rows = []
-    for key, title in (("chosen", "chosen"), ("plain", "plain fine-tuning")):
-        numbers = results.get(key) or {}
-        rows.append((title, *(share_text(numbers.get(name)) for name in names)))
-    return Table(("", "Validation", "Test", "Accepted"), tuple(rows))
+    for split in ("test", "validation"):
+        name, title = f"{split}_accuracy", split.title()
+        given = [share_text(numbers.get(name)) for numbers in both]
+        right = [right_text(numbers, name) for numbers in both]
+        if any(right):
+            shown = [(one or "-").removesuffix(", estimated") for one in right]
+            rows.append((f"{title}, right labels", *shown))
+            title = f"{title}, given labels"
+        if given != ["-", "-"]:
+            rows.append((title, *given))
+    accepted = [share_text(numbers.get("acceptance_rate")) for numbers in both]
+    rows.append(("Accepted", *accepted))
+    note = ""
+    if any("right labels" in row[0] for row in rows):
+        note = (
+            "Accuracies by right labels are estimated from the given ones; in brackets "
+            "their 95 % intervals."
+        )
+    return Table(("", "chosen", "plain fine-tuning"), tuple(rows), note=note)
 
 
 def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
@@ -316,7 +359,7 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for row in strategies:
         shown = "failed" if row["message"] else "-"
-        if (accuracy := row["validation_accuracy"]) is not None:
+        if (accuracy := row["validation_accuracy_estimated"]) is not None:
             shown = f"{100 * accuracy:.1f} ± {100 * row['standard_error']:.1f}"
         seconds, weights = row["seconds"], row["trainable_weights"]
         rows.append(
@@ -324,6 +367,7 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
                 row["unfreeze"],
                 row["policy"],
                 shown,
+                share_text(row["validation_accuracy"]),
                 share_text(row["acceptance_rate"]),
                 "-" if seconds is None else seconds_text(seconds),
                 "-" if weights is None else f"{weights:,}",
@@ -331,12 +375,22 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return Table(
-        ("Trained", "Policy", "Validation", "Accepted", "Time", "Weights", ""),
+        (
+            "Trained",
+            "Policy",
+            "Right labels",
+            "Given labels",
+            "Accepted",
+            "Time",
+            "Weights",
+            "",
+        ),
         tuple(rows),
         title="How much of the backbone to train",
         note=(
-            "Validation accuracy in percent ± its standard error; a head's time is its "
-            "fraction of the time of all heads; weights are those that learn."
+            "Validation accuracy in percent ± the standard error of its difference to "
+            "the best trial, on the same samples; a head's time is its fraction of the "
+            "time of all heads; weights are those that learn."
         ),
         text_columns=2,
     )

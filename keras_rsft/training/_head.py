@@ -53,13 +53,25 @@ def audit_splits(
     features: SplitFeatures, seed: int, *, progress: bool = True
 ) -> LabelQuality:
     """Audits the labels of all splits; those held out by the training split alone."""
-    return audit_labels(
+    held_out = [getattr(features, name) for name in HELD_OUT]
+    found = audit_labels(
         features.train,
         len(features.class_names),
-        held_out=[getattr(features, name) for name in HELD_OUT],
+        held_out=[*held_out, *features.left_out.values()],
         seed=seed,
         progress=progress,
     )
+    further = found.held_out[len(held_out) :]
+    return dataclasses.replace(
+        found,
+        held_out=found.held_out[: len(held_out)],
+        left_out=dict(zip(features.left_out, further, strict=True)),
+    )
+
+
+def left_out_of(split: str) -> str:
+    """Returns how the samples are called that were left out of a split."""
+    return f"{split} (left out)"
 
 
 def label_results(
@@ -70,8 +82,9 @@ def label_results(
     All numbers of labels that are shown come from here. Those of the splits and those
     of the classes add up to the same sums.
     """
-    named = zip(SPLITS, (quality, *quality.held_out), strict=True)
-    parts = {name: part for name, part in named if len(part.labels)}
+    named = dict(zip(SPLITS, (quality, *quality.held_out), strict=True))
+    named |= {left_out_of(name): part for name, part in quality.left_out.items()}
+    parts = {name: part for name, part in named.items() if len(part.labels)}
 
     def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
         known = {"expected_wrong": wrong if quality.can_judge else None}
@@ -295,7 +308,7 @@ def untrained_head(
     steps = -(-len(train) // settings.batch_size)
     if settings.policy.name == "auto" and label_quality is not None:
         policy: Policy = AutoPolicy(
-            label_quality.accept_mask(),
+            label_quality.accept_mask(threshold=settings.policy.threshold),
             loss_limit=label_quality.loss_limit,
             warmup_steps=round(settings.policy.warmup_epochs * steps),
         )
@@ -392,6 +405,11 @@ def credited_to(credits: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return credits[np.arange(len(credits)), predicted]
 
 
+def given_credits(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns the same by labels as they are."""
+    return np.equal.outer(labels, np.arange(num_classes)).astype(np.float32)
+
+
 def right_credits(
     part: FeatureSet, quality: LabelQuality | None, num_classes: int
 ) -> np.ndarray | None:
@@ -399,7 +417,7 @@ def right_credits(
     if not len(part):
         return None
     if part.clean_labels is not None:
-        return np.equal.outer(part.clean_labels, np.arange(num_classes)).astype("f4")
+        return given_credits(part.clean_labels, num_classes)
     if quality is None or not quality.can_judge:
         return None
     return quality.credits
@@ -440,11 +458,18 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
 
 
 def best_of_all_epochs(
-    monitor: str, mode: str, *, epochs: int
+    monitor: str, mode: str, *, epochs: int, first: int = 0
 ) -> keras.callbacks.Callback:
-    """Restores the best weights, at the end or after `epochs` epochs that are worse."""
+    """Restores the best weights, at the end or after `epochs` epochs that are worse.
+
+    Epochs before the `first` do not count.
+    """
     return keras.callbacks.EarlyStopping(
-        monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
+        monitor=monitor,
+        mode=mode,
+        patience=epochs,
+        restore_best_weights=True,
+        start_from_epoch=first,
     )
 
 

@@ -318,8 +318,12 @@ def train_unfrozen(
     *,
     cached: bool,
     checkpoint: TrainingCheckpoint | None = None,
+    credits: np.ndarray | None = None,
 ) -> tuple[keras.Model, _head.TrainedHead]:
-    """Trains the part's layers and a copy of the head, under the head's policy."""
+    """Trains the part's layers and a copy of the head, under the head's policy.
+
+    By `credits` `(validation samples, classes)` it logs `val_accuracy_estimated`.
+    """
     data, recorder, validation = source.images, trained.recorder, None
     batch_size = settings.unfreezing.batch_size or settings.batch_size
     names: list[str] = []
@@ -385,12 +389,20 @@ def train_unfrozen(
             jit_compile=False,
         )
     begin = len(trained.history["loss"])
+    logging: list[keras.callbacks.Callback] = [train.callback, recorder]
+    if credits is not None and validation is not None:
+        logging.append(
+            _head.EstimatedAccuracy(
+                lambda model: model.predict(validation, verbose=0).argmax(axis=-1),
+                credits,
+            )
+        )
     try:
         history = _head.fit_resumable(
             model,
             train.dataset,
             validation,
-            [train.callback, recorder],
+            logging,
             trained.callbacks,
             recorder,
             begin=begin,
