@@ -86,7 +86,7 @@ def write_features(folder: Path, cache: Path, *, dim: int = 6) -> np.ndarray:
     sizes = {"rows": len(given), "views": 1, "dim": dim, "precision": "float32"}
     write_json(cache / "meta.json", sizes)
     places = {
-        "train": {"folder": str(cache), "dropped": {}, "left_out": {}, "clean": False}
+        "train": {"folder": str(cache), "rows": None, "dropped": {}, "clean": False}
     }
     write_json(folder / _storage.CACHED_FEATURES_FILE, places)
     return right
