@@ -65,6 +65,8 @@ class LabelQuality:
         can_judge: Whether right and wrong labels can be told apart.
         reviewed: Boolean array `(n,)`, the labels that a person confirmed or
             corrected. None: nobody looked.
+        regression: What judged the labels, as a head over the features: its kernel
+            `(dim, k)` and bias `(k,)`, float32. None where they cannot be judged.
     """
 
     out_of_sample: np.ndarray
@@ -76,6 +78,7 @@ class LabelQuality:
     held_out: tuple[LabelQuality, ...] = ()
     can_judge: bool = True
     reviewed: np.ndarray | None = None
+    regression: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -219,6 +222,15 @@ class LabelQuality:
         at = np.arange(len(self.labels)), np.asarray(predicted)
         likely, unbiased = self._credits
         return likely[at], unbiased[at]
+
+    def first_weights(
+        self, mean: np.ndarray, deviation: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns where a head over standardised features starts: `regression`."""
+        if self.regression is None:
+            return None
+        kernel, bias = self.regression
+        return kernel * deviation[:, None], bias + mean @ kernel
 
     def describe(self) -> str:
         """Says in one line what was found and chosen."""
@@ -389,6 +401,7 @@ def audit_labels(
         tuple(parts),
         can_judge,
         features.reviewed,
+        regression.as_head(sharpness) if can_judge and sharpness else None,
     )
 
 
@@ -452,14 +465,24 @@ class LeftOutRegression:
 
     def scores(self, others: FeatureSet) -> np.ndarray:
         """Returns class scores `(m, k)` of samples that were not among those fitted."""
-        fit, ridge = self._fit, self._ridge
-        if fit is None or ridge is None:
-            raise ValueError("Nothing was fitted yet.")
+        fit, ridge = self._last_fit()
         parts = [
             fit.scores(fit.rotated(self._standardised(chunk)), ridge)
             for chunk in others.chunks(CHUNK_ROWS)
         ]
         return np.concatenate([np.empty((0, self._num_classes), np.float32), *parts])
+
+    def _last_fit(self) -> tuple[_RidgePath, float]:
+        if self._fit is None or self._ridge is None:
+            raise ValueError("Nothing was fitted yet.")
+        return self._fit, self._ridge
+
+    def as_head(self, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns kernel and bias over the features as they are."""
+        fit, ridge = self._last_fit()
+        kernel, bias = fit.coefficients(ridge)
+        kernel = self._scale[:, None] * kernel
+        return sharpness * kernel, sharpness * (bias - self._mean @ kernel)
 
     def _standardised(self, values: np.ndarray) -> np.ndarray:
         return ((values - self._mean) * self._scale).astype(np.float32)
@@ -516,6 +539,11 @@ class _RidgePath:
     def scores(self, rotated: np.ndarray, ridge: float) -> np.ndarray:
         shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
         return self._mean_target + rotated @ shrunk
+
+    def coefficients(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
+        kernel = self._axes @ shrunk
+        return kernel, self._mean_target - self._centre @ kernel
 
     def left_out_scores(
         self,
