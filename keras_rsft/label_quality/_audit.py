@@ -228,7 +228,15 @@ class LabelQuality:
     def first_weights(
         self, mean: np.ndarray, deviation: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns where a head over standardised features starts: `regression`."""
+        """Returns `regression` for standardised features: where `auto`'s head starts.
+
+        Args:
+            mean: Float array `(dim,)`, what is taken off the features.
+            deviation: Float array `(dim,)`, what they are then divided by.
+
+        Returns:
+            Kernel `(dim, k)` and bias `(k,)`, or None.
+        """
         if self.regression is None:
             return None
         kernel, bias = self.regression
