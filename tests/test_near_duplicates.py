@@ -30,7 +30,7 @@ def make_features(tmp_path):
 
 def pairs_of(features, suspicion=None, **options):
     suspicion = np.zeros(len(features)) if suspicion is None else suspicion
-    found = near_duplicates(features, suspicion, progress=False, **options)
+    found = near_duplicates([features], suspicion, progress=False, **options)
     return [(min(p.first, p.second), max(p.first, p.second)) for p in found]
 
 
@@ -51,7 +51,7 @@ class TestNearDuplicates:
         labels = np.zeros(50)
         labels[7] = 1
         features = make_features(values, labels)
-        (found,) = near_duplicates(features, np.zeros(50), progress=False)
+        (found,) = near_duplicates([features], np.zeros(50), progress=False)
         scaled = (values - values.mean(0)) / values.std(0)
         one, other = scaled[3], scaled[7]
         cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)

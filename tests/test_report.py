@@ -102,6 +102,53 @@ class TestOutcome:
         changed = dataclasses.replace(record, results={"test_accuracy": 0.9})
         assert "90.0 % of 200 test images" in outcome_of(changed).sentence
 
+    @pytest.mark.parametrize(
+        "right, said, share, interval, method",
+        [
+            (
+                {"estimated": 0.95, "low": 0.91, "high": 0.98},
+                "gets about 95.0 % of 200 test images",
+                "95.0 %",
+                "91.0 to 98.0 %",
+                "which nobody knows",
+            ),
+            (
+                {"clean": 0.96},
+                "gets 96.0 % of 200 test images",
+                "96.0 %",
+                "92.3 to 98.0 %",
+                "known to be right",
+            ),
+        ],
+    )
+    def test_alone_by_right_labels(self, record, right, said, share, interval, method):
+        results = {f"test_accuracy_{key}": value for key, value in right.items()}
+        results |= {"test_accuracy": 0.9}
+        found = outcome_of(dataclasses.replace(record, results=results))
+        assert said in found.sentence
+        note = f"95 %: {interval}; by the given labels 90.0 %"
+        assert found.figures == [("Accuracy", share, note)]
+        assert method in found.method
+
+    @pytest.mark.parametrize("wrong", [None, 20, 0])
+    def test_given_labels_stand_below_the_right_ones(self, record, wrong):
+        by_right = {"rejection": [0.95, 0.9, 1.0], "plain": [0.85, 0.8, 0.9]}
+        by_right |= {"difference": [0.1, 0.05, 0.15]}
+        paired = record.results["against_plain"] | {"by_right_labels": by_right}
+        paired |= {"wrong_labels": wrong}
+        results = record.results | {"against_plain": paired}
+        found = outcome_of(dataclasses.replace(record, results=results))
+        name, share, note = found.figures[0]
+        assert (name, share) == ("With rejection", "95.0 %")
+        assert ("by the given labels 90.0 %" in note) == (wrong != 0)
+        assert ("about" in found.sentence) == (wrong is None)
+
+    def test_the_model_that_was_kept_is_judged_by_right_labels(self, record):
+        results = {"unfrozen_kept": 1.0, "unfrozen_test_accuracy": 0.7}
+        results |= {"unfrozen_test_accuracy_clean": 0.9, "test_accuracy": 0.7}
+        found = outcome_of(dataclasses.replace(record, results=results))
+        assert ("90.0 %", "the model that was kept") in [f[1:] for f in found.figures]
+
     def test_of_a_search_by_hand(self, record):
         results = {
             "chosen": {"test_accuracy": 0.9, "validation_accuracy": 0.7},

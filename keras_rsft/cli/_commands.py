@@ -233,11 +233,6 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         f"are now replaced by wrong ones (seed {arguments.seed})."
     )
     data = rsft.load_images("digits")
-    clean = {
-        split.name: split.with_labels(split.labels, split.labels)
-        for split in (data.train, data.validation, data.test)
-    }
-    data = dataclasses.replace(data, **clean)
     data = rsft.add_label_noise(data, "symmetric:0.3", seed=arguments.seed)
     run = rsft.finetune(
         data,
@@ -399,14 +394,19 @@ def _dry_run(
         ("Largest class", f"{largest}: {most:,}"),
         ("Smallest class", f"{smallest}: {fewest:,}"),
         (summary.RESULT_NAMES["estimated_wrong_labels"], wrong),
-        (
-            "Held-out accuracy (given labels), plain",
-            f"{100 * pilot.plain_accuracy:.1f} %",
-        ),
     ]
-    if pilot.policy_accuracy is not None:
-        name = f"Held-out accuracy (given labels), {pilot.policy}"
-        rows.append((name, f"{100 * pilot.policy_accuracy:.1f} %"))
+    tried = (
+        ("plain", pilot.plain_accuracy, pilot.plain_accuracy_right),
+        (pilot.policy, pilot.policy_accuracy, pilot.policy_accuracy_right),
+    )
+    for name, given, right in tried:
+        title = f"Held-out accuracy, {name}"
+        if right is not None:
+            interval = summary.range_text(right.low, right.high)
+            rows.append((title, f"{summary.share_text(right.value)} ({interval} %)"))
+        if given is not None:
+            by_given = f"{title}, given labels" if right is None else summary.BY_GIVEN
+            rows.append((by_given, summary.share_text(given)))
     extraction = "cached from before"
     if pilot.images_left:
         time = summary.about(pilot.pass_seconds)
@@ -485,6 +485,7 @@ def compare(arguments: argparse.Namespace, output: Output) -> None:
         noise=arguments.noise,
         methods=comparison.summaries,
         verdict=comparison.verdict,
+        judged_by=comparison.judged_by,
         notes=comparison.notes,
     )
 
@@ -614,10 +615,10 @@ def chosen_words(found: Search) -> list[str]:
     for one in settings_of(config.PolicyConfig):
         if policy.name in config.USED_BY.get(one.dest, ()) and not one.is_rare:
             given[one.dest] = getattr(policy, one.dest)
-    if "threshold" in given and policy.threshold is None:
+    if "threshold" in given and policy.threshold is None and policy.name != "auto":
         classes = found.head.model.output_shape[-1]
         given["threshold"] = policy.relative_threshold * math.log(classes)
-    if policy.name not in ("auto", "accept-all"):
+    if policy.name != "accept-all":
         given["warmup_epochs"] = policy.warmup_epochs
     # Defaults too: a default may change, the command must not.
     for name in ("epochs", "batch_size", "learning_rate", "optimizer", "weight_decay"):

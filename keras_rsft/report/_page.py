@@ -36,6 +36,8 @@ def confusion_of(
 ) -> dict[str, list]:
     """Counts given by predicted labels; only pairs with more than `max_classes`."""
     known = samples.predicted >= 0
+    if not known.any():
+        return {}
     flat = samples.given[known].astype(np.int64) * num_classes
     cells, frequencies = np.unique(flat + samples.predicted[known], return_counts=True)
     counted = zip(cells.tolist(), frequencies.tolist(), strict=True)
@@ -43,7 +45,7 @@ def confusion_of(
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
     found: dict[str, list] = {"counts": [], "strengths": []}
     found["pairs"] = different[:max_pairs]
-    if num_classes <= max_classes and known.any():
+    if num_classes <= max_classes:
         table = np.zeros((num_classes, num_classes), np.int64)
         table.flat[cells] = frequencies
         shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -302,7 +304,11 @@ def outcome_of(record: RunRecord) -> Outcome:
         "wrong_labels_rejected": f"and {right} of the right ones",
     }
     shares = [
-        (summary.RESULT_NAMES[key], share_text(results[key]), note)
+        (
+            summary.RESULT_NAMES[key],
+            summary.right_text(results, key) or share_text(results[key]),
+            note,
+        )
         for key, note in notes.items()
         if key in results
     ]
@@ -353,6 +359,12 @@ def _paired(record: RunRecord) -> Outcome:
     )
 
 
+_ESTIMATED = (
+    "against the right labels, which nobody knows: estimated from the given ones, how "
+    "often each class is mislabelled, and what the training samples say of each label"
+)
+
+
 def _by_right_labels(
     record: RunRecord, estimates: dict[str, list[float]], ours: float, plain: float
 ) -> Outcome:
@@ -368,17 +380,12 @@ def _by_right_labels(
         better = "better" if gain[1] > 0 else "worse"
         verdict = f"{about}{100 * abs(gain[0]):.1f} points {better}"
     interval = summary.range_text(gain[1], gain[2], "+")
-    how = (
-        "by labels that are known to be right"
-        if known
-        else "against the right labels, which nobody knows: estimated from the given "
-        "ones, how often each class is mislabelled, and what the training samples say "
-        "of each label"
-    )
+    how = "by labels that are known to be right" if known else _ESTIMATED
 
     def figure(title: str, one: list[float], given: float) -> tuple[str, str, str]:
         note = f"95 %: {summary.range_text(one[1], one[2])}"
-        by_given = "" if known else f"; by the given labels {share_text(given)}"
+        by_given = f"; by the given labels {share_text(given)}"
+        by_given = "" if paired["wrong_labels"] == 0 else by_given
         return title, share_text(one[0]), f"{note}{by_given}"
 
     return Outcome(
@@ -397,25 +404,26 @@ def _by_right_labels(
 
 
 def _alone(record: RunRecord) -> Outcome:
-    rows = summary.accuracy_rows(record.results, record.split_sizes)
-    if not rows:
+    found = summary.accuracies_of(record.results, record.split_sizes)
+    if not found:
         return Outcome(summary.NOT_JUDGED, [])
-    split, accuracy, interval, count = rows[-1]
-    if right := summary.right_text(record.results, f"{split}_accuracy"):
-        return Outcome(
-            f"The model gets {right.partition(' (')[0]} of {count} {split} "
-            f"{record.kind} right, {accuracy} by the given labels. No plain head was "
-            "trained beside it.",
-            [("Accuracy", right, f"by the given labels {accuracy}")],
-            f"Measured on the {split} split. The interval covers the choice of "
-            f"{split} {record.kind}, not of the seed.",
-        )
+    one, kind = found[-1], record.kind
+    about = "about " if one.by == "estimated" else ""
+    note, by_given = f"95 %: {one.interval}", share_text(one.given)
+    if one.by != "given":
+        note += f"; by the given labels {by_given}"
+    how = {
+        "known": "by labels that are known to be right. Interval: Wilson (1927).",
+        "estimated": f"{_ESTIMATED}.",
+        "given": "by its given labels. Interval: Wilson (1927).",
+    }[one.by]
     return Outcome(
-        f"The model gets {accuracy} of {count} {split} {record.kind} right (95 % "
-        f"interval {interval}). No plain head was trained beside it.",
-        [("Accuracy", accuracy, f"95 %: {interval}")],
-        f"Measured on the {split} split by its given labels. Interval: Wilson "
-        f"(1927). It covers the choice of test {record.kind}, not of the seed.",
+        f"The model gets {about}{share_text(one.share)} of {one.count:,} {one.split} "
+        f"{kind} right (95 % interval {one.interval}). No plain head was trained "
+        "beside it.",
+        [("Accuracy", share_text(one.share), note)],
+        f"Measured on the {one.split} split {how} It covers the choice of {one.split} "
+        f"{kind}, not of the seed.",
     )
 
 
@@ -426,28 +434,46 @@ def _interval(share: float, count: int) -> str:
 def _of_search(record: RunRecord) -> Outcome:
     results = record.results
     images = results.get("test_images", 0)
-    table = summary.choice_table(results)
-    figures = []
-    for key, row in zip(("chosen", "plain"), table.rows, strict=True):
-        for column in (2, 1, 3):  # The test split first.
-            if row[column] != "-":
-                of_test = results[key].get("test_accuracy")
-                note = _interval(of_test, images) if column == 2 else ""
-                figures.append((f"{table.columns[column]}, {key}", row[column], note))
+    figures, shares, estimated = [], {}, False
+    for key in ("chosen", "plain"):
+        numbers = results.get(key) or {}
+        for split in ("test", "validation"):
+            name = f"{split}_accuracy"
+            if (given := numbers.get(name)) is None:
+                continue
+            share = numbers.get(f"{name}_estimated", given)
+            note = _interval(given, images) if split == "test" else ""
+            if f"{name}_estimated" in numbers:
+                low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
+                note = f"95 %: {summary.range_text(low, high)}; by the given labels "
+                note += share_text(given)
+                estimated = True
+            if split == "test":
+                shares[key] = share_text(share)
+            figures.append((f"{split.title()}, {key}", share_text(share), note))
+        if "acceptance_rate" in numbers:
+            accepted = share_text(numbers["acceptance_rate"])
+            figures.append((f"Accepted, {key}", accepted, ""))
     method = (
         f"{results.get('trials', 0)} trials. The test split was looked at once, "
         "for the chosen setting and for plain fine-tuning."
     )
     if (results.get("plain") or {}).get("trial"):
         method += " Plain fine-tuning is the best trial that accepts everything."
-    if images:
+    if images and not estimated:
         method += " Intervals: Wilson (1927), each for itself."
-    ours, plain = (row[2] for row in table.rows)
+    if estimated:
+        method += (
+            " Accuracies are against the right labels, which nobody knows: estimated "
+            "from the given ones, how often each class is mislabelled, and what the "
+            "training samples say of each label."
+        )
     sentence = str(results.get("reason", ""))
-    if "-" not in (ours, plain):
+    if len(shares) > 1:
+        about = "about " if estimated else ""
         sentence = (
-            f"The chosen setting gets {ours} of {images:,} test {record.kind} right, "
-            f"plain fine-tuning {plain}."
+            f"The chosen setting gets {about}{shares['chosen']} of {images:,} test "
+            f"{record.kind} right, plain fine-tuning {about}{shares['plain']}."
         )
     return Outcome(sentence, figures, method)
 
@@ -468,15 +494,28 @@ def learning_curves(record: RunRecord) -> list[charts.LineChart]:
         ("wrong labels rejected", "second", metrics.get("rejection_recall", [])),
         ("rejected labels that are wrong", "quiet", precision),
     ]
-    of_plain = ("validation, plain head", "second", plain.get("val_accuracy", []))
-    accuracies = [*_of_both(metrics, "accuracy"), of_plain]
+    by_right = "_estimated" if _by_right(metrics) else ""
+    of_plain = plain.get(f"val_accuracy{by_right}", [])
+    accuracies = [
+        *_of_both(metrics, "accuracy"),
+        ("validation, plain head", "second", of_plain),
+    ]
     losses = [*_of_both(metrics, "loss"), ("threshold", "threshold", in_use)]
     drawn = (
-        charts.line_chart("Accuracy, given labels", accuracies),
+        charts.line_chart(
+            "Accuracy" if by_right else "Accuracy, given labels", accuracies
+        ),
         charts.line_chart("Loss", losses, as_percent=False),
         charts.line_chart("Acceptance", selection),
     )
     return [one for one in drawn if one is not None]
+
+
+def _by_right(metrics: dict[str, list[float]]) -> bool:
+    """Says whether right validation labels, as far as known, are not the given ones."""
+    names = ("val_accuracy", "val_accuracy_estimated")
+    pairs = zip(*(metrics.get(name, []) for name in names), strict=False)
+    return any(abs(one - other) > 1e-6 for one, other in pairs)
 
 
 def _of_both(
@@ -492,6 +531,13 @@ def _of_both(
         ("training, all samples", "quiet", completed(f"train_{measure}", measure)),
         ("validation", "first", metrics.get(f"val_{measure}", [])),
     ]
+    if _by_right(metrics):
+        right = metrics.get(f"val_{measure}_estimated", [])
+        given = metrics.get(f"val_{measure}", [])
+        lines[1:] = [
+            ("validation, right labels", "first", right),
+            ("validation, given labels", "first dashed", given),
+        ]
     if any(rate < 1 for rate in metrics.get("acceptance_rate", [])):
         accepted = completed(f"train_accepted_{measure}", f"accepted_{measure}")
         lines.insert(1, ("training, accepted samples", "quiet dashed", accepted))
@@ -502,6 +548,12 @@ def curves_note(record: RunRecord) -> str:
     if "train_accuracy" not in record.metrics:
         return ""
     note = "Measured at the end of each epoch, by the same weights for both splits."
+    if _by_right(record.metrics):
+        known = "validation_accuracy_clean" in record.results
+        note += (
+            f" Right labels are {'known' if known else 'estimated'}; training is "
+            "measured by the given ones."
+        )
     if any(map(math.isnan, record.metrics["train_accuracy"])):
         note += (
             " In epochs that train the backbone, training is the mean over the epoch."

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_rsft import _storage
 from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS, Ledger
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._storage import NumberedFolder
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import FeatureConfig, TrainConfig
+from keras_rsft.config import SPLITS, FeatureConfig, TrainConfig
 from keras_rsft.data._labels import COLUMNS as CORRECTION_COLUMNS
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._samples import SampleData
@@ -38,6 +39,7 @@ from keras_rsft.training._head import (
     TrainedHead,
     audit_splits,
     label_results,
+    left_out_of,
     train_against_plain,
     train_head,
 )
@@ -47,6 +49,10 @@ from keras_rsft.training._unfreeze import (
     require_layers_to_train,
     unfreeze,
 )
+
+SAMPLE_COLUMNS = (
+    "id", "split", "given_label", "clean_label", "decision", "label_before", "copy_of"
+)  # fmt: skip
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
@@ -112,11 +118,10 @@ def fill_folder(
     _storage.write_json(folder / _storage.CONFIG_FILE, described)
     _storage.write_json(folder / _storage.RESULTS_FILE, results)
     _storage.write_json(folder / _storage.CLASSES_FILE, list(data.class_names))
-    train, suspicion = features.train, ledgers["train"].suspicion
     tables |= {
         _storage.SAMPLES_FILE: (
-            ["id", "split", "given_label", "clean_label", "decision", "label_before"],
-            _sample_rows(data),
+            SAMPLE_COLUMNS,
+            _sample_rows(data, features),
         ),
         _storage.LEDGER_FILE: (
             COLUMNS,
@@ -127,11 +132,8 @@ def fill_folder(
             ),
         ),
         _storage.NEAR_DUPLICATES_FILE: (
-            ["id", "other_id", "similarity"],
-            (
-                [train.ids[one.first], train.ids[one.second], f"{one.similarity:.4f}"]
-                for one in near_duplicates(train, suspicion, progress=progress)
-            ),
+            ["id", "split", "other_id", "other_split", "similarity"],
+            _near_duplicate_rows(features, ledgers, progress=progress),
         ),
     }
     if data.corrections is not None:
@@ -145,7 +147,7 @@ def fill_folder(
         for ledger in ledgers.values()
         for sample_id, value in zip(ledger.ids, ledger.suspicion.tolist(), strict=True)
     }
-    splits: Any = [getattr(data, name) for name in ledgers]
+    splits: Any = [getattr(data, name) for name in SPLITS if name in ledgers]
     if data.kind == "texts":
         write_excerpts(splits, by_id, folder)
     else:
@@ -162,6 +164,9 @@ def held_out_ledgers(
     for name, found in zip(HELD_OUT, quality.held_out, strict=True):
         if len(part := getattr(features, name)):
             ledgers[name] = audited_ledger(part, found, quality.can_judge)
+    for name, part in features.left_out.items():
+        found = quality.left_out[name]
+        ledgers[left_out_of(name)] = audited_ledger(part, found, quality.can_judge)
     return ledgers
 
 
@@ -178,21 +183,50 @@ def results_of(run: Run) -> dict[str, Any]:
         results["overfitting"] = vars(found) | {"sentence": found.sentence}
     if run.against_plain is not None:
         results["against_plain"] = dataclasses.asdict(run.against_plain)
+    results |= copies_results(run.features)
     if (quality := run.trained.label_quality) is not None:
         results["label_quality"] = label_results(quality, run.class_names)
     return results
 
 
-def _sample_rows(data: SampleData) -> Iterable[list[str]]:
+def copies_results(features: SplitFeatures) -> dict[str, Any]:
+    if (copies := features.copies) is None:
+        return {}
+    return {"copies": vars(copies) | {"sentence": copies.sentence}}
+
+
+def _near_duplicate_rows(
+    features: SplitFeatures, ledgers: dict[str, Ledger], *, progress: bool
+) -> Iterable[list[str]]:
+    named = {name: getattr(features, name) for name in SPLITS}
+    named |= {left_out_of(name): part for name, part in features.left_out.items()}
+    parts = [named[name] for name in ledgers]
+    splits = np.repeat(list(ledgers), list(map(len, parts)))
+    ids = np.concatenate([part.ids for part in parts])
+    suspicion = np.concatenate([one.suspicion for one in ledgers.values()])
+    for one in near_duplicates(parts, suspicion, progress=progress):
+        pair = [str(of[at]) for at in (one.first, one.second) for of in (ids, splits)]
+        yield [*pair, f"{one.similarity:.4f}"]
+
+
+def _sample_rows(data: SampleData, features: SplitFeatures) -> Iterable[list[str]]:
     rows = () if data.corrections is None else data.corrections.rows
     decided = {row.id: [row.decision, row.given_label] for row in rows}
+    copies = features.copy_of
+    left_out = {
+        str(sample_id): left_out_of(name)
+        for name, part in features.left_out.items()
+        for sample_id in part.ids
+    }
     for split in (data.train, data.validation, data.test):
         known = split.clean_labels is not None
         clean = split.labels if split.clean_labels is None else split.clean_labels
         for sample_id, given, right in zip(split.ids, split.labels, clean, strict=True):
             names = [data.class_names[given], data.class_names[right] if known else ""]
             decision = decided.get(str(sample_id), ["", ""])
-            yield [str(sample_id), split.name, *names, *decision]
+            name = left_out.get(str(sample_id), split.name)
+            copy_of = copies.get(str(sample_id), "")
+            yield [str(sample_id), name, *names, *decision, copy_of]
 
 
 # Run ----------------------------------------------------------------------------------
@@ -208,8 +242,10 @@ class Run:
         head: The trained `RSFTModel` over features, with its policy's state.
         class_names: Names of the classes, in the order of the probabilities.
         history: Each logged value, one number an epoch.
-        results: Final numbers: accuracies in [0, 1], acceptance rate, seconds,
-            and, where the right labels are known, the fractions of wrong and right
+        results: Final numbers: accuracies in [0, 1] by the given labels, each with one
+            by right labels beside it (`..._clean`, or `..._estimated` with the ends
+            `..._low` and `..._high` of its interval), acceptance rate, seconds, and,
+            where the right labels are known, the fractions of wrong and right
             labels that the finished model's policy rejects. With unfrozen layers also
             `unfrozen_validation_accuracy`, `unfrozen_test_accuracy`, and
             `unfrozen_kept`: 1.0 where `model` has the unfrozen layers. With
@@ -239,8 +275,10 @@ class Run:
     def finding(self) -> str | None:
         """What the policy `auto` found and chose, in one line; None for others."""
         label_quality = self.trained.label_quality
-        is_auto = (self.config.get("policy") or {}).get("name") == "auto"
-        return label_quality.describe() if label_quality and is_auto else None
+        policy = self.config.get("policy") or {}
+        if label_quality is None or policy.get("name") != "auto":
+            return None
+        return label_quality.describe(policy.get("threshold"))
 
     @property
     def overfitting(self) -> Overfitting | None:
@@ -274,7 +312,7 @@ def finetune(
     with the head: under the same policy, or on the accepted samples alone (Ahn et al.,
     2024, TURN). The activations before that part are cached like features where the
     disk has room. The result is kept where it gets no fewer validation images right
-    than the head alone.
+    than the head alone, by right labels, known or estimated.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
@@ -560,7 +598,8 @@ def audit(
         found = Audit(
             label_quality=quality,
             class_names=data.class_names,
-            results={"label_quality": label_results(quality, data.class_names)},
+            results={"label_quality": label_results(quality, data.class_names)}
+            | copies_results(source.features),
             config={"command": command, **source.origin, "seed": seed},
             features=source.features,
             folder=None if place is None else place.folder,
