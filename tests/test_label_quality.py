@@ -350,6 +350,22 @@ class TestAccuracy:
             predicted
         )
 
+    def test_a_review_of_the_wrong_labels_first_is_no_random_sample(self, judged):
+        misses = []
+        for seed in range(5):
+            quality, right, predicted = judged(symmetric_noise, 0.4, seed)
+            looked = np.zeros(600, bool)
+            looked[np.argsort(-quality.suspicion)[:200]] = True
+            after = dataclasses.replace(
+                quality,
+                labels=np.where(looked, right, quality.labels),
+                right_probability=np.where(looked, 1.0, quality.right_probability),
+                reviewed=looked,
+            )
+            truth = np.mean(predicted == right)
+            misses.append(abs(after.accuracy(predicted).value - truth))
+        assert np.mean(misses) < 0.04  # By the noise matrix: 0.2.
+
     def test_labels_that_cannot_be_judged_give_none(self, feature_set):
         values, labels = clusters()
         given = np.random.default_rng(5).permutation(labels)

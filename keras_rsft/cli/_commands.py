@@ -234,18 +234,19 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
     )
     data = rsft.load_images("digits")
     data = rsft.add_label_noise(data, "symmetric:0.3", seed=arguments.seed)
+    features = FeatureConfig(
+        "efficientnet_lite0",
+        image_size=96,
+        dtype="float32",
+        cache_dir=arguments.cache_dir,
+    )
     run = rsft.finetune(
         data,
-        features=FeatureConfig(
-            "efficientnet_lite0",
-            image_size=96,
-            dtype="float32",
-            cache_dir=arguments.cache_dir,
-        ),
+        features=features,
         settings=settings,
         output=arguments.output or rsft.NumberedFolder("demo"),
         progress=output.progress,
-        command=arguments.command_line,
+        command=_as_fit(features, settings),
     )
     train = run.features.train
     wrong = int((train.labels != train.clean_labels).sum())
@@ -298,6 +299,12 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         finding=run.finding,
         results=results,
     )
+
+
+def _as_fit(features: FeatureConfig, settings: TrainConfig) -> str:
+    """Returns the command of the demo's run: a review goes on from there."""
+    given = [*words_of(features), *words_of(settings), "--noise=symmetric:0.3"]
+    return _program("fit", "digits", *given)
 
 
 def fit(arguments: argparse.Namespace, output: Output) -> None:
@@ -354,6 +361,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> None:
     run = rsft.finetune(
         data,
         **shared,
+        before=arguments.before,
         strategy=devices,
         output=folder,
         callbacks=() if arguments.tensorboard is None else tensorboard,
@@ -694,6 +702,8 @@ def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> None:
         try:  # From the first word on, or an early Ctrl-C looks like a failure.
             if not arguments.json:
                 output.say(f"{server.url}  (Ctrl-C stops the server)")
+                for text in server.missing:
+                    output.say(text)
             output.finish(
                 server.url, folder=folder.absolute(), page=None, url=server.url
             )

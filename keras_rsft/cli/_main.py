@@ -144,6 +144,12 @@ class Options:
         first=5,
         metavar="FOLDER",
     )
+    before: str | None = option(
+        None,
+        "run to compare with on the corrected labels; default with --corrections: the "
+        "latest of the same data and settings in the folder of the results",
+        metavar="RUN",
+    )
     worker_timeout: float = option(
         _runtime.DEFAULT_TIMEOUT,
         "how long to wait for a worker that does not respond",
@@ -262,7 +268,7 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
         "fine-tune on your own images or texts",
         {config.FeatureConfig: "", config.PolicyConfig: "", config.UnfreezeConfig: "",
          config.TrainConfig: "", DataConfig: "",
-         Options: "data output strategy tensorboard dry_run with_plain"},
+         Options: "data output before strategy tensorboard dry_run with_plain"},
     ),
     commands.audit: (
         "find wrong labels in all splits, without training",

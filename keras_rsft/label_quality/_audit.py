@@ -150,7 +150,8 @@ class LabelQuality:
         by 2 points (one standard deviation), or more where the second contradicts it;
         the second by its own variance. The
         model that predicts has no part in the probabilities. A label that was reviewed
-        counts as right, and so does every label where none looks wrong.
+        counts as right (and the first estimate alone is used, as a review takes the
+        wrong labels first), and so does every label where none looks wrong.
 
         Args:
             predicted: Integers `(n,)`, the predicted classes of these samples.
@@ -236,10 +237,12 @@ class LabelQuality:
             likely[part] = true_label_posterior(
                 self.out_of_sample[part], self.noise, self.labels[part]
             )
-        unbiased = np.linalg.pinv(self.noise)[self.labels].astype(np.float32)
-        if self.reviewed is not None:
-            likely[self.reviewed] = unbiased[self.reviewed] = matches[self.reviewed]
-        return likely, unbiased
+        if self.reviewed is not None and self.reviewed.any():
+            # A review takes the wrong labels first: there is less noise among the
+            # others than the matrix says.
+            likely[self.reviewed] = matches[self.reviewed]
+            return likely, likely
+        return likely, np.linalg.pinv(self.noise)[self.labels].astype(np.float32)
 
     def _credited(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         at = np.arange(len(self.labels)), np.asarray(predicted)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from keras_rsft.report._summary import share_text
 MAX_EMBEDDED = 2_000
 MAX_EMBEDDED_BYTES = 9_000_000
 MAX_SHOWN_PAIRS = 60
+EXAMPLES = 3
 
 
 def confusion_of(
@@ -55,7 +57,12 @@ def confusion_of(
 
 
 def gallery_data(
-    record: RunRecord, *, served: bool, max_bytes: int = MAX_EMBEDDED_BYTES
+    record: RunRecord,
+    *,
+    served: bool,
+    max_bytes: int = MAX_EMBEDDED_BYTES,
+    token: str | None = None,
+    message: str | None = None,
 ) -> dict[str, Any]:
     """Returns what the page's script shows, as JSON can hold it."""
     samples = record.ledger
@@ -67,18 +74,15 @@ def gallery_data(
         if one in row_of and other in row_of
     ]
     in_pairs = [row for pair in pairs for row in pair[:2]]
-    wanted = order if served else [*in_pairs, *order[:MAX_EMBEDDED]]
+    wrong = samples.looks_wrong
+    first = [row for row in order if wrong[row]]
+    wanted = order if served else [*in_pairs, *[*first, *order][:MAX_EMBEDDED]]
     contents: dict[int, str] = {}
     room = math.inf if served else max_bytes
     for row in dict.fromkeys(wanted):
-        # A text, a picture as base64 or the number that names it, or "".
-        sample_id = samples.ids[row]
-        if record.kind == TEXTS:
-            content = record.texts.get(sample_id, "")
-        elif served:
-            content = str(row) if sample_id in record.thumbnail_index else ""
-        else:
-            content = base64.b64encode(record.thumbnail(sample_id) or b"").decode()
+        # Half of the room is for larger pictures.
+        large = room > max_bytes / 2 and not served
+        content = _content(record, row, served=served, large=large)
         room -= len(content.encode())
         if room < 0:
             break
@@ -96,6 +100,11 @@ def gallery_data(
         "classes": list(record.class_names),
         "total": len(samples.ids),
         "served": served,
+        "token": token,
+        "message": message,
+        "rows": rows if token else [],
+        "expected": (record.results.get("label_quality") or {}).get("expected_wrong"),
+        "examples": _examples(record, rows, served=served, room=max_bytes / 10),
         "pairs": [
             [shown[one], shown[other], similarity]
             for one, other, similarity in pairs
@@ -110,6 +119,7 @@ def gallery_data(
             "probability": rounded(samples.probability),
             "suspicion": rounded(samples.suspicion),
             "loss": rounded(samples.loss),
+            "wrong": wrong[rows].tolist(),
             "rejected": samples.rejected[rows].tolist(),
             "seen": samples.seen[rows].tolist(),
             "text" if record.kind == TEXTS else "picture": [contents[r] for r in rows],
@@ -117,12 +127,51 @@ def gallery_data(
     }
 
 
+def _content(record: RunRecord, row: int, *, served: bool, large: bool = False) -> str:
+    """Returns a text, a picture as base64 or the number that names it, or ""."""
+    sample_id = record.ledger.ids[row]
+    if record.kind == TEXTS:
+        return record.texts.get(sample_id, "")
+    if served:
+        return str(row) if sample_id in record.thumbnail_index else ""
+    picture = record.preview(sample_id) if large else None
+    return base64.b64encode(picture or record.thumbnail(sample_id) or b"").decode()
+
+
+def _examples(
+    record: RunRecord, rows: Sequence[int], *, served: bool, room: float
+) -> dict[int, list[list[str]]]:
+    """Returns the least suspicious samples of the classes shown, `[id, content]`."""
+    samples = record.ledger
+    agreed = np.flatnonzero(samples.given == samples.predicted)
+    agreed = agreed[np.argsort(samples.suspicion[agreed], kind="stable")]
+    of_class: dict[int, list[int]] = {}
+    for row in agreed.tolist():
+        best = of_class.setdefault(int(samples.given[row]), [])
+        if len(best) < EXAMPLES:
+            best.append(row)
+    shown: dict[int, list[list[str]]] = {}
+    classes = np.stack([samples.given[rows], samples.predicted[rows]], 1).ravel()
+    for label in dict.fromkeys(classes.tolist()):
+        best = of_class.get(label, [])
+        found = [[samples.ids[at], _content(record, at, served=served)] for at in best]
+        room -= sum(len(content.encode()) for _, content in found)
+        if room < 0 and not served:
+            break
+        shown[label] = found
+    return shown
+
+
 # Page ---------------------------------------------------------------------------------
 
 _STYLES = ("page.css", "review.css")
-_SCRIPTS = ("charts.js", "decisions.js", "gallery.js", "review.js", "start.js")
+_SCRIPTS = (
+    "charts.js", "decisions.js", "gallery.js", "review.js", "live.js", "start.js",
+)  # fmt: skip
 _MOST_CLASSES = 40
 _LONGEST_VALUE = 300
+# Where browsers save by default.
+DOWNLOADED = "~/Downloads/corrections.csv"
 _MARK = b'<meta name="generator" content="keras_rsft">'
 
 
@@ -170,8 +219,17 @@ def write_report(
     return path
 
 
-def render_page(record: RunRecord, *, served: bool = False) -> str:
-    """Returns the page as HTML, served with the pictures of all samples."""
+def render_page(
+    record: RunRecord,
+    *,
+    served: bool = False,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Returns the page as HTML, served with the pictures of all samples.
+
+    With a token it asks the server to sort the samples anew; a message says why not.
+    """
     import jinja2
 
     templates = jinja2.Environment(
@@ -187,11 +245,13 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
     script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
     pictures = "'self' data:" if served else "data:"
     results, config = record.results, record.config
-    gallery = None if record.is_search else gallery_data(record, served=served)
+    gallery, connect = None, "connect-src 'self'; " if token else ""
+    if not record.is_search:
+        gallery = gallery_data(record, served=served, token=token, message=message)
     return templates.get_template("report.html").render(
         policy=(
             f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; "
-            f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+            f"script-src {_hash(script)}; {connect}base-uri 'none'; form-action 'none'"
         ),
         style=style,
         script=script,
@@ -213,6 +273,9 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
         acceptance=_acceptance(record),
         most_classes=_MOST_CLASSES,
         gallery=gallery,
+        against_before=(results.get("against_before") or {}).get("sentence"),
+        next_command=gallery and next_command(record),
+        labels=(results.get("label_quality") or {}).get("finding"),
         label_tables=_label_tables(results),
         confusion=gallery and confusion_of(record.ledger, len(record.class_names)),
     )
@@ -227,6 +290,44 @@ def script_json(value: Any) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+# Options of a command that are about its own output.
+_OWN_OPTIONS = {"--output": 1, "--before": 1, "--json": 0, "--quiet": 0}
+_TO_REPEAT = ("backbone", "epochs", "batch_size", "learning_rate", "optimizer", "seed")
+
+
+def next_command(record: RunRecord) -> str | None:
+    """Returns the whole command that trains on the corrections of a review."""
+    config = record.config
+    try:
+        words = shlex.split(str(config.get("command") or ""))
+    except ValueError:
+        words = []
+    if words[1:2] in (["fit"], ["audit"]):
+        kept, left_out = ["keras-rsft", "fit"], []
+        rest = iter(words[2:])
+        for word in rest:
+            name, _, value = word.partition("=")
+            if name not in _OWN_OPTIONS:
+                kept.append(word)
+                continue
+            left_out.append(name)
+            if _OWN_OPTIONS[name] and not value:
+                next(rest, None)
+    elif isinstance(config.get("data"), str):
+        values = {name: config[name] for name in _TO_REPEAT if config.get(name)}
+        values["policy"] = (config.get("policy") or {}).get("name")
+        options = {name.replace("_", "-"): one for name, one in values.items() if one}
+        kept = ["keras-rsft", "fit", config["data"]]
+        kept += [f"--{name}={one}" for name, one in options.items()]
+        left_out = ["--output"]
+    else:
+        return None
+    if "--output" in left_out and (record.folder / _storage.PREDICTIONS_FILE).exists():
+        kept += ["--before", str(record.folder)]
+    # Not quoted, so that a shell finds the home folder.
+    return f"{shlex.join(kept)} --corrections {DOWNLOADED}"
 
 
 def _acceptance(record: RunRecord) -> list[tuple[str, float]]:

@@ -161,9 +161,16 @@ def run_summary(run: Any) -> Summary:
         warnings += (run.overfitting.sentence,)
     if not {"test_accuracy", "validation_accuracy"} & results.keys():
         warnings += (NOT_JUDGED,)
-    finding = () if run.finding is None else (run.finding,)
-    notes = (*finding, *copies_notes(run.features))
-    return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
+    compared = run.against_before
+    notes = (run.finding, None if compared is None else compared.sentence)
+    return Summary(
+        (Table(("", ""), tuple(rows)),),
+        warnings,
+        (
+            *(note for note in notes if note is not None),
+            *copies_notes(run.features),
+        ),
+    )
 
 
 def _unreadable(run: Any) -> tuple[str, ...]:

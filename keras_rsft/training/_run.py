@@ -26,9 +26,14 @@ from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features._neighbours import near_duplicates
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.features._thumbnails import write_excerpts, write_thumbnails
+from keras_rsft.features._thumbnails import (
+    write_excerpts,
+    write_previews,
+    write_thumbnails,
+)
 from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.training import _before
 from keras_rsft.training._curves import Overfitting
 from keras_rsft.training._devices import Devices, open_devices
 from keras_rsft.training._features import SplitFeatures, open_features, resolve
@@ -83,6 +88,11 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
             ),
         ),
     }
+    if run.predictions is not None:
+        tables[_storage.PREDICTIONS_FILE] = (
+            _before.COLUMNS,
+            _prediction_rows(run.predictions, work.data),
+        )
     quality = run.trained.label_quality
     ledgers = {"train": recorder.ledger} | held_out_ledgers(run.features, quality)
     fill_folder(
@@ -142,6 +152,7 @@ def fill_folder(
         tables["unreadable.csv"] = (["id", "reason"], features.unreadable)
     for name, (header, rows) in tables.items():
         _storage.write_csv(folder / name, header, rows)
+    _storage.write_json(folder / _storage.CACHED_FEATURES_FILE, cached_in(features))
     by_id = {
         str(sample_id): value
         for ledger in ledgers.values()
@@ -152,6 +163,36 @@ def fill_folder(
         write_excerpts(splits, by_id, folder)
     else:
         write_thumbnails(splits, by_id, folder, cache_dir=cache_dir, progress=progress)
+        write_previews(splits, by_id, folder, progress=progress)
+
+
+def _prediction_rows(
+    predictions: _before.Predictions, data: SampleData
+) -> Iterable[list[str]]:
+    names = data.class_names
+    for split, (ids, predicted) in predictions.items():
+        part = getattr(data, split)
+        given = dict(zip(part.ids.tolist(), part.labels, strict=True))
+        for sample_id, label in zip(ids.tolist(), predicted, strict=True):
+            yield [sample_id, split, names[given[sample_id]], names[label]]
+
+
+def cached_in(features: SplitFeatures) -> dict[str, dict[str, Any]]:
+    """Returns where each split's features are, and what was decided about them."""
+    places = {}
+    for name in ("train", *HELD_OUT):
+        part = getattr(features, name)
+        if len(part):
+            whole, dropped = part.before_review, {}
+            if whole is not None:
+                gone = np.setdiff1d(
+                    np.arange(len(whole)), part.file_rows(np.arange(len(part)))
+                )
+                dropped = {str(whole.ids[row]): int(row) for row in gone}
+            clean = part.reviewed is not None and bool(part.reviewed.all())
+            folder = str(part.path.parent)
+            places[name] = {"folder": folder, "dropped": dropped, "clean": clean}
+    return places
 
 
 def held_out_ledgers(
@@ -184,6 +225,10 @@ def results_of(run: Run) -> dict[str, Any]:
     if run.against_plain is not None:
         results["against_plain"] = dataclasses.asdict(run.against_plain)
     results |= copies_results(run.features)
+    if (compared := run.against_before) is not None:
+        results["against_before"] = dataclasses.asdict(compared) | {
+            "sentence": compared.sentence
+        }
     if (quality := run.trained.label_quality) is not None:
         results["label_quality"] = label_results(quality, run.class_names)
     return results
@@ -258,6 +303,10 @@ class Run:
         folder: Where the run was written, or None.
         against_plain: Rejection against a plain head, image by image; None where
             none was trained.
+        against_before: This run against the one before its corrections, on the
+            corrected labels; None where there was none.
+        predictions: Ids and predicted labels of the validation and the test split;
+            None where no folder was written.
     """
 
     model: keras.Model
@@ -270,6 +319,8 @@ class Run:
     trained: TrainedHead
     folder: Path | None = None
     against_plain: AgainstPlain | None = None
+    against_before: _before.AgainstBefore | None = None
+    predictions: _before.Predictions | None = None
 
     @property
     def finding(self) -> str | None:
@@ -295,6 +346,7 @@ def finetune(
     data: SampleData | str | os.PathLike,
     *,
     corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    before: str | os.PathLike | None = None,
     features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
     strategy: str | Devices = "none",
@@ -317,6 +369,9 @@ def finetune(
     Args:
         data: Loaded images or texts, or what `load_images` takes.
         corrections: Files for `apply_corrections`. Default: none.
+        before: The folder of the run before these corrections, to compare with on the
+            corrected labels. Default: the latest one beside `output` that differs by
+            its corrections alone.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
             Default: `FeatureConfig()`.
         settings: How to train. Default: `TrainConfig()`.
@@ -366,6 +421,11 @@ def finetune(
     with_plain = with_plain and output is not None
     if corrections:
         data = apply_corrections(data, corrections)
+    if before is not None and data.corrections is None:
+        raise InvalidArgument(
+            "`before` names the run before a review. Give its `corrections` too."
+        )
+    named = None if before is None else _before.read_before(Path(before), data)
     work = _Work(
         data,
         features,
@@ -376,6 +436,7 @@ def finetune(
         progress,
         command,
         on_note,
+        named,
     )
     identity = identity_of_run(
         data,
@@ -412,6 +473,7 @@ class _Work:
     progress: bool
     command: str | None
     on_note: Callable[[str], None]
+    before: _before.RunBefore | None = None
 
     def run_at(self, place: _storage.RunPlace) -> Run:
         path = place.unfinished / _storage.HEAD_STATE
@@ -419,7 +481,7 @@ class _Work:
         of_backbone = TrainingCheckpoint(place.unfinished / _storage.BACKBONE_STATE)
         try:
             run = self.run(checkpoint, of_backbone, place)
-            run = dataclasses.replace(run, folder=place.folder)
+            run = self._compared(dataclasses.replace(run, folder=place.folder))
             place.write(lambda folder: fill_run_folder(folder, run, self))
         except (KeyboardInterrupt, OSError, WorkerLost) as error:
             for state in (checkpoint, of_backbone):
@@ -503,6 +565,31 @@ class _Work:
             trained=trained,
             against_plain=against_plain,
         )
+
+    def _compared(self, run: Run) -> Run:
+        """Adds what the model predicts, and what a review has gained."""
+        if any(run.results.get(f"{name}_kept") for name in ("unfrozen", "stage2")):
+            predictions = _before.predictions_of_model(run.model, self.data)
+        else:
+            predictions = _before.predictions_of_head(run.head.model, run.features)
+        run, quality = (
+            dataclasses.replace(run, predictions=predictions),
+            run.trained.label_quality,
+        )
+        if self.data.corrections is None or run.folder is None or quality is None:
+            return run
+        before = self.before
+        if before is None:
+            before = _before.find_before(run.folder.parent, self.data, run.config)
+        if before is None:
+            self.on_note(
+                f"No run of the same data and settings without these corrections is in "
+                f"{run.folder.parent}, so there is nothing to compare with; "
+                "`--before` names one."
+            )
+            return run
+        against = before.against(predictions, run.features, quality)
+        return dataclasses.replace(run, against_before=against)
 
     def _check(self, backbone: keras.Model) -> None:
         # Raises, before features are extracted, where the layers are not in it.
