@@ -223,7 +223,7 @@ def test_wrong_labels_are_counted(pilot_of, monkeypatch):
     def with_a_third_wrong(*arguments, **options):
         found = examine(*arguments, **options)
         right = np.resize(np.float32([1.0, 1.0, 0.0]), found.right_probability.shape)
-        return dataclasses.replace(found, right_probability=right)
+        return dataclasses.replace(found, right_probability=right, can_judge=True)
 
     monkeypatch.setattr(pilot, "audit_labels", with_a_third_wrong)
     share, low, high = pilot_of(PolicyConfig()).noise_rate
