@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,9 +26,15 @@ RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
 MAX_ROWS_TO_CHOOSE = 4096
 CHUNK_ROWS = 4096
 
-SHARPNESSES = np.array([2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 32], float)
+# Rather too sharp at first, then the noise matrix alone: a start from blunt scores takes
+# hundreds of steps where most labels are wrong.
+FIRST_SHARPNESS = 12.0
 FIRST_NOISE_RATE = 0.1
-EXPECTATION_STEPS = 20
+FIRST_STEPS = 20
+FIT_STEPS = 40
+MOMENTUM = 0.5
+# Pulls each class's calibration towards that of all classes.
+CALIBRATION_RIDGE = 1.0
 # Pseudo-counts that pull each class's noise towards evenly spread noise, which
 # matters where a class has few samples.
 PRIOR_COUNT = 20.0
@@ -322,17 +327,16 @@ def audit_labels(
     dropped[judged] = False
     regression = LeftOutRegression(learnt, num_classes, seed)
     weights = np.where(dropped, np.float32(0), np.float32(1))
-    sharpness: float | None = None
-    noise = np.eye(num_classes)
+    fit: tuple[np.ndarray, np.ndarray] | None = None
     with progress_bar(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
     ) as advance:
         for _ in range(ROUNDS):
             scores = regression.left_out_scores(weights)
-            sharpness, noise = fit_noise(
-                scores, given, known=known, near=sharpness, chosen=regression.sampled
+            fit = calibration, noise = fit_noise(
+                scores, given, known=known, start=fit, chosen=regression.sampled
             )
-            out_of_sample = softmax(sharpness * scores)
+            out_of_sample = calibrated(scores, calibration)
             for part in _parts(*out_of_sample.shape):
                 posterior = true_label_posterior(
                     out_of_sample[part], noise, given[part]
@@ -360,7 +364,7 @@ def audit_labels(
         reason = f"No sign of wrong labels (about {100 * rate:.1f} %)"
     parts = []
     for other in held_out:
-        shares = softmax(sharpness * regression.scores(other)).astype(np.float32)
+        shares = calibrated(regression.scores(other), calibration)
         other_labels = np.asarray(other.labels)
         posterior = true_label_posterior(shares, noise, other_labels)
         right = posterior[np.arange(len(other)), other_labels].astype(np.float32)
@@ -577,51 +581,70 @@ def _parts(count: int, num_classes: int) -> list[slice]:
     return [slice(at, at + rows) for at in range(0, count, rows)]
 
 
+def calibrated(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
+    """Returns probabilities `(n, k)` of scores by a matrix `(k + 1, k)`."""
+    return softmax(scores @ calibration[:-1] + calibration[-1])
+
+
 def fit_noise(
     scores: np.ndarray,
     labels: np.ndarray,
     *,
     known: np.ndarray | None = None,
-    near: float | None = None,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
     chosen: np.ndarray | None = None,
-) -> tuple[float, np.ndarray]:
-    """Fits how sharp the scores are, and the noise matrix, by maximum likelihood."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fits how to calibrate scores, and the noise matrix, by maximum likelihood."""
+    num_classes = scores.shape[1]
+    diagonal = np.eye(num_classes + 1, num_classes, dtype=np.float32)
+    calibration, noise = start or (
+        FIRST_SHARPNESS * diagonal,
+        _even_noise(FIRST_NOISE_RATE, num_classes),
+    )
     everything = chosen is None or chosen.all()
     rows = slice(None) if everything else chosen
-    some_known = None if known is None else known[rows]
-    fits = []
-    for sharpness in _neighbours(SHARPNESSES, near).tolist():
-        probabilities = softmax(sharpness * scores[rows])
-        fit = _expectation_maximisation(probabilities, labels[rows], some_known)
-        fits.append((*fit, sharpness))
-    _, noise, sharpness = max(fits, key=operator.itemgetter(0))
+    given, right = labels[rows], None if known is None else known[rows]
+    inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
+    step = np.zeros_like(calibration)
+    for at in range(-FIRST_STEPS if start is None else 0, FIT_STEPS):
+        ahead = calibration + MOMENTUM * step
+        probabilities = softmax(inputs @ ahead)
+        posterior = true_label_posterior(probabilities, noise, given, right)
+        noise = _noise_from(_counted(posterior, given))
+        if at < 0:
+            continue
+        # The trace of each sample's curvature bounds it.
+        bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
+        curvature = (inputs * bound).T @ inputs
+        curvature[np.diag_indices_from(curvature)] += CALIBRATION_RIDGE
+        pull = ahead - np.trace(ahead) / num_classes * diagonal
+        gradient = inputs.T @ (posterior - probabilities) - CALIBRATION_RIDGE * pull
+        solved = np.linalg.solve(curvature, gradient).astype(np.float32)
+        step = ahead + solved - calibration
+        calibration = calibration + step
     if not everything:
-        _, noise = _expectation_maximisation(softmax(sharpness * scores), labels, known)
-    return sharpness, noise
+        for _ in range(FIT_STEPS // 4):
+            counted = np.zeros_like(noise)
+            for part in _parts(*scores.shape):
+                right = None if known is None else known[part]
+                probabilities = calibrated(scores[part], calibration)
+                posterior = true_label_posterior(
+                    probabilities, noise, labels[part], right
+                )
+                counted += _counted(posterior, labels[part])
+            noise = _noise_from(counted)
+    return calibration, noise
 
 
-def _expectation_maximisation(
-    probabilities: np.ndarray, labels: np.ndarray, known: np.ndarray | None
-) -> tuple[float, np.ndarray]:
-    num_classes = probabilities.shape[1]
-    chunks = [
-        (probabilities[part], labels[part], None if known is None else known[part])
-        for part in _parts(*probabilities.shape)
-    ]
-    noise = _even_noise(FIRST_NOISE_RATE, num_classes)
-    for _ in range(EXPECTATION_STEPS):
-        counted = np.zeros((num_classes, num_classes))
-        for part, given, right in chunks:
-            posterior = true_label_posterior(part, noise, given, right)
-            counted += posterior.T @ np.eye(num_classes, dtype=part.dtype)[given]
-        rate = 1.0 - np.trace(counted) / len(labels)
-        noise = counted + PRIOR_COUNT * _even_noise(float(rate), num_classes) + 1e-9
-        noise /= noise.sum(axis=1, keepdims=True)
-    likelihood = sum(
-        np.log(np.maximum(_joint(part, noise, given, right).sum(axis=1), 1e-30)).sum()
-        for part, given, right in chunks
-    )
-    return float(likelihood), noise
+def _counted(posterior: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return posterior.T @ np.eye(posterior.shape[1], dtype=posterior.dtype)[labels]
+
+
+def _noise_from(counted: np.ndarray) -> np.ndarray:
+    rate = 1.0 - np.trace(counted) / counted.sum()
+    prior = _even_noise(float(rate), len(counted))
+    noise = counted + PRIOR_COUNT * prior + 1e-9
+    return noise / noise.sum(axis=1, keepdims=True)
 
 
 def _even_noise(rate: float, num_classes: int) -> np.ndarray:
