@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AcceptAll": "policies._threshold",
     "AcceptListed": "policies._listed",
+    "Audit": "training._run",
     "AutoPolicy": "policies._listed",
     "BackboneRanking": "comparison._rank",
     "BatchedTuner": "tuning._tuner",
@@ -51,6 +52,7 @@ _HOMES = {
     "UnfreezeConfig": "config",
     "add_label_noise": "data._labels",
     "apply_corrections": "data._labels",
+    "audit": "training._run",
     "audit_labels": "label_quality._audit",
     "available_backbones": "backbones._load",
     "build_head": "backbones._build",
@@ -66,6 +68,7 @@ _HOMES = {
     "rank_backbones": "comparison._rank",
     "run_pilot": "training._pilot",
     "search": "tuning._search",
+    "trust_splits": "data._labels",
     "write_report": "report._page",
 }
 

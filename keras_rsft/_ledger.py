@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.label_quality._audit import LabelQuality
 
 COLUMNS = (
     "id",
@@ -25,6 +26,8 @@ COLUMNS = (
     "accepted",
     "rejected",
     "suspicion",
+    "right_probability",
+    "looks_wrong",
 )
 HISTOGRAM_COLUMNS = ("epoch", "threshold", "low", "high", "accepted", "rejected")
 # Ten bins a decade: clean and noisy labels stand apart by their loss's logarithm.
@@ -35,7 +38,7 @@ _COUNTS = ("seen", "accepted", "_loss_sum", "_finite", "_loss_first", "loss_last
 
 
 class Ledger:
-    """The record of `n` training samples, 36 bytes each beside ids and labels.
+    """The record of `n` training samples, 44 bytes each beside ids and labels.
 
     Args:
         ids: String array `(n,)`.
@@ -48,6 +51,9 @@ class Ledger:
         predicted: int32 array `(n,)`, predicted labels; -1 where not known.
         predicted_probability: Float32 array `(n,)`; NaN where not known.
         loss_last: Float32 array `(n,)`, the last loss, NaN or infinite as it came.
+        right_probability: Float32 array `(n,)`, how likely the given label is right;
+            NaN where the labels were not audited.
+        looks_wrong: int32 array `(n,)`, 1 where the given label looks wrong, else 0.
 
     Raises:
         InvalidArgument: If the arrays differ in length.
@@ -64,7 +70,10 @@ class Ledger:
         self._loss_first, self.loss_last = np.full((2, count), np.nan, np.float32)
         self._loss_sum = np.zeros(count, np.float32)
         self.predicted = np.full(count, -1, np.int32)
-        self.predicted_probability = np.full(count, np.nan, np.float32)
+        self.predicted_probability, self.right_probability = np.full(
+            (2, count), np.nan, np.float32
+        )
+        self.looks_wrong = np.zeros(count, np.int32)
         self._suspicion: np.ndarray | None = None
         self._reviewed = np.zeros(count, bool)
 
@@ -133,6 +142,18 @@ class Ledger:
         self.predicted_probability = probabilities.max(axis=1).astype(np.float32)
         given = probabilities[rows, self.labels]
         self._suspicion = (1.0 - given).astype(np.float32)
+
+    def note_quality(self, quality: LabelQuality) -> None:
+        """Notes what an audit found out about the labels.
+
+        Args:
+            quality: That of these samples.
+        """
+        self.note_probabilities(quality.out_of_sample)
+        self.right_probability = quality.right_probability
+        self.looks_wrong = quality.looks_wrong.astype(np.int32)
+        if quality.reviewed is not None:
+            self.note_reviewed(quality.reviewed)
 
     def note_reviewed(self, reviewed: np.ndarray) -> None:
         """Notes which labels a reviewer has decided on: not to be asked again.

@@ -97,3 +97,13 @@ def _matched_difference(
     difference = total / count
     variance = max((squares + 1) / count - difference**2, 0.0)
     return difference, NORMAL_QUANTILE * math.sqrt(variance / count)
+
+
+def apportioned(values: Sequence[float]) -> list[int]:
+    """Returns whole numbers near the values that add up to their rounded sum."""
+    whole = [math.floor(value) for value in values]
+    missing = round(sum(values)) - sum(whole)
+    order = sorted(range(len(values)), key=lambda at: whole[at] - values[at])
+    for at in order[:missing]:
+        whole[at] += 1
+    return whole

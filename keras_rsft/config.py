@@ -68,6 +68,11 @@ def check_numbers(config: object, expected: str, *names: str) -> None:
             )
 
 
+# === Splits ===
+
+SPLITS = ("train", "validation", "test")
+
+
 # === Names of backbones ===
 
 # Prefixes of names: without Keras layers, such a file does not say its pixel scale.

@@ -154,7 +154,7 @@ class TestExamination:
         assert rejected[wrong].mean() > 0.85
         assert rejected[~wrong].mean() < 0.1
         assert found.suspicion[wrong].mean() > found.suspicion[~wrong].mean() + 0.4
-        assert f"About {100 * found.noise_rate:.0f} %" in found.describe()
+        assert f"About {100 * found.noise_rate:.1f} %" in found.describe()
 
     @pytest.mark.parametrize("dropped", [False, True])
     def test_what_a_review_left_is_not_taken_for_clean(self, feature_set, dropped):
@@ -204,7 +204,7 @@ class TestExamination:
     def test_right_labels_are_all_kept(self, feature_set):
         found = audit_labels(feature_set(*clusters()), 4, progress=False)
         assert found.accept_mask().all()
-        assert found.describe().startswith("No sign of wrong labels")
+        assert found.describe().startswith("Hardly any training label")
 
     def test_labels_at_random_are_all_kept_and_it_is_said(self, feature_set):
         values, labels = clusters()

@@ -186,6 +186,8 @@ class TestLedger:
             "0",
             "0",
             "0",
+            "",
+            "0",
         ]
 
     def test_lengths_must_agree(self):

@@ -27,9 +27,12 @@ def full_run(tmp_path):
     samples = ["id,split,given_label,clean_label"]
     samples += [f"{n},test,cat," for n in range(100)] + ["x,train,dog,"]
     (tmp_path / "samples.csv").write_text("\n".join(samples))
-    (tmp_path / "results.json").write_text(json.dumps({"test_accuracy": 0.5}))
+    quality = {"finding": "About 2 of 3 labels are wrong; 2 look wrong."}
+    results = {"test_accuracy": 0.5, "label_quality": quality}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "ledger.csv").write_text(
-        "id,given_label,suspicion\na.png,cat,0.9\nb.png,dog,0.2\nc.png,dog,0.95\n"
+        "id,split,given_label,right_probability,looks_wrong\n"
+        "a.png,test,cat,0.3,1\nb.png,train,dog,0.8,0\nc.png,train,dog,0.05,1\n"
     )
     return make_run(
         tmp_path, data="/home/me/photos", backbone="resnet50", weights="imagenet",
@@ -41,7 +44,8 @@ def full_run(tmp_path):
 def test_says_what_the_run_says(full_run):
     card = model_card(full_run, "pets")
     assert "| test | 50.0 % | 40.4 to 59.6 % | 100 |" in card
-    assert "2 of 3 training labels" in card
+    assert "About 2 of 3 labels are wrong; 2 look wrong." in card
+    assert "| 0.30 | `a.png` | test | cat |" in card
     assert card.index("`c.png`") < card.index("`a.png`")
     assert "b.png" not in card
     assert "96 x 64 pixels" in card
@@ -61,7 +65,7 @@ def test_a_run_with_nothing_but_a_model(tmp_path):
     card = model_card(make_run(tmp_path), "x")
     assert "2 classes: cat, dog." in card
     assert "Accuracy" not in card
-    assert "suspicious" not in card
+    assert "look wrong" not in card
 
 
 def test_a_search_says_what_its_choice_reached(tmp_path):
@@ -83,12 +87,14 @@ def test_a_search_says_what_its_choice_reached(tmp_path):
 
 def test_names_cannot_break_out(tmp_path):
     (tmp_path / "ledger.csv").write_text(
-        "id,given_label,suspicion\n`|<b>`,<script>alert(1)</script>|x,0.9\n"
+        "id,split,given_label,right_probability,looks_wrong\n"
+        "`|<b>`,train,<script>alert(1)</script>|x,0.1,1\n"
     )
+    (tmp_path / "results.json").write_text('{"label_quality": {"finding": "<b>"}}')
     names = ("<script>alert(1)</script>", "a|b", "two\nlines\n---\n# head")
     card = model_card(make_run(tmp_path, names, data='x"\n---\nlicense: mit'), "x")
     assert "<script" not in card
     assert card.count("\n---\n") == 1
     assert head_of(card)["license"] == "other"
-    (row,) = (line for line in card.splitlines() if line.startswith("| 0.90"))
-    assert row.replace("\\|", "").count("|") == 4
+    (row,) = (line for line in card.splitlines() if line.startswith("| 0.10"))
+    assert row.replace("\\|", "").count("|") == 5

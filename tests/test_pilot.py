@@ -219,7 +219,7 @@ def test_the_option_of_fit(photo_folder, tiny_base_file, tmp_path, monkeypatch, 
     )  # fmt: skip
     out = capsys.readouterr().out
     assert status == 0
-    assert "Labels that look wrong" in out
+    assert "Training labels expected wrong" in out
     assert "Accuracy on the test split" not in out
     assert not (tmp_path / "runs").exists()
     command = f"keras-rsft fit {photo_folder} --backbone {tiny_base_file} --epochs 2"

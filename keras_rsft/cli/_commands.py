@@ -144,8 +144,12 @@ def data_name(source: str) -> str:
 
 def load_data(arguments: argparse.Namespace, noisy_splits: Sequence[str]) -> SampleData:
     """Returns the data, labels made wrong in some splits and then corrected."""
-    from keras_rsft import add_label_noise, apply_corrections, load_images, load_texts
-    from keras_rsft.data._labels import read_corrections
+    from keras_rsft import add_label_noise, load_images, load_texts
+    from keras_rsft.data._labels import (
+        apply_corrections,
+        read_corrections,
+        trust_splits,
+    )
 
     given = config_of(arguments, DataConfig)
     for file in given.corrections:
@@ -168,7 +172,7 @@ def load_data(arguments: argparse.Namespace, noisy_splits: Sequence[str]) -> Sam
     if noisy_splits and given.noise is not None:
         seed = arguments.seed
         data = add_label_noise(data, given.noise, seed=seed, splits=noisy_splits)
-    return apply_corrections(data, given.corrections)
+    return trust_splits(apply_corrections(data, given.corrections), given.clean_splits)
 
 
 def _load(arguments: argparse.Namespace, output: Output, *noisy: str) -> SampleData:
@@ -186,6 +190,8 @@ def _load(arguments: argparse.Namespace, output: Output, *noisy: str) -> SampleD
     output.say(text)
     if data.corrections is not None:
         output.say(data.corrections.describe())
+    if clean := getattr(arguments, "clean_splits", ()):
+        output.say(f"Taken as right: the labels of {' and '.join(clean)}.")
     return data
 
 
@@ -384,12 +390,15 @@ def _dry_run(
 ) -> None:
     """Shows what a sample of the data tells about the run to come."""
     pilot, settings = rsft.run_pilot(data, **options), options["settings"]
-    share, low, high = (100 * value for value in pilot.noise_rate)
+    wrong = "-"
+    if pilot.noise_rate is not None:
+        share, low, high = (100 * value for value in pilot.noise_rate)
+        wrong = f"{share:.0f} % ({low:.0f} to {high:.0f} %)"
     (largest, most), (smallest, fewest) = pilot.largest_class, pilot.smallest_class
     rows = [
         ("Largest class", f"{largest}: {most:,}"),
         ("Smallest class", f"{smallest}: {fewest:,}"),
-        ("Labels that look wrong", f"{share:.0f} % ({low:.0f} to {high:.0f} %)"),
+        (summary.RESULT_NAMES["estimated_wrong_labels"], wrong),
         (
             "Held-out accuracy (given labels), plain",
             f"{100 * pilot.plain_accuracy:.1f} %",
@@ -415,6 +424,32 @@ def _dry_run(
     output.finish(pilot.verdict, **document)
 
 
+def audit(arguments: argparse.Namespace, output: Output) -> None:
+    features = features_of(arguments)
+    folder = _new_folder(arguments, "audit-")
+    found = rsft.audit(
+        _load(arguments, output, "train"),
+        features=features,
+        seed=arguments.seed,
+        output=folder,
+        progress=output.progress,
+        command=arguments.command_line,
+    )
+    rsft.write_report(found)
+    output.show(summary.audit_summary(found), plain=True)
+    output.say(f"Folder: {found.folder}")
+    output.next_command("Review the labels", _program("review", found.folder))
+    command = fit_command(arguments, f"--seed={arguments.seed}")
+    output.next_command("Train on them", command)
+    output.finish(
+        found.folder,
+        folder=found.folder,
+        classes=found.class_names,
+        corrections=found.config.get("corrections"),
+        **found.results,
+    )
+
+
 def compare(arguments: argparse.Namespace, output: Output) -> None:
     methods = config.check_methods(arguments.methods)
     settings = config_of(arguments, TrainConfig, policy=policy_of(arguments))
@@ -424,6 +459,12 @@ def compare(arguments: argparse.Namespace, output: Output) -> None:
 
     if arguments.noise is not None:
         parse_noise(arguments.noise)
+        noisy = [name for name in arguments.clean_splits if name != "test"]
+        if noisy:
+            raise InvalidArgument(
+                "`--noise` makes training and validation labels wrong. Received: "
+                f"--clean-splits {','.join(noisy)}. Leave out one of the two."
+            )
     comparison = rsft.compare(
         _load(arguments, output),
         methods=methods,

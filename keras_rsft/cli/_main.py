@@ -264,6 +264,11 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
          config.TrainConfig: "", DataConfig: "",
          Options: "data output strategy tensorboard dry_run with_plain"},
     ),
+    commands.audit: (
+        "find wrong labels in all splits, without training",
+        {config.FeatureConfig: "", config.TrainConfig: "seed", DataConfig: "",
+         Options: "data output"},
+    ),
     commands.compare: (
         "several methods side by side on your own data",
         {config.FeatureConfig: "", config.TrainConfig: "-early_stopping",
@@ -273,12 +278,12 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
     commands.rank: (
         "which backbone suits your own images or texts",
         {config.FeatureConfig: "image_size dtype cache_dir", config.TrainConfig: "seed",
-         DataConfig: "", Options: "data backbones sample"},
+         DataConfig: "-clean_splits", Options: "data backbones sample"},
     ),
     commands.features: (
         "extract and cache features, also by shards",
-        {config.FeatureConfig: "", config.TrainConfig: "seed", DataConfig: "",
-         Options: "data share worker_timeout"},
+        {config.FeatureConfig: "", config.TrainConfig: "seed",
+         DataConfig: "-clean_splits", Options: "data share worker_timeout"},
     ),
     commands.search: (
         "find policy, threshold and learning rate",

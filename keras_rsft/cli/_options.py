@@ -49,6 +49,11 @@ class DataConfig:
         metavar="CSV",
         action="append",
     )
+    clean_splits: tuple[str, ...] = option(
+        (),
+        f"out of {', '.join(config.SPLITS)}: take the labels of these splits as right",
+        metavar="A,B",
+    )
     validation_fraction: float = option(
         0.15, "fraction held out if there is no validation split"
     )
@@ -63,6 +68,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         config.check_numbers(self, "in (0, 1)", "validation_fraction", "test_fraction")
+        for name in self.clean_splits:
+            config.require_known("split", name, config.SPLITS)
 
 
 # === From fields to options ===

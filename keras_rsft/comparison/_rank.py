@@ -181,11 +181,7 @@ def rank_backbones(
 
 def label_weights(label_qualities: Sequence[LabelQuality]) -> np.ndarray:
     """Returns how likely each label is right, float64 `(n,)`: a mean over backbones."""
-    judges = [
-        one.right_probability
-        for one in label_qualities
-        if one.reason is None or one.noise_rate < MIN_NOISE_RATE
-    ]
+    judges = [one.right_probability for one in label_qualities if one.can_judge]
     if not judges:
         return np.ones(len(label_qualities[0].labels))
     return np.asarray(np.mean(judges, axis=0, dtype=np.float64))

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from keras_rsft._storage import plain_cell
-from keras_rsft.config import nearest_name_hint
+from keras_rsft.config import SPLITS, nearest_name_hint, require_known
 from keras_rsft.data._samples import (
     DECISIONS,
-    SPLITS,
     Correction,
     Corrections,
     ImageSplit,
@@ -342,3 +341,52 @@ def _corrected(
         corrected.take(np.flatnonzero(remains)),
         before_review=split if split.before_review is None else split.before_review,
     )
+
+
+# Clean splits -------------------------------------------------------------------------
+
+
+def trust_splits(data: SampleData, splits: Sequence[str]) -> SampleData:
+    """Returns the data set with the labels of some splits taken as right.
+
+    They count as if a person had confirmed each of them: no policy rejects such a
+    sample, none looks wrong, and an accuracy by them is one by right labels.
+
+    Args:
+        data: The data set.
+        splits: Names out of `"train"`, `"validation"` and `"test"`.
+
+    Returns:
+        A new data set.
+
+    Raises:
+        InvalidArgument: If there is no split of that name.
+        DataError: If a split has no sample, or its right labels are known and differ.
+
+    Example:
+        >>> import keras_rsft as rsft
+        >>> data = rsft.trust_splits(rsft.load_images("digits"), ["test"])
+        >>> bool(data.test.reviewed.all()), data.train.reviewed is None
+        (True, True)
+    """
+    changed: dict[str, Any] = {}
+    for name in splits:
+        require_known("split", name, SPLITS)
+        split = getattr(data, name)
+        if not len(split):
+            raise DataError(
+                f"The {name} split of {data.source} is to be taken as clean, but has "
+                "no sample. Leave it out, or hold some samples out."
+            )
+        if split.clean_labels is not None:
+            wrong = int((split.labels != split.clean_labels).sum())
+            if wrong:
+                raise DataError(
+                    f"The {name} split of {data.source} is to be taken as clean, but "
+                    f"{wrong} of its {len(split)} labels are known to be wrong. Leave "
+                    "it out, or correct them first."
+                )
+        changed[name] = dataclasses.replace(
+            split, clean_labels=split.labels, reviewed=np.ones(len(split), bool)
+        )
+    return dataclasses.replace(data, **changed)

@@ -19,8 +19,6 @@ import tensorflow as tf
 from keras_rsft.data import _images
 from keras_rsft.errors import DataError, InvalidArgument
 
-SPLITS = ("train", "validation", "test")
-
 
 class Reader(abc.ABC):
     """Reads samples one after the other; `_items` are the keys that `load` takes."""

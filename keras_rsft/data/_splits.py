@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from keras_rsft.data._samples import SPLITS, Reader, SampleData
+from keras_rsft.config import SPLITS
+from keras_rsft.data._samples import Reader, SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 
 SPLIT_ALIASES = {name: name for name in SPLITS}

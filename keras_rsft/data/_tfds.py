@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.data._samples import SPLITS, ImageData, ImageSplit, Reader, digest
+from keras_rsft.config import SPLITS
+from keras_rsft.data._samples import ImageData, ImageSplit, Reader, digest
 from keras_rsft.data._splits import SPLIT_ALIASES, TRAIN, Cut, cut_splits
 from keras_rsft.errors import DataError, InvalidArgument
 

@@ -28,7 +28,6 @@ from keras_rsft.training._run import read_class_names
 
 # Model card ---------------------------------------------------------------------------
 
-_SUSPICIOUS = 0.5
 _MOST_NAMED = 20
 
 
@@ -39,7 +38,7 @@ def model_card(run: FinishedRun, name: str) -> str:
     samples = _read_rows(run.folder / _storage.SAMPLES_FILE)
     sizes = collections.Counter(row.get("split", "") for row in samples)
     ledger = _read_rows(run.folder / _storage.LEDGER_FILE)
-    scored = [(float(row.get("suspicion") or 0), row) for row in ledger]
+    found = [row for row in ledger if row.get("looks_wrong") == "1"]
     data = Path(str(config.get("data", "unknown"))).name
     policy = config.get("policy")
     backbone = str(config.get("backbone", "unknown"))
@@ -72,9 +71,8 @@ def model_card(run: FinishedRun, name: str) -> str:
         backbone=Path(backbone).name,
         policy=isinstance(policy, dict) and (policy.get("name") or "auto"),
         accuracies=accuracy_rows(results, sizes),
-        ledger=ledger,
-        found=sorted((p for p in scored if p[0] > _SUSPICIOUS), key=lambda p: -p[0]),
-        suspicious=_SUSPICIOUS,
+        label_quality=results.get("label_quality"),
+        found=sorted(found, key=lambda row: float(row["right_probability"])),
         most_named=_MOST_NAMED,
         licence=licence_of_weights(backbone, str(config.get("weights", "unknown"))),
     )

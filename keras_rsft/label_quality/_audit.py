@@ -60,8 +60,10 @@ class LabelQuality:
         out_of_sample: Float32 array `(n, k)`, each row adding up to 1: how likely
             each class is, from the other samples alone.
         right_probability: Float32 array `(n,)` in [0, 1]: how likely the given
-            label is right.
-        noise_rate: Estimated fraction of wrong labels, in [0, 1].
+            label is right. 1 where a person has reviewed it, where its class has
+            fewer than 5 training samples, and where nothing can be judged.
+        noise_rate: Estimated fraction of wrong labels, in [0, 1]: one minus the mean
+            of `right_probability`.
         noise: Float64 array `(k, k)`: `noise[c, g]` is the estimated probability
             that a sample of class `c` was labelled `g`. Rows add up to 1.
         labels: int32 array `(n,)`, the given labels.
@@ -225,16 +227,68 @@ class LabelQuality:
         likely, unbiased = self._credits
         return likely[at], unbiased[at]
 
+    @property
+    def looks_wrong(self) -> np.ndarray:
+        """Boolean array `(n,)`: labels that are right with a probability below 0.6."""
+        return self.right_probability < MIN_RIGHT_PROBABILITY
+
+    @property
+    def expected_wrong(self) -> float:
+        """How many labels are wrong: the sum of the probabilities, in [0, n]."""
+        return float(np.sum(1.0 - self.right_probability, dtype=float))
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Float64 array `(k, k)`: how many samples labelled `g` are of class `c`.
+
+        At `[g, c]`. A row adds up to the samples with that label; outside of the
+        diagonal it adds up to the wrong ones among them.
+        """
+        labels, (count, classes) = self.labels, self.out_of_sample.shape
+        found = np.diag(np.bincount(labels, self.right_probability, classes))
+        for part in _parts(count, classes):
+            given, wrong = labels[part], 1.0 - self.right_probability[part]
+            others = true_label_posterior(self.out_of_sample[part], self.noise, given)
+            others[np.arange(len(given)), given] = 0.0
+            others *= (wrong / np.maximum(others.sum(axis=1), 1e-30))[:, None]
+            np.add.at(found, given, others)
+        return found
+
+    @property
+    def finding(self) -> str:
+        """Says in one sentence how many labels of all splits look wrong."""
+        if not self.can_judge:
+            return f"{self.reason}."
+        parts = (self, *self.held_out)
+        samples = sum(len(part.labels) for part in parts)
+        wrong = sum(part.expected_wrong for part in parts)
+        look_wrong = sum(int(part.looks_wrong.sum()) for part in parts)
+        if not look_wrong:
+            return (
+                f"None of {samples:,} labels looks wrong, judged by the other samples "
+                f"({wrong:,.0f} expected). A mistake that all samples of a class share "
+                "cannot be seen."
+            )
+        return (
+            f"About {wrong:,.0f} of {samples:,} labels are wrong "
+            f"({100 * wrong / samples:.1f} %), judged by the other samples; "
+            f"{look_wrong:,} look wrong."
+        )
+
     def describe(self) -> str:
-        """Says in one line what was found and chosen."""
+        """Says in one line what was found in the training labels and what is chosen."""
         if self.reason is not None:
             return f"{self.reason}: keeping every sample."
-        accepted = self.accept_mask().mean()
+        look_wrong, kept = int(self.looks_wrong.sum()), self.accept_mask()
+        spared = int((self.looks_wrong & kept).sum())
+        but = (
+            f", but for {spared:,} of classes that are wrong by most" if spared else ""
+        )
         return (
-            f"About {100 * self.noise_rate:.0f} % of the labels look wrong; accepting "
-            f"the {100 * accepted:.0f} % that are right with a probability of "
-            f"{MIN_RIGHT_PROBABILITY} or more, and of these, after the warm-up, those "
-            "with a loss below ln(classes), a uniform guess."
+            f"About {100 * self.noise_rate:.1f} % of the training labels are wrong. "
+            f"{look_wrong:,} of {len(kept):,} look wrong and are left out{but}; of the "
+            f"other {int(kept.sum()):,}, after the warm-up, those with a loss above "
+            "ln(classes), a uniform guess."
         )
 
 
@@ -293,8 +347,8 @@ def audit_labels(
     counts = np.bincount(labels, minlength=num_classes)
     if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
         too_few = (
-            f"Fewer than two classes have {MIN_CLASS_SIZE} samples, too few to judge "
-            "labels by"
+            f"Fewer than two classes have {MIN_CLASS_SIZE} training samples, too few "
+            "to judge labels by"
         )
         # Nothing is said against any label: each class is as likely as it is frequent.
         shares = (counts / max(counts.sum(), 1)).astype(np.float32)
@@ -303,8 +357,17 @@ def audit_labels(
             count, given = len(part), np.asarray(part.labels)
             right, noise = np.ones(count, np.float32), np.eye(num_classes)
             rows = np.tile(shares, (count, 1))
-            return LabelQuality(
-                rows, right, 0.0, noise, given, too_few, can_judge=False
+            return _trusted(
+                LabelQuality(
+                    rows,
+                    right,
+                    0.0,
+                    noise,
+                    given,
+                    too_few,
+                    can_judge=False,
+                    reviewed=part.reviewed,
+                )
             )
 
         others = tuple(unjudged(part) for part in held_out)
@@ -323,6 +386,7 @@ def audit_labels(
     if features.reviewed is not None:
         known = np.full(len(given), -1)
         known[judged[features.reviewed]] = labels[features.reviewed]
+    all_known = known is not None and bool((known[judged] >= 0).all())
     dropped = np.ones(len(given), bool)
     dropped[judged] = False
     regression = LeftOutRegression(learnt, num_classes, seed)
@@ -347,42 +411,56 @@ def audit_labels(
             weights[dropped] = 0.0
             advance(1)
     probability, scored = weights[judged], out_of_sample[judged].astype(np.float32)
-    rate = float(1.0 - probability.mean())
+    # A class of so few is not judged: none of its labels looks wrong.
+    too_small = counts < MIN_CLASS_SIZE
+    probability[too_small[labels]] = 1.0
+    rate = float(1.0 - probability.mean(dtype=float))
     chance = float(counts.max() / len(labels))
     agreement = float(np.mean(scored.argmax(axis=1) == labels))
     reason: str | None = None
     can_judge = True
-    if agreement <= chance + 3 * np.sqrt(chance * (1 - chance) / len(labels)):
+    by_chance = chance + 3 * math.sqrt(chance * (1 - chance) / len(labels))
+    if agreement <= by_chance:
         reason = (
-            "The labels fit the features no better than chance (they agree with a "
-            f"regression that has not seen them in {100 * agreement:.0f} % of the "
-            f"cases, against {100 * chance:.0f} % for the commonest class), so that "
-            "right and wrong ones cannot be told apart"
+            "The labels fit the features no better than chance (the other samples "
+            f"predict {100 * agreement:.0f} % of them, chance alone up to "
+            f"{min(100 * by_chance, 100):.0f} %), so that right and wrong ones cannot "
+            "be told apart"
         )
-        can_judge = False
+        can_judge, rate = False, 0.0
+        probability[:] = 1.0
+    elif all_known:
+        reason = "All training labels are known to be right"
     elif rate < MIN_NOISE_RATE:
-        reason = f"No sign of wrong labels (about {100 * rate:.1f} %)"
+        reason = f"Hardly any training label is wrong (about {100 * rate:.1f} %)"
+    unknown = [part for part in held_out if len(part) and part.reviewed is None]
+    if all_known and before is None and unknown:
+        # Right training labels tell nothing about the noise of the other splits.
+        scores = np.concatenate([regression.scores(part) for part in unknown])
+        given = np.concatenate([part.labels for part in unknown])
+        sharpness, noise = fit_noise(scores, given, near=sharpness)
     parts = []
     for other in held_out:
         shares = calibrated(regression.scores(other), calibration)
         other_labels = np.asarray(other.labels)
         posterior = true_label_posterior(shares, noise, other_labels)
         right = posterior[np.arange(len(other)), other_labels].astype(np.float32)
+        right[too_small[other_labels] | (not can_judge)] = 1.0
         if other.reviewed is not None:
             right[other.reviewed] = 1.0
-        missing = float(1.0 - right.mean()) if len(other) else 0.0
-        parts.append(
-            LabelQuality(
-                shares,
-                right,
-                missing,
-                noise,
-                other_labels,
-                reason,
-                can_judge=can_judge,
-                reviewed=other.reviewed,
-            )
+        missing = float(1.0 - right.mean(dtype=float)) if len(other) else 0.0
+        is_noisy = all_known and can_judge and missing >= MIN_NOISE_RATE
+        found = LabelQuality(
+            shares,
+            right,
+            missing,
+            noise,
+            other_labels,
+            None if is_noisy else reason,
+            can_judge=can_judge,
+            reviewed=other.reviewed,
         )
+        parts.append(_trusted(found))
     return LabelQuality(
         scored,
         probability,
@@ -394,6 +472,13 @@ def audit_labels(
         can_judge,
         features.reviewed,
     )
+
+
+def _trusted(found: LabelQuality) -> LabelQuality:
+    """Returns the same; where every label was reviewed, as labels that are right."""
+    if found.reviewed is None or not found.reviewed.all():
+        return found
+    return found.with_right_labels(found.labels)
 
 
 def _trust(surplus: np.ndarray) -> tuple[float, float]:

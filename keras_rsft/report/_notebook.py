@@ -36,6 +36,11 @@ def run_html(run: Any) -> str:
     return summary + table + charts.line_charts_svg(drawn)
 
 
+def audit_html(audit: Any) -> str:
+    """Returns the numbers of an audit by class and by split."""
+    return _summary_html(summaries.audit_summary(audit))
+
+
 def comparison_html(comparison: Any) -> str:
     """Returns a comparison's table, its verdict, and the accuracies as intervals."""
     known = {

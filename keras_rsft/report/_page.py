@@ -43,7 +43,7 @@ def confusion_of(
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
     found: dict[str, list] = {"counts": [], "strengths": []}
     found["pairs"] = different[:max_pairs]
-    if num_classes <= max_classes:
+    if num_classes <= max_classes and known.any():
         table = np.zeros((num_classes, num_classes), np.int64)
         table.flat[cells] = frequencies
         shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -211,6 +211,7 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
         acceptance=_acceptance(record),
         most_classes=_MOST_CLASSES,
         gallery=gallery,
+        label_tables=_label_tables(results),
         confusion=gallery and confusion_of(record.ledger, len(record.class_names)),
     )
 
@@ -242,6 +243,11 @@ def _finding(record: RunRecord) -> str | None:
         rate = f"learning rate {chosen['learning_rate']:.3g}"
         return f"{reason} Its policy is {policy}, {rate}."
     return reason
+
+
+def _label_tables(results: dict[str, Any]) -> tuple[summary.Table, ...]:
+    found = results.get("label_quality")
+    return () if found is None else summary.label_tables(found)
 
 
 def _settings(record: RunRecord) -> list[tuple[str, str]]:
@@ -280,6 +286,8 @@ def outcome_of(record: RunRecord) -> Outcome:
     if record.is_search:
         return _of_search(record)
     results = record.results
+    if record.is_audit:
+        return _of_audit(results["label_quality"])
     found = _paired(record) if results.get("against_plain") else _alone(record)
     known = results.get("wrong_labels")
     really = "estimated" if known is None else f"{share_text(known)} really are"
@@ -299,6 +307,16 @@ def outcome_of(record: RunRecord) -> Outcome:
         if key in results
     ]
     return dataclasses.replace(found, figures=found.figures + shares)
+
+
+def _of_audit(found: dict[str, Any]) -> Outcome:
+    wrong = found["expected_wrong"]
+    figures = [("Samples", f"{found['samples']:,}", "")]
+    if wrong is not None:
+        share = share_text(wrong / found["samples"])
+        figures.append(("Labels expected wrong", f"{wrong:,.0f}", share))
+        figures.append(("Labels that look wrong", f"{found['look_wrong']:,}", ""))
+    return Outcome(found["finding"], figures)
 
 
 def _paired(record: RunRecord) -> Outcome:
@@ -381,9 +399,7 @@ def _by_right_labels(
 def _alone(record: RunRecord) -> Outcome:
     rows = summary.accuracy_rows(record.results, record.split_sizes)
     if not rows:
-        return Outcome(
-            "There is no test or validation split to judge the model by.", []
-        )
+        return Outcome(summary.NOT_JUDGED, [])
     split, accuracy, interval, count = rows[-1]
     if right := summary.right_text(record.results, f"{split}_accuracy"):
         return Outcome(

@@ -34,6 +34,8 @@ class Samples:
     clean: np.ndarray
     probability: np.ndarray
     suspicion: np.ndarray
+    right_probability: np.ndarray
+    looks_wrong: np.ndarray
     loss: np.ndarray
     seen: np.ndarray
     rejected: np.ndarray
@@ -67,6 +69,11 @@ class RunRecord:
     @property
     def is_search(self) -> bool:
         return self.samples is None
+
+    @property
+    def is_audit(self) -> bool:
+        """Whether labels were audited, and nothing was trained."""
+        return not (self.is_search or self.metrics)
 
     @property
     def ledger(self) -> Samples:
@@ -206,6 +213,8 @@ def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
         clean=labels("clean_label"),
         probability=numbers("predicted_probability"),
         suspicion=numbers("suspicion"),
+        right_probability=numbers("right_probability"),
+        looks_wrong=numbers("looks_wrong") == 1,
         loss=numbers("loss_mean"),
         seen=numbers("seen").astype(np.int64),
         rejected=numbers("rejected").astype(np.int64),

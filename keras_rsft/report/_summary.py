@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_rsft._stats import Interval, proportion_interval
+from keras_rsft._stats import Interval, apportioned, proportion_interval
 from keras_rsft.config import takes_texts
 
 # Words --------------------------------------------------------------------------------
@@ -23,11 +23,12 @@ RESULT_NAMES = {
     "unfrozen_test_accuracy": "Backbone trained too, test split",
     "unfrozen_validation_accuracy": "Backbone trained too, validation split",
     "acceptance_rate": "Accepted, last epoch",
-    "estimated_wrong_labels": "Labels that look wrong",
+    "estimated_wrong_labels": "Training labels expected wrong",
     "wrong_labels": "Wrong training labels",
     "wrong_labels_rejected": "Wrong labels rejected",
     "right_labels_rejected": "Right labels rejected",
 }
+NOT_JUDGED = "There is no test or validation split to judge the model by."
 # How the backbone was trained after the head: the name in the results, and in words.
 TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Backbone trained too"}
 
@@ -113,7 +114,8 @@ def run_summary(run: Any) -> Summary:
     results = run.results
     rows = []
     for key, name in RESULT_NAMES.items():
-        if (right := right_text(results, key)) is not None:
+        right = right_text(results, key)
+        if right is not None and right != share_text(results.get(key)):
             rows.append((name, right))
             name = "  by the given labels"
         if key in results:
@@ -125,17 +127,86 @@ def run_summary(run: Any) -> Summary:
         epochs = f"{results['best_epoch']} of {results['epochs_trained']}"
         rows.append(("Epoch that was kept", epochs))
     rows.append(("Time", f"{results['seconds']:.1f} s"))
-    warnings = []
-    if unreadable := len(run.features.unreadable):
-        kind = "texts" if takes_texts(run.config["backbone"]) else "images"
-        warnings.append(
-            f"{unreadable} {kind} cannot be read and were left out; see "
-            "unreadable.csv in the run folder."
-        )
+    warnings = _unreadable(run)
     if run.overfitting is not None:
-        warnings.append(run.overfitting.sentence)
+        warnings += (run.overfitting.sentence,)
+    if not {"test_accuracy", "validation_accuracy"} & results.keys():
+        warnings += (NOT_JUDGED,)
     notes = () if run.finding is None else (run.finding,)
-    return Summary((Table(("", ""), tuple(rows)),), tuple(warnings), notes)
+    return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
+
+
+def _unreadable(run: Any) -> tuple[str, ...]:
+    if not (count := len(run.features.unreadable)):
+        return ()
+    kind = "texts" if takes_texts(run.config["backbone"]) else "images"
+    return (
+        f"{count} {kind} cannot be read and were left out; see unreadable.csv in the "
+        "run folder.",
+    )
+
+
+MOST_CLASSES = 20
+
+
+def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Returns what an audit found by split and by class; the numbers add up."""
+
+    def rows_of(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+        whole = apportioned([one["expected_wrong"] or 0.0 for one in parts])
+        rows = []
+        for one, wrong in zip(parts, whole, strict=True):
+            is_judged = one["expected_wrong"] is not None
+            numbers = (f"{wrong:,}", f"{one['look_wrong']:,}")
+            shown = numbers if is_judged else ("-", "-")
+            rows.append((f"{one['samples']:,}", *shown))
+        return rows
+
+    total = ("all", *rows_of([found])[0])
+    names = ("Samples", "Expected wrong", "Look wrong")
+    parts = found["splits"]
+    splits = [
+        (name, *row)
+        for name, row in zip(parts, rows_of(list(parts.values())), strict=True)
+    ]
+    for at, (name, one) in enumerate(parts.items()):
+        if one["known"]:
+            known = "all" if one["known"] == one["samples"] else f"{one['known']:,}"
+            splits[at] = (f"{name}, {known} known to be right", *splits[at][1:])
+    judged = [one for one in found["classes"] if one["expected_wrong"] is not None]
+    judged.sort(key=lambda one: -one["expected_wrong"])
+    small = [one for one in found["classes"] if one["expected_wrong"] is None]
+    shown = judged[:MOST_CLASSES]
+    for others, what in (
+        (judged[MOST_CLASSES:], "others"),
+        (small, "classes, not judged"),
+    ):
+        if others:
+            keys = ("samples", "look_wrong", "expected_wrong")
+            sums: dict[str, Any] = {k: sum(one[k] or 0 for one in others) for k in keys}
+            if others is small:
+                sums["expected_wrong"] = None
+            name = f"{len(others):,} {what}"
+            shown.append({"class": name, "confused_with": None, **sums})
+    classes = [
+        (one["class"], one["confused_with"] or "-" if row[1] not in "-0" else "-", *row)
+        for one, row in zip(shown, rows_of(shown), strict=True)
+    ]
+    classes.append((total[0], "", *total[1:]))
+    return (
+        Table(("Split", *names), (*splits, total)),
+        Table(
+            ("Given label", "Most often confused with", *names),
+            tuple(classes),
+            text_columns=2,
+        ),
+    )
+
+
+def audit_summary(audit: Any) -> Summary:
+    warnings = _unreadable(audit)
+    tables = label_tables(audit.results["label_quality"])
+    return Summary(tables[::-1], warnings, (audit.finding,))
 
 
 def comparison_summary(comparison: Any) -> Summary:
@@ -267,7 +338,7 @@ def ranking_summary(ranking: Any) -> Summary:
     ]
     if ranking.counts_right_labels:
         notes.append(
-            f"About {100 * ranking.noise_rate:.0f} % of the labels look wrong: each "
+            f"About {100 * ranking.noise_rate:.0f} % of the labels are wrong: each "
             "label is weighted by its probability of being right, averaged over the "
             "backbones."
         )

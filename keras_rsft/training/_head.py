@@ -13,11 +13,16 @@ import tensorflow as tf
 from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import NOT_DECAYED, PolicyConfig, TrainConfig
+from keras_rsft.config import NOT_DECAYED, SPLITS, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._audit import Estimate, LabelQuality, audit_labels
+from keras_rsft.label_quality._audit import (
+    MIN_CLASS_SIZE,
+    Estimate,
+    LabelQuality,
+    audit_labels,
+)
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._listed import AcceptReviewed, AutoPolicy
 from keras_rsft.policies._policy import Policy
@@ -41,7 +46,7 @@ Callbacks = (
 )
 
 
-HELD_OUT = ("validation", "test")
+HELD_OUT = SPLITS[1:]
 
 
 def audit_splits(
@@ -55,6 +60,47 @@ def audit_splits(
         seed=seed,
         progress=progress,
     )
+
+
+def label_results(
+    quality: LabelQuality, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Returns what an audit found, for JSON: in all, by split and by class.
+
+    All numbers of labels that are shown come from here. Those of the splits and those
+    of the classes add up to the same sums.
+    """
+    named = zip(SPLITS, (quality, *quality.held_out), strict=True)
+    parts = {name: part for name, part in named if len(part.labels)}
+
+    def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
+        known = {"expected_wrong": wrong if quality.can_judge else None}
+        return {"samples": len(labels), **known, "look_wrong": int(looks_wrong.sum())}
+
+    labels, looks_wrong = (
+        np.concatenate([getattr(part, name) for part in parts.values()])
+        for name in ("labels", "looks_wrong")
+    )
+    confusion = np.sum([part.confusion for part in parts.values()], axis=0)
+    wrong = confusion - np.diag(np.diag(confusion))
+    sizes, classes = np.bincount(quality.labels, minlength=len(class_names)), []
+    for number, name in enumerate(class_names):
+        members, other = labels == number, int(wrong[number].argmax())
+        found = row(labels[members], float(wrong[number].sum()), looks_wrong[members])
+        if sizes[number] < MIN_CLASS_SIZE:
+            found["expected_wrong"] = None
+        likely = class_names[other] if wrong[number, other] > 0 else None
+        classes.append({"class": name, **found, "confused_with": likely})
+    return {
+        "finding": quality.finding,
+        **row(labels, float(wrong.sum()), looks_wrong),
+        "splits": {
+            name: row(part.labels, part.expected_wrong, part.looks_wrong)
+            | {"known": 0 if part.reviewed is None else int(part.reviewed.sum())}
+            for name, part in parts.items()
+        },
+        "classes": classes,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +205,12 @@ def train_head(
         batch = samples[start : start + settings.batch_size]
         with keras.StatelessScope():  # Judging changes no running statistics.
             accepted[batch] = model.policy(losses[batch], train.labels[batch], batch)
-    if label_quality is not None:
-        probabilities = label_quality.out_of_sample
-        if label_quality.noise_rate > 0:  # Else there was too little to judge by.
-            results["estimated_wrong_labels"] = label_quality.noise_rate
     recorder.ledger.note_probabilities(probabilities)
     if train.reviewed is not None:
         recorder.ledger.note_reviewed(train.reviewed)
+    if label_quality is not None and label_quality.can_judge:
+        recorder.ledger.note_quality(label_quality)
+        results["estimated_wrong_labels"] = label_quality.noise_rate
     if train.clean_labels is not None:
         results |= rejected_shares(train, accepted)
     found = None

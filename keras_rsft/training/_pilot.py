@@ -43,6 +43,7 @@ class Pilot:
         smallest_class: The same of the class with fewest.
         noise_rate: Estimated fraction of wrong labels, with the ends of its 95 %
             interval, which covers the chance of the sample and no error of the method.
+            None where the labels cannot be judged.
         reason: Why no label is rejected by `auto`, or None.
         policy: The policy that was tried.
         plain_accuracy: Fraction of given labels in [0, 1] that plain fine-tuning of
@@ -60,7 +61,7 @@ class Pilot:
     num_images: int
     largest_class: tuple[str, int]
     smallest_class: tuple[str, int]
-    noise_rate: tuple[float, float, float]
+    noise_rate: tuple[float, float, float] | None
     reason: str | None
     policy: str
     plain_accuracy: float
@@ -161,7 +162,11 @@ def run_pilot(
         num_images=len(sampled),
         largest_class=(names[most], int(counts[most])),
         smallest_class=(names[least], int(counts[least])),
-        noise_rate=share_interval(1.0 - label_quality.right_probability),
+        noise_rate=(
+            share_interval(1.0 - label_quality.right_probability)
+            if label_quality.can_judge
+            else None
+        ),
         reason=label_quality.reason,
         policy=str(policy.name),
         plain_accuracy=float(plain.mean()),

@@ -24,7 +24,9 @@ from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features._neighbours import near_duplicates
+from keras_rsft.features._store import FeatureSet
 from keras_rsft.features._thumbnails import write_excerpts, write_thumbnails
+from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._curves import Overfitting
 from keras_rsft.training._devices import Devices, open_devices
@@ -35,6 +37,7 @@ from keras_rsft.training._head import (
     Callbacks,
     TrainedHead,
     audit_splits,
+    label_results,
     train_against_plain,
     train_head,
 )
@@ -52,33 +55,14 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
 
 
 def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
-    data, progress = work.data, work.progress
     run.model.save(folder / _storage.MODEL_FILE)
     run.head.save(folder / _storage.HEAD_FILE)
-    described = {"finding": run.finding, "versions": _storage.installed_versions()}
-    _storage.write_json(folder / _storage.CONFIG_FILE, run.config | described)
-    _storage.write_json(folder / _storage.RESULTS_FILE, results_of(run))
-    _storage.write_json(folder / _storage.CLASSES_FILE, list(run.class_names))
-    recorder, train = run.trained.recorder, run.features.train
-    suspicion = recorder.ledger.suspicion
-    ledgers = {"train": recorder.ledger} | held_out_ledgers(run)
+    recorder = run.trained.recorder
     epochs = enumerate(zip(*run.history.values(), strict=True), 1)
-    tables: dict[str, tuple[Sequence[str], Iterable[Sequence]]] = {
+    tables: Tables = {
         _storage.METRICS_FILE: (
             ["epoch", *run.history],
             ([at, *row] for at, row in epochs),
-        ),
-        _storage.SAMPLES_FILE: (
-            ["id", "split", "given_label", "clean_label", "decision", "label_before"],
-            _sample_rows(data),
-        ),
-        _storage.LEDGER_FILE: (
-            COLUMNS,
-            (
-                row
-                for split, ledger in ledgers.items()
-                for row in ledger.rows(run.class_names, split)
-            ),
         ),
         _storage.ACCEPTANCE_FILE: (
             ["epoch", *run.class_names],
@@ -92,6 +76,56 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
                 for row in histogram.rows(at)
             ),
         ),
+    }
+    quality = run.trained.label_quality
+    ledgers = {"train": recorder.ledger} | held_out_ledgers(run.features, quality)
+    fill_folder(
+        folder,
+        work.data,
+        run.features,
+        ledgers,
+        config=run.config | {"finding": run.finding},
+        results=results_of(run),
+        tables=tables,
+        cache_dir=work.features.cache_dir,
+        progress=work.progress,
+    )
+
+
+Tables = dict[str, tuple[Sequence[str], Iterable[Sequence]]]
+
+
+def fill_folder(
+    folder: Path,
+    data: SampleData,
+    features: SplitFeatures,
+    ledgers: dict[str, Ledger],
+    *,
+    config: dict[str, Any],
+    results: dict[str, Any],
+    tables: Tables,
+    cache_dir: str | os.PathLike | None,
+    progress: bool,
+) -> None:
+    """Writes what a run and an audit have in common, and further tables."""
+    described = config | {"versions": _storage.installed_versions()}
+    _storage.write_json(folder / _storage.CONFIG_FILE, described)
+    _storage.write_json(folder / _storage.RESULTS_FILE, results)
+    _storage.write_json(folder / _storage.CLASSES_FILE, list(data.class_names))
+    train, suspicion = features.train, ledgers["train"].suspicion
+    tables |= {
+        _storage.SAMPLES_FILE: (
+            ["id", "split", "given_label", "clean_label", "decision", "label_before"],
+            _sample_rows(data),
+        ),
+        _storage.LEDGER_FILE: (
+            COLUMNS,
+            (
+                row
+                for split, ledger in ledgers.items()
+                for row in ledger.rows(data.class_names, split)
+            ),
+        ),
         _storage.NEAR_DUPLICATES_FILE: (
             ["id", "other_id", "similarity"],
             (
@@ -102,8 +136,8 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
     }
     if data.corrections is not None:
         tables[_storage.CORRECTIONS_FILE] = (CORRECTION_COLUMNS, data.corrections.rows)
-    if run.features.unreadable:
-        tables["unreadable.csv"] = (["id", "reason"], run.features.unreadable)
+    if features.unreadable:
+        tables["unreadable.csv"] = (["id", "reason"], features.unreadable)
     for name, (header, rows) in tables.items():
         _storage.write_csv(folder / name, header, rows)
     by_id = {
@@ -115,23 +149,27 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
     if data.kind == "texts":
         write_excerpts(splits, by_id, folder)
     else:
-        cache_dir = work.features.cache_dir
         write_thumbnails(splits, by_id, folder, cache_dir=cache_dir, progress=progress)
 
 
-def held_out_ledgers(run: Run) -> dict[str, Ledger]:
+def held_out_ledgers(
+    features: SplitFeatures, quality: LabelQuality | None
+) -> dict[str, Ledger]:
     """Returns what the audit says of the splits that were not trained on, by name."""
-    quality, ledgers = run.trained.label_quality, {}
-    found_in = () if quality is None else zip(HELD_OUT, quality.held_out, strict=True)
-    for name, found in found_in:
-        part = getattr(run.features, name)
-        if len(part):
-            ledger = Ledger(part.ids, part.labels, part.clean_labels)
-            ledger.note_probabilities(found.out_of_sample)
-            if part.reviewed is not None:
-                ledger.note_reviewed(part.reviewed)
-            ledgers[name] = ledger
+    if quality is None:
+        return {}
+    ledgers = {}
+    for name, found in zip(HELD_OUT, quality.held_out, strict=True):
+        if len(part := getattr(features, name)):
+            ledgers[name] = audited_ledger(part, found, quality.can_judge)
     return ledgers
+
+
+def audited_ledger(part: FeatureSet, found: LabelQuality, can_judge: bool) -> Ledger:
+    ledger = Ledger(part.ids, part.labels, part.clean_labels)
+    if can_judge:
+        ledger.note_quality(found)
+    return ledger
 
 
 def results_of(run: Run) -> dict[str, Any]:
@@ -140,6 +178,8 @@ def results_of(run: Run) -> dict[str, Any]:
         results["overfitting"] = vars(found) | {"sentence": found.sentence}
     if run.against_plain is not None:
         results["against_plain"] = dataclasses.asdict(run.against_plain)
+    if (quality := run.trained.label_quality) is not None:
+        results["label_quality"] = label_results(quality, run.class_names)
     return results
 
 
@@ -430,3 +470,128 @@ class _Work:
         # Raises, before features are extracted, where the layers are not in it.
         if self.settings.unfreeze is not None:
             cut_backbone(backbone, self.settings.unfreeze)
+
+
+# Audit --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What was found out about the labels of a data set, without training.
+
+    Attributes:
+        label_quality: That of the training split; its `held_out` are those of the
+            validation and test splits.
+        class_names: Names of the classes, by label.
+        results: The numbers by split and by class, as in `results.json`.
+        config: Everything that is needed to repeat the audit.
+        features: The cached features; `.unreadable` names the samples left out.
+        folder: Where the audit was written, or None.
+    """
+
+    label_quality: LabelQuality
+    class_names: tuple[str, ...]
+    results: dict[str, Any]
+    config: dict[str, Any]
+    features: SplitFeatures
+    folder: Path | None = None
+
+    @property
+    def finding(self) -> str:
+        """How many labels look wrong, in one sentence."""
+        return self.label_quality.finding
+
+    def _repr_html_(self) -> str:
+        from keras_rsft.report._notebook import audit_html
+
+        return audit_html(self)
+
+
+def audit(
+    data: SampleData | str | os.PathLike,
+    *,
+    corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    features: FeatureConfig | str | None = None,
+    seed: int = 0,
+    output: str | os.PathLike | NumberedFolder | None = None,
+    progress: bool = True,
+    command: str | None = None,
+) -> Audit:
+    """Estimates which labels of a data set are wrong, in all splits, without training.
+
+    Each label is judged by the other samples: one of the training split by all others
+    there, one of the validation or test split by the training split; see
+    `audit_labels`.
+
+    Args:
+        data: Loaded images or texts, or what `load_images` takes.
+        corrections: Files for `apply_corrections`. Default: none.
+        features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
+            Default: `FeatureConfig()`.
+        seed: As in `audit_labels`. Default 0.
+        output: Folder of the audit, which must not exist, or
+            `NumberedFolder("audit-photos")` for the next number. It appears whole at
+            the end; `write_report` writes its page for a review. Default: none is
+            written.
+        progress: Show progress bars. Default True.
+        command: The command line that asked for this, for the record.
+
+    Returns:
+        How likely each label is right, and the numbers by split and by class.
+
+    Raises:
+        InvalidArgument: If an argument cannot be used.
+        DataError: If the data cannot be used, or not be corrected so.
+        WeightsUnavailable: If the backbone's weights cannot be downloaded or read.
+        OSError: If the disk is full.
+    """
+    require_tensorflow_backend("`audit`")
+    started = time.perf_counter()
+    data, config = resolve(data, features)
+    if corrections:
+        data = apply_corrections(data, corrections)
+    with contextlib.ExitStack() as stack:
+        place = None  # Taken before the work, not after it.
+        if output is not None:
+            opened = _storage.open_place(output, {"kind": "audit"})
+            place = stack.enter_context(opened)
+        source = open_features(data, config, seed=seed, progress=progress)
+        quality = audit_splits(source.features, seed, progress=progress)
+        found = Audit(
+            label_quality=quality,
+            class_names=data.class_names,
+            results={"label_quality": label_results(quality, data.class_names)},
+            config={"command": command, **source.origin, "seed": seed},
+            features=source.features,
+            folder=None if place is None else place.folder,
+        )
+        found.results["seconds"] = time.perf_counter() - started
+        if place is not None:
+            train = source.features.train
+            ledgers = {"train": audited_ledger(train, quality, quality.can_judge)}
+            ledgers |= held_out_ledgers(source.features, quality)
+            place.write(
+                lambda folder: fill_folder(
+                    folder,
+                    data,
+                    source.features,
+                    ledgers,
+                    config=found.config | {"finding": found.finding},
+                    results=found.results,
+                    tables={_storage.LABELS_FILE: _label_rows(ledgers, data)},
+                    cache_dir=config.cache_dir,
+                    progress=progress,
+                )
+            )
+    return found
+
+
+def _label_rows(ledgers: dict[str, Ledger], data: SampleData) -> tuple:
+    columns = ("id", "split", "given_label", "predicted_label", "right_probability")
+    wanted = [COLUMNS.index(name) for name in columns]
+    header = [name.replace("predicted", "proposed") for name in columns]
+    return header, (
+        [row[at] for at in wanted]
+        for split, ledger in ledgers.items()
+        for row in ledger.rows(data.class_names, split)
+    )

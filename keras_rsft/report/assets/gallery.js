@@ -181,7 +181,7 @@ class Gallery {
 
 // How often a training sample was rejected; undefined for one that was held out.
 function trainedOn(samples, row) {
-  if (samples.split[row] !== "train") return undefined;
+  if (samples.seen[row] === 0) return undefined;
   return `rejected ${samples.rejected[row]} of ${samples.seen[row]}`;
 }
 
