@@ -438,7 +438,7 @@ def audit_labels(
         # Right training labels tell nothing about the noise of the other splits.
         scores = np.concatenate([regression.scores(part) for part in unknown])
         given = np.concatenate([part.labels for part in unknown])
-        sharpness, noise = fit_noise(scores, given, near=sharpness)
+        calibration, noise = fit_noise(scores, given, start=fit)
     parts = []
     for other in held_out:
         shares = calibrated(regression.scores(other), calibration)
