@@ -26,8 +26,8 @@ RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
 MAX_ROWS_TO_CHOOSE = 4096
 CHUNK_ROWS = 4096
 
-# Rather too sharp at first, then the noise matrix alone: a start from blunt scores takes
-# hundreds of steps where most labels are wrong.
+# At first the noise matrix alone is fitted, to scores that are rather too sharp: a start
+# from blunt ones takes hundreds of steps where most labels are wrong.
 FIRST_SHARPNESS = 12.0
 FIRST_NOISE_RATE = 0.1
 FIRST_STEPS = 20
@@ -42,6 +42,8 @@ CHUNK_VALUES = 2**22
 
 # Deviation of what the probabilities get wrong about an accuracy; see `accuracy`.
 PRIOR_BIAS = 0.02
+# Of how often predictions are right, in the units of a logit; see `credits`.
+PRIOR_LOGIT_DEVIATION = 2.0
 
 
 class Estimate(NamedTuple):
@@ -124,14 +126,9 @@ class LabelQuality:
     def accuracy(self, predicted: np.ndarray) -> Estimate | None:
         """Estimates how many predictions are right, although some labels are not.
 
-        Two estimates are combined: the probability that each prediction is right,
-        given the label and the other samples, which varies little; and the inverse of
-        the noise matrix (Natarajan et al., "Learning with noisy labels", 2013), which
-        has no bias where the noise depends on the class alone. The first counts as off
-        by 2 points (one standard deviation), or more where the second contradicts it;
-        the second by its own variance. The
-        model that predicts has no part in the probabilities. A label that was reviewed
-        counts as right, and so does every label where none looks wrong.
+        The mean of the predictions' `credits`. The model that predicts has no part in
+        them. A label that was reviewed counts as right, and so does every label where
+        none looks wrong.
 
         Args:
             predicted: Integers `(n,)`, the predicted classes of these samples.
@@ -153,13 +150,11 @@ class LabelQuality:
         """
         if not self.can_judge or not len(self.labels):
             return None
-        likely, unbiased = self._credited(predicted)
-        trust, variance = _trust(unbiased - likely)
-        value = float(np.mean(likely + trust * (unbiased - likely), dtype=float))
-        value, count = min(max(value, 0.0), 1.0), float(len(self.labels))
-        spread = value * (1.0 - value)
+        credit = self._credit(predicted)
+        value = min(max(float(credit.mean(dtype=float)), 0.0), 1.0)
+        count, spread = float(len(credit)), value * (1.0 - value)
         if spread > 0:  # As many clean labels would say as much.
-            count = spread / (spread / count + trust * variance)
+            count = spread / (float(credit.var()) / count + self._bias**2)
         low, high = proportion_interval(value * count, count)
         return Estimate(value, min(low, value), max(high, value))
 
@@ -175,11 +170,12 @@ class LabelQuality:
         """
         if not self.can_judge or not len(self.labels):
             return None
-        (likely, unbiased), (less, less_unbiased) = map(self._credited, (ours, others))
-        surplus = unbiased - likely - (less_unbiased - less)
-        difference = likely - less + _trust(surplus)[0] * surplus
+        difference = self._credit(ours) - self._credit(others)
         value = float(np.mean(difference, dtype=float))
-        half = NORMAL_QUANTILE * float(difference.std()) / math.sqrt(len(difference))
+        bias = self._bias * float(np.mean(np.asarray(ours) != np.asarray(others)))
+        half = NORMAL_QUANTILE * math.hypot(
+            float(difference.std()) / math.sqrt(len(difference)), bias
+        )
         return Estimate(value, max(value - half, -1.0), min(value + half, 1.0))
 
     def with_right_labels(self, labels: np.ndarray) -> LabelQuality:
@@ -191,41 +187,56 @@ class LabelQuality:
         reason = "The right labels are known"
         return dataclasses.replace(self, labels=labels, reason=reason, can_judge=True)
 
-    @property
+    @functools.cached_property
     def credits(self) -> np.ndarray:
         """Float32 array `(n, k)`: what predicting each class counts for each sample.
 
         The mean over samples of the predicted classes' credits is the estimated
-        accuracy. 0 or 1 where the right label is known, else about the probability
-        that the class is right; it can lie outside of [0, 1].
-        """
-        likely, unbiased = self._credits
-        expected = self._credited(self.out_of_sample.argmax(axis=1))
-        return likely + np.float32(_trust(expected[1] - expected[0])[0]) * (
-            unbiased - likely
-        )
+        accuracy. 0 or 1 where the right label is known; else how likely the class is
+        by the other samples, plus a multiple of what the given label adds to that, so
+        that it can lie outside of [0, 1].
 
-    @functools.cached_property
-    def _credits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns them by the posterior, and by the inverse of the noise matrix."""
+        The multiple makes up for labels that are wrong: the more often they are, the
+        less one of them moves the probability of a class that is right more often, or
+        less, than the other samples say. It is one step of Newton's method towards the
+        most likely share of right predictions.
+        """
         matches = self.labels[:, None] == np.arange(len(self.noise))
         matches = matches.astype(np.float32)
         if self.reason is not None:  # No label is wrong, as far as one can see.
-            return matches, matches
-        likely = np.empty_like(matches)
+            return matches
+        known = self.reviewed
+        if known is None:
+            known = np.zeros(len(matches), bool)
+        found = np.empty_like(matches)
+        unknown, informed = 0.0, PRIOR_LOGIT_DEVIATION**-2
         for part in _parts(*matches.shape):
-            likely[part] = true_label_posterior(
-                self.out_of_sample[part], self.noise, self.labels[part]
-            )
-        unbiased = np.linalg.pinv(self.noise)[self.labels].astype(np.float32)
-        if self.reviewed is not None:
-            likely[self.reviewed] = unbiased[self.reviewed] = matches[self.reviewed]
-        return likely, unbiased
+            likely = self.out_of_sample[part]
+            found[part] = true_label_posterior(likely, self.noise, self.labels[part])
+            judged = likely[~known[part]]
+            top, given = judged.argmax(axis=1), judged @ self.noise
+            prior = judged[np.arange(len(judged)), top]
+            unknown += float((prior * (1.0 - prior)).sum())
+            # How much of that the given label takes away, on the average.
+            joint = np.square(prior[:, None] * self.noise[top])
+            moved = joint / np.maximum(given, 1e-30)
+            informed += float((moved.sum(axis=1) - np.square(prior)).sum())
+        found -= self.out_of_sample
+        found *= np.float32(unknown / informed)
+        found += self.out_of_sample
+        found[known] = matches[known]
+        return found
 
-    def _credited(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at = np.arange(len(self.labels)), np.asarray(predicted)
-        likely, unbiased = self._credits
-        return likely[at], unbiased[at]
+    def _credit(self, predicted: np.ndarray) -> np.ndarray:
+        return self.credits[np.arange(len(self.labels)), np.asarray(predicted)]
+
+    @property
+    def _bias(self) -> float:
+        """Returns the deviation of the accuracy that comes from wrong probabilities."""
+        if self.reason is not None:
+            return 0.0
+        known = 0.0 if self.reviewed is None else float(self.reviewed.mean())
+        return PRIOR_BIAS * (1.0 - known)
 
     @property
     def looks_wrong(self) -> np.ndarray:
@@ -438,7 +449,8 @@ def audit_labels(
         # Right training labels tell nothing about the noise of the other splits.
         scores = np.concatenate([regression.scores(part) for part in unknown])
         given = np.concatenate([part.labels for part in unknown])
-        calibration, noise = fit_noise(scores, given, start=fit)
+        anew = calibration, _even_noise(FIRST_NOISE_RATE, num_classes)
+        calibration, noise = fit_noise(scores, given, start=anew)
     parts = []
     for other in held_out:
         shares = calibrated(regression.scores(other), calibration)
@@ -479,14 +491,6 @@ def _trusted(found: LabelQuality) -> LabelQuality:
     if found.reviewed is None or not found.reviewed.all():
         return found
     return found.with_right_labels(found.labels)
-
-
-def _trust(surplus: np.ndarray) -> tuple[float, float]:
-    """Returns how much to trust the unbiased credit, and the variance of its mean."""
-    variance = float(surplus.var()) / max(len(surplus), 1)
-    # More, where the two differ by more than two standard errors.
-    bias = max(PRIOR_BIAS**2, float(surplus.mean()) ** 2 - 4.0 * variance)
-    return (bias / (bias + variance) if variance > 0 else 0.0), variance
 
 
 # -- Class scores of each sample from the other samples alone --------------------
