@@ -26,22 +26,20 @@ RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
 MAX_ROWS_TO_CHOOSE = 4096
 CHUNK_ROWS = 4096
 
-# At first the noise matrix alone is fitted, to scores that are rather too sharp: a start
-# from blunt ones takes hundreds of steps where most labels are wrong.
 FIRST_SHARPNESS = 12.0
 FIRST_NOISE_RATE = 0.1
-FIRST_STEPS = 20
+# Without momentum it takes hundreds of steps where most labels are wrong.
 FIT_STEPS = 40
-MOMENTUM = 0.5
-# Pulls each class's calibration towards that of all classes.
-CALIBRATION_RIDGE = 1.0
+MOMENTUM = 0.8
+# Per class: pulls the calibration towards one sharpness for all.
+CALIBRATION_RIDGE = 0.1
 # Pseudo-counts that pull each class's noise towards evenly spread noise, which
 # matters where a class has few samples.
-PRIOR_COUNT = 20.0
+PRIOR_COUNT = 40.0
 CHUNK_VALUES = 2**22
 
 # Deviation of what the probabilities get wrong about an accuracy; see `accuracy`.
-PRIOR_BIAS = 0.02
+PRIOR_BIAS = 0.0175
 # Of how often predictions are right, in the units of a logit; see `credits`.
 PRIOR_LOGIT_DEVIATION = 2.0
 
@@ -694,23 +692,25 @@ def fit_noise(
     rows = slice(None) if everything else chosen
     given, right = labels[rows], None if known is None else known[rows]
     inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
-    step = np.zeros_like(calibration)
-    for at in range(-FIRST_STEPS if start is None else 0, FIT_STEPS):
-        ahead = calibration + MOMENTUM * step
+    ridge = CALIBRATION_RIDGE * num_classes
+    last = calibration, noise
+    for _ in range(FIT_STEPS):  # Of a generalised EM.
+        ahead = calibration + MOMENTUM * (calibration - last[0])
+        assumed = np.maximum(noise + MOMENTUM * (noise - last[1]), noise / 4)
+        assumed /= assumed.sum(axis=1, keepdims=True)
+        last = calibration, noise
         probabilities = softmax(inputs @ ahead)
-        posterior = true_label_posterior(probabilities, noise, given, right)
+        posterior = true_label_posterior(probabilities, assumed, given, right)
+        posterior = posterior.astype(np.float32)
         noise = _noise_from(_counted(posterior, given))
-        if at < 0:
-            continue
         # The trace of each sample's curvature bounds it.
         bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
         curvature = (inputs * bound).T @ inputs
-        curvature[np.diag_indices_from(curvature)] += CALIBRATION_RIDGE
+        curvature[np.diag_indices_from(curvature)] += ridge
         pull = ahead - np.trace(ahead) / num_classes * diagonal
-        gradient = inputs.T @ (posterior - probabilities) - CALIBRATION_RIDGE * pull
-        solved = np.linalg.solve(curvature, gradient).astype(np.float32)
-        step = ahead + solved - calibration
-        calibration = calibration + step
+        gradient = inputs.T @ (posterior - probabilities) - ridge * pull
+        step = np.linalg.solve(curvature, gradient)
+        calibration = (ahead + step).astype(np.float32)
     if not everything:
         for _ in range(FIT_STEPS // 4):
             counted = np.zeros_like(noise)
