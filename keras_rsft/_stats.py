@@ -89,6 +89,13 @@ def paired_right_interval(ones: np.ndarray, others: np.ndarray) -> tuple[float, 
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
+def paired_error(ones: np.ndarray, others: np.ndarray) -> float:
+    """Returns the standard error of a difference of means over the same items."""
+    differences = ones.astype(float) - others
+    total, squares = float(differences.sum()), float((differences**2).sum())
+    return _matched_difference(total, squares, len(differences))[1] / NORMAL_QUANTILE
+
+
 def _matched_difference(
     total: float, squares: float, count: int
 ) -> tuple[float, float]:

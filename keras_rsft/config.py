@@ -286,7 +286,7 @@ LEVELS = ("sample", "batch")
 DEFAULT_KEEP_FRACTION = 0.7
 # Which policies look at what may be given.
 USED_BY = {
-    "threshold": ("loss-threshold", "self-paced"),
+    "threshold": ("auto", "loss-threshold", "self-paced"),
     "keep_fraction": ("keep-fraction",),
     "level": ("loss-threshold",),
     # `auto` has a floor of its own.
@@ -307,6 +307,8 @@ class PolicyConfig:
             else `"auto"`, which none of them concerns.
         threshold: Loss below which `loss-threshold` accepts, and from which
             `self-paced` starts, positive. Default None: `relative_threshold` decides.
+            For `auto` the least probability that a label is right, in (0, 1]. Default
+            None: 0.6.
         relative_threshold: The same in multiples of ln(classes), the loss that
             a new head starts with; positive. Default 0.65.
         keep_fraction: Fraction that `keep-fraction` keeps, in (0, 1]. Default 0.7.
@@ -340,7 +342,9 @@ class PolicyConfig:
         name="policy",
     )
     threshold: float | None = option(
-        None, "loss below which loss-threshold accepts; default: 0.65 ln(classes)"
+        None,
+        "loss below which loss-threshold accepts, default 0.65 ln(classes); with "
+        "--policy auto the least probability that a label is right, default 0.6",
     )
     relative_threshold: float = rare(0.65, "threshold in multiples of ln(classes)")
     keep_fraction: float | None = option(
@@ -368,6 +372,8 @@ class PolicyConfig:
         require_known("policy", name, POLICY_NAMES)
         require_known("level", self.level, LEVELS)
         check_numbers(self, "a positive number", "threshold", "relative_threshold")
+        if name == "auto":  # A probability.
+            check_numbers(self, "in (0, 1]", "threshold")
         check_numbers(self, "at least 0", "warmup_epochs")
         check_numbers(self, "in (0, 1]", "keep_fraction")
         check_numbers(self, "in [0, 1]", "class_floor")
@@ -514,7 +520,9 @@ class TrainConfig:
             optimizer's own.
         early_stopping: Epochs without a better validation accuracy, at least 1, after
             which the training of the head ends; the weights of the best epoch are
-            kept. Default None: all epochs, and the weights of the last.
+            kept. The accuracy is by right labels, known or estimated, or by the given
+            ones where no label can be judged. Default None: all epochs, and the
+            weights of the last.
         seed: Seed of the initial weights and of the order. Default 0.
         momentum: Of `"sgd"`, in [0, 1]. Default 0.9.
         unfreeze: Which layers of the backbone to train with the head after its
@@ -542,7 +550,8 @@ class TrainConfig:
     early_stopping: int | None = option(
         None,
         "end the head's training after this many epochs without a better validation "
-        "accuracy (5 if no number follows), and keep the best weights",
+        "accuracy by right labels, known or estimated (5 if no number follows), and "
+        "keep the best weights",
         metavar="EPOCHS",
         nargs="?",
         const=5,
@@ -593,7 +602,8 @@ ORACLE_NAMES = ("random", "bayesian", "grid")
 ARTICLE = "article"
 SEARCHED_POLICIES = (*POLICY_NAMES, ARTICLE)
 # Each with the direction in which it is better.
-OBJECTIVES = {"val_accuracy": "max", "val_loss": "min"}
+# The first is the validation accuracy by right labels, known or estimated.
+OBJECTIVES = {"val_accuracy_estimated": "max", "val_accuracy": "max", "val_loss": "min"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -604,7 +614,9 @@ class SearchConfig:
         tuner: Out of `TUNER_NAMES`. Default `"batched"`, which trains many heads
             together; the others are Keras Tuner's and train one at a time.
         max_trials: Trials in all, at least 1. Default 64.
-        objective: `"val_accuracy"` (default) or `"val_loss"`, at a trial's best epoch.
+        objective: `"val_accuracy_estimated"` (default), the validation accuracy by
+            right labels, known or estimated; `"val_accuracy"`, by the given labels; or
+            `"val_loss"`. Each at a trial's best epoch.
         oracle: What proposes the batched tuner's trials: `"random"` (default),
             `"bayesian"` or `"grid"`.
         parallel_trials: Heads that the batched tuner trains together, at least 1.
@@ -625,7 +637,7 @@ class SearchConfig:
         BATCHED, f"{', '.join(TUNER_NAMES)}; batched trains many heads together"
     )
     max_trials: int = option(64, "trials in all", first=4)
-    objective: str = option("val_accuracy", ", ".join(OBJECTIVES))
+    objective: str = option("val_accuracy_estimated", ", ".join(OBJECTIVES))
     oracle: str = option(
         "random", f"what proposes the batched tuner's trials: {', '.join(ORACLE_NAMES)}"
     )
@@ -691,6 +703,8 @@ class SearchSpace:
         policies: Names of policies, and `"article"`: the batch-level rule.
         relative_threshold: Lowest and highest threshold of `loss-threshold` and
             `self-paced`, in multiples of ln(classes).
+        right_probability: Lowest and highest threshold of `auto`: the least probability
+            that a label is right, in (0, 1].
         article_threshold: Lowest and highest of `"article"`, in the loss's units.
         keep_fraction: Lowest and highest fraction of `keep-fraction`, in (0, 1].
         warmup_epochs: Fewest and most, whole numbers.
@@ -721,6 +735,7 @@ class SearchSpace:
         metavar="A,B,C",
     )
     relative_threshold: tuple[float, float] = (0.2, 1.5)
+    right_probability: tuple[float, float] = (0.2, 0.9)
     article_threshold: tuple[float, float] = (0.5, 3.0)
     keep_fraction: tuple[float, float] = (0.4, 0.95)
     warmup_epochs: tuple[int, int] = (0, 5)
@@ -748,7 +763,7 @@ class SearchSpace:
 
     def _check_range(self, name: str) -> None:
         given, least = getattr(self, name), WHOLE_RANGES.get(name)
-        most = 1 if name == "keep_fraction" else math.inf
+        most = 1 if name in ("keep_fraction", "right_probability") else math.inf
         is_pair = isinstance(given, (tuple, list)) and len(given) == 2
         low, high = given if is_pair else (math.nan, math.nan)
         holds = low <= high <= most and high < math.inf
@@ -767,8 +782,8 @@ class SearchSpace:
 
 # The ranges of a `SearchSpace`; those of whole numbers with their least value.
 RANGE_NAMES = (
-    "learning_rate", "relative_threshold", "threshold", "article_threshold",
-    "keep_fraction", "warmup_epochs", "weight_decay", "epochs",
+    "learning_rate", "right_probability", "relative_threshold", "threshold",
+    "article_threshold", "keep_fraction", "warmup_epochs", "weight_decay", "epochs",
 )  # fmt: skip
 WHOLE_RANGES = {"warmup_epochs": 0, "epochs": 1}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ def value_of(image) -> int:
 
 def write(path: Path, content: bytes = b"") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content or png(len(str(path))))
+    # No two files are equal: equal ones would go to one split.
+    path.write_bytes(content or png(len(str(path))) + os.fsencode(path))
     return path
 
 

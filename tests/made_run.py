@@ -12,6 +12,7 @@ from PIL import Image
 from keras_rsft import _storage
 from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS, Ledger, loss_histogram
 from keras_rsft._storage import write_csv, write_json
+from keras_rsft.report._record import read_run
 
 HOSTILE_CLASSES = (
     "<script>document.title='class'</script>",
@@ -57,13 +58,38 @@ def made_run(
         ledger.note_epoch(losses, accepted)
         rows += loss_histogram(losses, accepted, 2.5 if epoch > 1 else None).rows(epoch)
     scores = rng.gamma(0.3, 1.0, (count, len(classes))) + 1e-6
-    ledger.note_probabilities(scores / scores.sum(axis=1, keepdims=True))
+    shares = scores / scores.sum(axis=1, keepdims=True)
+    ledger.note_probabilities(shares)
+    ledger.right_probability = shares[np.arange(count), labels].astype(np.float32)
+    ledger.looks_wrong = (ledger.right_probability < 0.6).astype(np.int32)
     write_csv(folder / _storage.LEDGER_FILE, COLUMNS, ledger.rows(classes))
     write_csv(folder / _storage.HISTOGRAMS_FILE, HISTOGRAM_COLUMNS, rows)
     _write_tables(folder, names, labels, classes, epochs)
     _write_thumbnails(folder, names, picture_side)
-    _write_json(folder, classes)
+    wrong = int(ledger.looks_wrong.sum())
+    found = {"samples": count, "look_wrong": wrong}
+    found["expected_wrong"] = float(np.sum(1 - ledger.right_probability))
+    _write_json(folder, classes, found)
     return folder
+
+
+def write_features(folder: Path, cache: Path, *, dim: int = 6) -> np.ndarray:
+    """Caches features of a run that hold its samples' right labels; returns these."""
+    record = read_run(folder)
+    given, classes = record.ledger.given, len(record.class_names)
+    rng = np.random.default_rng(1)
+    right = np.where(np.arange(len(given)) % 5, given, (given + 1) % classes)
+    values = np.eye(classes, dim)[right] + rng.normal(0, 0.1, (len(given), dim))
+    cache.mkdir()
+    values.astype(np.float32).tofile(cache / "features.bin")
+    np.arange(len(given), dtype=np.int64).tofile(cache / "index.bin")
+    sizes = {"rows": len(given), "views": 1, "dim": dim, "precision": "float32"}
+    write_json(cache / "meta.json", sizes)
+    places = {
+        "train": {"folder": str(cache), "rows": None, "dropped": {}, "clean": False}
+    }
+    write_json(folder / _storage.CACHED_FEATURES_FILE, places)
+    return right
 
 
 def _write_tables(folder, names, labels, classes, epochs):
@@ -117,7 +143,7 @@ def _jpeg(seed: int, side: int) -> bytes:
     return file.getvalue()
 
 
-def _write_json(folder, classes):
+def _write_json(folder, classes, found):
     write_json(folder / _storage.CLASSES_FILE, list(classes))
     write_json(
         folder / _storage.CONFIG_FILE,
@@ -132,6 +158,12 @@ def _write_json(folder, classes):
     results = {
         "test_accuracy": 0.9,
         "acceptance_rate": 0.7,
+        "label_quality": {
+            "finding": f"{found['look_wrong']} of {found['samples']} look wrong.",
+            **found,
+            "splits": {"train": found | {"known": 0}},
+            "classes": [],
+        },
         "against_plain": {
             "split": "test",
             "images": 200,

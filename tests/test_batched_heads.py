@@ -13,9 +13,17 @@ from made_features import CLASSES, DIM, feature_set, split_features
 from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.label_quality._audit import audit_labels
-from keras_rsft.training._head import best_of_all_epochs, train_head
+from keras_rsft.training._head import (
+    ESTIMATED_ACCURACY,
+    audit_splits,
+    best_of_all_epochs,
+    head_probabilities,
+    predicted_classes,
+    train_head,
+    untrained_head,
+)
 from keras_rsft.tuning._batched import BatchedHeads
-from keras_rsft.tuning._space import update_rule
+from keras_rsft.tuning._space import first_epoch, update_rule
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -41,6 +49,7 @@ POLICIES = {
     ),
     "keep-fraction": PolicyConfig("keep-fraction", keep_fraction=0.6),
     "auto": PolicyConfig("auto"),
+    "auto, strict": PolicyConfig("auto", threshold=0.9),
 }
 OPTIMIZERS = {
     "sgd": {},
@@ -63,7 +72,9 @@ def trained_together(features, settings, **options):
 
 def assert_equal_to_alone(features, settings, together):
     for row, one in enumerate(settings):
-        best = best_of_all_epochs("val_accuracy", "max", epochs=one.epochs)
+        best = best_of_all_epochs(
+            "val_accuracy", "max", epochs=one.epochs, first=first_epoch(one)
+        )
         alone = train_head(features, one, callbacks=[best], progress=False)
         assert together.best_epochs[row] == best.best_epoch
         kernel, bias = alone.model.model.get_layer("scores").get_weights()
@@ -75,7 +86,11 @@ def assert_equal_to_alone(features, settings, together):
             alone.history["acceptance_rate"],
             atol=1e-6,
         )
-        for name in ("loss", "accepted_loss", "val_loss", "val_accuracy"):
+        predicted = predicted_classes(alone.model, features.validation)
+        np.testing.assert_array_equal(together.predicted[row], predicted)
+        for name in (
+            "loss", "accepted_loss", "val_loss", "val_accuracy", ESTIMATED_ACCURACY,
+        ):  # fmt: skip
             np.testing.assert_allclose(
                 together.history[name][row], alone.history[name], atol=1e-4
             )
@@ -99,6 +114,15 @@ def test_each_policy_equals_the_ordinary_path(features, optimizer, policies):
     rates = together.history["acceptance_rate"]
     assert len({tuple(row) for row in rates.tolist()}) == len(policies)
     assert_equal_to_alone(features, settings, together)
+
+
+@pytest.mark.parametrize("policy, starts_there", [("auto", True), ("below", False)])
+def test_auto_starts_at_what_judged_the_labels(features, policy, starts_there):
+    found = audit_splits(features, 0, progress=False)
+    model = untrained_head(features, TrainConfig(policy=POLICIES[policy]), found)
+    probabilities = head_probabilities(model, features.validation)
+    judged_by = found.held_out[0].out_of_sample
+    assert np.allclose(probabilities, judged_by, atol=1e-4) == starts_there
 
 
 @pytest.mark.slow
@@ -188,6 +212,26 @@ def test_a_row_that_is_not_finite_is_rejected_by_all(features, tmp_path):
     together = heads.train(settings)
     assert np.isfinite(together.kernels).all()
     np.testing.assert_allclose(together.history["acceptance_rate"][0], 36 / 37)
+
+
+def test_the_estimated_accuracy_is_the_mean_of_the_credits(features):
+    settings = [dataclasses.replace(SETTINGS, policy=POLICIES["accept-all"])]
+    credits = np.random.default_rng(0).normal(size=(len(features.validation), CLASSES))
+    together = trained_together(
+        features, settings, credits=credits, objective=ESTIMATED_ACCURACY
+    )
+    values = together.history[ESTIMATED_ACCURACY][0]
+    assert together.best_epochs[0] == np.argmax(values)
+    credited = credits[np.arange(len(credits)), together.predicted[0]]
+    assert values.max() == pytest.approx(credited.mean(), rel=1e-5)
+
+
+def test_an_epoch_of_the_warm_up_is_never_the_best(features):
+    policy = dataclasses.replace(POLICIES["below, warm-up"], warmup_epochs=3)
+    settings = [dataclasses.replace(SETTINGS, policy=policy)]
+    # The loss falls, so that the first epoch that counts has the highest.
+    together = trained_together(features, settings, objective="loss", direction="max")
+    assert together.best_epochs[0] == 3
 
 
 def test_the_best_epoch_is_kept(features):

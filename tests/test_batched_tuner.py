@@ -13,7 +13,7 @@ from made_features import split_features
 
 from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
-from keras_rsft.training._head import train_head
+from keras_rsft.training._head import predicted_classes, train_head
 from keras_rsft.tuning import _tuner as durable
 from keras_rsft.tuning._tuner import (
     DIVERGED,
@@ -241,6 +241,25 @@ def test_keras_tuners_own_tuners(features, tmp_path, monkeypatch, name):
     assert len(trials) == 2
     model = tuner.get_best_models()[0]
     assert model.predict(np.zeros((1, 6)), verbose=0).shape == (1, 3)
+    for one in tuner.outcomes:
+        predicted = predicted_classes(tuner.model_of(one), features.validation)
+        np.testing.assert_array_equal(tuner.predicted(one), predicted)
+        credited = tuner.hypermodel.credits[np.arange(len(predicted)), predicted]
+        estimated = one.metrics["val_accuracy_estimated"]
+        assert estimated == pytest.approx(credited.mean(), abs=1e-6)
+
+
+def test_a_single_trial_is_judged_after_its_warm_up(features, tmp_path):
+    """The loss falls, so that the first epoch that counts has the highest."""
+    space = SearchSpace(
+        policies=("loss-threshold",), optimizers=("sgd",), warmup_epochs=(2, 2)
+    )
+    options = SearchConfig(tuner="random", max_trials=1)
+    tuner = make_tuner(hypermodel_of(features, space), options, tmp_path)
+    tuner.oracle.objective = keras_tuner.Objective("loss", "max")
+    tuner.search(verbose=0)
+    assert [one.epochs for one in tuner.outcomes] == [3]
+    assert int(tuner.get_best_models()[0].policy.steps_seen) == 3 * 7
 
 
 @pytest.mark.slow

@@ -300,6 +300,88 @@ class TestComparison:
             one, other = (result.summaries[name] for result in results)
             assert one.test_accuracy == other.test_accuracy
 
+    @pytest.fixture(scope="class")
+    def all_noisy(self, tmp_path_factory):
+        """A third of the labels of every split is wrong, and nobody knows which."""
+        rng = np.random.default_rng(1)
+        folder = tmp_path_factory.mktemp("all-noisy")
+        sizes = {"train": 300, "validation": 60, "test": 600}
+        return SplitFeatures(
+            *(make_part(folder, *part, rng, wrong=1 / 3) for part in sizes.items()),
+            ("a", "b", "c"),
+        )
+
+    def test_wrong_test_labels_are_seen_through(self, all_noisy, settings):
+        clean = all_noisy.test.clean_labels
+        parts = {
+            name: dataclasses.replace(getattr(all_noisy, name), clean_labels=None)
+            for name in ("train", "validation", "test")
+        }
+        unknown = dataclasses.replace(all_noisy, **parts)
+        options = {"methods": ["auto"], "seeds": 2, "settings": settings}
+        known, found = (
+            compare_features(one, progress=False, **options)
+            for one in (all_noisy, unknown)
+        )
+        assert (known.judged_by, found.judged_by) == ("known", "estimated")
+        for name in ("plain", "auto"):
+            really, guess = known.summaries[name], found.summaries[name]
+            assert guess.test_accuracy_given == really.test_accuracy_given < 0.75
+            assert guess.test_accuracy.low < really.test_accuracy.mean
+            assert really.test_accuracy.mean < guess.test_accuracy.high
+            assert guess.test_accuracy.mean - guess.test_accuracy_given > 0.1
+        gain = found.summaries["auto"].difference_to_plain.mean
+        accuracies = [found.summaries[n].test_accuracy.mean for n in ("auto", "plain")]
+        assert gain == pytest.approx(accuracies[0] - accuracies[1])
+        outcome = known.outcomes[0]
+        assert outcome.test_right.mean() == outcome.test_accuracy
+        assert len(outcome.test_right) == len(clean)
+
+    def test_an_estimate_widens_the_interval(self):
+        one = Outcome("plain", 0, 1.0, np.array([1.0, 0.6]), test_error=0.03)
+        other = dataclasses.replace(one, seed=1, test_right=np.array([1.0, 0.8]))
+        alone, both = (
+            methods.summarize(some)["plain"].test_accuracy
+            for some in ([one], [one, other])
+        )
+        assert (alone.mean, alone.half_width) == pytest.approx((0.8, 0.03))
+        over_seeds = 12.7062 * 0.05
+        assert both.half_width == pytest.approx(math.hypot(over_seeds, 0.03), rel=1e-4)
+
+    def test_labels_that_cannot_be_judged_count_as_given(self, noisy, settings):
+        unknown = {
+            name: dataclasses.replace(
+                getattr(noisy, name),
+                clean_labels=None,
+                labels=np.random.default_rng(0).permutation(
+                    getattr(noisy, name).labels
+                ),
+            )
+            for name in ("train", "validation", "test")
+        }
+        result = compare_features(
+            dataclasses.replace(noisy, **unknown),
+            methods=["plain"], seeds=1, settings=settings, progress=False,
+        )  # fmt: skip
+        assert result.judged_by == "given"
+        plain = result.summaries["plain"]
+        assert plain.test_accuracy.mean == plain.test_accuracy_given
+
+    def test_no_method_sees_a_right_label_of_the_validation_split(
+        self, noisy, settings, monkeypatch
+    ):
+        seen = []
+
+        def look(name, trial):
+            seen.append(trial.features.validation.clean_labels)
+            return fake_run(name, trial)
+
+        monkeypatch.setattr(methods, "run_method", look)
+        compare_features(noisy, settings=settings, seeds=1, progress=False)
+        assert noisy.validation.clean_labels is not None
+        assert seen
+        assert all(one is None for one in seen)
+
     def test_what_cannot_run_is_left_out_with_a_note(
         self, noisy, settings, monkeypatch
     ):

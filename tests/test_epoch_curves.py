@@ -11,7 +11,13 @@ from made_features import split_features
 
 from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.training import _curves as curves_module
-from keras_rsft.training._head import even_batch, head_probabilities, train_head
+from keras_rsft.training._head import (
+    audit_splits,
+    even_batch,
+    head_probabilities,
+    predicted_classes,
+    train_head,
+)
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -50,6 +56,46 @@ class TestCurves:
         expected["val_loss_error"] = np.std(losses) / np.sqrt(len(validation))
         for name, value in expected.items():
             assert history[name][-1] == pytest.approx(value, rel=1e-5), name
+
+    def test_validation_accuracy_by_known_right_labels(self, features):
+        given = (features.validation.clean_labels + 1) % 3
+        validation = dataclasses.replace(features.validation, labels=given)
+        run = trained(
+            dataclasses.replace(features, validation=validation),
+            PolicyConfig("accept-all"),
+        )
+        right = predicted_classes(run.model, validation) == validation.clean_labels
+        assert run.history["val_accuracy_estimated"][-1] == pytest.approx(right.mean())
+        losses = keras.losses.sparse_categorical_crossentropy(
+            validation.clean_labels, head_probabilities(run.model, validation)
+        )
+        assert run.history["val_loss_estimated"][-1] == pytest.approx(
+            np.mean(losses), rel=1e-5
+        )
+        for name, values in (("loss", losses), ("accuracy", right)):
+            error = np.std(values) / np.sqrt(len(validation))
+            assert run.history[f"val_{name}_error"][-1] == pytest.approx(error, 1e-5)
+        assert right.mean() > run.history["val_accuracy"][-1]
+
+    def test_validation_accuracy_by_estimated_right_labels(self, features):
+        parts = {
+            name: dataclasses.replace(getattr(features, name), clean_labels=None)
+            for name in ("train", "validation", "test")
+        }
+        unknown = dataclasses.replace(features, **parts)
+        quality = audit_splits(unknown, 0, progress=False)
+        assert quality.reason is None
+        run = trained(unknown, PolicyConfig("auto"))
+        predicted = predicted_classes(run.model, unknown.validation)
+        credits = quality.held_out[0].credits
+        expected = credits[np.arange(len(predicted)), predicted].mean()
+        assert run.history["val_accuracy_estimated"][-1] == pytest.approx(expected)
+        logarithms = np.log(head_probabilities(run.model, unknown.validation))
+        loss = -(credits * logarithms).sum(axis=1).mean()
+        assert run.history["val_loss_estimated"][-1] == pytest.approx(loss, rel=1e-4)
+        # Nobody has audited the labels here.
+        plain = trained(unknown, PolicyConfig("accept-all"))
+        assert "val_accuracy_estimated" not in plain.history
 
     def test_where_everything_is_accepted_both_are_equal(self, features):
         history = trained(features, PolicyConfig("accept-all")).history

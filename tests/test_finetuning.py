@@ -60,7 +60,8 @@ class TestRun:
             "model.keras", "head.keras", "config.json", "results.json",
             "classes.json", "metrics.csv", "samples.csv", "ledger.csv",
             "acceptance_by_class.csv", "loss_histograms.csv", "near_duplicates.csv",
-            "thumbnails.bin", "thumbnails.csv",
+            "thumbnails.bin", "thumbnails.csv", "previews.bin", "previews.csv",
+            "predictions.csv", "cached_features.json",
         }  # fmt: skip
         config = json.loads((run.folder / "config.json").read_text())
         assert config["epochs"] == settings.epochs

@@ -218,6 +218,10 @@ class TestExamination:
         first = np.argsort(-other.suspicion)[: wrong.sum()]
         assert wrong[first].mean() > 0.9
         # Their own labels have no part in it.
+        kernel, bias = found.regression
+        np.testing.assert_allclose(
+            softmax(held_out.features @ kernel + bias), other.out_of_sample, atol=1e-4
+        )
         turned = dataclasses.replace(held_out, labels=(held_out.labels + 1) % 4)
         (others,) = audit_labels(train, 4, held_out=[turned], progress=False).held_out
         np.testing.assert_array_equal(others.out_of_sample, other.out_of_sample)
@@ -257,6 +261,22 @@ class TestExamination:
         accepted = found.accept_mask(class_floor=0.12)  # 2.4 of 20: at least 3.
         np.testing.assert_array_equal(np.flatnonzero(accepted[20:]), [17, 18, 19])
         assert found.accept_mask(class_floor=0.0)[20:].sum() == 1
+        for threshold, count in ((0.15, 20 + 5), (0.19, 20 + 3), (1.0, 20 + 3)):
+            mask = found.accept_mask(threshold=threshold, class_floor=0.12)
+            assert mask.sum() == count
+
+    def test_a_threshold_says_how_likely_right_is_right_enough(self):
+        labels = np.zeros(10, np.int32)
+        right = np.linspace(0.0, 0.9, 10).astype(np.float32)
+        found = LabelQuality(np.full((10, 2), 0.5), right, 0.5, np.eye(2), labels)
+        counts = [found.accept_mask(threshold=one).sum() for one in (0.05, 0.55, 0.85)]
+        assert counts == [9, 4, 1]
+        assert found.accept_mask().sum() == 4  # From 0.6 on.
+        assert "6 of 10 look wrong and are left out; of the other 4" in found.describe()
+        assert (
+            "9 of 10 are right with a probability below 0.85 and are left out; of the "
+            "other 1"
+        ) in found.describe(0.85)
 
     def test_features_that_are_not_finite_are_refused(self, feature_set):
         values, labels = clusters(count=50)
@@ -375,6 +395,22 @@ class TestAccuracy:
         assert quality.with_right_labels(right).accuracy(predicted) == known.accuracy(
             predicted
         )
+
+    def test_a_review_of_the_wrong_labels_first_is_no_random_sample(self, judged):
+        misses = []
+        for seed in range(5):
+            quality, right, predicted = judged(symmetric_noise, 0.4, seed)
+            looked = np.zeros(600, bool)
+            looked[np.argsort(-quality.suspicion)[:200]] = True
+            after = dataclasses.replace(
+                quality,
+                labels=np.where(looked, right, quality.labels),
+                right_probability=np.where(looked, 1.0, quality.right_probability),
+                reviewed=looked,
+            )
+            truth = np.mean(predicted == right)
+            misses.append(abs(after.accuracy(predicted).value - truth))
+        assert np.mean(misses) < 0.04  # By the noise matrix: 0.2.
 
     def test_labels_that_cannot_be_judged_give_none(self, feature_set):
         values, labels = clusters()

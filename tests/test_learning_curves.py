@@ -50,6 +50,41 @@ def test_accepted_and_all_samples(record):
     assert texts == ["60.0 %", "70.0 %", "80.0 %"]
 
 
+def test_validation_by_right_labels_stands_beside_the_given_ones(record):
+    right = {"val_accuracy_estimated": [0.7, 0.8, 0.9]}
+    right |= {"val_loss_estimated": [0.5, 0.4, 0.3]}
+    of_plain = record.results["against_plain"]
+    history = of_plain["history"] | {"val_accuracy_estimated": [0.65] * 3}
+    against_plain = {"against_plain": of_plain | {"history": history}}
+    judged = dataclasses.replace(
+        record,
+        metrics=record.metrics | right,
+        results=record.results | against_plain,
+    )
+    lines = lines_of(judged, "Accuracy")
+    assert lines["validation, right labels"] == (
+        "first",
+        ["70.0 %", "80.0 %", "90.0 %"],
+    )
+    assert lines["validation, given labels"] == ("first dashed", ["60.0 %"] * 3)
+    assert lines["validation, plain head"][1] == ["65.0 %"] * 3
+    assert "validation" not in lines
+    assert lines_of(judged, "Loss")["validation, right labels"][1][0] == "0.5"
+    assert "Right labels are estimated" in curves_note(judged)
+    known = {"validation_accuracy_clean": 0.9}
+    known = dataclasses.replace(judged, results=judged.results | known)
+    assert "Right labels are known" in curves_note(known)
+
+
+def test_right_labels_that_are_the_given_ones_get_no_line(record):
+    same = {"val_accuracy_estimated": record.metrics["val_accuracy"]}
+    same |= {"val_loss_estimated": [1.001, 0.9, 0.8]}
+    judged = dataclasses.replace(record, metrics=record.metrics | same)
+    assert lines_of(judged, ACCURACY) == lines_of(record, ACCURACY)
+    assert lines_of(judged, "Loss") == lines_of(record, "Loss")
+    assert "Right labels" not in curves_note(judged)
+
+
 def test_where_nothing_is_rejected_a_line_is_drawn_once(record):
     plain = dataclasses.replace(
         record, metrics=record.metrics | {"acceptance_rate": [1.0] * 3}

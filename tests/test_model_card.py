@@ -43,7 +43,8 @@ def full_run(tmp_path):
 
 def test_says_what_the_run_says(full_run):
     card = model_card(full_run, "pets")
-    assert "| test | 50.0 % | 40.4 to 59.6 % | 100 |" in card
+    assert "| test | 50.0 % | 40.4 to 59.6 % | 50.0 % | 100 |" in card
+    assert "by the labels as given, right or wrong." in card
     assert "About 2 of 3 labels are wrong; 2 look wrong." in card
     assert "| 0.30 | `a.png` | test | cat |" in card
     assert card.index("`c.png`") < card.index("`a.png`")
@@ -59,6 +60,35 @@ def test_says_what_the_run_says(full_run):
     (entry,) = head["model-index"]
     assert entry["name"] == "pets"
     assert entry["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "right, row, share, said",
+    [
+        (
+            {"estimated": 0.75, "low": 0.65, "high": 0.84},
+            "| test | 75.0 % | 65.0 to 84.0 % | 50.0 % | 100 |",
+            0.75,
+            "is estimated from the given ones",
+        ),
+        (
+            {"clean": 0.9},
+            "| test | 90.0 % | 82.6 to 94.5 % | 50.0 % | 100 |",
+            0.9,
+            "known to be right",
+        ),
+    ],
+)
+def test_the_accuracy_by_right_labels_comes_first(full_run, right, row, share, said):
+    results = {f"test_accuracy_{key}": value for key, value in right.items()}
+    results |= {"test_accuracy": 0.5}
+    (full_run.folder / "results.json").write_text(json.dumps(results))
+    card = model_card(full_run, "pets")
+    assert row in card
+    assert said in card
+    metrics = head_of(card)["model-index"][0]["results"][0]["metrics"]
+    assert [one["value"] for one in metrics] == [share, 0.5]
+    assert metrics[1]["name"] == "Accuracy by the given labels"
 
 
 def test_a_run_with_nothing_but_a_model(tmp_path):
@@ -79,7 +109,7 @@ def test_a_search_says_what_its_choice_reached(tmp_path):
     (tmp_path / "samples.csv").write_text("\n".join(["id,split,given_label", *rows]))
     (tmp_path / "results.json").write_text(json.dumps(results))
     card = model_card(make_run(tmp_path), "x")
-    assert "| test | 50.0 % | 40.4 to 59.6 % | 100 |" in card
+    assert "| test | 50.0 % | 40.4 to 59.6 % | 50.0 % | 100 |" in card
     assert "| validation | 75.0 % |" in card
     assert "300 train" in card
     assert "chose among 64 settings" in card

@@ -7,13 +7,15 @@ import io
 
 import numpy as np
 import pytest
+from made_images import png, write
 from PIL import Image
 
+from keras_rsft.data._images import shrunk_jpeg
 from keras_rsft.data._sources import load_images
 from keras_rsft.features import _thumbnails as thumbnails
 from keras_rsft.features._neighbours import near_duplicates
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.features._thumbnails import write_thumbnails
+from keras_rsft.features._thumbnails import write_previews, write_thumbnails
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def make_features(tmp_path):
 
 def pairs_of(features, suspicion=None, **options):
     suspicion = np.zeros(len(features)) if suspicion is None else suspicion
-    found = near_duplicates(features, suspicion, progress=False, **options)
+    found = near_duplicates([features], suspicion, progress=False, **options)
     return [(min(p.first, p.second), max(p.first, p.second)) for p in found]
 
 
@@ -51,7 +53,7 @@ class TestNearDuplicates:
         labels = np.zeros(50)
         labels[7] = 1
         features = make_features(values, labels)
-        (found,) = near_duplicates(features, np.zeros(50), progress=False)
+        (found,) = near_duplicates([features], np.zeros(50), progress=False)
         scaled = (values - values.mean(0)) / values.std(0)
         one, other = scaled[3], scaled[7]
         cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
@@ -141,6 +143,39 @@ class TestThumbnails:
         (tmp_path / "few").mkdir()
         write_thumbnails(splits, suspicion, tmp_path / "few", progress=False)
         assert set(self.read(tmp_path / "few")) == set(suspicion)
+
+    def test_previews_show_the_most_suspicious_whole(
+        self, photo_folder, tmp_path, monkeypatch
+    ):
+        data = load_images(str(photo_folder))
+        splits = [data.train, data.validation, data.test]
+        monkeypatch.setattr(thumbnails, "MAX_PREVIEWS", 2)
+        monkeypatch.setattr(thumbnails, "PREVIEW_SIDE", 10)
+        suspicion = {str(data.test.ids[0]): 0.9, str(data.train.ids[3]): 0.8}
+        write_previews(splits, suspicion, tmp_path, progress=False)
+        (tmp_path / "previews.csv").rename(tmp_path / "thumbnails.csv")
+        (tmp_path / "previews.bin").rename(tmp_path / "thumbnails.bin")
+        pictures = self.read(tmp_path)
+        assert set(pictures) == set(suspicion)
+        sizes = {(one.format, one.size) for one in pictures.values()}
+        assert sizes == {("JPEG", (8, 10))}  # Of 16 x 20, uncropped.
+
+    def test_an_image_that_cannot_be_read_has_no_preview(self, tmp_path):
+        for label in ("a", "b"):
+            for number in range(2):
+                write(tmp_path / "p" / label / f"{number}.png", png(number))
+        (tmp_path / "p" / "a" / "0.png").write_bytes(b"no picture")
+        data = load_images(tmp_path / "p", validation_fraction=0, test_fraction=0)
+        write_previews([data.train], {}, tmp_path, progress=False)
+        lines = (tmp_path / "previews.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines[1:]] == [
+            "a/1.png", "b/0.png", "b/1.png",
+        ]  # fmt: skip
+
+    def test_a_small_image_stays_as_it_is(self):
+        picture = Image.open(io.BytesIO(shrunk_jpeg(png(120), 100)))
+        assert picture.size == (8, 6)
+        assert abs(int(np.asarray(picture)[0, 0, 0]) - 120) <= 1
 
     def test_an_interrupted_pass_leaves_nothing(self, split, tmp_path, monkeypatch):
         def stop(*_):

@@ -150,10 +150,12 @@ def test_noise_does_not_change_between_versions():
 def test_only_the_named_splits_change_and_each_by_itself():
     data = make_data()
     noisy = add_label_noise(data, "symmetric:0.5", seed=1)
-    assert noisy.validation is data.validation
-    assert noisy.test is data.test
+    for name in ("validation", "test"):
+        split, before = getattr(noisy, name), getattr(data, name).labels
+        assert split.labels is before
+        assert split.clean_labels is before
     both = add_label_noise(data, "symmetric:0.5", seed=1, splits=("validation", "test"))
-    assert both.train is data.train
+    assert both.train.labels is data.train.labels
     assert np.count_nonzero(both.validation.labels != data.validation.labels) == 6
     alone = add_label_noise(data, "symmetric:0.5", seed=1, splits=("test",))
     np.testing.assert_array_equal(both.test.labels, alone.test.labels)
@@ -163,7 +165,6 @@ def test_old_labels_become_the_clean_ones():
     data = make_data()
     noisy = add_label_noise(data, "asymmetric:0.25", seed=0)
     np.testing.assert_array_equal(noisy.train.clean_labels, data.train.labels)
-    assert noisy.validation.clean_labels is None
     assert data.train.clean_labels is None
 
 

@@ -72,8 +72,8 @@ def drawing_of(root):
 def test_the_learning_curves_of_a_run(run):
     drawing = drawing_of(well_formed(run._repr_html_()))
     words = [one.text for one in drawing.iter(f"{SVG}text")]
-    assert {"Loss", "Shares", "val accuracy", "acceptance rate"} <= set(words)
-    assert len(list(drawing.iter(f"{SVG}polyline"))) == 6
+    assert {"Loss", "Shares", "val accuracy", "val accuracy estimated"} <= set(words)
+    assert len(list(drawing.iter(f"{SVG}polyline"))) == 7
 
 
 @pytest.mark.slow

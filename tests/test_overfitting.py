@@ -50,6 +50,36 @@ def test_the_loss_tells_where_the_accuracy_does_not():
     )
 
 
+def test_wrong_labels_that_fit_badly_are_no_overfitting():
+    """By the given labels both measures get worse, by the right ones better."""
+    losses = (np.linspace(1, 0.01, 20), np.linspace(0.5, 2.0, 20))
+    given = curves(RISING, UP_AND_DOWN, losses=losses)
+    assert find_overfitting(given, SIZE) is not None
+    right = {"val_accuracy_estimated": RISING, "val_loss_estimated": losses[0]}
+    assert find_overfitting(given | right, SIZE) is None
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "loss"])
+def test_overfitting_by_right_labels_is_said_to_be_so(measure):
+    falling = np.abs(np.linspace(-0.3, 0.6, 20)) + 0.3
+    given = curves(RISING, RISING, losses=(np.linspace(1, 0.01, 20), 1 - RISING))
+    assert find_overfitting(given, SIZE) is None
+    right = {"accuracy": RISING, "loss": 1 - RISING}
+    right |= {measure: {"accuracy": UP_AND_DOWN, "loss": falling}[measure]}
+    right = {f"val_{name}_estimated": values for name, values in right.items()}
+    found = find_overfitting(given | right, SIZE)
+    assert found.measure == measure
+    assert found.by_right_labels
+    assert f"validation {measure} by right labels" in found.sentence
+
+
+def test_the_error_of_an_estimate_counts():
+    given = curves(RISING, RISING) | {"val_accuracy_estimated": UP_AND_DOWN}
+    assert find_overfitting(given, SIZE) is not None
+    errors = {"val_accuracy_error": [0.2] * 20}
+    assert find_overfitting(given | errors, SIZE) is None
+
+
 @pytest.mark.parametrize(
     "training, validation",
     [
@@ -81,6 +111,7 @@ def test_the_standard_error_of_an_accuracy():
     # (90 + 2) / 104 and its binomial error, by hand.
     assert accuracy_error(0.9, 100) == pytest.approx(0.031328, abs=1e-6)
     assert accuracy_error(1.0, 6) > 0.1  # Six of six says little.
+    assert accuracy_error(1.02, 6) == accuracy_error(1.0, 6)  # Of an estimate.
 
 
 def test_without_curves_nothing_is_said():

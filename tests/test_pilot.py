@@ -14,11 +14,13 @@ from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.label_quality._audit import audit_labels
 from keras_rsft.report._summary import about
 from keras_rsft.training import _pilot as pilot
 from keras_rsft.training._features import open_features
 from keras_rsft.training._pilot import (
     _cross_tried,
+    _gain,
     paired_gain,
     run_pilot,
     share_interval,
@@ -83,11 +85,11 @@ def test_each_half_is_judged_by_a_head_of_the_other(tmp_path, drawn):
         policy=PolicyConfig("accept-all"), epochs=10, learning_rate=0.1
     )
     finished = []
-    right, _, step_seconds = _cross_tried(
+    predicted, _, step_seconds = _cross_tried(
         kept, ("a", "b", "c"), settings, finished.append
     )
-    assert right.shape == (80,)
-    assert (np.count_nonzero(right) > 40) != drawn
+    assert predicted.shape == (80,)
+    assert (np.count_nonzero(predicted == labels) > 40) != drawn
     assert step_seconds > 0
     assert finished == [1, 1]
 
@@ -131,10 +133,33 @@ def test_a_pilot_on_few_images(pilot_of, photo_folder):
     assert pilot.largest_class[1] >= pilot.smallest_class[1] > 0
     assert pilot.policy == "keep-fraction"
     assert 0 <= pilot.plain_accuracy <= 1
+    # Too few to judge labels by: the given ones count.
+    assert pilot.plain_accuracy_right is None
     assert pilot.gain[0] == pytest.approx(pilot.policy_accuracy - pilot.plain_accuracy)
     assert pilot.images_left == sum(map(len, (data.train, data.validation, data.test)))
     assert pilot.pass_seconds > 0
     assert pilot.training_seconds > 0
+
+
+def test_the_gain_is_by_right_labels(tmp_path):
+    """A gain of 25 points; a fifth of the labels is wrong as plain is often wrong."""
+    sample = feature_set(tmp_path, "train", 1200, seed=0, wrong=0.2)
+    clean, given = sample.clean_labels, sample.labels
+    luck = np.random.default_rng(0).random((2, 1200))
+    plain = np.where(luck[0] < 0.35, clean + 1, clean) % 3
+    rejecting = np.where(luck[1] < 0.1, clean + 2, clean) % 3
+    truth = np.mean(rejecting == clean) - np.mean(plain == clean)
+    by_given = paired_gain(plain == given, rejecting == given)
+    assert by_given[2] < truth
+    found = audit_labels(sample, 3, progress=False)
+    known = _gain(found.with_right_labels(clean), sample, plain, rejecting)
+    assert known == paired_gain(plain == clean, rejecting == clean)
+    unknown = dataclasses.replace(sample, clean_labels=None)
+    value, low, high = _gain(found, unknown, plain, rejecting)
+    assert by_given[0] < low < truth < high
+    assert value == pytest.approx(truth, abs=0.04)
+    blind = dataclasses.replace(found, can_judge=False)
+    assert _gain(blind, unknown, plain, rejecting) == by_given
 
 
 @pytest.mark.parametrize(
@@ -149,9 +174,9 @@ def test_a_pilot_on_few_images(pilot_of, photo_folder):
 def test_the_expected_time_is_that_of_all_epochs_and_heads(
     pilot_of, photo_folder, monkeypatch, policy, epochs, with_plain, seconds
 ):
-    tried = np.ones(12, bool), 2.0, 0.5
-    monkeypatch.setattr(pilot, "_cross_tried", lambda *a, **k: tried)
     count = len(load_images(photo_folder).train)
+    tried = np.zeros(count, int), 2.0, 0.5
+    monkeypatch.setattr(pilot, "_cross_tried", lambda *a, **k: tried)
     found = pilot_of(
         policy, epochs=epochs, batch_size=-(-count // 4), with_plain=with_plain
     )
@@ -220,6 +245,8 @@ def test_the_option_of_fit(photo_folder, tiny_base_file, tmp_path, monkeypatch, 
     out = capsys.readouterr().out
     assert status == 0
     assert "Training labels expected wrong" in out
+    assert "Held-out accuracy, plain" in out
+    assert "given labels" in out
     assert "Accuracy on the test split" not in out
     assert not (tmp_path / "runs").exists()
     command = f"keras-rsft fit {photo_folder} --backbone {tiny_base_file} --epochs 2"

@@ -79,17 +79,17 @@ def test_a_name_that_is_none_is_refused_before_the_work(names, message):
         rank_backbones("no data is looked at", names)
 
 
-def label_quality(right, rate, reason=None):
+def label_quality(right, rate, reason=None, *, can_judge=True):
     right = np.asarray(right, np.float32)
     labels = np.zeros(len(right), np.int32)
     return LabelQuality(
-        np.ones((len(right), 1)), right, rate, np.eye(1), labels, reason
+        np.ones((len(right), 1)), right, rate, np.eye(1), labels, reason, (), can_judge
     )
 
 
 def test_labels_are_weighed_by_all_who_can_judge():
     one, two = label_quality([1.0, 0.2], 0.4), label_quality([0.8, 0.4], 0.4)
-    blind = label_quality([0.0, 0.0], 1.0, "The labels fit the features no better")
+    blind = label_quality([0.0, 0.0], 1.0, "No better than chance", can_judge=False)
     sure = label_quality([1.0, 1.0], 0.0, "No sign of wrong labels")
     assert label_weights([one, two, blind]) == pytest.approx([0.9, 0.3])
     assert label_weights([one, sure]) == pytest.approx([1.0, 0.6])

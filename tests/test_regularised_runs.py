@@ -13,8 +13,9 @@ from same_run import assert_same_run
 
 from keras_rsft.config import PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.training._head import train_head
+from keras_rsft.training._head import predicted_classes, train_head
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -120,6 +121,30 @@ class TestEarlyStopping:
             run.model.trainable_weights, again.model.trainable_weights, strict=True
         ):
             np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_goes_by_right_labels(self, features, monkeypatch, known):
+        """The given labels of the validation split get worse the longer it trains."""
+        right = features.validation.clean_labels
+        wrong = dataclasses.replace(
+            features.validation,
+            labels=(right + 1) % 3,
+            clean_labels=right if known else None,
+        )
+        if not known:
+            monkeypatch.setattr(
+                LabelQuality,
+                "credits",
+                np.equal.outer(right, np.arange(3)).astype("float32"),
+            )
+        mixed = dataclasses.replace(features, validation=wrong)
+        run = train(mixed, epochs=6, early_stopping=6, learning_rate=0.01)
+        given = run.history["val_accuracy"]
+        estimated = run.history["val_accuracy_estimated"]
+        assert np.argmax(given) != np.argmax(estimated)
+        assert run.results["best_epoch"] == np.argmax(estimated) + 1
+        predicted = predicted_classes(run.model, wrong)
+        assert np.mean(predicted == right) == pytest.approx(max(estimated))
 
     def test_needs_a_validation_split(self, features):
         none = features.validation.take(np.arange(0))

@@ -62,7 +62,8 @@ def test_a_run_read_back(fit, tmp_path, photo_folder):
     events = events_of(tmp_path / "logs" / run.name)
     lines = (run / "metrics.csv").read_text().splitlines()
     columns = lines[0].split(",")
-    for name in ("loss", "accepted_loss", "acceptance_rate", "val_accuracy"):
+    names = ["loss", "accepted_loss", "acceptance_rate", "val_accuracy"]
+    for name in (*names, "val_accuracy_estimated", "val_loss_estimated"):
         written = [float(line.split(",")[columns.index(name)]) for line in lines[1:]]
         read = tensors(events, name)
         assert list(read) == [1, 2, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -16,12 +17,13 @@ from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
 
 import keras_rsft
 from keras_rsft._stats import paired_share_interval, proportion_interval
-from keras_rsft._storage import guarded_cell, plain_cell
+from keras_rsft._storage import guarded_cell, plain_cell, write_csv
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.report import _charts as charts
 from keras_rsft.report._page import (
     confusion_of,
     gallery_data,
+    next_command,
     outcome_of,
     render_page,
     script_json,
@@ -101,6 +103,53 @@ class TestOutcome:
     def test_without_a_plain_head(self, record):
         changed = dataclasses.replace(record, results={"test_accuracy": 0.9})
         assert "90.0 % of 200 test images" in outcome_of(changed).sentence
+
+    @pytest.mark.parametrize(
+        "right, said, share, interval, method",
+        [
+            (
+                {"estimated": 0.95, "low": 0.91, "high": 0.98},
+                "gets about 95.0 % of 200 test images",
+                "95.0 %",
+                "91.0 to 98.0 %",
+                "which nobody knows",
+            ),
+            (
+                {"clean": 0.96},
+                "gets 96.0 % of 200 test images",
+                "96.0 %",
+                "92.3 to 98.0 %",
+                "known to be right",
+            ),
+        ],
+    )
+    def test_alone_by_right_labels(self, record, right, said, share, interval, method):
+        results = {f"test_accuracy_{key}": value for key, value in right.items()}
+        results |= {"test_accuracy": 0.9}
+        found = outcome_of(dataclasses.replace(record, results=results))
+        assert said in found.sentence
+        note = f"95 %: {interval}; by the given labels 90.0 %"
+        assert found.figures == [("Accuracy", share, note)]
+        assert method in found.method
+
+    @pytest.mark.parametrize("wrong", [None, 20, 0])
+    def test_given_labels_stand_below_the_right_ones(self, record, wrong):
+        by_right = {"rejection": [0.95, 0.9, 1.0], "plain": [0.85, 0.8, 0.9]}
+        by_right |= {"difference": [0.1, 0.05, 0.15]}
+        paired = record.results["against_plain"] | {"by_right_labels": by_right}
+        paired |= {"wrong_labels": wrong}
+        results = record.results | {"against_plain": paired}
+        found = outcome_of(dataclasses.replace(record, results=results))
+        name, share, note = found.figures[0]
+        assert (name, share) == ("With rejection", "95.0 %")
+        assert ("by the given labels 90.0 %" in note) == (wrong != 0)
+        assert ("about" in found.sentence) == (wrong is None)
+
+    def test_the_model_that_was_kept_is_judged_by_right_labels(self, record):
+        results = {"unfrozen_kept": 1.0, "unfrozen_test_accuracy": 0.7}
+        results |= {"unfrozen_test_accuracy_clean": 0.9, "test_accuracy": 0.7}
+        found = outcome_of(dataclasses.replace(record, results=results))
+        assert ("90.0 %", "the model that was kept") in [f[1:] for f in found.figures]
 
     def test_of_a_search_by_hand(self, record):
         results = {
@@ -272,7 +321,130 @@ class TestGallery:
         assert confusion_of(samples, 3, max_classes=2)["counts"] == []
 
 
+class TestPictures:
+    """Larger pictures of the most suspicious, within the room of the page."""
+
+    @pytest.fixture
+    def with_previews(self, tmp_path):
+        folder = made_run(tmp_path / "run")
+        ids = read_run(folder).ledger.ids
+        suspects = gallery_data(read_run(folder), served=False)["samples"]["id"][:10]
+        content = {name: f"large {name} ".encode() * 200 for name in suspects}
+        (folder / "previews.bin").write_bytes(b"".join(content.values()))
+        starts = np.cumsum([0, *map(len, content.values())])
+        rows = [(n, s, len(content[n])) for n, s in zip(content, starts, strict=False)]
+        write_csv(folder / "previews.csv", ("id", "offset", "bytes"), rows)
+        return read_run(folder), ids, content
+
+    def test_those_that_have_one_show_it(self, with_previews):
+        record, _, content = with_previews
+        samples = gallery_data(record, served=False)["samples"]
+        for name, picture in zip(samples["id"], samples["picture"], strict=True):
+            expected = content.get(name) or record.thumbnail(name)
+            assert base64.b64decode(picture) == expected
+
+    def test_they_take_half_of_the_room(self, with_previews):
+        record, _, content = with_previews
+        one = len(base64.b64encode(next(iter(content.values()))))
+        data = gallery_data(record, served=False, max_bytes=8 * one)
+        pictures = map(base64.b64decode, data["samples"]["picture"])
+        large = sum(picture.startswith(b"large") for picture in pictures)
+        assert 4 <= large <= 5
+        assert len(data["samples"]["id"]) > 10
+
+    def test_examples_are_the_least_suspicious_of_their_class(self, record):
+        ledger, found = record.ledger, gallery_data(record, served=False)["examples"]
+        for label, examples in found.items():
+            rows = [ledger.ids.index(name) for name, _ in examples]
+            assert {int(ledger.given[row]) for row in rows} == {label}
+            assert {int(ledger.predicted[row]) for row in rows} == {label}
+            others = np.flatnonzero(
+                (ledger.given == label) & (ledger.predicted == label)
+            )
+            assert len(rows) == min(3, len(others))
+            largest = max(ledger.suspicion[rows])
+            left = set(others.tolist()) - set(rows)
+            assert all(ledger.suspicion[row] >= largest for row in left)
+            for (name, content), row in zip(examples, rows, strict=True):
+                assert base64.b64decode(content) == record.thumbnail(ledger.ids[row])
+                assert name == ledger.ids[row]
+        served = gallery_data(record, served=True)["examples"]
+        assert [ledger.ids[int(c)] for _, c in served[0]] == [n for n, _ in served[0]]
+
+    def test_without_room_there_are_none(self, record):
+        assert gallery_data(record, served=False, max_bytes=2000)["examples"] == {}
+
+
+class TestNextCommand:
+    """What trains on the corrections: whole, quoted, nothing of its own output."""
+
+    def command_of(self, record, **config):
+        return next_command(dataclasses.replace(record, config=config))
+
+    @pytest.mark.parametrize(
+        "command, expected",
+        [
+            ("keras-rsft fit photos/ --epochs 3", "photos/ --epochs 3"),
+            ("keras-rsft fit 'my photos' --json --quiet", "'my photos'"),
+            ("keras-rsft fit p --output=x --seed 3 --set before=y", "p --seed 3"),
+            ("keras-rsft fit p --set=before=y --set=a=b", "p --set a=b"),
+            (
+                "keras-rsft fit p --output x --corrections a.csv",
+                "p --corrections a.csv",
+            ),
+            ("keras-rsft audit p --text-column t --output x", "p --text-column t"),
+            ("keras-rsft fit 'a; rm -rf b' '$(c)'", "'a; rm -rf b' '$(c)'"),
+            ("keras-rsft fit p --output", "p"),
+        ],
+    )
+    def test_of_a_command(self, record, command, expected):
+        found = self.command_of(record, command=command)
+        end = "--corrections ~/Downloads/corrections.csv"
+        assert found == f"keras-rsft fit {expected} {end}"
+
+    def test_a_run_with_a_place_of_its_own_is_named(self, tmp_path):
+        folder = made_run(tmp_path / "a run")
+        record = read_run(folder)
+        (folder / "predictions.csv").touch()
+        found = self.command_of(record, command="keras-rsft fit p --output x")
+        assert f"fit p --set 'before={folder}' --corrections" in found
+        assert "before" not in self.command_of(record, command="keras-rsft fit p")
+
+    def test_of_a_run_from_python(self, record):
+        found = self.command_of(
+            record, command=None, data="my photos", backbone="resnet50", epochs=30,
+            policy={"name": "auto"}, seed=0, batch_size=None,
+        )  # fmt: skip
+        assert found.startswith(
+            "keras-rsft fit 'my photos' --backbone=resnet50 --epochs=30 --policy=auto "
+        )
+
+    @pytest.mark.parametrize("command", [None, "keras-rsft fit 'open", 7])
+    def test_nothing_to_go_by(self, record, command):
+        assert self.command_of(record, command=command) is None
+
+
 class TestPage:
+    def test_the_comparison_with_the_run_before(self, record):
+        sentence = "Before the review 83.1 %, after it 86.0 % <+2.9>."
+        results = record.results | {"against_before": {"sentence": sentence}}
+        page = render_page(dataclasses.replace(record, results=results))
+        assert "after it 86.0 % &lt;+2.9&gt;." in page
+        assert 'id="against-before"' not in render_page(record)
+
+    def test_labels_of_which_nothing_is_known(self, record):
+        results = {k: v for k, v in record.results.items() if k != "label_quality"}
+        samples = dataclasses.replace(
+            record.ledger, looks_wrong=np.zeros(40, bool),
+            right_probability=np.full(40, np.nan),
+        )  # fmt: skip
+        page = render_page(
+            dataclasses.replace(record, results=results, samples=samples)
+        )
+        assert ">Review the labels</button>" in page
+        assert "that look wrong</button>" not in page
+        assert 'id="labels-found"' not in page
+
     def test_it_is_written_beside_and_replaced(self, run_folder, tmp_path):
         path = write_report(run_folder, tmp_path / "page.html")
         first = path.read_bytes()

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run
+from made_run import HOSTILE_CLASSES, HOSTILE_IDS, made_run, write_features
 
 from keras_rsft._storage import plain_cell
 from keras_rsft.report import _page as gallery
@@ -197,6 +197,179 @@ class TestReview:
         name = text_of(page, "id")
         page.click("#drop")
         assert said.text_content() == f"{name}: drop."
+
+
+class TestWrongOnes:
+    """The button of the page: the labels that look wrong, most suspicious first."""
+
+    def test_the_button_reviews_them_and_says_how_many_are_left(
+        self, open_page, report
+    ):
+        page = open_page(report)
+        ledger = read_run(report.parent).ledger
+        wrong = np.flatnonzero(ledger.looks_wrong)
+        button = page.locator("#review-wrong")
+        assert button.text_content() == (
+            f"Review the {len(wrong)} labels that look wrong"
+        )
+        assert f"{len(wrong)} of 130 look wrong" in page.text_content("#labels-found")
+        button.click()
+        order = wrong[np.argsort(-ledger.suspicion[wrong], kind="stable")]
+        for row in order[:3].tolist():
+            assert text_of(page, "id") == ledger.ids[row]
+            page.keyboard.press("d")
+        left = f"{len(wrong) - 3} left, 3 decided"
+        assert left in text_of(page, "place")
+        page.keyboard.press("Escape")
+        assert button.text_content() == (
+            f"Review the {len(wrong) - 3} labels left that look wrong"
+        )
+        button.click()
+        assert text_of(page, "id") == ledger.ids[order[3]]
+
+    def test_examples_stand_beside_the_photo(self, open_page, report):
+        page = open_page(report)
+        ledger = read_run(report.parent).ledger
+        page.click("#review-wrong")
+        row = ledger.ids.index(text_of(page, "id"))
+        figures = page.locator("#examples figure")
+        assert figures.count() == (
+            1 if ledger.given[row] == ledger.predicted[row] else 2
+        )
+        agreed = np.flatnonzero(
+            (ledger.given == ledger.given[row])
+            & (ledger.predicted == ledger.given[row])
+        )
+        least = agreed[np.argsort(ledger.suspicion[agreed], kind="stable")][:3]
+        shown = figures.first.locator("img")
+        names = [one.get_attribute("title") for one in shown.all()]
+        assert names == [ledger.ids[at] for at in least]
+        assert all(
+            shown.nth(at).evaluate("i => i.naturalWidth") == 16 for at in range(3)
+        )
+
+    def test_the_next_command_comes_after_the_download(self, open_page, report):
+        page = open_page(report)
+        page.click("#review-wrong")
+        assert page.is_disabled("#review-download")
+        page.keyboard.press("k")
+        with page.expect_download():
+            page.click("#review-download")
+        assert page.locator("dialog[open]").count() == 0
+        assert page.is_visible("#next")
+        assert page.evaluate("document.activeElement.id") == "next"
+        assert page.text_content("#next-command") == (
+            "keras-rsft fit '<b>photos</b>' --epochs 3 "
+            "--corrections ~/Downloads/corrections.csv"
+        )
+
+
+class TestMany:
+    """Many samples decided on in one step."""
+
+    def test_a_range_and_all_shown(self, open_page, report):
+        page = open_page(report)
+        boxes = page.locator("#grid .select")
+        boxes.nth(2).click()
+        boxes.nth(6).click(modifiers=["Shift"])
+        count = page.locator("#selected-count")
+        assert count.text_content() == "5 selected"
+        boxes.nth(4).click()
+        assert count.text_content() == "4 selected"
+        page.locator("#grid .card").nth(9).click(modifiers=["Control"])
+        assert count.text_content() == "5 selected"
+        assert page.locator("dialog[open]").count() == 0
+        page.click("[data-many=drop]")
+        assert count.text_content() == "5 decided."
+        assert page.locator("#grid .selected").count() == 0
+        dropped = page.locator("#grid .card[data-decision=drop]")
+        assert dropped.count() == 5
+        page.click("#select-shown")
+        assert count.text_content() == "60 selected"
+        page.select_option("#many-label", label="owl")
+        assert page.input_value("#many-label") == ""
+        rows = downloaded(page)
+        assert len(rows) == 60
+        assert all("owl" in (row["given_label"], row["new_label"]) for row in rows)
+        page.click("#many-undo")  # All 60 in one step.
+        assert dropped.count() == 5
+        page.click("#many-undo")
+        assert "0 of 130 decided" in page.text_content("#progress-text")
+        page.click("#many-undo")
+        assert count.text_content() == "Nothing to undo."
+
+    def test_a_selection_lives_through_pages(self, open_page, report):
+        page = open_page(report)
+        assert page.is_disabled("[data-many=keep]")
+        page.locator("#grid .select").first.focus()
+        page.keyboard.press("Space")
+        page.click("#next-page")
+        page.locator("#grid .select").nth(1).click()
+        page.click("[data-many=prediction]")
+        ledger = read_run(report.parent).ledger
+        for row in downloaded(page):
+            at = ledger.ids.index(row["id"])
+            label = ("cat", "dog", "owl")[ledger.predicted[at]]
+            assert label == (row["new_label"] or row["given_label"])
+        page.click("#select-shown")
+        page.click("#select-none")
+        assert page.is_disabled("[data-many=keep]")
+
+
+class TestLive:
+    """The rest is sorted anew after ten decisions, on a page that is served."""
+
+    @pytest.fixture
+    def served(self, tmp_path):
+        folder = made_run(tmp_path / "run", count=90)
+        right = write_features(folder, tmp_path / "cache")
+        with ReviewServer(read_run(folder)) as server:
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+            thread.start()
+            yield server, right
+            server.shutdown()
+            thread.join()
+
+    def test_what_is_wrong_comes_first_after_ten_decisions(self, open_page, served):
+        server, right = served
+        ledger = server.record.ledger
+        page = open_page(server.url)
+        note = page.locator("dialog .live-note")
+        page.click("#review-wrong")
+        assert "of the labels that nobody has looked at" in note.text_content()
+        seen = []
+        for _ in range(10):
+            seen.append(ledger.ids.index(text_of(page, "id")))
+            page.keyboard.press("123"[right[seen[-1]]])
+        current = text_of(page, "id")
+        playwright.expect(note).to_contain_text("Sorted anew after 10", timeout=60_000)
+        assert text_of(page, "id") == current  # What one looks at stays.
+        wrong = set(np.flatnonzero(ledger.given != right).tolist())
+        wrong -= {*seen, ledger.ids.index(current)}
+        for _ in range(len(wrong)):
+            page.keyboard.press("ArrowRight")
+            row = ledger.ids.index(text_of(page, "id"))
+            assert row in wrong
+            proposed = text_of(page, "predicted").partition(",")[0]
+            assert proposed == ("cat", "dog", "owl")[right[row]]
+            wrong.remove(row)
+        page.keyboard.press("ArrowRight")
+        assert "last image" in page.text_content("#said")
+
+    def test_cards_stay_until_others_are_shown(self, open_page, served):
+        server, _ = served
+        page = open_page(server.url)
+        names = page.locator("#grid .name").all_text_contents()
+        for at in range(10):
+            page.locator("#grid .select").nth(at).click()
+        page.click("[data-many=keep]")
+        note = page.locator("#gallery .live-note")
+        playwright.expect(note).to_contain_text("Sorted anew after 10", timeout=60_000)
+        assert page.locator("#grid .name").all_text_contents() == names
+        page.select_option("[name=kind]", "undecided")
+        later = page.locator("#grid .name").all_text_contents()
+        assert not set(later) & set(names[:10])
+        assert later != [name for name in names if name in set(later)]
 
 
 class TestGallery:

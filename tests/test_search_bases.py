@@ -155,7 +155,9 @@ def test_a_trial_in_the_folder_of_keras_tuner(found):
     kept = json.loads((folder / "trial.json").read_text())
     assert kept["status"] == "COMPLETED"
     assert kept["hyperparameters"]["values"]["unfreeze"] == "last-block"
-    assert {path.name for path in folder.iterdir()} == {"trial.json", "model.keras"}
+    assert {path.name for path in folder.iterdir()} == {
+        "trial.json", "model.keras", "validation_predictions.npy",
+    }  # fmt: skip
     best = found.backbone_tuner.get_best_hyperparameters()[0]
     assert best.get("unfreeze") == "last-block"
     assert len(found.backbone_tuner.get_best_models(2)) == 2
@@ -211,7 +213,8 @@ def tuned(found, run):
             if one.trial_id.startswith("last-block")
             and one.values["policy"] == "keep-fraction"
         ]
-        return Choice(one, one, 0.0, "Chosen for the test.")
+        errors = {each.trial_id: 0.0 for each in outcomes}
+        return Choice(one, one, "Chosen for the test.", errors)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search_run, "choose_trial", choose)

@@ -8,7 +8,12 @@ import pytest
 
 from keras_rsft.config import PolicyConfig, SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.tuning._space import check_space, settings_of_values, values_of
+from keras_rsft.tuning._space import (
+    check_space,
+    first_epoch,
+    settings_of_values,
+    values_of,
+)
 
 GIVEN = TrainConfig(policy=PolicyConfig("keep-fraction", keep_fraction=0.6))
 
@@ -42,6 +47,31 @@ def test_thresholds_are_relative_and_the_articles_is_absolute():
     article = settings_of_values({"policy": "article", "threshold": 2.0}, GIVEN).policy
     assert (article.name, article.level) == ("loss-threshold", "batch")
     assert (article.threshold, article.warmup_epochs) == (2.0, 0.0)
+
+
+def test_the_threshold_of_auto_is_a_probability():
+    values, _ = sampled(SearchSpace(), policy="auto", optimizer="sgd")
+    assert set(values) == {"learning_rate", "optimizer", "policy", "right_probability"}
+    policy = settings_of_values({**values, "right_probability": 0.75}, GIVEN).policy
+    assert (policy.name, policy.threshold) == ("auto", 0.75)
+    # A loss that another policy was given is no probability.
+    by_loss = TrainConfig(policy=PolicyConfig("loss-threshold", threshold=1.5))
+    assert settings_of_values({"policy": "auto"}, by_loss).policy.threshold is None
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"warmup_epochs": 5, "epochs": 2}, (1, 1)),
+        ({"warmup_epochs": 5, "epochs": 6}, (5, 5)),
+        ({"policy": "auto", "epochs": 1}, (0, 0)),
+        ({"policy": "accept-all", "epochs": 9}, (2, 0)),
+        ({"policy": "article", "threshold": 2.0}, (0, 0)),
+    ],
+)
+def test_no_training_ends_inside_its_own_warm_up(values, expected):
+    settings = settings_of_values({"policy": "keep-fraction"} | values, GIVEN)
+    assert (settings.policy.warmup_epochs, first_epoch(settings)) == expected
 
 
 def test_what_is_left_open_is_taken_from_the_settings():
@@ -100,6 +130,7 @@ def test_every_sample_can_be_trained():
         ({"optimizers": ("sdg",)}, "sdg"),
         ({"threshold": (0.0, 1.0)}, "above 0"),
         ({"epochs": (1, 2.5)}, "whole numbers"),
+        ({"right_probability": (0.5, 1.5)}, "at most 1"),
     ],
 )
 def test_contradictory_ranges_are_refused(wrong, message):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from keras_rsft.config import PolicyConfig, SearchConfig, TrainConfig
@@ -15,13 +13,13 @@ from keras_rsft.tuning._backbone_trials import (
     planned_trials,
     strategy_rows,
 )
-from keras_rsft.tuning._choice import TrialOutcome
+from keras_rsft.tuning._choice import Choice, TrialOutcome
 
 
 def head(name, accuracy, acceptance, *, loss=1.0, policy="keep-fraction"):
     metrics = {
-        "val_accuracy": accuracy, "acceptance_rate": acceptance, "val_loss": loss,
-        "training_seconds": 0.25,
+        "val_accuracy": accuracy, "val_accuracy_estimated": accuracy + 0.05,
+        "acceptance_rate": acceptance, "val_loss": loss, "training_seconds": 0.25,
     }  # fmt: skip
     return TrialOutcome(name, "COMPLETED", {}, metrics, 3, settings=settings_of(policy))
 
@@ -101,8 +99,8 @@ def test_names_in_any_order_and_the_frozen_backbone_among_them():
 @pytest.fixture(scope="module")
 def rows():
     metrics = {
-        "val_accuracy": 0.9, "acceptance_rate": 0.7, "training_seconds": 64.0,
-        "trainable_weights": 1234.0,
+        "val_accuracy": 0.9, "val_accuracy_estimated": 0.95, "acceptance_rate": 0.7,
+        "training_seconds": 64.0, "trainable_weights": 1234.0,
     }  # fmt: skip
     settings = settings_of("keep-fraction")
     trials = (
@@ -118,12 +116,9 @@ def rows():
         head("c", 0.8, 0.6),
         plain("b", 0.5),
     )
-    return strategy_rows(
-        trials,
-        head("d", 0.75, 0.9),
-        validation_size=100,
-        head_weights=30,
-    )
+    errors = {"last-block-c": 0.0, "b": 0.05, "c": 0.03, "d": 0.02}
+    choice = Choice(head("d", 0.75, 0.9), trials[0], "", errors)
+    return strategy_rows(trials, choice, head_weights=30)
 
 
 class TestRows:
@@ -140,7 +135,7 @@ class TestRows:
 
     def test_numbers(self, rows):
         frozen, last_block, failed = rows[0], rows[3], rows[4]
-        assert frozen["standard_error"] == pytest.approx(math.sqrt(0.25 / 104))
+        assert (frozen["standard_error"], failed["standard_error"]) == (0.05, None)
         assert (frozen["seconds"], frozen["trainable_weights"]) == (0.25, 30)
         assert (last_block["seconds"], last_block["trainable_weights"]) == (64.0, 1234)
         assert failed["validation_accuracy"] is failed["seconds"] is None
@@ -148,7 +143,8 @@ class TestRows:
     def test_words(self, rows):
         texts = strategies_table(rows).rows
         assert texts[2] == (
-            "frozen", "keep-fraction", "75.0 ± 4.3", "90.0 %", "0.2 s", "30", "chosen",
+            "frozen", "keep-fraction", "80.0 ± 2.0", "75.0 %", "90.0 %", "0.2 s", "30",
+            "chosen",
         )  # fmt: skip
-        assert texts[3][4:] == ("64 s", "1,234", "")
-        assert texts[4] == ("all", "keep-fraction", "failed", "-", "-", "-", "")
+        assert texts[3][5:] == ("64 s", "1,234", "")
+        assert texts[4] == ("all", "keep-fraction", "failed", "-", "-", "-", "-", "")

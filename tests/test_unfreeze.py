@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, Unfreeze
 from keras_rsft.data._samples import FileReader
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import ImageBatches
+from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.training import _resume as resume
 from keras_rsft.training import _unfreeze as unfreezing
 from keras_rsft.training._features import open_features
@@ -260,41 +262,86 @@ class TestWhichIsKept:
     def judged(self, source, monkeypatch):
         head_only, tuned = object(), object()
 
-        def judge(accuracy, features=source.features):
+        def judge(predicted, by_head, part, quality=None):
             monkeypatch.setattr(
                 unfreezing,
-                "accuracy_on_images",
-                lambda model, split: 0.5 if model is head_only else accuracy,
+                "predicted_on_images",
+                lambda model, split: (
+                    None,
+                    by_head if model is head_only else predicted,
+                ),
             )
             results = {"validation_accuracy": 0.6, "test_accuracy": 0.7}
+            results |= {"test_accuracy_estimated": 0.9}
+            trained = SimpleNamespace(results=results, label_quality=quality)
+            features = dataclasses.replace(source.features, validation=part, test=part)
             kept = unfreezing.better_model(
                 head_only,
                 tuned,
                 dataclasses.replace(source, features=features),
-                results,
+                trained,
                 name="unfrozen",
             )
             return kept is tuned, results
 
         return judge
 
-    def test_what_is_not_worse_on_validation(self, judged):
-        kept, results = judged(0.5)
+    @pytest.fixture
+    def part(self, source):
+        """200 labels, of which 60 of the first class are wrong."""
+        right = np.arange(200) % 2
+        wrong = (right == 0) & (np.arange(200) < 120)
+        labels = np.where(wrong, 1, right)
+        return dataclasses.replace(
+            source.features.validation,
+            labels=labels,
+            ids=np.arange(200).astype(str),
+            clean_labels=right,
+        )
+
+    def test_what_is_not_worse_by_the_given_labels(self, judged, part):
+        unknown = dataclasses.replace(part, clean_labels=None)
+        half = np.where(np.arange(200) < 100, part.labels, 2)
+        kept, results = judged(half, half, unknown)
         assert kept
         assert results["unfrozen_kept"] == 1.0
         assert results["test_accuracy"] == results["unfrozen_test_accuracy"] == 0.5
         assert results["head_validation_accuracy"] == 0.6
-        kept, results = judged(0.4)
+        assert results["head_test_accuracy_estimated"] == 0.9
+        assert "test_accuracy_estimated" not in results
+        worse = np.where(np.arange(200) < 80, part.labels, 2)
+        kept, results = judged(worse, half, unknown)
         assert not kept
         assert results["unfrozen_kept"] == 0.0
         assert results["unfrozen_validation_accuracy"] == 0.4
         assert results["test_accuracy"] == 0.7
         assert "head_test_accuracy" not in results
 
-    def test_what_was_asked_for_where_nothing_can_judge(self, judged, source):
-        nothing = source.features.validation.take(np.zeros(0, np.int64))
-        features = dataclasses.replace(source.features, validation=nothing)
-        assert judged(0.1, features)[0]
+    @pytest.mark.parametrize("known", [True, False])
+    def test_what_is_not_worse_by_right_labels(self, judged, part, known):
+        """The head repeats the common mistake, and the given labels say it is right."""
+        right, ones = part.clean_labels, np.ones(200, int)
+        noise = np.array([[0.4, 0.6, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        beliefs = np.full((200, 3), 0.01, np.float32)
+        beliefs[np.arange(200), right] = 0.98
+        sure = np.full(200, 0.7, np.float32)
+        found = LabelQuality(beliefs, sure, 0.3, noise, part.labels)
+        quality = dataclasses.replace(found, held_out=(found, found))
+        if not known:
+            part = dataclasses.replace(part, clean_labels=None)
+        assert np.mean(right == part.labels) < np.mean(ones == part.labels)
+        kept, results = judged(right, ones, part, quality)
+        assert kept
+        key = f"test_accuracy_{'clean' if known else 'estimated'}"
+        assert results[key] == results[f"unfrozen_{key}"] > 0.9
+        assert results["test_accuracy"] == 0.7
+        assert not judged(ones, right, part, quality)[0]
+        if not known:  # Nothing was found out about the labels.
+            assert judged(ones, right, part)[0]
+
+    def test_what_was_asked_for_where_nothing_can_judge(self, judged, part):
+        nothing = part.take(np.zeros(0, np.int64))
+        assert judged(np.ones(0), np.zeros(0), nothing)[0]
 
 
 class Killed(BaseException):

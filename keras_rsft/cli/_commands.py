@@ -233,24 +233,20 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         f"are now replaced by wrong ones (seed {arguments.seed})."
     )
     data = rsft.load_images("digits")
-    clean = {
-        split.name: split.with_labels(split.labels, split.labels)
-        for split in (data.train, data.validation, data.test)
-    }
-    data = dataclasses.replace(data, **clean)
     data = rsft.add_label_noise(data, "symmetric:0.3", seed=arguments.seed)
+    features = FeatureConfig(
+        "efficientnet_lite0",
+        image_size=96,
+        dtype="float32",
+        cache_dir=arguments.cache_dir,
+    )
     run = rsft.finetune(
         data,
-        features=FeatureConfig(
-            "efficientnet_lite0",
-            image_size=96,
-            dtype="float32",
-            cache_dir=arguments.cache_dir,
-        ),
+        features=features,
         settings=settings,
         output=arguments.output or rsft.NumberedFolder("demo"),
         progress=output.progress,
-        command=arguments.command_line,
+        command=_as_fit(features, settings),
     )
     train = run.features.train
     wrong = int((train.labels != train.clean_labels).sum())
@@ -303,6 +299,12 @@ def demo(arguments: argparse.Namespace, output: Output) -> None:
         finding=run.finding,
         results=results,
     )
+
+
+def _as_fit(features: FeatureConfig, settings: TrainConfig) -> str:
+    """Returns the command of the demo's run: a review goes on from there."""
+    given = [*words_of(features), *words_of(settings), "--noise=symmetric:0.3"]
+    return _program("fit", "digits", *given)
 
 
 def fit(arguments: argparse.Namespace, output: Output) -> None:
@@ -359,6 +361,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> None:
     run = rsft.finetune(
         data,
         **shared,
+        before=arguments.before,
         strategy=devices,
         output=folder,
         callbacks=() if arguments.tensorboard is None else tensorboard,
@@ -399,14 +402,19 @@ def _dry_run(
         ("Largest class", f"{largest}: {most:,}"),
         ("Smallest class", f"{smallest}: {fewest:,}"),
         (summary.RESULT_NAMES["estimated_wrong_labels"], wrong),
-        (
-            "Held-out accuracy (given labels), plain",
-            f"{100 * pilot.plain_accuracy:.1f} %",
-        ),
     ]
-    if pilot.policy_accuracy is not None:
-        name = f"Held-out accuracy (given labels), {pilot.policy}"
-        rows.append((name, f"{100 * pilot.policy_accuracy:.1f} %"))
+    tried = (
+        ("plain", pilot.plain_accuracy, pilot.plain_accuracy_right),
+        (pilot.policy, pilot.policy_accuracy, pilot.policy_accuracy_right),
+    )
+    for name, given, right in tried:
+        title = f"Held-out accuracy, {name}"
+        if right is not None:
+            interval = summary.range_text(right.low, right.high)
+            rows.append((title, f"{summary.share_text(right.value)} ({interval} %)"))
+        if given is not None:
+            by_given = f"{title}, given labels" if right is None else summary.BY_GIVEN
+            rows.append((by_given, summary.share_text(given)))
     extraction = "cached from before"
     if pilot.images_left:
         time = summary.about(pilot.pass_seconds)
@@ -485,6 +493,7 @@ def compare(arguments: argparse.Namespace, output: Output) -> None:
         noise=arguments.noise,
         methods=comparison.summaries,
         verdict=comparison.verdict,
+        judged_by=comparison.judged_by,
         notes=comparison.notes,
     )
 
@@ -614,10 +623,10 @@ def chosen_words(found: Search) -> list[str]:
     for one in settings_of(config.PolicyConfig):
         if policy.name in config.USED_BY.get(one.dest, ()) and not one.is_rare:
             given[one.dest] = getattr(policy, one.dest)
-    if "threshold" in given and policy.threshold is None:
+    if "threshold" in given and policy.threshold is None and policy.name != "auto":
         classes = found.head.model.output_shape[-1]
         given["threshold"] = policy.relative_threshold * math.log(classes)
-    if policy.name not in ("auto", "accept-all"):
+    if policy.name != "accept-all":
         given["warmup_epochs"] = policy.warmup_epochs
     # Defaults too: a default may change, the command must not.
     for name in ("epochs", "batch_size", "learning_rate", "optimizer", "weight_decay"):
@@ -693,6 +702,8 @@ def _serve(folder: Path, arguments: argparse.Namespace, output: Output) -> None:
         try:  # From the first word on, or an early Ctrl-C looks like a failure.
             if not arguments.json:
                 output.say(f"{server.url}  (Ctrl-C stops the server)")
+                for text in server.missing:
+                    output.say(text)
             output.finish(
                 server.url, folder=folder.absolute(), page=None, url=server.url
             )

@@ -164,6 +164,11 @@ class Options:
         "write no run: estimate from 1,000 samples how many labels are wrong, whether "
         "rejection is likely to help, and how long the run will take",
     )
+    before: str | None = rare(
+        None,
+        "run to compare with on the corrected labels; default with --corrections: the "
+        "latest of the same data and settings in the folder of the results",
+    )
     with_plain: bool = rare(True, "train a plain head too, for the report's comparison")
     methods: tuple[str, ...] | None = option(
         None,
@@ -262,7 +267,7 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
         "fine-tune on your own images or texts",
         {config.FeatureConfig: "", config.PolicyConfig: "", config.UnfreezeConfig: "",
          config.TrainConfig: "", DataConfig: "",
-         Options: "data output strategy tensorboard dry_run with_plain"},
+         Options: "data output before strategy tensorboard dry_run with_plain"},
     ),
     commands.audit: (
         "find wrong labels in all splits, without training",

@@ -21,6 +21,7 @@ from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import positions_of
 from keras_rsft.training._features import SplitFeatures, open_features, resolve
+from keras_rsft.training._head import HELD_OUT, audit_splits
 
 NOISY_SPLITS = ("train", "validation")
 
@@ -33,6 +34,8 @@ class Comparison:
         outcomes: One for each method and seed.
         summaries: For each method: means, intervals, difference to `plain`.
         verdict: Which method is ahead, or which are tied.
+        judged_by: Whether the right labels of the test split are `"known"` or
+            `"estimated"`, or the `"given"` ones count, as no label can be judged.
         notes: What was left out, and why; one sentence each.
         config: Everything that is needed to repeat the comparison.
         noisy_data: For each seed, the data with the labels made wrong on purpose;
@@ -43,6 +46,7 @@ class Comparison:
     outcomes: tuple[Outcome, ...]
     summaries: dict[str, MethodSummary]
     verdict: Verdict
+    judged_by: str = "known"
     notes: tuple[str, ...] = ()
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     noisy_data: dict[int, SampleData] = dataclasses.field(
@@ -72,8 +76,9 @@ def compare(
     """Trains a head with each of several methods on the same cached features.
 
     The seed changes the initial weights, the order of the samples and the labels
-    that `noise` makes wrong. Accuracy is measured on the test split, against the
-    right labels where they are known.
+    that `noise` makes wrong. Accuracy is measured on the test split by the right
+    labels, known or estimated (`LabelQuality.accuracy`). Methods are compared on the
+    same test samples, seed by seed. No method sees a right label.
 
     Args:
         data: Loaded images, or what `load_images` takes.
@@ -145,8 +150,12 @@ def compare(
             settings=settings,
             progress=progress,
         )
+        notes = comparison.notes
+        if (copies := source.features.copies) is not None:
+            notes += (copies.sentence,)
         comparison = dataclasses.replace(
             comparison,
+            notes=notes,
             config={
                 "command": command,
                 **source.origin,
@@ -185,22 +194,28 @@ def compare_features(
     for name in methods:
         if name in missing:
             raise DataError(f"The method {name} cannot run: {missing[name]}")
-    outcomes = []
+    outcomes, judge, judged_by = [], None, "known"
+    if first.test.clean_labels is None:  # Then it has the same labels for all seeds.
+        audit = audit_splits(first, settings.seed, progress=progress)
+        judge = audit.held_out[HELD_OUT.index("test")]
+        judged_by = "estimated" if judge.can_judge else "given"
     with progress_bar(
         "Comparing", total=seeds * len(methods), unit="heads", visible=progress
     ) as advance:
         for seed in range(settings.seed, settings.seed + seeds):
             labelled = features_of(seed)
-            test = labelled.test.with_right_labels()
+            # No method goes by right labels, which only measure it.
+            validation = dataclasses.replace(labelled.validation, clean_labels=None)
             trial = Trial(
-                features=dataclasses.replace(labelled, test=test),
+                features=dataclasses.replace(labelled, validation=validation),
                 settings=dataclasses.replace(settings, seed=seed),
+                judge=judge,
             )
             for name in methods:
                 outcomes.append(_methods.run_method(name, trial))
                 advance(1)
-    summaries, verdict = _methods.summarize(outcomes), _methods.judge(outcomes)
-    return Comparison(tuple(outcomes), summaries, verdict, tuple(notes))
+    summaries, verdict = _methods.summarize(outcomes), _methods.judge(outcomes, judge)
+    return Comparison(tuple(outcomes), summaries, verdict, judged_by, tuple(notes))
 
 
 def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
@@ -217,10 +232,12 @@ def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
 def _write_files(folder: Path, comparison: Comparison) -> None:
     columns = [field.name for field in dataclasses.fields(Outcome)]
     columns[columns.index("test_right")] = "test_accuracy"
+    columns.remove("predicted")
     rows = ([getattr(one, name) for name in columns] for one in comparison.outcomes)
     _storage.write_csv(folder / "comparison.csv", columns, rows)
     summary = {
         "verdict": comparison.verdict,
+        "judged_by": comparison.judged_by,
         "methods": comparison.summaries,
         "notes": comparison.notes,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 import warnings
@@ -20,6 +21,7 @@ from keras_rsft.backbones._build import build_head
 from keras_rsft.config import CLEAN_SUBSET, PLAIN, TrainConfig
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.features._batches import TrainingBatches
+from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.policies._rules import keep_smallest, ramped_keep_fraction
 from keras_rsft.training import _head
 from keras_rsft.training._features import SplitFeatures
@@ -32,7 +34,11 @@ REJECTED = ("wrong_labels_rejected", "right_labels_rejected")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one method did with one seed. Fractions are in [0, 1]."""
+    """What one method did with one seed. Fractions are in [0, 1].
+
+    `test_right` is what each test prediction counts by the right label: 0 or 1 where it
+    is known, else its credit. `test_error` is half of the estimate's interval.
+    """
 
     method: str
     seed: int
@@ -44,16 +50,24 @@ class Outcome:
     wrong_labels_rejected: float | None = None
     right_labels_rejected: float | None = None
     stalled: str | None = None
+    test_accuracy_given: float | None = None
+    test_error: float = 0.0
+    predicted: np.ndarray | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     @property
     def test_accuracy(self) -> float | None:
-        """Accuracy on the test split; None if the training stalled."""
-        return None if self.test_right is None else float(np.mean(self.test_right))
+        """Accuracy by the right test labels; None if the training stalled."""
+        if self.test_right is None:
+            return None
+        return float(np.clip(np.mean(self.test_right, dtype=float), 0.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodSummary:
     test_accuracy: Interval | None
+    test_accuracy_given: float | None
     difference_to_plain: Interval | None
     recovered: float | None
     acceptance_rate: float | None
@@ -78,10 +92,10 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
     summaries = {}
     for name, mine in _by_method(outcomes).items():
         known = {}
-        for field in ("test_accuracy", "acceptance_rate", *REJECTED):
+        accuracies = [one for one in mine if one.test_accuracy is not None]
+        for field in ("test_accuracy_given", "acceptance_rate", *REJECTED):
             values = (getattr(outcome, field) for outcome in mine)
             known[field] = [value for value in values if value is not None]
-        accuracies = known.pop("test_accuracy")
         difference = recovered = None
         if name in complete and PLAIN in complete and name != PLAIN:
             difference = _stats.paired_interval(complete[name], complete[PLAIN])
@@ -89,7 +103,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
             compared = (complete[one] for one in (name, PLAIN, CLEAN_SUBSET))
             recovered = recovered_share(*map(statistics.fmean, compared))
         summaries[name] = MethodSummary(
-            test_accuracy=_stats.mean_interval(accuracies) if accuracies else None,
+            test_accuracy=_accuracy(accuracies) if accuracies else None,
             difference_to_plain=difference,
             recovered=recovered,
             seconds=statistics.fmean(outcome.seconds for outcome in mine),
@@ -102,8 +116,20 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, MethodSummary]:
     return summaries
 
 
-def judge(outcomes: Sequence[Outcome]) -> Verdict:
-    """Says which method is ahead by more than chance, if one is."""
+def _accuracy(outcomes: Sequence[Outcome]) -> Interval:
+    """Returns the mean over seeds; an estimate's own error widens the interval."""
+    found = _stats.mean_interval([one.test_accuracy or 0.0 for one in outcomes])
+    if (error := statistics.fmean(one.test_error for one in outcomes)) == 0:
+        return found
+    over_seeds = found.half_width if len(outcomes) > 1 else 0.0
+    return Interval(found.mean, math.hypot(over_seeds, error))
+
+
+def judge(outcomes: Sequence[Outcome], quality: LabelQuality | None = None) -> Verdict:
+    """Says which method is ahead by more than chance, if one is.
+
+    With the `quality` of the test labels, differences are estimates with their errors.
+    """
     right = _complete_right(outcomes)
     right.pop(CLEAN_SUBSET, None)
     ranked = sorted(right, key=lambda name: -right[name].mean())
@@ -111,6 +137,12 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
         return Verdict(None, tuple(ranked), "There are not two methods to compare.")
     best, others = ranked[0], ranked[1:]
     leads = [_stats.paired_right_interval(right[best], right[one]) for one in others]
+    if quality is not None and quality.can_judge and quality.reason is None:
+        predicted = {
+            name: [one.predicted for one in mine if one.predicted is not None]
+            for name, mine in _by_method(outcomes).items()
+        }
+        leads = [_lead(quality, predicted[best], predicted[one]) for one in others]
     level = [name for name, lead in zip(others, leads, strict=True) if lead[0] <= 0]
     if not level:
         points = 100 * (right[best].mean() - right[others[0]].mean())
@@ -128,6 +160,18 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
     if len(right[best]) < 2:
         reason = "One seed cannot tell a lead from chance"
     return Verdict(None, tied, f"{reason}: {names} are tied.")
+
+
+def _lead(
+    quality: LabelQuality, ones: Sequence[np.ndarray], others: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Returns the 95 % interval of an estimated lead over seeds and test samples."""
+    pairs = zip(ones, others, strict=True)
+    gains = [found for pair in pairs if (found := quality.gain(*pair)) is not None]
+    over_seeds = _stats.mean_interval([one.value for one in gains])
+    error = statistics.fmean((one.high - one.low) / 2 for one in gains)
+    half = math.hypot(over_seeds.half_width, error)
+    return max(-1.0, over_seeds.mean - half), min(1.0, over_seeds.mean + half)
 
 
 def recovered_share(method: float, plain: float, clean: float) -> float | None:
@@ -170,10 +214,14 @@ _SECOND_HEAD = 1_000_003
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One seed of a comparison: features with its labels, and how to train."""
+    """One seed of a comparison: features with its labels, and how to train.
+
+    Test predictions are judged by `judge`, None where it is by the given labels.
+    """
 
     features: SplitFeatures
     settings: TrainConfig
+    judge: LabelQuality | None = None
 
     @functools.cached_property
     def out_of_fold(self) -> tuple[np.ndarray, float]:
@@ -182,39 +230,69 @@ class Trial:
         probabilities = out_of_fold_probabilities(self.features, self.settings)
         return probabilities, time.perf_counter() - started
 
+    @functools.cached_property
+    def audit(self) -> tuple[LabelQuality, float]:
+        """The quality of the labels, and the seconds that the audit took."""
+        started = time.perf_counter()
+        found = _head.audit_splits(self.features, self.settings.seed, progress=False)
+        return found, time.perf_counter() - started
 
-# Which test samples a method gets right, and which training samples it accepts in the
-# end (None where it has no such notion), with the fraction accepted.
+
+# The test predictions of a method, and which training samples it accepts in the end
+# (None where it has no such notion), with the fraction accepted.
 Trained = tuple[np.ndarray, np.ndarray | None, float | None]
 
 
 def run_method(name: str, trial: Trial) -> Outcome:
     """Trains one method with one seed; a training that stalls is an outcome too."""
-    shared = name in (config.CLEANLAB, "co-teaching")
     # Computed once for the methods that share it, and counted for each of them.
-    seconds = trial.out_of_fold[1] if shared else 0.0
+    seconds = 0.0
+    if name in (config.CLEANLAB, "co-teaching"):
+        seconds = trial.out_of_fold[1]
+    elif name in (config.EARLY_STOPPING, config.AUTO, config.AUTO_WEIGHT_DECAY):
+        seconds = trial.audit[1]
     started = time.perf_counter() - seconds
-    right = accepted = acceptance_rate = stalled = None
+    predicted = accepted = acceptance_rate = stalled = None
     try:
         with warnings.catch_warnings():
             # The outcome reports it once, instead of a warning in each epoch.
             warnings.filterwarnings("ignore", message=".*accepted no sample")
-            right, accepted, acceptance_rate = _METHODS[name](trial)
+            predicted, accepted, acceptance_rate = _METHODS[name](trial)
     except TrainingStalled as error:
         stalled, acceptance_rate = str(error), 0.0
-    rejected, train = {}, trial.features.train
+    seconds = time.perf_counter() - started
+    rejected: dict[str, Any] = {}
+    train = trial.features.train
     if accepted is not None and train.clean_labels is not None:
         rejected = _head.rejected_shares(train, accepted)
         del rejected["wrong_labels"]
+    judged = {} if predicted is None else _judged(predicted, trial)
     return Outcome(
         method=name,
         seed=trial.settings.seed,
-        seconds=time.perf_counter() - started,
-        test_right=right,
+        seconds=seconds,
         acceptance_rate=acceptance_rate,
         stalled=stalled,
+        **judged,
         **rejected,
     )
+
+
+def _judged(predicted: np.ndarray, trial: Trial) -> dict[str, Any]:
+    """Returns which test predictions are right, as far as the labels are known."""
+    test, judge = trial.features.test, trial.judge
+    given_right = predicted == test.labels
+    judged: dict[str, Any] = {
+        "predicted": predicted,
+        "test_right": given_right,
+        "test_accuracy_given": float(given_right.mean()),
+    }
+    if test.clean_labels is not None:
+        judged["test_right"] = predicted == test.clean_labels
+    elif judge is not None and (found := judge.accuracy(predicted)) is not None:
+        judged["test_right"] = _head.credited_to(judge.credits, predicted)
+        judged["test_error"] = (found.high - found.low) / 2
+    return judged
 
 
 def _policy(
@@ -230,12 +308,17 @@ def _policy(
     settings = dataclasses.replace(trial.settings, policy=choice)
     if decayed:
         settings = dataclasses.replace(settings, weight_decay=WEIGHT_DECAY_STRENGTH)
-    best = _head.best_of_all_epochs("val_accuracy", "max", epochs=settings.epochs)
+    if best_epoch:
+        settings = dataclasses.replace(settings, early_stopping=settings.epochs)
+    audited = best_epoch or name == config.AUTO
     trained = _head.train_head(
-        trial.features, settings, callbacks=[best] if best_epoch else [], progress=False
+        trial.features,
+        settings,
+        progress=False,
+        label_quality=trial.audit[0] if audited else None,
     )
-    right = _test_right(trained.model, trial)
-    return right, trained.accepted, trained.results["acceptance_rate"]
+    predicted = _test_predictions(trained.model, trial)
+    return predicted, trained.accepted, trained.results["acceptance_rate"]
 
 
 def _article(trial: Trial) -> Trained:
@@ -250,7 +333,7 @@ def _gce(trial: Trial) -> Trained:
     """The generalised cross-entropy loss, `(1 - p**0.7) / 0.7`."""
     loss = keras.losses.CategoricalGeneralizedCrossEntropy(q=GCE_Q)
     head = train_stock(trial.features, trial.settings, loss)
-    return _test_right(head, trial), None, None
+    return _test_predictions(head, trial), None, None
 
 
 def _co_teaching(trial: Trial) -> Trained:
@@ -258,7 +341,7 @@ def _co_teaching(trial: Trial) -> Trained:
     train = trial.features.train
     rate = estimated_noise_rate(train.labels, trial.out_of_fold[0])
     head, chosen = train_co_teaching(trial.features, trial.settings, noise_rate=rate)
-    return _test_right(head, trial), chosen, float(chosen.mean())
+    return _test_predictions(head, trial), chosen, float(chosen.mean())
 
 
 def _cleanlab(trial: Trial) -> Trained:
@@ -276,8 +359,9 @@ def _on_subset(trial: Trial, accepted: np.ndarray) -> Trained:
         raise TrainingStalled("No sample was left to train on.")
     part = trial.features.train.take(np.flatnonzero(accepted))
     features = dataclasses.replace(trial.features, train=part)
-    right, _, _ = _policy(dataclasses.replace(trial, features=features), "accept-all")
-    return right, accepted, float(accepted.mean())
+    trial = dataclasses.replace(trial, features=features)
+    predicted, _, _ = _policy(trial, "accept-all")
+    return predicted, accepted, float(accepted.mean())
 
 
 # Weight decay: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
@@ -318,12 +402,11 @@ def missing_methods(features: SplitFeatures, settings: TrainConfig) -> dict[str,
     return missing
 
 
-def _test_right(head: keras.Model, trial: Trial) -> np.ndarray:
-    test = trial.features.test
-    probabilities = head_probabilities(head, test)
+def _test_predictions(head: keras.Model, trial: Trial) -> np.ndarray:
+    probabilities = head_probabilities(head, trial.features.test)
     if not np.isfinite(probabilities).all():
         raise TrainingStalled("The weights became NaN or infinite.")
-    return probabilities.argmax(axis=-1) == test.labels
+    return probabilities.argmax(axis=-1)
 
 
 # -- Baselines that no policy expresses -----------------------------------------

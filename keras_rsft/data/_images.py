@@ -163,6 +163,26 @@ def decode_pixels(
     return tf.ensure_shape(tf.switch_case(kind, branches), (None, None, 3))
 
 
+def shrunk_jpeg(encoded: bytes, side: int, quality: int = 80) -> bytes:
+    """Returns an image as JPEG, uncropped, its longer side at most `side` pixels."""
+    return _shrunk_jpeg(tf.constant(encoded), tf.constant(side), quality).numpy()
+
+
+@functools.partial(tf.function, autograph=False)
+def _shrunk_jpeg(encoded: tf.Tensor, side: tf.Tensor, quality: int) -> tf.Tensor:
+    pixels = decode_pixels(encoded)
+    shape = tf.cast(tf.shape(pixels)[:2], tf.float32)
+    share = tf.minimum(1.0, tf.cast(side, tf.float32) / tf.reduce_max(shape))
+    size = tf.maximum(tf.cast(tf.round(share * shape), tf.int32), 1)
+    shrunk = tf.cond(
+        share < 1.0,
+        lambda: tf.image.resize(pixels, size, method="area"),
+        lambda: tf.cast(pixels, tf.float32),
+    )
+    shrunk = tf.cast(tf.clip_by_value(tf.round(shrunk), 0, 255), tf.uint8)
+    return tf.io.encode_jpeg(shrunk, quality=quality, optimize_size=True)
+
+
 def checked_size(image_size: Any) -> tuple[int, int]:
     pair = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
     try:

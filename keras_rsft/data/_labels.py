@@ -53,7 +53,7 @@ def add_label_noise(
 
     Returns:
         The data set with these labels. The labels from before become the clean
-        labels of the splits changed, where none are known.
+        labels of every split, where none are known.
 
     Raises:
         InvalidArgument: If an argument is not as above.
@@ -81,15 +81,18 @@ def add_label_noise(
             "Use symmetric or asymmetric."
         )
     changed: dict[str, Any] = {}
-    for name in splits:
+    for name in SPLITS:
         split = getattr(data, name)
+        clean = split.labels if split.clean_labels is None else split.clean_labels
+        if name not in splits:
+            changed[name] = dataclasses.replace(split, clean_labels=clean)
+            continue
         rng = np.random.default_rng([seed, SPLITS.index(name)])
         noise: Any = symmetric_noise if kind == "symmetric" else asymmetric_noise
         if kind == "instance":
             thumbnails = thumbnails_of(split)
             noise = functools.partial(instance_noise, thumbnails=thumbnails, seed=seed)
         labels = noise(split.labels, rate, num_classes=data.num_classes, rng=rng)
-        clean = split.labels if split.clean_labels is None else split.clean_labels
         changed[name] = split.with_labels(labels, clean)
     return dataclasses.replace(data, **changed)
 

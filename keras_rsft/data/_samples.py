@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import tensorflow as tf
 
+from keras_rsft._progress import progress_bar
 from keras_rsft.data import _images
 from keras_rsft.errors import DataError, InvalidArgument
 
@@ -44,6 +46,13 @@ class Reader(abc.ABC):
         taken._ids, taken._items = self._ids[indices], self._items[indices]
         return taken
 
+    def copy_names(self) -> np.ndarray:
+        """Returns of each sample the id of the first that has the same content.
+
+        Its own where contents are not compared: copies are then found by features.
+        """
+        return self._ids
+
     @abc.abstractmethod
     def encoded(self, index: int) -> bytes:
         """Returns one file's bytes; raises OSError if it has none."""
@@ -51,6 +60,21 @@ class Reader(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Returns a hex digest of the samples: which they are, and their state."""
+
+
+_FILES_TO_SHOW = 20_000
+_MIDDLE_BYTES = 4096
+
+
+def _middle_of(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(max(0, (os.path.getsize(path) - _MIDDLE_BYTES) // 2))
+        return hashlib.sha256(file.read(_MIDDLE_BYTES)).digest()
+
+
+def _sha256_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 class FileReader(Reader):
@@ -66,6 +90,35 @@ class FileReader(Reader):
     def encoded(self, index: int) -> bytes:
         with open(os.path.join(self._root, self._ids[index]), "rb") as file:
             return file.read()
+
+    def copy_names(self) -> np.ndarray:
+        alike = [np.arange(len(self._ids)).tolist()]
+        # Few files that are not equal have the same size and the same middle.
+        for read in (os.path.getsize, _middle_of, _sha256_of):
+            count = sum(map(len, alike))
+            with progress_bar(
+                "Looking for copies", total=count, unit="files",
+                visible=count >= _FILES_TO_SHOW,
+            ) as advance:  # fmt: skip
+                alike = [
+                    part for one in alike for part in self._sorted(one, read, advance)
+                ]
+        names = self._ids.copy()
+        for one in alike:
+            names[one] = self._ids[one[0]]
+        return names
+
+    def _sorted(
+        self, positions: list[int], read: Callable[[str], Any], advance: Callable
+    ) -> list[list[int]]:
+        """Sorts files by what is read of them, without empty ones and single ones."""
+        found = collections.defaultdict(list)
+        for position in positions:
+            with contextlib.suppress(OSError):
+                path = os.path.join(self._root, self._ids[position])
+                found[read(path)].append(position)
+            advance(1)
+        return [some for key, some in found.items() if key and len(some) > 1]
 
     def fingerprint(self) -> str:
         def state(name: str) -> str:
@@ -286,6 +339,8 @@ class SampleData:
         source: Where the data are from, as given.
         ignored_files: Number of files left out, hidden or with another suffix.
         corrections: What `apply_corrections` changed, or None.
+        cut: Names of the splits that were held out from the training samples; the
+            others are as the source has them.
     """
 
     split_type: ClassVar[type[SampleSplit]]
@@ -297,6 +352,7 @@ class SampleData:
     source: str
     ignored_files: int = 0
     corrections: Corrections | None = None
+    cut: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -428,17 +428,19 @@ def _text_table(
     def reader_of(ids: np.ndarray) -> TextReader:
         return TextReader(ids, np.array([texts[one] for one in ids.tolist()], object))
 
-    def groups_of(ids: np.ndarray) -> np.ndarray:
-        first: dict[bytes | str, str] = {}  # Texts without a word are no copies.
-        names = ids.tolist()
-        groups = [first.setdefault(texts[one].strip() or one, one) for one in names]
-        return np.array(groups, np.str_)
-
-    return data_of(TextData, samples, reader_of, cut, file, groups_of=groups_of)
+    return data_of(TextData, samples, reader_of, cut, file)
 
 
 class TextReader(_samples.Reader):
     """Reads texts, bytes in UTF-8, from memory."""
+
+    def copy_names(self) -> np.ndarray:
+        first: dict[bytes | str, str] = {}  # Texts without a word are no copies.
+        names = [
+            first.setdefault(text.strip() or one, one)
+            for one, text in zip(self._ids.tolist(), self._items, strict=True)
+        ]
+        return np.array(names, np.str_)
 
     def encoded(self, index: int) -> bytes:
         return self._items[index]
@@ -471,11 +473,11 @@ def load_images(
     split_seed: int = 0,
     data_dir: str | Path | None = None,
 ) -> _samples.ImageData:
-    """Lists the images of a data set and makes its splits. No image is opened.
+    """Lists the images of a data set and makes its splits. No image is decoded.
 
     A split that the source has is left alone. One that it lacks is held out from
     the training samples, class by class; each class keeps at least one, and gives
-    at least one to each split if it has three.
+    at least one to each split if it has three. Equal files go to one split.
 
     Args:
         source: One of

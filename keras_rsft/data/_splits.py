@@ -61,7 +61,6 @@ def data_of(
     source: str,
     *,
     ignored_files: int = 0,
-    groups_of: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Data:
     """Sorts samples by id, numbers their classes and makes three splits of them."""
     samples = sorted(samples)
@@ -82,11 +81,10 @@ def data_of(
         data_type(whole, whole, whole, names, source, ignored_files),
         np.array([SPLITS.index(s.split) for s in samples], np.int8),
         cut,
-        ids if groups_of is None else groups_of(ids),
     )
 
 
-def cut_splits(data: Data, splits: np.ndarray, cut: Cut, groups: np.ndarray) -> Data:
+def cut_splits(data: Data, splits: np.ndarray, cut: Cut) -> Data:
     """Makes three splits of data whose splits are all samples."""
     whole, source = data.train, data.source
     trained = np.unique(whole.labels[splits == TRAIN])
@@ -109,12 +107,17 @@ def cut_splits(data: Data, splits: np.ndarray, cut: Cut, groups: np.ndarray) -> 
         cut = dataclasses.replace(cut, validation_fraction=0.0)
     if TEST in splits:
         cut = dataclasses.replace(cut, test_fraction=0.0)
-    splits[pool] = assign_splits(groups[pool], whole.labels[pool], cut)
+    made: tuple[str, ...] = ()
+    if cut.validation_fraction or cut.test_fraction:
+        groups = whole.reader.copy_names()
+        splits[pool] = assign_splits(groups[pool], whole.labels[pool], cut)
+        fractions = (0.0, cut.validation_fraction, cut.test_fraction)
+        made = tuple(name for name, part in zip(SPLITS, fractions, strict=True) if part)
     parts: dict[str, Any] = {
         name: dataclasses.replace(whole.take(np.flatnonzero(splits == code)), name=name)
         for code, name in enumerate(SPLITS)
     }
-    return dataclasses.replace(data, **parts)
+    return dataclasses.replace(data, **parts, cut=made)
 
 
 def assign_splits(groups: np.ndarray, labels: np.ndarray, cut: Cut) -> np.ndarray:

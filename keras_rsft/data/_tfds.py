@@ -131,7 +131,7 @@ def tfds_data(
     reader = TfdsReader(builder, image_key, ids, np.repeat(origins, sizes), positions)
     whole = ImageSplit("all", ids, *_checked_labels(labels, splits, source), reader)
     data = ImageData(whole, whole, whole, names, source)
-    return cut_splits(data, splits, cut, ids)
+    return cut_splits(data, splits, cut)
 
 
 def _prepared_builder(source: str, data_dir: str | Path | None) -> DatasetBuilder:

@@ -23,7 +23,7 @@ from keras_rsft.errors import DataError
 from keras_rsft.export import _places
 from keras_rsft.export._formats import export_litert, export_onnx, require_tf2onnx
 from keras_rsft.export._saved_model import export_saved_model
-from keras_rsft.report._summary import accuracy_rows
+from keras_rsft.report._summary import Accuracy, accuracies_of, share_text
 from keras_rsft.training._run import read_class_names
 
 # Model card ---------------------------------------------------------------------------
@@ -42,12 +42,12 @@ def model_card(run: FinishedRun, name: str) -> str:
     data = Path(str(config.get("data", "unknown"))).name
     policy = config.get("policy")
     backbone = str(config.get("backbone", "unknown"))
-    accuracy = results.get("test_accuracy")
-    metric = {"type": "accuracy", "value": accuracy}
+    accuracies = accuracies_of(results, sizes)
+    metrics = [metric for one in accuracies[-1:] for metric in _metrics(one)]
     entry = {
         "task": {"type": "image-classification"},
         "dataset": {"type": "image", "name": data},
-        "metrics": [] if accuracy is None else [metric],
+        "metrics": metrics,
     }
     environment = jinja2.Environment(  # noqa: S701 - `finalize` escapes, for Markdown.
         loader=jinja2.PackageLoader("keras_rsft.export"),
@@ -55,7 +55,7 @@ def model_card(run: FinishedRun, name: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["code"] = _code
+    environment.filters |= {"code": _code, "share": share_text}
     environment.filters["json"] = json.dumps
     return environment.get_template("model_card.md").render(
         index=[{"name": name, "results": [entry]}],
@@ -70,12 +70,22 @@ def model_card(run: FinishedRun, name: str) -> str:
         ),
         backbone=Path(backbone).name,
         policy=isinstance(policy, dict) and (policy.get("name") or "auto"),
-        accuracies=accuracy_rows(results, sizes),
+        accuracies=accuracies,
         label_quality=results.get("label_quality"),
         found=sorted(found, key=lambda row: float(row["right_probability"])),
         most_named=_MOST_NAMED,
         licence=licence_of_weights(backbone, str(config.get("weights", "unknown"))),
     )
+
+
+def _metrics(accuracy: Accuracy) -> list[dict[str, Any]]:
+    """Returns an accuracy as an index of models reads it, the given labels last."""
+    one = {"type": "accuracy", "value": accuracy.share}
+    if accuracy.by == "given":
+        return [one]
+    given = {"type": "accuracy", "value": accuracy.given}
+    names = {"name": f"Accuracy by right labels, {accuracy.by}"}
+    return [one | names, given | {"name": "Accuracy by the given labels"}]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.data._images import without_autotuning
-from keras_rsft.data._samples import ImageSplit
+from keras_rsft.data._samples import ImageSplit, SampleSplit
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._store import FeatureSet
 
@@ -419,7 +419,7 @@ def labelled_images(
     return _counted(batches, features, batch_size).prefetch(2)
 
 
-def positions_of(features: FeatureSet, split: ImageSplit | FeatureSet) -> np.ndarray:
+def positions_of(features: FeatureSet, split: SampleSplit | FeatureSet) -> np.ndarray:
     """Returns where the samples of a feature set are in their split, int64 `(n,)`."""
     position_of = {sample_id: at for at, sample_id in enumerate(split.ids.tolist())}
     positions = [position_of.get(sample_id, -1) for sample_id in features.ids.tolist()]

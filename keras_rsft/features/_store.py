@@ -40,6 +40,8 @@ class FeatureSet:
             had before a person looked. None: nobody looked.
         rows: int64 array of shape `(n,)`, increasing: the row of each sample in the
             file. None: the file holds these samples and no others.
+        groups: int64 array of shape `(n,)`: samples of the same number, in whatever
+            split, are copies of one photo or text. None: nobody looked for copies.
 
     Example:
         >>> import tempfile
@@ -65,6 +67,7 @@ class FeatureSet:
     reviewed: np.ndarray | None = None
     before_review: FeatureSet | None = None
     rows: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,7 +122,7 @@ class FeatureSet:
             samples: Integers of shape `(k,)`, increasing positions in [0, n).
         """
         taken: dict[str, Any] = {}
-        for name in ("labels", "ids", "clean_labels", "reviewed"):
+        for name in ("labels", "ids", "clean_labels", "reviewed", "groups"):
             values = getattr(self, name)
             taken[name] = None if values is None else values[samples]
         return dataclasses.replace(self, **taken, rows=self.file_rows(samples))

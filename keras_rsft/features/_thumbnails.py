@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_rsft import _storage
 from keras_rsft._progress import progress_bar
-from keras_rsft.data._images import without_autotuning
+from keras_rsft.data._images import shrunk_jpeg, without_autotuning
 from keras_rsft.data._samples import ImageSplit, SampleSplit
 from keras_rsft.data._sources import TextSplit
 from keras_rsft.errors import DataError
@@ -24,6 +24,8 @@ from keras_rsft.features._extract import default_cache_dir
 SIZE = 96
 QUALITY = 75
 MAX_THUMBNAILS = 100_000
+# What a page can hold beside the thumbnails.
+MAX_PREVIEWS, PREVIEW_SIDE = 250, 320
 _FORMAT_VERSION = 1
 _BATCH = 64
 
@@ -60,6 +62,38 @@ def write_thumbnails(
             os.link(pack / name, folder / name)  # No second copy on the same disk.
         except OSError:
             shutil.copyfile(pack / name, folder / name)
+
+
+def write_previews(
+    splits: Sequence[ImageSplit],
+    suspicion: dict[str, float],
+    folder: Path,
+    *,
+    progress: bool = True,
+) -> None:
+    """Puts larger pictures of the most suspicious images into a folder, uncropped."""
+    chosen = most_suspicious(splits, suspicion, MAX_PREVIEWS)
+    rows, offset = [], 0
+    with (
+        (folder / _storage.PREVIEWS_FILE).open("wb") as file,
+        progress_bar(
+            "Previews", total=sum(map(len, chosen)), unit="images", visible=progress
+        ) as advance,
+    ):
+        for split, indices in zip(splits, chosen, strict=True):
+            for index in indices.tolist():
+                try:
+                    encoded = shrunk_jpeg(split.encoded(index), PREVIEW_SIDE)
+                except (tf.errors.OpError, OSError):  # In unreadable.csv, or gone.
+                    encoded = b""
+                if encoded:
+                    file.write(encoded)
+                    rows.append((str(split.ids[index]), offset, len(encoded)))
+                    offset += len(encoded)
+                advance(1)
+    _storage.write_csv(
+        folder / _storage.PREVIEWS_INDEX_FILE, ("id", "offset", "bytes"), rows
+    )
 
 
 def most_suspicious(

@@ -13,6 +13,7 @@ import numpy as np
 from keras_rsft._progress import progress_bar
 from keras_rsft._stats import NORMAL_QUANTILE, proportion_interval
 from keras_rsft.errors import DataError
+from keras_rsft.features._neighbours import with_copies
 from keras_rsft.features._store import FeatureSet
 
 ROUNDS = 4
@@ -25,6 +26,8 @@ RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
 # The ridge does not depend on the number of samples: some are enough to choose it.
 MAX_ROWS_TO_CHOOSE = 4096
 CHUNK_ROWS = 4096
+# Larger groups of copies are left out by another fit, not by solving for them.
+MAX_GROUP_TO_SOLVE = 512
 
 FIRST_SHARPNESS = 12.0
 FIRST_NOISE_RATE = 0.1
@@ -69,9 +72,13 @@ class LabelQuality:
         labels: int32 array `(n,)`, the given labels.
         reason: Why nothing is rejected, or None if the labels could be judged.
         held_out: The same of each further split.
+        left_out: The same, by split, of held-out samples that were left out of it,
+            since their copy is in another split.
         can_judge: Whether right and wrong labels can be told apart.
         reviewed: Boolean array `(n,)`, the labels that a person confirmed or
             corrected. None: nobody looked.
+        regression: What judged the labels, as a head over the features: its kernel
+            `(dim, k)` and bias `(k,)`, float32. None where they cannot be judged.
     """
 
     out_of_sample: np.ndarray
@@ -83,6 +90,8 @@ class LabelQuality:
     held_out: tuple[LabelQuality, ...] = ()
     can_judge: bool = True
     reviewed: np.ndarray | None = None
+    left_out: dict[str, LabelQuality] = dataclasses.field(default_factory=dict)
+    regression: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -98,28 +107,43 @@ class LabelQuality:
         """
         return math.inf if self.reason is not None else math.log(len(self.noise))
 
-    def accept_mask(self, *, class_floor: float = 0.1) -> np.ndarray:
+    def accept_mask(
+        self, *, threshold: float | None = None, class_floor: float = 0.1
+    ) -> np.ndarray:
         """Chooses the samples to learn from.
 
         Args:
+            threshold: Least probability of a right label, in (0, 1]. Default None: 0.6.
             class_floor: Minimum fraction of each class's samples to accept, in [0, 1];
                 at least one is. Default 0.1.
 
         Returns:
             Boolean array `(n,)`. All True where nothing is to be rejected.
         """
+        if threshold is None:
+            threshold = MIN_RIGHT_PROBABILITY
+        return self.highest_thresholds(class_floor=class_floor) >= threshold
+
+    def highest_thresholds(self, *, class_floor: float = 0.1) -> np.ndarray:
+        """Returns up to which threshold of `accept_mask` each sample is accepted.
+
+        Args:
+            class_floor: As in `accept_mask`.
+
+        Returns:
+            Float32 array `(n,)` in [0, 1]. All 1 where nothing is to be rejected.
+        """
         if self.reason is not None:
-            return np.ones(len(self.labels), bool)
-        accepted = self.right_probability >= MIN_RIGHT_PROBABILITY
+            return np.ones(len(self.labels), np.float32)
+        highest = self.right_probability.astype(np.float32)
         counts = np.bincount(self.labels, minlength=len(self.noise))
-        accepted |= (counts < MIN_CLASS_SIZE)[self.labels]
+        highest[(counts < MIN_CLASS_SIZE)[self.labels]] = 1.0
         for label in np.flatnonzero(counts):
             members = np.flatnonzero(self.labels == label)
             least = max(1, int(np.ceil(class_floor * len(members))))
-            if np.count_nonzero(accepted[members]) < least:
-                best = np.argsort(-self.right_probability[members], kind="stable")
-                accepted[members[best[:least]]] = True
-        return accepted
+            best = np.argsort(-self.right_probability[members], kind="stable")
+            highest[members[best[:least]]] = 1.0
+        return highest
 
     def accuracy(self, predicted: np.ndarray) -> Estimate | None:
         """Estimates how many predictions are right, although some labels are not.
@@ -203,26 +227,26 @@ class LabelQuality:
         matches = matches.astype(np.float32)
         if self.reason is not None:  # No label is wrong, as far as one can see.
             return matches
-        known = self.reviewed
-        if known is None:
-            known = np.zeros(len(matches), bool)
         found = np.empty_like(matches)
         unknown, informed = 0.0, PRIOR_LOGIT_DEVIATION**-2
         for part in _parts(*matches.shape):
             likely = self.out_of_sample[part]
             found[part] = true_label_posterior(likely, self.noise, self.labels[part])
-            judged = likely[~known[part]]
-            top, given = judged.argmax(axis=1), judged @ self.noise
-            prior = judged[np.arange(len(judged)), top]
+            top, given = likely.argmax(axis=1), likely @ self.noise
+            prior = likely[np.arange(len(likely)), top]
             unknown += float((prior * (1.0 - prior)).sum())
             # How much of that the given label takes away, on the average.
             joint = np.square(prior[:, None] * self.noise[top])
             moved = joint / np.maximum(given, 1e-30)
             informed += float((moved.sum(axis=1) - np.square(prior)).sum())
+        if self.reviewed is not None and self.reviewed.any():
+            # A review takes the wrong labels first: there is less noise among the
+            # others than the matrix says.
+            found[self.reviewed] = matches[self.reviewed]
+            return found
         found -= self.out_of_sample
         found *= np.float32(unknown / informed)
         found += self.out_of_sample
-        found[known] = matches[known]
         return found
 
     def _credit(self, predicted: np.ndarray) -> np.ndarray:
@@ -235,6 +259,23 @@ class LabelQuality:
             return 0.0
         known = 0.0 if self.reviewed is None else float(self.reviewed.mean())
         return PRIOR_BIAS * (1.0 - known)
+
+    def first_weights(
+        self, mean: np.ndarray, deviation: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns `regression` for standardised features: where `auto`'s head starts.
+
+        Args:
+            mean: Float array `(dim,)`, what is taken off the features.
+            deviation: Float array `(dim,)`, what they are then divided by.
+
+        Returns:
+            Kernel `(dim, k)` and bias `(k,)`, or None.
+        """
+        if self.regression is None:
+            return None
+        kernel, bias = self.regression
+        return kernel * deviation[:, None], bias + mean @ kernel
 
     @property
     def looks_wrong(self) -> np.ndarray:
@@ -268,7 +309,7 @@ class LabelQuality:
         """Says in one sentence how many labels of all splits look wrong."""
         if not self.can_judge:
             return f"{self.reason}."
-        parts = (self, *self.held_out)
+        parts = (self, *self.held_out, *self.left_out.values())
         samples = sum(len(part.labels) for part in parts)
         wrong = sum(part.expected_wrong for part in parts)
         look_wrong = sum(int(part.looks_wrong.sum()) for part in parts)
@@ -284,20 +325,28 @@ class LabelQuality:
             f"{look_wrong:,} look wrong."
         )
 
-    def describe(self) -> str:
-        """Says in one line what was found in the training labels and what is chosen."""
+    def describe(self, threshold: float | None = None) -> str:
+        """Says in one line what was found in the training labels and what is chosen.
+
+        Args:
+            threshold: As in `accept_mask`.
+        """
         if self.reason is not None:
             return f"{self.reason}: keeping every sample."
-        look_wrong, kept = int(self.looks_wrong.sum()), self.accept_mask()
-        spared = int((self.looks_wrong & kept).sum())
+        below, words = self.looks_wrong, "look wrong"
+        if threshold is not None:
+            below = self.right_probability < threshold
+            words = f"are right with a probability below {threshold:.3g}"
+        kept = self.accept_mask(threshold=threshold)
+        spared = int((below & kept).sum())
         but = (
             f", but for {spared:,} of classes that are wrong by most" if spared else ""
         )
         return (
             f"About {100 * self.noise_rate:.1f} % of the training labels are wrong. "
-            f"{look_wrong:,} of {len(kept):,} look wrong and are left out{but}; of the "
-            f"other {int(kept.sum()):,}, after the warm-up, those with a loss above "
-            "ln(classes), a uniform guess."
+            f"{int(below.sum()):,} of {len(kept):,} {words} and are left out{but}; of "
+            f"the other {int(kept.sum()):,}, after the warm-up, those with a loss "
+            "above ln(classes), a uniform guess."
         )
 
 
@@ -314,6 +363,10 @@ def audit_labels(
     Reviewed labels count as right, and the others are judged by them too.
     The noise is estimated from the labels as they were before a review.
 
+    Copies count as one sample: a group is left out together, each copy has its share of
+    the weight of one, and a held-out sample is judged without its copies. Where copies
+    have different labels, at most one of these can be right.
+
     Sources: Allen, "The relationship between variable selection and data augmentation
     and a method for prediction", Technometrics 1974 (each sample judged as if it had
     been left out, in closed form); Dawid and Skene, "Maximum likelihood estimation of
@@ -324,6 +377,7 @@ def audit_labels(
 
     Args:
         features: Cached features of the training samples with their given labels.
+            Copies are looked for where `groups` is None.
         num_classes: Number of classes, at least 2.
         held_out: Further splits. Their labels are judged by the training samples
             alone, and have no part in judging others. Default: none.
@@ -352,8 +406,13 @@ def audit_labels(
         >>> round(found.noise_rate, 1), bool((found.suspicion[:20] > 0.5).all())
         (0.1, True)
     """
+    if any(part.groups is None for part in (features, *held_out)):
+        features, *held_out = with_copies((features, *held_out), progress=progress)
     labels = np.asarray(features.labels)
-    counts = np.bincount(labels, minlength=num_classes)
+    counts = np.bincount(
+        labels, _shares_of(_groups_of(features)), minlength=num_classes
+    )
+    counts = counts.round(3)  # Three thirds are one.
     if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
         too_few = (
             f"Fewer than two classes have {MIN_CLASS_SIZE} training samples, too few "
@@ -391,23 +450,32 @@ def audit_labels(
         right_labels = np.array(before.labels)
         right_labels[judged] = labels
         learnt, given = before.with_labels(right_labels), np.asarray(before.labels)
-    known = None
+    known, groups = None, _groups_of(learnt)
     if features.reviewed is not None:
         known = np.full(len(given), -1)
         known[judged[features.reviewed]] = labels[features.reviewed]
     all_known = known is not None and bool((known[judged] >= 0).all())
+    if known is not None:
+        known = _known_by_copies(groups, known)
     dropped = np.ones(len(given), bool)
     dropped[judged] = False
     regression = LeftOutRegression(learnt, num_classes, seed)
     weights = np.where(dropped, np.float32(0), np.float32(1))
     fit: tuple[np.ndarray, np.ndarray] | None = None
+    shares = _shares_of(groups, ~dropped)
+    rivals = _rivals(groups, given, groups[judged], labels)
     with progress_bar(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
     ) as advance:
         for _ in range(ROUNDS):
-            scores = regression.left_out_scores(weights)
+            scores = regression.left_out_scores(weights * shares)
             fit = calibration, noise = fit_noise(
-                scores, given, known=known, start=fit, chosen=regression.sampled
+                scores,
+                given,
+                known=known,
+                start=fit,
+                chosen=regression.sampled,
+                shares=shares,
             )
             out_of_sample = calibrated(scores, calibration)
             for part in _parts(*out_of_sample.shape):
@@ -415,8 +483,9 @@ def audit_labels(
                     out_of_sample[part], noise, given[part]
                 )
                 weights[part] = posterior[np.arange(len(posterior)), given[part]]
+            weights[rivals[0]] = _right_among(out_of_sample, noise, given, rivals)
             if known is not None:
-                weights[known >= 0] = 1.0
+                weights[known >= 0] = (known == learnt.labels)[known >= 0]
             weights[dropped] = 0.0
             advance(1)
     probability, scored = weights[judged], out_of_sample[judged].astype(np.float32)
@@ -424,11 +493,12 @@ def audit_labels(
     too_small = counts < MIN_CLASS_SIZE
     probability[too_small[labels]] = 1.0
     rate = float(1.0 - probability.mean(dtype=float))
-    chance = float(counts.max() / len(labels))
-    agreement = float(np.mean(scored.argmax(axis=1) == labels))
+    chance = float(counts.max() / counts.sum())
+    agrees = scored.argmax(axis=1) == labels
+    agreement = float(np.average(agrees, weights=shares[judged]))
     reason: str | None = None
     can_judge = True
-    by_chance = chance + 3 * math.sqrt(chance * (1 - chance) / len(labels))
+    by_chance = chance + 3 * math.sqrt(chance * (1 - chance) / counts.sum())
     if agreement <= by_chance:
         reason = (
             "The labels fit the features no better than chance (the other samples "
@@ -447,14 +517,24 @@ def audit_labels(
         # Right training labels tell nothing about the noise of the other splits.
         scores = np.concatenate([regression.scores(part) for part in unknown])
         given = np.concatenate([part.labels for part in unknown])
+        their_shares = _shares_of(np.concatenate(list(map(_groups_of, unknown))))
         anew = calibration, _even_noise(FIRST_NOISE_RATE, num_classes)
-        calibration, noise = fit_noise(scores, given, start=anew)
+        calibration, noise = fit_noise(scores, given, start=anew, shares=their_shares)
     parts = []
     for other in held_out:
         shares = calibrated(regression.scores(other), calibration)
         other_labels = np.asarray(other.labels)
         posterior = true_label_posterior(shares, noise, other_labels)
         right = posterior[np.arange(len(other)), other_labels].astype(np.float32)
+        theirs = _groups_of(other)
+        copied = np.concatenate([groups[judged], theirs])
+        copy_labels = np.concatenate([labels, other_labels])
+        rivals = _rivals(theirs, other_labels, copied, copy_labels)
+        right[rivals[0]] = _right_among(shares, noise, other_labels, rivals)
+        if known is not None:
+            both = np.concatenate([known[judged], np.full(len(other), -1)])
+            settled = _known_by_copies(copied, both)[len(labels) :]
+            right[settled >= 0] = (settled == other_labels)[settled >= 0]
         right[too_small[other_labels] | (not can_judge)] = 1.0
         if other.reviewed is not None:
             right[other.reviewed] = 1.0
@@ -481,6 +561,7 @@ def audit_labels(
         tuple(parts),
         can_judge,
         features.reviewed,
+        regression=regression.as_head(calibration) if can_judge else None,
     )
 
 
@@ -491,11 +572,112 @@ def _trusted(found: LabelQuality) -> LabelQuality:
     return found.with_right_labels(found.labels)
 
 
+# -- Copies ------------------------------------------------------------------------
+
+
+def _groups_of(features: FeatureSet) -> np.ndarray:
+    return np.arange(len(features)) if features.groups is None else features.groups
+
+
+def _shares_of(groups: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """Returns each sample's share of the one witness that its copies are together."""
+    _, group_of = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(group_of, counted)
+    return (1.0 / np.maximum(sizes, 1.0)).astype(np.float32)[group_of]
+
+
+def _known_by_copies(groups: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Returns the known labels, -1 for none, also of the copies of known samples."""
+    of_group = np.full(groups.max(initial=0) + 1, -1)
+    of_group[groups[known >= 0]] = known[known >= 0]
+    return np.where(known >= 0, known, of_group[groups])
+
+
+Rivals = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _rivals(
+    groups: np.ndarray, labels: np.ndarray, copied: np.ndarray, copy_labels: np.ndarray
+) -> Rivals:
+    """Returns the samples whose copies have other labels, and these as pairs.
+
+    A pair is a position among those samples, and another label.
+    """
+    width = int(max(labels.max(initial=0), copy_labels.max(initial=0))) + 1
+    given = np.unique(copied.astype(np.int64) * width + copy_labels)
+    numbers, counts = np.unique(given // width, return_counts=True)
+    samples = np.flatnonzero(np.isin(groups, numbers[counts > 1]))
+    first = np.searchsorted(given, groups[samples] * width)
+    last = np.searchsorted(given, (groups[samples] + 1) * width)
+    positions = np.repeat(np.arange(len(samples)), last - first)
+    inside = np.arange(len(positions)) - np.repeat(
+        np.cumsum(last - first) - (last - first), last - first
+    )
+    others = given[first[positions] + inside] % width
+    different = others != labels[samples[positions]]
+    return samples, positions[different], others[different]
+
+
+def _right_among(
+    probabilities: np.ndarray, noise: np.ndarray, labels: np.ndarray, rivals: Rivals
+) -> np.ndarray:
+    """Returns how likely the labels of samples are right whose copies have others."""
+    samples, positions, others = rivals
+    joint = probabilities[samples] * noise[:, labels[samples]].T
+    np.multiply.at(joint, positions, noise[:, others].T)
+    right = joint[np.arange(len(samples)), labels[samples]]
+    return right / np.maximum(joint.sum(axis=1), 1e-30)
+
+
+def _whole_groups(groups: np.ndarray) -> list[np.ndarray]:
+    """Returns the positions of copies, an array `(groups, size)` for each size."""
+    order = np.argsort(groups, kind="stable")
+    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    return [
+        order[starts[sizes == size][:, None] + np.arange(size)]
+        for size in np.unique(sizes[sizes > 1])
+    ]
+
+
+def _in_parts(groups: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Cuts groups `(m, s)` into parts of few samples, large ones into one each."""
+    for members in groups:
+        size = members.shape[1]
+        step = 1 if size > MAX_GROUP_TO_SOLVE else max(1, CHUNK_ROWS // size)
+        for start in range(0, len(members), step):
+            yield members[start : start + step]
+
+
+def _copied_in(
+    groups: np.ndarray, others: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields copies `(m, s)` here and `(m, t)` in another split, of the same groups."""
+    common = np.intersect1d(groups, others)
+    orders, firsts, sizes = [], [], []
+    for one in (groups, others):
+        orders.append(np.argsort(one, kind="stable"))
+        ordered = one[orders[-1]]
+        firsts.append(np.searchsorted(ordered, common))
+        sizes.append(np.searchsorted(ordered, common, side="right") - firsts[-1])
+    for here, there in np.unique(np.stack(sizes, axis=1), axis=0):
+        alike = np.flatnonzero((sizes[0] == here) & (sizes[1] == there))
+        for part in _in_parts([np.tile(alike[:, None], here + there)]):
+            yield tuple(
+                order[first[part[:, :1]] + np.arange(size)]
+                for order, first, size in zip(
+                    orders, firsts, (here, there), strict=True
+                )
+            )
+
+
 # -- Class scores of each sample from the other samples alone --------------------
 
 
 class LeftOutRegression:
-    """Weighted ridge regression on one-hot labels, each sample left out in turn."""
+    """Weighted ridge regression on one-hot labels, each sample left out in turn.
+
+    Copies are left out together.
+    """
 
     def __init__(self, features: FeatureSet, num_classes: int, seed: int):
         self._features = features
@@ -517,6 +699,7 @@ class LeftOutRegression:
         self.sampled[chosen] = True
         self._ridge: float | None = None
         self._fit: _RidgePath | None = None
+        self._weights = np.zeros(count, np.float32)
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
@@ -525,10 +708,21 @@ class LeftOutRegression:
         sample = np.concatenate([x[sampled[rows]] for rows, x in self._chunks()])
         targets, sample_weights = self._one_hot(sampled), weights[sampled]
         rotated = fit.rotated(sample)
+        groups = _groups_of(self._features)
+        copies = _whole_groups(groups[sampled])
+        judges = sample_weights.copy()
+        for large in copies:
+            if large.shape[1] > MAX_GROUP_TO_SOLVE:
+                judges[large] = 0.0
+        copies = [one for one in copies if one.shape[1] <= MAX_GROUP_TO_SOLVE]
 
         def error(ridge: float) -> float:
             scores = fit.left_out_scores(rotated, targets, sample_weights, ridge)
-            return float(sample_weights @ np.square(scores - targets).sum(axis=1))
+            for rows in _in_parts(copies):
+                scores[rows] = fit.left_out_groups(
+                    rotated[rows], targets[rows], sample_weights[rows], ridge
+                )
+            return float(judges @ np.square(scores - targets).sum(axis=1))
 
         self._ridge = float(min(_neighbours(RIDGES, self._ridge), key=error))
         if not sampled.all():
@@ -538,19 +732,62 @@ class LeftOutRegression:
             scores[rows] = fit.left_out_scores(
                 fit.rotated(inputs), self._one_hot(rows), weights[rows], self._ridge
             )
-        self._fit = fit
+        self._fit, self._weights = fit, weights
+        for members in _in_parts(_whole_groups(groups)):
+            scores[members] = self._left_out_groups(members)
         return scores
+
+    def _left_out_groups(
+        self, members: np.ndarray, others: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Returns scores of groups `(m, s)`, or of further copies of them."""
+        fit, ridge = self._last_fit()
+        inputs = self._inputs_of(self._features, members)
+        weights = self._weights[members]
+        if members.shape[1] > MAX_GROUP_TO_SOLVE:
+            kept = self._weights.copy()
+            kept[members] = 0.0
+            fit = self._fitted(kept)
+            return fit.scores(fit.rotated(inputs if others is None else others), ridge)
+        targets = self._one_hot(members)
+        if others is not None:  # It has no weight, so any label will do.
+            inputs = np.concatenate([inputs, others], axis=1)
+            more = (0, others.shape[1])
+            weights = np.pad(weights, ((0, 0), more))
+            targets = np.pad(targets, ((0, 0), more, (0, 0)))
+        scores = fit.left_out_groups(fit.rotated(inputs), targets, weights, ridge)
+        return scores if others is None else scores[:, members.shape[1] :]
+
+    def _inputs_of(self, features: FeatureSet, samples: np.ndarray) -> np.ndarray:
+        values = features.views_of(samples.ravel())[:, 0].astype(np.float32)
+        return self._standardised(values).reshape(*samples.shape, -1)
 
     def scores(self, others: FeatureSet) -> np.ndarray:
         """Returns class scores `(m, k)` of samples that were not among those fitted."""
-        fit, ridge = self._fit, self._ridge
-        if fit is None or ridge is None:
-            raise ValueError("Nothing was fitted yet.")
+        fit, ridge = self._last_fit()
         parts = [
             fit.scores(fit.rotated(self._standardised(chunk)), ridge)
             for chunk in others.chunks(CHUNK_ROWS)
         ]
-        return np.concatenate([np.empty((0, self._num_classes), np.float32), *parts])
+        scores = np.concatenate([np.empty((0, self._num_classes), np.float32), *parts])
+        if others.groups is not None and self._features.groups is not None:
+            for members, samples in _copied_in(self._features.groups, others.groups):
+                inputs = self._inputs_of(others, samples)
+                scores[samples] = self._left_out_groups(members, inputs)
+        return scores
+
+    def _last_fit(self) -> tuple[_RidgePath, float]:
+        if self._fit is None or self._ridge is None:
+            raise ValueError("Nothing was fitted yet.")
+        return self._fit, self._ridge
+
+    def as_head(self, calibration: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns kernel and bias over the features as they are."""
+        fit, ridge = self._last_fit()
+        kernel, bias = fit.coefficients(ridge)
+        kernel = self._scale[:, None] * kernel
+        bias = (bias - self._mean @ kernel) @ calibration[:-1] + calibration[-1]
+        return kernel @ calibration[:-1], bias
 
     def _standardised(self, values: np.ndarray) -> np.ndarray:
         return ((values - self._mean) * self._scale).astype(np.float32)
@@ -602,11 +839,18 @@ class _RidgePath:
         self._total = total
 
     def rotated(self, inputs: np.ndarray) -> np.ndarray:
-        return (inputs - self._centre) @ self._axes
+        flat = inputs.reshape(-1, inputs.shape[-1])  # One product, not one a group.
+        return ((flat - self._centre) @ self._axes).reshape(inputs.shape)
 
     def scores(self, rotated: np.ndarray, ridge: float) -> np.ndarray:
         shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
-        return self._mean_target + rotated @ shrunk
+        scores = self._mean_target + rotated.reshape(-1, rotated.shape[-1]) @ shrunk
+        return scores.reshape(*rotated.shape[:-1], shrunk.shape[1])
+
+    def coefficients(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
+        kernel = self._axes @ shrunk
+        return kernel, self._mean_target - self._centre @ kernel
 
     def left_out_scores(
         self,
@@ -621,6 +865,26 @@ class _RidgePath:
         leverage = weights * (1.0 / self._total + np.square(rotated) @ inverse)
         leverage = np.minimum(leverage, 0.999).astype(np.float32)[:, None]
         return fitted + leverage / (1.0 - leverage) * (fitted - targets)
+
+    def left_out_groups(
+        self,
+        rotated: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        ridge: float,
+    ) -> np.ndarray:
+        """Returns scores as if each group of samples, `(m, s, ...)`, had been left out.
+
+        What is left of (I - H)^-1 (y - f) where the weights in H may be 0.
+        """
+        fitted = self.scores(rotated, ridge)
+        inverse = (1.0 / (self._values + ridge)).astype(np.float32)
+        shared = 1.0 / self._total + (rotated * inverse) @ rotated.swapaxes(1, 2)
+        roots = np.sqrt(weights)[:, :, None].astype(np.float32)
+        values, axes = np.linalg.eigh(roots * shared * roots.swapaxes(1, 2))
+        solved = axes.swapaxes(1, 2) @ (roots * (fitted - targets))
+        solved = axes @ (solved / (1.0 - np.minimum(values, 0.999))[:, :, None])
+        return fitted + shared @ (roots * solved)
 
 
 def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
@@ -680,8 +944,14 @@ def fit_noise(
     known: np.ndarray | None = None,
     start: tuple[np.ndarray, np.ndarray] | None = None,
     chosen: np.ndarray | None = None,
+    shares: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fits how to calibrate scores, and the noise matrix, by maximum likelihood."""
+    """Fits how to calibrate scores, and the noise matrix, by maximum likelihood.
+
+    `shares` say how much samples count: copies share the weight of one.
+    """
+    if shares is None:
+        shares = np.ones(len(labels), np.float32)
     num_classes = scores.shape[1]
     diagonal = np.eye(num_classes + 1, num_classes, dtype=np.float32)
     calibration, noise = start or (
@@ -691,6 +961,7 @@ def fit_noise(
     everything = chosen is None or chosen.all()
     rows = slice(None) if everything else chosen
     given, right = labels[rows], None if known is None else known[rows]
+    weights = shares[rows, None]
     inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
     ridge = CALIBRATION_RIDGE * num_classes
     last = calibration, noise
@@ -702,13 +973,14 @@ def fit_noise(
         probabilities = softmax(inputs @ ahead)
         posterior = true_label_posterior(probabilities, assumed, given, right)
         posterior = posterior.astype(np.float32)
-        noise = _noise_from(_counted(posterior, given))
+        noise = _noise_from(_counted(posterior * weights, given))
         # The trace of each sample's curvature bounds it.
         bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
-        curvature = (inputs * bound).T @ inputs
+        curvature = (inputs * (weights * bound)).T @ inputs
         curvature[np.diag_indices_from(curvature)] += ridge
         pull = ahead - np.trace(ahead) / num_classes * diagonal
-        gradient = inputs.T @ (posterior - probabilities) - ridge * pull
+        surplus = weights * (posterior - probabilities)
+        gradient = inputs.T @ surplus - ridge * pull
         step = np.linalg.solve(curvature, gradient)
         calibration = (ahead + step).astype(np.float32)
     if not everything:
@@ -720,6 +992,7 @@ def fit_noise(
                 posterior = true_label_posterior(
                     probabilities, noise, labels[part], right
                 )
+                posterior *= shares[part, None]
                 counted += _counted(posterior, labels[part])
             noise = _noise_from(counted)
     return calibration, noise

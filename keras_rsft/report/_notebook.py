@@ -21,15 +21,17 @@ def run_html(run: Any) -> str:
         about.append(("Run folder", str(run.folder)))
 
     def curves(title: str, *names: str) -> charts.LineChart | None:
+        styles = ("quiet", "second", "first", "first dashed")
         lines = [
             (name.replace("_", " "), style, run.history.get(name, []))
-            for name, style in zip(names, ("quiet", "second", "first"), strict=True)
+            for name, style in zip(names, styles, strict=False)
         ]
         return charts.line_chart(title, lines, as_percent=title == "Shares")
 
+    right = "val_accuracy_estimated"
     drawn = (
         curves("Loss", "loss", "accepted_loss", "val_loss"),
-        curves("Shares", "accuracy", "val_accuracy", "acceptance_rate"),
+        curves("Shares", "accuracy", "val_accuracy", "acceptance_rate", right),
     )
     summary = _summary_html(summaries.run_summary(run))
     table = table_html(Table(("", ""), tuple(about)))
@@ -55,7 +57,7 @@ def comparison_html(comparison: Any) -> str:
 def search_html(found: Any) -> str:
     """Returns the best trials, the chosen setting beside plain, and all as points."""
     chosen, *points = (
-        (metrics["acceptance_rate"], metrics["val_accuracy"])
+        (metrics["acceptance_rate"], metrics["val_accuracy_estimated"])
         for metrics in (
             found.choice.chosen.metrics,
             *(one.metrics for one in found.outcomes if one.metrics),

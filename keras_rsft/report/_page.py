@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from keras_rsft.report._summary import share_text
 MAX_EMBEDDED = 2_000
 MAX_EMBEDDED_BYTES = 9_000_000
 MAX_SHOWN_PAIRS = 60
+EXAMPLES = 3
 
 
 def confusion_of(
@@ -36,6 +38,8 @@ def confusion_of(
 ) -> dict[str, list]:
     """Counts given by predicted labels; only pairs with more than `max_classes`."""
     known = samples.predicted >= 0
+    if not known.any():
+        return {}
     flat = samples.given[known].astype(np.int64) * num_classes
     cells, frequencies = np.unique(flat + samples.predicted[known], return_counts=True)
     counted = zip(cells.tolist(), frequencies.tolist(), strict=True)
@@ -43,7 +47,7 @@ def confusion_of(
     different = sorted((one for one in pairs if one[0] != one[1]), key=lambda p: -p[2])
     found: dict[str, list] = {"counts": [], "strengths": []}
     found["pairs"] = different[:max_pairs]
-    if num_classes <= max_classes and known.any():
+    if num_classes <= max_classes:
         table = np.zeros((num_classes, num_classes), np.int64)
         table.flat[cells] = frequencies
         shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -53,7 +57,12 @@ def confusion_of(
 
 
 def gallery_data(
-    record: RunRecord, *, served: bool, max_bytes: int = MAX_EMBEDDED_BYTES
+    record: RunRecord,
+    *,
+    served: bool,
+    max_bytes: int = MAX_EMBEDDED_BYTES,
+    token: str | None = None,
+    message: str | None = None,
 ) -> dict[str, Any]:
     """Returns what the page's script shows, as JSON can hold it."""
     samples = record.ledger
@@ -65,18 +74,15 @@ def gallery_data(
         if one in row_of and other in row_of
     ]
     in_pairs = [row for pair in pairs for row in pair[:2]]
-    wanted = order if served else [*in_pairs, *order[:MAX_EMBEDDED]]
+    wrong = samples.looks_wrong
+    first = [row for row in order if wrong[row]]
+    wanted = order if served else [*in_pairs, *[*first, *order][:MAX_EMBEDDED]]
     contents: dict[int, str] = {}
     room = math.inf if served else max_bytes
     for row in dict.fromkeys(wanted):
-        # A text, a picture as base64 or the number that names it, or "".
-        sample_id = samples.ids[row]
-        if record.kind == TEXTS:
-            content = record.texts.get(sample_id, "")
-        elif served:
-            content = str(row) if sample_id in record.thumbnail_index else ""
-        else:
-            content = base64.b64encode(record.thumbnail(sample_id) or b"").decode()
+        # Half of the room is for larger pictures.
+        large = room > max_bytes / 2 and not served
+        content = _content(record, row, served=served, large=large)
         room -= len(content.encode())
         if room < 0:
             break
@@ -94,6 +100,11 @@ def gallery_data(
         "classes": list(record.class_names),
         "total": len(samples.ids),
         "served": served,
+        "token": token,
+        "message": message,
+        "rows": rows if token else [],
+        "expected": (record.results.get("label_quality") or {}).get("expected_wrong"),
+        "examples": _examples(record, rows, served=served, room=max_bytes / 10),
         "pairs": [
             [shown[one], shown[other], similarity]
             for one, other, similarity in pairs
@@ -108,6 +119,7 @@ def gallery_data(
             "probability": rounded(samples.probability),
             "suspicion": rounded(samples.suspicion),
             "loss": rounded(samples.loss),
+            "wrong": wrong[rows].tolist(),
             "rejected": samples.rejected[rows].tolist(),
             "seen": samples.seen[rows].tolist(),
             "text" if record.kind == TEXTS else "picture": [contents[r] for r in rows],
@@ -115,12 +127,51 @@ def gallery_data(
     }
 
 
+def _content(record: RunRecord, row: int, *, served: bool, large: bool = False) -> str:
+    """Returns a text, a picture as base64 or the number that names it, or ""."""
+    sample_id = record.ledger.ids[row]
+    if record.kind == TEXTS:
+        return record.texts.get(sample_id, "")
+    if served:
+        return str(row) if sample_id in record.thumbnail_index else ""
+    picture = record.preview(sample_id) if large else None
+    return base64.b64encode(picture or record.thumbnail(sample_id) or b"").decode()
+
+
+def _examples(
+    record: RunRecord, rows: Sequence[int], *, served: bool, room: float
+) -> dict[int, list[list[str]]]:
+    """Returns the least suspicious samples of the classes shown, `[id, content]`."""
+    samples = record.ledger
+    agreed = np.flatnonzero(samples.given == samples.predicted)
+    agreed = agreed[np.argsort(samples.suspicion[agreed], kind="stable")]
+    of_class: dict[int, list[int]] = {}
+    for row in agreed.tolist():
+        best = of_class.setdefault(int(samples.given[row]), [])
+        if len(best) < EXAMPLES:
+            best.append(row)
+    shown: dict[int, list[list[str]]] = {}
+    classes = np.stack([samples.given[rows], samples.predicted[rows]], 1).ravel()
+    for label in dict.fromkeys(classes.tolist()):
+        best = of_class.get(label, [])
+        found = [[samples.ids[at], _content(record, at, served=served)] for at in best]
+        room -= sum(len(content.encode()) for _, content in found)
+        if room < 0 and not served:
+            break
+        shown[label] = found
+    return shown
+
+
 # Page ---------------------------------------------------------------------------------
 
 _STYLES = ("page.css", "review.css")
-_SCRIPTS = ("charts.js", "decisions.js", "gallery.js", "review.js", "start.js")
+_SCRIPTS = (
+    "charts.js", "decisions.js", "gallery.js", "review.js", "live.js", "start.js",
+)  # fmt: skip
 _MOST_CLASSES = 40
 _LONGEST_VALUE = 300
+# Where browsers save by default.
+DOWNLOADED = "~/Downloads/corrections.csv"
 _MARK = b'<meta name="generator" content="keras_rsft">'
 
 
@@ -168,8 +219,17 @@ def write_report(
     return path
 
 
-def render_page(record: RunRecord, *, served: bool = False) -> str:
-    """Returns the page as HTML, served with the pictures of all samples."""
+def render_page(
+    record: RunRecord,
+    *,
+    served: bool = False,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Returns the page as HTML, served with the pictures of all samples.
+
+    With a token it asks the server to sort the samples anew; a message says why not.
+    """
     import jinja2
 
     templates = jinja2.Environment(
@@ -185,11 +245,13 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
     script = f'(() => {{\n"use strict";\n{scripts}\n}})();'
     pictures = "'self' data:" if served else "data:"
     results, config = record.results, record.config
-    gallery = None if record.is_search else gallery_data(record, served=served)
+    gallery, connect = None, "connect-src 'self'; " if token else ""
+    if not record.is_search:
+        gallery = gallery_data(record, served=served, token=token, message=message)
     return templates.get_template("report.html").render(
         policy=(
             f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; "
-            f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+            f"script-src {_hash(script)}; {connect}base-uri 'none'; form-action 'none'"
         ),
         style=style,
         script=script,
@@ -211,6 +273,9 @@ def render_page(record: RunRecord, *, served: bool = False) -> str:
         acceptance=_acceptance(record),
         most_classes=_MOST_CLASSES,
         gallery=gallery,
+        against_before=(results.get("against_before") or {}).get("sentence"),
+        next_command=gallery and next_command(record),
+        labels=(results.get("label_quality") or {}).get("finding"),
         label_tables=_label_tables(results),
         confusion=gallery and confusion_of(record.ledger, len(record.class_names)),
     )
@@ -225,6 +290,48 @@ def script_json(value: Any) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+# Options of a command that are about its own output.
+_OWN_OPTIONS = {"--output": 1, "--json": 0, "--quiet": 0}
+_TO_REPEAT = ("backbone", "epochs", "batch_size", "learning_rate", "optimizer", "seed")
+
+
+def next_command(record: RunRecord) -> str | None:
+    """Returns the whole command that trains on the corrections of a review."""
+    config = record.config
+    try:
+        words = shlex.split(str(config.get("command") or ""))
+    except ValueError:
+        words = []
+    if words[1:2] in (["fit"], ["audit"]):
+        kept, left_out = ["keras-rsft", "fit"], []
+        rest = iter(words[2:])
+        for word in rest:
+            name, _, value = word.partition("=")
+            if name == "--set":
+                value = value or next(rest, "")
+                if not value.startswith("before="):
+                    kept += ["--set", value]
+            elif name not in _OWN_OPTIONS:
+                kept.append(word)
+            else:
+                left_out.append(name)
+                if _OWN_OPTIONS[name] and not value:
+                    next(rest, None)
+    elif isinstance(config.get("data"), str):
+        values = {name: config[name] for name in _TO_REPEAT if config.get(name)}
+        values["policy"] = (config.get("policy") or {}).get("name")
+        options = {name.replace("_", "-"): one for name, one in values.items() if one}
+        kept = ["keras-rsft", "fit", config["data"]]
+        kept += [f"--{name}={one}" for name, one in options.items()]
+        left_out = ["--output"]
+    else:
+        return None
+    if "--output" in left_out and (record.folder / _storage.PREDICTIONS_FILE).exists():
+        kept += ["--set", f"before={record.folder}"]
+    # Not quoted, so that a shell finds the home folder.
+    return f"{shlex.join(kept)} --corrections {DOWNLOADED}"
 
 
 def _acceptance(record: RunRecord) -> list[tuple[str, float]]:
@@ -302,7 +409,11 @@ def outcome_of(record: RunRecord) -> Outcome:
         "wrong_labels_rejected": f"and {right} of the right ones",
     }
     shares = [
-        (summary.RESULT_NAMES[key], share_text(results[key]), note)
+        (
+            summary.RESULT_NAMES[key],
+            summary.right_text(results, key) or share_text(results[key]),
+            note,
+        )
         for key, note in notes.items()
         if key in results
     ]
@@ -353,6 +464,12 @@ def _paired(record: RunRecord) -> Outcome:
     )
 
 
+_ESTIMATED = (
+    "against the right labels, which nobody knows: estimated from the given ones, how "
+    "often each class is mislabelled, and what the training samples say of each label"
+)
+
+
 def _by_right_labels(
     record: RunRecord, estimates: dict[str, list[float]], ours: float, plain: float
 ) -> Outcome:
@@ -368,17 +485,12 @@ def _by_right_labels(
         better = "better" if gain[1] > 0 else "worse"
         verdict = f"{about}{100 * abs(gain[0]):.1f} points {better}"
     interval = summary.range_text(gain[1], gain[2], "+")
-    how = (
-        "by labels that are known to be right"
-        if known
-        else "against the right labels, which nobody knows: estimated from the given "
-        "ones, how often each class is mislabelled, and what the training samples say "
-        "of each label"
-    )
+    how = "by labels that are known to be right" if known else _ESTIMATED
 
     def figure(title: str, one: list[float], given: float) -> tuple[str, str, str]:
         note = f"95 %: {summary.range_text(one[1], one[2])}"
-        by_given = "" if known else f"; by the given labels {share_text(given)}"
+        by_given = f"; by the given labels {share_text(given)}"
+        by_given = "" if paired["wrong_labels"] == 0 else by_given
         return title, share_text(one[0]), f"{note}{by_given}"
 
     return Outcome(
@@ -397,25 +509,26 @@ def _by_right_labels(
 
 
 def _alone(record: RunRecord) -> Outcome:
-    rows = summary.accuracy_rows(record.results, record.split_sizes)
-    if not rows:
+    found = summary.accuracies_of(record.results, record.split_sizes)
+    if not found:
         return Outcome(summary.NOT_JUDGED, [])
-    split, accuracy, interval, count = rows[-1]
-    if right := summary.right_text(record.results, f"{split}_accuracy"):
-        return Outcome(
-            f"The model gets {right.partition(' (')[0]} of {count} {split} "
-            f"{record.kind} right, {accuracy} by the given labels. No plain head was "
-            "trained beside it.",
-            [("Accuracy", right, f"by the given labels {accuracy}")],
-            f"Measured on the {split} split. The interval covers the choice of "
-            f"{split} {record.kind}, not of the seed.",
-        )
+    one, kind = found[-1], record.kind
+    about = "about " if one.by == "estimated" else ""
+    note, by_given = f"95 %: {one.interval}", share_text(one.given)
+    if one.by != "given":
+        note += f"; by the given labels {by_given}"
+    how = {
+        "known": "by labels that are known to be right. Interval: Wilson (1927).",
+        "estimated": f"{_ESTIMATED}.",
+        "given": "by its given labels. Interval: Wilson (1927).",
+    }[one.by]
     return Outcome(
-        f"The model gets {accuracy} of {count} {split} {record.kind} right (95 % "
-        f"interval {interval}). No plain head was trained beside it.",
-        [("Accuracy", accuracy, f"95 %: {interval}")],
-        f"Measured on the {split} split by its given labels. Interval: Wilson "
-        f"(1927). It covers the choice of test {record.kind}, not of the seed.",
+        f"The model gets {about}{share_text(one.share)} of {one.count:,} {one.split} "
+        f"{kind} right (95 % interval {one.interval}). No plain head was trained "
+        "beside it.",
+        [("Accuracy", share_text(one.share), note)],
+        f"Measured on the {one.split} split {how} It covers the choice of {one.split} "
+        f"{kind}, not of the seed.",
     )
 
 
@@ -426,28 +539,46 @@ def _interval(share: float, count: int) -> str:
 def _of_search(record: RunRecord) -> Outcome:
     results = record.results
     images = results.get("test_images", 0)
-    table = summary.choice_table(results)
-    figures = []
-    for key, row in zip(("chosen", "plain"), table.rows, strict=True):
-        for column in (2, 1, 3):  # The test split first.
-            if row[column] != "-":
-                of_test = results[key].get("test_accuracy")
-                note = _interval(of_test, images) if column == 2 else ""
-                figures.append((f"{table.columns[column]}, {key}", row[column], note))
+    figures, shares, estimated = [], {}, False
+    for key in ("chosen", "plain"):
+        numbers = results.get(key) or {}
+        for split in ("test", "validation"):
+            name = f"{split}_accuracy"
+            if (given := numbers.get(name)) is None:
+                continue
+            share = numbers.get(f"{name}_estimated", given)
+            note = _interval(given, images) if split == "test" else ""
+            if f"{name}_estimated" in numbers:
+                low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
+                note = f"95 %: {summary.range_text(low, high)}; by the given labels "
+                note += share_text(given)
+                estimated = True
+            if split == "test":
+                shares[key] = share_text(share)
+            figures.append((f"{split.title()}, {key}", share_text(share), note))
+        if "acceptance_rate" in numbers:
+            accepted = share_text(numbers["acceptance_rate"])
+            figures.append((f"Accepted, {key}", accepted, ""))
     method = (
         f"{results.get('trials', 0)} trials. The test split was looked at once, "
         "for the chosen setting and for plain fine-tuning."
     )
     if (results.get("plain") or {}).get("trial"):
         method += " Plain fine-tuning is the best trial that accepts everything."
-    if images:
+    if images and not estimated:
         method += " Intervals: Wilson (1927), each for itself."
-    ours, plain = (row[2] for row in table.rows)
+    if estimated:
+        method += (
+            " Accuracies are against the right labels, which nobody knows: estimated "
+            "from the given ones, how often each class is mislabelled, and what the "
+            "training samples say of each label."
+        )
     sentence = str(results.get("reason", ""))
-    if "-" not in (ours, plain):
+    if len(shares) > 1:
+        about = "about " if estimated else ""
         sentence = (
-            f"The chosen setting gets {ours} of {images:,} test {record.kind} right, "
-            f"plain fine-tuning {plain}."
+            f"The chosen setting gets {about}{shares['chosen']} of {images:,} test "
+            f"{record.kind} right, plain fine-tuning {about}{shares['plain']}."
         )
     return Outcome(sentence, figures, method)
 
@@ -468,15 +599,28 @@ def learning_curves(record: RunRecord) -> list[charts.LineChart]:
         ("wrong labels rejected", "second", metrics.get("rejection_recall", [])),
         ("rejected labels that are wrong", "quiet", precision),
     ]
-    of_plain = ("validation, plain head", "second", plain.get("val_accuracy", []))
-    accuracies = [*_of_both(metrics, "accuracy"), of_plain]
+    by_right = "_estimated" if _by_right(metrics) else ""
+    of_plain = plain.get(f"val_accuracy{by_right}", [])
+    accuracies = [
+        *_of_both(metrics, "accuracy"),
+        ("validation, plain head", "second", of_plain),
+    ]
     losses = [*_of_both(metrics, "loss"), ("threshold", "threshold", in_use)]
     drawn = (
-        charts.line_chart("Accuracy, given labels", accuracies),
+        charts.line_chart(
+            "Accuracy" if by_right else "Accuracy, given labels", accuracies
+        ),
         charts.line_chart("Loss", losses, as_percent=False),
         charts.line_chart("Acceptance", selection),
     )
     return [one for one in drawn if one is not None]
+
+
+def _by_right(metrics: dict[str, list[float]]) -> bool:
+    """Says whether right validation labels, as far as known, are not the given ones."""
+    names = ("val_accuracy", "val_accuracy_estimated")
+    pairs = zip(*(metrics.get(name, []) for name in names), strict=False)
+    return any(abs(one - other) > 1e-6 for one, other in pairs)
 
 
 def _of_both(
@@ -492,6 +636,13 @@ def _of_both(
         ("training, all samples", "quiet", completed(f"train_{measure}", measure)),
         ("validation", "first", metrics.get(f"val_{measure}", [])),
     ]
+    if _by_right(metrics):
+        right = metrics.get(f"val_{measure}_estimated", [])
+        given = metrics.get(f"val_{measure}", [])
+        lines[1:] = [
+            ("validation, right labels", "first", right),
+            ("validation, given labels", "first dashed", given),
+        ]
     if any(rate < 1 for rate in metrics.get("acceptance_rate", [])):
         accepted = completed(f"train_accepted_{measure}", f"accepted_{measure}")
         lines.insert(1, ("training, accepted samples", "quiet dashed", accepted))
@@ -502,6 +653,12 @@ def curves_note(record: RunRecord) -> str:
     if "train_accuracy" not in record.metrics:
         return ""
     note = "Measured at the end of each epoch, by the same weights for both splits."
+    if _by_right(record.metrics):
+        known = "validation_accuracy_clean" in record.results
+        note += (
+            f" Right labels are {'known' if known else 'estimated'}; training is "
+            "measured by the given ones."
+        )
     if any(map(math.isnan, record.metrics["train_accuracy"])):
         note += (
             " In epochs that train the backbone, training is the mean over the epoch."

@@ -39,6 +39,8 @@ class Samples:
     loss: np.ndarray
     seen: np.ndarray
     rejected: np.ndarray
+    # Whether a person has confirmed or corrected the label.
+    reviewed: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +95,22 @@ class RunRecord:
     @functools.cached_property
     def thumbnail_index(self) -> dict[str, tuple[int, int]]:
         """Offset and length in bytes of each sample's thumbnail, by id."""
-        rows = _rows(self.folder / _storage.THUMBNAILS_INDEX_FILE)
-        return {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
+        return _pictures(self.folder / _storage.THUMBNAILS_INDEX_FILE)
+
+    @functools.cached_property
+    def preview_index(self) -> dict[str, tuple[int, int]]:
+        """The same of the larger pictures, which the most suspicious ones have."""
+        return _pictures(self.folder / _storage.PREVIEWS_INDEX_FILE)
 
     def thumbnail(self, sample_id: str) -> bytes | None:
         """Returns a JPEG file, or None where the image has none."""
-        if sample_id not in self.thumbnail_index:
-            return None
-        offset, length = self.thumbnail_index[sample_id]
-        with (self.folder / _storage.THUMBNAILS_FILE).open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        path = self.folder / _storage.THUMBNAILS_FILE
+        return _cut(path, self.thumbnail_index.get(sample_id))
+
+    def preview(self, sample_id: str) -> bytes | None:
+        """Returns a JPEG file, uncropped, or None where the image has none."""
+        path = self.folder / _storage.PREVIEWS_FILE
+        return _cut(path, self.preview_index.get(sample_id))
 
     @functools.cached_property
     def texts(self) -> dict[str, str]:
@@ -168,7 +175,8 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
         )
         limit = float(threshold) if threshold else None
         losses.append(EpochLosses(epoch, limit, counted))
-    splits = (row["split"] for row in _rows(folder / _storage.SAMPLES_FILE))
+    listed = _rows(folder / _storage.SAMPLES_FILE)
+    reviewed = {row["id"] for row in listed if row.get("decision")}
     acceptance, path = np.array([]), folder / _storage.ACCEPTANCE_FILE
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -183,19 +191,19 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
             name: [_number(row[name]) for row in metrics]
             for name in (metrics[0] if metrics else {})
         },
-        samples=None if is_search else _samples(folder, class_names),
+        samples=None if is_search else _samples(folder, class_names, reviewed),
         losses=tuple(losses),
         acceptance=acceptance,
         pairs=tuple(
             (row["id"], row["other_id"], float(row["similarity"]))
             for row in _rows(folder / _storage.NEAR_DUPLICATES_FILE)
         ),
-        split_sizes=collections.Counter(splits),
+        split_sizes=collections.Counter(row["split"] for row in listed),
         trials=tuple(_rows(folder / TRIALS_FILE)),
     )
 
 
-def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
+def _samples(folder: Path, class_names: tuple[str, ...], reviewed: set[str]) -> Samples:
     positions = {name: index for index, name in enumerate(class_names)} | {"": -1}
     rows = _rows(folder / _storage.LEDGER_FILE)
 
@@ -203,7 +211,7 @@ def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
         return np.array([positions[row[column]] for row in rows], np.int32)
 
     def numbers(column: str) -> np.ndarray:
-        return np.array([_number(row[column]) for row in rows])
+        return np.array([_number(row.get(column) or "") for row in rows])
 
     return Samples(
         ids=[row["id"] for row in rows],
@@ -218,7 +226,23 @@ def _samples(folder: Path, class_names: tuple[str, ...]) -> Samples:
         loss=numbers("loss_mean"),
         seen=numbers("seen").astype(np.int64),
         rejected=numbers("rejected").astype(np.int64),
+        reviewed=np.array([row["id"] in reviewed for row in rows], bool),
     )
+
+
+def _pictures(index: Path) -> dict[str, tuple[int, int]]:
+    rows = _rows(index)
+    return {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
+
+
+def _cut(path: Path, place: tuple[int, int] | None) -> bytes | None:
+    """Returns the bytes at an offset and of a length."""
+    if place is None:
+        return None
+    offset, length = place
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

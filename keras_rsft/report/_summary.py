@@ -29,6 +29,16 @@ RESULT_NAMES = {
     "right_labels_rejected": "Right labels rejected",
 }
 NOT_JUDGED = "There is no test or validation split to judge the model by."
+BY_GIVEN = "  by the given labels"
+# The labels by which a comparison is judged.
+JUDGED_BY = {
+    "known": "Judged by labels that are known to be right.",
+    "estimated": (
+        "Judged by right labels, which nobody knows: estimated from the given ones, "
+        "with the error of the estimate in each ±."
+    ),
+    "given": "Judged by the given labels, as right and wrong ones look the same.",
+}
 # How the backbone was trained after the head: the name in the results, and in words.
 TUNINGS = {"stage2": "Last block fine-tuned", "unfrozen": "Backbone trained too"}
 
@@ -97,17 +107,36 @@ def right_text(results: Mapping[str, Any], key: str) -> str | None:
     return f"{share_text(value)} ({interval} %), estimated"
 
 
-def accuracy_rows(
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """An accuracy by right labels, `"known"` or `"estimated"`, or by `"given"` ones."""
+
+    split: str
+    share: float
+    interval: str
+    by: str
+    given: float
+    count: int
+
+
+def accuracies_of(
     results: Mapping[str, Any], sizes: Mapping[str, int]
-) -> list[tuple[str, str, str, str]]:
-    """Returns split, accuracy, its 95 % interval and samples, where it is known."""
-    rows = []
+) -> list[Accuracy]:
+    """Returns the accuracy on each split that has one, with its 95 % interval."""
+    found = []
     for split in ("validation", "test"):
-        share, count = results.get(f"{split}_accuracy"), sizes.get(split)
-        if share is not None and count:
-            interval = f"{proportion_text(share, count)} %"
-            rows.append((split, share_text(share), interval, f"{count:,}"))
-    return rows
+        key, count = f"{split}_accuracy", sizes.get(split)
+        if (given := results.get(key)) is None or not count:
+            continue
+        share, by = given, "given"
+        if (known := results.get(f"{key}_clean")) is not None:
+            share, by = known, "known"
+        interval = proportion_text(share, count)
+        if by == "given" and (value := results.get(f"{key}_estimated")) is not None:
+            share, by = value, "estimated"
+            interval = range_text(results[f"{key}_low"], results[f"{key}_high"])
+        found.append(Accuracy(split, share, f"{interval} %", by, given, count))
+    return found
 
 
 def run_summary(run: Any) -> Summary:
@@ -117,7 +146,7 @@ def run_summary(run: Any) -> Summary:
         right = right_text(results, key)
         if right is not None and right != share_text(results.get(key)):
             rows.append((name, right))
-            name = "  by the given labels"
+            name = BY_GIVEN
         if key in results:
             rows.append((name, share_text(results[key])))
     for tuning, name in TUNINGS.items():
@@ -132,8 +161,16 @@ def run_summary(run: Any) -> Summary:
         warnings += (run.overfitting.sentence,)
     if not {"test_accuracy", "validation_accuracy"} & results.keys():
         warnings += (NOT_JUDGED,)
-    notes = () if run.finding is None else (run.finding,)
-    return Summary((Table(("", ""), tuple(rows)),), warnings, notes)
+    compared = run.against_before
+    notes = (run.finding, None if compared is None else compared.sentence)
+    return Summary(
+        (Table(("", ""), tuple(rows)),),
+        warnings,
+        (
+            *(note for note in notes if note is not None),
+            *copies_notes(run.features),
+        ),
+    )
 
 
 def _unreadable(run: Any) -> tuple[str, ...]:
@@ -179,7 +216,7 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     shown = judged[:MOST_CLASSES]
     for others, what in (
         (judged[MOST_CLASSES:], "others"),
-        (small, "classes, not judged"),
+        (small, "not judged"),
     ):
         if others:
             keys = ("samples", "look_wrong", "expected_wrong")
@@ -206,7 +243,13 @@ def label_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
 def audit_summary(audit: Any) -> Summary:
     warnings = _unreadable(audit)
     tables = label_tables(audit.results["label_quality"])
-    return Summary(tables[::-1], warnings, (audit.finding,))
+    notes = (audit.finding, *copies_notes(audit.features))
+    return Summary(tables[::-1], warnings, notes)
+
+
+def copies_notes(features: Any) -> tuple[str, ...]:
+    """Returns what there is to say of samples that were found more than once."""
+    return () if features.copies is None else (features.copies.sentence,)
 
 
 def comparison_summary(comparison: Any) -> Summary:
@@ -218,23 +261,42 @@ def comparison_summary(comparison: Any) -> Summary:
             return mean
         return f"{mean} ± {100 * interval.half_width:.1f}"
 
+    methods = comparison.summaries.values()
+    columns = ["Method", "Test", "vs. plain", "Given", "Accepted"]
+    columns += ["Recovered", "Seconds"]
+    if all(
+        one.test_accuracy is None or one.test_accuracy.mean == one.test_accuracy_given
+        for one in methods
+    ):
+        columns.remove("Given")
+    elif all(one.recovered is None for one in methods):
+        columns.remove("Recovered")
+    else:  # The table fits 80 columns.
+        columns.remove("Seconds")
     rows = []
     for name, method in comparison.summaries.items():
         accuracy = points(method.test_accuracy)
         if method.stalled:
             accuracy = f"{accuracy}, {method.stalled} stalled".removeprefix("-, ")
-        difference = points(method.difference_to_plain, sign="+")
-        shares = (method.acceptance_rate, method.recovered)
-        shown = (share_text(share, 0) for share in shares)
-        rows.append((name, accuracy, difference, *shown, f"{method.seconds:.1f}"))
+        cells = {
+            "Method": name,
+            "Test": accuracy,
+            "vs. plain": points(method.difference_to_plain, sign="+"),
+            "Given": share_text(method.test_accuracy_given).removesuffix(" %"),
+            "Accepted": share_text(method.acceptance_rate, 0),
+            "Recovered": share_text(method.recovered, 0),
+            "Seconds": f"{method.seconds:.1f}",
+        }
+        rows.append(tuple(cells[column] for column in columns))
     seeds = len({outcome.seed for outcome in comparison.outcomes})
     spread = covered = ""
+    by_given = " Given: by the given labels." if "Given" in columns else ""
     if seeds > 1:
         spread = f", mean of {seeds} seeds ± half-width of the 95 % interval over seeds"
         covered = " The verdict allows for other test samples too."
     notes = [
         f"Test accuracy in percent{spread}; differences to plain are paired by seed."
-        f"{covered}",
+        f"{covered} {JUDGED_BY[comparison.judged_by]}{by_given}",
         comparison.verdict.sentence,
     ]
     if noise := comparison.config.get("noise"):
@@ -243,14 +305,14 @@ def comparison_summary(comparison: Any) -> Summary:
             "other ones for each seed."
         )
         notes.insert(0, made_wrong)
-    columns = ("Method", "Test", "vs. plain", "Accepted", "Recovered", "Seconds")
-    return Summary((Table(columns, tuple(rows)),), comparison.notes, tuple(notes))
+    table = Table(tuple(columns), tuple(rows))
+    return Summary((table,), comparison.notes, tuple(notes))
 
 
 def search_summary(found: Any, most_trials: int = 5) -> Summary:
     better = sorted(
         (one for one in found.outcomes if one.metrics),
-        key=lambda one: -one.metrics["val_accuracy"],
+        key=lambda one: -one.metrics["val_accuracy_estimated"],
     )
     rows = []
     for one in better[:most_trials]:
@@ -258,13 +320,13 @@ def search_summary(found: Any, most_trials: int = 5) -> Summary:
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in one.values.items()
         )
-        names = ("val_accuracy", "acceptance_rate")
+        names = ("val_accuracy_estimated", "val_accuracy", "acceptance_rate")
         shares = (share_text(one.metrics[name]) for name in names)
         rows.append((one.trial_id, setting, *shares))
     trials = Table(
-        ("Trial", "Setting", "Validation", "Accepted"),
+        ("Trial", "Setting", "Right labels", "Given labels", "Accepted"),
         tuple(rows),
-        title=f"The best of {len(found.outcomes)} trials",
+        title=f"The best of {len(found.outcomes)} trials, on the validation split",
         text_columns=2,
     )
     warnings: tuple[str, ...] = ()
@@ -279,12 +341,27 @@ def search_summary(found: Any, most_trials: int = 5) -> Summary:
 
 
 def choice_table(results: Mapping[str, Any]) -> Table:
-    names = ("validation_accuracy", "test_accuracy", "acceptance_rate")
+    both = [results.get(key) or {} for key in ("chosen", "plain")]
     rows = []
-    for key, title in (("chosen", "chosen"), ("plain", "plain fine-tuning")):
-        numbers = results.get(key) or {}
-        rows.append((title, *(share_text(numbers.get(name)) for name in names)))
-    return Table(("", "Validation", "Test", "Accepted"), tuple(rows))
+    for split in ("test", "validation"):
+        name, title = f"{split}_accuracy", split.title()
+        given = [share_text(numbers.get(name)) for numbers in both]
+        right = [right_text(numbers, name) for numbers in both]
+        if any(right):
+            shown = [(one or "-").removesuffix(", estimated") for one in right]
+            rows.append((f"{title}, right labels", *shown))
+            title = f"{title}, given labels"
+        if given != ["-", "-"]:
+            rows.append((title, *given))
+    accepted = [share_text(numbers.get("acceptance_rate")) for numbers in both]
+    rows.append(("Accepted", *accepted))
+    note = ""
+    if any("right labels" in row[0] for row in rows):
+        note = (
+            "Accuracies by right labels are estimated from the given ones; in brackets "
+            "their 95 % intervals."
+        )
+    return Table(("", "chosen", "plain fine-tuning"), tuple(rows), note=note)
 
 
 def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
@@ -292,7 +369,7 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for row in strategies:
         shown = "failed" if row["message"] else "-"
-        if (accuracy := row["validation_accuracy"]) is not None:
+        if (accuracy := row["validation_accuracy_estimated"]) is not None:
             shown = f"{100 * accuracy:.1f} ± {100 * row['standard_error']:.1f}"
         seconds, weights = row["seconds"], row["trainable_weights"]
         rows.append(
@@ -300,6 +377,7 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
                 row["unfreeze"],
                 row["policy"],
                 shown,
+                share_text(row["validation_accuracy"]),
                 share_text(row["acceptance_rate"]),
                 "-" if seconds is None else seconds_text(seconds),
                 "-" if weights is None else f"{weights:,}",
@@ -307,12 +385,22 @@ def strategies_table(strategies: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return Table(
-        ("Trained", "Policy", "Validation", "Accepted", "Time", "Weights", ""),
+        (
+            "Trained",
+            "Policy",
+            "Right labels",
+            "Given labels",
+            "Accepted",
+            "Time",
+            "Weights",
+            "",
+        ),
         tuple(rows),
         title="How much of the backbone to train",
         note=(
-            "Validation accuracy in percent ± its standard error; a head's time is its "
-            "fraction of the time of all heads; weights are those that learn."
+            "Validation accuracy in percent ± the standard error of its difference to "
+            "the best trial, on the same samples; a head's time is its fraction of the "
+            "time of all heads; weights are those that learn."
         ),
         text_columns=2,
     )

@@ -35,25 +35,46 @@ class _Part:
         ]
         self._chunks = [np.asarray(chunk, np.float32) for chunk in values]
 
-    def losses_and_hits(self, model: keras.Model) -> tuple[np.ndarray, np.ndarray]:
-        """Returns cross-entropies, float32 `(m,)`, and which labels are predicted."""
+    def losses_and_hits(
+        self, model: keras.Model, credits: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns cross-entropies, float32 `(m,)`, and which labels are predicted.
+
+        With `credits` `(m, classes)`, both by right labels.
+        """
         scores = np.concatenate(
             [np.asarray(model(chunk, training=False)) for chunk in self._chunks]
         )
+        predicted = scores.argmax(axis=-1)
+        if credits is not None:
+            losses = -np.log(np.clip(scores, keras.config.epsilon(), 1.0)) * credits
+            return losses.sum(axis=1), credits[np.arange(len(credits)), predicted]
         losses = keras.losses.sparse_categorical_crossentropy(self.labels, scores)
-        return np.asarray(losses), scores.argmax(axis=-1) == self.labels
+        return np.asarray(losses), predicted == self.labels
 
 
 class EpochCurves(keras.callbacks.Callback):
-    """Logs `train_accuracy` and `train_loss` of the weights at the end of the epoch."""
+    """Logs `train_accuracy` and `train_loss` of the weights at the end of the epoch.
 
-    def __init__(self, features: SplitFeatures, recorder: RejectionLedger, seed: int):
+    By `credits` `(validation samples, classes)` it logs `val_loss_estimated` too; the
+    errors of validation are those of the accuracy and the loss by right labels.
+    """
+
+    def __init__(
+        self,
+        features: SplitFeatures,
+        recorder: RejectionLedger,
+        seed: int,
+        credits: np.ndarray | None = None,
+    ):
         super().__init__()
         self._recorder = recorder
         self._train = _Part(features.train, seed)
-        self._validation = None
+        self._validation, self._credits = None, None
         if len(features.validation):
             self._validation = _Part(features.validation, seed)
+            if credits is not None:
+                self._credits = credits[self._validation.rows]
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if logs is None or self._recorder.last_epoch is None:
@@ -67,10 +88,13 @@ class EpochCurves(keras.callbacks.Callback):
             mean_loss = losses[counted].mean() if counted.any() else np.nan
             logs[f"{name}_accuracy"] = float(hit_rate)
             logs[f"{name}_loss"] = float(mean_loss)
-        if self._validation is not None:
-            losses, _ = self._validation.losses_and_hits(self.model)
-            error = np.std(losses) / np.sqrt(self._validation.whole_count)
-            logs["val_loss_error"] = float(error)
+        if (part := self._validation) is not None:
+            losses, hits = part.losses_and_hits(self.model, self._credits)
+            if self._credits is not None:
+                logs["val_loss_estimated"] = float(losses.mean())
+            for name, values in (("loss", losses), ("accuracy", hits)):
+                error = float(np.std(values)) / math.sqrt(part.whole_count)
+                logs[f"val_{name}_error"] = error
 
 
 # Overfitting --------------------------------------------------------------------------
@@ -82,7 +106,10 @@ LASTING = 3
 
 @dataclasses.dataclass(frozen=True)
 class Overfitting:
-    """Validation fell while training went on improving."""
+    """Validation fell while training went on improving.
+
+    Validation is judged by right labels, known or estimated, or by the given ones.
+    """
 
     measure: str
     best_epoch: int
@@ -90,6 +117,7 @@ class Overfitting:
     validation: tuple[float, float]
     training: tuple[float, float]
     standard_error: float
+    by_right_labels: bool = False
 
     @property
     def sentence(self) -> str:
@@ -102,9 +130,10 @@ class Overfitting:
             is_share = self.measure == "accuracy"
             return f"{100 * value:.1f} %" if is_share else f"{value:.3g}"
 
+        by = " by right labels" if self.by_right_labels else ""
         return (
             f"Overfitting from epoch {self.best_epoch + 1} on: validation "
-            f"{self.measure} {worse} from {shown(best)} to {shown(last)} (standard "
+            f"{self.measure}{by} {worse} from {shown(best)} to {shown(last)} (standard "
             f"error {shown(self.standard_error)}), while training {self.measure} "
             f"{better} from {shown(before)} to {shown(after)}. Try `--early-stopping`, "
             f"`--epochs {self.best_epoch}` or `--weight-decay`."
@@ -116,10 +145,13 @@ def find_overfitting(
 ) -> Overfitting | None:
     for measure, sign in (("accuracy", 1.0), ("loss", -1.0)):
         training = curves.get(f"train_accepted_{measure}", ())
-        validation = curves.get(f"val_{measure}", ())
-        errors = curves.get("val_loss_error", ())
+        # By right labels, where that is possible: wrong ones fit a good head badly.
+        right = curves.get(f"val_{measure}_estimated")
+        validation = curves.get(f"val_{measure}", ()) if right is None else right
+        errors = curves.get(f"val_{measure}_error", ())
         if measure == "accuracy":
-            errors = [accuracy_error(value, validation_size) for value in validation]
+            least = [accuracy_error(value, validation_size) for value in validation]
+            errors = list(map(max, least, errors or least))
         epochs = min(len(training), len(validation), len(errors))
         rows = [row[:epochs] for row in (training, validation, errors)]
         if epochs < WINDOW + LASTING or not np.isfinite(rows).all():
@@ -141,13 +173,14 @@ def find_overfitting(
                 validation=(smooth[best], smooth[-1]),
                 training=(learnt[best], learnt[-1]),
                 standard_error=smooth_errors[best],
+                by_right_labels=right is not None,
             )
     return None
 
 
 def accuracy_error(accuracy: float, count: int) -> float:
     """Returns the standard error of an accuracy in [0, 1] of some samples."""
-    share = (accuracy * count + 2) / (count + 4)
+    share = (min(max(accuracy, 0.0), 1.0) * count + 2) / (count + 4)
     return math.sqrt(share * (1 - share) / (count + 4))
 
 

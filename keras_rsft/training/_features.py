@@ -2,35 +2,194 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import keras
+import numpy as np
 
+from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT
+from keras_rsft._storage import replaced
 from keras_rsft.backbones._load import load_backbone
-from keras_rsft.config import FeatureConfig, feature_config, is_fixed_network
-from keras_rsft.data._samples import ImageData, SampleData
+from keras_rsft.config import (
+    IMAGES,
+    SPLITS,
+    FeatureConfig,
+    feature_config,
+    is_fixed_network,
+)
+from keras_rsft.data._samples import ImageData, ImageSplit, SampleData
 from keras_rsft.data._sources import load_images
 from keras_rsft.features import _extract
+from keras_rsft.features._batches import positions_of
+from keras_rsft.features._neighbours import before_reviews, copy_groups, with_copies
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 
 
 @dataclasses.dataclass(frozen=True)
+class Copies:
+    """Samples that were found more than once, over all splits."""
+
+    groups: int
+    different_labels: int
+    # By split: held-out copies of samples of an earlier split.
+    left_out: dict[str, int]
+    remaining: dict[str, int]
+
+    @property
+    def sentence(self) -> str:
+        """Says in one line how many there are, and what was done."""
+        text = (
+            f"{self.groups:,} {'group' if self.groups == 1 else 'groups'} of copies, "
+            f"{self.different_labels:,} with different labels."
+        )
+        for name, count in self.left_out.items():
+            text += f" {_copied_text(count, name)}: left out of the accuracy."
+        for name, count in self.remaining.items():
+            text += f" {_copied_text(count, name)}: the accuracy there is too good."
+        return text
+
+
+def _copied_text(count: int, split: str) -> str:
+    are = "sample is a copy" if count == 1 else "samples are copies"
+    return f"{count:,} {split} {are} of samples in other splits"
+
+
+@dataclasses.dataclass(frozen=True)
 class SplitFeatures:
+    """Features of the splits.
+
+    `left_out` has, by split, held-out samples whose copy is in an earlier split: their
+    labels are audited, but have no part in any accuracy. `copies` is None where there
+    are none.
+    """
+
     train: FeatureSet
     validation: FeatureSet
     test: FeatureSet
     class_names: tuple[str, ...]
+    left_out: dict[str, FeatureSet] = dataclasses.field(default_factory=dict)
+    copies: Copies | None = None
+
+    @property
+    def copy_of(self) -> dict[str, str]:
+        """The id of the first copy of every sample that is a copy of another."""
+        parts = (self.train, self.validation, self.test, *self.left_out.values())
+        first: dict[int, str] = {}
+        found = {}
+        for part in parts:
+            groups = np.arange(0) if part.groups is None else part.groups
+            for group, one in zip(groups.tolist(), part.ids.tolist(), strict=False):
+                if (original := first.setdefault(group, one)) != one:
+                    found[one] = original
+        return found
 
     @property
     def unreadable(self) -> tuple[tuple[str, str], ...]:
         """`(id, reason)` of every image that could not be read."""
         parts = (self.train, self.validation, self.test)
         return tuple(pair for part in parts for pair in part.unreadable)
+
+
+# How alike the pixels of copies are at least: correlation of 16 x 16 pixels. Of 1,797
+# digits no two are more alike; of 300 photos of 32 x 32 pixels, saved again as JPEG of
+# quality 75 or enlarged, the least alike had 0.998.
+_PIXELS_ALIKE = 0.997
+_PIXELS_SIZE = 16
+
+
+def _copy_groups(
+    parts: list[FeatureSet], data: SampleData, cache: Path, *, progress: bool
+) -> np.ndarray:
+    """Returns which samples are copies of one another: cached, or looked for."""
+    whole = before_reviews(parts)
+    # The folders of features are named after the samples and the backbone.
+    names = "\0".join([part.path.parent.name for part in whole])
+    path = cache / f"copies-{hashlib.sha256(names.encode()).hexdigest()[:32]}.npy"
+    with contextlib.suppress(OSError, ValueError):
+        groups = np.load(path)
+        if groups.shape == (sum(map(len, whole)),):
+            return groups
+    splits = (data.train, data.validation, data.test)
+    originals = [split.before_review or split for split in splits]
+    starts = np.cumsum([0, *map(len, whole)])
+
+    def look_same(pairs: np.ndarray) -> np.ndarray:
+        wanted = np.unique(pairs)
+        pixels = np.zeros((len(wanted), 3 * _PIXELS_SIZE**2), np.float32)
+        with progress_bar(
+            "Comparing pixels", total=len(wanted), unit="images", visible=progress
+        ) as advance:
+            for at, (part, split) in enumerate(zip(whole, originals, strict=True)):
+                first, last = np.searchsorted(wanted, starts[at : at + 2])
+                rows = positions_of(part, split)[wanted[first:last] - starts[at]]
+                for index, image in cast(ImageSplit, split.take(rows)).images(
+                    _PIXELS_SIZE
+                ):
+                    values = image.numpy().ravel()
+                    values -= values.mean()
+                    length = max(float(np.linalg.norm(values)), 1e-6)
+                    pixels[first + int(index)] = values / length
+                    advance(1)
+        one, other = (pixels[np.searchsorted(wanted, side)] for side in pairs.T)
+        return np.einsum("ij,ij->i", one, other) >= _PIXELS_ALIKE
+
+    look = look_same if data.kind == IMAGES else None
+    groups = copy_groups(whole, look, progress=progress)
+    with contextlib.suppress(OSError):  # It is found again in no time.
+        replaced(path, lambda place: _write_array(place, groups))
+    return groups
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, values)
+
+
+def _apart(
+    parts: list[FeatureSet], data: SampleData, groups_of_all: np.ndarray
+) -> tuple[SplitFeatures, SampleData]:
+    """Leaves copies of samples of earlier splits out of the splits that were cut."""
+    parts = with_copies(parts, groups_of_all)
+    groups = [np.asarray(part.groups) for part in parts]
+    everywhere = np.concatenate(groups)
+    labels = np.concatenate([part.labels for part in parts])
+    several = np.unique(everywhere, return_counts=True)[1] > 1
+    if not several.any():
+        return SplitFeatures(parts[0], parts[1], parts[2], data.class_names), data
+    labelled = np.unique(np.stack([everywhere, labels], axis=1), axis=0)[:, 0]
+    left_out: dict[str, FeatureSet] = {}
+    remaining: dict[str, int] = {}
+    changed: dict[str, Any] = {}
+    for at, name in enumerate(SPLITS[1:], start=1):
+        repeated = np.isin(groups[at], np.concatenate(groups[:at]))
+        if not repeated.any():
+            continue
+        if name not in data.cut or repeated.all():
+            remaining[name] = int(repeated.sum())
+            continue
+        whole, split = parts[at], getattr(data, name)
+        copies = whole.take(np.flatnonzero(repeated))
+        left_out[name] = dataclasses.replace(copies, unreadable=())
+        parts[at] = whole.take(np.flatnonzero(~repeated))
+        changed[name] = split.take(np.flatnonzero(~np.isin(split.ids, copies.ids)))
+    found = Copies(
+        groups=int(several.sum()),
+        different_labels=int((np.unique(labelled, return_counts=True)[1] > 1).sum()),
+        left_out={name: len(part) for name, part in left_out.items()},
+        remaining=remaining,
+    )
+    train, validation, test = parts
+    names = data.class_names
+    features = SplitFeatures(train, validation, test, names, left_out, found)
+    return features, dataclasses.replace(data, **changed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,11 +270,12 @@ def open_features(
     else:
         _extract.run_together(passes, devices.cluster, timeout=timeout)
     splits = (data.train, data.validation, data.test)  # A pass has them uncorrected.
-    train, validation, test = (
+    parts = [
         _extract.open_cached(work.folder, split)
         for split, work in zip(splits, passes, strict=True)
-    )
-    features = SplitFeatures(train, validation, test, data.class_names)
+    ]
+    groups = _copy_groups(parts, data, passes[0].folder.parent, progress=progress)
+    features, data = _apart(parts, data, groups)
     return FeatureSource(data, backbone, features, config, progress, on_note)
 
 

@@ -53,13 +53,25 @@ def audit_splits(
     features: SplitFeatures, seed: int, *, progress: bool = True
 ) -> LabelQuality:
     """Audits the labels of all splits; those held out by the training split alone."""
-    return audit_labels(
+    held_out = [getattr(features, name) for name in HELD_OUT]
+    found = audit_labels(
         features.train,
         len(features.class_names),
-        held_out=[getattr(features, name) for name in HELD_OUT],
+        held_out=[*held_out, *features.left_out.values()],
         seed=seed,
         progress=progress,
     )
+    further = found.held_out[len(held_out) :]
+    return dataclasses.replace(
+        found,
+        held_out=found.held_out[: len(held_out)],
+        left_out=dict(zip(features.left_out, further, strict=True)),
+    )
+
+
+def left_out_of(split: str) -> str:
+    """Returns how the samples are called that were left out of a split."""
+    return f"{split} (left out)"
 
 
 def label_results(
@@ -70,8 +82,9 @@ def label_results(
     All numbers of labels that are shown come from here. Those of the splits and those
     of the classes add up to the same sums.
     """
-    named = zip(SPLITS, (quality, *quality.held_out), strict=True)
-    parts = {name: part for name, part in named if len(part.labels)}
+    named = dict(zip(SPLITS, (quality, *quality.held_out), strict=True))
+    named |= {left_out_of(name): part for name, part in quality.left_out.items()}
+    parts = {name: part for name, part in named.items() if len(part.labels)}
 
     def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
         known = {"expected_wrong": wrong if quality.can_judge else None}
@@ -137,7 +150,8 @@ def train_head(
             "Early stopping goes by the validation split, and there is none. Leave out "
             "`--early-stopping`, or give `--validation-fraction`."
         )
-    if label_quality is None and settings.policy.name == "auto":
+    judged = settings.policy.name == "auto" or settings.early_stopping is not None
+    if label_quality is None and judged:
         label_quality = audit_splits(features, settings.seed, progress=progress)
     with devices.scope():
         model = untrained_head(features, settings, label_quality)
@@ -151,11 +165,23 @@ def train_head(
     recorder = RejectionLedger(train.ids, train.labels, train.clean_labels)
     further = callbacks(recorder) if callable(callbacks) else callbacks
     own: list[keras.callbacks.Callback] = [batches.callback, recorder]
+    found_in_validation = None if label_quality is None else label_quality.held_out[0]
+    credits = right_credits(
+        features.validation, found_in_validation, len(features.class_names)
+    )
     if curves:
-        own.append(EpochCurves(features, recorder, settings.seed))
+        own.append(EpochCurves(features, recorder, settings.seed, credits))
+    monitor = "val_accuracy"
+    if credits is not None:
+        monitor = ESTIMATED_ACCURACY
+        own.append(
+            EstimatedAccuracy(
+                lambda model: predicted_classes(model, features.validation), credits
+            )
+        )
     remembering = [*further]
     if (most := settings.early_stopping) is not None:
-        remembering.insert(0, best_of_all_epochs("val_accuracy", "max", epochs=most))
+        remembering.insert(0, best_of_all_epochs(monitor, "max", epochs=most))
     validation = None
     if count := len(features.validation):
         rows = even_batch(count)
@@ -179,7 +205,7 @@ def train_head(
     )
     best = len(history["loss"]) - 1
     if settings.early_stopping is not None:
-        best = int(np.argmax(history["val_accuracy"]))
+        best = int(np.argmax(history[monitor]))
     if history["acceptance_rate"][best] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample: the losses, "
@@ -189,7 +215,7 @@ def train_head(
     results: dict[str, float] = {}
     for at, name in enumerate(HELD_OUT):
         if len(part := getattr(features, name)):
-            predicted = head_probabilities(model, part).argmax(axis=-1)
+            predicted = predicted_classes(model, part)
             found_in = None if label_quality is None else label_quality.held_out[at]
             results |= accuracies(f"{name}_accuracy", predicted, part, found_in)
     results["acceptance_rate"] = history["acceptance_rate"][best]
@@ -280,9 +306,14 @@ def untrained_head(
 ) -> RSFTModel:
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
+    moments = train.moments()
+    head = build_head(train.dim, num_classes, moments=moments, seed=settings.seed)
     if settings.policy.name == "auto" and label_quality is not None:
+        weights = label_quality.first_weights(moments[0], np.sqrt(moments[1]))
+        if weights is not None:
+            head.get_layer("scores").set_weights(weights)
         policy: Policy = AutoPolicy(
-            label_quality.accept_mask(),
+            label_quality.accept_mask(threshold=settings.policy.threshold),
             loss_limit=label_quality.loss_limit,
             warmup_steps=round(settings.policy.warmup_epochs * steps),
         )
@@ -292,9 +323,6 @@ def untrained_head(
         )
     if train.reviewed is not None and policy.level == "sample":
         policy = AcceptReviewed(policy, train.reviewed)
-    head = build_head(
-        train.dim, num_classes, moments=train.moments(), seed=settings.seed
-    )
     model = RSFTModel(head, policy)
     model.compile(
         make_optimizer(settings),
@@ -348,8 +376,53 @@ def head_probabilities(model: keras.Model, part: FeatureSet) -> np.ndarray:
     return np.concatenate([np.asarray(model(one, training=False)) for one in chunks])
 
 
+def predicted_classes(model: keras.Model, part: FeatureSet) -> np.ndarray:
+    return head_probabilities(model, part).argmax(axis=-1)
+
+
 def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
-    return head_probabilities(model, part).argmax(axis=-1) == part.labels
+    return predicted_classes(model, part) == part.labels
+
+
+ESTIMATED_ACCURACY = "val_accuracy_estimated"
+
+
+class EstimatedAccuracy(keras.callbacks.Callback):
+    """Logs the validation accuracy by right labels, known or estimated."""
+
+    def __init__(
+        self, predicted: Callable[[keras.Model], np.ndarray], credits: np.ndarray
+    ):
+        super().__init__()
+        self._predicted, self._credits = predicted, credits
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            credited = credited_to(self._credits, self._predicted(self.model))
+            logs[ESTIMATED_ACCURACY] = float(credited.mean())
+
+
+def credited_to(credits: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Returns what each prediction counts; their mean is the estimated accuracy."""
+    return credits[np.arange(len(credits)), predicted]
+
+
+def given_credits(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns the same by labels as they are."""
+    return np.equal.outer(labels, np.arange(num_classes)).astype(np.float32)
+
+
+def right_credits(
+    part: FeatureSet, quality: LabelQuality | None, num_classes: int
+) -> np.ndarray | None:
+    """Returns what each class counts for each sample by right labels, `(n, k)`."""
+    if not len(part):
+        return None
+    if part.clean_labels is not None:
+        return given_credits(part.clean_labels, num_classes)
+    if quality is None or not quality.can_judge:
+        return None
+    return quality.credits
 
 
 def accuracies(
@@ -365,6 +438,17 @@ def accuracies(
     return results
 
 
+def judge_of(
+    features: SplitFeatures, split: str, quality: LabelQuality | None
+) -> LabelQuality | None:
+    """Returns what judges predictions of a held-out split: right labels, if known."""
+    if quality is None:
+        return None
+    judge = quality.held_out[HELD_OUT.index(split)]
+    clean = getattr(features, split).clean_labels
+    return judge if clean is None else judge.with_right_labels(clean)
+
+
 def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]:
     wrong = train.labels != train.clean_labels
     shares = {"wrong_labels": float(wrong.mean())}
@@ -376,11 +460,18 @@ def rejected_shares(train: FeatureSet, accepted: np.ndarray) -> dict[str, float]
 
 
 def best_of_all_epochs(
-    monitor: str, mode: str, *, epochs: int
+    monitor: str, mode: str, *, epochs: int, first: int = 0
 ) -> keras.callbacks.Callback:
-    """Restores the best weights, at the end or after `epochs` epochs that are worse."""
+    """Restores the best weights, at the end or after `epochs` epochs that are worse.
+
+    Epochs before the `first` do not count.
+    """
     return keras.callbacks.EarlyStopping(
-        monitor=monitor, mode=mode, patience=epochs, restore_best_weights=True
+        monitor=monitor,
+        mode=mode,
+        patience=epochs,
+        restore_best_weights=True,
+        start_from_epoch=first,
     )
 
 
@@ -422,26 +513,14 @@ def train_against_plain(
         devices=devices,
         curves=True,
         called="Training the plain head for comparison",
+        label_quality=trained.label_quality,
     )
     name, part = judged
     predicted, plain_predicted = (
-        head_probabilities(model, part).argmax(axis=-1)
-        for model in (trained.model, plain.model)
+        predicted_classes(model, part) for model in (trained.model, plain.model)
     )
     right, plain_right = predicted == part.labels, plain_predicted == part.labels
-    clean, by_right_labels = part.clean_labels, None
-    quality = trained.label_quality
-    if quality is not None:
-        judge = quality.held_out[HELD_OUT.index(name)]
-        if clean is not None:
-            judge = judge.with_right_labels(clean)
-        estimates = {
-            "rejection": judge.accuracy(predicted),
-            "plain": judge.accuracy(plain_predicted),
-            "difference": judge.gain(predicted, plain_predicted),
-        }
-        found = {key: one for key, one in estimates.items() if one is not None}
-        by_right_labels = found or None
+    clean, judge = part.clean_labels, judge_of(features, name, trained.label_quality)
     return AgainstPlain(
         split=name,
         images=len(part),
@@ -451,5 +530,17 @@ def train_against_plain(
         wrong_labels=None if clean is None else int(np.sum(clean != part.labels)),
         history=plain.history,
         results=plain.results,
-        by_right_labels=by_right_labels,
+        by_right_labels=by_right_labels(judge, predicted, plain_predicted),
     )
+
+
+def by_right_labels(
+    judge: LabelQuality | None, predicted: np.ndarray, plain: np.ndarray
+) -> dict[str, Estimate] | None:
+    """Returns both accuracies and their difference, None where none can be judged."""
+    if judge is None or (difference := judge.gain(predicted, plain)) is None:
+        return None
+    both = {"rejection": judge.accuracy(predicted), "plain": judge.accuracy(plain)}
+    return {key: one for key, one in both.items() if one is not None} | {
+        "difference": difference
+    }

@@ -24,9 +24,9 @@ from keras_rsft.features._extract import (
     seconds_per_image,
 )
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._audit import audit_labels
+from keras_rsft.label_quality._audit import Estimate, LabelQuality, audit_labels
 from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
-from keras_rsft.training._head import right_answers, train_head
+from keras_rsft.training._head import predicted_classes, train_head
 
 DEFAULT_SAMPLE = 1000
 _PLAIN = "accept-all"
@@ -49,8 +49,14 @@ class Pilot:
         plain_accuracy: Fraction of given labels in [0, 1] that plain fine-tuning of
             half of the sample gets right in the other half, both ways round.
         policy_accuracy: The same with the policy; None where it was not tried, as it
-            would be the same, or where it accepted nothing.
-        gain: `policy_accuracy - plain_accuracy`, with the ends of its 95 % interval.
+            would reject nothing, or where it accepted nothing.
+        plain_accuracy_right: Accuracy of plain fine-tuning by right labels, known or
+            estimated, with the ends of its 95 % interval; None where no label can be
+            judged.
+        policy_accuracy_right: The same with the policy.
+        gain: How much more accurate the policy is, sample by sample, with the ends of
+            its 95 % interval: by right labels, or by the given ones where no label
+            can be judged.
         images_left: Images whose features are not cached yet, with all augmentations.
         pass_seconds: Expected time of the pass over them.
         training_seconds: Expected time of examining the labels and training the head,
@@ -66,6 +72,8 @@ class Pilot:
     policy: str
     plain_accuracy: float
     policy_accuracy: float | None
+    plain_accuracy_right: Estimate | None
+    policy_accuracy_right: Estimate | None
     gain: tuple[float, float, float] | None
     images_left: int
     pass_seconds: float
@@ -85,11 +93,11 @@ def run_pilot(
     """Tries a run on a stratified sample of the training images.
 
     Two heads of the run's settings are trained on one half of the sample and judged
-    by the given labels of the other, then the other way round: one plainly, one with
-    the policy (`auto` where the run's is `accept-all`). Rejection is called likely to
-    help, or to harm, where the 95 % interval of the paired difference leaves out 0.
-    Wrong labels among those that judge make the difference smaller than it is. A
-    policy `auto` that finds nothing to reject would train plainly, and is not tried.
+    on the other, then the other way round: one plainly, one with the policy (`auto`
+    where the run's is `accept-all`). They are judged by right labels, known or
+    estimated. Rejection is called likely to help, or to harm, where the 95 % interval
+    of the paired difference leaves out 0. A policy `auto` that finds nothing to reject
+    is not tried.
 
     Times are those of a few batches and of these heads, without unfrozen layers.
 
@@ -137,18 +145,21 @@ def run_pilot(
     )
     examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(sampled))
     policy = PolicyConfig() if settings.policy.name == _PLAIN else settings.policy
-    same = policy.name == "auto" and label_quality.reason is not None
+    rejects_nothing = policy.name == "auto" and label_quality.reason is not None
     # The halves have no validation split to end a training by.
     halves = dataclasses.replace(settings, early_stopping=None)
     rejecting = None
     with progress_bar(
-        "Training pilot heads", total=2 if same else 4, unit="heads", visible=progress
+        "Training pilot heads",
+        total=2 if rejects_nothing else 4,
+        unit="heads",
+        visible=progress,
     ) as advance:
         plainly = dataclasses.replace(halves, policy=PolicyConfig(_PLAIN))
         plain, start_seconds, step_seconds = _cross_tried(
             sampled, data.class_names, plainly, advance
         )
-        if not same:
+        if not rejects_nothing:
             halves = dataclasses.replace(halves, policy=policy)
             with contextlib.suppress(TrainingStalled):
                 rejecting, *_ = _cross_tried(sampled, data.class_names, halves, advance)
@@ -157,7 +168,11 @@ def run_pilot(
     training = heads * (start_seconds + steps * step_seconds)
     names, counts = data.class_names, np.bincount(labels, minlength=data.num_classes)
     most, least = int(counts.argmax()), int(counts.argmin())
-    gain = None if rejecting is None else paired_gain(plain, rejecting)
+    judge = label_quality  # Of each label by the other samples alone.
+    if sampled.clean_labels is not None:
+        judge = judge.with_right_labels(sampled.clean_labels)
+    given = None if rejecting is None else rejecting == sampled.labels
+    gain = None if rejecting is None else _gain(judge, sampled, plain, rejecting)
     return Pilot(
         num_images=len(sampled),
         largest_class=(names[most], int(counts[most])),
@@ -169,8 +184,10 @@ def run_pilot(
         ),
         reason=label_quality.reason,
         policy=str(policy.name),
-        plain_accuracy=float(plain.mean()),
-        policy_accuracy=None if rejecting is None else float(rejecting.mean()),
+        plain_accuracy=float(np.mean(plain == sampled.labels)),
+        policy_accuracy=None if given is None else float(given.mean()),
+        plain_accuracy_right=judge.accuracy(plain),
+        policy_accuracy_right=None if rejecting is None else judge.accuracy(rejecting),
         gain=gain,
         images_left=left,
         pass_seconds=left * seconds_per_image(frozen, images) if left else 0.0,
@@ -200,6 +217,16 @@ def verdict(
     return f"The pilot cannot tell whether rejection helps: {numbers}."
 
 
+def _gain(
+    judge: LabelQuality, sample: FeatureSet, plain: np.ndarray, rejecting: np.ndarray
+) -> tuple[float, float, float]:
+    """Returns how much more accurate the second is, by right labels if possible."""
+    right = sample.with_right_labels().labels
+    if sample.clean_labels is None and (found := judge.gain(rejecting, plain)):
+        return found
+    return paired_gain(plain == right, rejecting == right)
+
+
 def paired_gain(plain: np.ndarray, rejecting: np.ndarray) -> tuple[float, float, float]:
     """Returns how much more often the second is right, with its 95 % interval."""
     won = int(np.count_nonzero(rejecting & ~plain))
@@ -221,8 +248,8 @@ def _cross_tried(
     settings: TrainConfig,
     advance: Callable[[int], None],
 ) -> tuple[np.ndarray, float, float]:
-    """Returns which held-out samples are predicted right, and two durations."""
-    right = np.zeros(len(sample), bool)
+    """Returns the classes predicted of held-out samples, and two durations."""
+    predicted = np.zeros(len(sample), np.int64)
     half = stratified_sample(sample.labels, len(sample) // 2, seed=settings.seed)
     chosen = np.zeros(len(sample), bool)
     chosen[half] = True
@@ -239,12 +266,12 @@ def _cross_tried(
             callbacks=[clock],
             progress=False,
         )
-        right[~rows] = right_answers(trained.model, held_out)
+        predicted[~rows] = predicted_classes(trained.model, held_out)
         steps = math.ceil(len(train) / settings.batch_size)
         clocks.append(clock.seconds(steps))
         advance(1)
     start, step = np.mean(clocks, axis=0)
-    return right, float(start), float(step)
+    return predicted, float(start), float(step)
 
 
 class _EpochClock(keras.callbacks.Callback):

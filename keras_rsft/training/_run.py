@@ -12,22 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_rsft import _storage
 from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS, Ledger
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._storage import NumberedFolder
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import FeatureConfig, TrainConfig
+from keras_rsft.config import SPLITS, FeatureConfig, TrainConfig
 from keras_rsft.data._labels import COLUMNS as CORRECTION_COLUMNS
 from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features._neighbours import near_duplicates
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.features._thumbnails import write_excerpts, write_thumbnails
+from keras_rsft.features._thumbnails import (
+    write_excerpts,
+    write_previews,
+    write_thumbnails,
+)
 from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.training import _before
 from keras_rsft.training._curves import Overfitting
 from keras_rsft.training._devices import Devices, open_devices
 from keras_rsft.training._features import SplitFeatures, open_features, resolve
@@ -38,6 +44,7 @@ from keras_rsft.training._head import (
     TrainedHead,
     audit_splits,
     label_results,
+    left_out_of,
     train_against_plain,
     train_head,
 )
@@ -47,6 +54,10 @@ from keras_rsft.training._unfreeze import (
     require_layers_to_train,
     unfreeze,
 )
+
+SAMPLE_COLUMNS = (
+    "id", "split", "given_label", "clean_label", "decision", "label_before", "copy_of"
+)  # fmt: skip
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
@@ -77,6 +88,11 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
             ),
         ),
     }
+    if run.predictions is not None:
+        tables[_storage.PREDICTIONS_FILE] = (
+            _before.COLUMNS,
+            _prediction_rows(run.predictions, work.data),
+        )
     quality = run.trained.label_quality
     ledgers = {"train": recorder.ledger} | held_out_ledgers(run.features, quality)
     fill_folder(
@@ -112,11 +128,10 @@ def fill_folder(
     _storage.write_json(folder / _storage.CONFIG_FILE, described)
     _storage.write_json(folder / _storage.RESULTS_FILE, results)
     _storage.write_json(folder / _storage.CLASSES_FILE, list(data.class_names))
-    train, suspicion = features.train, ledgers["train"].suspicion
     tables |= {
         _storage.SAMPLES_FILE: (
-            ["id", "split", "given_label", "clean_label", "decision", "label_before"],
-            _sample_rows(data),
+            SAMPLE_COLUMNS,
+            _sample_rows(data, features),
         ),
         _storage.LEDGER_FILE: (
             COLUMNS,
@@ -127,11 +142,8 @@ def fill_folder(
             ),
         ),
         _storage.NEAR_DUPLICATES_FILE: (
-            ["id", "other_id", "similarity"],
-            (
-                [train.ids[one.first], train.ids[one.second], f"{one.similarity:.4f}"]
-                for one in near_duplicates(train, suspicion, progress=progress)
-            ),
+            ["id", "split", "other_id", "other_split", "similarity"],
+            _near_duplicate_rows(features, ledgers, progress=progress),
         ),
     }
     if data.corrections is not None:
@@ -140,16 +152,51 @@ def fill_folder(
         tables["unreadable.csv"] = (["id", "reason"], features.unreadable)
     for name, (header, rows) in tables.items():
         _storage.write_csv(folder / name, header, rows)
+    _storage.write_json(folder / _storage.CACHED_FEATURES_FILE, cached_in(features))
     by_id = {
         str(sample_id): value
         for ledger in ledgers.values()
         for sample_id, value in zip(ledger.ids, ledger.suspicion.tolist(), strict=True)
     }
-    splits: Any = [getattr(data, name) for name in ledgers]
+    splits: Any = [getattr(data, name) for name in SPLITS if name in ledgers]
     if data.kind == "texts":
         write_excerpts(splits, by_id, folder)
     else:
         write_thumbnails(splits, by_id, folder, cache_dir=cache_dir, progress=progress)
+        write_previews(splits, by_id, folder, progress=progress)
+
+
+def _prediction_rows(
+    predictions: _before.Predictions, data: SampleData
+) -> Iterable[list[str]]:
+    names = data.class_names
+    for split, (ids, predicted) in predictions.items():
+        part = getattr(data, split)
+        given = dict(zip(part.ids.tolist(), part.labels, strict=True))
+        for sample_id, label in zip(ids.tolist(), predicted, strict=True):
+            yield [sample_id, split, names[given[sample_id]], names[label]]
+
+
+def cached_in(features: SplitFeatures) -> dict[str, dict[str, Any]]:
+    """Returns where each split's features are, and what was decided about them."""
+    parts = {name: getattr(features, name) for name in SPLITS}
+    parts |= {left_out_of(name): part for name, part in features.left_out.items()}
+    places = {}
+    for name, part in parts.items():
+        if not len(part):
+            continue
+        rows, dropped = part.file_rows(np.arange(len(part))), {}
+        if name == "train" and (whole := part.before_review) is not None:
+            gone = np.setdiff1d(np.arange(len(whole)), rows)
+            dropped = {str(whole.ids[row]): int(row) for row in gone}
+        clean = part.reviewed is not None and bool(part.reviewed.all())
+        places[name] = {
+            "folder": str(part.path.parent),
+            "rows": None if part.rows is None else rows.tolist(),
+            "dropped": dropped,
+            "clean": clean,
+        }
+    return places
 
 
 def held_out_ledgers(
@@ -162,6 +209,9 @@ def held_out_ledgers(
     for name, found in zip(HELD_OUT, quality.held_out, strict=True):
         if len(part := getattr(features, name)):
             ledgers[name] = audited_ledger(part, found, quality.can_judge)
+    for name, part in features.left_out.items():
+        found = quality.left_out[name]
+        ledgers[left_out_of(name)] = audited_ledger(part, found, quality.can_judge)
     return ledgers
 
 
@@ -178,21 +228,54 @@ def results_of(run: Run) -> dict[str, Any]:
         results["overfitting"] = vars(found) | {"sentence": found.sentence}
     if run.against_plain is not None:
         results["against_plain"] = dataclasses.asdict(run.against_plain)
+    results |= copies_results(run.features)
+    if (compared := run.against_before) is not None:
+        results["against_before"] = dataclasses.asdict(compared) | {
+            "sentence": compared.sentence
+        }
     if (quality := run.trained.label_quality) is not None:
         results["label_quality"] = label_results(quality, run.class_names)
     return results
 
 
-def _sample_rows(data: SampleData) -> Iterable[list[str]]:
+def copies_results(features: SplitFeatures) -> dict[str, Any]:
+    if (copies := features.copies) is None:
+        return {}
+    return {"copies": vars(copies) | {"sentence": copies.sentence}}
+
+
+def _near_duplicate_rows(
+    features: SplitFeatures, ledgers: dict[str, Ledger], *, progress: bool
+) -> Iterable[list[str]]:
+    named = {name: getattr(features, name) for name in SPLITS}
+    named |= {left_out_of(name): part for name, part in features.left_out.items()}
+    parts = [named[name] for name in ledgers]
+    splits = np.repeat(list(ledgers), list(map(len, parts)))
+    ids = np.concatenate([part.ids for part in parts])
+    suspicion = np.concatenate([one.suspicion for one in ledgers.values()])
+    for one in near_duplicates(parts, suspicion, progress=progress):
+        pair = [str(of[at]) for at in (one.first, one.second) for of in (ids, splits)]
+        yield [*pair, f"{one.similarity:.4f}"]
+
+
+def _sample_rows(data: SampleData, features: SplitFeatures) -> Iterable[list[str]]:
     rows = () if data.corrections is None else data.corrections.rows
     decided = {row.id: [row.decision, row.given_label] for row in rows}
+    copies = features.copy_of
+    left_out = {
+        str(sample_id): left_out_of(name)
+        for name, part in features.left_out.items()
+        for sample_id in part.ids
+    }
     for split in (data.train, data.validation, data.test):
         known = split.clean_labels is not None
         clean = split.labels if split.clean_labels is None else split.clean_labels
         for sample_id, given, right in zip(split.ids, split.labels, clean, strict=True):
             names = [data.class_names[given], data.class_names[right] if known else ""]
             decision = decided.get(str(sample_id), ["", ""])
-            yield [str(sample_id), split.name, *names, *decision]
+            name = left_out.get(str(sample_id), split.name)
+            copy_of = copies.get(str(sample_id), "")
+            yield [str(sample_id), name, *names, *decision, copy_of]
 
 
 # Run ----------------------------------------------------------------------------------
@@ -208,8 +291,10 @@ class Run:
         head: The trained `RSFTModel` over features, with its policy's state.
         class_names: Names of the classes, in the order of the probabilities.
         history: Each logged value, one number an epoch.
-        results: Final numbers: accuracies in [0, 1], acceptance rate, seconds,
-            and, where the right labels are known, the fractions of wrong and right
+        results: Final numbers: accuracies in [0, 1] by the given labels, each with one
+            by right labels beside it (`..._clean`, or `..._estimated` with the ends
+            `..._low` and `..._high` of its interval), acceptance rate, seconds, and,
+            where the right labels are known, the fractions of wrong and right
             labels that the finished model's policy rejects. With unfrozen layers also
             `unfrozen_validation_accuracy`, `unfrozen_test_accuracy`, and
             `unfrozen_kept`: 1.0 where `model` has the unfrozen layers. With
@@ -222,6 +307,10 @@ class Run:
         folder: Where the run was written, or None.
         against_plain: Rejection against a plain head, image by image; None where
             none was trained.
+        against_before: This run against the one before its corrections, on the
+            corrected labels; None where there was none.
+        predictions: Ids and predicted labels of the validation and the test split;
+            None where no folder was written.
     """
 
     model: keras.Model
@@ -234,13 +323,17 @@ class Run:
     trained: TrainedHead
     folder: Path | None = None
     against_plain: AgainstPlain | None = None
+    against_before: _before.AgainstBefore | None = None
+    predictions: _before.Predictions | None = None
 
     @property
     def finding(self) -> str | None:
         """What the policy `auto` found and chose, in one line; None for others."""
         label_quality = self.trained.label_quality
-        is_auto = (self.config.get("policy") or {}).get("name") == "auto"
-        return label_quality.describe() if label_quality and is_auto else None
+        policy = self.config.get("policy") or {}
+        if label_quality is None or policy.get("name") != "auto":
+            return None
+        return label_quality.describe(policy.get("threshold"))
 
     @property
     def overfitting(self) -> Overfitting | None:
@@ -257,6 +350,7 @@ def finetune(
     data: SampleData | str | os.PathLike,
     *,
     corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    before: str | os.PathLike | None = None,
     features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
     strategy: str | Devices = "none",
@@ -274,11 +368,14 @@ def finetune(
     with the head: under the same policy, or on the accepted samples alone (Ahn et al.,
     2024, TURN). The activations before that part are cached like features where the
     disk has room. The result is kept where it gets no fewer validation images right
-    than the head alone.
+    than the head alone, by right labels, known or estimated.
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
         corrections: Files for `apply_corrections`. Default: none.
+        before: The folder of the run before these corrections, to compare with on the
+            corrected labels. Default: the latest one beside `output` that differs by
+            its corrections alone.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
             Default: `FeatureConfig()`.
         settings: How to train. Default: `TrainConfig()`.
@@ -328,6 +425,11 @@ def finetune(
     with_plain = with_plain and output is not None
     if corrections:
         data = apply_corrections(data, corrections)
+    if before is not None and data.corrections is None:
+        raise InvalidArgument(
+            "`before` names the run before a review. Give its `corrections` too."
+        )
+    named = None if before is None else _before.read_before(Path(before), data)
     work = _Work(
         data,
         features,
@@ -338,6 +440,7 @@ def finetune(
         progress,
         command,
         on_note,
+        named,
     )
     identity = identity_of_run(
         data,
@@ -374,6 +477,7 @@ class _Work:
     progress: bool
     command: str | None
     on_note: Callable[[str], None]
+    before: _before.RunBefore | None = None
 
     def run_at(self, place: _storage.RunPlace) -> Run:
         path = place.unfinished / _storage.HEAD_STATE
@@ -381,7 +485,7 @@ class _Work:
         of_backbone = TrainingCheckpoint(place.unfinished / _storage.BACKBONE_STATE)
         try:
             run = self.run(checkpoint, of_backbone, place)
-            run = dataclasses.replace(run, folder=place.folder)
+            run = self._compared(dataclasses.replace(run, folder=place.folder))
             place.write(lambda folder: fill_run_folder(folder, run, self))
         except (KeyboardInterrupt, OSError, WorkerLost) as error:
             for state in (checkpoint, of_backbone):
@@ -465,6 +569,31 @@ class _Work:
             trained=trained,
             against_plain=against_plain,
         )
+
+    def _compared(self, run: Run) -> Run:
+        """Adds what the model predicts, and what a review has gained."""
+        if any(run.results.get(f"{name}_kept") for name in ("unfrozen", "stage2")):
+            predictions = _before.predictions_of_model(run.model, self.data)
+        else:
+            predictions = _before.predictions_of_head(run.head.model, run.features)
+        run, quality = (
+            dataclasses.replace(run, predictions=predictions),
+            run.trained.label_quality,
+        )
+        if self.data.corrections is None or run.folder is None or quality is None:
+            return run
+        before = self.before
+        if before is None:
+            before = _before.find_before(run.folder.parent, self.data, run.config)
+        if before is None:
+            self.on_note(
+                f"No run of the same data and settings without these corrections is in "
+                f"{run.folder.parent}, so there is nothing to compare with; "
+                "`--set before=RUN` names one."
+            )
+            return run
+        against = before.against(predictions, run.features, quality)
+        return dataclasses.replace(run, against_before=against)
 
     def _check(self, backbone: keras.Model) -> None:
         # Raises, before features are extracted, where the layers are not in it.
@@ -560,7 +689,8 @@ def audit(
         found = Audit(
             label_quality=quality,
             class_names=data.class_names,
-            results={"label_quality": label_results(quality, data.class_names)},
+            results={"label_quality": label_results(quality, data.class_names)}
+            | copies_results(source.features),
             config={"command": command, **source.origin, "seed": seed},
             features=source.features,
             folder=None if place is None else place.folder,

@@ -80,7 +80,7 @@ def unfreeze(
             "`--unfreeze`."
         )
     results = trained.results
-    kept = better_model(head_only, tuned, source, results, name=name)
+    kept = better_model(head_only, tuned, source, trained, name=name)
     if how.accepted_only:
         return kept, trained
     if results["unfrozen_kept"]:
@@ -157,18 +157,29 @@ def better_model(
     head_only: keras.Model,
     tuned: keras.Model,
     source: FeatureSource,
-    results: dict[str, float],
+    trained: _head.TrainedHead,
     *,
     name: str,
 ) -> keras.Model:
-    kept, data = name == "unfrozen", source.images
-    if len(source.features.test):
-        results[f"{name}_test_accuracy"] = accuracy_on_images(tuned, data.test)
-    if len(source.features.validation):
-        accuracy = accuracy_on_images(tuned, data.validation)
-        results[f"{name}_validation_accuracy"] = accuracy
-        # Anew, as the features may have been computed in another dtype.
-        kept = accuracy >= accuracy_on_images(head_only, data.validation)
+    """Returns the model that gets more of the validation split right, by right labels.
+
+    Writes the accuracies of `tuned` into the head's results.
+    """
+    kept, features, results = name == "unfrozen", source.features, trained.results
+    for split in _head.HELD_OUT:
+        part, images = getattr(features, split), getattr(source.images, split)
+        if not len(part):
+            continue
+        judge = _head.judge_of(features, split, trained.label_quality)
+        predicted = predicted_on_images(tuned, images)[1]
+        results |= _head.accuracies(f"{name}_{split}_accuracy", predicted, part, judge)
+        if split == "validation":
+            # Anew, as the features may have been computed in another dtype.
+            of_head = predicted_on_images(head_only, images)[1]
+            gain = None if judge is None else judge.gain(predicted, of_head)
+            right = part.with_right_labels().labels
+            more = np.mean(predicted == right) - np.mean(of_head == right)
+            kept = bool((more if gain is None else gain.value) >= 0)
     results[f"{name}_kept"] = float(kept)
     if not kept:
         return head_only
@@ -176,13 +187,22 @@ def better_model(
         if f"{name}_{split}" in results:
             for key in [key for key in results if key.startswith(split)]:
                 results[f"head_{key}"] = results.pop(key)
-            results[split] = results[f"{name}_{split}"]
+            for key in [key for key in results if key.startswith(f"{name}_{split}")]:
+                results[key.removeprefix(f"{name}_")] = results[key]
     return tuned
 
 
 def accuracy_on_images(
     model: keras.Model, split: ImageSplit, *, batch_size: int = 32
 ) -> float:
+    index, predicted = predicted_on_images(model, split, batch_size=batch_size)
+    return float(np.mean(predicted == split.labels[index]))
+
+
+def predicted_on_images(
+    model: keras.Model, split: ImageSplit, *, batch_size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of the readable images, and the classes predicted."""
     size = model.input_shape[1:3]
     images = tf.TensorSpec((None, *size, 3), tf.float32)
 
@@ -190,11 +210,10 @@ def accuracy_on_images(
     def classify(images: tf.Tensor) -> tf.Tensor:
         return tf.argmax(model(images, training=False), axis=-1)
 
-    right = [
-        classify(images).numpy() == split.labels[index.numpy()]
-        for index, images in split.images(size).batch(batch_size)
-    ]
-    return float(np.mean(np.concatenate(right)))
+    batches = split.images(size).batch(batch_size)
+    parts = [(index.numpy(), classify(images).numpy()) for index, images in batches]
+    index, predicted = map(np.concatenate, zip(*parts, strict=True))
+    return index, predicted
 
 
 # --- Activations before the unfrozen layers -----------------------------------------
@@ -299,8 +318,12 @@ def train_unfrozen(
     *,
     cached: bool,
     checkpoint: TrainingCheckpoint | None = None,
+    credits: np.ndarray | None = None,
 ) -> tuple[keras.Model, _head.TrainedHead]:
-    """Trains the part's layers and a copy of the head, under the head's policy."""
+    """Trains the part's layers and a copy of the head, under the head's policy.
+
+    By `credits` `(validation samples, classes)` it logs `val_accuracy_estimated`.
+    """
     data, recorder, validation = source.images, trained.recorder, None
     batch_size = settings.unfreezing.batch_size or settings.batch_size
     names: list[str] = []
@@ -366,12 +389,20 @@ def train_unfrozen(
             jit_compile=False,
         )
     begin = len(trained.history["loss"])
+    logging: list[keras.callbacks.Callback] = [train.callback, recorder]
+    if credits is not None and validation is not None:
+        logging.append(
+            _head.EstimatedAccuracy(
+                lambda model: model.predict(validation, verbose=0).argmax(axis=-1),
+                credits,
+            )
+        )
     try:
         history = _head.fit_resumable(
             model,
             train.dataset,
             validation,
-            [train.callback, recorder],
+            logging,
             trained.callbacks,
             recorder,
             begin=begin,

@@ -28,14 +28,19 @@ from keras_rsft.config import (
     Unfreeze,
 )
 from keras_rsft.training import _unfreeze
-from keras_rsft.training._curves import accuracy_error
 from keras_rsft.training._features import FeatureSource
-from keras_rsft.training._head import best_of_all_epochs
+from keras_rsft.training._head import ESTIMATED_ACCURACY, best_of_all_epochs
 from keras_rsft.training._resume import TrainingCheckpoint, TrainingClock
 from keras_rsft.training._unfreeze import cut_backbone, train_unfrozen
 from keras_rsft.tuning import _tuner
 from keras_rsft.tuning._batched import METRICS
-from keras_rsft.tuning._choice import ACCURACY, PLAIN, UNFREEZE, TrialOutcome
+from keras_rsft.tuning._choice import (
+    GIVEN_ACCURACY,
+    PLAIN,
+    UNFREEZE,
+    Choice,
+    TrialOutcome,
+)
 
 RATE = "backbone_learning_rate"
 WEIGHTS = "trainable_weights"
@@ -153,9 +158,9 @@ class BackboneTuner(_tuner.DurableTuner):
     def model_file(self, trial_id: str) -> Path:
         return Path(self.get_trial_dir(trial_id)) / MODEL_FILE
 
-    def test_accuracy(self, outcome: TrialOutcome) -> float:
+    def test_predicted(self, outcome: TrialOutcome) -> np.ndarray:
         model = self.load_model(self.oracle.trials[outcome.trial_id])
-        return _unfreeze.accuracy_on_images(model, self._source.images.test)
+        return _unfreeze.predicted_on_images(model, self._source.images.test)[1]
 
     def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
         name = trial.hyperparameters.values[UNFREEZE]
@@ -241,11 +246,14 @@ class BackboneTuner(_tuner.DurableTuner):
                 settings,
                 cached=cached,
                 checkpoint=checkpoint,
+                credits=self._tuner.hypermodel.credits,
             )
         history = trained.history
         if not np.isfinite(history["val_loss"][head.epochs :]).all():
             raise FailedTrialError(_tuner.DIVERGED)
         replaced(self.model_file(trial.trial_id), whole.save)
+        split = self._source.images.validation
+        self._note_predicted(trial, _unfreeze.predicted_on_images(whole, split)[1])
         shown = {name: history[name] for name in METRICS}
         self._complete(
             trial, shown, best.best_epoch, clock.seconds, **{WEIGHTS: weights}
@@ -258,28 +266,27 @@ def weights_of(model: keras.Model) -> int:
 
 def strategy_rows(
     outcomes: Sequence[TrialOutcome],
-    chosen: TrialOutcome,
+    choice: Choice,
     *,
-    validation_size: int,
     head_weights: int,
 ) -> list[dict[str, Any]]:
     """Returns one row for each trial that stands for a strategy, and the choice."""
-    rows = []
+    rows, chosen = [], choice.chosen
     unique = {one.trial_id: one for one in (*outcomes, chosen)}.values()
     for one in sorted(
         unique, key=lambda one: (one.cost, one.settings.policy.name != PLAIN)
     ):
-        accuracy, policy = one.metrics.get(ACCURACY), one.settings.policy.name
+        policy = one.settings.policy.name
         weights = one.metrics.get(WEIGHTS) if one.cost else head_weights
-        error = None if accuracy is None else accuracy_error(accuracy, validation_size)
         rows.append(
             {
                 "unfreeze": one.unfreeze,
                 "rejects": policy != PLAIN,
                 "trial": one.trial_id,
                 "policy": policy,
-                "validation_accuracy": accuracy,
-                "standard_error": error,
+                "validation_accuracy": one.metrics.get(GIVEN_ACCURACY),
+                "validation_accuracy_estimated": one.metrics.get(ESTIMATED_ACCURACY),
+                "standard_error": choice.errors.get(one.trial_id),
                 "acceptance_rate": one.metrics.get("acceptance_rate"),
                 "seconds": one.metrics.get(_tuner.SECONDS),
                 "trainable_weights": None if weights is None else int(weights),

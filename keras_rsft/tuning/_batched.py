@@ -17,6 +17,7 @@ from keras_rsft.features._batches import TrainingBatches
 from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.policies import _rules as rules
 from keras_rsft.training._features import SplitFeatures
+from keras_rsft.training._head import ESTIMATED_ACCURACY, credited_to, given_credits
 from keras_rsft.tuning import _space
 
 # Step ---------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ class Batch(NamedTuple):
 
     features: tf.Tensor
     labels: tf.Tensor
-    listed: tf.Tensor
+    highest: tf.Tensor  # Threshold of `auto` that still accepts each.
     reviewed: tf.Tensor
     present: tf.Tensor
     step: tf.Tensor
@@ -108,10 +109,12 @@ def accepted_by_trials(losses: tf.Tensor, batch: Batch, trials: Trials) -> tf.Te
         if acceptance == _space.ACCEPT_ALL:
             continue
         own = tf.gather(losses, positions)
-        threshold, keep_fraction, warmup_steps = (
+        threshold, right_probability, keep_fraction, warmup_steps = (
             tf.gather(trials.numbers[name], positions)[:, None]
-            for name in ("threshold", "keep_fraction", "warmup_steps")
-        )
+            for name in (
+                "threshold", "right_probability", "keep_fraction", "warmup_steps"
+            )
+        )  # fmt: skip
         in_warmup = tf.ones_like(own, dtype=tf.bool)
         if acceptance == _space.KEEP_SMALLEST:
             warmup_steps, ramp_steps = 0, warmup_steps
@@ -120,8 +123,8 @@ def accepted_by_trials(losses: tf.Tensor, batch: Batch, trials: Trials) -> tf.Te
         elif acceptance == _space.BELOW:
             chosen = rules.accept_below(own, threshold)
         elif acceptance == _space.LISTED:
-            in_warmup = tf.logical_and(in_warmup, batch.listed)
-            chosen = rules.accept_listed(batch.listed, own, batch.labels, threshold)
+            in_warmup = batch.highest >= right_probability
+            chosen = rules.accept_listed(in_warmup, own, batch.labels, threshold)
         else:
             finite = tf.logical_or(tf.math.is_finite(own), ~batch.present)
             in_warmup = tf.reduce_all(finite, axis=1, keepdims=True)
@@ -179,7 +182,10 @@ _BLOCK_BYTES = 2**27
 _VALIDATION_ROWS = 4096
 _SUMS = 5  # Of `step_heads`, for each trial.
 OnEpoch = Callable[[int, float], None]
-METRICS = ("loss", "acceptance_rate", "accepted_loss", "val_accuracy", "val_loss")
+METRICS = (
+    "loss", "acceptance_rate", "accepted_loss", "val_accuracy", ESTIMATED_ACCURACY,
+    "val_loss",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,6 +195,7 @@ class TrainedHeads:
     history: dict[str, np.ndarray]  # (k, epochs); NaN after a head was dropped.
     kernels: np.ndarray  # (k, dim, classes)
     biases: np.ndarray  # (k, classes)
+    predicted: np.ndarray  # (k, validation samples), the classes.
     best_epochs: np.ndarray  # (k,), counted from 0.
     diverged: np.ndarray  # (k,): whether the loss became NaN or infinite.
 
@@ -213,19 +220,26 @@ class BatchedHeads:
         settings: Sequence[TrainConfig],
         label_quality: LabelQuality | None = None,
         *,
+        credits: np.ndarray | None = None,
         objective: str = "val_accuracy",
         direction: str = "max",
         halvings: int = 0,
         on_epoch: OnEpoch = lambda heads, value: None,
     ) -> TrainedHeads:
-        """Trains one head for each of the settings, all of one rule and length."""
+        """Trains one head for each of the settings, all of one rule and length.
+
+        `credits` `(validation samples, classes)` are those of `val_accuracy_estimated`,
+        by default the given labels.
+        """
         train, epochs, count = self._features.train, settings[0].epochs, len(settings)
-        classes = len(self._features.class_names)
-        every_sample, none = np.ones(len(train), bool), np.zeros(len(train), bool)
-        masks = (
-            every_sample if label_quality is None else label_quality.accept_mask(),
-            none if train.reviewed is None else train.reviewed,
-        )
+        classes, validation = len(self._features.class_names), self._features.validation
+        if credits is None:
+            credits = given_credits(validation.labels, classes)
+        highest = np.ones(len(train), np.float32)
+        if label_quality is not None:
+            highest = label_quality.highest_thresholds()
+        none = np.zeros(len(train), bool)
+        columns = highest, none if train.reviewed is None else train.reviewed
         numbers = _space.stack_trials(
             settings,
             num_classes=classes,
@@ -236,27 +250,38 @@ class BatchedHeads:
             {name: np.full((count, epochs), np.nan, np.float32) for name in METRICS},
             np.zeros((count, train.dim, classes), np.float32),
             np.zeros((count, classes), np.float32),
+            np.zeros((count, len(validation)), np.int32),
             np.zeros(count, int),
             np.zeros(count, bool),
         )
         best_values = np.full(count, -np.inf)
+        first_epochs = np.array([_space.first_epoch(one) for one in settings])
         alive = np.arange(count)
         cuts = {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)}
-        state = self._first_state(count, _space.update_rule(settings[0]))
+        state = self._first_state(
+            numbers["acceptance"] == _space.LISTED,
+            _space.update_rule(settings[0]),
+            label_quality,
+        )
         batches = TrainingBatches(
             train, batch_size=self._block_rows, seed=self._seed, sample_index=True
         )
         sign = 1.0 if direction == "max" else -1.0
         for epoch in range(epochs):
-            state, logs = self._epoch(batches, masks, epoch, state, numbers)
-            logs |= self._validate(state)
+            state, logs = self._epoch(batches, columns, epoch, state, numbers)
+            scores, predicted = self._validate(state)
+            estimated = credited_to(credits, predicted).mean(axis=-1)
+            logs |= {**scores, ESTIMATED_ACCURACY: estimated}
             for name, measured in logs.items():
                 trained.history[name][alive, epoch] = measured
             trained.diverged[alive] |= ~np.isfinite(logs["val_loss"])
-            values = sign * logs[objective]
+            values = np.where(
+                epoch < first_epochs[alive], -np.inf, sign * logs[objective]
+            )
             rows = np.flatnonzero(values > best_values[alive])  # The first of equals.
             better = alive[rows]
             best_values[better] = values[rows]
+            trained.predicted[better] = predicted[rows]
             trained.best_epochs[better] = epoch
             if len(rows):
                 gather = functools.partial(tf.gather, indices=rows, axis=-1)
@@ -273,24 +298,32 @@ class BatchedHeads:
                 state = tf.nest.map_structure(gather, state)
         return trained
 
-    def _first_state(self, count: int, rule: str) -> HeadState:
-        """Returns the weights that `build_head` begins with, the same for all."""
+    def _first_state(
+        self, listed: np.ndarray, rule: str, label_quality: LabelQuality | None
+    ) -> HeadState:
+        """Returns the weights that `untrained_head` begins with; `listed` is `(k,)`."""
         shape = self._features.train.dim, len(self._features.class_names)
         first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
-        kernel = tf.tile(tf.convert_to_tensor(first)[:, :, None], (1, 1, count))
-        bias, slots = tf.zeros((shape[1], count)), 1 if rule == "sgd" else 2
+        usual = (first, tf.zeros(shape[1:]))
+        mean, scale = (moment.numpy() for moment in self._moments)
+        found = label_quality and label_quality.first_weights(mean, scale)
+        kernel, bias = (
+            tf.where(listed, auto[..., None], other[..., None])
+            for auto, other in zip(found or usual, usual, strict=True)
+        )
+        slots = 1 if rule == "sgd" else 2
         return HeadState(
             kernel,
             bias,
             kernel_slots=(tf.zeros_like(kernel),) * slots,
             bias_slots=(tf.zeros_like(bias),) * slots,
-            iterations=tf.zeros((count,)),
+            iterations=tf.zeros(listed.shape),
         )
 
     def _epoch(
         self,
         batches: TrainingBatches,
-        masks: tuple[np.ndarray, np.ndarray],
+        columns: tuple[np.ndarray, np.ndarray],
         epoch: int,
         state: HeadState,
         numbers: dict[str, np.ndarray],
@@ -304,7 +337,7 @@ class BatchedHeads:
         step = epoch * self._steps_per_epoch
         for features, labels, _, index in batches.dataset:
             rows = len(labels)
-            own = (tf.constant(mask[index.numpy()]) for mask in masks)
+            own = (tf.constant(one[index.numpy()]) for one in columns)
             state, sums = run_block(
                 _filled_up((features, labels, *own), self._block_rows),
                 tf.constant(rows),
@@ -323,19 +356,23 @@ class BatchedHeads:
             "accepted_loss": accepted_loss / np.maximum(accepted, 1),
         }
 
-    def _validate(self, state: HeadState) -> dict[str, np.ndarray]:
+    def _validate(self, state: HeadState) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns accuracies and losses, and the predicted classes `(k, n)`."""
         validation = self._features.validation
         count = len(validation)
         rows = min(_VALIDATION_ROWS, count)
-        totals, start = np.zeros((2, 1), np.float32), 0
+        totals, start, predicted = np.zeros((2, 1), np.float32), 0, []
         for chunk in validation.chunks(rows):
             labels = validation.labels[start : start + len(chunk)]
             start += len(chunk)
             block = _filled_up((tf.constant(chunk), tf.constant(labels)), rows)
             size = tf.constant(len(chunk))
             weights = state.kernel, state.bias
-            totals = totals + score_block(*block, size, self._moments, *weights).numpy()
-        return {"val_accuracy": totals[0] / count, "val_loss": totals[1] / count}
+            sums, classes = score_block(*block, size, self._moments, *weights)
+            totals = totals + sums.numpy()
+            predicted.append(classes.numpy()[: len(chunk)])
+        scores = {"val_accuracy": totals[0] / count, "val_loss": totals[1] / count}
+        return scores, np.concatenate(predicted).T
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -352,17 +389,17 @@ def run_block(
 ) -> tuple[HeadState, tf.Tensor]:
     """Takes all steps of a block of shuffled rows, as one compiled program."""
     steps = (rows + batch_size - 1) // batch_size
-    features, *columns = block  # Labels, listed and reviewed have one axis.
+    features, *columns = block  # Labels, highest and reviewed have one axis.
 
     def body(step: tf.Tensor, state: HeadState, sums: tf.Tensor) -> tuple:
         start = step * batch_size
         values = tf.slice(features, [start, 0], [batch_size, features.shape[1]])
-        labels, listed, reviewed = (
+        labels, highest, reviewed = (
             tf.slice(one, [start], [batch_size]) for one in columns
         )
         present = start + tf.range(batch_size) < rows
         values = (values - moments[0]) / moments[1]
-        batch = Batch(values, labels, listed, reviewed, present, first_step + step)
+        batch = Batch(values, labels, highest, reviewed, present, first_step + step)
         state, added = step_heads(batch, state, trials)
         return step + 1, state, sums + added
 
@@ -380,15 +417,16 @@ def score_block(
     moments: tuple[tf.Tensor, tf.Tensor],
     kernel: tf.Tensor,
     bias: tf.Tensor,
-) -> tf.Tensor:
-    """Returns how many labels each head gets right, and its summed loss, `(2, k)`."""
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the right labels and summed loss `(2, k)`, and classes `(rows, k)`."""
     logits = head_logits((features - moments[0]) / moments[1], kernel, bias)
     losses = -tf.gather(log_likelihoods(logits), labels, axis=1, batch_dims=1)
     predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
     right = tf.equal(predicted, labels[:, None])
     present = (tf.range(features.shape[0]) < rows)[:, None]
     counted = (tf.cast(right, tf.float32), losses)
-    return tf.stack([tf.reduce_sum(tf.where(present, c, 0.0), axis=0) for c in counted])
+    sums = [tf.reduce_sum(tf.where(present, one, 0.0), axis=0) for one in counted]
+    return tf.stack(sums), predicted
 
 
 def _filled_up(parts: tuple[tf.Tensor, ...], rows: int) -> list[tf.Tensor]:

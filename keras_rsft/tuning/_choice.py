@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from keras_rsft._stats import paired_error
 from keras_rsft.config import FROZEN, UNFREEZE_NAMES, SearchConfig, TrainConfig
 from keras_rsft.errors import TrainingStalled
-from keras_rsft.training._curves import accuracy_error
+from keras_rsft.training._head import credited_to
 
 COMPLETED = "COMPLETED"
-ACCURACY = "val_accuracy"
+GIVEN_ACCURACY = "val_accuracy"
 PLAIN = "accept-all"
 # Name of the value that says how much of the backbone is trained.
 UNFREEZE = "unfreeze"
@@ -70,14 +73,33 @@ class TrialOutcome:
 class Choice:
     chosen: TrialOutcome
     best: TrialOutcome
-    noise: float
     reason: str
+    # By trial the standard error of its difference to the best, on the same samples.
+    errors: Mapping[str, float]
+
+    @property
+    def noise(self) -> float:
+        return self.errors[self.chosen.trial_id]
 
 
 def choose_trial(
-    outcomes: Sequence[TrialOutcome], options: SearchConfig, *, validation_size: int
+    outcomes: Sequence[TrialOutcome],
+    options: SearchConfig,
+    predicted: Mapping[str, np.ndarray] | None = None,
+    credits: np.ndarray | None = None,
 ) -> Choice:
-    """Chooses the cheapest of the trials that are as good as the best."""
+    """Chooses the most convincing of the trials that train least of the backbone.
+
+    These are the cheapest of which one is within one standard error of the best, paired
+    by validation sample. Most convincing is the highest sum of the objective and of the
+    agreement with all trials, each weighted by how likely it is as good as the best:
+    where trials err, they err differently, so that their votes add to what few labels
+    say.
+
+    `predicted` has by trial the class of each validation sample, `(n,)`; the mean of
+    the `credits`, `(n, classes)`, of these classes is the objective. Without them only
+    equals are as good, and the least selective is chosen.
+    """
     completed = [one for one in outcomes if one.completed]
     if not completed:
         told = (one.message for one in outcomes if one.message)
@@ -96,15 +118,44 @@ def choose_trial(
             "acceptance."
         )
     best = max(eligible, key=lambda one: one.goodness(options))
-    noise = 0.0
-    if objective == ACCURACY:
-        noise = accuracy_error(best.metrics[objective], validation_size)
-    lowest = best.goodness(options) - noise
-    as_good = [one for one in eligible if one.goodness(options) >= lowest]
+    errors = dict.fromkeys((one.trial_id for one in completed), 0.0)
+    if predicted is not None and credits is not None:
+        of_best = credited_to(credits, predicted[best.trial_id])
+        for name in errors.keys() - {best.trial_id}:
+            errors[name] = paired_error(of_best, credited_to(credits, predicted[name]))
+    as_good = [
+        one
+        for one in eligible
+        if best.goodness(options) - one.goodness(options) <= errors[one.trial_id]
+    ]
+    cost = min(one.cost for one in as_good)
+    candidates = [one for one in as_good if one.cost == cost]
+    score = dict.fromkeys((one.trial_id for one in eligible), 0.0)
+    if predicted is not None:
+        gaps = [best.goodness(options) - one.goodness(options) for one in eligible]
+        names = [one.trial_id for one in eligible]
+        noise = np.maximum([errors[name] for name in names], 1e-12)
+        weights = np.exp(-0.5 * np.square(gaps / noise))  # How likely as good.
+        agreement = agreements([predicted[name] for name in names], weights)
+        for one, agreed in zip(eligible, agreement, strict=True):
+            score[one.trial_id] = one.goodness(options) + agreed
+        if cost == best.cost:
+            candidates = [one for one in eligible if one.cost == cost]
     chosen = max(
-        as_good, key=lambda one: (-one.cost, one.acceptance, one.goodness(options))
+        candidates,
+        key=lambda one: (score[one.trial_id], one.acceptance, one.goodness(options)),
     )
-    return Choice(chosen, best, noise, _reason(chosen, best, noise, objective))
+    reason = _reason(chosen, best, errors[chosen.trial_id], objective)
+    return Choice(chosen, best, reason, errors)
+
+
+def agreements(predicted: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Returns how much of all votes agrees with each, in the mean of the samples."""
+    rows = np.arange(len(predicted[0]))
+    votes = np.zeros((len(rows), 1 + max(int(one.max()) for one in predicted)))
+    for one, weight in zip(predicted, weights / weights.sum(), strict=True):
+        votes[rows, one] += weight
+    return np.array([votes[rows, one].mean() for one in predicted])
 
 
 def _reason(
@@ -114,21 +165,21 @@ def _reason(
     name = f"Trial {chosen.trial_id}"
     if chosen is best:
         return f"{name} has the best {objective}, {value:.4f}."
+    of_best = f"{value:.4f} against {best_value:.4f} of trial {best.trial_id}"
     if chosen.cost < best.cost:
         what = "no part" if chosen.cost == 0 else "the least"
         return (
             f"{name} trains {what} of the backbone, and its {objective} is within one "
-            f"standard error ({noise:.4f}) of the best: {value:.4f} against "
-            f"{best_value:.4f} of trial {best.trial_id}."
+            f"standard error ({noise:.4f}) of the best: {of_best}."
         )
     alike = _ALIKE[chosen.cost] if UNFREEZE in chosen.values else ""
-    if value == best_value:
+    if value == best_value and not noise:
         return (
             f"{name} has the best {objective}, {value:.4f}, and rejects the least of "
             f"those {alike}that have it."
         )
     return (
-        f"{name} rejects the least of those {alike}whose {objective} is within one "
-        f"standard error ({noise:.4f}) of the best: {value:.4f} against "
-        f"{best_value:.4f} of trial {best.trial_id}."
+        f"{name} has the highest sum of {objective} and agreement with the other "
+        f"trials{alike and ', of those ' + alike.strip()}: {of_best}, a difference "
+        f"with a standard error of {noise:.4f}."
     )

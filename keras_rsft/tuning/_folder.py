@@ -205,11 +205,15 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
 
 # How selective a trial is, by the names of the hyperparameters that say so.
 SELECTIVITY = {
+    "right_probability": "least probability of a right label",
     "relative_threshold": "threshold / ln(classes)",
     "threshold": "threshold of the batch",
     "keep_fraction": "kept fraction",
 }
-_SHOWN = {"val_accuracy": "validation accuracy", "acceptance_rate": "acceptance rate"}
+_SHOWN = {
+    "val_accuracy_estimated": "validation accuracy",
+    "acceptance_rate": "acceptance rate",
+}
 _CELLS = 8
 _LOGARITHMIC = ("learning_rate", "weight_decay", "backbone_learning_rate")
 # In this order; the other names of a space follow.

@@ -21,17 +21,30 @@ from keras_rsft import _runtime, _storage
 from keras_rsft._progress import progress_bar
 from keras_rsft._storage import MODEL_FILE, RESULTS_FILE, replaced
 from keras_rsft.backbones._build import build_classifier
-from keras_rsft.config import FROZEN, FeatureConfig, SearchConfig, TrainConfig
+from keras_rsft.config import FeatureConfig, SearchConfig, TrainConfig
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training import _features
 from keras_rsft.training._features import FeatureSource, SplitFeatures
-from keras_rsft.training._head import best_of_all_epochs, right_answers, train_head
+from keras_rsft.training._head import (
+    ESTIMATED_ACCURACY,
+    HELD_OUT,
+    accuracies,
+    best_of_all_epochs,
+    given_credits,
+    train_head,
+)
 from keras_rsft.training._unfreeze import require_layers_to_train
 from keras_rsft.tuning import _backbone_trials, _folder
 from keras_rsft.tuning._backbone_trials import BackboneTuner
-from keras_rsft.tuning._choice import PLAIN, Choice, TrialOutcome, choose_trial
+from keras_rsft.tuning._choice import (
+    GIVEN_ACCURACY,
+    PLAIN,
+    Choice,
+    TrialOutcome,
+    choose_trial,
+)
 from keras_rsft.tuning._space import Space
 from keras_rsft.tuning._tuner import RSFTHyperModel, TrialsTuner, make_tuner
 
@@ -157,6 +170,8 @@ def search(
         on_backbone=check,
         on_note=on_note,
     )
+    if (copies := opened.features.copies) is not None:
+        on_note(copies.sentence)
     if names != options.unfreeze:
         on_note(
             "The last block is all that can learn of this backbone: all is left out."
@@ -247,13 +262,18 @@ def search_features(
 
 
 def judged(splits: Splits, *, clean_validation: bool) -> Splits:
-    """Returns the splits with the labels that trials and the choice are judged by."""
+    """Returns the splits with the labels that trials and the choice are judged by.
+
+    Right labels that nobody asked to judge by count as unknown.
+    """
     parts = {}
     for name, wanted in (("validation", clean_validation), ("test", True)):
         part = getattr(splits, name)
-        if wanted and part.clean_labels is not None:
+        if not wanted:
+            parts[name] = dataclasses.replace(part, clean_labels=None)
+        elif part.clean_labels is not None:
             parts[name] = dataclasses.replace(part, labels=part.clean_labels)
-        elif wanted and name == "validation":
+        elif name == "validation":
             raise DataError(
                 "The right labels of the validation split are not known. Name them "
                 "with `--clean-label-column`, or leave out `--clean-validation`."
@@ -270,14 +290,20 @@ def _concluded(
 ) -> Search:
     """Chooses among the trials and writes all but the results, which come last."""
     features = tuner.hypermodel.features
-    size = len(features.validation)
     of_backbone = () if backbones is None else backbones.outcomes
     outcomes = (*heads, *of_backbone)
     _folder.write_tables(folder, features, outcomes)
     _folder.write_hparams(folder, outcomes, options)
     _folder.write_pictures(heads, outcomes, options, folder)
+    predicted = {one.trial_id: tuner.predicted(one) for one in heads if one.completed}
+    if backbones is not None:
+        done = [one for one in of_backbone if one.completed]
+        predicted |= {one.trial_id: backbones.predicted(one) for one in done}
+    credits = credits_of(tuner.hypermodel, options)
     try:
-        choice = choose_trial(outcomes, options, validation_size=size)
+        choice = choose_trial(
+            outcomes, options, None if credits is None else predicted, credits
+        )
     except TrainingStalled as error:
         # It has ended: with the default folder the next search begins a new one.
         _folder.write_results(folder, {"chosen": None, "reason": str(error)})
@@ -305,8 +331,7 @@ def _concluded(
     if backbones is not None:
         results["strategies"] = _backbone_trials.strategy_rows(
             (*backbones.best_heads, *of_backbone),
-            chosen,
-            validation_size=size,
+            choice,
             head_weights=_backbone_trials.weights_of(head),
         )
     replaced(folder / _storage.HEAD_FILE, head.save)
@@ -314,6 +339,16 @@ def _concluded(
     replaced(folder / _storage.CLASSES_FILE, write)
     settings = chosen.settings
     return Search(outcomes, choice, settings, head, results, tuner, folder, backbones)
+
+
+def credits_of(hypermodel: RSFTHyperModel, options: SearchConfig) -> np.ndarray | None:
+    """Returns the credits whose mean is the objective, None where it is a loss."""
+    if options.objective == ESTIMATED_ACCURACY:
+        return hypermodel.credits
+    if options.objective == GIVEN_ACCURACY:
+        labels = hypermodel.features.validation.labels
+        return given_credits(labels, len(hypermodel.features.class_names))
+    return None
 
 
 def run_trials(
@@ -365,18 +400,22 @@ def run_trials(
 def _row(
     tuner: TrialsTuner, backbones: BackboneTuner | None, outcome: TrialOutcome
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "validation_accuracy": outcome.metrics["val_accuracy"],
-        "acceptance_rate": outcome.acceptance,
-    }
+    row: dict[str, Any] = {"acceptance_rate": outcome.acceptance}
+    by: TrialsTuner | BackboneTuner = tuner
     if backbones is not None:
         row["unfreeze"] = outcome.unfreeze
-    test = tuner.hypermodel.features.test
-    if backbones is not None and outcome.unfreeze != FROZEN:
-        row["test_accuracy"] = backbones.test_accuracy(outcome)
-    elif len(test):
-        right = right_answers(tuner.model_of(outcome), test)
-        row["test_accuracy"] = float(np.mean(right))
+        by = backbones if outcome.cost else tuner
+    predictions = {"validation": by.predicted, "test": by.test_predicted}
+    hypermodel = tuner.hypermodel
+    for split, quality in zip(HELD_OUT, hypermodel.label_quality.held_out, strict=True):
+        part = getattr(hypermodel.features, split)
+        if not len(part):
+            continue
+        # Where right labels are known, they are those that it is judged by.
+        by_right = quality if part.clean_labels is None else None
+        part = dataclasses.replace(part, clean_labels=None)
+        predicted = predictions[split](outcome)
+        row |= accuracies(f"{split}_accuracy", predicted, part, by_right)
     return row
 
 
@@ -400,6 +439,7 @@ def _plain_row(
             best_of_all_epochs(options.objective, options.direction, epochs=epochs)
         ],
         progress=False,
+        label_quality=hypermodel.label_quality,
     )
     names = ("validation_accuracy", "acceptance_rate", "test_accuracy")
-    return {name: trained.results[name] for name in names if name in trained.results}
+    return {k: v for k, v in trained.results.items() if k.startswith(names)}

@@ -14,6 +14,8 @@ from keras_tuner.engine.hyperparameters import Fixed as _Fixed
 
 from keras_rsft.config import ARTICLE, SearchSpace, TrainConfig, require_known
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.label_quality._audit import MIN_RIGHT_PROBABILITY
+from keras_rsft.tuning._choice import PLAIN
 
 # Space --------------------------------------------------------------------------------
 
@@ -23,6 +25,7 @@ _OF_SETTINGS = ("learning_rate", "optimizer", "momentum", "weight_decay", "epoch
 _OF_POLICY = (
     "threshold",
     "relative_threshold",
+    "right_probability",
     "keep_fraction",
     "level",
     "warmup_epochs",
@@ -65,6 +68,7 @@ def values_of(space: Space, hp: keras_tuner.HyperParameters) -> Mapping[str, Any
     warmed_up = [name for name in space.policies if name not in _WITHOUT_WARMUP]
     conditional: tuple[tuple[str, Sequence[str], str, Callable, Any], ...] = (
         ("optimizer", ("adamw",), "weight_decay", log, space.weight_decay),
+        ("policy", ("auto",), "right_probability", number, space.right_probability),
         ("policy", _BY_RELATIVE_THRESHOLD, threshold, number, bounds),
         ("policy", (ARTICLE,), "threshold", number, space.article_threshold),
         ("policy", ("keep-fraction",), "keep_fraction", number, space.keep_fraction),
@@ -99,17 +103,29 @@ def settings_of_values(values: Mapping[str, Any], given: TrainConfig) -> TrainCo
         )
     if "relative_threshold" in policy:
         policy["threshold"] = None
+    if "right_probability" in policy:  # The threshold of `auto`.
+        policy["threshold"] = policy.pop("right_probability")
     name = values.get("policy", given.policy.name)
     if name == ARTICLE:
         policy = {"warmup_epochs": 0.0} | policy | {"level": "batch"}
         name = "loss-threshold"
     elif "policy" in values:  # Else its level is the given policy's.
-        policy = {"level": "sample"} | policy
-    return dataclasses.replace(
-        given,
-        policy=dataclasses.replace(given.policy, name=name, **policy),
-        **{name: values[name] for name in _OF_SETTINGS if name in values},
+        of_another = {} if name == given.policy.name else {"threshold": None}
+        policy = {"level": "sample"} | of_another | policy
+    settings = dataclasses.replace(
+        given, **{name: values[name] for name in _OF_SETTINGS if name in values}
     )
+    # The training must not end inside its own warm-up.
+    warmup = policy.get("warmup_epochs", given.policy.warmup_epochs)
+    policy["warmup_epochs"] = min(warmup, settings.epochs - 1)
+    chosen = dataclasses.replace(given.policy, name=name, **policy)
+    return dataclasses.replace(settings, policy=chosen)
+
+
+def first_epoch(settings: TrainConfig) -> int:
+    """Returns the first epoch, counted from 0, that ends behind the warm-up."""
+    policy = settings.policy
+    return 0 if policy.name == PLAIN else math.floor(policy.warmup_epochs)
 
 
 def check_space(space: Space, given: TrainConfig) -> None:
@@ -159,6 +175,9 @@ def stack_trials(
         if way == BELOW and policy.level == "batch":
             way = BATCH_BELOW
         threshold = loss_limit if way == LISTED else policy.threshold
+        probability = policy.threshold if way == LISTED else None
+        if probability is None:
+            probability = MIN_RIGHT_PROBABILITY
         if threshold is None:
             threshold = policy.relative_threshold * math.log(num_classes)
         if decay is None:
@@ -170,6 +189,7 @@ def stack_trials(
                 "weight_decay": decay,  # Decoupled, as in Keras.
                 "acceptance": way,
                 "threshold": threshold,  # In the loss's units.
+                "right_probability": probability,
                 "keep_fraction": policy.keep_fraction,
                 "warmup_steps": round(policy.warmup_epochs * steps_per_epoch),
             }

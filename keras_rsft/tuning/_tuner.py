@@ -25,10 +25,17 @@ from keras_rsft._storage import replaced
 from keras_rsft.config import BATCHED, HYPERBAND, SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import TrainingBatches, batches_of
-from keras_rsft.label_quality._audit import LabelQuality, audit_labels
+from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.training._head import untrained_head
+from keras_rsft.training._head import (
+    EstimatedAccuracy,
+    audit_splits,
+    given_credits,
+    predicted_classes,
+    right_credits,
+    untrained_head,
+)
 from keras_rsft.tuning import _space
 from keras_rsft.tuning._batched import METRICS, BatchedHeads, OnEpoch
 from keras_rsft.tuning._choice import COMPLETED, TrialOutcome
@@ -39,6 +46,7 @@ from keras_rsft.tuning._space import Space
 STATE_FILE = "oracle.json"
 # Keras Tuner's protocol drops why a trial failed, so a worker leaves it here.
 _MESSAGE_FILE = "message.txt"
+PREDICTED_FILE = "validation_predictions.npy"
 _WAIT_SECONDS = 1.0
 # Hyperband's own numbers, which are among the values of its trials.
 TUNERS_OWN = "tuner/"
@@ -119,14 +127,20 @@ class DurableTuner(keras_tuner.Tuner):
         epochs = first + trial.best_step + 1 if completed else 0
         names = trial.metrics.metrics if completed else ()
         lines = (trial.message or "").strip().splitlines()
+        settings = self.settings_of(trial, epochs)
+        shown = {k: v for k, v in values.items() if not k.startswith(TUNERS_OWN)}
+        if completed and "warmup_epochs" in shown:  # It ends before the training does.
+            shown["warmup_epochs"] = type(shown["warmup_epochs"])(
+                settings.policy.warmup_epochs
+            )
         return TrialOutcome(
             trial.trial_id,
             trial.status,
-            {k: v for k, v in values.items() if not k.startswith(TUNERS_OWN)},
+            shown,
             {name: trial.metrics.get_last_value(name) for name in names},
             epochs,
             lines[-1] if lines else None,
-            self.settings_of(trial, epochs),
+            settings,
         )
 
     def _complete(
@@ -143,6 +157,17 @@ class DurableTuner(keras_tuner.Tuner):
         self.oracle.update_trial(trial.trial_id, metrics, step=best)
         trial.status = TrialStatus.COMPLETED
         self.on_trial_end(trial)
+
+    def _note_predicted(self, trial: Trial, predicted: np.ndarray) -> None:
+        """Leaves the classes predicted for the validation samples in its folder."""
+        path = Path(self.get_trial_dir(trial.trial_id)) / PREDICTED_FILE
+        small = predicted.astype(np.min_scalar_type(int(predicted.max(initial=0))))
+        replaced(path, functools.partial(np.save, arr=small))
+
+    def predicted(self, outcome: TrialOutcome) -> np.ndarray:
+        """Returns them: integers, one for each validation sample."""
+        path = Path(self.get_trial_dir(outcome.trial_id)) / PREDICTED_FILE
+        return np.load(path, allow_pickle=False)
 
     def _fail(self, trial: Trial, message: str) -> None:
         trial.status, trial.message = TrialStatus.FAILED, message
@@ -166,6 +191,10 @@ class TrialsTuner(DurableTuner):
 
     def model_of(self, outcome: TrialOutcome) -> RSFTModel:
         return self.load_model(self.oracle.trials[outcome.trial_id])
+
+    def test_predicted(self, outcome: TrialOutcome) -> np.ndarray:
+        """Returns the classes predicted for the samples of the test split."""
+        return predicted_classes(self.model_of(outcome), self.hypermodel.features.test)
 
     def search(
         self, *, verbose: int = 0, on_epoch: OnEpoch = lambda heads, value: None
@@ -201,6 +230,7 @@ class TrialsTuner(DurableTuner):
 
 
 # Hypermodel ---------------------------------------------------------------------------
+
 
 DIVERGED = (
     "The weights became NaN or infinite: the learning rate is too high for this data."
@@ -249,13 +279,15 @@ class RSFTHyperModel(keras_tuner.HyperModel):
 
     @functools.cached_property
     def label_quality(self) -> LabelQuality:
-        """The quality of the labels, for `auto`; found once, for all trials."""
-        return audit_labels(
-            self.features.train,
-            len(self.features.class_names),
-            seed=self.settings.seed,
-            progress=self._progress,
-        )
+        """The quality of the labels of all splits; found once, for all trials."""
+        return audit_splits(self.features, self.settings.seed, progress=self._progress)
+
+    @functools.cached_property
+    def credits(self) -> np.ndarray:
+        """What each class counts for each validation sample: `LabelQuality.credits`."""
+        validation, classes = self.features.validation, len(self.features.class_names)
+        found = right_credits(validation, self.label_quality.held_out[0], classes)
+        return given_credits(validation.labels, classes) if found is None else found
 
     def settings_of(self, hp: keras_tuner.HyperParameters) -> TrainConfig:
         """Returns how to train a trial, and declares the hyperparameters.
@@ -295,11 +327,15 @@ class RSFTHyperModel(keras_tuner.HyperModel):
             seed=settings.seed,
             sample_index=True,
         )
-        own: list[keras.callbacks.Callback] = [batches.callback]
+        validation = self.features.validation
+        estimated = EstimatedAccuracy(
+            lambda model: predicted_classes(model, validation), self.credits
+        )
+        own: list[keras.callbacks.Callback] = [batches.callback, estimated]
         if model.policy.needs_ledger:
             own.append(RejectionLedger(train.ids, train.labels))
         options = {
-            "validation_data": batches_of(self.features.validation),
+            "validation_data": batches_of(validation),
             "epochs": settings.epochs if epochs is None else epochs,
             "callbacks": [*own, *callbacks],
             "shuffle": False,
@@ -404,6 +440,7 @@ class BatchedTuner(TrialsTuner):
             trained = self._heads.train(
                 [one for _, one in group],
                 self.hypermodel.label_quality if auto else None,
+                credits=self.hypermodel.credits,
                 objective=objective.name,
                 direction=objective.direction,
                 halvings=self._halvings,
@@ -417,6 +454,7 @@ class BatchedTuner(TrialsTuner):
                 parts = {"kernel": trained.kernels[row], "bias": trained.biases[row]}
                 path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
                 replaced(path, functools.partial(np.savez, **parts))
+                self._note_predicted(trial, trained.predicted[row])
                 history = {name: v[row] for name, v in trained.history.items()}
                 self._complete(trial, history, int(trained.best_epochs[row]), seconds)
 
@@ -451,6 +489,16 @@ _ORACLES: dict[str, Any] = {"grid": GridOracle} | {
 }
 
 
+class _BestEpoch(keras.callbacks.ModelCheckpoint):
+    """Keeps the best of the epochs behind the warm-up."""
+
+    first = 0
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if epoch >= self.first:
+            super().on_epoch_end(epoch, logs)
+
+
 class OneByOneTuner(TrialsTuner):
     """Trains one trial at a time, for any oracle."""
 
@@ -465,7 +513,12 @@ class OneByOneTuner(TrialsTuner):
         except Exception:
             self._fail(trial, traceback.format_exc())
         else:
-            best = int(best_of(history[objective.name]))
+            first = self._first_epoch(trial)
+            values = history[objective.name]
+            best = first + int(best_of(values[first:]))
+            model = self.load_model(trial)
+            validation = self.hypermodel.features.validation
+            self._note_predicted(trial, predicted_classes(model, validation))
             self._complete(trial, history, best, time.perf_counter() - began)
 
     def run_trial(self, trial: Trial) -> keras.callbacks.History:
@@ -478,13 +531,15 @@ class OneByOneTuner(TrialsTuner):
             options = {name: hp.values[f"{TUNERS_OWN}{name}"] for name in names}
         if "tuner/trial_id" in hp.values:
             model.load_weights(self._weights_of(hp.values["tuner/trial_id"]))
-        best_epoch = keras.callbacks.ModelCheckpoint(
+        best_epoch = _BestEpoch(
             self._weights_of(trial.trial_id),
             monitor=objective.name,
             mode=objective.direction,
             save_best_only=True,
             save_weights_only=True,
         )
+        begin = hp.values.get(f"{TUNERS_OWN}initial_epoch", 0)
+        best_epoch.first = begin + self._first_epoch(trial)
         report = keras.callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: self._on_epoch(1, logs[objective.name])
         )
@@ -494,6 +549,15 @@ class OneByOneTuner(TrialsTuner):
             return self.hypermodel.fit(
                 hp, model, callbacks=[best_epoch, report], **options
             )
+
+    def _first_epoch(self, trial: Trial) -> int:
+        """Returns which epoch of a training is the first that counts, from 0."""
+        values = trial.hyperparameters.values
+        settings = self.hypermodel.settings_of(trial.hyperparameters)
+        begin = values.get(f"{TUNERS_OWN}initial_epoch", 0)
+        epochs = values.get(f"{TUNERS_OWN}epochs", settings.epochs) - begin
+        # A training that Hyperband ends within the warm-up has no other.
+        return min(max(_space.first_epoch(settings) - begin, 0), epochs - 1)
 
     def load_model(self, trial: Trial) -> RSFTModel:
         model = self.hypermodel.build(trial.hyperparameters)

@@ -42,9 +42,9 @@ class Decisions {
     return one.decision === RELABEL && known && one.label < this.data.classes.length;
   }
 
-  // Changes one decision of those that are stored by now.
-  save(id, one) {
-    this.unsaved.set(id, one);
+  // Changes decisions among those that are stored by now.
+  save(changes) {
+    for (const [id, one] of changes) this.unsaved.set(id, one);
     this.load();
     try {
       localStorage.setItem(this.key, JSON.stringify(Object.fromEntries(this.made)));
@@ -61,7 +61,7 @@ class Decisions {
     const before = this.made;
     this.load();
     const text = (made, row) => JSON.stringify(made.get(this.data.samples.id[row]));
-    this.history = this.history.filter(([row]) => text(before, row) === text(this.made, row));
+    this.history = this.history.filter((step) => step.every(([row]) => text(before, row) === text(this.made, row)));
     this.listeners.forEach((listener) => listener());
   }
 
@@ -74,22 +74,37 @@ class Decisions {
   }
 
   decide(row, decision, label) {
-    const given = this.data.samples.given[row];
-    // The label that it has already is no other label.
-    const same = decision === RELABEL && label === given;
-    const one = decision === RELABEL && !same ? { decision, given, label }
-      : { decision: same ? KEEP : decision, given };
-    this.history.push([row, this.get(row)]);
-    this.save(this.data.samples.id[row], one);
-    return one;
+    return this.decideAll([[row, decision, label]])[0];
   }
 
+  // Decides about many samples in one step, which one undo takes back.
+  decideAll(choices) {
+    const id = (row) => this.data.samples.id[row];
+    const made = choices.map(([row, decision, label]) => {
+      const given = this.data.samples.given[row];
+      // The label that it has already is no other label.
+      const same = decision === RELABEL && label === given;
+      const one = decision === RELABEL && !same ? { decision, given, label }
+        : { decision: same ? KEEP : decision, given };
+      return [row, one];
+    });
+    this.history.push(made.map(([row]) => [row, this.get(row)]));
+    this.save(made.map(([row, one]) => [id(row), one]));
+    return made.map(([, one]) => one);
+  }
+
+  // Takes the last step back and returns its samples; undefined where there is none.
   undo() {
     const last = this.history.pop();
     if (last === undefined) return undefined;
-    const [row, before] = last;
-    this.save(this.data.samples.id[row], before);
-    return row;
+    this.save(last.map(([row, before]) => [this.data.samples.id[row], before]));
+    return last.map(([row]) => row);
+  }
+
+  // Of each sample decided on its label, null where it is to be dropped.
+  labels() {
+    const label = (one) => (one.decision === DROP ? null : one.label ?? one.given);
+    return Object.fromEntries([...this.made].map(([id, one]) => [id, label(one)]));
   }
 
   named(one) {

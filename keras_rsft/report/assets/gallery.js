@@ -30,6 +30,7 @@ class Gallery {
     this.decisions = decisions;
     this.openReview = openReview;
     this.page = 0;
+    this.order = data.samples.id.map((_, row) => row); // The most suspicious first.
     this.form = document.getElementById("filters");
     this.grid = document.getElementById("grid");
     this.fillSelects();
@@ -39,6 +40,7 @@ class Gallery {
     document.getElementById("previous-page").addEventListener("click", () => this.turn(-1));
     document.getElementById("next-page").addEventListener("click", () => this.turn(1));
     document.addEventListener("click", (event) => this.followPair(event));
+    this.selection = new Selection(this);
     this.showDuplicates();
     this.refilter();
   }
@@ -77,17 +79,24 @@ class Gallery {
   }
 
   refilter() {
+    this.page = 0;
+    this.showAnew();
+  }
+
+  showAnew() {
+    this.beforeShowing?.();
     const chosen = Object.fromEntries(new FormData(this.form));
     const find = chosen.find.toLowerCase();
     const tests = {
       all: () => true,
+      wrong: (row) => this.samples.wrong[row],
       differ: (row) => this.samples.given[row] !== this.samples.predicted[row],
       rejected: (row) => this.samples.rejected[row] > 0,
       undecided: (row) => this.decisions.get(row) === undefined,
       decided: (row) => this.decisions.get(row) !== undefined,
     };
     this.rows = [];
-    for (let row = 0; row < this.samples.id.length; row += 1) {
+    for (const row of this.order) {
       const matches = ["given", "predicted", "split"].every(
         (name) => chosen[name] === "" || String(this.samples[name][row]) === chosen[name],
       );
@@ -95,12 +104,11 @@ class Gallery {
       if (matches && found && tests[chosen.kind](row)) this.rows.push(row);
     }
     this.sort(chosen.order);
-    this.page = 0;
     this.show();
   }
 
   sort(order) {
-    if (order === "suspicion") return; // The order in which they came.
+    if (order === "suspicion") return; // The order that they have.
     const values = this.samples[order];
     if (order === "id") this.rows.sort((a, b) => (values[a] < values[b] ? -1 : 1));
     else this.rows.sort((a, b) => (values[b] ?? Infinity) - (values[a] ?? Infinity) || a - b);
@@ -117,7 +125,9 @@ class Gallery {
     this.page = Math.min(Math.max(this.page, 0), pages - 1);
     const first = this.page * PAGE_SIZE;
     const shown = this.rows.slice(first, first + PAGE_SIZE);
-    this.grid.replaceChildren(...shown.map((row) => made("li", {}, this.card(row))));
+    this.shown = shown;
+    this.grid.replaceChildren(...shown.map((row) => made("li", {}, this.card(row), this.selection.box(row))));
+    this.selection.refresh();
     const text = this.rows.length === 0 ? `No ${nounOf(this.data)} matches. Clear the filters to see more.`
       : `${(first + 1).toLocaleString("en")} to ${(first + shown.length).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")} ${this.data.kind}`;
     document.getElementById("shown").textContent = text;
@@ -162,7 +172,10 @@ class Gallery {
       isolated("", "decision"),
     );
     card.dataset.row = row;
-    card.addEventListener("click", () => this.openReview(row));
+    card.addEventListener("click", (event) => {
+      if (event.shiftKey || event.ctrlKey || event.metaKey) this.selection.toggle(row, event.shiftKey);
+      else this.openReview(row);
+    });
     this.mark(card, row);
     return card;
   }
@@ -176,6 +189,83 @@ class Gallery {
         return made("li", {}, this.card(one, note), this.card(other, note));
       }),
     );
+  }
+}
+
+// Samples that are decided on in one step.
+class Selection {
+  constructor(gallery) {
+    this.gallery = gallery;
+    this.rows = new Set();
+    this.last = undefined; // Where a range begins.
+    this.labels = document.getElementById("many-label");
+    gallery.data.classes.forEach((name, label) => {
+      this.labels.append(made("option", { value: label, textContent: name }));
+    });
+    const on = (id, action) => document.getElementById(id).addEventListener("click", action);
+    on("select-shown", () => this.change(gallery.shown, true));
+    on("select-none", () => this.change([...this.rows], false));
+    on("many-undo", () => this.undo());
+    for (const button of document.querySelectorAll("[data-many]")) {
+      button.addEventListener("click", () => this.decide(button.dataset.many));
+    }
+    this.labels.addEventListener("change", () => {
+      if (this.labels.value !== "") this.decide(RELABEL, Number(this.labels.value));
+      this.labels.value = "";
+    });
+  }
+
+  box(row) {
+    const box = made("input", { type: "checkbox", className: "select", checked: this.rows.has(row) });
+    box.setAttribute("aria-label", `Select ${this.gallery.samples.id[row]}`);
+    box.addEventListener("click", (event) => this.toggle(row, event.shiftKey));
+    return box;
+  }
+
+  // With a range, all from the one before to this one become as this one.
+  toggle(row, range) {
+    const wanted = !this.rows.has(row);
+    const { shown } = this.gallery;
+    const [from, to] = [shown.indexOf(this.last), shown.indexOf(row)].sort((a, b) => a - b);
+    this.change(range && from >= 0 ? shown.slice(from, to + 1) : [row], wanted);
+    this.last = row;
+  }
+
+  change(rows, wanted) {
+    for (const row of rows) {
+      if (wanted) this.rows.add(row);
+      else this.rows.delete(row);
+    }
+    this.refresh();
+  }
+
+  refresh(said = "") {
+    this.gallery.grid.querySelectorAll("li").forEach((item, place) => {
+      const chosen = this.rows.has(this.gallery.shown[place]);
+      item.querySelector(".select").checked = chosen;
+      item.classList.toggle("selected", chosen);
+    });
+    const none = this.rows.size === 0;
+    for (const element of document.querySelectorAll("[data-many], #many-label, #select-none")) {
+      element.disabled = none;
+    }
+    document.getElementById("selected-count").textContent = said
+      || (none ? "Hold Shift to select a range." : `${this.rows.size.toLocaleString("en")} selected`);
+  }
+
+  decide(what, label) {
+    const { decisions, samples } = this.gallery;
+    let rows = [...this.rows];
+    if (what === "prediction") rows = rows.filter((row) => samples.predicted[row] >= 0);
+    decisions.decideAll(rows.map((row) => (
+      what === "prediction" ? [row, RELABEL, samples.predicted[row]] : [row, what, label])));
+    this.rows.clear();
+    this.refresh(`${rows.length.toLocaleString("en")} decided.`);
+  }
+
+  undo() {
+    const rows = this.gallery.decisions.undo();
+    this.refresh(rows === undefined ? "Nothing to undo." : `${rows.length.toLocaleString("en")} undone.`);
   }
 }
 
@@ -210,7 +300,11 @@ function picture(data, row, size = 96) {
 }
 
 function pictureSource(data, row) {
-  const kept = data.samples.picture[row];
+  return sourceOf(data, data.samples.picture[row]);
+}
+
+// Of a picture as base64 or the number that names it.
+function sourceOf(data, kept, folder = "thumbnails") {
   if (kept === "") return "";
-  return data.served ? `thumbnails/${kept}` : `data:image/jpeg;base64,${kept}`;
+  return data.served ? `${folder}/${kept}` : `data:image/jpeg;base64,${kept}`;
 }

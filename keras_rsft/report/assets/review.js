@@ -95,6 +95,12 @@ class Review {
       back: () => this.move(-1),
       forward: () => this.move(1),
       "review-close": () => this.dialog.close(),
+      "review-download": () => {
+        // After the focus has gone back to the gallery.
+        const download = () => document.getElementById("download").click();
+        this.dialog.addEventListener("close", download, { once: true });
+        this.dialog.close();
+      },
     };
     for (const [id, action] of Object.entries(actions)) {
       document.getElementById(id).addEventListener("click", action);
@@ -125,8 +131,10 @@ class Review {
     if (!event.repeat || event.key.startsWith("Arrow")) action();
   }
 
-  open(rows, row) {
+  // Rows that look wrong make room for others that do so later.
+  open(rows, row, wrongOnes = false) {
     this.rows = rows;
+    this.wrongOnes = wrongOnes;
     this.place = Math.max(rows.indexOf(row), 0);
     this.opener = document.activeElement;
     this.dialog.showModal();
@@ -155,14 +163,16 @@ class Review {
   }
 
   undo() {
-    const row = this.decisions.undo();
-    if (row === undefined) {
+    const rows = this.decisions.undo();
+    if (rows === undefined) {
       this.say("Nothing to undo.");
       return;
     }
+    const [row] = rows;
     if (this.rows.includes(row)) this.place = this.rows.indexOf(row);
     this.show();
-    this.say(`Undone: ${this.data.samples.id[row]}.`);
+    const others = rows.length > 1 ? ` and ${(rows.length - 1).toLocaleString("en")} more` : "";
+    this.say(`Undone: ${this.data.samples.id[row]}${others}.`);
   }
 
   move(step) {
@@ -199,14 +209,53 @@ class Review {
     document.getElementById("review-clean-row").hidden = clean[row] < 0;
     set("clean", this.text("clean"));
     document.getElementById("accept-prediction").disabled = this.data.samples.predicted[row] < 0;
+    this.showExamples(row);
+    this.showDecision();
+  }
+
+  // Samples whose labels nobody doubts, of the given and of the proposed class.
+  showExamples(row) {
+    const { given, predicted, id } = this.data.samples;
+    const groups = [["Given", given[row], ""], ["Proposed", predicted[row], "predicted"]]
+      .filter(([, label], place) => label >= 0 && (place === 0 || label !== given[row]))
+      .map(([title, label, kind]) => {
+        const found = (this.data.examples[label] ?? []).filter(([name]) => name !== id[row]);
+        const shown = found.map(([name, content]) => this.example(name, content));
+        const heading = made("figcaption", {}, `${title}: `, isolated(this.data.classes[label], kind));
+        return made("figure", {}, heading, made("div", {}, ...shown));
+      });
+    document.getElementById("examples").replaceChildren(...groups);
+  }
+
+  example(name, content) {
+    if (this.data.kind === "texts") {
+      return made("span", { className: "excerpt", textContent: content, dir: "auto" });
+    }
+    return made("img", { alt: `Image ${name}`, title: name, width: 88, height: 88, src: sourceOf(this.data, content) });
+  }
+
+  // Puts what is left in another order, the current sample staying where it is.
+  reorder(rows) {
+    if (!this.dialog.open || this.row === undefined) return;
+    const seen = this.rows.slice(0, this.place + 1);
+    const mine = new Set(this.rows);
+    const fits = this.wrongOnes ? (row) => this.data.samples.wrong[row] : (row) => mine.has(row);
+    const known = new Set(seen);
+    const rest = rows.filter((row) => !known.has(row) && fits(row));
+    // What was decided is not sorted, and can be gone back to.
+    const decided = this.rows.filter((row) => this.decisions.get(row) !== undefined);
+    const placed = new Set([...seen, ...rest]);
+    this.rows = [...seen, ...rest, ...decided.filter((row) => !placed.has(row))];
     this.showDecision();
   }
 
   showDecision() {
     if (this.row === undefined) return;
     const place = `${(this.place + 1).toLocaleString("en")} of ${this.rows.length.toLocaleString("en")}`;
+    const left = this.rows.filter((row) => this.decisions.get(row) === undefined).length;
     document.getElementById("review-place").textContent =
-      `${place}, ${this.decisions.count.toLocaleString("en")} decided`;
+      `${place}, ${left.toLocaleString("en")} left, ${this.decisions.count.toLocaleString("en")} decided`;
+    document.getElementById("review-download").disabled = this.decisions.count === 0;
     document.getElementById("review-decision").textContent =
       this.decisions.named(this.decisions.get(this.row));
     this.markClasses();
@@ -233,6 +282,24 @@ class Review {
     if (source === "") image.removeAttribute("src");
     else image.src = source;
     image.alt = `Image ${this.data.samples.id[row]}`;
+    if (this.data.served) this.showPhoto(row);
+  }
+
+  // Puts the photo itself in the place of its thumbnail, once it is there.
+  showPhoto(row) {
+    const load = (place) => {
+      const kept = this.data.samples.picture[place] ?? "";
+      const photo = new Image();
+      if (kept !== "") photo.src = sourceOf(this.data, kept, "photos");
+      return photo;
+    };
+    const photo = load(row);
+    const show = () => {
+      if (this.row === row) document.getElementById("review-picture").src = photo.src;
+    };
+    if (photo.complete && photo.naturalWidth > 0) show();
+    else photo.addEventListener("load", show);
+    if (this.place + 1 < this.rows.length) load(this.rows[this.place + 1]);
   }
 
   markClasses() {

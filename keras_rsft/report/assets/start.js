@@ -13,6 +13,7 @@ if (source !== null) {
     const rows = gallery.rows.includes(row) ? gallery.rows : [row];
     review.open(rows, row);
   });
+  const live = new Live(data, decisions, gallery, review);
 
   const showProgress = () => {
     const count = decisions.count;
@@ -21,10 +22,17 @@ if (source !== null) {
     document.getElementById("download").disabled = count === 0;
     const kept = decisions.storable ? "Kept in this browser."
       : "This browser does not keep them: download before you leave.";
+    const wrong = data.samples.wrong.filter((one) => one).length;
+    const left = data.samples.wrong.filter((one, row) => one && decisions.get(row) === undefined).length;
+    const button = document.getElementById("review-wrong");
+    if (wrong > 0 && count > 0) {
+      button.textContent = left === 0 ? "Look again at the labels that looked wrong"
+        : `Review the ${left.toLocaleString("en")} labels left that look wrong`;
+    }
     document.getElementById("progress-text").textContent =
       `${count.toLocaleString("en")} of ${data.total.toLocaleString("en")} decided. ${kept}`;
   };
-  decisions.listeners.push(showProgress, () => gallery.refreshMarks(), () => review.showDecision());
+  decisions.listeners.push(showProgress, () => gallery.refreshMarks(), () => review.showDecision(), () => live.ask());
   showProgress();
 
   document.getElementById("start-review").addEventListener("click", () => {
@@ -32,11 +40,21 @@ if (source !== null) {
     if (rows.length === 0) return;
     review.open(rows, rows.find((row) => decisions.get(row) === undefined) ?? rows[0]);
   });
+  document.getElementById("review-wrong").addEventListener("click", () => {
+    const found = gallery.order.filter((row) => data.samples.wrong[row]);
+    const rows = found.length > 0 ? found : gallery.order;
+    if (rows.length === 0) return;
+    review.open(rows, rows.find((row) => decisions.get(row) === undefined) ?? rows[0], found.length > 0);
+  });
   review.dialog.addEventListener("close", () => {
     const card = document.querySelector(`#grid [data-row="${review.row}"]`);
     (card ?? document.getElementById("start-review")).focus();
   });
   document.getElementById("download").addEventListener("click", () => {
     downloadText(decisions.asCsv(), "corrections.csv");
+    const next = document.getElementById("next");
+    next.hidden = false;
+    next.focus();
+    next.scrollIntoView({ block: "center" });
   });
 }
