@@ -218,10 +218,11 @@ class LabelQuality:
         by the other samples, plus a multiple of what the given label adds to that, so
         that it can lie outside of [0, 1].
 
-        The multiple makes up for labels that are wrong: the more often they are, the
-        less one of them moves the probability of a class that is right more often, or
-        less, than the other samples say. It is one step of Newton's method towards the
-        most likely share of right predictions.
+        The multiple, at least 1 but for few samples, makes up for labels that are often
+        wrong and so move the probabilities too little: one step of Newton's method
+        towards the most likely share of right predictions. With many samples and no
+        evidence but the labels it is the inverse of the noise matrix (Natarajan et al.,
+        "Learning with noisy labels", 2013). It is 1 where some labels were reviewed.
         """
         matches = self.labels[:, None] == np.arange(len(self.noise))
         matches = matches.astype(np.float32)
@@ -370,7 +371,8 @@ def audit_labels(
     Sources: Allen, "The relationship between variable selection and data augmentation
     and a method for prediction", Technometrics 1974 (each sample judged as if it had
     been left out, in closed form); Dawid and Skene, "Maximum likelihood estimation of
-    observer error-rates using the EM algorithm", 1979 (the matrix of label noise).
+    observer error-rates using the EM algorithm", 1979 (the matrix of label noise); Guo
+    et al., "On calibration of modern neural networks", 2017 (matrix scaling of scores).
 
     Takes some seconds for 10,000 samples; the time grows with the number of samples
     and with the square of the number of features.
