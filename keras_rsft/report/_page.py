@@ -566,7 +566,7 @@ def _of_search(record: RunRecord) -> Outcome:
         method += " Intervals: Wilson (1927), each for itself."
     if estimated:
         method += (
-            f" What is said of {' and '.join(sorted(estimated))} is against the right "
+            f" The accuracy of {' and '.join(sorted(estimated))} is against the right "
             "labels, which nobody knows: estimated from the given ones, how often each "
             "class is mislabelled, and what the training samples say of each label."
         )
