@@ -85,7 +85,9 @@ def write_features(folder: Path, cache: Path, *, dim: int = 6) -> np.ndarray:
     np.arange(len(given), dtype=np.int64).tofile(cache / "index.bin")
     sizes = {"rows": len(given), "views": 1, "dim": dim, "precision": "float32"}
     write_json(cache / "meta.json", sizes)
-    places = {"train": {"folder": str(cache), "dropped": {}, "clean": False}}
+    places = {
+        "train": {"folder": str(cache), "rows": None, "dropped": {}, "clean": False}
+    }
     write_json(folder / _storage.CACHED_FEATURES_FILE, places)
     return right
 

@@ -15,9 +15,12 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.label_quality._audit import audit_labels
 from keras_rsft.training._head import (
     ESTIMATED_ACCURACY,
+    audit_splits,
     best_of_all_epochs,
+    head_probabilities,
     predicted_classes,
     train_head,
+    untrained_head,
 )
 from keras_rsft.tuning._batched import BatchedHeads
 from keras_rsft.tuning._space import first_epoch, update_rule
@@ -111,6 +114,15 @@ def test_each_policy_equals_the_ordinary_path(features, optimizer, policies):
     rates = together.history["acceptance_rate"]
     assert len({tuple(row) for row in rates.tolist()}) == len(policies)
     assert_equal_to_alone(features, settings, together)
+
+
+@pytest.mark.parametrize("policy, starts_there", [("auto", True), ("below", False)])
+def test_auto_starts_at_what_judged_the_labels(features, policy, starts_there):
+    found = audit_splits(features, 0, progress=False)
+    model = untrained_head(features, TrainConfig(policy=POLICIES[policy]), found)
+    probabilities = head_probabilities(model, features.validation)
+    judged_by = found.held_out[0].out_of_sample
+    assert np.allclose(probabilities, judged_by, atol=1e-4) == starts_there
 
 
 @pytest.mark.slow

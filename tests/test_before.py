@@ -17,6 +17,8 @@ from keras_rsft.data._labels import add_label_noise, apply_corrections
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.label_quality._audit import LabelQuality
+from keras_rsft.report._live import LiveAudit
+from keras_rsft.report._record import read_run
 from keras_rsft.training._before import RunBefore, joined, predictions_of_model
 from keras_rsft.training._head import head_probabilities
 from keras_rsft.training._run import finetune
@@ -192,6 +194,20 @@ class TestRuns:
         written = json.loads((run.folder / "results.json").read_text())
         assert written["against_before"]["sentence"] == found.sentence
 
+    def test_a_review_goes_on_where_the_run_has_left(self, first, second):
+        """Nothing new decided: the order of the page is that of the run's ledger."""
+        for run in (first, second[0]):
+            record = read_run(run.folder)
+            found = LiveAudit(record)({})["samples"]
+            unseen = np.flatnonzero(~record.ledger.reviewed)
+            order = np.argsort(found["row"])
+            assert np.array(found["row"])[order].tolist() == unseen.tolist()
+            np.testing.assert_allclose(
+                np.array(found["suspicion"])[order],
+                record.ledger.suspicion[unseen],
+                atol=2e-3,
+            )
+
     def test_a_second_review_is_compared_with_the_first(self, second, fit, root):
         run, _ = second
         names, validation = run.class_names, run.features.validation
@@ -257,7 +273,7 @@ def test_predictions_of_a_model_of_images(photo_folder, tmp_path):
 
 
 def test_the_command_refuses_it_without_corrections(call, photo_folder, tiny_base_file):
-    options = ("--backbone", tiny_base_file, "--before", "runs/photos-1")
+    options = ("--backbone", tiny_base_file, "--set", "before=runs/photos-1")
     status, _, err = call("fit", photo_folder, *options)
     assert (status, "Give its `corrections` too" in err) == (2, True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -17,7 +18,10 @@ from keras_rsft._stats import (
     paired_share_interval,
     t_quantile,
 )
+from keras_rsft.comparison._compare import Comparison
 from keras_rsft.comparison._methods import Outcome, judge, recovered_share, summarize
+from keras_rsft.label_quality._audit import Estimate
+from keras_rsft.report._summary import comparison_summary
 
 IMAGES = 1000
 
@@ -116,6 +120,39 @@ class TestIntervals:
         assert recovered_share(0.8, 0.9, 0.9) is None
 
 
+class TestTable:
+    NAMES = ("Method", "Test", "vs. plain", "Given", "Accepted", "Recovered", "Seconds")
+
+    @pytest.mark.parametrize(
+        "given, methods, left_out",
+        [
+            (0.5, ["plain", "clean-subset", "gce"], "Given"),
+            (0.4, ["plain", "gce"], "Recovered"),
+            (0.4, ["plain", "clean-subset", "gce"], "Seconds"),
+        ],
+    )
+    def test_columns_that_say_something(self, given, methods, left_out):
+        accuracies = {"plain": 0.5, "gce": 0.6, "clean-subset": 0.7}
+        accuracies = {name: [accuracies[name]] * 2 for name in methods}
+        outcomes = [
+            dataclasses.replace(
+                one, test_accuracy_given=one.test_accuracy - 0.5 + given
+            )
+            for one in outcomes_of(accuracies)
+        ]
+        found = Comparison(
+            tuple(outcomes), summarize(outcomes), judge(outcomes), "estimated"
+        )
+        shown = comparison_summary(found)
+        (table,) = shown.tables
+        assert table.columns == tuple(n for n in self.NAMES if n != left_out)
+        assert "which nobody knows" in shown.notes[0]
+        if left_out != "Given":
+            place = table.columns.index("Given")
+            assert table.rows[0][place] == "40.0"
+            assert "Given: by the given labels." in shown.notes[0]
+
+
 class TestVerdict:
     def test_a_lead_larger_than_chance_wins(self):
         verdict = judge(outcomes_of({"plain": [0.5, 0.6], "gce": [0.7, 0.8]}))
@@ -141,6 +178,28 @@ class TestVerdict:
         )
         equal = judge(outcomes_of({"plain": [0.5, 0.6], "gce": [0.5, 0.6]}))
         assert equal.winner is None
+
+    @pytest.mark.parametrize("error, winner", [(0.04, "gce"), (0.06, None)])
+    def test_an_estimated_lead_has_the_error_of_the_estimate(self, error, winner):
+        """5 points in each of two seeds; the interval of each is +-`error`."""
+
+        class Quality:
+            can_judge, reason = True, None
+
+            def gain(self, ones, others):
+                value = 0.05 * (ones[0] - others[0])
+                return Estimate(value, value - error, value + error)
+
+        accuracies = {"plain": [0.9] * 2, "gce": [0.95] * 2}
+        outcomes = [
+            dataclasses.replace(one, predicted=np.full(3, int(one.method == "gce")))
+            for one in outcomes_of(accuracies)
+        ]
+        found = judge(outcomes, Quality())
+        assert found.winner == winner
+        if winner:
+            assert "+1.0 to +9.0" in found.sentence
+        assert judge(outcomes).winner == "gce"
 
     def test_only_those_within_chance_are_named(self):
         verdict = judge(

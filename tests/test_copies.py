@@ -19,6 +19,8 @@ from keras_rsft.features._neighbours import copy_groups
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality import _audit as module
 from keras_rsft.label_quality._audit import LeftOutRegression, audit_labels
+from keras_rsft.report._live import LiveAudit
+from keras_rsft.report._record import read_run
 from keras_rsft.training._features import open_features
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -409,5 +411,14 @@ class TestNearCopies:
         for pair in pairs:
             assert pair["split"] == samples[pair["id"]]["split"]
             assert pair["other_split"] == samples[pair["other_id"]]["split"]
+        live = LiveAudit(read_run(run.folder))
+        assert len(live({})["samples"]["row"]) == len(rows("ledger.csv"))
+        groups = {
+            str(one): group
+            for part in live._parts.values()
+            for one, group in zip(part.ids, part.groups.tolist(), strict=True)
+        }
+        assert len(groups) - len(set(groups.values())) == len(copied)
+        assert all(groups[row["id"]] == groups[row["copy_of"]] for row in copied)
         page = rsft.write_report(run).read_text(encoding="utf-8")
         assert run.features.copies.sentence in page

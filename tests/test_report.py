@@ -386,7 +386,8 @@ class TestNextCommand:
         [
             ("keras-rsft fit photos/ --epochs 3", "photos/ --epochs 3"),
             ("keras-rsft fit 'my photos' --json --quiet", "'my photos'"),
-            ("keras-rsft fit p --output=x --seed 3 --before y", "p --seed 3"),
+            ("keras-rsft fit p --output=x --seed 3 --set before=y", "p --seed 3"),
+            ("keras-rsft fit p --set=before=y --set=a=b", "p --set a=b"),
             (
                 "keras-rsft fit p --output x --corrections a.csv",
                 "p --corrections a.csv",
@@ -406,8 +407,8 @@ class TestNextCommand:
         record = read_run(folder)
         (folder / "predictions.csv").touch()
         found = self.command_of(record, command="keras-rsft fit p --output x")
-        assert f"fit p --before '{folder}' --corrections" in found
-        assert "--before" not in self.command_of(record, command="keras-rsft fit p")
+        assert f"fit p --set 'before={folder}' --corrections" in found
+        assert "before" not in self.command_of(record, command="keras-rsft fit p")
 
     def test_of_a_run_from_python(self, record):
         found = self.command_of(

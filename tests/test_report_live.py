@@ -115,6 +115,45 @@ def test_a_run_that_was_corrected_before(folder, right, tmp_path):
     assert sorted(rest) == list(range(2, 89))  # Rows of the ledger, which has 89.
 
 
+def test_splits_and_copies(folder, right, tmp_path):
+    """Some validation samples were left out: copies of training samples."""
+    record = read_run(folder)
+    splits = ["train"] * 60 + ["validation"] * 20 + ["validation (left out)"] * 10
+    ids, names = record.ledger.ids, record.class_names
+    lines = (folder / "ledger.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    for cells, split in zip(rows, splits, strict=True):
+        cells[1] = split
+    text = "\n".join([lines[0], *(",".join(cells) for cells in rows)]) + "\n"
+    (folder / "ledger.csv").write_text(text)
+    copy_of = {80: ids[5], 81: ids[60]}
+    write_csv(
+        folder / "samples.csv",
+        ("id", "split", "given_label", "clean_label", "decision", "label_before",
+         "copy_of"),
+        [(one, split, names[record.ledger.given[at]], "", "", "", copy_of.get(at, ""))
+         for at, (one, split) in enumerate(zip(ids, splits, strict=True))],
+    )  # fmt: skip
+    place = {"folder": str(tmp_path / "cache"), "dropped": {}, "clean": False}
+    places = {
+        name: place | {"rows": [at for at, one in enumerate(splits) if one == name]}
+        for name in dict.fromkeys(splits)
+    }
+    places["validation"]["clean"] = True
+    (folder / CACHED_FEATURES_FILE).write_text(json.dumps(places))
+    live = LiveAudit(read_run(folder))
+    train, validation, left_out = live._parts.values()
+    assert left_out.groups[0] == train.groups[5]
+    assert left_out.groups[1] == validation.groups[0]
+    assert len(np.unique(np.concatenate([train.groups, validation.groups]))) == 80
+    assert validation.reviewed.all()
+    assert left_out.ids.tolist() == ids[80:]
+    np.testing.assert_array_equal(
+        left_out.features, np.fromfile(train.path, np.float32).reshape(90, 6)[80:]
+    )
+    assert sorted(live({})["samples"]["row"]) == [*range(60), *range(80, 90)]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -122,6 +161,8 @@ def test_a_run_that_was_corrected_before(folder, right, tmp_path):
         (lambda places: places["train"].update(folder=7), "cannot be read"),
         (lambda places: places["train"].update(folder="/no/such"), "no longer cached"),
         (lambda places: places["train"].update(dropped={"x": 2}), "not those"),
+        (lambda places: places["train"].update(rows=[0] * 90), "not those"),
+        (lambda places: places["train"].update(rows=list(range(1, 91))), "not those"),
         (lambda places: places["train"].update(dropped={"x": -9}), "not those"),
         (lambda places: places.update(train=[]), "cannot be read"),
     ],

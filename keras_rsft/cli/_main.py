@@ -144,12 +144,6 @@ class Options:
         first=5,
         metavar="FOLDER",
     )
-    before: str | None = option(
-        None,
-        "run to compare with on the corrected labels; default with --corrections: the "
-        "latest of the same data and settings in the folder of the results",
-        metavar="RUN",
-    )
     worker_timeout: float = option(
         _runtime.DEFAULT_TIMEOUT,
         "how long to wait for a worker that does not respond",
@@ -169,6 +163,11 @@ class Options:
         False,
         "write no run: estimate from 1,000 samples how many labels are wrong, whether "
         "rejection is likely to help, and how long the run will take",
+    )
+    before: str | None = rare(
+        None,
+        "run to compare with on the corrected labels; default with --corrections: the "
+        "latest of the same data and settings in the folder of the results",
     )
     with_plain: bool = rare(True, "train a plain head too, for the report's comparison")
     methods: tuple[str, ...] | None = option(

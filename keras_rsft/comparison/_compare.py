@@ -214,7 +214,7 @@ def compare_features(
             for name in methods:
                 outcomes.append(_methods.run_method(name, trial))
                 advance(1)
-    summaries, verdict = _methods.summarize(outcomes), _methods.judge(outcomes)
+    summaries, verdict = _methods.summarize(outcomes), _methods.judge(outcomes, judge)
     return Comparison(tuple(outcomes), summaries, verdict, judged_by, tuple(notes))
 
 
@@ -232,6 +232,7 @@ def relabelled(features: SplitFeatures, data: SampleData) -> SplitFeatures:
 def _write_files(folder: Path, comparison: Comparison) -> None:
     columns = [field.name for field in dataclasses.fields(Outcome)]
     columns[columns.index("test_right")] = "test_accuracy"
+    columns.remove("predicted")
     rows = ([getattr(one, name) for name in columns] for one in comparison.outcomes)
     _storage.write_csv(folder / "comparison.csv", columns, rows)
     summary = {

@@ -52,6 +52,9 @@ class Outcome:
     stalled: str | None = None
     test_accuracy_given: float | None = None
     test_error: float = 0.0
+    predicted: np.ndarray | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     @property
     def test_accuracy(self) -> float | None:
@@ -122,8 +125,11 @@ def _accuracy(outcomes: Sequence[Outcome]) -> Interval:
     return Interval(found.mean, math.hypot(over_seeds, error))
 
 
-def judge(outcomes: Sequence[Outcome]) -> Verdict:
-    """Says which method is ahead by more than chance, if one is."""
+def judge(outcomes: Sequence[Outcome], quality: LabelQuality | None = None) -> Verdict:
+    """Says which method is ahead by more than chance, if one is.
+
+    With the `quality` of the test labels, differences are estimates with their errors.
+    """
     right = _complete_right(outcomes)
     right.pop(CLEAN_SUBSET, None)
     ranked = sorted(right, key=lambda name: -right[name].mean())
@@ -131,6 +137,12 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
         return Verdict(None, tuple(ranked), "There are not two methods to compare.")
     best, others = ranked[0], ranked[1:]
     leads = [_stats.paired_right_interval(right[best], right[one]) for one in others]
+    if quality is not None and quality.can_judge and quality.reason is None:
+        predicted = {
+            name: [one.predicted for one in mine if one.predicted is not None]
+            for name, mine in _by_method(outcomes).items()
+        }
+        leads = [_lead(quality, predicted[best], predicted[one]) for one in others]
     level = [name for name, lead in zip(others, leads, strict=True) if lead[0] <= 0]
     if not level:
         points = 100 * (right[best].mean() - right[others[0]].mean())
@@ -148,6 +160,18 @@ def judge(outcomes: Sequence[Outcome]) -> Verdict:
     if len(right[best]) < 2:
         reason = "One seed cannot tell a lead from chance"
     return Verdict(None, tied, f"{reason}: {names} are tied.")
+
+
+def _lead(
+    quality: LabelQuality, ones: Sequence[np.ndarray], others: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Returns the 95 % interval of an estimated lead over seeds and test samples."""
+    pairs = zip(ones, others, strict=True)
+    gains = [found for pair in pairs if (found := quality.gain(*pair)) is not None]
+    over_seeds = _stats.mean_interval([one.value for one in gains])
+    error = statistics.fmean((one.high - one.low) / 2 for one in gains)
+    half = math.hypot(over_seeds.half_width, error)
+    return max(-1.0, over_seeds.mean - half), min(1.0, over_seeds.mean + half)
 
 
 def recovered_share(method: float, plain: float, clean: float) -> float | None:
@@ -259,6 +283,7 @@ def _judged(predicted: np.ndarray, trial: Trial) -> dict[str, Any]:
     test, judge = trial.features.test, trial.judge
     given_right = predicted == test.labels
     judged: dict[str, Any] = {
+        "predicted": predicted,
         "test_right": given_right,
         "test_accuracy_given": float(given_right.mean()),
     }

@@ -72,6 +72,8 @@ class LabelQuality:
         can_judge: Whether right and wrong labels can be told apart.
         reviewed: Boolean array `(n,)`, the labels that a person confirmed or
             corrected. None: nobody looked.
+        regression: What judged the labels, as a head over the features: its kernel
+            `(dim, k)` and bias `(k,)`, float32. None where they cannot be judged.
     """
 
     out_of_sample: np.ndarray
@@ -84,6 +86,7 @@ class LabelQuality:
     can_judge: bool = True
     reviewed: np.ndarray | None = None
     left_out: dict[str, LabelQuality] = dataclasses.field(default_factory=dict)
+    regression: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -245,6 +248,23 @@ class LabelQuality:
         at = np.arange(len(self.labels)), np.asarray(predicted)
         likely, unbiased = self._credits
         return likely[at], unbiased[at]
+
+    def first_weights(
+        self, mean: np.ndarray, deviation: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns `regression` for standardised features: where `auto`'s head starts.
+
+        Args:
+            mean: Float array `(dim,)`, what is taken off the features.
+            deviation: Float array `(dim,)`, what they are then divided by.
+
+        Returns:
+            Kernel `(dim, k)` and bias `(k,)`, or None.
+        """
+        if self.regression is None:
+            return None
+        kernel, bias = self.regression
+        return kernel * deviation[:, None], bias + mean @ kernel
 
     @property
     def looks_wrong(self) -> np.ndarray:
@@ -530,6 +550,7 @@ def audit_labels(
         tuple(parts),
         can_judge,
         features.reviewed,
+        regression=regression.as_head(sharpness) if can_judge and sharpness else None,
     )
 
 
@@ -717,9 +738,7 @@ class LeftOutRegression:
         self, members: np.ndarray, others: np.ndarray | None = None
     ) -> np.ndarray:
         """Returns scores of groups `(m, s)`, or of further copies of them."""
-        fit, ridge = self._fit, self._ridge
-        if fit is None or ridge is None:
-            raise ValueError("Nothing was fitted yet.")
+        fit, ridge = self._last_fit()
         inputs = self._inputs_of(self._features, members)
         weights = self._weights[members]
         if members.shape[1] > MAX_GROUP_TO_SOLVE:
@@ -742,9 +761,7 @@ class LeftOutRegression:
 
     def scores(self, others: FeatureSet) -> np.ndarray:
         """Returns class scores `(m, k)` of samples that were not among those fitted."""
-        fit, ridge = self._fit, self._ridge
-        if fit is None or ridge is None:
-            raise ValueError("Nothing was fitted yet.")
+        fit, ridge = self._last_fit()
         parts = [
             fit.scores(fit.rotated(self._standardised(chunk)), ridge)
             for chunk in others.chunks(CHUNK_ROWS)
@@ -755,6 +772,18 @@ class LeftOutRegression:
                 inputs = self._inputs_of(others, samples)
                 scores[samples] = self._left_out_groups(members, inputs)
         return scores
+
+    def _last_fit(self) -> tuple[_RidgePath, float]:
+        if self._fit is None or self._ridge is None:
+            raise ValueError("Nothing was fitted yet.")
+        return self._fit, self._ridge
+
+    def as_head(self, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns kernel and bias over the features as they are."""
+        fit, ridge = self._last_fit()
+        kernel, bias = fit.coefficients(ridge)
+        kernel = self._scale[:, None] * kernel
+        return sharpness * kernel, sharpness * (bias - self._mean @ kernel)
 
     def _standardised(self, values: np.ndarray) -> np.ndarray:
         return ((values - self._mean) * self._scale).astype(np.float32)
@@ -813,6 +842,11 @@ class _RidgePath:
         shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
         scores = self._mean_target + rotated.reshape(-1, rotated.shape[-1]) @ shrunk
         return scores.reshape(*rotated.shape[:-1], shrunk.shape[1])
+
+    def coefficients(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
+        kernel = self._axes @ shrunk
+        return kernel, self._mean_target - self._centre @ kernel
 
     def left_out_scores(
         self,

@@ -97,43 +97,58 @@ class LiveAudit:
         return {"samples": listed, "expected": expected}
 
     def _opened(
-        self, name: str, folder: str, dropped: dict[str, int], clean: bool
+        self,
+        name: str,
+        folder: str,
+        rows: list[int] | None,
+        dropped: dict[str, int],
+        clean: bool,
     ) -> FeatureSet:
-        place = Path(folder)
+        place, ledger = Path(folder), self._record.ledger
         meta = read_meta(place)
         if meta is None:
             raise DataError(
                 f"The features of this run are no longer cached in {place.parent}."
             )
-        ledger, record = self._record.ledger, self._record
-        mine = [row for row, split in enumerate(ledger.split) if split == name]
         count = int(meta.pop("rows"))
-        gone = np.array(sorted(int(row) for row in dropped.values()), int)
-        rows = np.setdiff1d(np.arange(count), gone)
-        if len(rows) != len(mine) or np.any((gone < 0) | (gone >= count)):
+        mine = [row for row, split in enumerate(ledger.split) if split == name]
+        at = np.arange(count) if rows is None else np.array(rows, int)
+        at = np.sort(at) if rows is not None else np.delete(at, [*dropped.values()])
+        known = np.sort(np.concatenate([at, np.array([*dropped.values()], int)]))
+        inside = not len(known) or 0 <= known[0] <= known[-1] < count
+        if len(at) != len(mine) or not inside or np.any(np.diff(known) <= 0):
             raise DataError(f"The features in {folder} are not those of this run.")
-        ids = np.empty(count, dtype=object)
+        ids = np.full(count, "", dtype=object)
         given, before = np.zeros((2, count), np.int32)
-        ids[rows] = [ledger.ids[row] for row in mine]
-        given[rows] = ledger.given[mine]
-        before[rows] = [
-            self._before.get(one, given[row])
-            for row, one in zip(rows, ids[rows].tolist(), strict=True)
-        ]
-        for sample_id, row in dropped.items():
-            ids[int(row)] = sample_id
-            before[int(row)] = self._before[sample_id]
-        whole = FeatureSet(place / FEATURES_FILE, before, ids.astype(str), **meta)
-        reviewed = record.ledger.reviewed[mine] | clean
-        if not len(gone) and not reviewed.any():
-            return whole
-        part = whole.take(rows) if len(gone) else whole
-        return dataclasses.replace(
-            part,
-            labels=given[rows],
-            reviewed=reviewed,
-            before_review=whole,
+        ids[at], given[at] = [ledger.ids[row] for row in mine], ledger.given[mine]
+        ids[[*dropped.values()]] = [*dropped]
+        for row in known.tolist():
+            before[row] = self._before.get(ids[row], given[row])
+        groups = np.array([self._groups.get(one, -1) for one in ids], np.int64)
+        alone = groups < 0  # Dropped, so that nobody knows of what it was a copy.
+        groups[alone] = len(self._groups) + np.flatnonzero(alone)
+        whole = FeatureSet(
+            place / FEATURES_FILE, before, ids.astype(str), groups=groups, **meta
         )
+        if len(known) < count:
+            whole = whole.take(known)
+        reviewed = ledger.reviewed[mine] | clean
+        if not dropped and not reviewed.any():
+            return whole
+        part = whole.take(np.searchsorted(known, at)) if dropped else whole
+        return dataclasses.replace(
+            part, labels=given[at], reviewed=reviewed, before_review=whole
+        )
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, int]:
+        """The number of the group of copies that each sample is in."""
+        rows = list(_storage.read_csv(self._record.folder / _storage.SAMPLES_FILE))
+        numbers: dict[str, int] = {}
+        first = {row["id"]: row.get("copy_of") or row["id"] for row in rows}
+        return {
+            name: numbers.setdefault(one, len(numbers)) for name, one in first.items()
+        }
 
     @functools.cached_property
     def _before(self) -> dict[str, int]:

@@ -293,7 +293,7 @@ def _hash(text: str) -> str:
 
 
 # Options of a command that are about its own output.
-_OWN_OPTIONS = {"--output": 1, "--before": 1, "--json": 0, "--quiet": 0}
+_OWN_OPTIONS = {"--output": 1, "--json": 0, "--quiet": 0}
 _TO_REPEAT = ("backbone", "epochs", "batch_size", "learning_rate", "optimizer", "seed")
 
 
@@ -309,12 +309,16 @@ def next_command(record: RunRecord) -> str | None:
         rest = iter(words[2:])
         for word in rest:
             name, _, value = word.partition("=")
-            if name not in _OWN_OPTIONS:
+            if name == "--set":
+                value = value or next(rest, "")
+                if not value.startswith("before="):
+                    kept += ["--set", value]
+            elif name not in _OWN_OPTIONS:
                 kept.append(word)
-                continue
-            left_out.append(name)
-            if _OWN_OPTIONS[name] and not value:
-                next(rest, None)
+            else:
+                left_out.append(name)
+                if _OWN_OPTIONS[name] and not value:
+                    next(rest, None)
     elif isinstance(config.get("data"), str):
         values = {name: config[name] for name in _TO_REPEAT if config.get(name)}
         values["policy"] = (config.get("policy") or {}).get("name")
@@ -325,7 +329,7 @@ def next_command(record: RunRecord) -> str | None:
     else:
         return None
     if "--output" in left_out and (record.folder / _storage.PREDICTIONS_FILE).exists():
-        kept += ["--before", str(record.folder)]
+        kept += ["--set", f"before={record.folder}"]
     # Not quoted, so that a shell finds the home folder.
     return f"{shlex.join(kept)} --corrections {DOWNLOADED}"
 

@@ -261,32 +261,42 @@ def comparison_summary(comparison: Any) -> Summary:
             return mean
         return f"{mean} ± {100 * interval.half_width:.1f}"
 
-    rows, names = [], ["Method", "Test", "vs. plain"]
-    by_given = any(
-        one.test_accuracy is not None
-        and one.test_accuracy.mean != one.test_accuracy_given
-        for one in comparison.summaries.values()
-    )
-    if by_given:
-        names.append("Given labels")
+    methods = comparison.summaries.values()
+    columns = ["Method", "Test", "vs. plain", "Given", "Accepted"]
+    columns += ["Recovered", "Seconds"]
+    if all(
+        one.test_accuracy is None or one.test_accuracy.mean == one.test_accuracy_given
+        for one in methods
+    ):
+        columns.remove("Given")
+    elif all(one.recovered is None for one in methods):
+        columns.remove("Recovered")
+    else:  # The table fits 80 columns.
+        columns.remove("Seconds")
+    rows = []
     for name, method in comparison.summaries.items():
         accuracy = points(method.test_accuracy)
         if method.stalled:
             accuracy = f"{accuracy}, {method.stalled} stalled".removeprefix("-, ")
-        shown = [name, accuracy, points(method.difference_to_plain, sign="+")]
-        if by_given:
-            shown.append(share_text(method.test_accuracy_given).removesuffix(" %"))
-        shown += [share_text(method.acceptance_rate, 0)]
-        shown += [share_text(method.recovered, 0), f"{method.seconds:.1f}"]
-        rows.append(tuple(shown))
+        cells = {
+            "Method": name,
+            "Test": accuracy,
+            "vs. plain": points(method.difference_to_plain, sign="+"),
+            "Given": share_text(method.test_accuracy_given).removesuffix(" %"),
+            "Accepted": share_text(method.acceptance_rate, 0),
+            "Recovered": share_text(method.recovered, 0),
+            "Seconds": f"{method.seconds:.1f}",
+        }
+        rows.append(tuple(cells[column] for column in columns))
     seeds = len({outcome.seed for outcome in comparison.outcomes})
     spread = covered = ""
+    by_given = " Given: by the given labels." if "Given" in columns else ""
     if seeds > 1:
         spread = f", mean of {seeds} seeds ± half-width of the 95 % interval over seeds"
         covered = " The verdict allows for other test samples too."
     notes = [
         f"Test accuracy in percent{spread}; differences to plain are paired by seed."
-        f"{covered} {JUDGED_BY[comparison.judged_by]}",
+        f"{covered} {JUDGED_BY[comparison.judged_by]}{by_given}",
         comparison.verdict.sentence,
     ]
     if noise := comparison.config.get("noise"):
@@ -295,8 +305,8 @@ def comparison_summary(comparison: Any) -> Summary:
             "other ones for each seed."
         )
         notes.insert(0, made_wrong)
-    columns = (*names, "Accepted", "Recovered", "Seconds")
-    return Summary((Table(columns, tuple(rows)),), comparison.notes, tuple(notes))
+    table = Table(tuple(columns), tuple(rows))
+    return Summary((table,), comparison.notes, tuple(notes))
 
 
 def search_summary(found: Any, most_trials: int = 5) -> Summary:

@@ -147,7 +147,7 @@ def read_before(folder: str | Path, data: SampleData) -> RunBefore:
     if not path.is_file():
         raise InvalidArgument(
             "Expected the folder of the run before the review, with "
-            f"{_storage.PREDICTIONS_FILE}. Received: {folder}. Leave out `--before`, "
+            f"{_storage.PREDICTIONS_FILE}. Received: {folder}. Leave out `before`, "
             "or train that run again."
         )
     try:
@@ -158,7 +158,7 @@ def read_before(folder: str | Path, data: SampleData) -> RunBefore:
         raise InvalidArgument(
             f"{folder} was trained on other samples, or under other labels, than "
             f"{data.source} before its corrections. Name the run that was reviewed, or "
-            "leave out `--before`."
+            "leave out `before`."
         )
     return before
 

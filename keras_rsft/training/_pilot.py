@@ -49,7 +49,7 @@ class Pilot:
         plain_accuracy: Fraction of given labels in [0, 1] that plain fine-tuning of
             half of the sample gets right in the other half, both ways round.
         policy_accuracy: The same with the policy; None where it was not tried, as it
-            would be the same, or where it accepted nothing.
+            would reject nothing, or where it accepted nothing.
         plain_accuracy_right: Accuracy of plain fine-tuning by right labels, known or
             estimated, with the ends of its 95 % interval; None where no label can be
             judged.
@@ -97,7 +97,7 @@ def run_pilot(
     where the run's is `accept-all`). They are judged by right labels, known or
     estimated. Rejection is called likely to help, or to harm, where the 95 % interval
     of the paired difference leaves out 0. A policy `auto` that finds nothing to reject
-    would train plainly, and is not tried.
+    is not tried.
 
     Times are those of a few batches and of these heads, without unfrozen layers.
 
@@ -145,18 +145,21 @@ def run_pilot(
     )
     examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(sampled))
     policy = PolicyConfig() if settings.policy.name == _PLAIN else settings.policy
-    same = policy.name == "auto" and label_quality.reason is not None
+    rejects_nothing = policy.name == "auto" and label_quality.reason is not None
     # The halves have no validation split to end a training by.
     halves = dataclasses.replace(settings, early_stopping=None)
     rejecting = None
     with progress_bar(
-        "Training pilot heads", total=2 if same else 4, unit="heads", visible=progress
+        "Training pilot heads",
+        total=2 if rejects_nothing else 4,
+        unit="heads",
+        visible=progress,
     ) as advance:
         plainly = dataclasses.replace(halves, policy=PolicyConfig(_PLAIN))
         plain, start_seconds, step_seconds = _cross_tried(
             sampled, data.class_names, plainly, advance
         )
-        if not same:
+        if not rejects_nothing:
             halves = dataclasses.replace(halves, policy=policy)
             with contextlib.suppress(TrainingStalled):
                 rejecting, *_ = _cross_tried(sampled, data.class_names, halves, advance)

@@ -179,19 +179,23 @@ def _prediction_rows(
 
 def cached_in(features: SplitFeatures) -> dict[str, dict[str, Any]]:
     """Returns where each split's features are, and what was decided about them."""
+    parts = {name: getattr(features, name) for name in SPLITS}
+    parts |= {left_out_of(name): part for name, part in features.left_out.items()}
     places = {}
-    for name in ("train", *HELD_OUT):
-        part = getattr(features, name)
-        if len(part):
-            whole, dropped = part.before_review, {}
-            if whole is not None:
-                gone = np.setdiff1d(
-                    np.arange(len(whole)), part.file_rows(np.arange(len(part)))
-                )
-                dropped = {str(whole.ids[row]): int(row) for row in gone}
-            clean = part.reviewed is not None and bool(part.reviewed.all())
-            folder = str(part.path.parent)
-            places[name] = {"folder": folder, "dropped": dropped, "clean": clean}
+    for name, part in parts.items():
+        if not len(part):
+            continue
+        rows, dropped = part.file_rows(np.arange(len(part))), {}
+        if name == "train" and (whole := part.before_review) is not None:
+            gone = np.setdiff1d(np.arange(len(whole)), rows)
+            dropped = {str(whole.ids[row]): int(row) for row in gone}
+        clean = part.reviewed is not None and bool(part.reviewed.all())
+        places[name] = {
+            "folder": str(part.path.parent),
+            "rows": None if part.rows is None else rows.tolist(),
+            "dropped": dropped,
+            "clean": clean,
+        }
     return places
 
 
@@ -585,7 +589,7 @@ class _Work:
             self.on_note(
                 f"No run of the same data and settings without these corrections is in "
                 f"{run.folder.parent}, so there is nothing to compare with; "
-                "`--before` names one."
+                "`--set before=RUN` names one."
             )
             return run
         against = before.against(predictions, run.features, quality)

@@ -258,7 +258,11 @@ class BatchedHeads:
         first_epochs = np.array([_space.first_epoch(one) for one in settings])
         alive = np.arange(count)
         cuts = {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)}
-        state = self._first_state(count, _space.update_rule(settings[0]))
+        state = self._first_state(
+            numbers["acceptance"] == _space.LISTED,
+            _space.update_rule(settings[0]),
+            label_quality,
+        )
         batches = TrainingBatches(
             train, batch_size=self._block_rows, seed=self._seed, sample_index=True
         )
@@ -294,18 +298,26 @@ class BatchedHeads:
                 state = tf.nest.map_structure(gather, state)
         return trained
 
-    def _first_state(self, count: int, rule: str) -> HeadState:
-        """Returns the weights that `build_head` begins with, the same for all."""
+    def _first_state(
+        self, listed: np.ndarray, rule: str, label_quality: LabelQuality | None
+    ) -> HeadState:
+        """Returns the weights that `untrained_head` begins with; `listed` is `(k,)`."""
         shape = self._features.train.dim, len(self._features.class_names)
         first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
-        kernel = tf.tile(tf.convert_to_tensor(first)[:, :, None], (1, 1, count))
-        bias, slots = tf.zeros((shape[1], count)), 1 if rule == "sgd" else 2
+        usual = (first, tf.zeros(shape[1:]))
+        mean, scale = (moment.numpy() for moment in self._moments)
+        found = label_quality and label_quality.first_weights(mean, scale)
+        kernel, bias = (
+            tf.where(listed, auto[..., None], other[..., None])
+            for auto, other in zip(found or usual, usual, strict=True)
+        )
+        slots = 1 if rule == "sgd" else 2
         return HeadState(
             kernel,
             bias,
             kernel_slots=(tf.zeros_like(kernel),) * slots,
             bias_slots=(tf.zeros_like(bias),) * slots,
-            iterations=tf.zeros((count,)),
+            iterations=tf.zeros(listed.shape),
         )
 
     def _epoch(
