@@ -16,6 +16,7 @@ from keras_rsft.label_quality._audit import (
     LabelQuality,
     LeftOutRegression,
     audit_labels,
+    calibrated,
     fit_noise,
     softmax,
     true_label_posterior,
@@ -124,7 +125,27 @@ class TestNoise:
             noise, [[0.6, 0, 0.4], [0, 1, 0], [0, 0, 1]], atol=0.03
         )
 
-    def test_some_samples_choose_the_sharpness_and_all_fit_the_matrix(self):
+    def test_hard_samples_are_not_taken_for_wrong_labels(self, monkeypatch):
+        rng = np.random.default_rng(0)
+        scores = rng.normal(size=(6000, 3)).astype(np.float32)
+        # Scores of the classes differ in what they say; no one sharpness fits them.
+        likely = softmax(scores @ np.array([[6, 2, 0], [0, 6, 0], [0, 0, 2.0]]))
+        labels = (likely.cumsum(axis=1) < rng.random((6000, 1))).sum(axis=1)
+
+        def found():
+            calibration, noise = fit_noise(scores, labels)
+            error = np.abs(calibrated(scores, calibration) - likely).mean()
+            return error, 1 - np.diag(noise).mean()
+
+        error, rate = found()
+        assert error < 0.02
+        assert rate < 0.02
+        monkeypatch.setattr(module, "CALIBRATION_RIDGE", 1e6)  # One sharpness.
+        one_error, one_rate = found()
+        assert one_error > 3 * error
+        assert one_rate > 2 * rate
+
+    def test_some_samples_choose_the_calibration_and_all_fit_the_matrix(self):
         rng = np.random.default_rng(0)
         right = rng.integers(0, 2, 2000)
         scores = np.eye(2)[right] + 0.2 * rng.normal(size=(2000, 2))
@@ -298,6 +319,31 @@ class TestAccuracy:
 
         return judge
 
+    @pytest.mark.parametrize("count, credit", [(4, 1.0), (100_000, 1.5)])
+    def test_credits_by_hand(self, count, credit):
+        # Two equally likely classes, a quarter of the labels wrong: the label moves a
+        # probability from 0.5 to 0.75 or 0.25. Its variance of 0.25 shrinks by 0.0625
+        # a sample; the prior knows another 0.25: 4 x 0.25 / (4 x 0.0625 + 0.25) = 2.
+        # With many samples 4, as by the inverse of the noise matrix.
+        noise = np.array([[0.75, 0.25], [0.25, 0.75]])
+        even, given = np.full((count, 2), 0.5, np.float32), np.arange(count) % 2
+        quality = LabelQuality(even, even[:, 0], 0.25, noise, given)
+        expected = np.array([[credit, 1 - credit], [1 - credit, credit]])
+        np.testing.assert_allclose(quality.credits[:2], expected, atol=1e-4)
+        np.testing.assert_allclose(np.linalg.inv(noise)[0], [1.5, -0.5])
+        reviewed = dataclasses.replace(quality, reviewed=np.arange(count) < 2)
+        np.testing.assert_array_equal(reviewed.credits[:2], np.eye(2))
+        trusted = dataclasses.replace(quality, reason="No sign of wrong labels")
+        np.testing.assert_array_equal(trusted.credits[:2], np.eye(2))
+
+    def test_the_credits_of_the_predictions_are_the_accuracy(self, judged):
+        quality, _, predicted = judged(asymmetric_noise, 0.3)
+        credit = quality.credits[np.arange(600), predicted]
+        assert quality.accuracy(predicted).value == pytest.approx(credit.mean())
+        other = quality.out_of_sample.argmax(axis=1)
+        gain = quality.accuracy(predicted).value - quality.accuracy(other).value
+        assert quality.gain(predicted, other).value == pytest.approx(gain)
+
     @pytest.mark.parametrize(
         "kind, rate", [(symmetric_noise, 0.4), (asymmetric_noise, 0.3)]
     )
@@ -310,8 +356,8 @@ class TestAccuracy:
             misses.append(abs(found.value - truth))
             covered += found.low <= truth <= found.high
             assert np.mean(predicted == quality.labels) < truth - 0.15
-            assert found.low < found.value < found.high < found.low + 0.12
-        assert np.mean(misses) < 0.025
+            assert found.low < found.value < found.high < found.low + 0.14
+        assert np.mean(misses) < 0.035
         assert covered == 5
 
     def test_a_model_that_knows_more_than_the_features_is_believed(self, judged):

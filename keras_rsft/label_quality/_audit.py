@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,16 +29,22 @@ CHUNK_ROWS = 4096
 # Larger groups of copies are left out by another fit, not by solving for them.
 MAX_GROUP_TO_SOLVE = 512
 
-SHARPNESSES = np.array([2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 32], float)
+FIRST_SHARPNESS = 12.0
 FIRST_NOISE_RATE = 0.1
-EXPECTATION_STEPS = 20
+# Without momentum it takes hundreds of steps where most labels are wrong.
+FIT_STEPS = 40
+MOMENTUM = 0.8
+# Per class: pulls the calibration towards one sharpness for all.
+CALIBRATION_RIDGE = 0.1
 # Pseudo-counts that pull each class's noise towards evenly spread noise, which
 # matters where a class has few samples.
-PRIOR_COUNT = 20.0
+PRIOR_COUNT = 40.0
 CHUNK_VALUES = 2**22
 
 # Deviation of what the probabilities get wrong about an accuracy; see `accuracy`.
-PRIOR_BIAS = 0.02
+PRIOR_BIAS = 0.0175
+# Of how often predictions are right, in the units of a logit; see `credits`.
+PRIOR_LOGIT_DEVIATION = 2.0
 
 
 class Estimate(NamedTuple):
@@ -143,15 +148,9 @@ class LabelQuality:
     def accuracy(self, predicted: np.ndarray) -> Estimate | None:
         """Estimates how many predictions are right, although some labels are not.
 
-        Two estimates are combined: the probability that each prediction is right,
-        given the label and the other samples, which varies little; and the inverse of
-        the noise matrix (Natarajan et al., "Learning with noisy labels", 2013), which
-        has no bias where the noise depends on the class alone. The first counts as off
-        by 2 points (one standard deviation), or more where the second contradicts it;
-        the second by its own variance. The
-        model that predicts has no part in the probabilities. A label that was reviewed
-        counts as right (and the first estimate alone is used, as a review takes the
-        wrong labels first), and so does every label where none looks wrong.
+        The mean of the predictions' `credits`. The model that predicts has no part in
+        them. A label that was reviewed counts as right, and so does every label where
+        none looks wrong.
 
         Args:
             predicted: Integers `(n,)`, the predicted classes of these samples.
@@ -173,13 +172,11 @@ class LabelQuality:
         """
         if not self.can_judge or not len(self.labels):
             return None
-        likely, unbiased = self._credited(predicted)
-        trust, variance = _trust(unbiased - likely)
-        value = float(np.mean(likely + trust * (unbiased - likely), dtype=float))
-        value, count = min(max(value, 0.0), 1.0), float(len(self.labels))
-        spread = value * (1.0 - value)
+        credit = self._credit(predicted)
+        value = min(max(float(credit.mean(dtype=float)), 0.0), 1.0)
+        count, spread = float(len(credit)), value * (1.0 - value)
         if spread > 0:  # As many clean labels would say as much.
-            count = spread / (spread / count + trust * variance)
+            count = spread / (float(credit.var()) / count + self._bias**2)
         low, high = proportion_interval(value * count, count)
         return Estimate(value, min(low, value), max(high, value))
 
@@ -195,11 +192,12 @@ class LabelQuality:
         """
         if not self.can_judge or not len(self.labels):
             return None
-        (likely, unbiased), (less, less_unbiased) = map(self._credited, (ours, others))
-        surplus = unbiased - likely - (less_unbiased - less)
-        difference = likely - less + _trust(surplus)[0] * surplus
+        difference = self._credit(ours) - self._credit(others)
         value = float(np.mean(difference, dtype=float))
-        half = NORMAL_QUANTILE * float(difference.std()) / math.sqrt(len(difference))
+        bias = self._bias * float(np.mean(np.asarray(ours) != np.asarray(others)))
+        half = NORMAL_QUANTILE * math.hypot(
+            float(difference.std()) / math.sqrt(len(difference)), bias
+        )
         return Estimate(value, max(value - half, -1.0), min(value + half, 1.0))
 
     def with_right_labels(self, labels: np.ndarray) -> LabelQuality:
@@ -211,43 +209,57 @@ class LabelQuality:
         reason = "The right labels are known"
         return dataclasses.replace(self, labels=labels, reason=reason, can_judge=True)
 
-    @property
+    @functools.cached_property
     def credits(self) -> np.ndarray:
         """Float32 array `(n, k)`: what predicting each class counts for each sample.
 
         The mean over samples of the predicted classes' credits is the estimated
-        accuracy. 0 or 1 where the right label is known, else about the probability
-        that the class is right; it can lie outside of [0, 1].
-        """
-        likely, unbiased = self._credits
-        expected = self._credited(self.out_of_sample.argmax(axis=1))
-        return likely + np.float32(_trust(expected[1] - expected[0])[0]) * (
-            unbiased - likely
-        )
+        accuracy. 0 or 1 where the right label is known; else how likely the class is
+        by the other samples, plus a multiple of what the given label adds to that, so
+        that it can lie outside of [0, 1].
 
-    @functools.cached_property
-    def _credits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns them by the posterior, and by the inverse of the noise matrix."""
+        The multiple, at least 1 but for few samples, makes up for labels that are often
+        wrong and so move the probabilities too little: one step of Newton's method
+        towards the most likely share of right predictions. With many samples and no
+        evidence but the labels it is the inverse of the noise matrix (Natarajan et al.,
+        "Learning with noisy labels", 2013). It is 1 where some labels were reviewed.
+        """
         matches = self.labels[:, None] == np.arange(len(self.noise))
         matches = matches.astype(np.float32)
         if self.reason is not None:  # No label is wrong, as far as one can see.
-            return matches, matches
-        likely = np.empty_like(matches)
+            return matches
+        found = np.empty_like(matches)
+        unknown, informed = 0.0, PRIOR_LOGIT_DEVIATION**-2
         for part in _parts(*matches.shape):
-            likely[part] = true_label_posterior(
-                self.out_of_sample[part], self.noise, self.labels[part]
-            )
+            likely = self.out_of_sample[part]
+            found[part] = true_label_posterior(likely, self.noise, self.labels[part])
+            top, given = likely.argmax(axis=1), likely @ self.noise
+            prior = likely[np.arange(len(likely)), top]
+            unknown += float((prior * (1.0 - prior)).sum())
+            # How much of that the given label takes away, on the average.
+            joint = np.square(prior[:, None] * self.noise[top])
+            moved = joint / np.maximum(given, 1e-30)
+            informed += float((moved.sum(axis=1) - np.square(prior)).sum())
         if self.reviewed is not None and self.reviewed.any():
             # A review takes the wrong labels first: there is less noise among the
             # others than the matrix says.
-            likely[self.reviewed] = matches[self.reviewed]
-            return likely, likely
-        return likely, np.linalg.pinv(self.noise)[self.labels].astype(np.float32)
+            found[self.reviewed] = matches[self.reviewed]
+            return found
+        found -= self.out_of_sample
+        found *= np.float32(unknown / informed)
+        found += self.out_of_sample
+        return found
 
-    def _credited(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at = np.arange(len(self.labels)), np.asarray(predicted)
-        likely, unbiased = self._credits
-        return likely[at], unbiased[at]
+    def _credit(self, predicted: np.ndarray) -> np.ndarray:
+        return self.credits[np.arange(len(self.labels)), np.asarray(predicted)]
+
+    @property
+    def _bias(self) -> float:
+        """Returns the deviation of the accuracy that comes from wrong probabilities."""
+        if self.reason is not None:
+            return 0.0
+        known = 0.0 if self.reviewed is None else float(self.reviewed.mean())
+        return PRIOR_BIAS * (1.0 - known)
 
     def first_weights(
         self, mean: np.ndarray, deviation: np.ndarray
@@ -359,7 +371,8 @@ def audit_labels(
     Sources: Allen, "The relationship between variable selection and data augmentation
     and a method for prediction", Technometrics 1974 (each sample judged as if it had
     been left out, in closed form); Dawid and Skene, "Maximum likelihood estimation of
-    observer error-rates using the EM algorithm", 1979 (the matrix of label noise).
+    observer error-rates using the EM algorithm", 1979 (the matrix of label noise); Guo
+    et al., "On calibration of modern neural networks", 2017 (matrix scaling of scores).
 
     Takes some seconds for 10,000 samples; the time grows with the number of samples
     and with the square of the number of features.
@@ -450,24 +463,23 @@ def audit_labels(
     dropped[judged] = False
     regression = LeftOutRegression(learnt, num_classes, seed)
     weights = np.where(dropped, np.float32(0), np.float32(1))
+    fit: tuple[np.ndarray, np.ndarray] | None = None
     shares = _shares_of(groups, ~dropped)
     rivals = _rivals(groups, given, groups[judged], labels)
-    sharpness: float | None = None
-    noise = np.eye(num_classes)
     with progress_bar(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
     ) as advance:
         for _ in range(ROUNDS):
             scores = regression.left_out_scores(weights * shares)
-            sharpness, noise = fit_noise(
+            fit = calibration, noise = fit_noise(
                 scores,
                 given,
                 known=known,
-                near=sharpness,
+                start=fit,
                 chosen=regression.sampled,
                 shares=shares,
             )
-            out_of_sample = softmax(sharpness * scores)
+            out_of_sample = calibrated(scores, calibration)
             for part in _parts(*out_of_sample.shape):
                 posterior = true_label_posterior(
                     out_of_sample[part], noise, given[part]
@@ -508,10 +520,11 @@ def audit_labels(
         scores = np.concatenate([regression.scores(part) for part in unknown])
         given = np.concatenate([part.labels for part in unknown])
         their_shares = _shares_of(np.concatenate(list(map(_groups_of, unknown))))
-        sharpness, noise = fit_noise(scores, given, near=sharpness, shares=their_shares)
+        anew = calibration, _even_noise(FIRST_NOISE_RATE, num_classes)
+        calibration, noise = fit_noise(scores, given, start=anew, shares=their_shares)
     parts = []
     for other in held_out:
-        shares = softmax(sharpness * regression.scores(other)).astype(np.float32)
+        shares = calibrated(regression.scores(other), calibration)
         other_labels = np.asarray(other.labels)
         posterior = true_label_posterior(shares, noise, other_labels)
         right = posterior[np.arange(len(other)), other_labels].astype(np.float32)
@@ -550,7 +563,7 @@ def audit_labels(
         tuple(parts),
         can_judge,
         features.reviewed,
-        regression=regression.as_head(sharpness) if can_judge and sharpness else None,
+        regression=regression.as_head(calibration) if can_judge else None,
     )
 
 
@@ -559,14 +572,6 @@ def _trusted(found: LabelQuality) -> LabelQuality:
     if found.reviewed is None or not found.reviewed.all():
         return found
     return found.with_right_labels(found.labels)
-
-
-def _trust(surplus: np.ndarray) -> tuple[float, float]:
-    """Returns how much to trust the unbiased credit, and the variance of its mean."""
-    variance = float(surplus.var()) / max(len(surplus), 1)
-    # More, where the two differ by more than two standard errors.
-    bias = max(PRIOR_BIAS**2, float(surplus.mean()) ** 2 - 4.0 * variance)
-    return (bias / (bias + variance) if variance > 0 else 0.0), variance
 
 
 # -- Copies ------------------------------------------------------------------------
@@ -778,12 +783,13 @@ class LeftOutRegression:
             raise ValueError("Nothing was fitted yet.")
         return self._fit, self._ridge
 
-    def as_head(self, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+    def as_head(self, calibration: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns kernel and bias over the features as they are."""
         fit, ridge = self._last_fit()
         kernel, bias = fit.coefficients(ridge)
         kernel = self._scale[:, None] * kernel
-        return sharpness * kernel, sharpness * (bias - self._mean @ kernel)
+        bias = (bias - self._mean @ kernel) @ calibration[:-1] + calibration[-1]
+        return kernel @ calibration[:-1], bias
 
     def _standardised(self, values: np.ndarray) -> np.ndarray:
         return ((values - self._mean) * self._scale).astype(np.float32)
@@ -928,71 +934,81 @@ def _parts(count: int, num_classes: int) -> list[slice]:
     return [slice(at, at + rows) for at in range(0, count, rows)]
 
 
+def calibrated(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
+    """Returns probabilities `(n, k)` of scores by a matrix `(k + 1, k)`."""
+    return softmax(scores @ calibration[:-1] + calibration[-1])
+
+
 def fit_noise(
     scores: np.ndarray,
     labels: np.ndarray,
     *,
     known: np.ndarray | None = None,
-    near: float | None = None,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
     chosen: np.ndarray | None = None,
     shares: np.ndarray | None = None,
-) -> tuple[float, np.ndarray]:
-    """Fits how sharp the scores are, and the noise matrix, by maximum likelihood.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fits how to calibrate scores, and the noise matrix, by maximum likelihood.
 
     `shares` say how much samples count: copies share the weight of one.
     """
     if shares is None:
         shares = np.ones(len(labels), np.float32)
+    num_classes = scores.shape[1]
+    diagonal = np.eye(num_classes + 1, num_classes, dtype=np.float32)
+    calibration, noise = start or (
+        FIRST_SHARPNESS * diagonal,
+        _even_noise(FIRST_NOISE_RATE, num_classes),
+    )
     everything = chosen is None or chosen.all()
     rows = slice(None) if everything else chosen
-    some_known = None if known is None else known[rows]
-    fits = []
-    for sharpness in _neighbours(SHARPNESSES, near).tolist():
-        probabilities = softmax(sharpness * scores[rows])
-        fit = _expectation_maximisation(
-            probabilities, labels[rows], some_known, shares[rows]
-        )
-        fits.append((*fit, sharpness))
-    _, noise, sharpness = max(fits, key=operator.itemgetter(0))
+    given, right = labels[rows], None if known is None else known[rows]
+    weights = shares[rows, None]
+    inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
+    ridge = CALIBRATION_RIDGE * num_classes
+    last = calibration, noise
+    for _ in range(FIT_STEPS):  # Of a generalised EM.
+        ahead = calibration + MOMENTUM * (calibration - last[0])
+        assumed = np.maximum(noise + MOMENTUM * (noise - last[1]), noise / 4)
+        assumed /= assumed.sum(axis=1, keepdims=True)
+        last = calibration, noise
+        probabilities = softmax(inputs @ ahead)
+        posterior = true_label_posterior(probabilities, assumed, given, right)
+        posterior = posterior.astype(np.float32)
+        noise = _noise_from(_counted(posterior * weights, given))
+        # The trace of each sample's curvature bounds it.
+        bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
+        curvature = (inputs * (weights * bound)).T @ inputs
+        curvature[np.diag_indices_from(curvature)] += ridge
+        pull = ahead - np.trace(ahead) / num_classes * diagonal
+        surplus = weights * (posterior - probabilities)
+        gradient = inputs.T @ surplus - ridge * pull
+        step = np.linalg.solve(curvature, gradient)
+        calibration = (ahead + step).astype(np.float32)
     if not everything:
-        probabilities = softmax(sharpness * scores)
-        _, noise = _expectation_maximisation(probabilities, labels, known, shares)
-    return sharpness, noise
+        for _ in range(FIT_STEPS // 4):
+            counted = np.zeros_like(noise)
+            for part in _parts(*scores.shape):
+                right = None if known is None else known[part]
+                probabilities = calibrated(scores[part], calibration)
+                posterior = true_label_posterior(
+                    probabilities, noise, labels[part], right
+                )
+                posterior *= shares[part, None]
+                counted += _counted(posterior, labels[part])
+            noise = _noise_from(counted)
+    return calibration, noise
 
 
-def _expectation_maximisation(
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    known: np.ndarray | None,
-    shares: np.ndarray,
-) -> tuple[float, np.ndarray]:
-    num_classes = probabilities.shape[1]
-    chunks = [
-        (
-            probabilities[part],
-            labels[part],
-            None if known is None else known[part],
-            shares[part],
-        )
-        for part in _parts(*probabilities.shape)
-    ]
-    total = shares.sum(dtype=float)
-    noise = _even_noise(FIRST_NOISE_RATE, num_classes)
-    for _ in range(EXPECTATION_STEPS):
-        counted = np.zeros((num_classes, num_classes))
-        for part, given, right, share in chunks:
-            posterior = true_label_posterior(part, noise, given, right)
-            counted += posterior.T @ (
-                np.eye(num_classes, dtype=part.dtype)[given] * share[:, None]
-            )
-        rate = 1.0 - np.trace(counted) / total
-        noise = counted + PRIOR_COUNT * _even_noise(float(rate), num_classes) + 1e-9
-        noise /= noise.sum(axis=1, keepdims=True)
-    likelihood = 0.0
-    for part, given, right, share in chunks:
-        evidence = _joint(part, noise, given, right).sum(axis=1)
-        likelihood += (share * np.log(np.maximum(evidence, 1e-30))).sum()
-    return float(likelihood), noise
+def _counted(posterior: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return posterior.T @ np.eye(posterior.shape[1], dtype=posterior.dtype)[labels]
+
+
+def _noise_from(counted: np.ndarray) -> np.ndarray:
+    rate = 1.0 - np.trace(counted) / counted.sum()
+    prior = _even_noise(float(rate), len(counted))
+    noise = counted + PRIOR_COUNT * prior + 1e-9
+    return noise / noise.sum(axis=1, keepdims=True)
 
 
 def _even_noise(rate: float, num_classes: int) -> np.ndarray:

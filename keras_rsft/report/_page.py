@@ -539,7 +539,8 @@ def _interval(share: float, count: int) -> str:
 def _of_search(record: RunRecord) -> Outcome:
     results = record.results
     images = results.get("test_images", 0)
-    figures, shares, estimated = [], {}, False
+    figures, shares = [], {}
+    estimated: set[str] = set()
     for key in ("chosen", "plain"):
         numbers = results.get(key) or {}
         for split in ("test", "validation"):
@@ -552,7 +553,7 @@ def _of_search(record: RunRecord) -> Outcome:
                 low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
                 note = f"95 %: {summary.range_text(low, high)}; by the given labels "
                 note += share_text(given)
-                estimated = True
+                estimated.add(split)
             if split == "test":
                 shares[key] = share_text(share)
             figures.append((f"{split.title()}, {key}", share_text(share), note))
@@ -565,17 +566,17 @@ def _of_search(record: RunRecord) -> Outcome:
     )
     if (results.get("plain") or {}).get("trial"):
         method += " Plain fine-tuning is the best trial that accepts everything."
-    if images and not estimated:
+    if images and "test" not in estimated:
         method += " Intervals: Wilson (1927), each for itself."
     if estimated:
         method += (
-            " Accuracies are against the right labels, which nobody knows: estimated "
-            "from the given ones, how often each class is mislabelled, and what the "
-            "training samples say of each label."
+            f" The accuracy of {' and '.join(sorted(estimated))} is against the right "
+            "labels, which nobody knows: estimated from the given ones, how often each "
+            "class is mislabelled, and what the training samples say of each label."
         )
     sentence = str(results.get("reason", ""))
     if len(shares) > 1:
-        about = "about " if estimated else ""
+        about = "about " if "test" in estimated else ""
         sentence = (
             f"The chosen setting gets {about}{shares['chosen']} of {images:,} test "
             f"{record.kind} right, plain fine-tuning {about}{shares['plain']}."

@@ -289,7 +289,8 @@ def axes_of(outcomes: Sequence[TrialOutcome], objective: str) -> list[Axis]:
         _axis(name, values) for name, values in columns.items() if len(set(values)) > 1
     ]
     for name in dict.fromkeys(("acceptance_rate", objective)):
-        axes.append(_axis(name, [one.metrics[name] for one in outcomes]))
+        title = name.removesuffix("_estimated")  # Beside others there is no room.
+        axes.append(_axis(title, [one.metrics[name] for one in outcomes]))
     return axes
 
 

@@ -442,4 +442,8 @@ def _plain_row(
         label_quality=hypermodel.label_quality,
     )
     names = ("validation_accuracy", "acceptance_rate", "test_accuracy")
-    return {k: v for k, v in trained.results.items() if k.startswith(names)}
+    return {
+        name: value
+        for name, value in trained.results.items()
+        if name.startswith(names) and not name.endswith("_clean")  # As in `_row`.
+    }

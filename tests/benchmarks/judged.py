@@ -3,10 +3,12 @@
 The digits of scikit-learn at 96 px and, with FOLDER, CIFAR-10N at 128 px; a frozen
 EfficientNet-Lite0. A part of the samples is for training; noise is put into all labels.
 Heads are trained with `auto` and without rejection, and judged on held-out samples by
-`LabelQuality.accuracy`. Prints, over seeds, heads and draws: the true accuracy, by how
-much the accuracy by given labels is off, the estimate's mean absolute error and bias in
-points against the right labels of the same samples, and how often its 95 % interval
-holds the accuracy on all held-out samples.
+`LabelQuality.accuracy`. Prints, over seeds, heads and draws of held-out samples (with
+replacement, so that all held-out samples are what the draws are a sample of): the
+percentage of wrong training labels and its estimate, the true accuracy, by how much the
+accuracy by given labels is off, the estimate's mean absolute error and bias in points
+against the right labels of the same samples, and how often its 95 % interval holds the
+accuracy on all held-out samples. After the conditions, all of them together.
 
     python tests/benchmarks/judged.py [FOLDER] --seeds 10
 
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,12 +57,13 @@ def noisy_labels(kind: str, rate: float, data, clean: np.ndarray, seed: int):
 
 
 def judged(features, labels, clean, names, seed: int, epochs: int) -> Iterator[tuple]:
-    """Yields for each head and draw: size, truth, errors, and whether it is covered."""
+    """Yields for each head and draw what the table has: see above."""
     order = np.random.default_rng(seed).permutation(len(labels))
     cut = round(TRAINED_ON * len(labels))
     whole = dataclasses.replace(features, labels=labels.astype(np.int32))
     train, held_out = (whole.take(np.sort(part)) for part in (order[:cut], order[cut:]))
     right = clean[np.sort(order[cut:])]
+    wrong = np.mean(train.labels != clean[np.sort(order[:cut])])
     nothing = held_out.take(np.arange(0))
     splits = SplitFeatures(train, nothing, nothing, names)
     quality = rsft.audit_labels(
@@ -80,13 +82,14 @@ def judged(features, labels, clean, names, seed: int, epochs: int) -> Iterator[t
         rng = np.random.default_rng(seed)
         for size in (one for one in SIZES if one <= len(right)):
             for _ in range(DRAWS):
-                rows = rng.permutation(len(right))[:size]
+                rows = rng.integers(len(right), size=size)
                 found = part_of(quality.held_out[0], rows).accuracy(predicted[rows])
                 truth = np.mean(predicted[rows] == right[rows])
                 given = np.mean(predicted[rows] == held_out.labels[rows]) - truth
                 if found is not None:
                     covered = found.low <= whole_truth <= found.high
-                    yield size, whole_truth, given, found.value - truth, covered
+                    error, rate = found.value - truth, quality.noise_rate
+                    yield size, wrong, rate, whole_truth, given, error, covered
 
 
 def part_of(quality: rsft.LabelQuality, rows: np.ndarray) -> rsft.LabelQuality:
@@ -104,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
@@ -112,9 +116,10 @@ def main() -> None:
         columns = {"label_column": "random_label1", "clean_label_column": "clean_label"}
         sources["cifar10n"] = (str(arguments.folder / "labels.csv"), 128, columns)
     print(
-        f"{'data':9} {'noise':15} {'labels':>6} {'true':>6} {'given':>7} "
-        f"{'error':>6} {'bias':>6} {'held':>5}"
+        f"{'data':9} {'noise':15} {'labels':>6} {'wrong':>6} {'found':>6} {'true':>6} "
+        f"{'given':>7} {'error':>6} {'bias':>6} {'held':>5}"
     )
+    everything, first = [], arguments.first_seed
     for name, (source, side, columns) in sources.items():
         kept = {} if columns else {"validation_fraction": 0.0, "test_fraction": 0.0}
         data = rsft.load_images(source, **columns, **kept)
@@ -129,22 +134,29 @@ def main() -> None:
             if kind == "human" and not known:
                 continue
             rows = []
-            for seed in range(arguments.seeds):
+            for seed in range(first, first + arguments.seeds):
                 labels = noisy_labels(kind, rate, data, clean, seed)
                 rows += judged(
                     features, labels, clean, data.class_names, seed, arguments.epochs
                 )
-            for size in SIZES:
-                of_size = np.array([row for row in rows if row[0] == size], float)
-                if len(of_size):
-                    _, truth, given, error, covered = of_size.T
-                    print(
-                        f"{name:9} {f'{kind} {rate:g}':15} {size:6} "
-                        f"{100 * truth.mean():6.1f} {100 * given.mean():+7.1f} "
-                        f"{100 * np.abs(error).mean():6.2f} {100 * error.mean():+6.2f} "
-                        f"{100 * covered.mean():4.0f}%"
-                    )
-            sys.stdout.flush()
+            print_lines(f"{name:9} {f'{kind} {rate:g}':15}", rows)
+            everything += rows
+    print_lines(f"{'all':25}", everything)
+
+
+def print_lines(name: str, rows: list[tuple]) -> None:
+    """Prints a line for each number of labels."""
+    for size in SIZES:
+        of_size = np.array([row for row in rows if row[0] == size], float)
+        if len(of_size):
+            _, wrong, rate, truth, given, error, covered = 100 * of_size.T
+            print(
+                f"{name} {size:6} {wrong.mean():6.1f} {rate.mean():6.1f} "
+                f"{truth.mean():6.1f} {given.mean():+7.1f} "
+                f"{np.abs(error).mean():6.2f} {error.mean():+6.2f} "
+                f"{covered.mean():4.0f}%",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
