@@ -210,6 +210,10 @@ class TestRun:
         for name in ("validation_accuracy", "test_accuracy"):
             assert results[name] == results[f"unfrozen_{name}"]
             assert f"head_{name}" in results
+            assert results[f"{name}_clean"] == results[f"unfrozen_{name}_clean"]
+        # By right labels in the epochs that train the backbone too.
+        whole = done.history["val_accuracy_estimated"]
+        assert whole[-1] == pytest.approx(results["validation_accuracy_clean"])
         config = json.loads((done.folder / "config.json").read_text())
         assert config["unfreeze"]["layers"] == 1
         rows = (done.folder / "metrics.csv").read_text().splitlines()

@@ -123,6 +123,12 @@ def tune(
         trained = begun_from(RSFTModel(trained.model.model, AcceptAll()), features)
     part = cut_backbone(backbone, settings.unfreezing)
     choice_file = None if place is None else place.unfinished / CACHE_CHOICE
+    quality = trained.label_quality
+    credits = _head.right_credits(
+        features.validation,
+        None if quality is None else quality.held_out[0],
+        len(features.class_names),
+    )
     return train_unfrozen(
         part,
         trained,
@@ -131,6 +137,7 @@ def tune(
         settings,
         cached=cache_activations(part, features, source, choice_file),
         checkpoint=checkpoint,
+        credits=credits,
     )
 
 
