@@ -971,10 +971,10 @@ def fit_noise(
         ahead = calibration + MOMENTUM * (calibration - last[0])
         assumed = np.maximum(noise + MOMENTUM * (noise - last[1]), noise / 4)
         assumed /= assumed.sum(axis=1, keepdims=True)
+        assumed = assumed.astype(np.float32)
         last = calibration, noise
         probabilities = softmax(inputs @ ahead)
         posterior = true_label_posterior(probabilities, assumed, given, right)
-        posterior = posterior.astype(np.float32)
         noise = _noise_from(_counted(posterior * weights, given))
         # The trace of each sample's curvature bounds it.
         bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
