@@ -73,7 +73,7 @@ class TestMistakes:
             (["--threshold", "0"], 2, "positive"),
             (["--threshold", "-1"], 2, "positive"),
             (["--threshold", "much"], 2, "invalid float value"),
-            (["--threshold", "1.5", "--policy", "auto"], 2, r"in \(0, 1\]"),
+            (["--threshold", "1.5", "--policy", "auto"], 2, "in (0, 1]"),
             (["--keep-fraction", "2"], 2, "in (0, 1]"),
             (["--epochs", "0"], 2, "at least 1"),
             (["--batch-size", "x"], 2, "whole number"),

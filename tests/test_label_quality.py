@@ -226,6 +226,31 @@ class TestExamination:
         (others,) = audit_labels(train, 4, held_out=[turned], progress=False).held_out
         np.testing.assert_array_equal(others.out_of_sample, other.out_of_sample)
 
+    def test_labels_taken_at_their_word_are_what_is_predicted(self, feature_set):
+        """Many that contradict sharp scores once drove the calibration to infinity."""
+        values, labels = clusters(count=600)
+        given = noisy(labels, asymmetric_noise, 0.25)
+        features = dataclasses.replace(
+            feature_set(values, given), reviewed=np.ones(600, bool)
+        )
+        found = audit_labels(features, 4, progress=False)
+        agreed = found.out_of_sample.argmax(axis=1) == given
+        assert agreed.mean() > 0.65
+        assert 0.5 < found.out_of_sample.max(axis=1).mean() < 0.9
+
+    def test_noise_that_training_labels_do_not_show_is_possible(self, feature_set):
+        values, labels = clusters(count=900, spread=0.5)
+        given = labels.copy()
+        given[850:860] = (given[850:860] + 1) % 4
+        whole = feature_set(values, given)
+        parts = whole.take(np.arange(600)), whole.take(np.arange(600, 900))
+        (found,) = audit_labels(
+            parts[0], 4, held_out=parts[1:], progress=False
+        ).held_out
+        np.testing.assert_array_equal(
+            np.flatnonzero(found.looks_wrong), range(250, 260)
+        )
+
     def test_right_labels_are_all_kept(self, feature_set):
         found = audit_labels(feature_set(*clusters()), 4, progress=False)
         assert found.accept_mask().all()

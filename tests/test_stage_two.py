@@ -30,7 +30,7 @@ from keras_rsft.training._features import (
     open_features,
 )
 from keras_rsft.training._run import finetune
-from keras_rsft.training._unfreeze import accuracy_on_images, begun_from
+from keras_rsft.training._unfreeze import begun_from, predicted_on_images
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -228,10 +228,12 @@ class TestTheModel:
         assert model.output.dtype == "float32"
         assert {layer.compute_dtype for layer in model.layers} == {"float32"}
 
-    def test_accuracy_is_the_share_of_right_answers(self, tuned, split):
+    def test_predictions_on_images_are_those_of_the_model(self, tuned, split):
         images = np.stack([image for _, image in split.images(16)])
-        right = tuned.predict(images, verbose=0).argmax(axis=-1) == split.labels
-        assert accuracy_on_images(tuned, split, batch_size=5) == right.mean()
+        index, predicted = predicted_on_images(tuned, split, batch_size=5)
+        expected = tuned.predict(images, verbose=0).argmax(axis=-1)
+        np.testing.assert_array_equal(predicted, expected[index])
+        np.testing.assert_array_equal(np.sort(index), np.arange(len(split)))
 
 
 class TestRun:
@@ -269,19 +271,22 @@ class TestRun:
         (prediction,) = predict_files(done.folder, [photo_folder / "green" / "05.png"])
         assert prediction.label in ("blue", "green", "red")
 
-    @pytest.mark.parametrize("tuned_is, kept", [(0.5, 1.0), (0.4, 0.0)])
+    @pytest.mark.parametrize("mistakes, kept", [(1, 1.0), (2, 0.0)])
     def test_kept_where_validation_is_not_lower(
-        self, fit, monkeypatch, tuned_is, kept, tiny_base
+        self, fit, monkeypatch, mistakes, kept, tiny_base
     ):
-        def accuracy(model, split):
+        def predicted(model, split):
             same = np.array_equal(model.get_weights()[0], tiny_base.get_weights()[0])
-            return 0.5 if same else tuned_is
+            answers = np.array(split.labels)
+            wrong = slice(1 if same else mistakes)
+            answers[wrong] = (answers[wrong] + 1) % 3
+            return np.arange(len(split)), answers
 
-        monkeypatch.setattr(unfreezing, "accuracy_on_images", accuracy)
+        monkeypatch.setattr(unfreezing, "predicted_on_images", predicted)
         done = fit()
-        results = done.results
+        results, count = done.results, len(done.features.validation)
         assert results["stage2_kept"] == kept
-        assert results["stage2_validation_accuracy"] == tuned_is
+        assert results["stage2_validation_accuracy"] == (count - mistakes) / count
         untouched = np.array_equal(
             done.model.get_weights()[0], tiny_base.get_weights()[0]
         )
@@ -294,8 +299,11 @@ class TestRun:
         measured = []
         monkeypatch.setattr(
             unfreezing,
-            "accuracy_on_images",
-            lambda model, split: measured.append(split.name) or 1.0,
+            "predicted_on_images",
+            lambda model, split: (
+                measured.append(split.name),
+                np.array(split.labels),
+            ),
         )
 
         def without_validation(*data, **options):

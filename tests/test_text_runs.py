@@ -127,7 +127,11 @@ class TestPredict:
         (root / "new").mkdir(exist_ok=True)
         (root / "new" / "one.txt").write_text("A horse drinks water in the forest.")
         (root / "new" / "bad.txt").write_bytes(b"\xff\xfe")
-        rows = [("The bank lost a million dollars.",), ("",), ("A cake\nwith butter.",)]
+        rows = [
+            ("The bank lost a million dollars.",),
+            ("",),
+            ("This cake\nbakes for an hour.",),
+        ]
         write_table(root / "new.csv", rows, ("words",))
         status, out, err = call(
             "predict", "run", "new.csv", "new", "--text-column", "words", "--quiet"

@@ -34,6 +34,9 @@ FIRST_NOISE_RATE = 0.1
 # Without momentum it takes hundreds of steps where most labels are wrong.
 FIT_STEPS = 40
 MOMENTUM = 0.8
+# A step that lowers the mean log-likelihood by more is taken back, and damped.
+MAX_FALL = 0.01
+FIRST_DAMPING = 0.05
 # Per class: pulls the calibration towards one sharpness for all.
 CALIBRATION_RIDGE = 0.1
 # Pseudo-counts that pull each class's noise towards evenly spread noise, which
@@ -520,8 +523,8 @@ def audit_labels(
         scores = np.concatenate([regression.scores(part) for part in unknown])
         given = np.concatenate([part.labels for part in unknown])
         their_shares = _shares_of(np.concatenate(list(map(_groups_of, unknown))))
-        anew = calibration, _even_noise(FIRST_NOISE_RATE, num_classes)
-        calibration, noise = fit_noise(scores, given, start=anew, shares=their_shares)
+        anew = _even_noise(FIRST_NOISE_RATE, num_classes)
+        noise = _noise_alone(scores, given, calibration, anew, None, their_shares)
     parts = []
     for other in held_out:
         shares = calibrated(regression.scores(other), calibration)
@@ -967,18 +970,26 @@ def fit_noise(
     inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
     ridge = CALIBRATION_RIDGE * num_classes
     last = calibration, noise
+    reached, damping = -math.inf, 0.0
     for _ in range(FIT_STEPS):  # Of a generalised EM.
         ahead = calibration + MOMENTUM * (calibration - last[0])
         assumed = np.maximum(noise + MOMENTUM * (noise - last[1]), noise / 4)
         assumed /= assumed.sum(axis=1, keepdims=True)
         assumed = assumed.astype(np.float32)
-        last = calibration, noise
         probabilities = softmax(inputs @ ahead)
-        posterior = true_label_posterior(probabilities, assumed, given, right)
+        posterior = _joint(probabilities, assumed, given, right)
+        evidence = np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
+        likelihood = float((weights * np.log(evidence)).sum() / weights.sum())
+        if likelihood < reached - MAX_FALL:
+            calibration, noise = last
+            damping = max(4.0 * damping, FIRST_DAMPING)
+            continue
+        reached, last = likelihood, (calibration, noise)
+        posterior /= evidence
         noise = _noise_from(_counted(posterior * weights, given))
         # The trace of each sample's curvature bounds it.
         bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
-        curvature = (inputs * (weights * bound)).T @ inputs
+        curvature = (inputs * (weights * (bound + damping))).T @ inputs
         curvature[np.diag_indices_from(curvature)] += ridge
         pull = ahead - np.trace(ahead) / num_classes * diagonal
         surplus = weights * (posterior - probabilities)
@@ -986,18 +997,28 @@ def fit_noise(
         step = np.linalg.solve(curvature, gradient)
         calibration = (ahead + step).astype(np.float32)
     if not everything:
-        for _ in range(FIT_STEPS // 4):
-            counted = np.zeros_like(noise)
-            for part in _parts(*scores.shape):
-                right = None if known is None else known[part]
-                probabilities = calibrated(scores[part], calibration)
-                posterior = true_label_posterior(
-                    probabilities, noise, labels[part], right
-                )
-                posterior *= shares[part, None]
-                counted += _counted(posterior, labels[part])
-            noise = _noise_from(counted)
+        noise = _noise_alone(scores, labels, calibration, noise, known, shares)
     return calibration, noise
+
+
+def _noise_alone(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    calibration: np.ndarray,
+    noise: np.ndarray,
+    known: np.ndarray | None,
+    shares: np.ndarray,
+) -> np.ndarray:
+    """Fits the noise matrix to scores that are calibrated already."""
+    for _ in range(FIT_STEPS // 4):
+        counted = np.zeros_like(noise)
+        for part in _parts(*scores.shape):
+            right = None if known is None else known[part]
+            probabilities = calibrated(scores[part], calibration)
+            posterior = true_label_posterior(probabilities, noise, labels[part], right)
+            counted += _counted(posterior * shares[part, None], labels[part])
+        noise = _noise_from(counted)
+    return noise
 
 
 def _counted(posterior: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -1005,7 +1026,8 @@ def _counted(posterior: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _noise_from(counted: np.ndarray) -> np.ndarray:
-    rate = 1.0 - np.trace(counted) / counted.sum()
+    total = counted.sum()  # As if one more were wrong: never seen is not impossible.
+    rate = (total - np.trace(counted) + 1.0) / (total + 1.0)
     prior = _even_noise(float(rate), len(counted))
     noise = counted + PRIOR_COUNT * prior + 1e-9
     return noise / noise.sum(axis=1, keepdims=True)

@@ -199,13 +199,6 @@ def better_model(
     return tuned
 
 
-def accuracy_on_images(
-    model: keras.Model, split: ImageSplit, *, batch_size: int = 32
-) -> float:
-    index, predicted = predicted_on_images(model, split, batch_size=batch_size)
-    return float(np.mean(predicted == split.labels[index]))
-
-
 def predicted_on_images(
     model: keras.Model, split: ImageSplit, *, batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
