@@ -34,7 +34,7 @@ FIRST_NOISE_RATE = 0.1
 # Without momentum it takes hundreds of steps where most labels are wrong.
 FIT_STEPS = 40
 MOMENTUM = 0.8
-# A step that lowers the mean log-likelihood by more is taken back, and damped.
+# A step that lowers the mean log-likelihood by more is taken back; the next is damped.
 MAX_FALL = 0.01
 FIRST_DAMPING = 0.05
 # Per class: pulls the calibration towards one sharpness for all.
@@ -970,10 +970,11 @@ def fit_noise(
     inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
     ridge = CALIBRATION_RIDGE * num_classes
     last = calibration, noise
-    reached, damping = -math.inf, 0.0
+    reached, damping, pace = -math.inf, 0.0, 0
     for _ in range(FIT_STEPS):  # Of a generalised EM.
-        ahead = calibration + MOMENTUM * (calibration - last[0])
-        assumed = np.maximum(noise + MOMENTUM * (noise - last[1]), noise / 4)
+        momentum = min(MOMENTUM, pace / (pace + 3))
+        ahead = calibration + momentum * (calibration - last[0])
+        assumed = np.maximum(noise + momentum * (noise - last[1]), noise / 4)
         assumed /= assumed.sum(axis=1, keepdims=True)
         assumed = assumed.astype(np.float32)
         probabilities = softmax(inputs @ ahead)
@@ -981,10 +982,11 @@ def fit_noise(
         evidence = np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
         likelihood = float((weights * np.log(evidence)).sum() / weights.sum())
         if likelihood < reached - MAX_FALL:
-            calibration, noise = last
+            (calibration, noise), pace = last, 0
             damping = max(4.0 * damping, FIRST_DAMPING)
             continue
         reached, last = likelihood, (calibration, noise)
+        damping, pace = damping / 2.0, pace + 1
         posterior /= evidence
         noise = _noise_from(_counted(posterior * weights, given))
         # The trace of each sample's curvature bounds it.
