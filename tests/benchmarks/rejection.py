@@ -33,6 +33,7 @@ from keras_rsft.cli._render import Output
 from keras_rsft.comparison._compare import Comparison, compare
 from keras_rsft.comparison._methods import recovered_share
 from keras_rsft.config import AUTO, CLEAN_SUBSET, PLAIN, FeatureConfig, TrainConfig
+from keras_rsft.data._labels import trust_splits
 from keras_rsft.data._samples import ImageData
 from keras_rsft.data._sources import load_images
 from keras_rsft.report._summary import comparison_summary
@@ -69,7 +70,8 @@ class Condition:
     def load(self, folder: Path) -> ImageData:
         """Returns the images; `folder` holds those of CIFAR-10N."""
         if self.is_digits:
-            return load_images("digits", split_seed=self.split_seed)
+            digits = load_images("digits", split_seed=self.split_seed)
+            return trust_splits(digits, ["test"])
         return load_images(
             folder / "labels.csv",
             label_column=self.source,
