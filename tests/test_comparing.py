@@ -317,6 +317,7 @@ class TestComparison:
             ("a", "b", "c"),
         )
 
+    @pytest.mark.slow
     def test_wrong_test_labels_are_seen_through(self, all_noisy, settings):
         clean = all_noisy.test.clean_labels
         parts = {
