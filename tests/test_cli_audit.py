@@ -206,7 +206,7 @@ class TestBadInput:
         assert found["look_wrong"] == 0
 
     def test_few_wrong_labels(self, run, photos):
-        """A rate below which `auto` keeps everything is told of all the same."""
+        """Wrong labels are shown even where `auto` keeps every sample."""
         for number, name in enumerate("abc"):
             photos(name, number, 60)
         data = photos("a", 1, 2)

@@ -17,8 +17,9 @@ from keras_rsft.data._labels import symmetric_noise
 from keras_rsft.features import _neighbours as neighbours
 from keras_rsft.features._neighbours import copy_groups
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality import _audit as module
-from keras_rsft.label_quality._audit import LeftOutRegression, audit_labels
+from keras_rsft.label_quality import _regression as module
+from keras_rsft.label_quality._audit import audit_labels
+from keras_rsft.label_quality._regression import LeftOutRegression
 from keras_rsft.report._live import LiveAudit
 from keras_rsft.report._record import read_run
 from keras_rsft.training._features import open_features

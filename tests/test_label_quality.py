@@ -11,16 +11,16 @@ from keras_rsft._stats import proportion_interval
 from keras_rsft.data._labels import asymmetric_noise, symmetric_noise
 from keras_rsft.errors import DataError
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality import _audit as module
-from keras_rsft.label_quality._audit import (
-    LabelQuality,
-    LeftOutRegression,
-    audit_labels,
+from keras_rsft.label_quality import _noise as noise_module
+from keras_rsft.label_quality import _regression as regression_module
+from keras_rsft.label_quality._audit import LabelQuality, audit_labels
+from keras_rsft.label_quality._noise import (
     calibrated,
     fit_noise,
     softmax,
     true_label_posterior,
 )
+from keras_rsft.label_quality._regression import LeftOutRegression
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ class TestRegression:
     def test_chunks_do_not_change_the_scores(self, feature_set, monkeypatch):
         features = feature_set(*clusters(count=100))
         whole = audit_labels(features, 4, progress=False)
-        monkeypatch.setattr(module, "CHUNK_ROWS", 7)
-        monkeypatch.setattr(module, "CHUNK_VALUES", 50)
+        monkeypatch.setattr(regression_module, "CHUNK_ROWS", 7)
+        monkeypatch.setattr(noise_module, "CHUNK_VALUES", 50)
         pieces = audit_labels(features, 4, progress=False)
         np.testing.assert_allclose(whole.out_of_sample, pieces.out_of_sample, atol=1e-4)
 
@@ -92,7 +92,7 @@ class TestRegression:
     ):
         values, labels = clusters()
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
-        monkeypatch.setattr(module, "MAX_ROWS_TO_CHOOSE", 200)
+        monkeypatch.setattr(regression_module, "MAX_ROWS_TO_CHOOSE", 200)
         assert audit_labels(features, 4, progress=False).noise_rate == pytest.approx(
             0.3, abs=0.05
         )
@@ -156,7 +156,7 @@ class TestNoise:
         error, rate = found()
         assert error < 0.02
         assert rate < 0.02
-        monkeypatch.setattr(module, "CALIBRATION_RIDGE", 1e6)  # One sharpness.
+        monkeypatch.setattr(noise_module, "CALIBRATION_RIDGE", 1e6)  # One sharpness.
         one_error, one_rate = found()
         assert one_error > 3 * error
         assert one_rate > 2 * rate

@@ -5,44 +5,38 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._stats import NORMAL_QUANTILE, proportion_interval
-from keras_rsft.errors import DataError
 from keras_rsft.features._neighbours import with_copies
 from keras_rsft.features._store import FeatureSet
+from keras_rsft.label_quality._noise import (
+    FIRST_NOISE_RATE,
+    calibrated,
+    even_noise,
+    fit_noise,
+    fit_noise_alone,
+    parts_of,
+    true_label_posterior,
+)
+from keras_rsft.label_quality._regression import (
+    LeftOutRegression,
+    find_rivals,
+    groups_of,
+    known_by_copies,
+    right_among,
+    shares_of,
+)
 
 ROUNDS = 4
 # With fewer samples a class's labels are not judged.
 MIN_CLASS_SIZE = 5
 MIN_NOISE_RATE = 0.02
 MIN_RIGHT_PROBABILITY = 0.6
-
-RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
-# The ridge does not depend on the number of samples: some are enough to choose it.
-MAX_ROWS_TO_CHOOSE = 4096
-CHUNK_ROWS = 4096
-# Larger groups of copies are left out by another fit, not by solving for them.
-MAX_GROUP_TO_SOLVE = 512
-
-FIRST_SHARPNESS = 12.0
-FIRST_NOISE_RATE = 0.1
-# Without momentum it takes hundreds of steps where most labels are wrong.
-FIT_STEPS = 40
-MOMENTUM = 0.8
-# A step that lowers the mean log-likelihood by more is taken back; the next is damped.
-MAX_FALL = 0.01
-FIRST_DAMPING = 0.05
-# Per class: pulls the calibration towards one sharpness for all.
-CALIBRATION_RIDGE = 0.1
-# Pseudo-counts that pull each class's noise towards evenly spread noise, which
-# matters where a class has few samples.
-PRIOR_COUNT = 40.0
-CHUNK_VALUES = 2**22
 
 # Deviation of what the probabilities get wrong about an accuracy; see `accuracy`.
 PRIOR_BIAS = 0.0175
@@ -233,7 +227,7 @@ class LabelQuality:
             return matches
         found = np.empty_like(matches)
         unknown, informed = 0.0, PRIOR_LOGIT_DEVIATION**-2
-        for part in _parts(*matches.shape):
+        for part in parts_of(*matches.shape):
             likely = self.out_of_sample[part]
             found[part] = true_label_posterior(likely, self.noise, self.labels[part])
             top, given = likely.argmax(axis=1), likely @ self.noise
@@ -300,7 +294,7 @@ class LabelQuality:
         """
         labels, (count, classes) = self.labels, self.out_of_sample.shape
         found = np.diag(np.bincount(labels, self.right_probability, classes))
-        for part in _parts(count, classes):
+        for part in parts_of(count, classes):
             given, wrong = labels[part], 1.0 - self.right_probability[part]
             others = true_label_posterior(self.out_of_sample[part], self.noise, given)
             others[np.arange(len(given)), given] = 0.0
@@ -414,9 +408,7 @@ def audit_labels(
     if any(part.groups is None for part in (features, *held_out)):
         features, *held_out = with_copies((features, *held_out), progress=progress)
     labels = np.asarray(features.labels)
-    counts = np.bincount(
-        labels, _shares_of(_groups_of(features)), minlength=num_classes
-    )
+    counts = np.bincount(labels, shares_of(groups_of(features)), minlength=num_classes)
     counts = counts.round(3)  # Three thirds are one.
     if np.count_nonzero(counts >= MIN_CLASS_SIZE) < 2:
         too_few = (
@@ -455,20 +447,20 @@ def audit_labels(
         right_labels = np.array(before.labels)
         right_labels[judged] = labels
         learnt, given = before.with_labels(right_labels), np.asarray(before.labels)
-    known, groups = None, _groups_of(learnt)
+    known, groups = None, groups_of(learnt)
     if features.reviewed is not None:
         known = np.full(len(given), -1)
         known[judged[features.reviewed]] = labels[features.reviewed]
     all_known = known is not None and bool((known[judged] >= 0).all())
     if known is not None:
-        known = _known_by_copies(groups, known)
+        known = known_by_copies(groups, known)
     dropped = np.ones(len(given), bool)
     dropped[judged] = False
     regression = LeftOutRegression(learnt, num_classes, seed)
     weights = np.where(dropped, np.float32(0), np.float32(1))
     fit: tuple[np.ndarray, np.ndarray] | None = None
-    shares = _shares_of(groups, ~dropped)
-    rivals = _rivals(groups, given, groups[judged], labels)
+    shares = shares_of(groups, ~dropped)
+    rivals = find_rivals(groups, given, groups[judged], labels)
     with progress_bar(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
     ) as advance:
@@ -483,12 +475,12 @@ def audit_labels(
                 shares=shares,
             )
             out_of_sample = calibrated(scores, calibration)
-            for part in _parts(*out_of_sample.shape):
+            for part in parts_of(*out_of_sample.shape):
                 posterior = true_label_posterior(
                     out_of_sample[part], noise, given[part]
                 )
                 weights[part] = posterior[np.arange(len(posterior)), given[part]]
-            weights[rivals[0]] = _right_among(out_of_sample, noise, given, rivals)
+            weights[rivals[0]] = right_among(out_of_sample, noise, given, rivals)
             if known is not None:
                 weights[known >= 0] = (known == learnt.labels)[known >= 0]
             weights[dropped] = 0.0
@@ -522,23 +514,23 @@ def audit_labels(
         # Right training labels tell nothing about the noise of the other splits.
         scores = np.concatenate([regression.scores(part) for part in unknown])
         given = np.concatenate([part.labels for part in unknown])
-        their_shares = _shares_of(np.concatenate(list(map(_groups_of, unknown))))
-        anew = _even_noise(FIRST_NOISE_RATE, num_classes)
-        noise = _noise_alone(scores, given, calibration, anew, None, their_shares)
+        their_shares = shares_of(np.concatenate(list(map(groups_of, unknown))))
+        anew = even_noise(FIRST_NOISE_RATE, num_classes)
+        noise = fit_noise_alone(scores, given, calibration, anew, None, their_shares)
     parts = []
     for other in held_out:
         shares = calibrated(regression.scores(other), calibration)
         other_labels = np.asarray(other.labels)
         posterior = true_label_posterior(shares, noise, other_labels)
         right = posterior[np.arange(len(other)), other_labels].astype(np.float32)
-        theirs = _groups_of(other)
+        theirs = groups_of(other)
         copied = np.concatenate([groups[judged], theirs])
         copy_labels = np.concatenate([labels, other_labels])
-        rivals = _rivals(theirs, other_labels, copied, copy_labels)
-        right[rivals[0]] = _right_among(shares, noise, other_labels, rivals)
+        rivals = find_rivals(theirs, other_labels, copied, copy_labels)
+        right[rivals[0]] = right_among(shares, noise, other_labels, rivals)
         if known is not None:
             both = np.concatenate([known[judged], np.full(len(other), -1)])
-            settled = _known_by_copies(copied, both)[len(labels) :]
+            settled = known_by_copies(copied, both)[len(labels) :]
             right[settled >= 0] = (settled == other_labels)[settled >= 0]
         right[too_small[other_labels] | (not can_judge)] = 1.0
         if other.reviewed is not None:
@@ -575,467 +567,3 @@ def _trusted(found: LabelQuality) -> LabelQuality:
     if found.reviewed is None or not found.reviewed.all():
         return found
     return found.with_right_labels(found.labels)
-
-
-# -- Copies ------------------------------------------------------------------------
-
-
-def _groups_of(features: FeatureSet) -> np.ndarray:
-    return np.arange(len(features)) if features.groups is None else features.groups
-
-
-def _shares_of(groups: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Returns each sample's share of the one witness that its copies are together."""
-    _, group_of = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(group_of, counted)
-    return (1.0 / np.maximum(sizes, 1.0)).astype(np.float32)[group_of]
-
-
-def _known_by_copies(groups: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Returns the known labels, -1 for none, also of the copies of known samples."""
-    of_group = np.full(groups.max(initial=0) + 1, -1)
-    of_group[groups[known >= 0]] = known[known >= 0]
-    return np.where(known >= 0, known, of_group[groups])
-
-
-Rivals = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _rivals(
-    groups: np.ndarray, labels: np.ndarray, copied: np.ndarray, copy_labels: np.ndarray
-) -> Rivals:
-    """Returns the samples whose copies have other labels, and these as pairs.
-
-    A pair is a position among those samples, and another label.
-    """
-    width = int(max(labels.max(initial=0), copy_labels.max(initial=0))) + 1
-    given = np.unique(copied.astype(np.int64) * width + copy_labels)
-    numbers, counts = np.unique(given // width, return_counts=True)
-    samples = np.flatnonzero(np.isin(groups, numbers[counts > 1]))
-    first = np.searchsorted(given, groups[samples] * width)
-    last = np.searchsorted(given, (groups[samples] + 1) * width)
-    positions = np.repeat(np.arange(len(samples)), last - first)
-    inside = np.arange(len(positions)) - np.repeat(
-        np.cumsum(last - first) - (last - first), last - first
-    )
-    others = given[first[positions] + inside] % width
-    different = others != labels[samples[positions]]
-    return samples, positions[different], others[different]
-
-
-def _right_among(
-    probabilities: np.ndarray, noise: np.ndarray, labels: np.ndarray, rivals: Rivals
-) -> np.ndarray:
-    """Returns how likely the labels of samples are right whose copies have others."""
-    samples, positions, others = rivals
-    joint = probabilities[samples] * noise[:, labels[samples]].T
-    np.multiply.at(joint, positions, noise[:, others].T)
-    right = joint[np.arange(len(samples)), labels[samples]]
-    return right / np.maximum(joint.sum(axis=1), 1e-30)
-
-
-def _whole_groups(groups: np.ndarray) -> list[np.ndarray]:
-    """Returns the positions of copies, an array `(groups, size)` for each size."""
-    order = np.argsort(groups, kind="stable")
-    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
-    return [
-        order[starts[sizes == size][:, None] + np.arange(size)]
-        for size in np.unique(sizes[sizes > 1])
-    ]
-
-
-def _in_parts(groups: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Cuts groups `(m, s)` into parts of few samples, large ones into one each."""
-    for members in groups:
-        size = members.shape[1]
-        step = 1 if size > MAX_GROUP_TO_SOLVE else max(1, CHUNK_ROWS // size)
-        for start in range(0, len(members), step):
-            yield members[start : start + step]
-
-
-def _copied_in(
-    groups: np.ndarray, others: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields copies `(m, s)` here and `(m, t)` in another split, of the same groups."""
-    common = np.intersect1d(groups, others)
-    orders, firsts, sizes = [], [], []
-    for one in (groups, others):
-        orders.append(np.argsort(one, kind="stable"))
-        ordered = one[orders[-1]]
-        firsts.append(np.searchsorted(ordered, common))
-        sizes.append(np.searchsorted(ordered, common, side="right") - firsts[-1])
-    for here, there in np.unique(np.stack(sizes, axis=1), axis=0):
-        alike = np.flatnonzero((sizes[0] == here) & (sizes[1] == there))
-        for part in _in_parts([np.tile(alike[:, None], here + there)]):
-            yield tuple(
-                order[first[part[:, :1]] + np.arange(size)]
-                for order, first, size in zip(
-                    orders, firsts, (here, there), strict=True
-                )
-            )
-
-
-# -- Class scores of each sample from the other samples alone --------------------
-
-
-class LeftOutRegression:
-    """Weighted ridge regression on one-hot labels, each sample left out in turn.
-
-    Copies are left out together.
-    """
-
-    def __init__(self, features: FeatureSet, num_classes: int, seed: int):
-        self._features = features
-        self._labels = np.asarray(features.labels)
-        self._num_classes = num_classes
-        mean, variance = features.moments()
-        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
-            finite = [np.isfinite(chunk).all(axis=1) for chunk in features.chunks()]
-            bad = ~np.concatenate(finite)
-            raise DataError(
-                f"The features of {np.count_nonzero(bad)} of {len(features)} samples "
-                f"are NaN or infinite, for example {', '.join(features.ids[bad][:3])}. "
-                "Try `--set dtype=float32`, or another backbone."
-            )
-        self._mean, self._scale = mean, 1.0 / np.sqrt(variance)
-        count = len(features)
-        chosen = np.random.default_rng(seed).permutation(count)[:MAX_ROWS_TO_CHOOSE]
-        self.sampled = np.zeros(count, bool)
-        self.sampled[chosen] = True
-        self._ridge: float | None = None
-        self._fit: _RidgePath | None = None
-        self._weights = np.zeros(count, np.float32)
-
-    def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
-        """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
-        sampled = self.sampled
-        fit = self._fitted(weights * sampled)
-        sample = np.concatenate([x[sampled[rows]] for rows, x in self._chunks()])
-        targets, sample_weights = self._one_hot(sampled), weights[sampled]
-        rotated = fit.rotated(sample)
-        groups = _groups_of(self._features)
-        copies = _whole_groups(groups[sampled])
-        judges = sample_weights.copy()
-        for large in copies:
-            if large.shape[1] > MAX_GROUP_TO_SOLVE:
-                judges[large] = 0.0
-        copies = [one for one in copies if one.shape[1] <= MAX_GROUP_TO_SOLVE]
-
-        def error(ridge: float) -> float:
-            scores = fit.left_out_scores(rotated, targets, sample_weights, ridge)
-            for rows in _in_parts(copies):
-                scores[rows] = fit.left_out_groups(
-                    rotated[rows], targets[rows], sample_weights[rows], ridge
-                )
-            return float(judges @ np.square(scores - targets).sum(axis=1))
-
-        self._ridge = float(min(_neighbours(RIDGES, self._ridge), key=error))
-        if not sampled.all():
-            fit = self._fitted(weights)
-        scores = np.empty((len(weights), self._num_classes), np.float32)
-        for rows, inputs in self._chunks():
-            scores[rows] = fit.left_out_scores(
-                fit.rotated(inputs), self._one_hot(rows), weights[rows], self._ridge
-            )
-        self._fit, self._weights = fit, weights
-        for members in _in_parts(_whole_groups(groups)):
-            scores[members] = self._left_out_groups(members)
-        return scores
-
-    def _left_out_groups(
-        self, members: np.ndarray, others: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Returns scores of groups `(m, s)`, or of further copies of them."""
-        fit, ridge = self._last_fit()
-        inputs = self._inputs_of(self._features, members)
-        weights = self._weights[members]
-        if members.shape[1] > MAX_GROUP_TO_SOLVE:
-            kept = self._weights.copy()
-            kept[members] = 0.0
-            fit = self._fitted(kept)
-            return fit.scores(fit.rotated(inputs if others is None else others), ridge)
-        targets = self._one_hot(members)
-        if others is not None:  # It has no weight, so any label will do.
-            inputs = np.concatenate([inputs, others], axis=1)
-            more = (0, others.shape[1])
-            weights = np.pad(weights, ((0, 0), more))
-            targets = np.pad(targets, ((0, 0), more, (0, 0)))
-        scores = fit.left_out_groups(fit.rotated(inputs), targets, weights, ridge)
-        return scores if others is None else scores[:, members.shape[1] :]
-
-    def _inputs_of(self, features: FeatureSet, samples: np.ndarray) -> np.ndarray:
-        values = features.views_of(samples.ravel())[:, 0].astype(np.float32)
-        return self._standardised(values).reshape(*samples.shape, -1)
-
-    def scores(self, others: FeatureSet) -> np.ndarray:
-        """Returns class scores `(m, k)` of samples that were not among those fitted."""
-        fit, ridge = self._last_fit()
-        parts = [
-            fit.scores(fit.rotated(self._standardised(chunk)), ridge)
-            for chunk in others.chunks(CHUNK_ROWS)
-        ]
-        scores = np.concatenate([np.empty((0, self._num_classes), np.float32), *parts])
-        if others.groups is not None and self._features.groups is not None:
-            for members, samples in _copied_in(self._features.groups, others.groups):
-                inputs = self._inputs_of(others, samples)
-                scores[samples] = self._left_out_groups(members, inputs)
-        return scores
-
-    def _last_fit(self) -> tuple[_RidgePath, float]:
-        if self._fit is None or self._ridge is None:
-            raise ValueError("Nothing was fitted yet.")
-        return self._fit, self._ridge
-
-    def as_head(self, calibration: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns kernel and bias over the features as they are."""
-        fit, ridge = self._last_fit()
-        kernel, bias = fit.coefficients(ridge)
-        kernel = self._scale[:, None] * kernel
-        bias = (bias - self._mean @ kernel) @ calibration[:-1] + calibration[-1]
-        return kernel @ calibration[:-1], bias
-
-    def _standardised(self, values: np.ndarray) -> np.ndarray:
-        return ((values - self._mean) * self._scale).astype(np.float32)
-
-    def _chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        start = 0
-        for chunk in self._features.chunks(CHUNK_ROWS):
-            yield slice(start, start + len(chunk)), self._standardised(chunk)
-            start += len(chunk)
-
-    def _one_hot(self, rows: np.ndarray | slice) -> np.ndarray:
-        return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
-
-    def _fitted(self, weights: np.ndarray) -> _RidgePath:
-        width = self._features.dim
-        gram, moment = np.zeros((width, width)), np.zeros((width, self._num_classes))
-        inputs_sum, targets_sum = np.zeros(width), np.zeros(self._num_classes)
-        for rows, inputs in self._chunks():
-            weighted, targets = inputs * weights[rows, None], self._one_hot(rows)
-            gram += weighted.T @ inputs
-            moment += weighted.T @ targets
-            inputs_sum += weighted.sum(axis=0)
-            targets_sum += weights[rows] @ targets
-        return _RidgePath(
-            gram, moment, inputs_sum, targets_sum, max(float(weights.sum()), 1e-9)
-        )
-
-
-class _RidgePath:
-    """Ridge regression with an intercept; one eigendecomposition serves every ridge."""
-
-    def __init__(
-        self,
-        gram: np.ndarray,
-        moment: np.ndarray,
-        inputs_sum: np.ndarray,
-        targets_sum: np.ndarray,
-        total: float,
-    ):
-        centre, mean_target = inputs_sum / total, targets_sum / total
-        gram = gram - total * np.outer(centre, centre)
-        moment = moment - total * np.outer(centre, mean_target)
-        values, axes = np.linalg.eigh(gram)
-        self._values = np.maximum(values, 0.0)
-        self._axes = axes.astype(np.float32)
-        self._moment = (axes.T @ moment).astype(np.float32)
-        self._centre = centre.astype(np.float32)
-        self._mean_target = mean_target.astype(np.float32)
-        self._total = total
-
-    def rotated(self, inputs: np.ndarray) -> np.ndarray:
-        flat = inputs.reshape(-1, inputs.shape[-1])  # One product, not one a group.
-        return ((flat - self._centre) @ self._axes).reshape(inputs.shape)
-
-    def scores(self, rotated: np.ndarray, ridge: float) -> np.ndarray:
-        shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
-        scores = self._mean_target + rotated.reshape(-1, rotated.shape[-1]) @ shrunk
-        return scores.reshape(*rotated.shape[:-1], shrunk.shape[1])
-
-    def coefficients(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-        shrunk = self._moment / (self._values + ridge)[:, None].astype(np.float32)
-        kernel = self._axes @ shrunk
-        return kernel, self._mean_target - self._centre @ kernel
-
-    def left_out_scores(
-        self,
-        rotated: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray,
-        ridge: float,
-    ) -> np.ndarray:
-        """Returns scores as if each sample had been left out (Allen, 1974)."""
-        fitted = self.scores(rotated, ridge)
-        inverse = (1.0 / (self._values + ridge)).astype(np.float32)
-        leverage = weights * (1.0 / self._total + np.square(rotated) @ inverse)
-        leverage = np.minimum(leverage, 0.999).astype(np.float32)[:, None]
-        return fitted + leverage / (1.0 - leverage) * (fitted - targets)
-
-    def left_out_groups(
-        self,
-        rotated: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray,
-        ridge: float,
-    ) -> np.ndarray:
-        """Returns scores as if each group of samples, `(m, s, ...)`, had been left out.
-
-        What is left of (I - H)^-1 (y - f) where the weights in H may be 0.
-        """
-        fitted = self.scores(rotated, ridge)
-        inverse = (1.0 / (self._values + ridge)).astype(np.float32)
-        shared = 1.0 / self._total + (rotated * inverse) @ rotated.swapaxes(1, 2)
-        roots = np.sqrt(weights)[:, :, None].astype(np.float32)
-        values, axes = np.linalg.eigh(roots * shared * roots.swapaxes(1, 2))
-        solved = axes.swapaxes(1, 2) @ (roots * (fitted - targets))
-        solved = axes @ (solved / (1.0 - np.minimum(values, 0.999))[:, :, None])
-        return fitted + shared @ (roots * solved)
-
-
-def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
-    if near is None:
-        return values
-    nearest = int(np.argmin(np.abs(values - near)))
-    return values[max(nearest - 1, 0) : nearest + 2]
-
-
-# -- The matrix of label noise ---------------------------------------------------
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
-
-
-def true_label_posterior(
-    probabilities: np.ndarray,
-    noise: np.ndarray,
-    labels: np.ndarray,
-    known: np.ndarray | None = None,
-) -> np.ndarray:
-    """Returns how likely each class is the right one, given the label too, `(n, k)`."""
-    joint = _joint(probabilities, noise, labels, known)
-    return joint / np.maximum(joint.sum(axis=1, keepdims=True), 1e-30)
-
-
-def _joint(
-    probabilities: np.ndarray,
-    noise: np.ndarray,
-    labels: np.ndarray,
-    known: np.ndarray | None,
-) -> np.ndarray:
-    joint = probabilities * noise[:, labels].T
-    if known is not None:
-        possible = known[:, None] == np.arange(len(noise))
-        joint *= possible | (known < 0)[:, None]
-    return joint
-
-
-def _parts(count: int, num_classes: int) -> list[slice]:
-    """Cuts samples into parts: a thousand classes would need much memory at once."""
-    rows = max(1, CHUNK_VALUES // num_classes)
-    return [slice(at, at + rows) for at in range(0, count, rows)]
-
-
-def calibrated(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
-    """Returns probabilities `(n, k)` of scores by a matrix `(k + 1, k)`."""
-    return softmax(scores @ calibration[:-1] + calibration[-1])
-
-
-def fit_noise(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    *,
-    known: np.ndarray | None = None,
-    start: tuple[np.ndarray, np.ndarray] | None = None,
-    chosen: np.ndarray | None = None,
-    shares: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fits how to calibrate scores, and the noise matrix, by maximum likelihood.
-
-    `shares` say how much samples count: copies share the weight of one.
-    """
-    if shares is None:
-        shares = np.ones(len(labels), np.float32)
-    num_classes = scores.shape[1]
-    diagonal = np.eye(num_classes + 1, num_classes, dtype=np.float32)
-    calibration, noise = start or (
-        FIRST_SHARPNESS * diagonal,
-        _even_noise(FIRST_NOISE_RATE, num_classes),
-    )
-    everything = chosen is None or chosen.all()
-    rows = slice(None) if everything else chosen
-    given, right = labels[rows], None if known is None else known[rows]
-    weights = shares[rows, None]
-    inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
-    ridge = CALIBRATION_RIDGE * num_classes
-    last = calibration, noise
-    reached, damping, pace = -math.inf, 0.0, 0
-    for _ in range(FIT_STEPS):  # Of a generalised EM.
-        momentum = min(MOMENTUM, pace / (pace + 3))
-        ahead = calibration + momentum * (calibration - last[0])
-        assumed = np.maximum(noise + momentum * (noise - last[1]), noise / 4)
-        assumed /= assumed.sum(axis=1, keepdims=True)
-        assumed = assumed.astype(np.float32)
-        probabilities = softmax(inputs @ ahead)
-        posterior = _joint(probabilities, assumed, given, right)
-        evidence = np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
-        likelihood = float((weights * np.log(evidence)).sum() / weights.sum())
-        if likelihood < reached - MAX_FALL:
-            (calibration, noise), pace = last, 0
-            damping = max(4.0 * damping, FIRST_DAMPING)
-            continue
-        reached, last = likelihood, (calibration, noise)
-        damping, pace = damping / 2.0, pace + 1
-        posterior /= evidence
-        noise = _noise_from(_counted(posterior * weights, given))
-        # The trace of each sample's curvature bounds it.
-        bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
-        curvature = (inputs * (weights * (bound + damping))).T @ inputs
-        curvature[np.diag_indices_from(curvature)] += ridge
-        pull = ahead - np.trace(ahead) / num_classes * diagonal
-        surplus = weights * (posterior - probabilities)
-        gradient = inputs.T @ surplus - ridge * pull
-        step = np.linalg.solve(curvature, gradient)
-        calibration = (ahead + step).astype(np.float32)
-    if not everything:
-        noise = _noise_alone(scores, labels, calibration, noise, known, shares)
-    return calibration, noise
-
-
-def _noise_alone(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    calibration: np.ndarray,
-    noise: np.ndarray,
-    known: np.ndarray | None,
-    shares: np.ndarray,
-) -> np.ndarray:
-    """Fits the noise matrix to scores that are calibrated already."""
-    for _ in range(FIT_STEPS // 4):
-        counted = np.zeros_like(noise)
-        for part in _parts(*scores.shape):
-            right = None if known is None else known[part]
-            probabilities = calibrated(scores[part], calibration)
-            posterior = true_label_posterior(probabilities, noise, labels[part], right)
-            counted += _counted(posterior * shares[part, None], labels[part])
-        noise = _noise_from(counted)
-    return noise
-
-
-def _counted(posterior: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return posterior.T @ np.eye(posterior.shape[1], dtype=posterior.dtype)[labels]
-
-
-def _noise_from(counted: np.ndarray) -> np.ndarray:
-    total = counted.sum()  # As if one more were wrong: never seen is not impossible.
-    rate = (total - np.trace(counted) + 1.0) / (total + 1.0)
-    prior = _even_noise(float(rate), len(counted))
-    noise = counted + PRIOR_COUNT * prior + 1e-9
-    return noise / noise.sum(axis=1, keepdims=True)
-
-
-def _even_noise(rate: float, num_classes: int) -> np.ndarray:
-    noise = np.full((num_classes, num_classes), rate / (num_classes - 1))
-    np.fill_diagonal(noise, 1.0 - rate)
-    return noise

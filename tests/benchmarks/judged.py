@@ -42,6 +42,27 @@ SIZES, DRAWS = (100, 300, 2000), 3
 TRAINED_ON = 0.7
 
 
+def conditions(arguments: argparse.Namespace) -> Iterator[tuple]:
+    """Yields name, noise, rate, data, features and right labels of each condition."""
+    sources = {"digits": ("digits", 96, {})}
+    if arguments.folder is not None:
+        columns = {"label_column": "random_label1", "clean_label_column": "clean_label"}
+        sources["cifar10n"] = (str(arguments.folder / "labels.csv"), 128, columns)
+    for name, (source, side, columns) in sources.items():
+        kept = {} if columns else {"validation_fraction": 0.0, "test_fraction": 0.0}
+        data = rsft.load_images(source, **columns, **kept)
+        config = rsft.FeatureConfig(
+            "efficientnet_lite0", image_size=side, cache_dir=arguments.cache_dir
+        )
+        features = open_features(data, config).features.train
+        known = features.clean_labels is not None
+        clean = features.clean_labels if known else features.labels
+        features = dataclasses.replace(features, clean_labels=None)
+        for kind, rate in CONDITIONS:
+            if kind != "human" or known:
+                yield name, kind, rate, data, features, clean
+
+
 def noisy_labels(kind: str, rate: float, data, clean: np.ndarray, seed: int):
     """Returns the labels of a condition, for all samples."""
     if kind == "clean":
@@ -111,36 +132,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
-    sources = {"digits": ("digits", 96, {})}
-    if arguments.folder is not None:
-        columns = {"label_column": "random_label1", "clean_label_column": "clean_label"}
-        sources["cifar10n"] = (str(arguments.folder / "labels.csv"), 128, columns)
     print(
         f"{'data':9} {'noise':15} {'labels':>6} {'wrong':>6} {'found':>6} {'true':>6} "
         f"{'given':>7} {'error':>6} {'bias':>6} {'held':>5}"
     )
     everything, first = [], arguments.first_seed
-    for name, (source, side, columns) in sources.items():
-        kept = {} if columns else {"validation_fraction": 0.0, "test_fraction": 0.0}
-        data = rsft.load_images(source, **columns, **kept)
-        config = rsft.FeatureConfig(
-            "efficientnet_lite0", image_size=side, cache_dir=arguments.cache_dir
-        )
-        features = open_features(data, config).features.train
-        known = features.clean_labels is not None
-        clean = features.clean_labels if known else features.labels
-        features = dataclasses.replace(features, clean_labels=None)
-        for kind, rate in CONDITIONS:
-            if kind == "human" and not known:
-                continue
-            rows = []
-            for seed in range(first, first + arguments.seeds):
-                labels = noisy_labels(kind, rate, data, clean, seed)
-                rows += judged(
-                    features, labels, clean, data.class_names, seed, arguments.epochs
-                )
-            print_lines(f"{name:9} {f'{kind} {rate:g}':15}", rows)
-            everything += rows
+    for name, kind, rate, data, features, clean in conditions(arguments):
+        rows = []
+        for seed in range(first, first + arguments.seeds):
+            labels = noisy_labels(kind, rate, data, clean, seed)
+            rows += judged(
+                features, labels, clean, data.class_names, seed, arguments.epochs
+            )
+        print_lines(f"{name:9} {f'{kind} {rate:g}':15}", rows)
+        everything += rows
     print_lines(f"{'all':25}", everything)
 
 

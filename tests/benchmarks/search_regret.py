@@ -22,10 +22,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from judged import CONDITIONS, noisy_labels
+from judged import conditions, noisy_labels
 
 import keras_rsft as rsft
-from keras_rsft.training._features import SplitFeatures, open_features
+from keras_rsft.training._features import SplitFeatures
 from keras_rsft.training._head import predicted_classes, train_head
 from keras_rsft.tuning._search import search_features
 
@@ -93,42 +93,26 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
-    sources = {"digits": ("digits", 96, {})}
-    if arguments.folder is not None:
-        columns = {"label_column": "random_label1", "clean_label_column": "clean_label"}
-        sources["cifar10n"] = (str(arguments.folder / "labels.csv"), 128, columns)
     print(
         f"{'data':9} {'noise':15} {'labels':>6} {'best':>6} {'chosen':>6} "
         f"{'regret':>6} {'worst':>6} {'- auto':>6} {'- plain':>7}  policies"
     )
     everything = []
-    for name, (source, side, columns) in sources.items():
-        kept = {} if columns else {"validation_fraction": 0.0, "test_fraction": 0.0}
-        data = rsft.load_images(source, **columns, **kept)
-        config = rsft.FeatureConfig(
-            "efficientnet_lite0", image_size=side, cache_dir=arguments.cache_dir
-        )
-        features = open_features(data, config).features.train
-        known = features.clean_labels is not None
-        clean = features.clean_labels if known else features.labels
-        features = dataclasses.replace(features, clean_labels=None)
-        for kind, rate in CONDITIONS:
-            if kind == "human" and not known:
-                continue
-            for size in VALIDATION_SIZES:
-                rows, policies = [], collections.Counter()
-                for seed in range(arguments.seeds):
-                    labels = noisy_labels(kind, rate, data, clean, seed)
-                    splits = splits_of(
-                        features, labels, clean, data.class_names, size, seed
-                    )
-                    *row, policy = searched(splits, seed, arguments.trials)
-                    rows.append(row)
-                    policies[policy] += 1
-                everything += rows
-                chosen_ones = ", ".join(f"{k} {v}" for k, v in policies.most_common())
-                print(f"{name:9} {f'{kind} {rate:g}':15} {size:6} ", end="")
-                print(f"{numbers(rows)}  {chosen_ones}", flush=True)
+    for name, kind, rate, data, features, clean in conditions(arguments):
+        for size in VALIDATION_SIZES:
+            rows, policies = [], collections.Counter()
+            for seed in range(arguments.seeds):
+                labels = noisy_labels(kind, rate, data, clean, seed)
+                splits = splits_of(
+                    features, labels, clean, data.class_names, size, seed
+                )
+                *row, policy = searched(splits, seed, arguments.trials)
+                rows.append(row)
+                policies[policy] += 1
+            everything += rows
+            chosen_ones = ", ".join(f"{k} {v}" for k, v in policies.most_common())
+            print(f"{name:9} {f'{kind} {rate:g}':15} {size:6} ", end="")
+            print(f"{numbers(rows)}  {chosen_ones}", flush=True)
     print(f"{'all':32} {numbers(everything)}")
     sys.stdout.flush()
 
