@@ -17,7 +17,7 @@ from keras_rsft.data._samples import ImageSplit, SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.label_quality._audit import Estimate, LabelQuality
 from keras_rsft.training._features import SplitFeatures
-from keras_rsft.training._head import HELD_OUT, head_probabilities
+from keras_rsft.training._head import HELD_OUT, head_probabilities, judge_of
 
 COLUMNS = ("id", "split", "given_label", "predicted_label")
 # What of a run's configuration may differ between the runs before and after a review.
@@ -89,8 +89,9 @@ class RunBefore:
         Judged are the samples that neither run was trained on.
         """
         judges, ours, theirs, splits = [], [], [], []
-        for name, judge in zip(HELD_OUT, quality.held_out, strict=True):
-            if name not in predictions:
+        for name in HELD_OUT:
+            judge = judge_of(features, name, quality)
+            if judge is None or name not in predictions:
                 continue
             part, (ids, predicted) = getattr(features, name), predictions[name]
             ours_of = dict(zip(ids.tolist(), predicted.tolist(), strict=True))
@@ -99,8 +100,6 @@ class RunBefore:
             rows = [at for at in rows if names[at] in ours_of]
             if not rows:
                 continue
-            if part.clean_labels is not None:
-                judge = judge.with_right_labels(part.clean_labels)
             judges.append((judge, np.array(rows)))
             ours += [ours_of[names[at]] for at in rows]
             theirs += [self.predicted[names[at]] for at in rows]
