@@ -150,9 +150,9 @@ class TestAudit:
 
     def test_doubled_rows_say_what_single_ones_say(self, feature_set, noisy):
         values, _, given = noisy
-        single = audit_labels(feature_set(values, given), 4, progress=False)
+        single = audit_labels(feature_set(values, given), num_classes=4, progress=False)
         twice = feature_set(np.tile(values, (2, 1)), np.tile(given, 2))
-        doubled = audit_labels(twice, 4, progress=False)
+        doubled = audit_labels(twice, num_classes=4, progress=False)
         assert single.noise_rate == pytest.approx(0.25, abs=0.05)
         assert doubled.noise_rate == pytest.approx(single.noise_rate, abs=1e-3)
         np.testing.assert_allclose(doubled.noise, single.noise, atol=1e-3)
@@ -169,12 +169,12 @@ class TestAudit:
             np.concatenate([values, values[copied]]),
             np.concatenate([given, given[copied]]),
         )
-        found = audit_labels(more, 4, progress=False)
+        found = audit_labels(more, num_classes=4, progress=False)
         assert found.looks_wrong[400:].mean() > 0.9
         assert found.noise_rate == pytest.approx(160 / 460, abs=0.03)
         # As long as copies judge one another, they hide all of it.
         alone = dataclasses.replace(more, groups=np.arange(460))
-        blind = audit_labels(alone, 4, progress=False)
+        blind = audit_labels(alone, num_classes=4, progress=False)
         assert blind.looks_wrong[400:].mean() < 0.1
 
     def test_held_out_samples_are_judged_without_their_copies(self, feature_set, noisy):
@@ -183,16 +183,16 @@ class TestAudit:
             feature_set(values, given),
             feature_set(values[:90], given[:90]),
         )
-        found = audit_labels(train, 4, held_out=[held_out], progress=False)
+        found = audit_labels(train, num_classes=4, held_out=[held_out], progress=False)
         np.testing.assert_allclose(
             found.held_out[0].out_of_sample, found.out_of_sample[:90], atol=1e-3
         )
 
     def test_without_copies_nothing_changes(self, feature_set, noisy):
         values, _, given = noisy
-        looked = audit_labels(feature_set(values, given), 4, progress=False)
+        looked = audit_labels(feature_set(values, given), num_classes=4, progress=False)
         alone = feature_set(values, given, np.arange(400))
-        told = audit_labels(alone, 4, progress=False)
+        told = audit_labels(alone, num_classes=4, progress=False)
         np.testing.assert_array_equal(looked.out_of_sample, told.out_of_sample)
         np.testing.assert_array_equal(looked.right_probability, told.right_probability)
 
@@ -202,7 +202,7 @@ class TestAudit:
         features = feature_set(
             np.concatenate([values, values[copies]]), np.append(right, [1] * 10)
         )
-        found = audit_labels(features, 4, progress=False)
+        found = audit_labels(features, num_classes=4, progress=False)
         sums = found.right_probability[copies] + found.right_probability[400:]
         assert (sums <= 1.0 + 1e-6).all()
         assert found.looks_wrong[400:].all()
@@ -222,7 +222,9 @@ class TestAudit:
         after = dataclasses.replace(
             before, labels=labels, reviewed=reviewed, before_review=before
         )
-        found = audit_labels(after, 4, held_out=[before.take(wrong)], progress=False)
+        found = audit_labels(
+            after, num_classes=4, held_out=[before.take(wrong)], progress=False
+        )
         assert (found.right_probability[wrong] == 0.0).all()
         assert (found.held_out[0].right_probability == 0.0).all()
         assert (found.right_probability[400:] == 1.0).all()
@@ -230,7 +232,7 @@ class TestAudit:
     def test_one_class_of_copies_is_too_few_to_judge_by(self, feature_set):
         values, labels = clusters(80, num_classes=2)
         values[1::2] = values[1]
-        found = audit_labels(feature_set(values, labels), 2, progress=False)
+        found = audit_labels(feature_set(values, labels), num_classes=2, progress=False)
         assert not found.can_judge
 
 

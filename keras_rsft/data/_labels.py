@@ -224,7 +224,7 @@ def read_corrections(source: Any) -> list[tuple[int, Correction]]:
 
     They are a CSV file, a DataFrame, a dict of columns, or `Correction` rows.
     """
-    file = _name_of(source)
+    file = name_of(source)
     rows: dict[str, tuple[int, Correction]] = {}
     for line, row in _rows_of(source):
         row = row._replace(decision=row.decision.strip().lower())
@@ -256,7 +256,7 @@ def read_corrections(source: Any) -> list[tuple[int, Correction]]:
     return list(rows.values())
 
 
-def _name_of(source: Any) -> str:
+def name_of(source: Any) -> str:
     is_file = isinstance(source, (str, os.PathLike))
     return os.fspath(source) if is_file else "the corrections"
 
@@ -343,7 +343,7 @@ def match_corrections(
 
 
 def _applied(data: SampleData, source: Any) -> SampleData:
-    file, rows = _name_of(source), read_corrections(source)
+    file, rows = name_of(source), read_corrections(source)
     splits = {name: getattr(data, name) for name in SPLITS}
     by_split = match_corrections(rows, splits, data.class_names, file, data.source)
     changed: dict[str, Any] = {

@@ -138,13 +138,10 @@ class LeftOutRegression:
                 "Try `--set dtype=float32`, or another backbone."
             )
         self._mean, self._scale = mean, 1.0 / np.sqrt(variance)
-        count = len(features)
-        chosen = np.random.default_rng(seed).permutation(count)[:MAX_ROWS_TO_CHOOSE]
-        self.sampled = np.zeros(count, bool)
-        self.sampled[chosen] = True
+        self.sampled = _sampled(len(features), seed)
         self._ridge: float | None = None
         self._fit: _RidgePath | None = None
-        self._weights = np.zeros(count, np.float32)
+        self._weights = np.zeros(len(features), np.float32)
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
@@ -259,6 +256,31 @@ class LeftOutRegression:
         return _RidgePath(
             gram, moment, inputs_sum, targets_sum, max(float(weights.sum()), 1e-9)
         )
+
+
+def _sampled(count: int, seed: int) -> np.ndarray:
+    chosen = np.random.default_rng(seed).permutation(count)[:MAX_ROWS_TO_CHOOSE]
+    sampled = np.zeros(count, bool)
+    sampled[chosen] = True
+    return sampled
+
+
+class GivenScores:
+    """Scores of another model, in place of features and their `LeftOutRegression`."""
+
+    def __init__(self, features: FeatureSet, num_classes: int, seed: int):
+        self._features, self._num_classes = features, num_classes
+        self.sampled = _sampled(len(features), seed)
+
+    def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
+        return self.scores(self._features)
+
+    def scores(self, others: FeatureSet) -> np.ndarray:
+        empty = np.empty((0, self._num_classes), np.float32)
+        return np.concatenate([empty, *others.chunks(CHUNK_ROWS)])
+
+    def as_head(self, calibration: np.ndarray) -> None:
+        return None
 
 
 class _RidgePath:

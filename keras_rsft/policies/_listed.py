@@ -111,7 +111,7 @@ class AutoPolicy(AcceptListed):
     looks wrong.
 
     ```python
-    found = rsft.audit_labels(train_features, num_classes)
+    found = rsft.audit_labels(features, labels)
     print(found.describe())
     policy = rsft.AutoPolicy(found.accept_mask(), loss_limit=found.loss_limit)
     model = rsft.RSFTModel(head, policy)

@@ -31,7 +31,7 @@ from keras_rsft.features._thumbnails import (
     write_previews,
     write_thumbnails,
 )
-from keras_rsft.label_quality._audit import LabelQuality
+from keras_rsft.label_quality._audit import LabelQuality, label_results, left_out_of
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training import _before
 from keras_rsft.training._curves import Overfitting
@@ -43,8 +43,6 @@ from keras_rsft.training._head import (
     Callbacks,
     TrainedHead,
     audit_splits,
-    label_results,
-    left_out_of,
     train_against_plain,
     train_head,
 )

@@ -49,7 +49,7 @@ def main() -> None:
         )
         features = open_features(data, config).features
         train = features.train
-        found = rsft.audit_labels(train, data.num_classes)
+        found = rsft.audit_labels(train, num_classes=data.num_classes)
         with tempfile.TemporaryDirectory() as folder:
             plain = out_of_fold_probabilities(features, settings, folder=Path(folder))
         wrong = train.labels != train.clean_labels
