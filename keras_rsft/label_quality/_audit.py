@@ -490,7 +490,7 @@ def audit_labels(
         >>> import numpy as np
         >>> import keras_rsft as rsft
         >>> right = np.arange(200) % 2
-        >>> x = np.random.default_rng(0).normal(size=(200, 4)) + 3 * right[:, None]
+        >>> x = np.random.default_rng(0).normal(size=(200, 4)) + 5 * right[:, None]
         >>> y = np.array(["cat", "dog"])[right]
         >>> y[:20] = "dog"
         >>> quality = rsft.audit_labels(x, y, progress=False)

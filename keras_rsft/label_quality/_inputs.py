@@ -11,7 +11,6 @@ import numpy as np
 from keras_rsft.config import nearest_name_hint
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._store import ArrayFeatures, FeatureSet
-from keras_rsft.label_quality._noise import FIRST_SHARPNESS
 
 CHUNK_ROWS = 4096
 # Of a row of probabilities: float16 adds up to 1 within less.
@@ -208,7 +207,6 @@ def _examples(rows: np.ndarray) -> str:
 
 
 def _log_probabilities(values: np.ndarray, classes: int, name: str) -> np.ndarray:
-    """Returns scores whose first calibration gives the probabilities back."""
     if values.shape[1] != classes:
         raise InvalidArgument(
             f"Expected a column of `{name}` for each of the {classes} classes. "
@@ -220,9 +218,8 @@ def _log_probabilities(values: np.ndarray, classes: int, name: str) -> np.ndarra
         sums = chunk.sum(axis=1)
         valid = (np.abs(sums - 1) < _MAX_SUM_ERROR) & (chunk >= 0).all(axis=1)
         bad.append(start + np.flatnonzero(~valid))
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            logs = np.log(np.maximum(chunk / sums[:, None], _LEAST_PROBABILITY))
-        scores[start : start + len(chunk)] = logs / FIRST_SHARPNESS
+        chunk = np.maximum(chunk, _LEAST_PROBABILITY)
+        scores[start : start + len(chunk)] = np.log(chunk)
     rows = np.concatenate(bad)
     if len(rows):
         raise DataError(
@@ -256,6 +253,8 @@ def _read_labels(given: Any, name: str) -> dict[str, Any]:
         _require_no_missing(codes < 0, name)
         known = tuple(np.asarray(categories).tolist())
         return {"labels": [known[code] for code in codes], "categories": known}
+    if isinstance(given, (list, tuple)) and any(isinstance(o, str) for o in given):
+        given = np.array(given, object)  # NumPy would make NaN a name.
     labels = _array_of(given, name)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -294,7 +293,7 @@ def _read_labels(given: Any, name: str) -> dict[str, Any]:
             )
         return {"labels": labels}
     names = [one.decode() if isinstance(one, bytes) else one for one in labels.tolist()]
-    if all(isinstance(one, int) and not isinstance(one, bool) for one in names):
+    if all(isinstance(o, (int, np.integer)) and o is not bool(o) for o in names):
         return _read_labels(np.array(names, np.int64), name)
     kind = bool if labels.dtype.kind == "b" else str
     _require_no_missing(np.array([not isinstance(one, kind) for one in names]), name)
@@ -354,7 +353,7 @@ def _number_classes(
     count = num_classes or least
     for part, one in zip(parts[:1], numbered, strict=False):
         if not isinstance(part.values, FeatureSet) and one.min() == one.max():
-            only = one[0] if names is None else names[one[0]]
+            only = int(one[0]) if names is None else names[one[0]]
             raise DataError(
                 f"All {len(one):,} labels are {only!r}. An audit needs samples of at "
                 "least two classes."
