@@ -60,8 +60,11 @@ def groups_of(parts, **options):
 class TestGroups:
     @pytest.mark.parametrize("dim", [40, 129, 700])
     @pytest.mark.parametrize("block", [8_000_000, 1000])
-    def test_over_all_splits(self, feature_set, dim, block, monkeypatch):
+    @pytest.mark.parametrize("most", [100_000, 100])
+    def test_over_all_splits(self, feature_set, dim, block, most, monkeypatch):
         monkeypatch.setattr(neighbours, "_BLOCK_VALUES", block)
+        monkeypatch.setattr(neighbours, "_MAX_ALL_PAIRS", most)
+        monkeypatch.setattr(neighbours, "_NEIGHBOURHOOD", 50)
         values, _ = clusters(dim=dim)
         rng = np.random.default_rng(1)
         values[7] = values[3]
@@ -69,6 +72,20 @@ class TestGroups:
         values[201] = 1.02 * values[200]
         parts = [feature_set(values[:300]), feature_set(values[300:])]
         assert groups_of(parts) == [[3, 7, 390], [200, 201]]
+
+    def test_of_many_samples_only_neighbours_are_compared(
+        self, feature_set, monkeypatch
+    ):
+        values, _ = clusters(3000)
+        copies = values[:1000] + 0.1 * np.random.default_rng(1).normal(size=(1000, 40))
+        parts = [feature_set(np.concatenate([values, copies]))]
+        monkeypatch.setattr(neighbours, "_MAX_ALL_PAIRS", 1000)
+        monkeypatch.setattr(neighbours, "_NEIGHBOURHOOD", 100)
+        sets = neighbours._Pool(parts).neighbourhoods()
+        assert len(sets) == 40
+        assert all((np.diff(one) > 0).all() for one in sets)
+        assert (np.bincount(np.concatenate(sets)) == 3).all()
+        assert len(groups_of(parts)) >= 990
 
     @pytest.mark.parametrize("dim", [3, 6, 12, 300])
     def test_neighbours_in_few_dimensions_are_none(self, feature_set, dim):

@@ -42,7 +42,8 @@ def main() -> None:
     )
     settings = rsft.TrainConfig(policy=rsft.PolicyConfig("accept-all"))
     print(
-        f"{'labels':16} {'wrong':>7} {'suspicion':>10} {'predictions':>11} {'cleanlab':>10}"
+        f"{'labels':16} {'wrong':>7} {'suspicion':>10} {'predictions':>11} "
+        f"{'cleanlab':>10}"
     )
     for column in arguments.columns:
         data = rsft.load_images(
