@@ -427,7 +427,7 @@ BAD_LABELS = {
     "empty": (lambda y: y[:0], "`labels` is empty"),
     "one class": (lambda y: 0 * y, "All 400 labels are 0"),
     "one name": (lambda y: ["a"] * 400, "All 400 labels are 'a'"),
-    "ids": (lambda y: y + 10_000, "Give `num_classes`"),
+    "ids": (lambda y: y + 10_000, "labels from 0 to 999.* up to 10,003"),
     "soft": (lambda y: np.full((400, 4), 0.25), "400 of 400 other rows"),
     "images": (lambda y: np.zeros((400, 2, 2)), r"shape \(400, 2, 2\)"),
     "left out": (lambda y: None, "Expected `labels` for `features`"),
@@ -470,7 +470,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"num_classes": 3}, "labels from 0 to 2.*labels up to 3. Number them"),
+            ({"num_classes": 3}, "labels from 0 to 2.*labels up to 3. Give another"),
             ({"class_names": ["a", "b"]}, "labels from 0 to 1"),
             ({"class_names": ["a", "b", "c", "a"]}, "must be different"),
             ({"class_names": NAMES, "num_classes": 5}, "number of names.* 4 names"),

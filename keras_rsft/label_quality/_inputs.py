@@ -50,30 +50,26 @@ def read_inputs(
     name, first = "features", features
     if probabilities is not None:
         name, first = "probabilities", probabilities
-    parts = [(name, "labels", first, labels)]
+    read = [_Part.of(name, "labels", first, labels)]
     for number, pair in enumerate(held_out):
+        if isinstance(pair, FeatureSet):
+            pair = pair, None
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InvalidArgument(
+                f"Expected `held_out` to be a list of pairs ({name}, labels). "
+                f"Received at {number}: {type(pair).__name__}."
+            )
         where = f"held_out[{number}]"
-        if not isinstance(pair, FeatureSet):
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise InvalidArgument(
-                    f"Expected `held_out` to be a list of pairs ({name}, labels). "
-                    f"Received at {number}: {type(pair).__name__}."
-                )
-            parts.append((f"{where}[0]", f"{where}[1]", *pair))
-        else:
-            parts.append((where, f"{where}[1]", pair, None))
-    read = [_Part.of(*part) for part in parts]
+        read.append(_Part.of(f"{where}[0]", f"{where}[1]", *pair))
     widths = {part.width for part in read}
     if len(widths) > 1:
         raise InvalidArgument(
             f"Expected as many columns in `held_out` as in `{name}`. "
             f"Received: {' and '.join(map(str, sorted(widths)))}."
         )
-    least = 0
-    if probabilities is not None:
-        (least,) = widths
+    columns = 0 if probabilities is None else read[0].width
     numbered, num_classes, names = _number_classes(
-        read, num_classes, class_names, least
+        read, num_classes, class_names, columns
     )
     made: list[FeatureSet] = []
     for part, own in zip(read, numbered, strict=True):
@@ -293,7 +289,7 @@ def _read_labels(given: Any, name: str) -> dict[str, Any]:
             )
         return {"labels": labels}
     names = [one.decode() if isinstance(one, bytes) else one for one in labels.tolist()]
-    if all(isinstance(o, (int, np.integer)) and o is not bool(o) for o in names):
+    if all(type(one) in (int, np.int64, np.int32) for one in names):
         return _read_labels(np.array(names, np.int64), name)
     kind = bool if labels.dtype.kind == "b" else str
     _require_no_missing(np.array([not isinstance(one, kind) for one in names]), name)
@@ -340,25 +336,25 @@ def _number_classes(
         numbered = [_numbered(part, names) for part in parts]
     else:
         numbered = [np.asarray(part.labels) for part in parts]
-        found = max(max(one.max(initial=0) + 1, p.least_classes) for one, p in zip(
-            numbered, parts, strict=True))  # fmt: skip
+        found = max(int(one.max(initial=0)) + 1 for one in numbered)
+        found = max(found, *(part.least_classes for part in parts))
         limit = num_classes or least or max(len(numbered[0]), _MAX_CLASSES)
         if found > limit:
-            told = "" if num_classes or least else " Give `num_classes`, or names."
             raise DataError(
                 f"Expected labels from 0 to {limit - 1:,}, for {limit:,} classes. "
-                f"Received: labels up to {found - 1:,}.{told or ' Number them anew.'}"
+                f"Received: labels up to {found - 1:,}. Give another `num_classes`, or "
+                "number them with np.unique(labels, return_inverse=True)."
             )
-        least = least or int(found)
-    count = num_classes or least
-    for part, one in zip(parts[:1], numbered, strict=False):
-        if not isinstance(part.values, FeatureSet) and one.min() == one.max():
-            only = int(one[0]) if names is None else names[one[0]]
-            raise DataError(
-                f"All {len(one):,} labels are {only!r}. An audit needs samples of at "
-                "least two classes."
-            )
-    return [one.astype(np.int32) for one in numbered], count, names
+        least = least or found
+    first = numbered[0]
+    if not isinstance(parts[0].values, FeatureSet) and first.min() == first.max():
+        only = int(first[0]) if names is None else names[first[0]]
+        raise DataError(
+            f"All {len(first):,} labels are {only!r}. An audit needs samples of at "
+            "least two classes."
+        )
+    numbered = [one.astype(np.int32) for one in numbered]
+    return numbered, num_classes or least, names
 
 
 def _numbered(part: _Part, names: tuple[Any, ...]) -> np.ndarray:
