@@ -218,15 +218,20 @@ class TestProbabilities:
         monkeypatch.setattr(regression_module, "SHARPNESSES", (1.0,))
         assert audit(None, y, probabilities=p).noise_rate < 0.3
 
-    def test_copies_are_not_looked_for(self, samples, predictions):
-        """Many samples have the same predictions."""
-        p = np.tile(predictions[:1], (400, 1))
-        p[:, 0] += np.arange(400) % 2 * 1e-9
-        assert not audit(None, samples[1], probabilities=p).can_judge
-        held_out = [(predictions[:9], samples[1][:9])]
-        quality = audit(None, samples[1], probabilities=predictions, held_out=held_out)
-        require_rows = quality.out_of_sample[:9]
-        np.testing.assert_array_equal(quality.held_out[0].out_of_sample, require_rows)
+    def test_equal_predictions_are_no_copies(self, samples):
+        _, y, right = samples
+        p = np.where(np.eye(4, dtype=bool)[right], 0.7, 0.1)
+        quality = audit(None, y, probabilities=p)
+        np.testing.assert_array_equal(quality.looks_wrong, y != right)
+
+    def test_held_out(self, samples, predictions):
+        y = samples[1]
+        held_out = [(predictions[:90], y[:90])]
+        quality = audit(None, y, probabilities=predictions, held_out=held_out)
+        for name in ("out_of_sample", "right_probability"):
+            np.testing.assert_allclose(
+                getattr(quality.held_out[0], name), getattr(quality, name)[:90], 1e-3
+            )
 
     def test_columns_are_the_sorted_names(self, samples, predictions):
         y = samples[1]

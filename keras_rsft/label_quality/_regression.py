@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -149,9 +149,9 @@ class LeftOutRegression:
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
         sampled = self.sampled
-        fit = self._fitted(weights * sampled)
         sample = np.concatenate([x[sampled[rows]] for rows, x in self._chunks()])
         targets, sample_weights = self._one_hot(sampled), weights[sampled]
+        fit = self._path_of([(sample, targets, sample_weights)])
         rotated = fit.rotated(sample)
         groups = groups_of(self._features)
         copies = _whole_groups(groups[sampled])
@@ -247,18 +247,27 @@ class LeftOutRegression:
         return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
 
     def _fitted(self, weights: np.ndarray) -> _RidgePath:
+        return self._path_of(
+            (inputs, self._one_hot(rows), weights[rows])
+            for rows, inputs in self._chunks()
+        )
+
+    def _path_of(
+        self, chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    ) -> _RidgePath:
+        """Fits inputs to targets with weights."""
         width = self._features.dim
         gram, moment = np.zeros((width, width)), np.zeros((width, self._num_classes))
         inputs_sum, targets_sum = np.zeros(width), np.zeros(self._num_classes)
-        for rows, inputs in self._chunks():
-            weighted, targets = inputs * weights[rows, None], self._one_hot(rows)
+        total = 0.0
+        for inputs, targets, weights in chunks:
+            weighted = inputs * weights[:, None]
             gram += weighted.T @ inputs
             moment += weighted.T @ targets
             inputs_sum += weighted.sum(axis=0)
-            targets_sum += weights[rows] @ targets
-        return _RidgePath(
-            gram, moment, inputs_sum, targets_sum, max(float(weights.sum()), 1e-9)
-        )
+            targets_sum += weights @ targets
+            total += float(weights.sum(dtype=float))
+        return _RidgePath(gram, moment, inputs_sum, targets_sum, max(total, 1e-9))
 
 
 def _sampled(count: int, seed: int) -> np.ndarray:
