@@ -372,6 +372,11 @@ class TestCorrections:
         assert quality.labels[5] == (y[5] + 1) % 4
         assert np.flatnonzero(quality.reviewed).tolist() == [3, 5]
 
+    def test_none(self, samples, found):
+        quality = audit(*samples[:2], corrections=[])
+        assert quality.reviewed is None
+        require_equal(quality, found)
+
     def test_of_predictions(self, samples, predictions, rows):
         y = samples[1]
         quality = audit(None, NAMES[y], probabilities=predictions, corrections=rows)
@@ -397,6 +402,7 @@ class TestCorrections:
             ([("a", "ant", "keep", "")], DataError, "not in `labels`.*line 1"),
             ([("0", "ant", "look", "")], DataError, "line 1: the decision must"),
             (["none.csv"], InvalidArgument, "Expected corrections as a CSV file"),
+            (5, InvalidArgument, "Received: 5"),
             ("none.csv", InvalidArgument, "no such file"),
         ],
     )

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,7 @@ def name_of(source: Any) -> str:
 
 def _rows_of(source: Any) -> Iterator[tuple[int, Correction]]:
     if isinstance(source, (str, os.PathLike)):
-        file = Path(source)
+        file = Path(source).expanduser()
         if not file.is_file():
             state = "a folder" if file.is_dir() else "no such file"
             raise InvalidArgument(
@@ -272,7 +272,7 @@ def _rows_of(source: Any) -> Iterator[tuple[int, Correction]]:
         for line, cells in read_table(file, COLUMNS):
             yield line, Correction(*(plain_cell(cells[name]) for name in COLUMNS))
         return
-    rows = source
+    rows = source if isinstance(source, Iterable) else [source]
     if isinstance(source, Mapping) or hasattr(source, "columns"):
         known = list(source if isinstance(source, Mapping) else source.columns)
         if missing := [name for name in COLUMNS if name not in known]:
@@ -364,7 +364,7 @@ def _applied(data: SampleData, source: Any) -> SampleData:
         else:
             merged[row.id] = Correction(row.id, loaded, "relabel", label)
     is_file = isinstance(source, (str, os.PathLike))
-    content = Path(source).read_bytes() if is_file else repr(rows).encode()
+    content = Path(source).expanduser().read_bytes() if is_file else repr(rows).encode()
     changed["corrections"] = Corrections(
         tuple(merged.values()),
         (*before.files, (file, hashlib.sha256(content).hexdigest())),

@@ -376,6 +376,8 @@ def _corrected(
     from keras_rsft.data import _labels
 
     rows = _labels.read_corrections(corrections)
+    if not rows:
+        return features
     names = tuple(map(str, class_names))
     file = _labels.name_of(corrections)
     pairs = _labels.match_corrections(

@@ -347,7 +347,7 @@ class Run:
 def finetune(
     data: SampleData | str | os.PathLike,
     *,
-    corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    corrections: Any = (),
     before: str | os.PathLike | None = None,
     features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
@@ -370,7 +370,7 @@ def finetune(
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
-        corrections: Files for `apply_corrections`. Default: none.
+        corrections: What `apply_corrections` takes. Default: none.
         before: The folder of the run before these corrections, to compare with on the
             corrected labels. Default: the latest one beside `output` that differs by
             its corrections alone.
@@ -421,8 +421,7 @@ def finetune(
     if settings.unfreeze is not None:
         require_layers_to_train(features)
     with_plain = with_plain and output is not None
-    if corrections:
-        data = apply_corrections(data, corrections)
+    data = apply_corrections(data, corrections)
     if before is not None and data.corrections is None:
         raise InvalidArgument(
             "`before` names the run before a review. Give its `corrections` too."
@@ -637,7 +636,7 @@ class Audit:
 def audit(
     data: SampleData | str | os.PathLike,
     *,
-    corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    corrections: Any = (),
     features: FeatureConfig | str | None = None,
     seed: int = 0,
     output: str | os.PathLike | NumberedFolder | None = None,
@@ -652,7 +651,7 @@ def audit(
 
     Args:
         data: Loaded images or texts, or what `load_images` takes.
-        corrections: Files for `apply_corrections`. Default: none.
+        corrections: What `apply_corrections` takes. Default: none.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
             Default: `FeatureConfig()`.
         seed: As in `audit_labels`. Default 0.
@@ -675,8 +674,7 @@ def audit(
     require_tensorflow_backend("`audit`")
     started = time.perf_counter()
     data, config = resolve(data, features)
-    if corrections:
-        data = apply_corrections(data, corrections)
+    data = apply_corrections(data, corrections)
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.
         if output is not None:
