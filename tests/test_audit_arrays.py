@@ -61,6 +61,24 @@ def predictions(samples):
     return p / p.sum(axis=1, keepdims=True)
 
 
+class TorchTensor:
+    """Is read as PyTorch's are: off the graph, then off the GPU."""
+
+    def __init__(self, values, steps=()):
+        self._values, self._steps = values, steps
+
+    def detach(self):
+        return TorchTensor(self._values, (*self._steps, "detach"))
+
+    def cpu(self):
+        return TorchTensor(self._values, (*self._steps, "cpu"))
+
+    def numpy(self):
+        if self._steps != ("detach", "cpu"):
+            raise RuntimeError("Can't call numpy() on it.")
+        return self._values
+
+
 def require_equal(one, other):
     for name in FOUND:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
@@ -92,6 +110,7 @@ class TestFeatures:
             np.ndarray.tolist,
             tf.constant,
             lambda x: tf.constant(x, tf.bfloat16),
+            TorchTensor,
             pd.DataFrame,
         ],
     )
@@ -145,6 +164,7 @@ class TestLabels:
             pd.Series,
             lambda y: pd.Series(y, index=np.arange(400)[::-1]).astype("Int64"),
             tf.constant,
+            TorchTensor,
             lambda y: tf.one_hot(y, 4),
         ],
     )
