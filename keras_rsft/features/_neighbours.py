@@ -253,9 +253,9 @@ def _copy_limit(pool: _Pool) -> float:
     for start in range(0, len(sampled), pool.block()):
         rows = pool.sketches[sampled[start : start + pool.block()]]
         squares = np.maximum(2 - 2 * rows @ pool.sketches.T, 0)
-        squares = np.partition(squares, [_NEAR, _FAR], axis=1)
-        near.append(squares[:, _NEAR])
-        far.append(squares[:, _FAR])
+        squares.partition([_NEAR, _FAR], axis=1)
+        near.append(squares[:, _NEAR].copy())  # A view would keep the block.
+        far.append(squares[:, _FAR].copy())
     near_squares, far_squares = np.concatenate(near), np.concatenate(far)
     spread = near_squares > 1 - _EQUAL  # Not among twenty copies.
     if not spread.any():
