@@ -1,0 +1,749 @@
+"""Takes what `model.fit` takes: arrays, `tf.data`, a `PyDataset`; and tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_rsft._progress import progress_bar
+from keras_rsft.config import SPLITS
+from keras_rsft.data import _sources
+from keras_rsft.data._images import readable_reason
+from keras_rsft.data._samples import (
+    ArrayReader,
+    ImageData,
+    SampleData,
+    SampleSplit,
+    StreamReader,
+    image_digest,
+)
+from keras_rsft.data._splits import (
+    SPLIT_ALIASES,
+    TRAIN,
+    Cut,
+    cut_splits,
+    refuse_stray,
+    sorted_names,
+)
+from keras_rsft.data._tfds import tfds_data
+from keras_rsft.errors import DataError, InvalidArgument
+
+_CHANNELS = (1, 3, 4)
+_EXPECTED = (
+    "Expected (x, y) arrays, a tf.data.Dataset, a Keras PyDataset, a table, a data set "
+    "of Hugging Face or TFDS, a folder, or a .csv file."
+)
+# The second pass is compared with the first at once for this many samples, and for
+# the others when it is made.
+_SAMPLES_TO_COMPARE = 32
+
+
+def load_data(
+    x: Any,
+    y: Any = None,
+    *,
+    validation_data: Any = None,
+    test_data: Any = None,
+    ids: Any = None,
+    class_names: Sequence[str] | None = None,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    split_seed: int = 0,
+    progress: bool = True,
+) -> SampleData:
+    """Takes arrays and data sets as `model.fit` does, as images or texts with ids.
+
+    Images are `(n, height, width)` or `(n, height, width, channels)` with 1, 3 or 4
+    channels: integers or floats in [0, 255], or floats in [0, 1], which are multiplied
+    by 255 with a warning that says so. Floats are not rounded. Transparency is
+    dropped. Texts are strings. Labels are integers from 0 on, strings, or one-hot,
+    `(n,)`, `(n, 1)` or `(n, classes)`.
+
+    Arrays are not copied: a `np.memmap` stays on disk. Images of a `tf.data.Dataset`,
+    a `PyDataset` or a data set of Hugging Face are read from the source in each pass,
+    so they may be larger than memory. Samples must be the same in each pass, in the
+    same order, and are compared with those of the first pass, which takes place here.
+    Texts are held in memory.
+
+    Args:
+        x: One of
+            images or texts: an array, a tensor, a list of strings, a Series;
+            a pair `(x, y)` of them and their labels;
+            a `tf.data.Dataset` of `(image, label)` or `(text, label)`, batched or not,
+            or of dicts with the keys `image` or `text`, and `label`;
+            a `keras.utils.PyDataset`;
+            a data set of Hugging Face with the columns `image` or `text`, and `label`;
+            a TFDS builder;
+            a table with the columns `path` or `text`, and `label`, such as a pandas or
+            polars DataFrame: for other names see `load_images` and `load_texts`;
+            a dict of splits by name, such as `{"train": ..., "test": ...}`;
+            what `load_images` takes.
+        y: Labels, where `x` has none.
+        validation_data: The validation split, of any of these kinds. Default None:
+            some of the training samples are held out, as by `load_images`.
+        test_data: The same of the test split.
+        ids: An id for each sample of `x`, each once. Default None: of arrays the
+            numbers of the rows, such as "0012"; of streams the number and a part of
+            the content's digest, or the relative `file_paths` that
+            `image_dataset_from_directory` notes; of texts as in `load_texts`. Those of
+            `validation_data` and `test_data` begin with the split's name.
+        class_names: Names of the classes by label. Default None: the `class_names`
+            that the data set has, or the labels.
+        validation_fraction: Fraction of the training samples, in [0, 1).
+        test_fraction: Fraction of the training samples, in [0, 1).
+        split_seed: Chooses which samples are taken for a missing split.
+        progress: Show a progress bar of the first pass. Default True.
+
+    Returns:
+        `ImageData` or `TextData`, which `finetune` and the others take.
+
+    Raises:
+        InvalidArgument: If the data are of another kind, or change between passes.
+        DataError: If the samples or the labels cannot be trained on as they are.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
+        >>> x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+        >>> data = rsft.load_data(x, np.arange(40) % 2, class_names=["cat", "dog"])
+        >>> data.class_names, len(data.train), data.train.ids[:2].tolist()
+        (('cat', 'dog'), 28, ['01', '02'])
+    """
+    given = {"validation": validation_data, "test": test_data}
+    if y is None:
+        x, y = _pair_of(x)
+    if isinstance(x, Mapping) and "train" in x:
+        named = {SPLIT_ALIASES.get(str(name)): part for name, part in x.items()}
+        given = {one: named.get(one) if part is None else part
+                 for one, part in given.items()}  # fmt: skip
+        return load_data(
+            named["train"],
+            validation_data=given["validation"],
+            test_data=given["test"],
+            ids=ids,
+            class_names=class_names,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            split_seed=split_seed,
+            progress=progress,
+        )
+    cut = Cut(
+        validation_fraction if validation_data is None else 0.0,
+        test_fraction if test_data is None else 0.0,
+        split_seed,
+    )
+    asked = _Asked(ids, class_names, progress)
+    data = _loaded(x, y, asked, cut)
+    if validation_data is None and test_data is None:
+        return data
+    for name, part in given.items():
+        if part is not None:
+            own = class_names or _own_names(part) or _own_names(x)
+            data = _with_split(data, name, part, asked._replace(class_names=own))
+    return _sources.of_python(data)
+
+
+def whole_split(x: Any, *, progress: bool = True) -> SampleSplit:
+    """Returns all samples of data without splits, as one."""
+    part = _loaded(*_pair_of(x), _Asked(None, None, progress), None)
+    return _only_split(part, "The data")
+
+
+def _pair_of(x: Any) -> tuple[Any, Any]:
+    return x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+
+
+def _only_split(part: SampleData, what: str) -> SampleSplit:
+    if part.validation is not part.train and len(part.validation) + len(part.test):
+        raise InvalidArgument(
+            f"{what} must be one split. Received: {part.source}, which has several. "
+            "Give one of them, such as `load_data(...).train`."
+        )
+    return part.train
+
+
+class _Asked(NamedTuple):
+    """What a user may say of samples, and how ids of rows begin."""
+
+    ids: Any
+    class_names: Sequence[str] | None
+    progress: bool
+    prefix: str = ""
+
+
+def _loaded(x: Any, y: Any, asked: _Asked, cut: Cut | None) -> SampleData:
+    """Returns data with their splits; without a cut all samples are in `train`."""
+    if isinstance(x, Iterator):
+        raise InvalidArgument(
+            f"A {type(x).__name__} can be read only once, and the samples are read "
+            "several times. Make a keras.utils.PyDataset or a tf.data.Dataset of it."
+        )
+    if y is None and (stream := _stream_of(x)) is not None:
+        data = _of_stream(x, stream, asked)
+    elif y is None:
+        if asked.ids is not None or asked.class_names is not None:
+            raise InvalidArgument(
+                "`ids` and `class_names` are for arrays and data sets without their "
+                f"own. Received: {_sources.called(x)}. Leave them out."
+            )
+        return _of_source(x, Cut(0.0, 0.0, 0) if cut is None else cut)
+    else:
+        data = _of_arrays(x, y, asked)
+    if cut is not None:
+        data = cut_splits(data, np.full(len(data.train), TRAIN, np.int8), cut)
+    return _sources.of_python(data)
+
+
+def _of_source(x: Any, cut: Cut) -> SampleData:
+    """Loads what other functions load."""
+    cuts: dict[str, Any] = {
+        "validation_fraction": cut.validation_fraction,
+        "test_fraction": cut.test_fraction,
+        "split_seed": cut.seed,
+    }
+    if isinstance(x, SampleData):
+        return x
+    if isinstance(x, str | os.PathLike):
+        return _sources.load_images(x, **cuts)
+    if hasattr(x, "as_dataset") and hasattr(x, "info"):
+        return tfds_data(x, "label", None, None, cut)
+    columns = _sources.columns_of(x)
+    if columns is None:
+        what = type(x).__name__
+        if isinstance(x, tuple):
+            what += f" of {len(x)}; sample weights are not taken"
+        elif isinstance(x, list) or hasattr(x, "dtype"):
+            what += " without labels. Give (x, y)"
+        raise InvalidArgument(f"{_EXPECTED} Received: {what}.")
+    if "path" in columns:
+        return _sources.load_images(x, **cuts)
+    if "text" in columns:
+        return _sources.load_texts(x, **cuts)
+    raise InvalidArgument(
+        f"Expected a column 'path' or 'text' in {_sources.called(x)}. Received: "
+        f"{', '.join(map(repr, columns)) or 'none'}. Name others with `load_images` "
+        "or `load_texts`, as in load_images(table, path_column='file')."
+    )
+
+
+def _with_split(data: SampleData, name: str, given: Any, asked: _Asked) -> SampleData:
+    """Adds a split of its own, whose classes are those of the training samples."""
+    if len(getattr(data, name)):
+        raise InvalidArgument(
+            f"The data have a {name} split already. Leave out `{name}_data`, or load "
+            f"the data with {name}_fraction=0."
+        )
+    x, y = _pair_of(given)
+    asked = asked._replace(ids=None, prefix=f"{name}/")
+    if _sources.columns_of(x) is not None or isinstance(x, str | os.PathLike):
+        asked = asked._replace(class_names=None)
+    part = _loaded(x, y, asked, None)
+    if part.kind != data.kind:
+        raise InvalidArgument(
+            f"`{name}_data` must be {data.kind}, as the training samples. "
+            f"Received: {part.kind}."
+        )
+    split = _only_split(part, f"`{name}_data`")
+    used = {part.class_names[label] for label in np.unique(split.labels)}
+    known = {data.class_names[label] for label in np.unique(data.train.labels)}
+    number = {one: at for at, one in enumerate(data.class_names) if one in known}
+    refuse_stray(((one, f"`{name}_data`") for one in used), number, data.source)
+    every = [getattr(data, one).ids for one in SPLITS]
+    twice = np.intersect1d(split.ids, np.concatenate(every))
+    if len(twice):
+        raise DataError(
+            f"{len(twice)} ids of `{name}_data` are in other splits too, such as "
+            f"{str(twice[0])!r}. Give each sample an id of its own, in one split."
+        )
+    labels = [number.get(one, -1) for one in part.class_names]
+    split = dataclasses.replace(
+        split, name=name, labels=np.array(labels, np.int32)[split.labels]
+    )
+    changed: dict[str, Any] = {name: split}
+    return dataclasses.replace(data, **changed)
+
+
+# Labels and ids -----------------------------------------------------------------------
+
+
+def class_codes(
+    labels: Any, class_names: Sequence[str] | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns labels of any kind as int32 `(n,)`, and the names of the classes."""
+    values = np.asarray(labels)
+    if values.dtype.kind == "S":
+        values = np.char.decode(values)
+    elif values.dtype.kind in "OT":
+        values = _plain_labels(values)
+    if values.ndim == 2 and values.shape[1] == 1 and values.dtype.kind in "buiU":
+        values = values[:, 0]
+    one_hot = values.ndim == 2 and values.dtype.kind in "buif"
+    if one_hot:
+        values, count = _from_one_hot(values)
+    if values.ndim != 1 or values.dtype.kind not in "buiU":
+        raise DataError(
+            "Labels must be one integer or string a sample, or one-hot. Received: "
+            f"shape {values.shape}, {values.dtype}. Cast whole numbers with "
+            "`y.astype(int)`."
+        )
+    names = None if class_names is None else tuple(map(str, class_names))
+    if values.dtype.kind == "U":
+        return _codes_of_names(values, names)
+    values = values.astype(np.int64)
+    if one_hot and names is None:
+        names = tuple(map(str, range(count)))
+    fault = values < 0 if names is None else (values < 0) | (values >= len(names))
+    if fault.any():
+        at = int(np.argmax(fault))
+        most = "" if names is None else f" and below the {len(names)} classes"
+        raise DataError(
+            f"Labels must be at least 0{most}. Received: {values[at]} in row {at}, "
+            f"{np.count_nonzero(fault)} such in all. Leave these samples out."
+        )
+    if names is not None:
+        return values.astype(np.int32), names
+    found, codes = np.unique(values, return_inverse=True)
+    return codes.astype(np.int32), tuple(map(str, found))
+
+
+def _plain_labels(values: np.ndarray) -> np.ndarray:
+    """Returns objects as strings or integers, whichever all of them are."""
+    flat = values.ravel().tolist()
+    if all(isinstance(one, str) for one in flat):
+        return values.astype(np.str_)
+    if all(isinstance(one, int | np.integer) for one in flat):
+        return values.astype(np.int64)
+    for at, one in enumerate(flat):
+        if not isinstance(one, str | int | np.integer):
+            raise DataError(
+                "Labels must be integers or strings. "
+                f"Received: {one!r} in row {at}. Leave such samples out."
+            )
+    raise DataError("Labels must be all integers or all strings. Received: both.")
+
+
+def _from_one_hot(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns one-hot rows as integers, and how many classes they have."""
+    if values.shape[1] == 1:  # Keras' `label_mode="binary"`.
+        binary = bool(np.isin(values, (0, 1)).all())
+        return (values[:, 0].astype(np.int64) if binary else values), 2
+    if not np.isin(values, (0, 1)).all() or np.any(values.sum(axis=1) != 1):
+        raise DataError(
+            "One-hot labels must have one 1 in each row, and 0 elsewhere. Received: "
+            f"shape {values.shape}, another row. Soft labels and several labels a "
+            "sample are not taken: give the likeliest, `y.argmax(axis=1)`."
+        )
+    return values.argmax(axis=1), values.shape[1]
+
+
+def _codes_of_names(
+    values: np.ndarray, names: tuple[str, ...] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    found, codes = np.unique(values, return_inverse=True)
+    order = sorted_names(found.tolist()) if names is None else names
+    number = {name: at for at, name in enumerate(order)}
+    unknown = [one for one in found.tolist() if one not in number or not one.strip()]
+    if unknown:
+        raise DataError(
+            f"Each label must be one of the classes {', '.join(map(repr, order[:10]))}"
+            f". Received: {unknown[0]!r}. Correct it, or leave these samples out."
+        )
+    numbers = np.array([number[one] for one in found.tolist()], np.int32)
+    return numbers[codes], order
+
+
+def _checked_ids(ids: Any, count: int) -> np.ndarray:
+    values = np.array([str(one) for one in np.asarray(ids).ravel().tolist()], np.str_)
+    if len(values) != count or len(np.unique(values)) < count or "" in values:
+        raise InvalidArgument(
+            f"`ids` must be {count} different ids, one for each sample. Received: "
+            f"{len(values)}, {len(np.unique(values))} of them different."
+        )
+    return values
+
+
+def _row_numbers(count: int, prefix: str) -> list[str]:
+    width = len(str(max(count - 1, 0)))
+    return [f"{prefix}{row:0{width}}" for row in range(count)]
+
+
+def _require_samples(count: int, labels: int, source: str) -> None:
+    if count != labels:
+        raise DataError(
+            f"Expected a label for each sample. Received: {count} samples and {labels} "
+            f"labels in {source}."
+        )
+    if not count:
+        raise DataError(f"There is no sample in {source}.")
+
+
+# Arrays -------------------------------------------------------------------------------
+
+
+def _of_arrays(x: Any, y: Any, asked: _Asked) -> SampleData:
+    source = "the arrays"
+    texts = _texts_of(x)
+    images = np.zeros(0) if texts is not None else _array_of(x)
+    labels = np.asarray(y)
+    _require_samples(
+        len(images if texts is None else texts), labels.size and len(labels), source
+    )
+    codes, names = class_codes(labels, asked.class_names)
+    if texts is not None:
+        return _text_data(texts, codes, names, source, asked)
+    scan = _Scan(source)
+    for at in range(len(images)):
+        scan.add(images[at])
+    digests = np.array(scan.digests, np.uint64)
+    ids = asked.ids
+    if ids is None:
+        ids = _row_numbers(len(images), asked.prefix)
+    ids = _checked_ids(ids, len(images))
+    reader = ArrayReader(ids, images, digests, scan.scale())
+    return _whole(ImageData, ids, codes, names, reader, source)
+
+
+def _whole(
+    data_type: type[SampleData],
+    ids: np.ndarray,
+    codes: np.ndarray,
+    names: tuple[str, ...],
+    reader: Any,
+    source: str,
+) -> SampleData:
+    """Returns data whose samples are not cut into splits yet."""
+    all_samples: Any = data_type.split_type("all", ids, codes, None, reader)
+    return data_type(all_samples, all_samples, all_samples, names, source)
+
+
+def _array_of(x: Any) -> np.ndarray:
+    try:
+        images = np.asarray(x)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"The images cannot be made an array: {error}. Give them one size, or give "
+            "a tf.data.Dataset of (image, label), not batched."
+        ) from error
+    if images.ndim and len(images):
+        _check_image(images.shape[1:], images.dtype)
+    elif images.ndim == 0:
+        raise InvalidArgument(f"{_EXPECTED} Received: {type(x).__name__} as x.")
+    return images
+
+
+def _check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    received = f"Received: images of shape {shape}, {dtype}."
+    if dtype.kind not in "uif":
+        raise DataError(f"Images must be integers or floats. {received} Cast them.")
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise DataError(
+            "Each image must have the shape (height, width) or (height, width, "
+            f"channels). {received}"
+        )
+    if len(shape) == 3 and shape[-1] not in _CHANNELS:
+        first = shape[0] in _CHANNELS
+        advice = "Move the channels last: `np.moveaxis(x, 1, -1)`." if first else ""
+        raise DataError(
+            f"Images must have 1, 3 or 4 channels, in the last axis. {received} "
+            f"{advice or 'Choose the channels to use.'}"
+        )
+
+
+class _Scan:
+    """What the first pass finds out about images."""
+
+    def __init__(self, source: str):
+        self.digests: list[int] = []
+        self._source = source
+        self._low, self._high = math.inf, -math.inf
+        self._float: np.dtype | None = None
+
+    def add(self, image: np.ndarray) -> None:
+        if image.dtype != np.uint8:
+            low, high = float(image.min()), float(image.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise DataError(
+                    "Images must be finite. Received: NaN or infinity in image "
+                    f"{len(self.digests)} of {self._source}. Leave it out."
+                )
+            self._low, self._high = min(low, self._low), max(high, self._high)
+            if image.dtype.kind == "f":
+                self._float = image.dtype
+        self.digests.append(image_digest(image))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self._float is None else np.float32)
+
+    def scale(self) -> float:
+        """Returns what the pixels must be multiplied by, and says so."""
+        if self._low < 0 or self._high > 255:
+            advice = "Give them as they were before the model's preprocessing."
+            if self._low >= -1 and self._high <= 1:
+                advice = "Rescale those in [-1, 1]: `(x + 1) * 127.5`."
+            elif self._low >= -64 and self._high <= 320:
+                advice = "Clip what resizing overshot: `np.clip(x, 0, 255)`."
+            raise DataError(
+                "Images must be in [0, 255], or floats in [0, 1]. Received: values "
+                f"from {self._low:.4g} to {self._high:.4g} in {self._source}. {advice}"
+            )
+        if self._float is None or self._high > 1:
+            return 1.0
+        warnings.warn(
+            f"The images of {self._source} are {self._float} in [0, 1]: they are "
+            "multiplied by 255.",
+            stacklevel=2,
+        )
+        return 255.0
+
+
+# Texts --------------------------------------------------------------------------------
+
+
+def _texts_of(x: Any) -> list[bytes] | None:
+    """Returns texts in UTF-8; None where the values are none."""
+    if isinstance(x, tf.Tensor):
+        x = x.numpy()
+    if isinstance(x, np.ndarray) and (x.ndim != 1 or x.dtype.kind not in "UTSO"):
+        return None
+    try:
+        values = list(x)
+    except TypeError:
+        return None
+    if not values or not isinstance(values[0], str | bytes):
+        return None
+    for at, one in enumerate(values):
+        if not isinstance(one, str | bytes):
+            raise DataError(
+                f"Texts must be strings. Received: {one!r} in row {at}. Leave such "
+                "samples out."
+            )
+    shown = [one if isinstance(one, str) else one.decode("latin-1") for one in values]
+    suffixes = tuple(_sources.IMAGE_SUFFIXES)
+    if all(one.lower().endswith(suffixes) for one in shown):
+        raise InvalidArgument(
+            f"Expected images or texts. Received: paths of images, such as "
+            f"{shown[0]!r}. Give a table: load_data({{'path': x, 'label': y}})."
+        )
+    return [
+        one if isinstance(one, bytes) else one.encode("utf-8", "surrogatepass")
+        for one in values
+    ]
+
+
+def _text_data(
+    texts: Sequence[bytes],
+    codes: np.ndarray,
+    names: tuple[str, ...],
+    source: str,
+    asked: _Asked,
+) -> SampleData:
+    ids = asked.ids
+    if ids is None:
+        id_of = _sources.text_ids()
+        ids = [asked.prefix + id_of(one) for one in texts]
+    ids = _checked_ids(ids, len(texts))
+    order = np.argsort(ids, kind="stable")
+    values = np.empty(len(texts), object)
+    values[:] = [texts[at] for at in order.tolist()]
+    reader = _sources.TextReader(ids[order], values)
+    return _whole(_sources.TextData, ids[order], codes[order], names, reader, source)
+
+
+# Streams ------------------------------------------------------------------------------
+
+
+class _Stream(NamedTuple):
+    """What starts a pass, how many elements it has, and whether they are batches."""
+
+    elements: Callable[[], Iterator[Any]]
+    size: int | None
+    batched: bool | None = None
+
+
+def _own_names(x: Any) -> Sequence[str] | None:
+    """Returns the classes that a data set itself knows, by label."""
+    names = getattr(x, "class_names", None)
+    if indices := getattr(x, "class_indices", None):  # Of Keras' generators.
+        return sorted(indices, key=indices.get)
+    return _sources.class_names_of(x) if names is None else names
+
+
+def _stream_of(x: Any) -> _Stream | None:
+    import keras
+
+    if isinstance(x, tf.data.Dataset):
+        count = int(x.cardinality())
+        if count == tf.data.INFINITE_CARDINALITY:
+            raise InvalidArgument(
+                "The tf.data.Dataset has no end. Leave out `.repeat()`, or end it with "
+                "`.take(number)`."
+            )
+        known = None if count == tf.data.UNKNOWN_CARDINALITY else count
+        return _Stream(x.as_numpy_iterator, known)
+    if isinstance(x, keras.utils.PyDataset):
+        if x.num_batches is None:
+            raise InvalidArgument(
+                "The PyDataset has no end. Give it a `__len__`, its number of batches."
+            )
+        return _Stream(lambda: _batches_of(x), int(x.num_batches), batched=True)
+    columns = _sources.columns_of(x)
+    if columns and hasattr(x, "features") and "image" in columns:
+        return _Stream(lambda: iter(x), len(x), batched=False)
+    return None
+
+
+def _batches_of(x: Any) -> Iterator[Any]:
+    for number in range(x.num_batches):
+        try:
+            yield x[number]
+        except (IndexError, StopIteration) as error:
+            raise DataError(
+                f"The PyDataset has {x.num_batches} batches by its `__len__`, but "
+                f"batch {number} cannot be had ({type(error).__name__}: {error}). "
+                "Return what there is."
+            ) from error
+
+
+def _of_stream(x: Any, stream: _Stream, asked: _Asked) -> SampleData:
+    """Reads a stream once: labels, and digests of the images, or the texts."""
+    kind = "tf.data.Dataset" if isinstance(x, tf.data.Dataset) else type(x).__name__
+    source = f"the {kind}"
+    class_names = asked.class_names or _own_names(x)
+
+    def rows() -> Iterator[tuple[Any, Any]]:
+        return _rows(stream.elements(), stream.batched, source)
+
+    scan = _Scan(source)
+    labels: list[np.ndarray] = []
+    texts: list[bytes] = []
+    try:
+        with progress_bar(
+            f"Reading {source}", total=stream.size or 0, unit="elements",
+            visible=asked.progress and bool(stream.size),
+        ) as advance:  # fmt: skip
+            for element in stream.elements():
+                for content, label in _rows([element], stream.batched, source):
+                    if not labels:
+                        class_codes(label[np.newaxis], class_names)
+                    labels.append(label)
+                    if isinstance(content, bytes):
+                        texts.append(content)
+                    else:
+                        _check_image(content.shape, content.dtype)
+                        scan.add(content)
+                advance(1)
+    except tf.errors.OpError as error:
+        raise DataError(
+            f"{source[0].upper()}{source[1:]} cannot be read: {readable_reason(error)}"
+        ) from error
+    if not labels:
+        raise DataError(f"There is no sample in {source}.")
+    if len({np.shape(one) for one in labels}) > 1:
+        raise DataError(f"Labels must have one shape. Received: several in {source}.")
+    codes, names = class_codes(np.stack(labels), class_names)
+    if texts:
+        return _text_data(texts, codes, names, source, asked)
+    changed = (
+        f"{source[0].upper()}{source[1:]} has other samples, or another order, in "
+        "another pass, so its samples cannot be told apart. Use "
+        "`image_dataset_from_directory(..., shuffle=False)`, leave out `shuffle`, or "
+        "give it `reshuffle_each_iteration=False`; and leave out random augmentation: "
+        "`FeatureConfig(augmentations=4)` adds it."
+    )
+    known = zip(scan.digests[:_SAMPLES_TO_COMPARE], labels, strict=False)
+    again = itertools.islice(rows(), _SAMPLES_TO_COMPARE)
+    for first, second in itertools.zip_longest(known, again):
+        if first is None or second is None:
+            raise InvalidArgument(changed)
+        if first[0] != image_digest(second[0]) or np.any(first[1] != second[1]):
+            raise InvalidArgument(changed)
+    digests = np.array(scan.digests, np.uint64)
+    ids = asked.ids
+    if ids is None:
+        ids = _stream_ids(x, digests, asked.prefix)
+    ids = _checked_ids(ids, len(digests))
+    reader = StreamReader(
+        ids,
+        lambda: (content for content, _ in rows()),
+        digests,
+        scan.scale(),
+        scan.dtype,
+        changed,
+    )
+    return _whole(ImageData, ids, codes, names, reader, source)
+
+
+def _stream_ids(x: Any, digests: np.ndarray, prefix: str) -> list[str]:
+    paths = list(map(os.path.abspath, getattr(x, "file_paths", ())))
+    if len(paths) == len(digests):
+        root = os.path.join(os.path.commonpath(map(os.path.dirname, paths)), "")
+        return [prefix + one[len(root) :].replace(os.sep, "/") for one in paths]
+    # With content: corrections of another order must not fit.
+    numbers = _row_numbers(len(digests), prefix)
+    pairs = zip(numbers, digests.tolist(), strict=True)
+    return [f"{number}-{digest:016x}"[: len(number) + 7] for number, digest in pairs]
+
+
+def _rows(
+    elements: Any, batched: bool | None, source: str
+) -> Iterator[tuple[Any, Any]]:
+    """Yields samples, bytes or arrays, and labels of elements, batched or not."""
+    for element in elements:
+        content, label = _pair(element, source)
+        if hasattr(content, "convert"):  # A picture of Pillow.
+            content = content if content.mode == "L" else content.convert("RGB")
+        label = np.asarray(label)
+        if isinstance(content, str | bytes):
+            yield _sample(content), label
+            continue
+        content = np.asarray(content)
+        if not (_is_batch(content, label) if batched is None else batched):
+            yield _sample(content), label
+            continue
+        if label.ndim == 0 or len(content) != len(label):
+            raise DataError(
+                f"Each batch must have a label for each sample. Received: "
+                f"{len(content)} samples, labels of shape {label.shape} in {source}."
+            )
+        yield from zip(map(_sample, content), label, strict=True)
+
+
+def _pair(element: Any, source: str) -> tuple[Any, Any]:
+    what = f"{len(element) if isinstance(element, tuple | list) else 1} parts"
+    if isinstance(element, Mapping):
+        what = f"a dict of {', '.join(map(str, element))}"
+        element = [element[one] for one in ("image", "text", "label") if one in element]
+    if isinstance(element, tuple | list) and len(element) == 2:
+        return element[0], element[1]
+    raise InvalidArgument(
+        f"Each element of {source} must be (image, label) or (text, label), or a dict "
+        f"of `image` or `text`, and `label`. Received: {what}. Choose them first, with "
+        "`.map()`; sample weights are not taken."
+    )
+
+
+def _sample(content: Any) -> Any:
+    """Returns a text as bytes, an image as an array."""
+    if isinstance(content, str):
+        return content.encode("utf-8", "surrogatepass")
+    return content if isinstance(content, bytes) else np.asarray(content)
+
+
+def _is_batch(content: np.ndarray, label: np.ndarray) -> bool:
+    """Tells a batch from one sample, by the shapes of both."""
+    if label.ndim == 0:
+        return False
+    if content.dtype.kind in "OSU":
+        return content.ndim == 1
+    if content.ndim != 3:
+        return content.ndim > 3
+    return content.shape[-1] not in _CHANNELS
