@@ -114,41 +114,28 @@ def load_data(
         >>> import keras_rsft as rsft
         >>> x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
         >>> data = rsft.load_data(x, np.arange(40) % 2, class_names=["cat", "dog"])
-        >>> data.class_names, len(data.train), data.train.ids[:2].tolist()
-        (('cat', 'dog'), 28, ['01', '02'])
+        >>> data.class_names, len(data.train), len(data.validation), len(data.test)
+        (('cat', 'dog'), 28, 6, 6)
     """
     given = {"validation": validation_data, "test": test_data}
-    if y is None:
-        x, y = _pair_of(x)
     if isinstance(x, Mapping) and "train" in x:
         named = {SPLIT_ALIASES.get(str(name)): part for name, part in x.items()}
-        given = {one: named.get(one) if part is None else part
-                 for one, part in given.items()}  # fmt: skip
-        return load_data(
-            named["train"],
-            validation_data=given["validation"],
-            test_data=given["test"],
-            ids=ids,
-            class_names=class_names,
-            validation_fraction=validation_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            progress=progress,
-        )
+        x = named.pop("train")
+        given = named | {name: part for name, part in given.items() if part is not None}
+    given = {name: given[name] for name in SPLITS if given.get(name) is not None}
+    if y is None:
+        x, y = _pair_of(x)
     cut = Cut(
-        validation_fraction if validation_data is None else 0.0,
-        test_fraction if test_data is None else 0.0,
+        0.0 if "validation" in given else validation_fraction,
+        0.0 if "test" in given else test_fraction,
         split_seed,
     )
     asked = _Asked(ids, class_names, progress)
     data = _loaded(x, y, asked, cut)
-    if validation_data is None and test_data is None:
-        return data
     for name, part in given.items():
-        if part is not None:
-            own = class_names or _own_names(part) or _own_names(x)
-            data = _with_split(data, name, part, asked._replace(class_names=own))
-    return _sources.of_python(data)
+        own = class_names or _own_names(part) or _own_names(x)
+        data = _with_split(data, name, part, asked._replace(class_names=own))
+    return _sources.of_python(data) if given else data
 
 
 def whole_split(x: Any, *, progress: bool = True) -> SampleSplit:
@@ -252,23 +239,24 @@ def _with_split(data: SampleData, name: str, given: Any, asked: _Asked) -> Sampl
             f"Received: {part.kind}."
         )
     split = _only_split(part, f"`{name}_data`")
-    used = {part.class_names[label] for label in np.unique(split.labels)}
-    known = {data.class_names[label] for label in np.unique(data.train.labels)}
-    number = {one: at for at, one in enumerate(data.class_names) if one in known}
-    refuse_stray(((one, f"`{name}_data`") for one in used), number, data.source)
-    every = [getattr(data, one).ids for one in SPLITS]
-    twice = np.intersect1d(split.ids, np.concatenate(every))
+    twice = np.intersect1d(
+        split.ids, np.concatenate([getattr(data, one).ids for one in SPLITS])
+    )
     if len(twice):
         raise DataError(
             f"{len(twice)} ids of `{name}_data` are in other splits too, such as "
             f"{str(twice[0])!r}. Give each sample an id of its own, in one split."
         )
-    labels = [number.get(one, -1) for one in part.class_names]
-    split = dataclasses.replace(
-        split, name=name, labels=np.array(labels, np.int32)[split.labels]
-    )
-    changed: dict[str, Any] = {name: split}
-    return dataclasses.replace(data, **changed)
+    number = {data.class_names[label]: label for label in np.unique(data.train.labels)}
+    changed: dict[str, Any] = {"name": name}
+    for kind in ("labels", "clean_labels"):
+        if (codes := getattr(split, kind)) is not None:
+            used = [part.class_names[label] for label in np.unique(codes)]
+            refuse_stray(((one, f"`{name}_data`") for one in used), number, data.source)
+            labels = [number.get(one, -1) for one in part.class_names]
+            changed[kind] = np.array(labels, np.int32)[codes]
+    split = dataclasses.replace(split, **changed)
+    return dataclasses.replace(data, **{name: split})
 
 
 # Labels and ids -----------------------------------------------------------------------
@@ -279,85 +267,63 @@ def class_codes(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Returns labels of any kind as int32 `(n,)`, and the names of the classes."""
     values = np.asarray(labels)
-    if values.dtype.kind == "S":
-        values = np.char.decode(values)
-    elif values.dtype.kind in "OT":
+    if values.dtype.kind in "OST":
         values = _plain_labels(values)
-    if values.ndim == 2 and values.shape[1] == 1 and values.dtype.kind in "buiU":
+    if values.ndim == 2 and values.dtype.kind == "f" and np.isin(values, (0, 1)).all():
+        values = values.astype(np.int64)  # So Keras has one-hot and binary labels.
+    if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
-    one_hot = values.ndim == 2 and values.dtype.kind in "buif"
-    if one_hot:
-        values, count = _from_one_hot(values)
+    names = None if class_names is None else tuple(map(str, class_names))
+    if values.ndim == 2 and values.dtype.kind in "bui":
+        if np.any(values < 0) or np.any(values.sum(axis=1) != 1):
+            raise DataError(
+                "One-hot labels must have one 1 in each row, and 0 elsewhere. "
+                f"Received: another row, in labels of shape {values.shape}. Several "
+                "labels a sample are not taken: choose one, as `y.argmax(axis=1)`."
+            )
+        names = names or tuple(map(str, range(values.shape[1])))
+        values = values.argmax(axis=1)
     if values.ndim != 1 or values.dtype.kind not in "buiU":
         raise DataError(
             "Labels must be one integer or string a sample, or one-hot. Received: "
             f"shape {values.shape}, {values.dtype}. Cast whole numbers with "
             "`y.astype(int)`."
         )
-    names = None if class_names is None else tuple(map(str, class_names))
-    if values.dtype.kind == "U":
-        return _codes_of_names(values, names)
-    values = values.astype(np.int64)
-    if one_hot and names is None:
-        names = tuple(map(str, range(count)))
-    fault = values < 0 if names is None else (values < 0) | (values >= len(names))
-    if fault.any():
-        at = int(np.argmax(fault))
-        most = "" if names is None else f" and below the {len(names)} classes"
-        raise DataError(
-            f"Labels must be at least 0{most}. Received: {values[at]} in row {at}, "
-            f"{np.count_nonzero(fault)} such in all. Leave these samples out."
-        )
-    if names is not None:
-        return values.astype(np.int32), names
+    if values.dtype.kind == "b":
+        values = values.astype(np.int64)
     found, codes = np.unique(values, return_inverse=True)
-    return codes.astype(np.int32), tuple(map(str, found))
+    given = found.tolist()
+    if values.dtype.kind == "U":
+        names = names or sorted_names(given)
+        expected = f"one of {', '.join(map(repr, names[:10]))}, and not empty"
+        number = {name: at for at, name in enumerate(names) if name.strip()}
+    elif names is None:
+        expected, names = "at least 0", tuple(map(str, given))
+        number = {one: at for at, one in enumerate(given) if one >= 0}
+    else:
+        expected = f"in [0, {len(names)}), the number of classes"
+        number = {at: at for at in range(len(names))}
+    for one in given:
+        if one not in number:
+            raise DataError(
+                f"Each label must be {expected}. Received: {one!r} in row "
+                f"{int(np.argmax(values == one))}. Correct it, or leave it out."
+            )
+    return np.array([number[one] for one in given], np.int32)[codes], names
 
 
 def _plain_labels(values: np.ndarray) -> np.ndarray:
-    """Returns objects as strings or integers, whichever all of them are."""
+    """Returns objects and bytes as strings or integers, whichever all of them are."""
     flat = values.ravel().tolist()
-    if all(isinstance(one, str) for one in flat):
-        return values.astype(np.str_)
-    if all(isinstance(one, int | np.integer) for one in flat):
-        return values.astype(np.int64)
+    kind = str if flat and isinstance(flat[0], str | bytes) else int
     for at, one in enumerate(flat):
-        if not isinstance(one, str | int | np.integer):
+        if not isinstance(one, str | bytes if kind is str else int | np.integer):
             raise DataError(
-                "Labels must be integers or strings. "
-                f"Received: {one!r} in row {at}. Leave such samples out."
+                "Labels must be all integers or all strings. "
+                f"Received: {one!r} in row {at}. Correct it, or leave it out."
             )
-    raise DataError("Labels must be all integers or all strings. Received: both.")
-
-
-def _from_one_hot(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Returns one-hot rows as integers, and how many classes they have."""
-    if values.shape[1] == 1:  # Keras' `label_mode="binary"`.
-        binary = bool(np.isin(values, (0, 1)).all())
-        return (values[:, 0].astype(np.int64) if binary else values), 2
-    if not np.isin(values, (0, 1)).all() or np.any(values.sum(axis=1) != 1):
-        raise DataError(
-            "One-hot labels must have one 1 in each row, and 0 elsewhere. Received: "
-            f"shape {values.shape}, another row. Soft labels and several labels a "
-            "sample are not taken: give the likeliest, `y.argmax(axis=1)`."
-        )
-    return values.argmax(axis=1), values.shape[1]
-
-
-def _codes_of_names(
-    values: np.ndarray, names: tuple[str, ...] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    found, codes = np.unique(values, return_inverse=True)
-    order = sorted_names(found.tolist()) if names is None else names
-    number = {name: at for at, name in enumerate(order)}
-    unknown = [one for one in found.tolist() if one not in number or not one.strip()]
-    if unknown:
-        raise DataError(
-            f"Each label must be one of the classes {', '.join(map(repr, order[:10]))}"
-            f". Received: {unknown[0]!r}. Correct it, or leave these samples out."
-        )
-    numbers = np.array([number[one] for one in found.tolist()], np.int32)
-    return numbers[codes], order
+    plain = [one.decode() if isinstance(one, bytes) else one for one in flat]
+    return np.array(plain, np.str_ if kind is str else np.int64).reshape(values.shape)
 
 
 def _checked_ids(ids: Any, count: int) -> np.ndarray:
@@ -375,16 +341,6 @@ def _row_numbers(count: int, prefix: str) -> list[str]:
     return [f"{prefix}{row:0{width}}" for row in range(count)]
 
 
-def _require_samples(count: int, labels: int, source: str) -> None:
-    if count != labels:
-        raise DataError(
-            f"Expected a label for each sample. Received: {count} samples and {labels} "
-            f"labels in {source}."
-        )
-    if not count:
-        raise DataError(f"There is no sample in {source}.")
-
-
 # Arrays -------------------------------------------------------------------------------
 
 
@@ -392,10 +348,14 @@ def _of_arrays(x: Any, y: Any, asked: _Asked) -> SampleData:
     source = "the arrays"
     texts = _texts_of(x)
     images = np.zeros(0) if texts is not None else _array_of(x)
-    labels = np.asarray(y)
-    _require_samples(
-        len(images if texts is None else texts), labels.size and len(labels), source
-    )
+    count, labels = len(images if texts is None else texts), np.atleast_1d(y)
+    if count != len(labels):
+        raise DataError(
+            f"x and y must have the same length. Received: {count} samples and "
+            f"{len(labels)} labels."
+        )
+    if not count:
+        raise DataError("The arrays x and y must not be empty. Received: no sample.")
     codes, names = class_codes(labels, asked.class_names)
     if texts is not None:
         return _text_data(texts, codes, names, source, asked)
@@ -432,10 +392,10 @@ def _array_of(x: Any) -> np.ndarray:
             f"The images cannot be made an array: {error}. Give them one size, or give "
             "a tf.data.Dataset of (image, label), not batched."
         ) from error
-    if images.ndim and len(images):
-        _check_image(images.shape[1:], images.dtype)
-    elif images.ndim == 0:
+    if images.ndim == 0:
         raise InvalidArgument(f"{_EXPECTED} Received: {type(x).__name__} as x.")
+    if len(images):
+        _check_image(images.shape[1:], images.dtype)
     return images
 
 
@@ -514,29 +474,22 @@ def _texts_of(x: Any) -> list[bytes] | None:
         x = x.numpy()
     if isinstance(x, np.ndarray) and (x.ndim != 1 or x.dtype.kind not in "UTSO"):
         return None
-    try:
-        values = list(x)
-    except TypeError:
+    if not hasattr(x, "__iter__") or not isinstance(next(iter(x), None), str | bytes):
         return None
-    if not values or not isinstance(values[0], str | bytes):
-        return None
-    for at, one in enumerate(values):
+    texts = []
+    for at, one in enumerate(x):
         if not isinstance(one, str | bytes):
             raise DataError(
-                f"Texts must be strings. Received: {one!r} in row {at}. Leave such "
-                "samples out."
+                f"Texts must be strings. Received: {one!r} in row {at}. Leave it out."
             )
-    shown = [one if isinstance(one, str) else one.decode("latin-1") for one in values]
-    suffixes = tuple(_sources.IMAGE_SUFFIXES)
-    if all(one.lower().endswith(suffixes) for one in shown):
+        texts.append(_sample(one))
+    suffixes = tuple(one.encode() for one in _sources.IMAGE_SUFFIXES)
+    if all(one.lower().endswith(suffixes) for one in texts):
         raise InvalidArgument(
-            f"Expected images or texts. Received: paths of images, such as "
-            f"{shown[0]!r}. Give a table: load_data({{'path': x, 'label': y}})."
+            "Expected images or texts. Received: paths of images, such as "
+            f"{texts[0].decode()!r}. Give a table: load_data({{'path': x, 'label': y}})."
         )
-    return [
-        one if isinstance(one, bytes) else one.encode("utf-8", "surrogatepass")
-        for one in values
-    ]
+    return texts
 
 
 def _text_data(

@@ -145,6 +145,7 @@ def decode_pixels(
     encoded: tf.Tensor, *, smallest: tuple[int, int] | None = None
 ) -> tf.Tensor:
     """Decodes one image at its own size, or not far above `smallest`."""
+    encoded = tf.convert_to_tensor(encoded)
     if encoded.dtype != tf.string:  # The pixels of an array.
         return encoded
     # The first bytes, zeros where there are fewer.
