@@ -119,7 +119,7 @@ def load_data(
     """
     given = {"validation": validation_data, "test": test_data}
     if isinstance(x, Mapping) and "train" in x:
-        named = {SPLIT_ALIASES.get(str(name)): part for name, part in x.items()}
+        named = {SPLIT_ALIASES.get(str(name), ""): part for name, part in x.items()}
         x = named.pop("train")
         given = named | {name: part for name, part in given.items() if part is not None}
     given = {name: given[name] for name in SPLITS if given.get(name) is not None}
@@ -255,8 +255,8 @@ def _with_split(data: SampleData, name: str, given: Any, asked: _Asked) -> Sampl
             refuse_stray(((one, f"`{name}_data`") for one in used), number, data.source)
             labels = [number.get(one, -1) for one in part.class_names]
             changed[kind] = np.array(labels, np.int32)[codes]
-    split = dataclasses.replace(split, **changed)
-    return dataclasses.replace(data, **{name: split})
+    parts: dict[str, Any] = {name: dataclasses.replace(split, **changed)}
+    return dataclasses.replace(data, **parts)
 
 
 # Labels and ids -----------------------------------------------------------------------
@@ -292,7 +292,8 @@ def class_codes(
     if values.dtype.kind == "b":
         values = values.astype(np.int64)
     found, codes = np.unique(values, return_inverse=True)
-    given = found.tolist()
+    given: list[Any] = found.tolist()
+    number: dict[Any, int]
     if values.dtype.kind == "U":
         names = names or sorted_names(given)
         expected = f"one of {', '.join(map(repr, names[:10]))}, and not empty"
@@ -347,8 +348,8 @@ def _row_numbers(count: int, prefix: str) -> list[str]:
 def _of_arrays(x: Any, y: Any, asked: _Asked) -> SampleData:
     source = "the arrays"
     texts = _texts_of(x)
-    images = np.zeros(0) if texts is not None else _array_of(x)
-    count, labels = len(images if texts is None else texts), np.atleast_1d(y)
+    images = np.zeros(0) if texts is not None else _array_of(x, "images")
+    count, labels = len(images if texts is None else texts), _array_of(y, "labels")
     if count != len(labels):
         raise DataError(
             f"x and y must have the same length. Received: {count} samples and "
@@ -357,7 +358,9 @@ def _of_arrays(x: Any, y: Any, asked: _Asked) -> SampleData:
     if not count:
         raise DataError("The arrays x and y must not be empty. Received: no sample.")
     codes, names = class_codes(labels, asked.class_names)
-    if texts is not None:
+    if texts is None:
+        _check_image(images.shape[1:], images.dtype)
+    else:
         return _text_data(texts, codes, names, source, asked)
     scan = _Scan(source)
     for at in range(len(images)):
@@ -384,19 +387,18 @@ def _whole(
     return data_type(all_samples, all_samples, all_samples, names, source)
 
 
-def _array_of(x: Any) -> np.ndarray:
+def _array_of(values: Any, what: str) -> np.ndarray:
     try:
-        images = np.asarray(x)
+        array = np.asarray(values)
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"The images cannot be made an array: {error}. Give them one size, or give "
-            "a tf.data.Dataset of (image, label), not batched."
+            f"The {what} cannot be made an array ({error}). All must have one shape. "
+            "Give images of several sizes as a tf.data.Dataset, not batched."
         ) from error
-    if images.ndim == 0:
-        raise InvalidArgument(f"{_EXPECTED} Received: {type(x).__name__} as x.")
-    if len(images):
-        _check_image(images.shape[1:], images.dtype)
-    return images
+    if array.ndim == 0:
+        kind = type(values).__name__
+        raise InvalidArgument(f"{_EXPECTED} Received: {kind} as the {what}.")
+    return array
 
 
 def _check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -487,7 +489,8 @@ def _texts_of(x: Any) -> list[bytes] | None:
     if all(one.lower().endswith(suffixes) for one in texts):
         raise InvalidArgument(
             "Expected images or texts. Received: paths of images, such as "
-            f"{texts[0].decode()!r}. Give a table: load_data({{'path': x, 'label': y}})."
+            f"{texts[0].decode()!r}. Give a table: "
+            "load_data({'path': x, 'label': y})."
         )
     return texts
 
