@@ -546,27 +546,29 @@ def _stream_of(x: Any) -> _Stream | None:
         known = None if count == tf.data.UNKNOWN_CARDINALITY else count
         return _Stream(x.as_numpy_iterator, known)
     if isinstance(x, keras.utils.PyDataset):
-        if x.num_batches is None:
+        try:
+            size = int(x.num_batches)
+        except (TypeError, NotImplementedError) as error:
             raise InvalidArgument(
                 "The PyDataset has no end. Give it a `__len__`, its number of batches."
-            )
-        return _Stream(lambda: _batches_of(x), int(x.num_batches), batched=True)
+            ) from error
+        return _Stream(lambda: _batches_of(x, size), size, batched=True)
     columns = _sources.columns_of(x)
     if columns and hasattr(x, "features") and "image" in columns:
         return _Stream(lambda: iter(x), len(x), batched=False)
     return None
 
 
-def _batches_of(x: Any) -> Iterator[Any]:
-    for number in range(x.num_batches):
+def _batches_of(x: Any, size: int) -> Iterator[Any]:
+    for number in range(size):
         try:
-            yield x[number]
+            batch = x[number]
         except (IndexError, StopIteration) as error:
             raise DataError(
-                f"The PyDataset has {x.num_batches} batches by its `__len__`, but "
-                f"batch {number} cannot be had ({type(error).__name__}: {error}). "
-                "Return what there is."
+                f"The PyDataset has {size} batches by its `__len__`, but no batch "
+                f"{number} ({type(error).__name__}: {error}). Correct its `__len__`."
             ) from error
+        yield batch
 
 
 def _of_stream(x: Any, stream: _Stream, asked: _Asked) -> SampleData:
@@ -589,7 +591,7 @@ def _of_stream(x: Any, stream: _Stream, asked: _Asked) -> SampleData:
             for element in stream.elements():
                 for content, label in _rows([element], stream.batched, source):
                     if not labels:
-                        class_codes(label[np.newaxis], class_names)
+                        class_codes(np.asarray(label)[np.newaxis], class_names)
                     labels.append(label)
                     if isinstance(content, bytes):
                         texts.append(content)
@@ -599,7 +601,8 @@ def _of_stream(x: Any, stream: _Stream, asked: _Asked) -> SampleData:
                 advance(1)
     except tf.errors.OpError as error:
         raise DataError(
-            f"{source[0].upper()}{source[1:]} cannot be read: {readable_reason(error)}"
+            f"{source[0].upper()}{source[1:]} cannot be read to its end. "
+            f"TensorFlow says: {readable_reason(error).rstrip('.')}."
         ) from error
     if not labels:
         raise DataError(f"There is no sample in {source}.")
