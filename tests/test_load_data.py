@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -14,6 +15,8 @@ import tensorflow as tf
 from made_images import SPLIT_NAMES, all_ids, named_labels
 
 import keras_rsft as rsft
+from keras_rsft.cli._commands import _data_of
+from keras_rsft.cli._main import build_parser
 from keras_rsft.data._images import decode_pixels
 from keras_rsft.data._labels import COLUMNS
 from keras_rsft.errors import DataError, InvalidArgument
@@ -239,10 +242,20 @@ class TestSplits:
         data = rsft.load_data(stream, validation_data=(X, Y))
         assert data.validation.labels.tolist() == Y.tolist()
 
+    def test_loaded_data_can_be_a_split(self, photo_folder, photos):
+        loaded = rsft.load_images(photo_folder, **WHOLE)
+        data = rsft.load_data(photos[1:], validation_data=loaded)
+        assert len(data.validation) == 36
+        with pytest.raises(InvalidArgument, match="must be one split"):
+            rsft.load_data(photos[1:], test_data=rsft.load_images(photo_folder))
+        trusted = rsft.trust_splits(loaded, ["train"])
+        data = rsft.load_data(photos[1:], validation_data=trusted)
+        assert data.validation.clean_labels.tolist() == loaded.train.labels.tolist()
+
     def test_splits_by_name(self):
         parts = {"train": (X, Y), "valid": (X[:3], Y[:3]), "unsupervised": (X, Y)}
         data = rsft.load_data(parts)
-        assert [len(getattr(data, name)) for name in SPLIT_NAMES] == [9, 3, 3 - 0]
+        assert [len(getattr(data, name)) for name in SPLIT_NAMES] == [9, 3, 3]
 
     def test_ids_may_be_given(self):
         ids = np.arange(100, 112)
@@ -450,6 +463,9 @@ class TestTables:
         table = Rows(text=[f"Sentence {n}." for n in range(12)], label=Y.tolist())
         data = rsft.load_data(table, **WHOLE)
         assert data.class_names == ClassLabel.names
+        table = Rows(text=["One.", "Two."], label=[0, -1])
+        with pytest.raises(DataError, match=r"\[0, 3\). Received: -1 in row 1"):
+            rsft.load_data(table)
 
     def test_equal_texts_have_ids_of_their_own(self):
         data = rsft.load_data((["Same."] * 2 + ["Other."], [0, 1, 1]), **WHOLE)
@@ -460,6 +476,7 @@ class TestTables:
         "change, message",
         [
             ({"label": [1.5] * 36}, "Received: 1.5 in row 0 of the Frame"),
+            ({"label": [0] * 35 + [-1]}, r"\[0, inf\). Received: -1 in row 35"),
             ({"label": [None] + ["a"] * 35}, "value in column 'label' of row 0"),
             ({"label": [float("nan")] * 36}, "value in column 'label' of row 0"),
             ({"path": ["a.png"] * 36}, "row 1 of the Frame has been listed before"),
@@ -645,7 +662,7 @@ class TestWork:
     ):
         train, validation = parts
         data = Tensors(train).batch(5) if streamed else train
-        folder = tmp_path / "runs" / "first"
+        folder = tmp_path / "elsewhere" / "first"
         run = rsft.finetune(
             data, validation_data=validation, test_data=validation, output=folder,
             with_plain=False, **options,
@@ -715,6 +732,12 @@ class TestWork:
         features = rsft.extract_features(backbone, train, cache_dir=tmp_path)
         assert len(features) == 24
         assert features.ids[-1] == "23"
+
+    def test_no_command_loads_them_again(self):
+        named = "the arrays (not repeatable from the command line)"
+        run = SimpleNamespace(config={"data": named, "fingerprint": "0"})
+        with pytest.raises(DataError, match="was trained on the arrays"):
+            _data_of(run, build_parser())
 
     def test_the_pilot_takes_them(self, parts, options):
         assert rsft.run_pilot(parts[0], **options).num_images == 16

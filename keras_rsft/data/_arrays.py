@@ -215,9 +215,9 @@ def _of_source(x: Any, cut: Cut) -> SampleData:
     if "text" in columns:
         return _sources.load_texts(x, **cuts)
     raise InvalidArgument(
-        f"Expected a column 'path' or 'text' in {_sources.called(x)}. Received: "
-        f"{', '.join(map(repr, columns)) or 'none'}. Name others with `load_images` "
-        "or `load_texts`, as in load_images(table, path_column='file')."
+        f"Expected a column 'path' or 'text' in {_sources.called(x)}, or 'image' in a "
+        f"data set of Hugging Face. Received: {', '.join(map(repr, columns)) or 'none'}"
+        ". `load_images` and `load_texts` take others: path_column='file'."
     )
 
 
@@ -230,7 +230,7 @@ def _with_split(data: SampleData, name: str, given: Any, asked: _Asked) -> Sampl
         )
     x, y = _pair_of(given)
     asked = asked._replace(ids=None, prefix=f"{name}/")
-    if _sources.columns_of(x) is not None or isinstance(x, str | os.PathLike):
+    if y is None and _stream_of(x) is None:  # It has classes of its own.
         asked = asked._replace(class_names=None)
     part = _loaded(x, y, asked, None)
     if part.kind != data.kind:
@@ -448,7 +448,7 @@ class _Scan:
     def scale(self) -> float:
         """Returns what the pixels must be multiplied by, and says so."""
         if self._low < 0 or self._high > 255:
-            advice = "Give them as they were before the model's preprocessing."
+            advice = "Rescale them to [0, 255]; the backbone does its preprocessing."
             if self._low >= -1 and self._high <= 1:
                 advice = "Rescale those in [-1, 1]: `(x + 1) * 127.5`."
             elif self._low >= -64 and self._high <= 320:
@@ -528,8 +528,6 @@ class _Stream(NamedTuple):
 def _own_names(x: Any) -> Sequence[str] | None:
     """Returns the classes that a data set itself knows, by label."""
     names = getattr(x, "class_names", None)
-    if indices := getattr(x, "class_indices", None):  # Of Keras' generators.
-        return sorted(indices, key=indices.get)
     return _sources.class_names_of(x) if names is None else names
 
 

@@ -213,18 +213,21 @@ def _table_rows(
             f"{', '.join(map(repr, found)) or 'none'}."
         )
     names = class_names_of(table)
+    most = math.inf if names is None else len(names)
     cells = [list(table[one]) for one in columns]
     if not cells[0]:
         raise DataError(f"There is no row in {name}.")
     for number, row in enumerate(zip(*cells, strict=True)):
         values = {one: _cell(v) for one, v in zip(columns, row, strict=True)}
         given = row[columns.index(label)]
-        if isinstance(given, float | np.floating) and values[label]:
+        is_number = isinstance(given, int | np.integer)
+        fault = isinstance(given, float | np.floating) and values[label] != ""
+        if fault or (is_number and not 0 <= given < most):
             raise DataError(
-                f"Labels must be strings or whole numbers. Received: {given!r} in row "
-                f"{number} of {name}. Cast the column {label!r} first."
+                f"Labels must be strings, or whole numbers in [0, {most}). Received: "
+                f"{given!r} in row {number} of {name}. Correct the column {label!r}."
             )
-        if names is not None and values[label].isdigit():
+        if names is not None and is_number:
             values[label] = names[int(given)]
         yield f"row {number} of {name}", values
 
