@@ -372,6 +372,13 @@ class TestStreams:
             rsft.load_data(shuffled)
         with pytest.raises(InvalidArgument, match="reshuffle_each_iteration=False"):
             rsft.load_data(Tensors((X, Y)).shuffle(12))
+        once = iter(zip(X, Y, strict=True))
+        signature = (tf.TensorSpec((6, 5, 3), tf.uint8), tf.TensorSpec((), tf.int64))
+        stream = tf.data.Dataset.from_generator(
+            lambda: once, output_signature=signature
+        )
+        with pytest.raises(InvalidArgument, match="an earlier end in another pass"):
+            rsft.load_data(stream)
         fixed = Tensors((X, Y)).shuffle(12, reshuffle_each_iteration=False)
         assert len(rsft.load_data(fixed, **WHOLE).train) == 12
 
@@ -391,7 +398,7 @@ class TestStreams:
         signature = (tf.TensorSpec((8, 8, 3), tf.uint8), tf.TensorSpec((), tf.int64))
         stream = tf.data.Dataset.from_generator(rows, output_signature=signature)
         data = rsft.load_data(stream, **WHOLE)
-        with pytest.raises(InvalidArgument, match="has other samples, or another"):
+        with pytest.raises(InvalidArgument, match="has other samples, another"):
             rsft.extract_features(tiny_base, data.train, cache_dir=tmp_path)
 
 

@@ -610,8 +610,8 @@ def _of_stream(x: Any, stream: _Stream, asked: _Asked) -> SampleData:
     if texts:
         return _text_data(texts, codes, names, source, asked)
     changed = (
-        f"{source[0].upper()}{source[1:]} has other samples, or another order, in "
-        "another pass, so its samples cannot be told apart. Use "
+        f"{source[0].upper()}{source[1:]} has other samples, another order or an "
+        "earlier end in another pass, so its samples cannot be told apart. Use "
         "`image_dataset_from_directory(..., shuffle=False)`, leave out `shuffle`, or "
         "give it `reshuffle_each_iteration=False`; and leave out random augmentation: "
         "`FeatureConfig(augmentations=4)` adds it."
