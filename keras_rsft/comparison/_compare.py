@@ -131,13 +131,7 @@ def compare(
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
-    data, features = resolve(
-        data,
-        features,
-        validation_data=validation_data,
-        test_data=test_data,
-        progress=progress,
-    )
+    data, features = resolve(data, features, validation_data, test_data, progress)
 
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.

@@ -327,8 +327,9 @@ def _plain_labels(values: np.ndarray) -> np.ndarray:
     return np.array(plain, np.str_ if kind is str else np.int64).reshape(values.shape)
 
 
-def _checked_ids(ids: Any, count: int) -> np.ndarray:
-    values = np.array([str(one) for one in np.asarray(ids).ravel().tolist()], np.str_)
+def _ids_of(asked: _Asked, own: list[str]) -> np.ndarray:
+    given, count = own if asked.ids is None else asked.ids, len(own)
+    values = np.array(list(map(str, np.asarray(given).ravel().tolist())), np.str_)
     if len(values) != count or len(np.unique(values)) < count or "" in values:
         raise InvalidArgument(
             f"`ids` must be {count} different ids, one for each sample. Received: "
@@ -366,10 +367,7 @@ def _of_arrays(x: Any, y: Any, asked: _Asked) -> SampleData:
     for at in range(len(images)):
         scan.add(images[at])
     digests = np.array(scan.digests, np.uint64)
-    ids = asked.ids
-    if ids is None:
-        ids = _row_numbers(len(images), asked.prefix)
-    ids = _checked_ids(ids, len(images))
+    ids = _ids_of(asked, _row_numbers(count, asked.prefix))
     reader = ArrayReader(ids, images, digests, scan.scale())
     return _whole(ImageData, ids, codes, names, reader, source)
 
@@ -502,11 +500,8 @@ def _text_data(
     source: str,
     asked: _Asked,
 ) -> SampleData:
-    ids = asked.ids
-    if ids is None:
-        id_of = _sources.text_ids()
-        ids = [asked.prefix + id_of(one) for one in texts]
-    ids = _checked_ids(ids, len(texts))
+    id_of = _sources.text_ids()
+    ids = _ids_of(asked, [asked.prefix + id_of(one) for one in texts])
     order = np.argsort(ids, kind="stable")
     values = np.empty(len(texts), object)
     values[:] = [texts[at] for at in order.tolist()]
@@ -624,10 +619,7 @@ def _of_stream(x: Any, stream: _Stream, asked: _Asked) -> SampleData:
         if first[0] != image_digest(second[0]) or np.any(first[1] != second[1]):
             raise InvalidArgument(changed)
     digests = np.array(scan.digests, np.uint64)
-    ids = asked.ids
-    if ids is None:
-        ids = _stream_ids(x, digests, asked.prefix)
-    ids = _checked_ids(ids, len(digests))
+    ids = _ids_of(asked, _stream_ids(x, digests, asked.prefix))
     reader = StreamReader(
         ids,
         lambda: (content for content, _ in rows()),

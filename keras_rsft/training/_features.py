@@ -226,10 +226,16 @@ class FeatureSource:
 
 
 def resolve(
-    data: Any, features: FeatureConfig | str | None, **options: Any
+    data: Any,
+    features: FeatureConfig | str | None,
+    validation_data: Any = None,
+    test_data: Any = None,
+    progress: bool = True,
 ) -> tuple[SampleData, FeatureConfig]:
     """Returns the samples, and which of their features are asked for."""
-    data = load_data(data, **options)
+    data = load_data(
+        data, validation_data=validation_data, test_data=test_data, progress=progress
+    )
     return data, feature_config(features, data.kind)
 
 

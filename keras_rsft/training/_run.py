@@ -425,13 +425,7 @@ def finetune(
         )
     if output is not None and not isinstance(output, NumberedFolder):
         _storage.check_new_folder(output)  # Before the work, not after it.
-    data, features = resolve(
-        data,
-        features,
-        validation_data=validation_data,
-        test_data=test_data,
-        progress=progress,
-    )
+    data, features = resolve(data, features, validation_data, test_data, progress)
     if settings.unfreeze is not None:
         require_layers_to_train(features)
     with_plain = with_plain and output is not None
@@ -694,13 +688,7 @@ def audit(
     """
     require_tensorflow_backend("`audit`")
     started = time.perf_counter()
-    data, config = resolve(
-        data,
-        features,
-        validation_data=validation_data,
-        test_data=test_data,
-        progress=progress,
-    )
+    data, config = resolve(data, features, validation_data, test_data, progress)
     if corrections:
         data = apply_corrections(data, corrections)
     with contextlib.ExitStack() as stack:

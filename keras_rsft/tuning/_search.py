@@ -160,11 +160,7 @@ def search(
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
     data, features = _features.resolve(
-        data,
-        features,
-        validation_data=validation_data,
-        test_data=test_data,
-        progress=progress,
+        data, features, validation_data, test_data, progress
     )
     names = options.unfreeze
     if options.unfrozen:
