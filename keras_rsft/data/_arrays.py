@@ -607,8 +607,9 @@ def _of_stream(x: Any, stream: _Stream, asked: _Asked) -> SampleData:
     changed = (
         f"{source[0].upper()}{source[1:]} has other samples, another order or an "
         "earlier end in another pass, so its samples cannot be told apart. Use "
-        "`image_dataset_from_directory(..., shuffle=False)`, leave out `shuffle`, or "
-        "give it `reshuffle_each_iteration=False`; and leave out random augmentation: "
+        "`image_dataset_from_directory(..., shuffle=False)` or give its folder; leave "
+        "out `shuffle`, or give it `reshuffle_each_iteration=False`; and leave out "
+        "random augmentation: "
         "`FeatureConfig(augmentations=4)` adds it."
     )
     known = zip(scan.digests[:_SAMPLES_TO_COMPARE], labels, strict=False)
