@@ -8,7 +8,6 @@ import numpy as np
 
 from keras_rsft.errors import DataError
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._noise import FIRST_SHARPNESS, calibrated, fit_noise
 
 RIDGES = 10.0 ** np.arange(1.0, 5.25, 0.5)
 # The ridge does not depend on the number of samples: some are enough to choose it.
@@ -16,8 +15,6 @@ MAX_ROWS_TO_CHOOSE = 4096
 CHUNK_ROWS = 4096
 # Larger groups of copies are left out by another fit, not by solving for them.
 MAX_GROUP_TO_SOLVE = 512
-# Of another model's log-probabilities, 1 leaves them as they are.
-SHARPNESSES = (1.0, 2.0, 3.0, 4.0)
 
 
 # -- Copies ------------------------------------------------------------------------
@@ -278,36 +275,18 @@ def _sampled(count: int, seed: int) -> np.ndarray:
 
 
 class GivenScores:
-    """Log-probabilities of another model, in place of a `LeftOutRegression`.
-
-    A model of noisy labels is as unsure as these are. How much surer the right classes
-    are, for the fit to start with, is what explains the given labels best.
-    """
+    """Scores of another model, in place of features and their `LeftOutRegression`."""
 
     def __init__(self, features: FeatureSet, num_classes: int, seed: int):
         self._features, self._num_classes = features, num_classes
         self.sampled = _sampled(len(features), seed)
-        self._scale = 1.0
-        scores = self.scores(features)[self.sampled]
-        labels = np.asarray(features.labels)[self.sampled]
-
-        def likelihood(scale: float) -> float:
-            calibration, noise = fit_noise(scale * scores, labels)
-            explained = calibrated(scale * scores, calibration) * noise[:, labels].T
-            return float(np.log(explained.sum(axis=1)).mean())
-
-        scales = [sharpness / FIRST_SHARPNESS for sharpness in SHARPNESSES]
-        self._scale = max(scales, key=likelihood)
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         return self.scores(self._features)
 
     def scores(self, others: FeatureSet) -> np.ndarray:
         empty = np.empty((0, self._num_classes), np.float32)
-        scaled = (
-            np.float32(self._scale) * chunk for chunk in others.chunks(CHUNK_ROWS)
-        )
-        return np.concatenate([empty, *scaled])
+        return np.concatenate([empty, *others.chunks(CHUNK_ROWS)])
 
     def as_head(self, calibration: np.ndarray) -> None:
         return None

@@ -345,8 +345,10 @@ class Run:
 
 
 def finetune(
-    data: SampleData | str | os.PathLike,
+    data: Any,
     *,
+    validation_data: Any = None,
+    test_data: Any = None,
     corrections: Any = (),
     before: str | os.PathLike | None = None,
     features: FeatureConfig | str | None = None,
@@ -369,7 +371,11 @@ def finetune(
     than the head alone, by right labels, known or estimated.
 
     Args:
-        data: Loaded images or texts, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
+        validation_data: The validation split, as in `load_data`. Default: a part of the
+            training samples, or the split that `data` has.
+        test_data: The same of the test split.
         corrections: What `apply_corrections` takes. Default: none.
         before: The folder of the run before these corrections, to compare with on the
             corrected labels. Default: the latest one beside `output` that differs by
@@ -417,7 +423,7 @@ def finetune(
         )
     if output is not None and not isinstance(output, NumberedFolder):
         _storage.check_new_folder(output)  # Before the work, not after it.
-    data, features = resolve(data, features)
+    data, features = resolve(data, features, validation_data, test_data, progress)
     if settings.unfreeze is not None:
         require_layers_to_train(features)
     with_plain = with_plain and output is not None
@@ -634,8 +640,10 @@ class Audit:
 
 
 def audit(
-    data: SampleData | str | os.PathLike,
+    data: Any,
     *,
+    validation_data: Any = None,
+    test_data: Any = None,
     corrections: Any = (),
     features: FeatureConfig | str | None = None,
     seed: int = 0,
@@ -650,7 +658,11 @@ def audit(
     `audit_labels`.
 
     Args:
-        data: Loaded images or texts, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
+        validation_data: The validation split, as in `load_data`. Default: a part of the
+            training samples, or the split that `data` has.
+        test_data: The same of the test split.
         corrections: What `apply_corrections` takes. Default: none.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
             Default: `FeatureConfig()`.
@@ -673,7 +685,7 @@ def audit(
     """
     require_tensorflow_backend("`audit`")
     started = time.perf_counter()
-    data, config = resolve(data, features)
+    data, config = resolve(data, features, validation_data, test_data, progress)
     data = apply_corrections(data, corrections)
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.
