@@ -226,15 +226,6 @@ class TestProbabilities:
         assert quality.looks_wrong[wrong].mean() > 0.7
         assert quality.regression is None
 
-    def test_a_model_as_unsure_as_the_labels(self, samples):
-        """Its probabilities explain the labels without any noise, too."""
-        right, rng = samples[2], np.random.default_rng(0)
-        exact = np.full((4, 4), 0.4 / 3) + (0.6 - 0.4 / 3) * np.eye(4)
-        y = symmetric_noise(right, 0.4, num_classes=4, rng=np.random.default_rng(1))
-        p = exact[right] * rng.uniform(0.8, 1.25, size=(400, 4))
-        p /= p.sum(axis=1, keepdims=True)
-        assert audit(None, y, probabilities=p).noise_rate > 0.35
-
     def test_equal_predictions_are_no_copies(self, samples):
         _, y, right = samples
         p = np.where(np.eye(4, dtype=bool)[right], 0.7, 0.1)

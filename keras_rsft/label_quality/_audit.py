@@ -492,10 +492,10 @@ def audit_labels(
         >>> right = np.arange(200) % 2
         >>> x = np.random.default_rng(0).normal(size=(200, 4)) + 5 * right[:, None]
         >>> y = np.array(["cat", "dog"])[right]
-        >>> y[:20] = "dog"
+        >>> y[:20] = y[1:21]
         >>> quality = rsft.audit_labels(x, y, progress=False)
         >>> len(quality.wrong), bool((quality.wrong < 20).all())
-        (10, True)
+        (20, True)
     """
     given = read_inputs(
         features,
