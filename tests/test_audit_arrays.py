@@ -226,6 +226,16 @@ class TestProbabilities:
         assert quality.looks_wrong[wrong].mean() > 0.7
         assert quality.regression is None
 
+    def test_a_model_as_unsure_as_the_labels(self):
+        """Its probabilities explain the labels without any noise, too."""
+        right, rng = np.arange(2000) % 4, np.random.default_rng(0)
+        y = symmetric_noise(right, 0.4, num_classes=4, rng=rng)
+        p = np.where(np.eye(4, dtype=bool)[right], 0.6, 0.4 / 3)
+        p *= rng.uniform(0.8, 1.25, size=p.shape)
+        quality = audit(None, y, probabilities=p / p.sum(axis=1, keepdims=True))
+        assert quality.noise_rate == pytest.approx(0.4, abs=0.02)
+        assert (quality.looks_wrong == (y != right)).mean() > 0.98
+
     def test_equal_predictions_are_no_copies(self, samples):
         _, y, right = samples
         p = np.where(np.eye(4, dtype=bool)[right], 0.7, 0.1)
