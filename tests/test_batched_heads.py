@@ -49,7 +49,7 @@ POLICIES = {
     ),
     "keep-fraction": PolicyConfig("keep-fraction", keep_fraction=0.6),
     "auto": PolicyConfig("auto"),
-    "auto, strict": PolicyConfig("auto", threshold=0.9),
+    "auto, strict": PolicyConfig("auto", threshold=0.95),
 }
 OPTIMIZERS = {
     "sgd": {},

@@ -115,23 +115,27 @@ def _fit_evenly(
     known: np.ndarray | None,
     shares: np.ndarray,
 ) -> tuple[float, float]:
-    """Returns the sharpness and the rate of evenly spread noise that fit best."""
+    """Returns the likely sharpness and rate of evenly spread noise.
+
+    The mean of all that are tried, weighed by their likelihood: where few samples
+    tell blunt scores from many wrong labels, the likeliest is either by chance.
+    """
     scores = scores - scores.mean(axis=1, keepdims=True)
-    unit = max(float(scores.std()), 1e-12)
+    sharpnesses = SHARPNESSES / max(float(scores.std()), 1e-12)
     other = NOISE_RATES / (scores.shape[1] - 1)
     unknown = np.full(len(labels), True) if known is None else known < 0
     right = labels if known is None else np.where(unknown, labels, known)
     if_right = np.where((right == labels)[:, None], 1.0 - NOISE_RATES, other)
     if_wrong = np.where(unknown[:, None], other, 0.0)
-    best = (-math.inf, 0.0, 0.0)
-    for sharpness in (SHARPNESSES / unit).astype(np.float32):
+    likelihoods = np.empty((len(sharpnesses), len(NOISE_RATES)))
+    for at, sharpness in enumerate(sharpnesses.astype(np.float32)):
         likely = softmax(scores * sharpness)[np.arange(len(labels)), right][:, None]
         evidence = likely * if_right + (1.0 - likely) * if_wrong
-        likelihood = shares @ np.log(np.maximum(evidence, 1e-30))
-        top = int(likelihood.argmax())
-        found = (float(likelihood[top]), float(sharpness), float(NOISE_RATES[top]))
-        best = max(best, found)
-    return best[1:]
+        likelihoods[at] = shares @ np.log(np.maximum(evidence, 1e-30))
+    weights = np.exp(likelihoods - likelihoods.max())
+    weights /= weights.sum()
+    sharpness = math.exp(float(weights.sum(axis=1) @ np.log(sharpnesses)))
+    return sharpness, float(weights.sum(axis=0) @ NOISE_RATES)
 
 
 def _fit_calibration(
