@@ -125,8 +125,9 @@ class TestCallback:
     def test_needs_to_know_the_samples(self, small_data, make_model):
         x, y = small_data
         model = compiled(make_model, AcceptAll())
-        with pytest.raises(InvalidArgument, match="sample_index"):
-            model.fit(x, y, verbose=0, callbacks=[ledger_of(y)])
+        unnumbered = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+        with pytest.raises(InvalidArgument, match="with_ids"):
+            model.fit(unnumbered, verbose=0, callbacks=[ledger_of(y)])
 
     def test_fit_goes_on_without_it_afterwards(self, small_data, make_model):
         x, y = small_data

@@ -14,8 +14,24 @@ from keras_rsft.model._losses import LEFT_OUT
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
-def selection_sums(losses: Any, accept_mask: Any) -> Any:
-    """Sums what a batch adds to the counters, in one reduction, float32 `(5,)`."""
+# The loss of a binary decision that is as likely as not.
+_EVEN_LOSS = math.log(2)
+
+
+def predicts_given(losses: Any, labels: Any, y_pred: Any) -> Any:
+    """Says where the given label is the predicted one; False where there is none."""
+    rank = len(losses.shape)
+    shape: tuple[int | None, ...] = getattr(y_pred, "shape", ())
+    if labels is None or len(shape) not in (rank, rank + 1):
+        return ops.zeros_like(losses, dtype="bool")
+    if len(shape) == rank or shape[-1] == 1:
+        return ops.less(losses, _EVEN_LOSS)
+    return ops.equal(ops.cast(ops.argmax(y_pred, axis=-1), "int32"), labels)
+
+
+def selection_sums(losses: Any, accept_mask: Any, predicted: Any) -> Any:
+    """Sums what a batch adds to the counters, in one reduction, float32 `(6,)`."""
+    predicted = ops.cast(ops.reshape(predicted, (-1,)), "float32")
     judged = ops.ones_like(losses)
     if len(losses.shape) > 1:
         judged = ops.cast(ops.not_equal(losses, LEFT_OUT), "float32")
@@ -24,7 +40,7 @@ def selection_sums(losses: Any, accept_mask: Any) -> Any:
     finite = ops.isfinite(losses)
     finite_loss = ops.where(finite, losses, 0.0)
     finite = ops.cast(finite, "float32")
-    rows = [judged, accepted, accepted * finite_loss, finite, finite_loss]
+    rows = [judged, accepted, accepted * finite_loss, finite, finite_loss, predicted]
     return ops.sum(ops.stack(rows), axis=1)
 
 
@@ -33,7 +49,7 @@ class SelectionMetric(keras.metrics.Metric):
 
     def __init__(self, name: str = "selection"):
         super().__init__(name=name, dtype="float32")
-        self.totals = self.add_variable((5,), "zeros", dtype="float32", name="totals")
+        self.totals = self.add_variable((6,), "zeros", dtype="float32", name="totals")
         self.lowest = self.add_variable(
             (),
             keras.initializers.Constant(float("inf")),
@@ -43,7 +59,7 @@ class SelectionMetric(keras.metrics.Metric):
         )
 
     def update_state(self, sums: Any) -> None:
-        """Adds one batch: a float32 tensor `(5,)` from `selection_sums`."""
+        """Adds one batch: a float32 tensor `(6,)` from `selection_sums`."""
         if keras.backend.backend() == "tensorflow":
             self.totals.value.assign_add(sums)  # `assign` would copy all of it.
         else:
@@ -56,23 +72,34 @@ class SelectionMetric(keras.metrics.Metric):
         self.lowest.assign(ops.minimum(self.lowest.value, ops.min(judged)))
 
     def result(self) -> dict[str, Any]:
-        samples, accepted, accepted_loss, _, _ = ops.unstack(self.totals.value, 5)
+        samples, accepted, accepted_loss, *_ = ops.unstack(self.totals.value, 6)
         return {
             "acceptance_rate": ops.divide_no_nan(accepted, samples),
             "accepted_loss": ops.divide_no_nan(accepted_loss, accepted),
         }
 
     def reset_state(self) -> None:
-        self.totals.assign(ops.zeros((5,)))
+        self.totals.assign(ops.zeros((6,)))
         self.lowest.assign(float("inf"))
 
 
+# Fraction of the given labels' best share that may be lost before the guard warns.
+_TOLERANCE = 0.02
+
+
 class AcceptanceGuard(keras.callbacks.Callback):
-    """Warns when an epoch accepted nothing or met losses that are not finite."""
+    """Warns of epochs that accepted nothing, of losses that are not finite, of harm.
+
+    Harm: after the warm-up fewer samples are accepted, all of them have a higher loss,
+    and fewer of the given labels are predicted, than in the epoch that was best at it.
+    Noisy labels alone raise the loss, but lower no such share.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: dict[str, float] | None = None
+        self._best: tuple[int, float, float, float] | None = None
+        self._warned = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._seen = None
@@ -104,3 +131,31 @@ class AcceptanceGuard(keras.callbacks.Callback):
             warnings.warn(
                 f"Epoch {epoch + 1} accepted no {judged}{found}", stacklevel=2
             )
+        self._warn_of_harm(epoch, seen)
+
+    def _warn_of_harm(self, epoch: int, seen: dict[str, float]) -> None:
+        finite = seen["samples"] - seen["nonfinite"]
+        if self._warned or finite <= 0:
+            return
+        sums = (seen["accepted"], seen["predicted"])
+        accepted, predicted = (one / seen["samples"] for one in sums)
+        loss = seen["loss_sum"] / finite
+        policy = self.model.policy
+        if self._best is not None and int(policy.steps_seen.numpy()) > (
+            policy.warmup_steps
+        ):
+            then, more, lower, better = self._best
+            falls = predicted < (1 - _TOLERANCE) * better
+            if falls and accepted < more and loss > lower:
+                self._warned = True
+                warnings.warn(
+                    f"Epoch {epoch + 1}: the policy rejects what the model still has "
+                    f"to learn: {100 * accepted:.0f} % of the samples are accepted "
+                    f"({100 * more:.0f} % in epoch {then + 1}), while the loss of all "
+                    f"rose from {lower:.3g} to {loss:.3g}, and {100 * predicted:.0f} % "
+                    f"of the given labels are predicted ({100 * better:.0f} % then). "
+                    'Use policy="auto", a longer warm-up or a higher threshold.',
+                    stacklevel=2,
+                )
+        if self._best is None or predicted > self._best[-1]:
+            self._best = epoch, accepted, loss, predicted
