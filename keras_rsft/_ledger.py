@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_rsft import _storage
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.label_quality._audit import LabelQuality
 
@@ -211,6 +214,7 @@ class RejectionLedger(keras.callbacks.Callback):
             became of the samples: 1 accepted, 0 rejected, negative not seen. None
             before the first.
         loss_histograms: A `LossHistogram` an epoch.
+        page: Where `write_report` wrote the page of this ledger, or None.
 
     Raises:
         InvalidArgument: If the arrays differ in length; in `fit`, if its data do not
@@ -234,6 +238,7 @@ class RejectionLedger(keras.callbacks.Callback):
         self._ids, self._clean_labels = ids, clean_labels
         self._ledger: Ledger | None = None
         self._samples: Any = None
+        self.page: Path | None = None
         self.acceptance_by_class: list[np.ndarray] = []
         self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
         self.loss_histograms: list[LossHistogram] = []
@@ -242,7 +247,11 @@ class RejectionLedger(keras.callbacks.Callback):
 
     @property
     def ledger(self) -> Ledger:
-        """The `Ledger`, once the labels are known."""
+        """The `Ledger`, once the labels are known.
+
+        Raises:
+            InvalidArgument: If they are not yet.
+        """
         if self._ledger is None:
             raise InvalidArgument(
                 "The ledger takes its labels from `fit`. Received: none yet. Call "
@@ -257,6 +266,9 @@ class RejectionLedger(keras.callbacks.Callback):
             samples: The samples with their `labels` and `count`; None where the data
                 do not say which samples there are.
             quality: What an audit found, or None.
+
+        Raises:
+            InvalidArgument: If the samples are not known, or others than before.
         """
         if self._ledger is None:
             if samples is None:
@@ -284,6 +296,75 @@ class RejectionLedger(keras.callbacks.Callback):
         self._epoch = keras.Variable(
             unseen, dtype="float32", trainable=False, name="rejection_ledger"
         )
+
+    def inputs(self, rows: np.ndarray) -> dict[int, Any]:
+        """Returns what `fit` was given of some samples, by index; reads its data once.
+
+        Args:
+            rows: Integers `(k,)`, indices of samples.
+        """
+        return {} if self._samples is None else self._samples.inputs(rows)
+
+    def tables(self, class_names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """Returns header and rows of each file that a run folder has of this ledger.
+
+        Args:
+            class_names: Names of the classes.
+        """
+        epochs = enumerate(self.acceptance_by_class, 1)
+        missing = [math.nan] * len(class_names)
+        return {
+            _storage.LEDGER_FILE: (COLUMNS, self.ledger.rows(tuple(class_names))),
+            _storage.ACCEPTANCE_FILE: (
+                ["epoch", *class_names],
+                ([at, *row, *missing[len(row) :]] for at, row in epochs),
+            ),
+            _storage.HISTOGRAMS_FILE: (
+                HISTOGRAM_COLUMNS,
+                (
+                    row
+                    for at, histogram in enumerate(self.loss_histograms, 1)
+                    for row in histogram.rows(at)
+                ),
+            ),
+        }
+
+    def review(
+        self,
+        images: Any = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        count: int = 50,
+    ) -> Any:
+        """Shows the most suspicious samples in a notebook, to decide on their labels.
+
+        With buttons where ipywidgets is installed (the extra `notebook`), else as a
+        table with the way to the report. A label is proposed where the policy `"auto"`
+        audited the labels, or `Ledger.note_probabilities` was called.
+
+        ```python
+        review = ledger.review()
+        review  # The last line of a cell: shows it.
+        rsft.finetune((x, y), corrections=review)
+        ```
+
+        Args:
+            images: The training samples' pictures, `(n, height, width[, channels])`.
+                Default: the inputs of `fit`, where they are pictures.
+            class_names: Names of the classes, by label. Default: the numbers.
+            count: How many samples to show, at least 1. Default 50.
+
+        Returns:
+            The decisions, a sequence of rows of corrections, as `finetune`,
+            `audit_labels` and `apply_corrections` take them; `.to_frame()` makes a
+            DataFrame of them, `.decide(id, decision)` notes one.
+
+        Raises:
+            InvalidArgument: If `fit` was not called, or an argument does not fit it.
+        """
+        from keras_rsft.report._own import Review
+
+        return Review(self, images, class_names, count)
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns copies of what the epochs so far have left, by name."""

@@ -235,9 +235,9 @@ class TestPoliciesThatKnowTheSamples:
             AutoPolicy(6, loss_limit=wrong)
 
     def test_refuses_a_data_set_without_indices(self, small_data, make_model):
-        x, y = small_data
+        unnumbered = tf.data.Dataset.from_tensor_slices(small_data).batch(16)
         with pytest.raises(InvalidArgument, match="AcceptListed must be told"):
-            compiled(make_model, AcceptListed(48)).fit(x, y, verbose=0)
+            compiled(make_model, AcceptListed(48)).fit(unnumbered, verbose=0)
 
     @pytest.mark.parametrize("accept", [[], [False], [[True]], [1.0, 0.0], 0])
     def test_refuses_what_is_no_list(self, accept):

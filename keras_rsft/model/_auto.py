@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from keras_rsft.label_quality._audit import LabelQuality, audit_labels
 from keras_rsft.model._data import Samples
 
 _COPIED_ROWS = 4096
+# Of labels that the features must be expected to predict. With fewer, right labels
+# that the features cannot see are taken for wrong ones.
+_LEAST_PREDICTED = 2 / 3
 
 
 def audit_samples(
@@ -47,7 +51,21 @@ def audit_samples(
                     written.write(found[order[start : start + _COPIED_ROWS]].tobytes())
         ids = np.arange(len(labels)).astype(str)
         features = FeatureSet(file, labels, ids, dim)
-        return audit_labels(features, int(labels.max()) + 1, progress=progress)
+        found = audit_labels(features, int(labels.max()) + 1, progress=progress)
+    predicted = float(found.out_of_sample.max(axis=1).mean())
+    if found.reason is not None or predicted >= _LEAST_PREDICTED:
+        return found
+    return dataclasses.replace(
+        found,
+        right_probability=np.ones_like(found.right_probability),
+        noise_rate=0.0,
+        can_judge=False,
+        reason=(
+            f"The model's features predict about {100 * predicted:.0f} % of the right "
+            "labels, too few to say which given ones are wrong (those of a pretrained "
+            "backbone predict more)"
+        ),
+    )
 
 
 class _FeaturesOf(keras.Model):
@@ -70,16 +88,16 @@ class _FeaturesOf(keras.Model):
             if one.name == layer
             or (layer is None and isinstance(one, keras.layers.Dense))
         ]
-
-    def call(self, inputs: Any) -> Any:
-        with _watching(self._watched, outputs=self._by_output) as seen:
-            self.inner(inputs, training=False)
-        if not seen:
+        if not self._watched:
             raise InvalidArgument(
                 "The policy auto judges labels by the input of the model's last Dense "
                 "layer. Received: a model without one. Give RSFTModel "
                 "`features_from`, the name of the layer whose output is the features."
             )
+
+    def call(self, inputs: Any) -> Any:
+        with _watching(self._watched, outputs=self._by_output) as seen:
+            self.inner(inputs, training=False)
         values = ops.cast(seen[-1], "float32")
         axes = tuple(range(1, len(values.shape) - 1))
         return ops.mean(values, axis=axes) if axes else values

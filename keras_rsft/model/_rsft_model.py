@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
 
@@ -68,9 +69,9 @@ class RSFTModel(BackendStep):
     With the policy `"auto"`, the first `fit` audits the labels of the training samples
     before its first epoch, says in one line what it found, and makes an `AutoPolicy` of
     it, which is saved with the model. The features of the audit are what the model
-    computes at its first weights, without training: it needs a pretrained backbone.
-    Those of a model from scratch tell nothing about labels; the audit says so, and
-    every sample is accepted.
+    computes before it is trained, so that it needs a pretrained backbone: features that
+    predict less than two thirds of the labels, as those of a model from scratch mostly
+    do, are not trusted, and every sample is accepted.
 
     Args:
         model: Any `keras.Model`; it is used, not copied, and stays available
@@ -93,7 +94,8 @@ class RSFTModel(BackendStep):
             is given for another policy.
 
     Example:
-        >>>         >>> import keras_rsft as rsft
+        >>> import numpy as np
+        >>> import keras_rsft as rsft
         >>> head = rsft.build_head(dim=2, num_classes=2)
         >>> model = rsft.RSFTModel(head, rsft.KeepFraction(0.5))
         >>> model.compile("sgd", "sparse_categorical_crossentropy")
@@ -257,37 +259,49 @@ class RSFTModel(BackendStep):
         if not isinstance(choice, PolicyConfig):
             require_same_count(choice, None if samples is None else samples.count)
             return
+        accept, num_classes, epoch = None, 0, 0
         if choice.name == "auto":
-            if samples is None:
-                raise InvalidArgument(
-                    "The policy auto must know which samples there are. Received: "
-                    f"{type(data).__name__} without numbers. {_data.HOW_TO_NUMBER}"
-                )
-            quality = self.label_quality = audit_samples(
-                self.model, samples, self.features_from, progress=bool(verbose)
-            )
-            if verbose:
-                print(quality.describe(choice.threshold))
-        steps = steps or _data.steps_of(samples, data)
+            accept = self._audited(samples, choice.threshold, verbose)
+        else:
+            num_classes = self._class_count(samples)
+            epoch = steps or _data.steps_of(samples, data)
         strategy = getattr(self, "distribute_strategy", None)
         with contextlib.nullcontext() if strategy is None else strategy.scope():
-            if choice.name == "auto":
-                policy: Policy = AutoPolicy(
-                    quality.accept_mask(threshold=choice.threshold),
-                    loss_limit=quality.loss_limit,
-                    warmup_steps=round(choice.warmup_epochs * steps),
-                )
-            else:
-                num_classes = self._class_count(samples)
-                policy = build_policy(
-                    choice, num_classes=num_classes, steps_per_epoch=steps
-                )
+            policy = (
+                build_policy(choice, num_classes=num_classes, steps_per_epoch=epoch)
+                if accept is None
+                # Without a limit of the loss: that of a new head is high at first,
+                # and those it would reject are those it still has to learn.
+                else AutoPolicy(accept)
+            )
         locked = self._tracker.locked
         self._tracker.unlock()
         self.policy = policy
         if locked:
             self._tracker.lock()
         self._scorer = LossScorer(self, *self._scored_by)
+
+    def _audited(
+        self, samples: _data.Samples | None, threshold: float | None, verbose: Any
+    ) -> np.ndarray:
+        """Returns which samples the audit accepts, and says what it found."""
+        if samples is None:
+            raise InvalidArgument(
+                "The policy auto must know which samples there are. Received: data "
+                f"without numbers. {_data.HOW_TO_NUMBER}"
+            )
+        found = self.label_quality = audit_samples(
+            self.model, samples, self.features_from, progress=bool(verbose)
+        )
+        accept = found.accept_mask(threshold=threshold)
+        if verbose:
+            left = int((~accept).sum())
+            print(
+                f"{found.finding} {left:,} are left out."
+                if found.reason is None
+                else found.describe()
+            )
+        return accept
 
     def _class_count(self, samples: _data.Samples | None) -> int:
         shape = getattr(self.model, "output_shape", None)
