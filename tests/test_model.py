@@ -309,7 +309,6 @@ def test_the_logs_cover_the_epoch(steps_per_execution, compile_options):
             "samples": 22,
             "accepted_loss_sum": 15.3,
             "loss_sum": 25.3,
-            "predicted": 0,
             "nonfinite": 0,
             "lowest_loss_rejected": float("inf"),
         },

@@ -44,11 +44,11 @@ def audit_samples(
         index, dim = np.concatenate(parts), values.shape[1]
         labels = samples.labels
         if not (np.diff(index) == 1).all():  # As they were shuffled.
-            found = np.memmap(file, np.float32, "r", shape=(len(index), dim))
+            rows = np.memmap(file, np.float32, "r", shape=(len(index), dim))
             order, file = np.argsort(index), Path(folder, "ordered.bin")
             with file.open("wb") as written:
                 for start in range(0, len(order), _COPIED_ROWS):
-                    written.write(found[order[start : start + _COPIED_ROWS]].tobytes())
+                    written.write(rows[order[start : start + _COPIED_ROWS]].tobytes())
         ids = np.arange(len(labels)).astype(str)
         features = FeatureSet(file, labels, ids, dim)
         found = audit_labels(features, int(labels.max()) + 1, progress=progress)

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rsft.model._losses import LEFT_OUT
@@ -14,24 +15,16 @@ from keras_rsft.model._losses import LEFT_OUT
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
-# The loss of a binary decision that is as likely as not.
-_EVEN_LOSS = math.log(2)
+# Classes that are counted apart; further ones are counted with the last.
+_CLASSES = 1_000
+_SUMS = 5
 
 
-def predicts_given(losses: Any, labels: Any, y_pred: Any) -> Any:
-    """Says where the given label is the predicted one; False where there is none."""
-    rank = len(losses.shape)
-    shape: tuple[int | None, ...] = getattr(y_pred, "shape", ())
-    if labels is None or len(shape) not in (rank, rank + 1):
-        return ops.zeros_like(losses, dtype="bool")
-    if len(shape) == rank or shape[-1] == 1:
-        return ops.less(losses, _EVEN_LOSS)
-    return ops.equal(ops.cast(ops.argmax(y_pred, axis=-1), "int32"), labels)
+def selection_sums(losses: Any, accept_mask: Any, labels: Any = None) -> Any:
+    """Sums what a batch adds to the counters, float32 `(5 + 2 * 1000,)`.
 
-
-def selection_sums(losses: Any, accept_mask: Any, predicted: Any) -> Any:
-    """Sums what a batch adds to the counters, in one reduction, float32 `(6,)`."""
-    predicted = ops.cast(ops.reshape(predicted, (-1,)), "float32")
+    Five sums, and how many samples of each class were judged, and accepted.
+    """
     judged = ops.ones_like(losses)
     if len(losses.shape) > 1:
         judged = ops.cast(ops.not_equal(losses, LEFT_OUT), "float32")
@@ -40,8 +33,13 @@ def selection_sums(losses: Any, accept_mask: Any, predicted: Any) -> Any:
     finite = ops.isfinite(losses)
     finite_loss = ops.where(finite, losses, 0.0)
     finite = ops.cast(finite, "float32")
-    rows = [judged, accepted, accepted * finite_loss, finite, finite_loss, predicted]
-    return ops.sum(ops.stack(rows), axis=1)
+    rows = [judged, accepted, accepted * finite_loss, finite, finite_loss]
+    sums = ops.sum(ops.stack(rows), axis=1)
+    if labels is None:
+        return ops.pad(sums, ((0, 2 * _CLASSES),))
+    groups = ops.clip(ops.reshape(labels, (-1,)), 0, _CLASSES - 1)
+    counts = ops.segment_sum(ops.stack([judged, accepted], axis=1), groups, _CLASSES)
+    return ops.concatenate([sums, ops.reshape(ops.transpose(counts), (-1,))])
 
 
 class SelectionMetric(keras.metrics.Metric):
@@ -49,7 +47,9 @@ class SelectionMetric(keras.metrics.Metric):
 
     def __init__(self, name: str = "selection"):
         super().__init__(name=name, dtype="float32")
-        self.totals = self.add_variable((6,), "zeros", dtype="float32", name="totals")
+        self.totals = self.add_variable(
+            (_SUMS + 2 * _CLASSES,), "zeros", dtype="float32", name="totals"
+        )
         self.lowest = self.add_variable(
             (),
             keras.initializers.Constant(float("inf")),
@@ -59,7 +59,7 @@ class SelectionMetric(keras.metrics.Metric):
         )
 
     def update_state(self, sums: Any) -> None:
-        """Adds one batch: a float32 tensor `(6,)` from `selection_sums`."""
+        """Adds one batch: what `selection_sums` returns."""
         if keras.backend.backend() == "tensorflow":
             self.totals.value.assign_add(sums)  # `assign` would copy all of it.
         else:
@@ -72,33 +72,38 @@ class SelectionMetric(keras.metrics.Metric):
         self.lowest.assign(ops.minimum(self.lowest.value, ops.min(judged)))
 
     def result(self) -> dict[str, Any]:
-        samples, accepted, accepted_loss, *_ = ops.unstack(self.totals.value, 6)
+        samples, accepted, accepted_loss = ops.unstack(self.totals.value[:3], 3)
         return {
             "acceptance_rate": ops.divide_no_nan(accepted, samples),
             "accepted_loss": ops.divide_no_nan(accepted_loss, accepted),
         }
 
+    def of_classes(self) -> np.ndarray:
+        """Returns how many samples of each class were judged, and accepted."""
+        return self.totals.numpy()[_SUMS:].reshape(2, _CLASSES)
+
     def reset_state(self) -> None:
-        self.totals.assign(ops.zeros((6,)))
+        self.totals.assign(ops.zeros_like(self.totals))
         self.lowest.assign(float("inf"))
 
 
-# Fraction of the given labels' best share that may be lost before the guard warns.
-_TOLERANCE = 0.02
+# A class of at least this many samples, of which no larger fraction is accepted, is not
+# learnt any more.
+_LEAST_SAMPLES, _LEAST_ACCEPTED = 10, 0.1
 
 
 class AcceptanceGuard(keras.callbacks.Callback):
     """Warns of epochs that accepted nothing, of losses that are not finite, of harm.
 
-    Harm: after the warm-up fewer samples are accepted, all of them have a higher loss,
-    and fewer of the given labels are predicted, than in the epoch that was best at it.
-    Noisy labels alone raise the loss, but lower no such share.
+    Harm: after the warm-up fewer samples are accepted, all of them have a higher loss
+    than in the epoch before, and of some class hardly any is accepted. Noisy labels
+    alone do the first two, but leave each class its clean ones.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[str, float] | None = None
-        self._best: tuple[int, float, float, float] | None = None
+        self._seen: dict[str, Any] | None = None
+        self._best, self._loss_before = (0, 0.0), math.inf
         self._warned = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -106,10 +111,10 @@ class AcceptanceGuard(keras.callbacks.Callback):
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         # Validation resets the metrics before the epoch ends.
-        self._seen = self._seen or self.model.selection_totals()
+        self._seen = self._seen or self._counted()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        seen = self._seen or self.model.selection_totals()
+        seen = self._seen or self._counted()
         judged = "element" if self.model.policy.level == "element" else "sample"
         if seen["nonfinite"] > 0:
             warnings.warn(
@@ -133,29 +138,35 @@ class AcceptanceGuard(keras.callbacks.Callback):
             )
         self._warn_of_harm(epoch, seen)
 
-    def _warn_of_harm(self, epoch: int, seen: dict[str, float]) -> None:
+    def _counted(self) -> dict[str, Any]:
+        classes = self.model.selection.of_classes()
+        return self.model.selection_totals() | {"classes": classes}
+
+    def _warn_of_harm(self, epoch: int, seen: dict[str, Any]) -> None:
         finite = seen["samples"] - seen["nonfinite"]
         if self._warned or finite <= 0:
             return
-        sums = (seen["accepted"], seen["predicted"])
-        accepted, predicted = (one / seen["samples"] for one in sums)
-        loss = seen["loss_sum"] / finite
-        policy = self.model.policy
-        if self._best is not None and int(policy.steps_seen.numpy()) > (
-            policy.warmup_steps
+        accepted, loss = seen["accepted"] / seen["samples"], seen["loss_sum"] / finite
+        judged, learnt = seen["classes"]
+        known = judged >= _LEAST_SAMPLES
+        left_out = known & (learnt < _LEAST_ACCEPTED * judged)
+        policy, (best_epoch, best) = self.model.policy, self._best
+        if (
+            int(policy.steps_seen.numpy()) > policy.warmup_steps
+            and accepted < best
+            and loss > self._loss_before
+            and left_out.any()
         ):
-            then, more, lower, better = self._best
-            falls = predicted < (1 - _TOLERANCE) * better
-            if falls and accepted < more and loss > lower:
-                self._warned = True
-                warnings.warn(
-                    f"Epoch {epoch + 1}: the policy rejects what the model still has "
-                    f"to learn: {100 * accepted:.0f} % of the samples are accepted "
-                    f"({100 * more:.0f} % in epoch {then + 1}), while the loss of all "
-                    f"rose from {lower:.3g} to {loss:.3g}, and {100 * predicted:.0f} % "
-                    f"of the given labels are predicted ({100 * better:.0f} % then). "
-                    'Use policy="auto", a longer warm-up or a higher threshold.',
-                    stacklevel=2,
-                )
-        if self._best is None or predicted > self._best[-1]:
-            self._best = epoch, accepted, loss, predicted
+            self._warned = True
+            warnings.warn(
+                f"Epoch {epoch + 1}: the policy rejects what the model still has to "
+                f"learn: it accepts {100 * accepted:.0f} % of the samples "
+                f"({100 * best:.0f} % in epoch {best_epoch + 1}) and hardly any of "
+                f"{left_out.sum()} of {known.sum()} classes, while the loss of all "
+                f"samples rises, from {self._loss_before:.3g} to {loss:.3g}. Use "
+                'policy="auto", a longer warm-up or a higher threshold.',
+                stacklevel=2,
+            )
+        self._loss_before = loss
+        if accepted > best:
+            self._best = epoch, accepted

@@ -353,20 +353,18 @@ class RSFTModel(BackendStep):
         """Returns the sums of the selection since the last reset of metrics.
 
         Returns:
-            `accepted`, `samples`, `nonfinite` and `predicted` (numbers of samples, or
-            elements; those whose given label is predicted), `loss_sum` of the finite
-            and `accepted_loss_sum` of the accepted, and `lowest_loss_rejected`: the
-            lowest loss that was compared with the threshold in steps that accepted
-            nothing, infinity if there was none.
+            `accepted`, `samples` and `nonfinite` (numbers of samples, or elements),
+            `loss_sum` of the finite and `accepted_loss_sum` of the accepted, and
+            `lowest_loss_rejected`: the lowest loss that was compared with the threshold
+            in steps that accepted nothing, infinity if there was none.
         """
-        totals = self.selection.totals.numpy().tolist()
-        samples, accepted, accepted_loss_sum, finite, loss_sum, predicted = totals
+        totals = self.selection.totals.numpy()[:5].tolist()
+        samples, accepted, accepted_loss_sum, finite, loss_sum = totals
         return {
             "accepted": accepted,
             "samples": samples,
             "accepted_loss_sum": accepted_loss_sum,
             "loss_sum": loss_sum,
-            "predicted": predicted,
             "nonfinite": samples - finite,
             "lowest_loss_rejected": float(self.selection.lowest.numpy()),
         }

@@ -13,12 +13,7 @@ from keras import ops
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model._data import HOW_TO_NUMBER
 from keras_rsft.model._losses import LEFT_OUT, aligned, within
-from keras_rsft.model._metrics import (
-    SELECTION_METRICS,
-    SelectionMetric,
-    predicts_given,
-    selection_sums,
-)
+from keras_rsft.model._metrics import SELECTION_METRICS, SelectionMetric, selection_sums
 from keras_rsft.policies._policy import Policy
 
 Data = tuple[Any, Any, Any]  # Inputs, targets, sample weights or None.
@@ -92,8 +87,7 @@ class TrainingStep(keras.Model):
         else:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
         labels = None if whole.labels is None else whole.own(whole.labels)
-        predicted = predicts_given(recorded.losses, labels, recorded.y_pred)
-        sums = selection_sums(recorded.losses, whole.own(accept_mask), predicted)
+        sums = selection_sums(recorded.losses, whole.own(accept_mask), labels)
         shown = whole.shown_loss()
         for metric in self.metrics:
             if metric.name == "loss":
