@@ -83,7 +83,7 @@ class SelectionMetric(keras.metrics.Metric):
         return self.totals.numpy()[_SUMS:].reshape(2, _CLASSES)
 
     def reset_state(self) -> None:
-        self.totals.assign(ops.zeros_like(self.totals))
+        self.totals.assign(ops.zeros(self.totals.shape))
         self.lowest.assign(float("inf"))
 
 

@@ -112,10 +112,10 @@ class AutoPolicy(AcceptListed):
     """Accepts the samples whose label is likely right; the command line's default.
 
     Needs no clean labels and no noise rate, and keeps every sample where nothing
-    looks wrong.
+    looks wrong. `RSFTModel(model, "auto")` makes it of an audit of its own. By hand:
 
     ```python
-    found = rsft.audit_labels(train_features, num_classes)
+    found = rsft.audit_labels(train_features)
     print(found.describe())
     policy = rsft.AutoPolicy(found.accept_mask(), loss_limit=found.loss_limit)
     model = rsft.RSFTModel(head, policy)
