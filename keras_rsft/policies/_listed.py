@@ -115,7 +115,7 @@ class AutoPolicy(AcceptListed):
     looks wrong. `RSFTModel(model, "auto")` makes it of an audit of its own. By hand:
 
     ```python
-    found = rsft.audit_labels(train_features)
+    found = rsft.audit_labels(features, labels)
     print(found.describe())
     policy = rsft.AutoPolicy(found.accept_mask(), loss_limit=found.loss_limit)
     model = rsft.RSFTModel(head, policy)
