@@ -265,6 +265,10 @@ class TestWhatCannotBeNumbered:
         with pytest.raises(InvalidArgument, match=r"RejectionLedger\(ids, labels\)"):
             model.fit(made[0], targets, verbose=0, callbacks=[RejectionLedger()])
 
+    def test_empty_arrays(self, made):
+        with pytest.raises(DataError, match="no sample to train on"):
+            fitted("auto", (made[0][:0], made[1][:0]))
+
     def test_a_ledger_before_fit(self):
         with pytest.raises(InvalidArgument, match="takes its labels from `fit`"):
             RejectionLedger().ledger.seen.sum()

@@ -51,7 +51,7 @@ def audit_samples(
                     written.write(rows[order[start : start + _COPIED_ROWS]].tobytes())
         ids = np.arange(len(labels)).astype(str)
         features = FeatureSet(file, labels, ids, dim)
-        num_classes = int(labels.max()) + 1
+        num_classes = max(int(labels.max()) + 1, 2)
         found = audit_labels(features, num_classes=num_classes, progress=progress)
     predicted = float(found.out_of_sample.max(axis=1).mean())
     if found.reason is not None or predicted >= _LEAST_PREDICTED:

@@ -193,6 +193,8 @@ class _IndexedArrays(ArrayDataAdapter):
     def __init__(self, *arrays: Any, filled: bool = False, **options: Any):
         super().__init__(*arrays, **options)
         x, y, weight = unpacked(self._inputs)
+        if not self._num_samples:
+            raise DataError("There is no sample to train on. Received: empty arrays.")
         if weight is None and filled:  # Replicas cannot be handed a None.
             weight = np.ones(self._num_samples, keras.config.floatx())
         index = np.arange(self._num_samples, dtype=np.int32)
