@@ -15,6 +15,7 @@ from keras.src.trainers.data_adapters.array_data_adapter import (
 )
 from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_dataloader
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
 
 from keras_rsft.errors import DataError, InvalidArgument
 
@@ -33,8 +34,10 @@ def with_ids(dataset: Any) -> Any:
     must have the same number in each epoch.
 
     ```python
-    photos = keras.utils.image_dataset_from_directory("photos/", shuffle=False)
-    train = rsft.with_ids(photos).shuffle(10)  # Shuffles batches.
+    photos = keras.utils.image_dataset_from_directory(
+        "photos/", batch_size=None, shuffle=False
+    )
+    train = rsft.with_ids(photos).shuffle(1000).batch(32)
     ```
 
     Args:
@@ -108,6 +111,7 @@ class Samples:
     ):
         self._batches, self._steps = batches, steps
         self._targets = targets
+        self.failure: DataError | None = None  # In a thread of `tf.data`.
 
     def batches(self) -> Iterator[tuple[Any, Any, np.ndarray]]:
         """Yields inputs, targets and indices, each sample once."""
@@ -201,10 +205,31 @@ class _IndexedArrays(ArrayDataAdapter):
         self._inputs = (x, y, weight, index)
 
 
-def index_arrays(
+def numbered(
+    x: Any, y: Any, weight: Any, *, needed: bool, **options: Any
+) -> tuple[Any, Samples] | None:
+    """Returns what `fit` takes in place of `x` and all else, and its samples.
+
+    None where the data have no numbers, or need none.
+    """
+    if are_arrays(x, y, weight):
+        return _number_arrays(x, y, weight, **options)
+    chosen = {name: options[name] for name in ("shuffle", "class_weight")}
+    if isinstance(x, keras.utils.PyDataset) and needed and y is None:
+        batches = _IndexedBatches(x, **chosen)
+        return batches, batches.samples
+    if not has_index(x):
+        return None
+    samples = _samples_of(x)
+    if (by_class := chosen["class_weight"]) is not None:
+        weighted = make_class_weight_map_fn(by_class)
+        x = x.map(lambda x, y, weight, index: (*weighted(x, y, weight), index))
+    return x, samples
+
+
+def _number_arrays(
     x: Any, y: Any, weight: Any, *, batch_size: int | None, **options: Any
 ) -> tuple[Any, Samples]:
-    """Returns arrays as `fit` takes them in place of `x`, and their samples."""
     adapter = _IndexedArrays(x, y, weight, batch_size=batch_size, **options)
     size = adapter.batch_size
 
@@ -212,7 +237,7 @@ def index_arrays(
         return _IndexedArrays(x, y, weight, batch_size=size).get_numpy_iterator()
 
     _, given, _, index = adapter._inputs
-    steps = options.get("steps") or adapter.num_batches
+    steps = options["steps"] or adapter.num_batches
     return adapter, Samples(batches, steps, [(index, given)])
 
 
@@ -232,7 +257,7 @@ class _Batches(keras.utils.PyDataset):
         return index, self._data[index]
 
 
-class IndexedBatches(PyDatasetAdapter):
+class _IndexedBatches(PyDatasetAdapter):
     """A `PyDataset` with the index of each row; a batch must stay what it was."""
 
     def __init__(self, data: keras.utils.PyDataset, **options: Any):
@@ -243,7 +268,6 @@ class IndexedBatches(PyDatasetAdapter):
                 "without `__len__`. Give it one, or use a policy by loss and no ledger."
             )
         self.samples = Samples(self._in_order, data.num_batches)
-        self.failure: DataError | None = None
 
     def _in_order(self) -> Iterator[tuple]:
         start = 0
@@ -260,12 +284,12 @@ class IndexedBatches(PyDatasetAdapter):
         index, known = self.samples.targets[number]
         pairs = (keras.tree.flatten(y) for y in (unpacked(batch)[1], known))
         if not all(map(np.array_equal, *pairs)):
-            self.failure = DataError(
+            self.samples.failure = DataError(
                 f"Batch {number} of the `PyDataset` has other samples than before, so "
                 "that nobody can say which they are. Keep the order in `__getitem__` "
                 "(no shuffling in `on_epoch_end`): `fit` shuffles the batches."
             )
-            raise self.failure
+            raise self.samples.failure
         return batch, index
 
     def get_tf_dataset(self) -> Any:
@@ -286,7 +310,7 @@ def _flat(batches: Iterator[tuple]) -> Iterator[tuple]:
     return ((*unpacked(batch), index) for batch, index in batches)
 
 
-def samples_of_dataset(dataset: Any) -> Samples:
+def _samples_of(dataset: Any) -> Samples:
     """Returns the samples of a `tf.data.Dataset` that `with_ids` has numbered."""
     steps = int(dataset.cardinality())
     tensors = keras.backend.backend() == "tensorflow"

@@ -10,7 +10,6 @@ from typing import Any
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
-from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
 
 from keras_rsft.config import PolicyConfig
 from keras_rsft.errors import InvalidArgument
@@ -195,35 +194,26 @@ class RSFTModel(BackendStep):
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains like `keras.Model.fit`, and warns if rejection goes wrong."""
+        self._assert_compile_called("fit")
         given_list = isinstance(callbacks, keras.callbacks.CallbackList)
         given = callbacks.callbacks if given_list else keras.tree.flatten(callbacks)
         given = [one for one in given if one is not None]
-        needed = isinstance(self.policy, PolicyConfig) or any(
-            getattr(one, "needs_sample_index", False) for one in (self.policy, *given)
-        )
-        samples: _data.Samples | None = None
-        batches: _data.IndexedBatches | None = None
-        if _data.are_arrays(x, y, sample_weight):
-            if validation_split and validation_data is None:
-                (x, y, sample_weight), validation_data = train_validation_split(
-                    (x, y, sample_weight), validation_split=validation_split
-                )
-            x, samples = _data.index_arrays(
-                x, y, sample_weight, batch_size=batch_size, steps=steps_per_epoch,
-                shuffle=shuffle, class_weight=class_weight,
-                filled=self._is_replicated(),
-            )  # fmt: skip
-            y = sample_weight = class_weight = None
-        elif isinstance(x, keras.utils.PyDataset) and needed and y is None:
-            x = batches = _data.IndexedBatches(
-                x, class_weight=class_weight, shuffle=shuffle
+        are_arrays = _data.are_arrays(x, y, sample_weight)
+        if validation_split and validation_data is None and are_arrays:
+            (x, y, sample_weight), validation_data = train_validation_split(
+                (x, y, sample_weight), validation_split=validation_split
             )
-            samples, class_weight = batches.samples, None
-        elif _data.has_index(x):
-            samples = _data.samples_of_dataset(x)
-            if class_weight is not None:
-                weighted, class_weight = make_class_weight_map_fn(class_weight), None
-                x = x.map(lambda x, y, weight, index: (*weighted(x, y, weight), index))
+        samples, found = None, _data.numbered(
+            x, y, sample_weight, batch_size=batch_size, steps=steps_per_epoch,
+            shuffle=shuffle, class_weight=class_weight, filled=self._is_replicated(),
+            needed=isinstance(self.policy, PolicyConfig) or any(
+                getattr(one, "needs_sample_index", False)
+                for one in (self.policy, *given)
+            ),
+        )  # fmt: skip
+        if found is not None:  # All but the order is in `x` now.
+            x, samples = found
+            y = sample_weight = class_weight = None
         self._decide_policy(samples, steps_per_epoch, x, verbose)
         for one in given:
             if hasattr(one, "learn_samples"):
@@ -244,8 +234,8 @@ class RSFTModel(BackendStep):
                 steps_per_epoch, *args, **kwargs,
             )  # fmt: skip
         except Exception:
-            if batches is not None and batches.failure is not None:
-                raise batches.failure from None
+            if samples is not None and samples.failure is not None:
+                raise samples.failure from None
             raise
         finally:  # A ledger is of one fit, also where that fails.
             if self._recorder is not None:
