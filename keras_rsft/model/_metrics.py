@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_rsft.model._losses import LEFT_OUT
@@ -17,13 +16,13 @@ SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 # Classes that are counted apart; further ones are counted with the last.
 _CLASSES = 1_000
-_SUMS = 5
 
 
-def selection_sums(losses: Any, accept_mask: Any, labels: Any = None) -> Any:
-    """Sums what a batch adds to the counters, float32 `(5 + 2 * 1000,)`.
+def selection_sums(losses: Any, accept_mask: Any, labels: Any) -> tuple[Any, Any]:
+    """Sums what a batch adds to the counters, in one reduction, float32 `(5,)`.
 
-    Five sums, and how many samples of each class were judged, and accepted.
+    And how many samples of each class were judged, and accepted, `(1000, 2)`; None
+    where the labels are no classes.
     """
     judged = ops.ones_like(losses)
     if len(losses.shape) > 1:
@@ -36,10 +35,10 @@ def selection_sums(losses: Any, accept_mask: Any, labels: Any = None) -> Any:
     rows = [judged, accepted, accepted * finite_loss, finite, finite_loss]
     sums = ops.sum(ops.stack(rows), axis=1)
     if labels is None:
-        return ops.pad(sums, ((0, 2 * _CLASSES),))
-    groups = ops.clip(ops.reshape(labels, (-1,)), 0, _CLASSES - 1)
-    counts = ops.segment_sum(ops.stack([judged, accepted], axis=1), groups, _CLASSES)
-    return ops.concatenate([sums, ops.reshape(ops.transpose(counts), (-1,))])
+        return sums, None
+    groups = ops.minimum(ops.reshape(labels, (-1,)), _CLASSES - 1)  # None is negative.
+    counted = ops.stack([judged, accepted], axis=1)
+    return sums, ops.segment_sum(counted, groups, num_segments=_CLASSES)
 
 
 class SelectionMetric(keras.metrics.Metric):
@@ -47,8 +46,9 @@ class SelectionMetric(keras.metrics.Metric):
 
     def __init__(self, name: str = "selection"):
         super().__init__(name=name, dtype="float32")
-        self.totals = self.add_variable(
-            (_SUMS + 2 * _CLASSES,), "zeros", dtype="float32", name="totals"
+        self.totals = self.add_variable((5,), "zeros", dtype="float32", name="totals")
+        self.classes = self.add_variable(
+            (_CLASSES, 2), "zeros", dtype="float32", name="classes"
         )
         self.lowest = self.add_variable(
             (),
@@ -58,12 +58,15 @@ class SelectionMetric(keras.metrics.Metric):
             name="lowest",
         )
 
-    def update_state(self, sums: Any) -> None:
+    def update_state(self, sums: Any, of_classes: Any = None) -> None:
         """Adds one batch: what `selection_sums` returns."""
-        if keras.backend.backend() == "tensorflow":
-            self.totals.value.assign_add(sums)  # `assign` would copy all of it.
-        else:
-            self.totals.assign(self.totals.value + sums)
+        for variable, added in ((self.totals, sums), (self.classes, of_classes)):
+            if added is None:
+                continue
+            if keras.backend.backend() == "tensorflow":
+                variable.value.assign_add(added)  # `assign` would copy all of it.
+            else:
+                variable.assign(variable.value + added)
 
     def note_rejected(self, losses: Any, level: str) -> None:
         """Remembers the lowest loss that was judged in a step that accepted nothing."""
@@ -72,18 +75,15 @@ class SelectionMetric(keras.metrics.Metric):
         self.lowest.assign(ops.minimum(self.lowest.value, ops.min(judged)))
 
     def result(self) -> dict[str, Any]:
-        samples, accepted, accepted_loss = ops.unstack(self.totals.value[:3], 3)
+        samples, accepted, accepted_loss, _, _ = ops.unstack(self.totals.value, 5)
         return {
             "acceptance_rate": ops.divide_no_nan(accepted, samples),
             "accepted_loss": ops.divide_no_nan(accepted_loss, accepted),
         }
 
-    def of_classes(self) -> np.ndarray:
-        """Returns how many samples of each class were judged, and accepted."""
-        return self.totals.numpy()[_SUMS:].reshape(2, _CLASSES)
-
     def reset_state(self) -> None:
-        self.totals.assign(ops.zeros(self.totals.shape))
+        self.totals.assign(ops.zeros((5,)))
+        self.classes.assign(ops.zeros((_CLASSES, 2)))
         self.lowest.assign(float("inf"))
 
 
@@ -139,7 +139,7 @@ class AcceptanceGuard(keras.callbacks.Callback):
         self._warn_of_harm(epoch, seen)
 
     def _counted(self) -> dict[str, Any]:
-        classes = self.model.selection.of_classes()
+        classes = self.model.selection.classes.numpy()
         return self.model.selection_totals() | {"classes": classes}
 
     def _warn_of_harm(self, epoch: int, seen: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class AcceptanceGuard(keras.callbacks.Callback):
         if self._warned or finite <= 0:
             return
         accepted, loss = seen["accepted"] / seen["samples"], seen["loss_sum"] / finite
-        judged, learnt = seen["classes"]
+        judged, learnt = seen["classes"].T
         known = judged >= _LEAST_SAMPLES
         left_out = known & (learnt < _LEAST_ACCEPTED * judged)
         policy, (best_epoch, best) = self.model.policy, self._best

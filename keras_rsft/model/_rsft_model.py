@@ -348,7 +348,7 @@ class RSFTModel(BackendStep):
             `lowest_loss_rejected`: the lowest loss that was compared with the threshold
             in steps that accepted nothing, infinity if there was none.
         """
-        totals = self.selection.totals.numpy()[:5].tolist()
+        totals = self.selection.totals.numpy().tolist()
         samples, accepted, accepted_loss_sum, finite, loss_sum = totals
         return {
             "accepted": accepted,

@@ -87,12 +87,14 @@ class TrainingStep(keras.Model):
         else:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
         labels = None if whole.labels is None else whole.own(whole.labels)
-        sums = selection_sums(recorded.losses, whole.own(accept_mask), labels)
+        sums, of_classes = selection_sums(
+            recorded.losses, whole.own(accept_mask), labels
+        )
         shown = whole.shown_loss()
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=sums[0])
-        self.selection.update_state(sums)
+        self.selection.update_state(sums, of_classes)
         return self.compute_metrics(x, y, recorded.y_pred, sample_weight)
 
     def reject(self, whole: Pass) -> None:
