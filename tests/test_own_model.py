@@ -462,6 +462,13 @@ class TestPoliciesByName:
         with pytest.raises(InvalidArgument, match="Call `fit` first"):
             model.train_on_batch(*made)
 
+    def test_judges_class_by_class_where_the_policy_does(self, made):
+        net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, "sigmoid")])
+        model = RSFTModel(net, "running-threshold")
+        model.compile("sgd", "binary_crossentropy")
+        with pytest.raises(InvalidArgument, match="needs samples of one class"):
+            model.fit(made[0], np.ones((COUNT, 2)), verbose=0)
+
     def test_a_model_that_was_built_by_a_call(self, made):
         net = keras.Sequential([keras.layers.Dense(3, activation="softmax")])
         model = RSFTModel(net, "loss-threshold")
