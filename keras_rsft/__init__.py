@@ -62,6 +62,7 @@ _HOMES = {
     "extract_features": "features._extract",
     "finetune": "training._run",
     "load_backbone": "backbones._load",
+    "load_data": "data._arrays",
     "load_images": "data._sources",
     "load_texts": "data._sources",
     "predict_files": "_predict",

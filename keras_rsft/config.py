@@ -80,6 +80,8 @@ _PRESET, _FIXED_NETWORKS = "hub", ("savedmodel", "onnx")
 # Backbones that take texts, as `plain_name` gives them.
 TEXT_ENCODERS = ("minilm",)
 IMAGES, TEXTS = "images", "texts"
+# Behind the name of data that came as Python objects, in a run's record.
+NOT_REPEATABLE = " (not repeatable from the command line)"
 DEFAULT_BACKBONES = {IMAGES: "resnet50", TEXTS: TEXT_ENCODERS[0]}
 
 _IMAGENET_SCALE = "0.485:0.456:0.406/0.229:0.224:0.225"

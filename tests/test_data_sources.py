@@ -356,7 +356,7 @@ class TestOtherSources:
         _, image = next(iter(train.images(8, start=7)))
         np.testing.assert_array_equal(image, np.stack([grey] * 3, axis=-1))
         stored = np.asarray(Image.open(io.BytesIO(train.encoded(7))))
-        np.testing.assert_array_equal(stored, grey)
+        np.testing.assert_array_equal(stored, image)
         assert train.labels[7] == load_digits().target[number]
 
     def test_a_folder_called_digits_is_reached_by_its_path(self, tmp_path, monkeypatch):

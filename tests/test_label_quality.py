@@ -123,7 +123,7 @@ class TestNoise:
         scores = np.eye(classes)[right] + rng.normal(0, 0.2, (600, classes))
         given = np.where(rng.random(600) < share, (right + 1) % classes, right)
         scores = scores.astype(np.float32)
-        calibration, _ = fit_noise(scores, given, known=given)
+        calibration, _, _ = fit_noise(scores, given, known=given)
 
         def likelihood(probabilities):
             return np.log(probabilities[np.arange(600), given]).mean()
@@ -136,7 +136,7 @@ class TestNoise:
         right = rng.integers(0, 3, 6000)
         scores = np.eye(3)[right] + 0.2 * rng.normal(size=(6000, 3))
         labels = np.where((right == 0) & (rng.random(6000) < 0.4), 2, right)
-        _, noise = fit_noise(scores, labels)
+        _, noise, _ = fit_noise(scores, labels)
         np.testing.assert_allclose(
             noise, [[0.6, 0, 0.4], [0, 1, 0], [0, 0, 1]], atol=0.03
         )
@@ -149,7 +149,7 @@ class TestNoise:
         labels = (likely.cumsum(axis=1) < rng.random((6000, 1))).sum(axis=1)
 
         def found():
-            calibration, noise = fit_noise(scores, labels)
+            calibration, noise, _ = fit_noise(scores, labels)
             error = np.abs(calibrated(scores, calibration) - likely).mean()
             return error, 1 - np.diag(noise).mean()
 
@@ -161,13 +161,27 @@ class TestNoise:
         assert one_error > 3 * error
         assert one_rate > 2 * rate
 
+    @pytest.mark.parametrize("classes", [50, 150])
+    @pytest.mark.parametrize("rate", [0.0, 0.3])
+    def test_many_small_classes(self, feature_set, classes, rate):
+        rng = np.random.default_rng(0)
+        right = rng.integers(classes, size=20 * classes)
+        values = 0.3 * rng.normal(size=(classes, 256))[right]
+        values += rng.normal(size=values.shape)
+        other = rng.integers(classes, size=len(right))
+        given = np.where(rng.random(len(right)) < rate, other, right)
+        found = audit_labels(feature_set(values, given), classes, progress=False)
+        wrong = np.mean(given != right)
+        assert found.noise_rate == pytest.approx(wrong, abs=0.05)
+        assert np.mean(found.looks_wrong == (given != right)) > 0.9
+
     def test_some_samples_choose_the_calibration_and_all_fit_the_matrix(self):
         rng = np.random.default_rng(0)
         right = rng.integers(0, 2, 2000)
         scores = np.eye(2)[right] + 0.2 * rng.normal(size=(2000, 2))
         labels = np.where((right == 0) & (np.arange(2000) >= 200), 1, right)
         chosen = np.arange(2000) < 200  # Among these no label is wrong.
-        _, noise = fit_noise(scores, labels, chosen=chosen)
+        _, noise, _ = fit_noise(scores, labels, chosen=chosen)
         expected = np.bincount(labels[right == 0], minlength=2) / np.sum(right == 0)
         np.testing.assert_allclose(noise[0], expected, atol=0.05)
 
@@ -385,15 +399,18 @@ class TestAccuracy:
             misses.append(abs(found.value - truth))
             covered += found.low <= truth <= found.high
             assert np.mean(predicted == quality.labels) < truth - 0.15
-            assert found.low < found.value < found.high < found.low + 0.14
-        assert np.mean(misses) < 0.035
+            assert found.low < found.value < found.high < found.low + 0.15
+        assert np.mean(misses) < 0.04
         assert covered == 5
 
     def test_a_model_that_knows_more_than_the_features_is_believed(self, judged):
-        quality, right, _ = judged(symmetric_noise, 0.4)
-        knowing = np.where(np.arange(600) % 20, right, (right + 1) % 4)
-        found = quality.accuracy(knowing)
-        assert found.low < 0.95 < found.high
+        covered = 0
+        for seed in range(10):
+            quality, right, _ = judged(symmetric_noise, 0.4, seed)
+            knowing = np.where(np.arange(600) % 20, right, (right + 1) % 4)
+            found = quality.accuracy(knowing)
+            covered += found.low < 0.95 < found.high
+        assert covered >= 7
 
     def test_without_wrong_labels_is_the_plain_accuracy(self, judged):
         quality, right, predicted = judged(symmetric_noise, 0)

@@ -16,6 +16,7 @@ from made_images import (
 )
 from PIL import Image
 
+from keras_rsft.data._arrays import load_data
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 
@@ -61,6 +62,20 @@ def data_dir(tmp_path_factory):
     write_tfds(data_dir, "untrained", (("left", 8), ("right", 6)))
     write_tfds(data_dir, "lopsided", (("train", 2), ("test", 3)))
     return data_dir
+
+
+def test_objects_of_the_package_are_data(data_dir):
+    by_name = load_images("tfds:tiny", data_dir=data_dir)
+    builder = tfds.builder("tiny", data_dir=data_dir)
+    data = load_data(builder)
+    assert data.source == "tfds:tiny/1.0.0"
+    assert data.class_names == by_name.class_names
+    assert all_ids(data) == all_ids(by_name)
+    loaded = tfds.load("tiny", data_dir=data_dir)
+    data = load_data(loaded, class_names=["x", "y", "z"])
+    assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [21, 3, 6]
+    pixels = [value_of(image) for _, image in data.test.images(5)]
+    assert (pixels, data.test.labels.tolist()) == ([*range(6)], [0, 1, 2, 0, 1, 2])
 
 
 class TestTfds:

@@ -781,6 +781,8 @@ def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:
         return data
     if "data" not in run.config:
         raise DataError("the run does not say what data it was trained on.")
+    if "fingerprint" in run.config:
+        raise DataError(f"the run was trained on {run.config['data']}.")
     return rsft.load_images(run.config["data"])
 
 

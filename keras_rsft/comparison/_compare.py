@@ -62,8 +62,10 @@ class Comparison:
 
 
 def compare(
-    data: SampleData | str | os.PathLike,
+    data: Any,
     *,
+    validation_data: Any = None,
+    test_data: Any = None,
     methods: Sequence[str] | None = None,
     seeds: int = 5,
     noise: str | None = None,
@@ -81,7 +83,11 @@ def compare(
     same test samples, seed by seed. No method sees a right label.
 
     Args:
-        data: Loaded images, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
+        validation_data: The validation split, as in `load_data`. Default: a part of the
+            training samples, or the split that `data` has.
+        test_data: The same of the test split.
         methods: Names out of `METHOD_NAMES`; `plain` is always among them.
             Default: all that can run on this data.
         seeds: How many seeds, at least 1, from `settings.seed` on. Default 5.
@@ -125,7 +131,7 @@ def compare(
     methods = check_methods(methods)
     if noise is not None:
         parse_noise(noise)
-    data, features = resolve(data, features)
+    data, features = resolve(data, features, validation_data, test_data, progress)
 
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.

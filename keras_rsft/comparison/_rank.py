@@ -15,8 +15,7 @@ from keras_rsft._stats import NORMAL_QUANTILE
 from keras_rsft.backbones._foreign import weights_bytes
 from keras_rsft.backbones._load import check_backbone_name
 from keras_rsft.config import FeatureConfig, feature_config
-from keras_rsft.data._samples import SampleData
-from keras_rsft.data._sources import load_images
+from keras_rsft.data._arrays import load_data
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.features import _extract
@@ -66,7 +65,7 @@ class BackboneRanking:
 
 
 def rank_backbones(
-    data: SampleData | str | os.PathLike,
+    data: Any,
     backbones: Sequence[str | os.PathLike],
     *,
     sample: int = DEFAULT_SAMPLE,
@@ -84,7 +83,8 @@ def rank_backbones(
     the classes would lower all accuracies without changing their order.
 
     Args:
-        data: Loaded images or texts, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
         backbones: Names, as in `load_backbone`.
         sample: Most images to look at, at least 2. Default 1000.
         features: Which features of all backbones, without augmentations. Default:
@@ -114,8 +114,7 @@ def rank_backbones(
         )
     for name in names:
         check_backbone_name(name)
-    if not isinstance(data, SampleData):
-        data = load_images(os.fspath(data))
+    data = load_data(data, progress=progress)
     shared = features or FeatureConfig()
     configs = [
         feature_config(dataclasses.replace(shared, backbone=name), data.kind)

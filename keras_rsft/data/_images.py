@@ -145,6 +145,9 @@ def decode_pixels(
     encoded: tf.Tensor, *, smallest: tuple[int, int] | None = None
 ) -> tf.Tensor:
     """Decodes one image at its own size, or not far above `smallest`."""
+    encoded = tf.convert_to_tensor(encoded)
+    if encoded.dtype != tf.string:  # The pixels of an array.
+        return encoded
     # The first bytes, zeros where there are fewer.
     head = tf.io.decode_raw(encoded, tf.uint8, fixed_length=_HEAD_BYTES)
     head = tf.cast(head, tf.int64)

@@ -214,13 +214,13 @@ def apply_corrections(
     if isinstance(files, (str, os.PathLike)):
         files = [files]
     for file in files:
-        data = _applied(data, Path(file))
+        data = _applied(data, Path(file).expanduser())
     return data
 
 
 def read_corrections(file: str | os.PathLike) -> list[tuple[int, Correction]]:
     """Reads corrections with their lines; checks all that can be without data."""
-    file = Path(file)
+    file = Path(file).expanduser()
     if not file.is_file():
         state = "a folder" if file.is_dir() else "no such file"
         raise InvalidArgument(

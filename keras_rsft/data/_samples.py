@@ -11,7 +11,7 @@ import functools
 import hashlib
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -57,6 +57,14 @@ class Reader(abc.ABC):
     def encoded(self, index: int) -> bytes:
         """Returns one file's bytes; raises OSError if it has none."""
 
+    def all_encoded(self) -> Iterator[bytes]:
+        """Yields all files' bytes in order, none of a file that cannot be read."""
+        for index in range(len(self._ids)):
+            try:
+                yield self.encoded(index)
+            except OSError:
+                yield b""
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Returns a hex digest of the samples: which they are, and their state."""
@@ -80,16 +88,19 @@ def _sha256_of(path: str) -> bytes:
 class FileReader(Reader):
     """Reads files below one folder."""
 
-    def __init__(self, root: str, ids: np.ndarray):
-        super().__init__(ids, ids)
+    def __init__(self, root: str, ids: np.ndarray, paths: np.ndarray | None = None):
+        super().__init__(ids, ids if paths is None else paths)
         self._root = root
 
     def load(self, key: tf.Tensor) -> tf.Tensor:
-        return tf.io.read_file(tf.strings.join([self._root, os.sep, key]))
+        return tf.io.read_file(tf.strings.join([os.path.join(self._root, ""), key]))
 
     def encoded(self, index: int) -> bytes:
-        with open(os.path.join(self._root, self._ids[index]), "rb") as file:
+        with open(self._path(index), "rb") as file:
             return file.read()
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._root, self._items[index])
 
     def copy_names(self) -> np.ndarray:
         alike = [np.arange(len(self._ids)).tolist()]
@@ -115,34 +126,154 @@ class FileReader(Reader):
         found = collections.defaultdict(list)
         for position in positions:
             with contextlib.suppress(OSError):
-                path = os.path.join(self._root, self._ids[position])
-                found[read(path)].append(position)
+                found[read(self._path(position))].append(position)
             advance(1)
         return [some for key, some in found.items() if key and len(some) > 1]
 
     def fingerprint(self) -> str:
-        def state(name: str) -> str:
+        def state(index: int) -> str:
             try:
-                status = os.stat(os.path.join(self._root, name))
+                status = os.stat(self._path(index))
             except OSError:
                 return "missing"
             return f"{status.st_size} {status.st_mtime_ns}"
 
-        return digest(f"{name}\0{state(name)}\0".encode() for name in self._ids)
+        named = enumerate(self._ids)
+        return digest(f"{name}\0{state(at)}\0".encode() for at, name in named)
 
 
-class ArrayReader(Reader):
-    """Reads images, uint8 `(n, height, width, channels)`, from memory."""
+def image_digest(image: np.ndarray) -> int:
+    """Returns 64 bits that tell an image from others: its pixels, shape and dtype."""
+    state = hashlib.blake2b(f"{image.dtype}{image.shape}".encode(), digest_size=8)
+    state.update(np.ascontiguousarray(image).data.cast("B"))
+    return int.from_bytes(state.digest())
 
-    def load(self, key: tf.Tensor) -> tf.Tensor:
-        return tf.io.encode_png(key)
+
+_ROUNDING_ERROR = 1e-3
+
+
+def rgb_image(image: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """Returns `(h, w, 3)` in [0, 255]: float32, not rounded, of floats, else uint8."""
+    if image.ndim == 2:
+        image = image[..., np.newaxis]
+    if image.shape[-1] == 1:
+        image = np.repeat(image, 3, axis=-1)
+    image = image[..., :3]  # As in decoding, transparency is dropped.
+    if image.dtype.kind != "f":
+        return image.astype(np.uint8)
+    values = image.astype(np.float32) * np.float32(scale)
+    if scale != 1:  # Pixels of files that were divided by 255 come back as they were.
+        whole = np.rint(values)
+        values = np.where(np.abs(values - whole) < _ROUNDING_ERROR, whole, values)
+    return values
+
+
+class PixelReader(Reader):
+    """Reads images that are pixels already, not files."""
+
+    def __init__(self, ids: np.ndarray, digests: np.ndarray, scale: float):
+        super().__init__(ids, np.arange(len(ids)))
+        self._digests = digests
+        self._scale = scale
+
+    def take(self, indices: np.ndarray) -> Self:
+        taken = super().take(indices)
+        taken._digests = self._digests[indices]
+        return taken
+
+    def copy_names(self) -> np.ndarray:
+        first: dict[int, str] = {}
+        named = zip(self._digests.tolist(), self._ids.tolist(), strict=True)
+        return np.array([first.setdefault(one, name) for one, name in named], np.str_)
 
     def encoded(self, index: int) -> bytes:
-        return self.load(tf.constant(self._items[index])).numpy()
+        return next(self.take(np.array([index])).all_encoded())
+
+    def all_encoded(self) -> Iterator[bytes]:
+        for pixels in self.pixels():
+            yield tf.io.encode_png(np.rint(pixels).astype(np.uint8)).numpy()
+
+    @abc.abstractmethod
+    def pixels(self) -> Iterator[np.ndarray]:
+        """Yields the images in order, as `rgb_image` returns them."""
 
     def fingerprint(self) -> str:
-        named = zip(self._ids, self._items, strict=True)
-        return digest(f"{name}\0".encode() + image.tobytes() for name, image in named)
+        named = zip(self._ids, self._digests, strict=True)
+        pixels = (f"{name}\0{one:016x}".encode() for name, one in named)
+        return digest([f"{self._scale}\0".encode(), *pixels])
+
+
+class ArrayReader(PixelReader):
+    """Reads images, `(n, height, width[, channels])`, from memory or a memory map."""
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        images: np.ndarray,
+        digests: np.ndarray | None = None,
+        scale: float = 1.0,
+    ):
+        if digests is None:
+            digests = np.array([image_digest(image) for image in images], np.uint64)
+        super().__init__(ids, digests, scale)
+        self._images = images
+
+    def load(self, key: tf.Tensor) -> tf.Tensor:
+        dtype = np.float32 if self._images.dtype.kind == "f" else np.uint8
+        image = tf.numpy_function(self._rgb, [key], dtype)
+        return tf.ensure_shape(image, (None, None, 3))
+
+    def pixels(self) -> Iterator[np.ndarray]:
+        return map(self._rgb, self._items)
+
+    def _rgb(self, position: int) -> np.ndarray:
+        return rgb_image(self._images[position], self._scale)
+
+
+class StreamReader(PixelReader):
+    """Reads images that come one after the other, the same in each pass.
+
+    `images` starts a pass; what it yields must have the digests of the first one.
+    """
+
+    any_order = False
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        images: Callable[[], Iterator[np.ndarray]],
+        digests: np.ndarray,
+        scale: float,
+        dtype: np.dtype,
+        changed: str,
+    ):
+        super().__init__(ids, digests, scale)
+        self._images = images
+        self._dtype = dtype
+        self._changed = changed
+        self._faults: list[str] = []  # One list for all parts of the samples.
+
+    def entries(self, start: int) -> tf.data.Dataset:
+        signature = (
+            tf.TensorSpec((), tf.int64),
+            tf.TensorSpec((None, None, 3), self._dtype),
+        )
+        after = self.take(np.arange(start, len(self._ids)))
+        return tf.data.Dataset.from_generator(
+            lambda: enumerate(after.pixels(), start), output_signature=signature
+        )
+
+    def pixels(self) -> Iterator[np.ndarray]:
+        # A pass in a pipeline leaves out what fails; `read_error` then ends up here.
+        if self._faults:
+            raise InvalidArgument(self._faults[0])
+        stream = enumerate(self._images())
+        for wanted, known in zip(self._items, self._digests, strict=True):
+            image = next((one for position, one in stream if position == wanted), None)
+            if image is None or image_digest(image) != known:
+                self._faults.append(self._changed)
+                raise InvalidArgument(self._changed)
+            yield rgb_image(image, self._scale).astype(self._dtype, copy=False)
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -341,6 +472,8 @@ class SampleData:
         corrections: What `apply_corrections` changed, or None.
         cut: Names of the splits that were held out from the training samples; the
             others are as the source has them.
+        fingerprint: Hex digest of samples that came as Python objects, which the
+            command line cannot load again by `source`. None: it can.
     """
 
     split_type: ClassVar[type[SampleSplit]]
@@ -353,6 +486,7 @@ class SampleData:
     ignored_files: int = 0
     corrections: Corrections | None = None
     cut: tuple[str, ...] = ()
+    fingerprint: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -371,7 +505,8 @@ class ImageSplit(SampleSplit):
 
     `ids` are paths relative to the source with `/` between their parts, the TFDS id, or
     "digits/0123". Sorted; TFDS samples are in the order on disk, by shard and number.
-    For the other attributes see `SampleSplit`.
+    For those of arrays and streams see `load_data`, for the other attributes
+    `SampleSplit`.
     """
 
     kind: ClassVar[str] = "images"

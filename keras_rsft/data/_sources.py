@@ -1,4 +1,4 @@
-"""Opens a data set by name: folder, CSV file, digits or texts."""
+"""Opens a data set by name, folder, CSV file, digits or texts; or as a table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -181,6 +182,86 @@ def _next_row(reader: csv.DictReader) -> dict[str, Any] | None:
         csv.field_size_limit(before)
 
 
+def columns_of(table: Any) -> list[str] | None:
+    """Returns the names of a table's columns, or None of what is no table."""
+    # pandas and polars, a dict of columns, and a data set of Hugging Face.
+    names = list(table) if isinstance(table, Mapping) else None
+    for name in ("column_names", "columns"):
+        names = getattr(table, name, None) if names is None else names
+    usable = hasattr(table, "__getitem__") and hasattr(table, "__len__")
+    return None if names is None or not usable else [str(one) for one in names]
+
+
+def class_names_of(table: Any) -> tuple[str, ...] | None:
+    """Returns the classes that a Hugging Face data set gives its labels."""
+    features = getattr(table, "features", None)
+    label = features.get("label") if isinstance(features, Mapping) else None
+    names = getattr(label, "names", None)
+    return None if names is None else tuple(map(str, names))
+
+
+def _table_rows(
+    table: Any, columns: Sequence[str], label: str
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields each row of a table, with words that say which one it is."""
+    name = called(table)
+    found = columns_of(table) or []
+    missing = [one for one in columns if one not in found]
+    if missing:
+        raise DataError(
+            f"There is no column {', '.join(map(repr, missing))} in {name}. It has: "
+            f"{', '.join(map(repr, found)) or 'none'}."
+        )
+    names = class_names_of(table)
+    most = math.inf if names is None else len(names)
+    cells = [list(table[one]) for one in columns]
+    if not cells[0]:
+        raise DataError(f"There is no row in {name}.")
+    for number, row in enumerate(zip(*cells, strict=True)):
+        values = {one: _cell(v) for one, v in zip(columns, row, strict=True)}
+        given = row[columns.index(label)]
+        is_number = isinstance(given, int | np.integer)
+        fault = isinstance(given, float | np.floating) and values[label] != ""
+        if fault or (is_number and not 0 <= given < most):
+            raise DataError(
+                f"Labels must be strings, or whole numbers in [0, {most}). Received: "
+                f"{given!r} in row {number} of {name}. Correct the column {label!r}."
+            )
+        if names is not None and is_number:
+            values[label] = names[int(given)]
+        yield f"row {number} of {name}", values
+
+
+def _cell(value: Any) -> str:
+    """Returns a value as a CSV file would have it: empty where it is missing."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return ""
+    return "" if isinstance(value, float) and math.isnan(value) else str(value)
+
+
+def called(source: Any) -> str:
+    """Returns what a message calls a source."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return f"the {type(source).__name__}"
+
+
+def _path_of(source: Any) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    raise InvalidArgument(
+        f"Expected a folder, a file or a table. Received: {type(source).__name__}. For "
+        "arrays and data sets use `load_data`."
+    )
+
+
+def of_python(data: Data) -> Data:
+    """Returns the data set, marked as one that no command can load."""
+    splits = (data.train, data.validation, data.test)
+    found = _samples.digest(split.fingerprint.encode() for split in splits)
+    return dataclasses.replace(data, fingerprint=found[:32])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Columns:
     """The columns to read; the first has the path or the text."""
@@ -191,12 +272,18 @@ class _Columns:
     clean_label: str | None
 
     def rows(
-        self, file: str, *further: str | None
+        self, table: Any, *further: str | None
     ) -> Iterator[tuple[str, dict[str, str]]]:
         split = None if self.split == DEFAULT_SPLIT_COLUMN else self.split
+        if split is None and self.split in (columns_of(table) or ()):
+            split = self.split
         names = (self.content, self.label, *further, split, self.clean_label)
-        for line, row in read_table(file, [one for one in names if one is not None]):
-            yield f"{file}, line {line}", row
+        required = [one for one in dict.fromkeys(names) if one is not None]
+        if not isinstance(table, str):
+            yield from _table_rows(table, required, self.label)
+            return
+        for line, row in read_table(table, required):
+            yield f"{table}, line {line}", row
 
     def sample(self, row: dict[str, str], name: str, where: str) -> NamedSample:
         given = (row.get(self.split or "", "")).strip() or "train"
@@ -258,6 +345,30 @@ def _image_table(file: str, columns: _Columns, cut: Cut) -> _samples.ImageData:
         )
     reader_of = functools.partial(_samples.FileReader, folder)
     return data_of(_samples.ImageData, samples.values(), reader_of, cut, file)
+
+
+def _images_of_table(table: Any, columns: _Columns, cut: Cut) -> _samples.ImageData:
+    """Reads a table of images, whose paths are the ids."""
+    samples: dict[str, NamedSample] = {}
+    for where, row in columns.rows(table):
+        name = _value(row, columns.content, where)
+        if name in samples:
+            raise DataError(f"{name!r} in {where} has been listed before.")
+        samples[name] = columns.sample(row, name, where)
+    if not any(map(os.path.isfile, samples)):
+        raise DataError(
+            f"None of the {len(samples)} files in {called(table)} exists, such as "
+            f"{next(iter(samples))!r}. Paths are absolute, or relative to the current "
+            f"folder, {os.getcwd()}."
+        )
+
+    def reader_of(ids: np.ndarray) -> _samples.FileReader:
+        paths = np.array([os.path.abspath(one) for one in ids.tolist()], np.str_)
+        return _samples.FileReader("", ids, paths)
+
+    return of_python(
+        data_of(_samples.ImageData, samples.values(), reader_of, cut, called(table))
+    )
 
 
 # Texts --------------------------------------------------------------------------------
@@ -334,7 +445,7 @@ class TextData(_samples.SampleData):
 
 
 def load_texts(
-    source: str | os.PathLike,
+    source: Any,
     *,
     text_column: str = DEFAULT_TEXT_COLUMN,
     label_column: str = "label",
@@ -353,8 +464,10 @@ def load_texts(
     Args:
         source: A `.csv` file (UTF-8, comma-separated, with a header) with a text a
             row; or a folder with one folder of `.txt` files for each class, or with
-            `train`, `validation` and `test`, each with one for each class.
-        text_column: CSV: the column of the texts.
+            `train`, `validation` and `test`, each with one for each class; or a table
+            with such columns: a pandas or polars DataFrame, a dict of columns, or a
+            data set of Hugging Face. Other kinds of data: `load_data`.
+        text_column: CSV and table: the column of the texts. So are the other columns.
         label_column: CSV: the column of the given labels.
         split_column: CSV: the column of `train`, `validation` or `test`; an
             empty value means `train`. It may be absent if it is the default.
@@ -374,7 +487,10 @@ def load_texts(
         DataError: If the source cannot be trained on as it is.
     """
     cut = Cut(validation_fraction, test_fraction, split_seed)
-    name = os.fspath(source)
+    columns = _Columns(text_column, label_column, split_column, clean_label_column)
+    if columns_of(source) is not None:
+        return of_python(_text_table(source, columns, id_column, cut))
+    name = _path_of(source)
     if os.path.isdir(name):
         return _folder_data(TextData, name, cut)
     if not os.path.isfile(name) or not name.lower().endswith(".csv"):
@@ -382,7 +498,6 @@ def load_texts(
             "`source` must be a .csv file with a column of texts, or a folder with one "
             f"folder of .txt files for each class. Received: {name!r}."
         )
-    columns = _Columns(text_column, label_column, split_column, clean_label_column)
     return _text_table(name, columns, id_column, cut)
 
 
@@ -400,19 +515,28 @@ def text_of(encoded: bytes) -> str:
     return text
 
 
+def text_ids() -> Callable[[bytes], str]:
+    """Returns what makes ids of texts: the same wherever a text lies."""
+    repeated: collections.Counter[str] = collections.Counter()
+
+    def id_of(encoded: bytes) -> str:
+        name = hashlib.sha256(encoded).hexdigest()[:_ID_DIGITS]
+        repeated[name] += 1
+        return name if repeated[name] == 1 else f"{name}-{repeated[name]}"
+
+    return id_of
+
+
 def _text_table(
-    file: str, columns: _Columns, id_column: str | None, cut: Cut
+    table: Any, columns: _Columns, id_column: str | None, cut: Cut
 ) -> TextData:
     samples: list[NamedSample] = []
     texts: dict[str, bytes] = {}
-    repeated: collections.Counter[str] = collections.Counter()
-    for where, row in columns.rows(file, id_column):
+    id_of, file = text_ids(), called(table)
+    for where, row in columns.rows(table, id_column):
         encoded = row[columns.content].encode("utf-8", "surrogatepass")
-        if id_column is None:  # The same wherever the row lies.
-            name = hashlib.sha256(encoded).hexdigest()[:_ID_DIGITS]
-            repeated[name] += 1
-            if repeated[name] > 1:
-                name = f"{name}-{repeated[name]}"
+        if id_column is None:
+            name = id_of(encoded)
         else:
             name = row[id_column].strip()
             if not name or name in texts:
@@ -460,7 +584,7 @@ _BRIGHTEST_DIGIT = 16
 
 
 def load_images(
-    source: str | Path,
+    source: Any,
     *,
     path_column: str = "path",
     label_column: str = "label",
@@ -487,8 +611,12 @@ def load_images(
             a `.csv` file, whose paths are relative to its own folder;
             `"tfds:NAME"`, an image classification data set of TensorFlow
             Datasets, downloaded if need be;
-            `"digits"`, scikit-learn's 8 x 8 digits (`"./digits"` is a folder).
-        path_column: CSV: the column of the images' paths.
+            `"digits"`, scikit-learn's 8 x 8 digits (`"./digits"` is a folder);
+            a table with the columns of a CSV file, whose paths are absolute or
+            relative to the current folder, and are the ids: a pandas or polars
+            DataFrame, or a dict of columns. Other kinds of data: `load_data`.
+        path_column: CSV and table: the column of the images' paths. So are the other
+            columns.
         label_column: CSV: the column of the given labels.
         split_column: CSV: the column of `train`, `validation` or `test`; an
             empty value means `train`. It may be absent if it is the default.
@@ -520,7 +648,10 @@ def load_images(
         ('0', '1', '2')
     """
     cut = Cut(validation_fraction, test_fraction, split_seed)
-    name = os.fspath(source)
+    columns = _Columns(path_column, label_column, split_column, clean_label_column)
+    if columns_of(source) is not None:
+        return _images_of_table(source, columns, cut)
+    name = _path_of(source)
     if name.startswith(TFDS_PREFIX):
         return tfds_data(name, label_key, clean_label_key, data_dir, cut)
     if source == DIGITS:
@@ -535,7 +666,6 @@ def load_images(
             '`source` must be a folder, a .csv file, "tfds:NAME" or "digits". '
             f"Received: {name!r}, {fault}"
         )
-    columns = _Columns(path_column, label_column, split_column, clean_label_column)
     return _image_table(name, columns, cut)
 
 
@@ -544,7 +674,7 @@ def _digits(cut: Cut) -> _samples.ImageData:
     datasets = import_extra("sklearn.datasets", "demo", 'The source "digits"')
     bunch = datasets.load_digits()
     pixels = np.round(bunch.images * (255 / _BRIGHTEST_DIGIT)).astype(np.uint8)
-    reader_of = functools.partial(_samples.ArrayReader, items=pixels[..., np.newaxis])
+    reader_of = functools.partial(_samples.ArrayReader, images=pixels)
     samples = [
         NamedSample(f"digits/{number:04}", str(label), "train")
         for number, label in enumerate(bunch.target)

@@ -66,9 +66,9 @@ def data_of(
     samples = sorted(samples)
     names = sorted_names({s.label for s in samples if s.split == "train"})
     number = {name: position for position, name in enumerate(names)}
-    _refuse_stray(((s.label, s.split) for s in samples), number, source)
+    refuse_stray(((s.label, s.split) for s in samples), number, source)
     clean = [s.clean_label for s in samples if s.clean_label is not None]
-    _refuse_stray(((name, "the clean labels") for name in clean), number, source)
+    refuse_stray(((name, "the clean labels") for name in clean), number, source)
     ids = np.array([s.id for s in samples], dtype=np.str_)
     whole = data_type.split_type(
         "all",
@@ -91,7 +91,7 @@ def cut_splits(data: Data, splits: np.ndarray, cut: Cut) -> Data:
     if not len(trained):
         raise DataError(f"There is no training sample in {source}.")
     stray = np.flatnonzero(~np.isin(whole.labels, trained))
-    _refuse_stray(
+    refuse_stray(
         ((data.class_names[whole.labels[i]], SPLITS[splits[i]]) for i in stray),
         {},
         source,
@@ -190,7 +190,7 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _refuse_stray(
+def refuse_stray(
     labels: Iterable[tuple[str, str]], known: dict[str, int], source: str
 ) -> None:
     stray = sorted({pair for pair in labels if pair[0] not in known})[:10]

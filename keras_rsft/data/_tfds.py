@@ -78,7 +78,7 @@ class TfdsReader(Reader):
 
 
 def tfds_data(
-    source: str,
+    source: str | DatasetBuilder,
     label_key: str,
     clean_label_key: str | None,
     data_dir: str | Path | None,
@@ -87,7 +87,11 @@ def tfds_data(
     """Reads a TFDS data set, which is downloaded if need be."""
     import tensorflow_datasets as tfds
 
-    builder = _prepared_builder(source, data_dir)
+    if isinstance(source, str):
+        builder = _prepared_builder(source, data_dir)
+    else:
+        builder, source = source, f"tfds:{source.info.full_name}"
+        builder.download_and_prepare()
     # Sorted, for TFDS has the features in another order in each process.
     features = dict(sorted(builder.info.features.items()))
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]

@@ -26,6 +26,7 @@ from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster, require_tensorflow_backend
 from keras_rsft._storage import locked, write_json
 from keras_rsft.config import CACHE_DTYPES, DTYPES, require_known
+from keras_rsft.data._arrays import whole_split
 from keras_rsft.data._samples import SampleSplit
 from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _shares
@@ -468,7 +469,7 @@ def _bytes_of(values: np.ndarray) -> memoryview:
 
 def extract_features(
     backbone: keras.Model | FrozenBackbone,
-    split: SampleSplit,
+    split: Any,
     *,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
@@ -490,7 +491,8 @@ def extract_features(
         backbone: Model from images `(batch, height, width, 3)`, float32 in
             [0, 255], or texts `(batch,)`, to features `(batch, dim)`; or a
             `FrozenBackbone` of one, which serves several splits faster.
-        split: The images, or texts.
+        split: The images, or texts, such as `data.train`; or what `load_data` takes,
+            such as `(x, y)`, without splits of its own: all of its samples.
         cache_dir: Folder for cached features. Default: `keras_rsft/features` in
             the user's cache folder.
         batch_size: Images per step of the backbone, at least 1. Default 32.
@@ -514,6 +516,8 @@ def extract_features(
             that could be read on a second try; the same call resumes.
     """
     require_tensorflow_backend("`extract_features`")
+    if not isinstance(split, SampleSplit):
+        split = whole_split(split, progress=progress)
     work = FeaturePass(
         backbone, split, cache_dir, batch_size, augmentations, seed, cache_dtype,
         called, progress,

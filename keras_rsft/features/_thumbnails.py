@@ -81,10 +81,11 @@ def write_previews(
         ) as advance,
     ):
         for split, indices in zip(splits, chosen, strict=True):
-            for index in indices.tolist():
+            files = split.take(indices).reader.all_encoded()
+            for index, file_bytes in zip(indices.tolist(), files, strict=True):
                 try:
-                    encoded = shrunk_jpeg(split.encoded(index), PREVIEW_SIDE)
-                except (tf.errors.OpError, OSError):  # In unreadable.csv, or gone.
+                    encoded = shrunk_jpeg(file_bytes, PREVIEW_SIDE)
+                except tf.errors.OpError:  # In unreadable.csv, or gone.
                     encoded = b""
                 if encoded:
                     file.write(encoded)

@@ -15,7 +15,6 @@ from keras_rsft._stats import NORMAL_QUANTILE, proportion_interval
 from keras_rsft.features._neighbours import with_copies
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality._noise import (
-    FIRST_NOISE_RATE,
     calibrated,
     even_noise,
     fit_noise,
@@ -37,9 +36,10 @@ ROUNDS = 4
 MIN_CLASS_SIZE = 5
 MIN_NOISE_RATE = 0.02
 MIN_RIGHT_PROBABILITY = 0.6
+FIRST_NOISE_RATE = 0.1
 
 # Deviation of what the probabilities get wrong about an accuracy; see `accuracy`.
-PRIOR_BIAS = 0.0175
+PRIOR_BIAS = 0.02
 # Of how often predictions are right, in the units of a logit; see `credits`.
 PRIOR_LOGIT_DEVIATION = 2.0
 
@@ -458,23 +458,19 @@ def audit_labels(
     dropped[judged] = False
     regression = LeftOutRegression(learnt, num_classes, seed)
     weights = np.where(dropped, np.float32(0), np.float32(1))
-    fit: tuple[np.ndarray, np.ndarray] | None = None
     shares = shares_of(groups, ~dropped)
     rivals = find_rivals(groups, given, groups[judged], labels)
     with progress_bar(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
     ) as advance:
         for _ in range(ROUNDS):
-            scores = regression.left_out_scores(weights * shares)
-            fit = calibration, noise = fit_noise(
-                scores,
+            calibration, noise, out_of_sample = fit_noise(
+                regression.left_out_scores(weights * shares),
                 given,
                 known=known,
-                start=fit,
                 chosen=regression.sampled,
                 shares=shares,
             )
-            out_of_sample = calibrated(scores, calibration)
             for part in parts_of(*out_of_sample.shape):
                 posterior = true_label_posterior(
                     out_of_sample[part], noise, given[part]
@@ -485,7 +481,9 @@ def audit_labels(
                 weights[known >= 0] = (known == learnt.labels)[known >= 0]
             weights[dropped] = 0.0
             advance(1)
-    probability, scored = weights[judged], out_of_sample[judged].astype(np.float32)
+    probability, scored = weights[judged], out_of_sample
+    if before is not None:
+        scored = out_of_sample[judged]
     # A class of so few is not judged: none of its labels looks wrong.
     too_small = counts < MIN_CLASS_SIZE
     probability[too_small[labels]] = 1.0
@@ -512,37 +510,33 @@ def audit_labels(
     unknown = [part for part in held_out if len(part) and part.reviewed is None]
     if all_known and before is None and unknown:
         # Right training labels tell nothing about the noise of the other splits.
-        scores = np.concatenate([regression.scores(part) for part in unknown])
+        theirs = [calibrated(regression.scores(one), calibration) for one in unknown]
         given = np.concatenate([part.labels for part in unknown])
         their_shares = shares_of(np.concatenate(list(map(groups_of, unknown))))
         anew = even_noise(FIRST_NOISE_RATE, num_classes)
-        noise = fit_noise_alone(scores, given, calibration, anew, None, their_shares)
+        noise = fit_noise_alone(np.concatenate(theirs), given, anew, None, their_shares)
+    judge = _Judge(
+        regression,
+        calibration,
+        noise,
+        groups[judged],
+        labels,
+        None if known is None else known[judged],
+    )
     parts = []
     for other in held_out:
-        shares = calibrated(regression.scores(other), calibration)
-        other_labels = np.asarray(other.labels)
-        posterior = true_label_posterior(shares, noise, other_labels)
-        right = posterior[np.arange(len(other)), other_labels].astype(np.float32)
-        theirs = groups_of(other)
-        copied = np.concatenate([groups[judged], theirs])
-        copy_labels = np.concatenate([labels, other_labels])
-        rivals = find_rivals(theirs, other_labels, copied, copy_labels)
-        right[rivals[0]] = right_among(shares, noise, other_labels, rivals)
-        if known is not None:
-            both = np.concatenate([known[judged], np.full(len(other), -1)])
-            settled = known_by_copies(copied, both)[len(labels) :]
-            right[settled >= 0] = (settled == other_labels)[settled >= 0]
-        right[too_small[other_labels] | (not can_judge)] = 1.0
+        likely, right = judge(other)
+        right[too_small[other.labels] | (not can_judge)] = 1.0
         if other.reviewed is not None:
             right[other.reviewed] = 1.0
         missing = float(1.0 - right.mean(dtype=float)) if len(other) else 0.0
         is_noisy = all_known and can_judge and missing >= MIN_NOISE_RATE
         found = LabelQuality(
-            shares,
+            likely,
             right,
             missing,
             noise,
-            other_labels,
+            np.asarray(other.labels),
             None if is_noisy else reason,
             can_judge=can_judge,
             reviewed=other.reviewed,
@@ -560,6 +554,33 @@ def audit_labels(
         features.reviewed,
         regression=regression.as_head(calibration) if can_judge else None,
     )
+
+
+class _Judge(NamedTuple):
+    """Judges held-out labels by the training samples."""
+
+    regression: LeftOutRegression
+    calibration: np.ndarray
+    noise: np.ndarray
+    groups: np.ndarray
+    labels: np.ndarray
+    known: np.ndarray | None
+
+    def __call__(self, other: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
+        """Returns how likely each class is, and how likely the given label is right."""
+        labels, groups = np.asarray(other.labels), groups_of(other)
+        likely = calibrated(self.regression.scores(other), self.calibration)
+        posterior = true_label_posterior(likely, self.noise, labels)
+        right = posterior[np.arange(len(other)), labels].astype(np.float32)
+        copied = np.concatenate([self.groups, groups])
+        copy_labels = np.concatenate([self.labels, labels])
+        rivals = find_rivals(groups, labels, copied, copy_labels)
+        right[rivals[0]] = right_among(likely, self.noise, labels, rivals)
+        if self.known is not None:
+            both = np.concatenate([self.known, np.full(len(other), -1)])
+            settled = known_by_copies(copied, both)[len(self.labels) :]
+            right[settled >= 0] = (settled == labels)[settled >= 0]
+        return likely, right
 
 
 def _trusted(found: LabelQuality) -> LabelQuality:

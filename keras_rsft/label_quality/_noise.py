@@ -6,20 +6,25 @@ import math
 
 import numpy as np
 
-FIRST_SHARPNESS = 12.0
-FIRST_NOISE_RATE = 0.1
-# Without momentum it takes hundreds of steps where most labels are wrong.
-FIT_STEPS = 40
+# Tried on their scores' deviation, so that they mean the same for all scores.
+SHARPNESSES = np.geomspace(0.1, 40.0, 32)
+NOISE_RATES = np.concatenate([[0.001], np.linspace(0.02, 0.9, 45)])
+# With more classes there are too few samples, and too little time, for a matrix.
+MAX_CLASSES_TO_CALIBRATE = 100
+REPEATS = 3  # Of a fit of the calibration, and of the noise.
+CALIBRATION_STEPS = 20
+NOISE_STEPS = 40
+NOISE_TOLERANCE = 1e-4
 MOMENTUM = 0.8
 # A step that lowers the mean log-likelihood by more is taken back; the next is damped.
 MAX_FALL = 0.01
 FIRST_DAMPING = 0.05
 # Per class: pulls the calibration towards one sharpness for all.
 CALIBRATION_RIDGE = 0.1
-# Pseudo-counts that pull each class's noise towards evenly spread noise, which
-# matters where a class has few samples.
-PRIOR_COUNT = 40.0
-CHUNK_VALUES = 2**22
+# Pseudo-counts that pull each class's noise towards evenly spread noise, times the
+# root of the number of classes: it matters where a class has few samples.
+PRIOR_COUNT = 12.65
+CHUNK_VALUES = 2**20
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -59,7 +64,10 @@ def parts_of(count: int, num_classes: int) -> list[slice]:
 
 def calibrated(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
     """Returns probabilities `(n, k)` of scores by a matrix `(k + 1, k)`."""
-    return softmax(scores @ calibration[:-1] + calibration[-1])
+    probabilities = np.empty(scores.shape, np.float32)
+    for part in parts_of(*scores.shape):
+        probabilities[part] = softmax(scores[part] @ calibration[:-1] + calibration[-1])
+    return probabilities
 
 
 def fit_noise(
@@ -67,91 +75,139 @@ def fit_noise(
     labels: np.ndarray,
     *,
     known: np.ndarray | None = None,
-    start: tuple[np.ndarray, np.ndarray] | None = None,
     chosen: np.ndarray | None = None,
     shares: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fits how to calibrate scores, and the noise matrix, by maximum likelihood.
 
-    `shares` say how much samples count: copies share the weight of one.
+    Returns the calibration, the noise and the calibrated probabilities.
+
+    All at once, the noise would also take up what the scores get wrong: so one
+    sharpness is fitted with evenly spread noise, and then in turn the noise matrix and
+    the calibration.
+
+    `shares` say how much samples count: copies share the weight of one. The samples
+    that are `chosen` are enough for the calibration.
     """
     if shares is None:
         shares = np.ones(len(labels), np.float32)
     num_classes = scores.shape[1]
+    rows = np.arange(len(labels)) if chosen is None else np.flatnonzero(chosen)
+    right = None if known is None else known[rows]
+    some = scores[rows], labels[rows], right, shares[rows]
+    sharpness, rate = _fit_evenly(*some)
+    calibration = sharpness * np.eye(num_classes + 1, num_classes, dtype=np.float32)
+    noise = even_noise(rate, num_classes)
+    probabilities = calibrated(scores, calibration)
+    noise = fit_noise_alone(probabilities, labels, noise, known, shares)
+    if num_classes > MAX_CLASSES_TO_CALIBRATE:
+        return calibration, noise, probabilities
+    for _ in range(REPEATS):
+        calibration = _fit_calibration(*some, calibration, noise)
+        probabilities = calibrated(scores, calibration)
+        noise = fit_noise_alone(probabilities, labels, noise, known, shares)
+    return calibration, noise, probabilities
+
+
+def _fit_evenly(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray | None,
+    shares: np.ndarray,
+) -> tuple[float, float]:
+    """Returns the sharpness and the rate of evenly spread noise that fit best."""
+    scores = scores - scores.mean(axis=1, keepdims=True)
+    unit = max(float(scores.std()), 1e-12)
+    other = NOISE_RATES / (scores.shape[1] - 1)
+    unknown = np.full(len(labels), True) if known is None else known < 0
+    right = labels if known is None else np.where(unknown, labels, known)
+    if_right = np.where((right == labels)[:, None], 1.0 - NOISE_RATES, other)
+    if_wrong = np.where(unknown[:, None], other, 0.0)
+    best = (-math.inf, 0.0, 0.0)
+    for sharpness in (SHARPNESSES / unit).astype(np.float32):
+        likely = softmax(scores * sharpness)[np.arange(len(labels)), right][:, None]
+        evidence = likely * if_right + (1.0 - likely) * if_wrong
+        likelihood = shares @ np.log(np.maximum(evidence, 1e-30))
+        top = int(likelihood.argmax())
+        found = (float(likelihood[top]), float(sharpness), float(NOISE_RATES[top]))
+        best = max(best, found)
+    return best[1:]
+
+
+def _fit_calibration(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    known: np.ndarray | None,
+    shares: np.ndarray,
+    calibration: np.ndarray,
+    noise: np.ndarray,
+) -> np.ndarray:
+    """Fits how to calibrate scores, given the noise, by a generalised EM."""
+    num_classes = scores.shape[1]
+    inputs = np.hstack([scores, np.ones((len(scores), 1), np.float32)])
     diagonal = np.eye(num_classes + 1, num_classes, dtype=np.float32)
-    calibration, noise = start or (
-        FIRST_SHARPNESS * diagonal,
-        even_noise(FIRST_NOISE_RATE, num_classes),
-    )
-    everything = chosen is None or chosen.all()
-    rows = slice(None) if everything else chosen
-    given, right = labels[rows], None if known is None else known[rows]
-    weights = shares[rows, None]
-    inputs = np.hstack([scores[rows], np.ones((len(given), 1), np.float32)])
     ridge = CALIBRATION_RIDGE * num_classes
-    last = calibration, noise
-    reached, damping, pace = -math.inf, 0.0, 0
-    for _ in range(FIT_STEPS):  # Of a generalised EM.
+    weights, noise = shares[:, None], noise.astype(np.float32)
+    last, reached, damping, pace = calibration, -math.inf, 0.0, 0
+    for _ in range(CALIBRATION_STEPS):
         momentum = min(MOMENTUM, pace / (pace + 3))
-        ahead = calibration + momentum * (calibration - last[0])
-        assumed = np.maximum(noise + momentum * (noise - last[1]), noise / 4)
-        assumed /= assumed.sum(axis=1, keepdims=True)
-        assumed = assumed.astype(np.float32)
+        ahead = calibration + momentum * (calibration - last)
         probabilities = softmax(inputs @ ahead)
-        posterior = _joint(probabilities, assumed, given, right)
+        posterior = _joint(probabilities, noise, labels, known)
         evidence = np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
         likelihood = float((weights * np.log(evidence)).sum() / weights.sum())
         if likelihood < reached - MAX_FALL:
-            (calibration, noise), pace = last, 0
+            calibration, pace = last, 0
             damping = max(4.0 * damping, FIRST_DAMPING)
             continue
-        reached, last = likelihood, (calibration, noise)
+        reached, last = likelihood, calibration
         damping, pace = damping / 2.0, pace + 1
-        posterior /= evidence
-        noise = _noise_from(_counted(posterior * weights, given))
         # The trace of each sample's curvature bounds it.
         bound = 1.0 - np.square(probabilities).sum(axis=1, keepdims=True)
         curvature = (inputs * (weights * (bound + damping))).T @ inputs
         curvature[np.diag_indices_from(curvature)] += ridge
         pull = ahead - np.trace(ahead) / num_classes * diagonal
-        surplus = weights * (posterior - probabilities)
-        gradient = inputs.T @ surplus - ridge * pull
-        step = np.linalg.solve(curvature, gradient)
+        surplus = weights * (posterior / evidence - probabilities)
+        step = np.linalg.solve(curvature, inputs.T @ surplus - ridge * pull)
         calibration = (ahead + step).astype(np.float32)
-    if not everything:
-        noise = fit_noise_alone(scores, labels, calibration, noise, known, shares)
-    return calibration, noise
+    return calibration
 
 
 def fit_noise_alone(
-    scores: np.ndarray,
+    probabilities: np.ndarray,
     labels: np.ndarray,
-    calibration: np.ndarray,
     noise: np.ndarray,
     known: np.ndarray | None,
     shares: np.ndarray,
 ) -> np.ndarray:
-    """Fits the noise matrix to scores that are calibrated already."""
-    for _ in range(FIT_STEPS // 4):
+    """Fits the noise matrix to probabilities that are calibrated already."""
+    for _ in range(NOISE_STEPS):
         counted = np.zeros_like(noise)
-        for part in parts_of(*scores.shape):
+        for part in parts_of(*probabilities.shape):
             right = None if known is None else known[part]
-            probabilities = calibrated(scores[part], calibration)
-            posterior = true_label_posterior(probabilities, noise, labels[part], right)
-            counted += _counted(posterior * shares[part, None], labels[part])
-        noise = _noise_from(counted)
+            likely, given = probabilities[part], labels[part]
+            posterior = true_label_posterior(likely, noise, given, right)
+            counted += _counted(posterior * shares[part, None], given)
+        last, noise = noise, _noise_from(counted)
+        if np.abs(noise - last).max() < NOISE_TOLERANCE:
+            break
     return noise
 
 
 def _counted(posterior: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return posterior.T @ np.eye(posterior.shape[1], dtype=posterior.dtype)[labels]
+    """Returns the sums `(k, k)` of the posteriors, at `[class, given label]`."""
+    counted = np.zeros((posterior.shape[1],) * 2)
+    order = np.argsort(labels, kind="stable")
+    given, starts = np.unique(labels[order], return_index=True)
+    counted[:, given] = np.add.reduceat(posterior[order], starts).T
+    return counted
 
 
 def _noise_from(counted: np.ndarray) -> np.ndarray:
     total = counted.sum()  # As if one more were wrong: never seen is not impossible.
     rate = (total - np.trace(counted) + 1.0) / (total + 1.0)
     prior = even_noise(float(rate), len(counted))
-    noise = counted + PRIOR_COUNT * prior + 1e-9
+    noise = counted + PRIOR_COUNT * math.sqrt(len(counted)) * prior + 1e-9
     return noise / noise.sum(axis=1, keepdims=True)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from keras_rsft import _storage
 from keras_rsft._stats import paired_share_interval
-from keras_rsft.config import TEXTS
+from keras_rsft.config import TEXTS, PolicyConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report import _charts as charts
 from keras_rsft.report import _summary as summary
@@ -332,6 +332,8 @@ _TO_REPEAT = ("backbone", "epochs", "batch_size", "learning_rate", "optimizer", 
 def next_command(record: RunRecord) -> str | None:
     """Returns the whole command that trains on the corrections of a review."""
     config = record.config
+    if "fingerprint" in config:
+        return _next_call(record)
     try:
         words = shlex.split(str(config.get("command") or ""))
     except ValueError:
@@ -364,6 +366,38 @@ def next_command(record: RunRecord) -> str | None:
         kept += ["--set", f"before={record.folder}"]
     # Not quoted, so that a shell finds the home folder.
     return f"{shlex.join(kept)} --corrections {DOWNLOADED}"
+
+
+def _next_call(record: RunRecord) -> str:
+    """Returns the same as a call in Python, of data that no command can load."""
+    config = record.config
+    arguments = [f'corrections="{DOWNLOADED}"']
+    if config.get("backbone"):
+        arguments.append(f"features={config['backbone']!r}")
+    settings = _changed(TrainConfig, config)
+    if settings != "TrainConfig()":
+        arguments.append(f"settings=rsft.{settings}")
+    if (record.folder / _storage.PREDICTIONS_FILE).exists():
+        arguments.append(f"before={str(record.folder)!r}")
+    arguments.append('output=rsft.NumberedFolder("reviewed")')
+    return f"rsft.finetune(data, {', '.join(arguments)})"
+
+
+def _changed(kind: type, values: dict[str, Any]) -> str:
+    """Returns the call that makes a configuration, without what is the default."""
+    plain, given = kind(), []
+    for field in dataclasses.fields(kind):
+        value, default = values.get(field.name), getattr(plain, field.name)
+        if isinstance(value, dict):
+            if default is None or value != dataclasses.asdict(default):
+                nested = _changed(_NESTED[field.name], value)
+                given.append(f"{field.name}=rsft.{nested}")
+        elif value is not None and value != default:
+            given.append(f"{field.name}={value!r}")
+    return f"{kind.__name__}({', '.join(given)})"
+
+
+_NESTED: dict[str, type] = {"policy": PolicyConfig, "unfreeze": UnfreezeConfig}
 
 
 def _acceptance(record: RunRecord) -> list[tuple[str, float]]:

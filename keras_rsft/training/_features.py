@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +18,14 @@ from keras_rsft._storage import replaced
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import (
     IMAGES,
+    NOT_REPEATABLE,
     SPLITS,
     FeatureConfig,
     feature_config,
     is_fixed_network,
 )
+from keras_rsft.data._arrays import load_data
 from keras_rsft.data._samples import ImageData, ImageSplit, SampleData
-from keras_rsft.data._sources import load_images
 from keras_rsft.features import _extract
 from keras_rsft.features._batches import positions_of
 from keras_rsft.features._neighbours import before_reviews, copy_groups, with_copies
@@ -209,6 +209,9 @@ class FeatureSource:
     @property
     def origin(self) -> dict[str, Any]:
         origin = {"data": self.data.source, **dataclasses.asdict(self.config)}
+        if self.data.fingerprint is not None:
+            origin["data"] += NOT_REPEATABLE
+            origin["fingerprint"] = self.data.fingerprint
         del origin["cache_dir"]
         origin["image_size"] = list(self.backbone.input_shape[1:3]) or None
         if self.data.corrections is not None:
@@ -223,11 +226,16 @@ class FeatureSource:
 
 
 def resolve(
-    data: SampleData | str | os.PathLike, features: FeatureConfig | str | None
+    data: Any,
+    features: FeatureConfig | str | None,
+    validation_data: Any = None,
+    test_data: Any = None,
+    progress: bool = True,
 ) -> tuple[SampleData, FeatureConfig]:
     """Returns the samples, and which of their features are asked for."""
-    if not isinstance(data, SampleData):
-        data = load_images(os.fspath(data))
+    data = load_data(
+        data, validation_data=validation_data, test_data=test_data, progress=progress
+    )
     return data, feature_config(features, data.kind)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,8 +15,7 @@ import numpy as np
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._stats import NORMAL_QUANTILE, paired_share_interval
-from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig, feature_config
-from keras_rsft.data._samples import SampleData
+from keras_rsft.config import FeatureConfig, PolicyConfig, TrainConfig
 from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._extract import (
@@ -25,7 +25,12 @@ from keras_rsft.features._extract import (
 )
 from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality._audit import Estimate, LabelQuality, audit_labels
-from keras_rsft.training._features import SplitFeatures, feature_passes, load_configured
+from keras_rsft.training._features import (
+    SplitFeatures,
+    feature_passes,
+    load_configured,
+    resolve,
+)
 from keras_rsft.training._head import predicted_classes, train_head
 
 DEFAULT_SAMPLE = 1000
@@ -82,7 +87,7 @@ class Pilot:
 
 
 def run_pilot(
-    data: SampleData,
+    data: Any,
     *,
     features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
@@ -102,7 +107,8 @@ def run_pilot(
     Times are those of a few batches and of these heads, without unfrozen layers.
 
     Args:
-        data: The images.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
         features: As in `finetune`, like the settings.
         settings: How the run will train. Default: `TrainConfig()`.
         sample: Most images to look at, at least 4. Default 1000.
@@ -120,13 +126,13 @@ def run_pilot(
     """
     require_tensorflow_backend("`run_pilot`")
     settings = settings or TrainConfig()
+    data, config = resolve(data, features, progress=progress)
     labels = data.train.labels
     if min(sample, len(labels)) < _LEAST_IMAGES:
         raise InvalidArgument(
             f"A pilot needs {_LEAST_IMAGES} training images. Received: "
             f"sample={sample} of {len(labels)}."
         )
-    config = feature_config(features, data.kind)
     frozen = FrozenBackbone(load_configured(config))
     images = data.train.take(stratified_sample(labels, sample, seed=settings.seed))
     passes = feature_passes(frozen, data, config, seed=settings.seed)

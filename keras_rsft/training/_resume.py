@@ -227,6 +227,8 @@ def identity_of_run(data: SampleData, callbacks: Any, **choices: Any) -> dict[st
             samples.append(b"-" if values is None else b"+")
             if values is not None:
                 samples.append(np.ascontiguousarray(values).tobytes())
+    if data.fingerprint is not None:  # Rows of another array have the same ids.
+        samples.append(data.fingerprint.encode())
     if callable(callbacks):
         made: Any = f"{callbacks.__module__}.{callbacks.__qualname__}"
     else:

@@ -335,8 +335,10 @@ class Run:
 
 
 def finetune(
-    data: SampleData | str | os.PathLike,
+    data: Any,
     *,
+    validation_data: Any = None,
+    test_data: Any = None,
     corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
     before: str | os.PathLike | None = None,
     features: FeatureConfig | str | None = None,
@@ -359,7 +361,11 @@ def finetune(
     than the head alone, by right labels, known or estimated.
 
     Args:
-        data: Loaded images or texts, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
+        validation_data: The validation split, as in `load_data`. Default: a part of the
+            training samples, or the split that `data` has.
+        test_data: The same of the test split.
         corrections: Files for `apply_corrections`. Default: none.
         before: The folder of the run before these corrections, to compare with on the
             corrected labels. Default: the latest one beside `output` that differs by
@@ -407,7 +413,7 @@ def finetune(
         )
     if output is not None and not isinstance(output, NumberedFolder):
         _storage.check_new_folder(output)  # Before the work, not after it.
-    data, features = resolve(data, features)
+    data, features = resolve(data, features, validation_data, test_data, progress)
     if settings.unfreeze is not None:
         require_layers_to_train(features)
     with_plain = with_plain and output is not None
@@ -625,8 +631,10 @@ class Audit:
 
 
 def audit(
-    data: SampleData | str | os.PathLike,
+    data: Any,
     *,
+    validation_data: Any = None,
+    test_data: Any = None,
     corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
     features: FeatureConfig | str | None = None,
     seed: int = 0,
@@ -641,7 +649,11 @@ def audit(
     `audit_labels`.
 
     Args:
-        data: Loaded images or texts, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
+        validation_data: The validation split, as in `load_data`. Default: a part of the
+            training samples, or the split that `data` has.
+        test_data: The same of the test split.
         corrections: Files for `apply_corrections`. Default: none.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
             Default: `FeatureConfig()`.
@@ -664,7 +676,7 @@ def audit(
     """
     require_tensorflow_backend("`audit`")
     started = time.perf_counter()
-    data, config = resolve(data, features)
+    data, config = resolve(data, features, validation_data, test_data, progress)
     if corrections:
         data = apply_corrections(data, corrections)
     with contextlib.ExitStack() as stack:

@@ -88,8 +88,10 @@ class Search:
 
 
 def search(
-    data: SampleData | str | os.PathLike,
+    data: Any,
     *,
+    validation_data: Any = None,
+    test_data: Any = None,
     output: str | os.PathLike,
     options: SearchConfig | None = None,
     space: Space | None = None,
@@ -119,7 +121,11 @@ def search(
     chief, which hands out the trials and does the rest, or a worker, which trains.
 
     Args:
-        data: Loaded images, or what `load_images` takes.
+        data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a
+            `tf.data.Dataset`, a DataFrame, a folder and so on.
+        validation_data: The validation split, as in `load_data`. Default: a part of the
+            training samples, or the split that `data` has.
+        test_data: The same of the test split.
         output: The search's folder. It may exist only if it holds this very search.
         options: Tuner, trials, objective and so on. Default: `SearchConfig()`.
         space: Ranges, or a function that declares them. Default: `SearchSpace()`.
@@ -153,7 +159,9 @@ def search(
     _runtime.require_tensorflow_backend("`search`")
     options = dataclasses.replace(options or SearchConfig(), **changes)
     settings = settings or TrainConfig()
-    data, features = _features.resolve(data, features)
+    data, features = _features.resolve(
+        data, features, validation_data, test_data, progress
+    )
     names = options.unfreeze
     if options.unfrozen:
         require_layers_to_train(features, option="--unfreeze-choices")
