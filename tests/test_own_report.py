@@ -132,6 +132,16 @@ def test_a_file_of_another_kind_stays(own, tmp_path):
 
 
 class TestReview:
+    def test_ids_are_those_of_the_same_arrays(self, photos, own):
+        x, y = (255 * photos[0]).astype("uint8"), photos[1]
+        data = rsft.load_data(x, y, validation_fraction=0.0, test_fraction=0.2)
+        assert set(data.train.ids) | set(data.test.ids) == set(own[2].ledger.ids)
+        named = {"train": data.train, "test": data.test}
+        for part in named.values():
+            rows = part.ids.astype(int)
+            np.testing.assert_array_equal(part.labels, y[rows])
+            np.testing.assert_array_equal(own[2].ledger.ids[rows], part.ids)
+
     def test_decisions_are_rows_of_corrections(self, own):
         review = own[2].review(class_names=NAMES, count=10)
         review.decide("0", "relabel")
