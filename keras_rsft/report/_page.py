@@ -22,7 +22,6 @@ from keras_rsft.config import TEXTS, PolicyConfig, TrainConfig, UnfreezeConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.report import _charts as charts
 from keras_rsft.report import _summary as summary
-from keras_rsft.report._own import write_folder
 from keras_rsft.report._record import RunRecord, Samples, read_run
 from keras_rsft.report._summary import share_text
 
@@ -219,6 +218,8 @@ def write_report(
             "`write_report(model, history, ledger)`."
         )
     if ledger is not None:
+        from keras_rsft.report._own import write_folder  # With TensorFlow.
+
         target = Path(_storage.REPORT_FILE if path is None else path)
         _require_report(target)
         with tempfile.TemporaryDirectory() as parent:
