@@ -316,7 +316,7 @@ def label_quality() -> dict:
         values.astype("float32").tofile(path)
         features = rsft.FeatureSet(path, given, np.arange(150).astype(str), dim=DIM)
         audit = public("audit_labels", "audit_labels")
-        found = audit(features, 3, progress=False)
+        found = audit(features, num_classes=3, progress=False)
     return {
         "noise_rate": rounded(found.noise_rate),
         "accepted": int(found.accept_mask().sum()),

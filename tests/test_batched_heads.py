@@ -65,7 +65,9 @@ def trained_together(features, settings, **options):
     """Trains heads of one update rule, 5 epochs unless told otherwise."""
     label_quality = None
     if any(one.policy.name == "auto" for one in settings):
-        label_quality = audit_labels(features.train, CLASSES, progress=False)
+        label_quality = audit_labels(
+            features.train, num_classes=CLASSES, progress=False
+        )
         assert math.isfinite(label_quality.loss_limit)  # So that it is in play.
     return BatchedHeads(features, settings[0]).train(settings, label_quality, **options)
 

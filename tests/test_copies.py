@@ -60,8 +60,11 @@ def groups_of(parts, **options):
 class TestGroups:
     @pytest.mark.parametrize("dim", [40, 129, 700])
     @pytest.mark.parametrize("block", [8_000_000, 1000])
-    def test_over_all_splits(self, feature_set, dim, block, monkeypatch):
+    @pytest.mark.parametrize("most", [100_000, 100])
+    def test_over_all_splits(self, feature_set, dim, block, most, monkeypatch):
         monkeypatch.setattr(neighbours, "_BLOCK_VALUES", block)
+        monkeypatch.setattr(neighbours, "_MAX_ALL_PAIRS", most)
+        monkeypatch.setattr(neighbours, "_NEIGHBOURHOOD", 50)
         values, _ = clusters(dim=dim)
         rng = np.random.default_rng(1)
         values[7] = values[3]
@@ -69,6 +72,20 @@ class TestGroups:
         values[201] = 1.02 * values[200]
         parts = [feature_set(values[:300]), feature_set(values[300:])]
         assert groups_of(parts) == [[3, 7, 390], [200, 201]]
+
+    def test_of_many_samples_only_neighbours_are_compared(
+        self, feature_set, monkeypatch
+    ):
+        values, _ = clusters(3000)
+        copies = values[:1000] + 0.1 * np.random.default_rng(1).normal(size=(1000, 40))
+        parts = [feature_set(np.concatenate([values, copies]))]
+        monkeypatch.setattr(neighbours, "_MAX_ALL_PAIRS", 1000)
+        monkeypatch.setattr(neighbours, "_NEIGHBOURHOOD", 100)
+        sets = neighbours._Pool(parts).neighbourhoods()
+        assert len(sets) == 40
+        assert all((np.diff(one) > 0).all() for one in sets)
+        assert (np.bincount(np.concatenate(sets)) == 3).all()
+        assert len(groups_of(parts)) >= 990
 
     @pytest.mark.parametrize("dim", [3, 6, 12, 300])
     def test_neighbours_in_few_dimensions_are_none(self, feature_set, dim):
@@ -150,9 +167,9 @@ class TestAudit:
 
     def test_doubled_rows_say_what_single_ones_say(self, feature_set, noisy):
         values, _, given = noisy
-        single = audit_labels(feature_set(values, given), 4, progress=False)
+        single = audit_labels(feature_set(values, given), num_classes=4, progress=False)
         twice = feature_set(np.tile(values, (2, 1)), np.tile(given, 2))
-        doubled = audit_labels(twice, 4, progress=False)
+        doubled = audit_labels(twice, num_classes=4, progress=False)
         assert single.noise_rate == pytest.approx(0.25, abs=0.05)
         assert doubled.noise_rate == pytest.approx(single.noise_rate, abs=1e-3)
         np.testing.assert_allclose(doubled.noise, single.noise, atol=1e-3)
@@ -169,12 +186,12 @@ class TestAudit:
             np.concatenate([values, values[copied]]),
             np.concatenate([given, given[copied]]),
         )
-        found = audit_labels(more, 4, progress=False)
+        found = audit_labels(more, num_classes=4, progress=False)
         assert found.looks_wrong[400:].mean() > 0.9
         assert found.noise_rate == pytest.approx(160 / 460, abs=0.03)
         # As long as copies judge one another, they hide all of it.
         alone = dataclasses.replace(more, groups=np.arange(460))
-        blind = audit_labels(alone, 4, progress=False)
+        blind = audit_labels(alone, num_classes=4, progress=False)
         assert blind.looks_wrong[400:].mean() < 0.1
 
     def test_held_out_samples_are_judged_without_their_copies(self, feature_set, noisy):
@@ -183,16 +200,16 @@ class TestAudit:
             feature_set(values, given),
             feature_set(values[:90], given[:90]),
         )
-        found = audit_labels(train, 4, held_out=[held_out], progress=False)
+        found = audit_labels(train, num_classes=4, held_out=[held_out], progress=False)
         np.testing.assert_allclose(
             found.held_out[0].out_of_sample, found.out_of_sample[:90], atol=1e-3
         )
 
     def test_without_copies_nothing_changes(self, feature_set, noisy):
         values, _, given = noisy
-        looked = audit_labels(feature_set(values, given), 4, progress=False)
+        looked = audit_labels(feature_set(values, given), num_classes=4, progress=False)
         alone = feature_set(values, given, np.arange(400))
-        told = audit_labels(alone, 4, progress=False)
+        told = audit_labels(alone, num_classes=4, progress=False)
         np.testing.assert_array_equal(looked.out_of_sample, told.out_of_sample)
         np.testing.assert_array_equal(looked.right_probability, told.right_probability)
 
@@ -202,7 +219,7 @@ class TestAudit:
         features = feature_set(
             np.concatenate([values, values[copies]]), np.append(right, [1] * 10)
         )
-        found = audit_labels(features, 4, progress=False)
+        found = audit_labels(features, num_classes=4, progress=False)
         sums = found.right_probability[copies] + found.right_probability[400:]
         assert (sums <= 1.0 + 1e-6).all()
         assert found.looks_wrong[400:].all()
@@ -222,7 +239,9 @@ class TestAudit:
         after = dataclasses.replace(
             before, labels=labels, reviewed=reviewed, before_review=before
         )
-        found = audit_labels(after, 4, held_out=[before.take(wrong)], progress=False)
+        found = audit_labels(
+            after, num_classes=4, held_out=[before.take(wrong)], progress=False
+        )
         assert (found.right_probability[wrong] == 0.0).all()
         assert (found.held_out[0].right_probability == 0.0).all()
         assert (found.right_probability[400:] == 1.0).all()
@@ -230,7 +249,7 @@ class TestAudit:
     def test_one_class_of_copies_is_too_few_to_judge_by(self, feature_set):
         values, labels = clusters(80, num_classes=2)
         values[1::2] = values[1]
-        found = audit_labels(feature_set(values, labels), 2, progress=False)
+        found = audit_labels(feature_set(values, labels), num_classes=2, progress=False)
         assert not found.can_judge
 
 

@@ -81,10 +81,10 @@ class TestRegression:
 
     def test_chunks_do_not_change_the_scores(self, feature_set, monkeypatch):
         features = feature_set(*clusters(count=100))
-        whole = audit_labels(features, 4, progress=False)
+        whole = audit_labels(features, num_classes=4, progress=False)
         monkeypatch.setattr(regression_module, "CHUNK_ROWS", 7)
         monkeypatch.setattr(noise_module, "CHUNK_VALUES", 50)
-        pieces = audit_labels(features, 4, progress=False)
+        pieces = audit_labels(features, num_classes=4, progress=False)
         np.testing.assert_allclose(whole.out_of_sample, pieces.out_of_sample, atol=1e-4)
 
     def test_some_samples_are_enough_to_choose_the_ridge(
@@ -93,9 +93,9 @@ class TestRegression:
         values, labels = clusters()
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
         monkeypatch.setattr(regression_module, "MAX_ROWS_TO_CHOOSE", 200)
-        assert audit_labels(features, 4, progress=False).noise_rate == pytest.approx(
-            0.3, abs=0.05
-        )
+        assert audit_labels(
+            features, num_classes=4, progress=False
+        ).noise_rate == pytest.approx(0.3, abs=0.05)
 
 
 class TestNoise:
@@ -170,7 +170,9 @@ class TestNoise:
         values += rng.normal(size=values.shape)
         other = rng.integers(classes, size=len(right))
         given = np.where(rng.random(len(right)) < rate, other, right)
-        found = audit_labels(feature_set(values, given), classes, progress=False)
+        found = audit_labels(
+            feature_set(values, given), num_classes=classes, progress=False
+        )
         wrong = np.mean(given != right)
         assert found.noise_rate == pytest.approx(wrong, abs=0.05)
         assert np.mean(found.looks_wrong == (given != right)) > 0.9
@@ -197,7 +199,7 @@ class TestExamination:
     def test_finds_the_rate_and_the_wrong_labels(self, feature_set, kind, rate):
         values, labels = clusters()
         given = noisy(labels, kind, rate)
-        found = audit_labels(feature_set(values, given), 4, progress=False)
+        found = audit_labels(feature_set(values, given), num_classes=4, progress=False)
         assert found.noise_rate == pytest.approx(rate, abs=0.05)
         assert found.reason is None
         wrong = given != labels
@@ -211,7 +213,7 @@ class TestExamination:
     def test_what_a_review_left_is_not_taken_for_clean(self, feature_set, dropped):
         values, clean = clusters(count=1200, spread=1.3)
         before = feature_set(values, noisy(clean, symmetric_noise, 0.3))
-        found = audit_labels(before, 4, progress=False)
+        found = audit_labels(before, num_classes=4, progress=False)
         looked = np.zeros(1200, bool)
         looked[np.argsort(-found.suspicion)[:280]] = True
         after = dataclasses.replace(
@@ -222,7 +224,7 @@ class TestExamination:
         )
         remains = np.flatnonzero(~looked | (before.labels == clean) | (not dropped))
         after = after.take(remains)
-        examined = audit_labels(after, 4, progress=False)
+        examined = audit_labels(after, num_classes=4, progress=False)
         wrong = after.labels != clean[remains]
         assert 0.03 < wrong.mean() < 0.12
         assert examined.noise_rate == pytest.approx(wrong.mean(), abs=0.02)
@@ -231,7 +233,7 @@ class TestExamination:
         assert rejected[wrong].mean() > 0.5 > 10 * rejected[~wrong].mean()
         # Judged by what is left alone, the noise is mostly overlooked.
         alone = dataclasses.replace(after, reviewed=None, before_review=None)
-        blind = audit_labels(alone, 4, progress=False)
+        blind = audit_labels(alone, num_classes=4, progress=False)
         assert blind.noise_rate < wrong.mean() / 2
 
     def test_held_out_labels_are_judged_by_the_training_split(self, feature_set):
@@ -239,8 +241,8 @@ class TestExamination:
         given = noisy(labels, asymmetric_noise, 0.3)
         whole = feature_set(values, given)
         train, held_out = whole.take(np.arange(600)), whole.take(np.arange(600, 900))
-        alone = audit_labels(train, 4, progress=False)
-        found = audit_labels(train, 4, held_out=[held_out], progress=False)
+        alone = audit_labels(train, num_classes=4, progress=False)
+        found = audit_labels(train, num_classes=4, held_out=[held_out], progress=False)
         np.testing.assert_array_equal(found.out_of_sample, alone.out_of_sample)
         (other,) = found.held_out
         wrong = given[600:] != labels[600:]
@@ -253,7 +255,9 @@ class TestExamination:
             softmax(held_out.features @ kernel + bias), other.out_of_sample, atol=1e-4
         )
         turned = dataclasses.replace(held_out, labels=(held_out.labels + 1) % 4)
-        (others,) = audit_labels(train, 4, held_out=[turned], progress=False).held_out
+        (others,) = audit_labels(
+            train, num_classes=4, held_out=[turned], progress=False
+        ).held_out
         np.testing.assert_array_equal(others.out_of_sample, other.out_of_sample)
 
     def test_noise_that_training_labels_do_not_show_is_possible(self, feature_set):
@@ -263,28 +267,30 @@ class TestExamination:
         whole = feature_set(values, given)
         parts = whole.take(np.arange(600)), whole.take(np.arange(600, 900))
         (found,) = audit_labels(
-            parts[0], 4, held_out=parts[1:], progress=False
+            parts[0], num_classes=4, held_out=parts[1:], progress=False
         ).held_out
         np.testing.assert_array_equal(
             np.flatnonzero(found.looks_wrong), range(250, 260)
         )
 
     def test_right_labels_are_all_kept(self, feature_set):
-        found = audit_labels(feature_set(*clusters()), 4, progress=False)
+        found = audit_labels(feature_set(*clusters()), num_classes=4, progress=False)
         assert found.accept_mask().all()
         assert found.describe().startswith("Hardly any training label")
 
     def test_labels_at_random_are_all_kept_and_it_is_said(self, feature_set):
         values, labels = clusters()
         given = np.random.default_rng(5).permutation(labels)
-        found = audit_labels(feature_set(values, given), 4, progress=False)
+        found = audit_labels(feature_set(values, given), num_classes=4, progress=False)
         assert found.accept_mask().all()
         assert "labels fit the features no better than chance" in found.describe()
 
     @pytest.mark.parametrize("count,num_classes", [(10, 5), (2000, 1000), (6, 2)])
     def test_too_few_samples_to_judge(self, feature_set, count, num_classes):
         values, labels = clusters(count=count, num_classes=num_classes)
-        found = audit_labels(feature_set(values, labels), num_classes, progress=False)
+        found = audit_labels(
+            feature_set(values, labels), num_classes=num_classes, progress=False
+        )
         assert found.accept_mask().all()
         assert found.noise_rate == 0.0
         assert "too few to judge" in found.describe()
@@ -294,7 +300,7 @@ class TestExamination:
         values, labels = clusters()
         given = noisy(labels, symmetric_noise, 0.3)
         given[0] = 4
-        found = audit_labels(feature_set(values, given), 5, progress=False)
+        found = audit_labels(feature_set(values, given), num_classes=5, progress=False)
         assert found.accept_mask()[0]
 
     def test_no_class_is_dropped_whole(self):
@@ -325,19 +331,21 @@ class TestExamination:
         values, labels = clusters(count=50)
         values[3, 2] = np.nan
         with pytest.raises(DataError, match=r"1 of 50 samples.*photos/3\.jpg"):
-            audit_labels(feature_set(values, labels), 4, progress=False)
+            audit_labels(feature_set(values, labels), num_classes=4, progress=False)
 
     def test_a_feature_that_never_varies(self, feature_set):
         values, labels = clusters()
         values[:, 0] = 3.0
         given = noisy(labels, symmetric_noise, 0.2)
-        found = audit_labels(feature_set(values, given), 4, progress=False)
+        found = audit_labels(feature_set(values, given), num_classes=4, progress=False)
         assert found.noise_rate == pytest.approx(0.2, abs=0.05)
 
     def test_the_same_seed_gives_the_same_numbers(self, feature_set):
         values, labels = clusters()
         features = feature_set(values, noisy(labels, symmetric_noise, 0.3))
-        first, second = (audit_labels(features, 4, progress=False) for _ in "12")
+        first, second = (
+            audit_labels(features, num_classes=4, progress=False) for _ in "12"
+        )
         np.testing.assert_array_equal(first.right_probability, second.right_probability)
 
 
@@ -353,7 +361,9 @@ class TestAccuracy:
             given = noisy(labels, kind, rate, seed=seed) if rate else labels
             whole = feature_set(values, given)
             parts = whole.take(np.arange(1200)), whole.take(np.arange(1200, 1800))
-            found = audit_labels(parts[0], 4, held_out=parts[1:], progress=False)
+            found = audit_labels(
+                parts[0], num_classes=4, held_out=parts[1:], progress=False
+            )
             # A model that knows half of the features, and so makes mistakes.
             centres = [values[labels == c].mean(axis=0)[:6] for c in range(4)]
             distances = values[1200:, None, :6] - np.array(centres)
@@ -463,9 +473,13 @@ class TestAccuracy:
         given = np.random.default_rng(5).permutation(labels)
         features = feature_set(values, given)
         held_out = [features.take(np.arange(50))]
-        (found,) = audit_labels(features, 4, held_out=held_out, progress=False).held_out
+        (found,) = audit_labels(
+            features, num_classes=4, held_out=held_out, progress=False
+        ).held_out
         assert found.accuracy(given[:50]) is None
         few = features.take(np.arange(6))
-        (found,) = audit_labels(few, 4, held_out=[few], progress=False).held_out
+        (found,) = audit_labels(
+            few, num_classes=4, held_out=[few], progress=False
+        ).held_out
         assert found.accuracy(few.labels) is None
         assert found.gain(few.labels, few.labels) is None

@@ -151,7 +151,7 @@ def test_the_gain_is_by_right_labels(tmp_path):
     truth = np.mean(rejecting == clean) - np.mean(plain == clean)
     by_given = paired_gain(plain == given, rejecting == given)
     assert by_given[2] < truth
-    found = audit_labels(sample, 3, progress=False)
+    found = audit_labels(sample, num_classes=3, progress=False)
     known = _gain(found.with_right_labels(clean), sample, plain, rejecting)
     assert known == paired_gain(plain == clean, rejecting == clean)
     unknown = dataclasses.replace(sample, clean_labels=None)

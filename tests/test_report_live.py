@@ -62,7 +62,7 @@ def test_it_is_the_audit_of_the_corrected_labels(folder, right, tmp_path):
     part = FeatureSet(
         whole.path, labels, ids, dim=6, reviewed=looked, before_review=whole
     ).take(np.flatnonzero(~dropped))
-    expected = audit_labels(part, 3, progress=False)
+    expected = audit_labels(part, num_classes=3, progress=False)
     decided = {name: int(labels[at]) for at, name in enumerate(ids[:20].tolist())}
     decided[str(ids[3])] = None
     found = LiveAudit(record)(decided)["samples"]

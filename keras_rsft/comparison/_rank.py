@@ -134,7 +134,9 @@ def rank_backbones(
                 cache_dtype=config.cache_dtype,
                 progress=progress,
             )
-            quality = audit_labels(cached, data.num_classes, progress=progress)
+            quality = audit_labels(
+                cached, num_classes=data.num_classes, progress=progress
+            )
             costs: dict[str, Any] = {
                 "name": name,
                 "seconds_per_image": _extract.seconds_per_image(frozen, images),

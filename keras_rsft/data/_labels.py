@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from keras_rsft.data._samples import (
     Corrections,
     ImageSplit,
     SampleData,
-    SampleSplit,
 )
 from keras_rsft.data._sources import read_table
 from keras_rsft.errors import DataError, InvalidArgument
@@ -180,11 +179,11 @@ def thumbnails_of(split: ImageSplit) -> np.ndarray:
 # Corrections --------------------------------------------------------------------------
 
 COLUMNS = Correction._fields
+# What stands in an empty cell of a table in memory.
+_EMPTY = ("nan", "None", "<NA>")
 
 
-def apply_corrections(
-    data: SampleData, files: str | os.PathLike | Sequence[str | os.PathLike]
-) -> SampleData:
+def apply_corrections(data: SampleData, files: Any) -> SampleData:
     """Returns the data set with corrected labels and without the dropped images.
 
     Ids of all three splits may be corrected. Cached features stay in use, also for a
@@ -200,7 +199,8 @@ def apply_corrections(
     Args:
         data: The data set, with the labels that were reviewed.
         files: One file, or several that are applied one after the other: the second
-            corrects what the first one left, as a second review does.
+            corrects what the first one left, as a second review does. A DataFrame or
+            a dict with these columns, or a list of `Correction` rows, counts as a file.
 
     Returns:
         A new data set; `corrections` says what was changed.
@@ -211,24 +211,22 @@ def apply_corrections(
             not in the data, a given label is another one there, or a class would lose
             its last training image.
     """
-    if isinstance(files, (str, os.PathLike)):
+    several = isinstance(files, Sequence) and not isinstance(files, str)
+    if not several or any(isinstance(one, tuple) for one in files):
         files = [files]
     for file in files:
-        data = _applied(data, Path(file).expanduser())
+        data = _applied(data, file)
     return data
 
 
-def read_corrections(file: str | os.PathLike) -> list[tuple[int, Correction]]:
-    """Reads corrections with their lines; checks all that can be without data."""
-    file = Path(file).expanduser()
-    if not file.is_file():
-        state = "a folder" if file.is_dir() else "no such file"
-        raise InvalidArgument(
-            f"Expected a CSV file of corrections. Received: {file} ({state})."
-        )
+def read_corrections(source: Any) -> list[tuple[int, Correction]]:
+    """Reads corrections with their lines; checks all that can be without data.
+
+    They are a CSV file, a DataFrame, a dict of columns, or `Correction` rows.
+    """
+    file = name_of(source)
     rows: dict[str, tuple[int, Correction]] = {}
-    for line, cells in read_table(file, COLUMNS):
-        row = Correction(*(plain_cell(cells[name]) for name in COLUMNS))
+    for line, row in _rows_of(source):
         row = row._replace(decision=row.decision.strip().lower())
         where = f"{file}, line {line}"
         for name in ("id", "given_label"):
@@ -237,7 +235,7 @@ def read_corrections(file: str | os.PathLike) -> list[tuple[int, Correction]]:
         if row.decision not in DECISIONS:
             raise DataError(
                 f"{where}: the decision must be keep, relabel or drop. "
-                f"Received: {cells['decision']!r}."
+                f"Received: {row.decision!r}."
             )
         if row.decision == "relabel" and row.new_label in ("", row.given_label):
             raise DataError(
@@ -258,34 +256,82 @@ def read_corrections(file: str | os.PathLike) -> list[tuple[int, Correction]]:
     return list(rows.values())
 
 
-def _applied(data: SampleData, file: Path) -> SampleData:
-    rows = read_corrections(file)
+def name_of(source: Any) -> str:
+    is_file = isinstance(source, (str, os.PathLike))
+    return os.fspath(source) if is_file else "the corrections"
+
+
+def _rows_of(source: Any) -> Iterator[tuple[int, Correction]]:
+    if isinstance(source, (str, os.PathLike)):
+        file = Path(source).expanduser()
+        if not file.is_file():
+            state = "a folder" if file.is_dir() else "no such file"
+            raise InvalidArgument(
+                f"Expected a CSV file of corrections. Received: {file} ({state})."
+            )
+        for line, cells in read_table(file, COLUMNS):
+            yield line, Correction(*(plain_cell(cells[name]) for name in COLUMNS))
+        return
+    rows = source if isinstance(source, Iterable) else [source]
+    if isinstance(source, Mapping) or hasattr(source, "columns"):
+        known = list(source if isinstance(source, Mapping) else source.columns)
+        if missing := [name for name in COLUMNS if name not in known]:
+            raise DataError(
+                f"The corrections have no column {', '.join(map(repr, missing))}. "
+                f"They have: {', '.join(map(repr, known)) or 'none'}."
+            )
+        rows = zip(*(source[name] for name in COLUMNS), strict=True)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, tuple) or len(row) != len(COLUMNS):
+            raise InvalidArgument(
+                "Expected corrections as a CSV file, a DataFrame or dict with the "
+                f"columns {', '.join(COLUMNS)}, or `Correction` rows. "
+                f"Received: {row!r}."
+            )
+        yield number, Correction(*map(_text_of, row))
+
+
+def _text_of(cell: Any) -> str:
+    """Returns a cell of a table in memory; pandas has 3.0 for 3 beside empty cells."""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    text = str(cell)
+    return "" if not isinstance(cell, str) and text in _EMPTY else text
+
+
+def match_corrections(
+    rows: Sequence[tuple[int, Correction]],
+    splits: Mapping[str, Any],
+    class_names: Sequence[str],
+    file: str,
+    source: str,
+) -> dict[str, list[tuple[int, Correction]]]:
+    """Returns the corrections of each split with their positions in it."""
     position_of = {
-        sample_id: (name, position)
-        for name in SPLITS
-        for position, sample_id in enumerate(getattr(data, name).ids.tolist())
+        str(sample_id): (name, position)
+        for name, split in splits.items()
+        for position, sample_id in enumerate(split.ids.tolist())
     }
     unknown = [(line, row.id) for line, row in rows if row.id not in position_of]
     if unknown:
         line, sample_id = unknown[0]
         raise DataError(
-            f"{len(unknown)} of {len(rows)} ids in {file} are not in {data.source}, "
+            f"{len(unknown)} of {len(rows)} ids in {file} are not in {source}, "
             f"such as {sample_id!r} in line {line}. Ids there look like "
             f"{next(iter(position_of))!r}. Corrections belong to the data that were "
             "reviewed; an image that was dropped before is no longer in it."
         )
-    number = {name: label for label, name in enumerate(data.class_names)}
-    by_split: dict[str, list[tuple[int, Correction]]] = {name: [] for name in SPLITS}
+    by_split: dict[str, list[tuple[int, Correction]]] = {name: [] for name in splits}
     for line, row in rows:
-        if row.decision == "relabel" and row.new_label not in number:
-            hint = nearest_name_hint(row.new_label, data.class_names)
-            known = ", ".join(map(repr, data.class_names[:10]))
+        if row.decision == "relabel" and row.new_label not in class_names:
+            hint = nearest_name_hint(row.new_label, class_names)
+            known = ", ".join(map(repr, class_names[:10]))
             raise DataError(
                 f"{file}, line {line}: {row.new_label!r} is not a class of "
-                f"{data.source}.{hint or f' It has: {known}.'}"
+                f"{source}.{hint or f' It has: {known}.'}"
             )
         split, position = position_of[row.id]
-        label = data.class_names[getattr(data, split).labels[position]]
+        label = class_names[splits[split].labels[position]]
         if label != row.given_label:
             raise DataError(
                 f"{file}, line {line}: the label of {row.id!r} was "
@@ -293,8 +339,15 @@ def _applied(data: SampleData, file: Path) -> SampleData:
                 "Review the labels as they are, with the same --noise and --seed."
             )
         by_split[split].append((position, row))
+    return by_split
+
+
+def _applied(data: SampleData, source: Any) -> SampleData:
+    file, rows = name_of(source), read_corrections(source)
+    splits = {name: getattr(data, name) for name in SPLITS}
+    by_split = match_corrections(rows, splits, data.class_names, file, data.source)
     changed: dict[str, Any] = {
-        name: _corrected(getattr(data, name), pairs, number)
+        name: corrected_split(splits[name], pairs, data.class_names)
         for name, pairs in by_split.items()
         if pairs
     }
@@ -310,10 +363,11 @@ def _applied(data: SampleData, file: Path) -> SampleData:
             merged[row.id] = Correction(row.id, loaded, decision)
         else:
             merged[row.id] = Correction(row.id, loaded, "relabel", label)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    is_file = isinstance(source, (str, os.PathLike))
+    content = Path(source).expanduser().read_bytes() if is_file else repr(rows).encode()
     changed["corrections"] = Corrections(
         tuple(merged.values()),
-        (*before.files, (str(file), sha256)),
+        (*before.files, (file, hashlib.sha256(content).hexdigest())),
         before.tested + len(by_split["test"]),
     )
     corrected = dataclasses.replace(data, **changed)
@@ -327,9 +381,10 @@ def _applied(data: SampleData, file: Path) -> SampleData:
     return corrected
 
 
-def _corrected(
-    split: SampleSplit, pairs: Sequence[tuple[int, Correction]], number: dict[str, int]
-) -> SampleSplit:
+def corrected_split(
+    split: Any, pairs: Sequence[tuple[int, Correction]], class_names: Sequence[str]
+) -> Any:
+    """Returns a split of samples, or their features, with corrected labels."""
     labels, remains = split.labels.copy(), np.ones(len(split), bool)
     reviewed = np.zeros(len(split), bool)
     if split.reviewed is not None:
@@ -338,7 +393,7 @@ def _corrected(
         reviewed[position] = True
         remains[position] = row.decision != "drop"
         if row.decision == "relabel":
-            labels[position] = number[row.new_label]
+            labels[position] = class_names.index(row.new_label)
     corrected = dataclasses.replace(split, labels=labels, reviewed=reviewed)
     return dataclasses.replace(
         corrected.take(np.flatnonzero(remains)),

@@ -28,6 +28,10 @@ _BLOCK_VALUES = 8_000_000
 _EQUAL = 1.0 - 1e-6
 # A sample's links to its copies: all are reached through one another.
 _MAX_LINKS = 8
+# Of more samples only neighbours are compared: a million would take hours.
+_MAX_ALL_PAIRS = 100_000
+_NEIGHBOURHOOD, _OWNERS = 1000, 3
+_MAX_ROWS = 256
 _NEAR, _FAR = 10, 20
 _MAX_SAMPLED = 500
 # At most so often may two different samples be near enough by chance.
@@ -62,13 +66,14 @@ class _Pool:
             rng = np.random.default_rng(0)
             shape = (self.dim, _SKETCH_DIM)
             projection = rng.normal(size=shape).astype(np.float32)
+        width = min(self.dim, _SKETCH_DIM)
+        self.sketches = np.empty((int(self._starts[-1]), width), np.float32)
+        start = 0
         chunks = (chunk for part in self._parts for chunk in part.chunks())
-        self.sketches = np.concatenate(
-            [
-                _unit(chunk if projection is None else chunk @ projection)
-                for chunk in map(self._standardised, chunks)
-            ]
-        )
+        for chunk in map(self._standardised, chunks):
+            sketched = chunk if projection is None else chunk @ projection
+            self.sketches[start : start + len(chunk)] = _unit(sketched)
+            start += len(chunk)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,6 +85,24 @@ class _Pool:
     def block(self) -> int:
         """Returns how many rows of similarities to all samples to hold at once."""
         return max(1, _BLOCK_VALUES // len(self))
+
+    def neighbourhoods(self) -> list[np.ndarray]:
+        """Returns sets of samples, increasing positions, within which to look."""
+        count = len(self)
+        if count <= _MAX_ALL_PAIRS:
+            return [np.arange(count)]
+        # Around a thousandth of the samples; each belongs to the three nearest.
+        rng = np.random.default_rng(0)
+        centres = self.sketches[rng.permutation(count)[: count // _NEIGHBOURHOOD]]
+        owners = np.empty((count, _OWNERS), np.int32)
+        step = max(1, _BLOCK_VALUES // len(centres))
+        for start in range(0, count, step):
+            cosines = self.sketches[start : start + step] @ centres.T
+            nearest = np.argpartition(-cosines, _OWNERS, axis=1)[:, :_OWNERS]
+            owners[start : start + step] = nearest
+        order = np.argsort(owners, axis=None, kind="stable")
+        sizes = np.bincount(owners.ravel(), minlength=len(centres))
+        return np.split(order // _OWNERS, np.cumsum(sizes)[:-1])
 
     def values_of(self, samples: np.ndarray) -> np.ndarray:
         values = np.empty((len(samples), self.dim), np.float32)
@@ -147,8 +170,10 @@ def copy_groups(
     `look_same` tells of pairs of positions, `(n, 2)`, which are copies by their pixels;
     it is asked about nearest neighbours that features alone cannot tell from copies.
 
-    The work grows with the square of the number of samples: 128 multiplications a
-    pair. Memory is 512 bytes a sample and one block of 32 MB.
+    The work is 128 multiplications a pair. Of more than 100,000 samples only those near
+    one another are compared, which misses about one in a hundred of the least alike
+    copies (an inverted file: Jegou et al., "Product quantization for nearest neighbor
+    search", 2011). Memory is 512 bytes a sample and one block of 32 MB.
     """
     count = sum(map(len, parts))
     if count < 2:
@@ -162,29 +187,36 @@ def copy_groups(
         slack += 3 * (1 - limit**2) / math.sqrt(_SKETCH_DIM)
     pairs = [np.empty((0, 2), np.int64)]
     nearest, best = np.arange(count), np.full(count, PERHAPS_SIMILARITY)
-    block = pool.block()
+    sets = pool.neighbourhoods()
     with progress_bar(
-        "Looking for copies", total=count, unit="samples", visible=progress
+        "Looking for copies",
+        total=sum(map(len, sets)),
+        unit="samples",
+        visible=progress,
     ) as advance:
-        for start in range(0, count, block):
-            rows = pool.sketches[start : start + block]
-            cosines = rows @ pool.sketches[start:].T
-            # Of each pair the second: the first is its own neighbour.
-            cosines[np.tril_indices(len(rows))] = -1.0
-            for axis in (1, 0):
-                highest = cosines.max(axis=axis)
-                here = np.arange(start, start + len(highest))
-                nearer = np.flatnonzero(highest > best[here])
-                best[here[nearer]] = highest[nearer]
-                near = np.take(cosines, nearer, axis=1 - axis).argmax(axis=axis)
-                nearest[here[nearer]] = start + near
-            some = np.flatnonzero(cosines.max(axis=1) >= limit - slack)
-            one, other = np.nonzero(cosines[some] >= limit - slack)
-            before = np.searchsorted(one, one)  # Where a sample's links begin.
-            few = np.arange(len(one)) - before < _MAX_LINKS
-            pairs.append(start + np.stack([some[one], other], axis=1)[few])
-            advance(len(rows))
-    linked = np.concatenate(pairs)
+        for members in sets:
+            sketches = pool.sketches[members]
+            block = max(1, min(_BLOCK_VALUES // max(len(members), 1), _MAX_ROWS))
+            for start in range(0, len(members), block):
+                rows = sketches[start : start + block]
+                cosines = rows @ sketches[start:].T
+                # Of each pair the second: the first is its own neighbour.
+                cosines[np.tril_indices(len(rows))] = -1.0
+                for axis in (1, 0):
+                    highest = cosines.max(axis=axis)
+                    here = members[start : start + len(highest)]
+                    nearer = np.flatnonzero(highest > best[here])
+                    best[here[nearer]] = highest[nearer]
+                    near = np.take(cosines, nearer, axis=1 - axis).argmax(axis=axis)
+                    nearest[here[nearer]] = members[start + near]
+                some = np.flatnonzero(cosines.max(axis=1) >= limit - slack)
+                one, other = np.nonzero(cosines[some] >= limit - slack)
+                before = np.searchsorted(one, one)  # Where a sample's links begin.
+                few = np.arange(len(one)) - before < _MAX_LINKS
+                linked = np.stack([some[one], other], axis=1)[few]
+                pairs.append(members[start + linked])
+                advance(len(rows))
+    linked = np.unique(np.concatenate(pairs), axis=0)
     linked = linked[pool.similarities(linked) >= limit]
     groups = _joined(np.arange(count), linked)
     if look_same is None:
@@ -221,9 +253,9 @@ def _copy_limit(pool: _Pool) -> float:
     for start in range(0, len(sampled), pool.block()):
         rows = pool.sketches[sampled[start : start + pool.block()]]
         squares = np.maximum(2 - 2 * rows @ pool.sketches.T, 0)
-        squares = np.partition(squares, [_NEAR, _FAR], axis=1)
-        near.append(squares[:, _NEAR])
-        far.append(squares[:, _FAR])
+        squares.partition([_NEAR, _FAR], axis=1)
+        near.append(squares[:, _NEAR].copy())  # A view would keep the block.
+        far.append(squares[:, _FAR].copy())
     near_squares, far_squares = np.concatenate(near), np.concatenate(far)
     spread = near_squares > 1 - _EQUAL  # Not among twenty copies.
     if not spread.any():

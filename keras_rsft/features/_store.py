@@ -155,19 +155,22 @@ class FeatureSet:
         Yields:
             Float32 arrays of shape `(rows, dim)`.
         """
-        row_values = self.augmentations * self.dim
         for start in range(0, len(self), rows):
             wanted = self.file_rows(np.arange(start, min(start + rows, len(self))))
             first, last = int(wanted[0]), int(wanted[-1])
-            values = np.fromfile(
-                self.path,
-                self.dtype,
-                count=(last - first + 1) * row_values,
-                offset=first * self.augmentations * self.row_bytes,
-            )
-            values = values.reshape(-1, self.augmentations, self.dim)[:, 0]
+            values = self._read(first, last + 1)
             plain = values if self.rows is None else values[wanted - first]
             yield plain.astype(np.float32, copy=False)
+
+    def _read(self, first: int, last: int) -> np.ndarray:
+        """Returns some rows of plain images, read from the file."""
+        values = np.fromfile(
+            self.path,
+            self.dtype,
+            count=(last - first) * self.augmentations * self.dim,
+            offset=first * self.augmentations * self.row_bytes,
+        )
+        return values.reshape(-1, self.augmentations, self.dim)[:, 0]
 
     def moments(self, chunk_rows: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """Returns mean and variance of each feature over the plain images.
@@ -198,6 +201,27 @@ class FeatureSet:
         count = len(self) if self.rows is None else int(self.rows[-1]) + 1
         shape = (count, self.augmentations, self.dim)
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayFeatures(FeatureSet):
+    """Features in memory or in a memory map, `(rows, dim)`, which are not copied."""
+
+    values: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 0)))
+
+    @classmethod
+    def of(cls, values: np.ndarray, labels: np.ndarray, **more: Any) -> ArrayFeatures:
+        more.setdefault("ids", np.arange(len(labels)))
+        width = values.shape[1]
+        return cls(Path("memory"), labels, dim=width, values=values, **more)
+
+    def _read(self, first: int, last: int) -> np.ndarray:
+        # The same layout as from a file: the same sums to the last bit.
+        return np.ascontiguousarray(self.values[first:last], np.float32)
+
+    @functools.cached_property
+    def _file_views(self) -> np.ndarray:
+        return self.values[:, None]
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:

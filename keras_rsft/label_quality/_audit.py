@@ -6,14 +6,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._stats import NORMAL_QUANTILE, proportion_interval
+from keras_rsft.config import SPLITS
 from keras_rsft.features._neighbours import with_copies
 from keras_rsft.features._store import FeatureSet
+from keras_rsft.label_quality._inputs import read_inputs
 from keras_rsft.label_quality._noise import (
     calibrated,
     even_noise,
@@ -23,6 +25,7 @@ from keras_rsft.label_quality._noise import (
     true_label_posterior,
 )
 from keras_rsft.label_quality._regression import (
+    GivenScores,
     LeftOutRegression,
     find_rivals,
     groups_of,
@@ -76,6 +79,8 @@ class LabelQuality:
             corrected. None: nobody looked.
         regression: What judged the labels, as a head over the features: its kernel
             `(dim, k)` and bias `(k,)`, float32. None where they cannot be judged.
+        ids: Array `(n,)`, the ids of the samples. None: their row numbers.
+        class_names: The `k` classes by label, as they were given. None: numbers.
     """
 
     out_of_sample: np.ndarray
@@ -89,6 +94,70 @@ class LabelQuality:
     reviewed: np.ndarray | None = None
     left_out: dict[str, LabelQuality] = dataclasses.field(default_factory=dict)
     regression: tuple[np.ndarray, np.ndarray] | None = None
+    ids: np.ndarray | None = None
+    class_names: tuple[Any, ...] | None = None
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """Ids, or row numbers, of the labels that look wrong, most suspicious first."""
+        return self._suspects if self.ids is None else self.ids[self._suspects]
+
+    @property
+    def _suspects(self) -> np.ndarray:
+        rows = np.flatnonzero(self.looks_wrong)
+        return rows[np.argsort(-self.suspicion[rows], kind="stable")]
+
+    @property
+    def proposed(self) -> np.ndarray:
+        """int32 array `(n,)`: the likeliest other class where a label looks wrong.
+
+        Elsewhere the given label.
+        """
+        labels, rows = self.labels.astype(np.int32), np.flatnonzero(self.looks_wrong)
+        others = self.out_of_sample[rows]
+        others[np.arange(len(rows)), labels[rows]] = -1.0
+        labels[rows] = others.argmax(axis=1)
+        return labels
+
+    def to_frame(self) -> Any:
+        """Returns a pandas DataFrame with a row for each sample, in their order.
+
+        Without pandas a dict of arrays. Columns: `id`, `given_label`,
+        `proposed_label` (see `proposed`), `right_probability`, `looks_wrong`.
+        """
+        count = len(self.labels)
+        names = np.arange(len(self.noise))
+        if self.class_names is not None:
+            names = np.array(self.class_names)
+        columns = {
+            "id": np.arange(count) if self.ids is None else self.ids,
+            "given_label": names[self.labels],
+            "proposed_label": names[self.proposed],
+            "right_probability": self.right_probability,
+            "looks_wrong": self.looks_wrong,
+        }
+        try:
+            import pandas as pd
+        except ImportError:
+            return columns
+        return pd.DataFrame(columns)
+
+    def summary(self) -> str:
+        """Returns the finding, and the numbers by class and by split, as text."""
+        from keras_rsft.report._summary import quality_summary, summary_text
+
+        return summary_text(quality_summary(self._numbers))
+
+    def _repr_html_(self) -> str:
+        from keras_rsft.report._notebook import quality_html
+
+        return quality_html(self, self._numbers, self._suspects)
+
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        names = self.class_names or range(len(self.noise))
+        held_out = (f"held_out[{number}]" for number in range(len(self.held_out)))
+        return label_results(self, tuple(map(str, names)), ("labels", *held_out))
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -349,10 +418,15 @@ class LabelQuality:
 
 
 def audit_labels(
-    features: FeatureSet,
-    num_classes: int,
+    features: Any = None,
+    labels: Any = None,
     *,
-    held_out: Sequence[FeatureSet] = (),
+    probabilities: Any = None,
+    held_out: Sequence[Any] = (),
+    num_classes: int | None = None,
+    class_names: Sequence[Any] | None = None,
+    ids: Any = None,
+    corrections: Any = None,
     seed: int = 0,
     progress: bool = True,
 ) -> LabelQuality:
@@ -375,11 +449,32 @@ def audit_labels(
     and with the square of the number of features.
 
     Args:
-        features: Cached features of the training samples with their given labels.
-            Copies are looked for where `groups` is None.
-        num_classes: Number of classes, at least 2.
-        held_out: Further splits. Their labels are judged by the training samples
+        features: Embeddings of the samples, from any model: `(n, dim)`, integers or
+            floats, as a NumPy array, a memory map, a tensor, a DataFrame or lists. They
+            are read in parts and not copied. Or a `FeatureSet`, which has labels and
+            ids; copies are looked for where its `groups` is None.
+        labels: The given labels, `(n,)`: integers from 0, or names as strings, in an
+            array, a list, a tensor or a pandas column, categorical too; or one-hot,
+            `(n, k)`.
+        probabilities: In place of `features`, predictions of any model, `(n, k)` in
+            [0, 1], rows that add up to 1. Each must come from a model that has not been
+            trained on that sample, such as one of a cross-validation: predictions for
+            samples that it has seen repeat their labels. They are calibrated together
+            with the noise, and copies are not looked for. Columns are in the order of
+            `class_names`, or of the sorted names.
+        held_out: Further splits, each a pair `(features, labels)`, or `(probabilities,
+            labels)`, or a `FeatureSet`. Their labels are judged by the training samples
             alone, and have no part in judging others. Default: none.
+        num_classes: Number of classes, at least 2. Default: by the labels, one more
+            than the largest.
+        class_names: Names of the classes, by label. Default: the names among the
+            labels, sorted, or in the order of their categories.
+        ids: `(n,)`, different from one another, to name samples by. Default: row
+            numbers.
+        corrections: What a review has decided, as in `apply_corrections`: one file, a
+            DataFrame, a dict of columns, or `Correction` rows. Labels that were kept or
+            changed are known to be right, dropped samples are left out of the result.
+            Default: nobody looked.
         seed: Chooses the samples by which the ridge is chosen, where there are
             more than 4,096. Default 0.
         progress: Show a progress bar. Default True.
@@ -388,23 +483,56 @@ def audit_labels(
         What was found. Where there is too little to go by, `reason` says so.
 
     Raises:
-        DataError: If a feature is NaN or infinite.
+        InvalidArgument: If an argument has another shape or type, or lengths differ.
+        DataError: If a feature is NaN or infinite, or a label cannot be one.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
         >>> import numpy as np
         >>> import keras_rsft as rsft
         >>> right = np.arange(200) % 2
-        >>> values = np.random.default_rng(0).normal(size=(200, 4)) + 3 * right[:, None]
-        >>> file = Path(tempfile.mkdtemp(), "features.bin")
-        >>> values.astype("float32").tofile(file)
-        >>> given = np.where(np.arange(200) < 20, 1 - right, right)
-        >>> features = rsft.FeatureSet(file, given, np.arange(200).astype(str), dim=4)
-        >>> found = rsft.audit_labels(features, 2, progress=False)
-        >>> round(found.noise_rate, 1), bool((found.suspicion[:20] > 0.5).all())
-        (0.1, True)
+        >>> x = np.random.default_rng(0).normal(size=(200, 4)) + 5 * right[:, None]
+        >>> y = np.array(["cat", "dog"])[right]
+        >>> y[:20] = y[1:21]
+        >>> quality = rsft.audit_labels(x, y, progress=False)
+        >>> len(quality.wrong), bool((quality.wrong < 20).all())
+        (20, True)
     """
+    given = read_inputs(
+        features,
+        labels,
+        probabilities=probabilities,
+        held_out=held_out,
+        num_classes=num_classes,
+        class_names=class_names,
+        ids=ids,
+        corrections=corrections,
+    )
+    found = _audited(
+        given.features,
+        given.num_classes,
+        held_out=given.held_out,
+        seed=seed,
+        progress=progress,
+        scorer=LeftOutRegression if probabilities is None else GivenScores,
+    )
+
+    def named(quality: LabelQuality, part: FeatureSet) -> LabelQuality:
+        names = given.class_names
+        return dataclasses.replace(quality, ids=part.ids, class_names=names)
+
+    parts = tuple(map(named, found.held_out, given.held_out))
+    return dataclasses.replace(named(found, given.features), held_out=parts)
+
+
+def _audited(
+    features: FeatureSet,
+    num_classes: int,
+    *,
+    held_out: Sequence[FeatureSet],
+    seed: int,
+    progress: bool,
+    scorer: type[LeftOutRegression] | type[GivenScores],
+) -> LabelQuality:
     if any(part.groups is None for part in (features, *held_out)):
         features, *held_out = with_copies((features, *held_out), progress=progress)
     labels = np.asarray(features.labels)
@@ -456,7 +584,7 @@ def audit_labels(
         known = known_by_copies(groups, known)
     dropped = np.ones(len(given), bool)
     dropped[judged] = False
-    regression = LeftOutRegression(learnt, num_classes, seed)
+    regression = scorer(learnt, num_classes, seed)
     weights = np.where(dropped, np.float32(0), np.float32(1))
     shares = shares_of(groups, ~dropped)
     rivals = find_rivals(groups, given, groups[judged], labels)
@@ -559,7 +687,7 @@ def audit_labels(
 class _Judge(NamedTuple):
     """Judges held-out labels by the training samples."""
 
-    regression: LeftOutRegression
+    regression: LeftOutRegression | GivenScores
     calibration: np.ndarray
     noise: np.ndarray
     groups: np.ndarray
@@ -588,3 +716,55 @@ def _trusted(found: LabelQuality) -> LabelQuality:
     if found.reviewed is None or not found.reviewed.all():
         return found
     return found.with_right_labels(found.labels)
+
+
+# In numbers ---------------------------------------------------------------------------
+
+
+def left_out_of(split: str) -> str:
+    """Returns how the samples are called that were left out of a split."""
+    return f"{split} (left out)"
+
+
+def label_results(
+    quality: LabelQuality,
+    class_names: Sequence[str],
+    splits: Sequence[str] = SPLITS,
+) -> dict[str, Any]:
+    """Returns what an audit found, for JSON: in all, by split and by class.
+
+    All numbers of labels that are shown come from here. Those of the splits and those
+    of the classes add up to the same sums.
+    """
+    named = dict(zip(splits, (quality, *quality.held_out), strict=True))
+    named |= {left_out_of(name): part for name, part in quality.left_out.items()}
+    parts = {name: part for name, part in named.items() if len(part.labels)}
+
+    def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
+        known = {"expected_wrong": wrong if quality.can_judge else None}
+        return {"samples": len(labels), **known, "look_wrong": int(looks_wrong.sum())}
+
+    labels, looks_wrong = (
+        np.concatenate([getattr(part, name) for part in parts.values()])
+        for name in ("labels", "looks_wrong")
+    )
+    confusion = np.sum([part.confusion for part in parts.values()], axis=0)
+    wrong = confusion - np.diag(np.diag(confusion))
+    sizes, classes = np.bincount(quality.labels, minlength=len(class_names)), []
+    for number, name in enumerate(class_names):
+        members, other = labels == number, int(wrong[number].argmax())
+        found = row(labels[members], float(wrong[number].sum()), looks_wrong[members])
+        if sizes[number] < MIN_CLASS_SIZE:
+            found["expected_wrong"] = None
+        likely = class_names[other] if wrong[number, other] > 0 else None
+        classes.append({"class": name, **found, "confused_with": likely})
+    return {
+        "finding": quality.finding,
+        **row(labels, float(wrong.sum()), looks_wrong),
+        "splits": {
+            name: row(part.labels, part.expected_wrong, part.looks_wrong)
+            | {"known": 0 if part.reviewed is None else int(part.reviewed.sum())}
+            for name, part in parts.items()
+        },
+        "classes": classes,
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -138,20 +138,17 @@ class LeftOutRegression:
                 "Try `--set dtype=float32`, or another backbone."
             )
         self._mean, self._scale = mean, 1.0 / np.sqrt(variance)
-        count = len(features)
-        chosen = np.random.default_rng(seed).permutation(count)[:MAX_ROWS_TO_CHOOSE]
-        self.sampled = np.zeros(count, bool)
-        self.sampled[chosen] = True
+        self.sampled = _sampled(len(features), seed)
         self._ridge: float | None = None
         self._fit: _RidgePath | None = None
-        self._weights = np.zeros(count, np.float32)
+        self._weights = np.zeros(len(features), np.float32)
 
     def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
         """Returns class scores `(n, k)`; weights `(n,)` say how much samples count."""
         sampled = self.sampled
-        fit = self._fitted(weights * sampled)
         sample = np.concatenate([x[sampled[rows]] for rows, x in self._chunks()])
         targets, sample_weights = self._one_hot(sampled), weights[sampled]
+        fit = self._path_of([(sample, targets, sample_weights)])
         rotated = fit.rotated(sample)
         groups = groups_of(self._features)
         copies = _whole_groups(groups[sampled])
@@ -247,18 +244,52 @@ class LeftOutRegression:
         return np.eye(self._num_classes, dtype=np.float32)[self._labels[rows]]
 
     def _fitted(self, weights: np.ndarray) -> _RidgePath:
+        return self._path_of(
+            (inputs, self._one_hot(rows), weights[rows])
+            for rows, inputs in self._chunks()
+        )
+
+    def _path_of(
+        self, chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    ) -> _RidgePath:
+        """Fits inputs to targets with weights."""
         width = self._features.dim
         gram, moment = np.zeros((width, width)), np.zeros((width, self._num_classes))
         inputs_sum, targets_sum = np.zeros(width), np.zeros(self._num_classes)
-        for rows, inputs in self._chunks():
-            weighted, targets = inputs * weights[rows, None], self._one_hot(rows)
+        total = 0.0
+        for inputs, targets, weights in chunks:
+            weighted = inputs * weights[:, None]
             gram += weighted.T @ inputs
             moment += weighted.T @ targets
             inputs_sum += weighted.sum(axis=0)
-            targets_sum += weights[rows] @ targets
-        return _RidgePath(
-            gram, moment, inputs_sum, targets_sum, max(float(weights.sum()), 1e-9)
-        )
+            targets_sum += weights @ targets
+            total += float(weights.sum(dtype=float))
+        return _RidgePath(gram, moment, inputs_sum, targets_sum, max(total, 1e-9))
+
+
+def _sampled(count: int, seed: int) -> np.ndarray:
+    chosen = np.random.default_rng(seed).permutation(count)[:MAX_ROWS_TO_CHOOSE]
+    sampled = np.zeros(count, bool)
+    sampled[chosen] = True
+    return sampled
+
+
+class GivenScores:
+    """Scores of another model, in place of features and their `LeftOutRegression`."""
+
+    def __init__(self, features: FeatureSet, num_classes: int, seed: int):
+        self._features, self._num_classes = features, num_classes
+        self.sampled = _sampled(len(features), seed)
+
+    def left_out_scores(self, weights: np.ndarray) -> np.ndarray:
+        return self.scores(self._features)
+
+    def scores(self, others: FeatureSet) -> np.ndarray:
+        empty = np.empty((0, self._num_classes), np.float32)
+        return np.concatenate([empty, *others.chunks(CHUNK_ROWS)])
+
+    def as_head(self, calibration: np.ndarray) -> None:
+        return None
 
 
 class _RidgePath:

@@ -14,12 +14,13 @@ import numpy as np
 
 from keras_rsft._stats import Interval
 from keras_rsft.report._record import EpochLosses
-from keras_rsft.report._summary import share_text
+from keras_rsft.report._summary import share_text, shortened
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 28
 SMALL_WIDTH, SMALL_HEIGHT = 320, 150
 _SHOWN_EPOCHS = 6
+_MOST_CELLS, _MOST_LETTERS = 12, 10
 _MOST_RATE_TICKS = 5
 # Where a trial crosses the axis of a hyperparameter that it does not have.
 UNUSED = -0.15
@@ -363,6 +364,40 @@ def trials_svg(
     drawn += _dot("dot chosen", box.right - 52, box.top - 14, 7)
     drawn += _words("chosen", box.right, box.top - 10, "end")
     return _alone(drawn, 640, 296, "Validation accuracy by acceptance rate.")
+
+
+def confusion_svg(names: Sequence[str], wrong: np.ndarray) -> str:
+    """Returns wrong labels, `(k, k)` at `[given, likely]`; "" where there are none.
+
+    The classes with the most of them.
+    """
+    worst = np.sort(
+        np.argsort(-wrong.sum(0) - wrong.sum(1), kind="stable")[:_MOST_CELLS]
+    )
+    counts = wrong[np.ix_(worst, worst)]
+    if counts.max(initial=0.0) < 0.5:
+        return ""
+    shown = [shortened(names[number], _MOST_LETTERS) for number in worst.tolist()]
+    width, height = 64, 24
+    box = _Box(96, 40, 96 + width * len(shown), 40 + height * len(shown))
+    xs = [box.left + width * (at + 0.5) for at in range(len(shown))]
+    ys = [box.top + height * (at + 0.5) for at in range(len(shown))]
+    drawn = box.axes(
+        zip(xs, shown, strict=True),
+        zip(ys, shown, strict=True),
+        x_label="likely class",
+        y_label="given label",
+        title="expected wrong labels",
+    )
+    for row, column in np.argwhere(counts >= 0.5).tolist():
+        count = float(counts[row, column])
+        colour = _colour(1 - count / float(counts.max()), _PLASMA)
+        left, top = xs[column] - width / 2 + 1, ys[row] - height / 2 + 1
+        drawn += _rect(left, top, width - 2, height - 2, fill=colour)
+        text = f"{count:,.0f}"
+        drawn += _words(text, xs[column], ys[row] + 4, "middle", "halo")
+    summary = "Expected wrong labels by given label and likely class."
+    return _alone(drawn, box.right + 20, box.bottom + 48, summary)
 
 
 # -- The pictures of a search --------------------------------------------------

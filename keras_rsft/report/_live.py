@@ -51,7 +51,7 @@ class LiveAudit:
         held_out = {name: part for name, part in parts.items() if name != "train"}
         quality = audit_labels(
             parts["train"],
-            len(self._record.class_names),
+            class_names=self._record.class_names,
             held_out=list(held_out.values()),
             seed=int(self._record.config.get("seed") or 0),
             progress=False,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from keras_rsft.report import _charts as charts
 from keras_rsft.report import _summary as summaries
@@ -11,6 +14,7 @@ from keras_rsft.report._summary import Summary, Table
 
 MOST_CLASSES = 20
 MOST_TRIALS = 10
+MOST_SUSPECTS = 10
 
 
 def run_html(run: Any) -> str:
@@ -41,6 +45,33 @@ def run_html(run: Any) -> str:
 def audit_html(audit: Any) -> str:
     """Returns the numbers of an audit by class and by split."""
     return _summary_html(summaries.audit_summary(audit))
+
+
+def quality_html(quality: Any, numbers: Mapping[str, Any], suspects: np.ndarray) -> str:
+    """Returns the numbers by class, the most suspicious labels, and a picture."""
+    names = [one["class"] for one in numbers["classes"]]
+    rows = suspects[:MOST_SUSPECTS]
+    ids = rows if quality.ids is None else quality.ids[rows]
+    table = Table(
+        ("Id", "Given label", "Proposed label", "Right with probability"),
+        tuple(
+            (str(one), names[given], names[proposed], f"{right:.2f}")
+            for one, given, proposed, right in zip(
+                ids,
+                quality.labels[rows],
+                quality.proposed[rows],
+                quality.right_probability[rows],
+                strict=True,
+            )
+        ),
+        title=f"The most suspicious of {len(suspects):,} labels that look wrong",
+        text_columns=3,
+    )
+    wrong = quality.confusion
+    np.fill_diagonal(wrong, 0.0)
+    shown = _summary_html(summaries.quality_summary(numbers))
+    more = table_html(table) if len(rows) else ""
+    return shown + more + charts.confusion_svg(names, wrong)
 
 
 def comparison_html(comparison: Any) -> str:

@@ -50,6 +50,10 @@ def share_text(share: float | None, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def range_text(low: float, high: float, sign: str = "") -> str:
     return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
@@ -245,6 +249,33 @@ def audit_summary(audit: Any) -> Summary:
     tables = label_tables(audit.results["label_quality"])
     notes = (audit.finding, *copies_notes(audit.features))
     return Summary(tables[::-1], warnings, notes)
+
+
+def quality_summary(numbers: Mapping[str, Any]) -> Summary:
+    """Returns what was found out about labels: the numbers by class, and by split."""
+    splits, classes = label_tables(numbers)
+    tables = (classes, splits) if len(numbers["splits"]) > 1 else (classes,)
+    is_judged = numbers["expected_wrong"] is not None
+    return Summary(tables if is_judged else (), notes=(numbers["finding"],))
+
+
+def summary_text(summary: Summary) -> str:
+    """Returns a summary as lines of text, what it says first."""
+
+    def lines(table: Table) -> str:
+        rows = (table.columns, *table.rows)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        sides = ["<"] * table.text_columns + [">"] * len(widths)
+        return "\n".join(
+            "  ".join(
+                f"{cell:{side}{width}}"
+                for cell, side, width in zip(row, sides, widths, strict=False)
+            ).rstrip()
+            for row in rows
+        )
+
+    texts = (*summary.warnings, *summary.notes)
+    return "\n\n".join((*texts, *map(lines, summary.tables)))
 
 
 def copies_notes(features: Any) -> tuple[str, ...]:

@@ -17,12 +17,7 @@ from keras_rsft.config import NOT_DECAYED, SPLITS, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
-from keras_rsft.label_quality._audit import (
-    MIN_CLASS_SIZE,
-    Estimate,
-    LabelQuality,
-    audit_labels,
-)
+from keras_rsft.label_quality._audit import Estimate, LabelQuality, audit_labels
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._listed import AcceptReviewed, AutoPolicy
 from keras_rsft.policies._policy import Policy
@@ -56,7 +51,7 @@ def audit_splits(
     held_out = [getattr(features, name) for name in HELD_OUT]
     found = audit_labels(
         features.train,
-        len(features.class_names),
+        class_names=features.class_names,
         held_out=[*held_out, *features.left_out.values()],
         seed=seed,
         progress=progress,
@@ -67,53 +62,6 @@ def audit_splits(
         held_out=found.held_out[: len(held_out)],
         left_out=dict(zip(features.left_out, further, strict=True)),
     )
-
-
-def left_out_of(split: str) -> str:
-    """Returns how the samples are called that were left out of a split."""
-    return f"{split} (left out)"
-
-
-def label_results(
-    quality: LabelQuality, class_names: tuple[str, ...]
-) -> dict[str, Any]:
-    """Returns what an audit found, for JSON: in all, by split and by class.
-
-    All numbers of labels that are shown come from here. Those of the splits and those
-    of the classes add up to the same sums.
-    """
-    named = dict(zip(SPLITS, (quality, *quality.held_out), strict=True))
-    named |= {left_out_of(name): part for name, part in quality.left_out.items()}
-    parts = {name: part for name, part in named.items() if len(part.labels)}
-
-    def row(labels: np.ndarray, wrong: float, looks_wrong: np.ndarray) -> dict:
-        known = {"expected_wrong": wrong if quality.can_judge else None}
-        return {"samples": len(labels), **known, "look_wrong": int(looks_wrong.sum())}
-
-    labels, looks_wrong = (
-        np.concatenate([getattr(part, name) for part in parts.values()])
-        for name in ("labels", "looks_wrong")
-    )
-    confusion = np.sum([part.confusion for part in parts.values()], axis=0)
-    wrong = confusion - np.diag(np.diag(confusion))
-    sizes, classes = np.bincount(quality.labels, minlength=len(class_names)), []
-    for number, name in enumerate(class_names):
-        members, other = labels == number, int(wrong[number].argmax())
-        found = row(labels[members], float(wrong[number].sum()), looks_wrong[members])
-        if sizes[number] < MIN_CLASS_SIZE:
-            found["expected_wrong"] = None
-        likely = class_names[other] if wrong[number, other] > 0 else None
-        classes.append({"class": name, **found, "confused_with": likely})
-    return {
-        "finding": quality.finding,
-        **row(labels, float(wrong.sum()), looks_wrong),
-        "splits": {
-            name: row(part.labels, part.expected_wrong, part.looks_wrong)
-            | {"known": 0 if part.reviewed is None else int(part.reviewed.sum())}
-            for name, part in parts.items()
-        },
-        "classes": classes,
-    }
 
 
 @dataclasses.dataclass(frozen=True)

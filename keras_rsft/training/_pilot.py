@@ -147,7 +147,10 @@ def run_pilot(
     )
     started = time.perf_counter()
     label_quality = audit_labels(
-        sampled, data.num_classes, seed=settings.seed, progress=progress
+        sampled,
+        num_classes=data.num_classes,
+        seed=settings.seed,
+        progress=progress,
     )
     examining = (time.perf_counter() - started) * max(1.0, len(labels) / len(sampled))
     policy = PolicyConfig() if settings.policy.name == _PLAIN else settings.policy

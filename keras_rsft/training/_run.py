@@ -31,7 +31,7 @@ from keras_rsft.features._thumbnails import (
     write_previews,
     write_thumbnails,
 )
-from keras_rsft.label_quality._audit import LabelQuality
+from keras_rsft.label_quality._audit import LabelQuality, label_results, left_out_of
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training import _before
 from keras_rsft.training._curves import Overfitting
@@ -43,8 +43,6 @@ from keras_rsft.training._head import (
     Callbacks,
     TrainedHead,
     audit_splits,
-    label_results,
-    left_out_of,
     train_against_plain,
     train_head,
 )
@@ -339,7 +337,7 @@ def finetune(
     *,
     validation_data: Any = None,
     test_data: Any = None,
-    corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    corrections: Any = (),
     before: str | os.PathLike | None = None,
     features: FeatureConfig | str | None = None,
     settings: TrainConfig | None = None,
@@ -366,7 +364,7 @@ def finetune(
         validation_data: The validation split, as in `load_data`. Default: a part of the
             training samples, or the split that `data` has.
         test_data: The same of the test split.
-        corrections: Files for `apply_corrections`. Default: none.
+        corrections: What `apply_corrections` takes. Default: none.
         before: The folder of the run before these corrections, to compare with on the
             corrected labels. Default: the latest one beside `output` that differs by
             its corrections alone.
@@ -417,8 +415,7 @@ def finetune(
     if settings.unfreeze is not None:
         require_layers_to_train(features)
     with_plain = with_plain and output is not None
-    if corrections:
-        data = apply_corrections(data, corrections)
+    data = apply_corrections(data, corrections)
     if before is not None and data.corrections is None:
         raise InvalidArgument(
             "`before` names the run before a review. Give its `corrections` too."
@@ -635,7 +632,7 @@ def audit(
     *,
     validation_data: Any = None,
     test_data: Any = None,
-    corrections: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    corrections: Any = (),
     features: FeatureConfig | str | None = None,
     seed: int = 0,
     output: str | os.PathLike | NumberedFolder | None = None,
@@ -654,7 +651,7 @@ def audit(
         validation_data: The validation split, as in `load_data`. Default: a part of the
             training samples, or the split that `data` has.
         test_data: The same of the test split.
-        corrections: Files for `apply_corrections`. Default: none.
+        corrections: What `apply_corrections` takes. Default: none.
         features: A `FeatureConfig`, or a backbone's name for `FeatureConfig(name)`.
             Default: `FeatureConfig()`.
         seed: As in `audit_labels`. Default 0.
@@ -677,8 +674,7 @@ def audit(
     require_tensorflow_backend("`audit`")
     started = time.perf_counter()
     data, config = resolve(data, features, validation_data, test_data, progress)
-    if corrections:
-        data = apply_corrections(data, corrections)
+    data = apply_corrections(data, corrections)
     with contextlib.ExitStack() as stack:
         place = None  # Taken before the work, not after it.
         if output is not None:

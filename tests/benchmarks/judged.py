@@ -88,7 +88,7 @@ def judged(features, labels, clean, names, seed: int, epochs: int) -> Iterator[t
     nothing = held_out.take(np.arange(0))
     splits = SplitFeatures(train, nothing, nothing, names)
     quality = rsft.audit_labels(
-        train, len(names), held_out=[held_out], seed=seed, progress=False
+        train, num_classes=len(names), held_out=[held_out], seed=seed, progress=False
     )
     for policy in ("auto", "accept-all"):
         settings = rsft.TrainConfig(

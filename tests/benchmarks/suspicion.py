@@ -2,7 +2,8 @@
 
 AUROC of both on the same features of a frozen EfficientNet-Lite0 at 128 px. cleanlab
 computes its label quality (self-confidence) from what it usually gets: out-of-fold
-probabilities of five plainly trained heads.
+probabilities of five plainly trained heads. `predictions` is the suspicion of an audit
+of these probabilities alone.
 
     python tests/benchmarks/suspicion.py FOLDER
 
@@ -40,7 +41,10 @@ def main() -> None:
         cache_dir=arguments.cache_dir,
     )
     settings = rsft.TrainConfig(policy=rsft.PolicyConfig("accept-all"))
-    print(f"{'labels':16} {'wrong':>7} {'suspicion':>10} {'cleanlab':>10}")
+    print(
+        f"{'labels':16} {'wrong':>7} {'suspicion':>10} {'predictions':>11} "
+        f"{'cleanlab':>10}"
+    )
     for column in arguments.columns:
         data = rsft.load_images(
             str(arguments.folder / "labels.csv"),
@@ -49,14 +53,16 @@ def main() -> None:
         )
         features = open_features(data, config).features
         train = features.train
-        found = rsft.audit_labels(train, data.num_classes)
+        found = rsft.audit_labels(train, num_classes=data.num_classes)
         with tempfile.TemporaryDirectory() as folder:
             plain = out_of_fold_probabilities(features, settings, folder=Path(folder))
         wrong = train.labels != train.clean_labels
+        by_model = rsft.audit_labels(labels=train.labels, probabilities=plain)
         quality = get_label_quality_scores(train.labels, plain)
         print(
             f"{column:16} {100 * wrong.mean():6.1f}% "
             f"{roc_auc_score(wrong, found.suspicion):10.4f} "
+            f"{roc_auc_score(wrong, by_model.suspicion):11.4f} "
             f"{roc_auc_score(wrong, -quality):10.4f}",
             flush=True,
         )
