@@ -58,6 +58,7 @@ def test_the_report_has_the_wrong_labels_first_and_their_pictures(own, tmp_path)
     text, gallery = gallery_of(path)
     samples = gallery["samples"]
     assert "About 6 of 60 labels are wrong" in text
+    assert "Expected wrong" in text
     assert set(samples["id"][:WRONG]) == {str(row) for row in range(WRONG)}
     assert sum(samples["wrong"]) == WRONG
     assert (gallery["classes"], gallery["total"]) == (list(NAMES), COUNT)
@@ -154,6 +155,24 @@ class TestReview:
         frame = review.to_frame()
         assert [*frame] == ["id", "given_label", "decision", "new_label"]
         assert frame.to_numpy().tolist() == [list(row) for row in review]
+
+    @pytest.mark.parametrize("as_frame", [False, True])
+    def test_decisions_are_applied_to_the_same_arrays(self, photos, own, as_frame):
+        x, y = photos
+        review = own[2].review()
+        for row in range(WRONG):
+            review.decide(str(row), "relabel")
+        given = review.to_frame() if as_frame else review
+        quality = rsft.audit_labels(
+            x.mean(axis=(1, 2)), y, corrections=given, progress=False
+        )
+        data = rsft.load_data((255 * x).astype("uint8"), y, test_fraction=0.0)
+        data = rsft.apply_corrections(data, given)
+        right = np.arange(COUNT) % 3
+        np.testing.assert_array_equal(quality.labels, right)
+        assert np.flatnonzero(quality.reviewed).tolist() == list(range(WRONG))
+        for part in (data.train, data.validation):
+            np.testing.assert_array_equal(part.labels, right[part.ids.astype(int)])
 
     @pytest.mark.parametrize(
         "decided",

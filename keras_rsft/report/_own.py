@@ -15,6 +15,7 @@ import numpy as np
 from keras_rsft import _storage
 from keras_rsft.data._samples import DECISIONS, Correction
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.label_quality._audit import label_results
 
 # Most suspicious samples whose pictures a page gets, and how many of these are large.
 _PICTURES, _LARGE = 2_000, 250
@@ -124,6 +125,8 @@ def write_folder(
         "versions": _storage.installed_versions(),
     }
     results = {"sentence": sentence, "acceptance_rate": accepted[-1]}
+    if quality is not None:
+        results["label_quality"] = label_results(quality, names, ("train",))
     _storage.write_json(folder / _storage.CONFIG_FILE, config)
     _storage.write_json(folder / _storage.RESULTS_FILE, results)
     _storage.write_json(folder / _storage.CLASSES_FILE, names)
