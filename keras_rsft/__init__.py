@@ -70,6 +70,7 @@ _HOMES = {
     "run_pilot": "training._pilot",
     "search": "tuning._search",
     "trust_splits": "data._labels",
+    "with_ids": "model._data",
     "write_report": "report._page",
 }
 

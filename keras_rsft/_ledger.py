@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_rsft import _storage
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.label_quality._audit import LabelQuality
 
@@ -186,57 +189,182 @@ class Ledger:
 class RejectionLedger(keras.callbacks.Callback):
     """Keeps a `Ledger` of an `RSFTModel` while it is fitted.
 
-    Works with any data set that says which samples a batch holds: it yields
-    `(x, y, sample_weight or None, sample_index)`. Where the right labels are known,
-    each epoch's logs get `rejection_precision` (fraction of the rejected samples
-    whose label is wrong) and `rejection_recall` (fraction of the wrong labels
-    rejected), 0 where there is nothing to divide by.
+    Works in `fit(x, y)` of arrays and of a `PyDataset`, whose rows are numbered from 0,
+    and with a `tf.data.Dataset` from `with_ids`. Without arguments it takes the labels
+    from what `fit` gets, and the numbers as ids: all but arrays are read once for that,
+    before the first epoch. Where the right labels are known, each epoch's logs get
+    `rejection_precision` (fraction of the rejected samples whose label is wrong) and
+    `rejection_recall` (fraction of the wrong labels rejected), 0 where there is nothing
+    to divide by.
 
     Of a policy at level `"element"` it keeps samples all the same: the mean of the
     finite losses of a sample's elements, and as accepted those of whose elements at
     least half were.
 
     Args:
-        ids: String array `(n,)`, named by the sample indices.
-        labels: Integer array `(n,)`, the given labels.
+        ids: String array `(n,)`, named by the sample indices. Default: `"0"`, `"1"`...
+        labels: Integer array `(n,)`, the given labels. Default: those that `fit` gets.
         clean_labels: Integer array `(n,)`, the right labels, or None.
 
     Attributes:
-        ledger: The `Ledger`.
+        ledger: The `Ledger`. Where no labels are given, there is none before `fit`.
         acceptance_by_class: A float32 array `(classes,)` an epoch: accepted share of
             the samples seen of each class, NaN where none was seen.
         last_epoch: Of the last epoch two float arrays `(n,)`: the losses, and what
             became of the samples: 1 accepted, 0 rejected, negative not seen. None
             before the first.
         loss_histograms: A `LossHistogram` an epoch.
+        page: Where `write_report` wrote the page of this ledger, or None.
 
     Raises:
-        InvalidArgument: If the arrays differ in length.
+        InvalidArgument: If the arrays differ in length; in `fit`, if its data do not
+            say which samples there are, or the targets are not classes.
 
     Example:
-        >>> import tensorflow as tf
         >>> import keras_rsft as rsft
         >>> model = rsft.RSFTModel(rsft.build_head(2, 2), rsft.KeepFraction(0.5))
         >>> model.compile("sgd", "sparse_categorical_crossentropy")
-        >>> x, y = np.eye(2, dtype="float32"), np.array([0, 1], "int32")
-        >>> sample_index = np.arange(2, dtype="int32")
-        >>> data = tf.data.Dataset.from_tensors((x, y, None, sample_index))
-        >>> ledger = rsft.RejectionLedger(np.array(["a", "b"]), y)
-        >>> history = model.fit(data, epochs=3, callbacks=[ledger], verbose=0)
+        >>> x, y = np.eye(2, dtype="float32"), np.array([0, 1])
+        >>> ledger = rsft.RejectionLedger()
+        >>> history = model.fit(x, y, epochs=3, callbacks=[ledger], verbose=0)
         >>> int(ledger.ledger.seen.sum()), int(ledger.ledger.rejected.sum())
         (6, 3)
     """
 
-    def __init__(self, ids: Any, labels: Any, clean_labels: Any = None):
+    needs_sample_index = True
+
+    def __init__(self, ids: Any = None, labels: Any = None, clean_labels: Any = None):
         super().__init__()
-        self.ledger = Ledger(ids, labels, clean_labels)
+        self._ids, self._clean_labels = ids, clean_labels
+        self._ledger: Ledger | None = None
+        self._samples: Any = None
+        self.page: Path | None = None
         self.acceptance_by_class: list[np.ndarray] = []
         self.last_epoch: tuple[np.ndarray, np.ndarray] | None = None
         self.loss_histograms: list[LossHistogram] = []
-        unseen = np.full((len(self.ledger), 2), _NOT_SEEN, np.float32)
+        if labels is not None:
+            self._begin(labels)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The `Ledger`, once the labels are known.
+
+        Raises:
+            InvalidArgument: If they are not yet.
+        """
+        if self._ledger is None:
+            raise InvalidArgument(
+                "The ledger takes its labels from `fit`. Received: none yet. Call "
+                "`fit(..., callbacks=[ledger])` first."
+            )
+        return self._ledger
+
+    def learn_samples(self, samples: Any, quality: LabelQuality | None) -> None:
+        """Takes what `RSFTModel.fit` knows of its samples, before it begins.
+
+        Args:
+            samples: The samples with their `labels` and `count`; None where the data
+                do not say which samples there are.
+            quality: What an audit found, or None.
+
+        Raises:
+            InvalidArgument: If the samples are not known, or others than before.
+        """
+        if self._ledger is None:
+            if samples is None:
+                raise InvalidArgument(
+                    "A ledger must know which samples there are. Received: data that "
+                    "do not say it. Give `fit` arrays or a `PyDataset`; number a "
+                    "`tf.data.Dataset` by `rsft.with_ids(dataset)`, before it is "
+                    "shuffled."
+                )
+            self._begin(samples.labels)
+        known = None if samples is None else samples.count
+        if known not in (None, len(self.ledger)):
+            raise InvalidArgument(
+                f"The ledger is of {len(self.ledger):,} samples. Received: {known:,} "
+                "in `fit`. Make a new RejectionLedger for other data."
+            )
+        self._samples = samples
+        if quality is not None and quality.can_judge:
+            self.ledger.note_quality(quality)
+
+    def _begin(self, labels: Any) -> None:
+        ids = np.arange(len(labels)).astype(str) if self._ids is None else self._ids
+        self._ledger = Ledger(ids, labels, self._clean_labels)
+        unseen = np.full((len(self._ledger), 2), _NOT_SEEN, np.float32)
         self._epoch = keras.Variable(
             unseen, dtype="float32", trainable=False, name="rejection_ledger"
         )
+
+    def inputs(self, rows: np.ndarray) -> dict[int, Any]:
+        """Returns what `fit` was given of some samples, by index; reads its data once.
+
+        Args:
+            rows: Integers `(k,)`, indices of samples.
+        """
+        return {} if self._samples is None else self._samples.inputs(rows)
+
+    def tables(self, class_names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """Returns header and rows of each file that a run folder has of this ledger.
+
+        Args:
+            class_names: Names of the classes.
+        """
+        epochs = enumerate(self.acceptance_by_class, 1)
+        missing = [math.nan] * len(class_names)
+        return {
+            _storage.LEDGER_FILE: (COLUMNS, self.ledger.rows(tuple(class_names))),
+            _storage.ACCEPTANCE_FILE: (
+                ["epoch", *class_names],
+                ([at, *row, *missing[len(row) :]] for at, row in epochs),
+            ),
+            _storage.HISTOGRAMS_FILE: (
+                HISTOGRAM_COLUMNS,
+                (
+                    row
+                    for at, histogram in enumerate(self.loss_histograms, 1)
+                    for row in histogram.rows(at)
+                ),
+            ),
+        }
+
+    def review(
+        self,
+        images: Any = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        count: int = 50,
+    ) -> Any:
+        """Shows the most suspicious samples in a notebook, to decide on their labels.
+
+        With buttons where ipywidgets is installed (the extra `notebook`), else as a
+        table with the way to the report. A label is proposed where the policy `"auto"`
+        audited the labels, or `Ledger.note_probabilities` was called.
+
+        ```python
+        review = ledger.review()
+        review  # The last line of a cell: shows it.
+        rsft.finetune((x, y), corrections=review)
+        ```
+
+        Args:
+            images: The training samples' pictures, `(n, height, width[, channels])`.
+                Default: the inputs of `fit`, where they are pictures.
+            class_names: Names of the classes, by label. Default: the numbers.
+            count: How many samples to show, at least 1. Default 50.
+
+        Returns:
+            The decisions, a sequence of rows of corrections, as `finetune`,
+            `audit_labels` and `apply_corrections` take them; `.to_frame()` makes a
+            DataFrame of them, `.decide(id, decision)` notes one.
+
+        Raises:
+            InvalidArgument: If `fit` was not called, or an argument does not fit it.
+        """
+        from keras_rsft.report._own import Review
+
+        return Review(self, images, class_names, count)
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns copies of what the epochs so far have left, by name."""
@@ -273,7 +401,8 @@ class RejectionLedger(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        model.record_with(_Recorder(self._epoch))
+        if self._ledger is not None:  # Else it is told again, by `fit`.
+            model.record_with(_Recorder(self._epoch))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         losses, accepted = self._epoch.numpy().T.copy()

@@ -91,8 +91,31 @@ def trained(policy, batch_norm):
     return found | {f"policy {number}": np.array(v) for number, v in state}
 
 
+def fitted_by_itself(numbered):
+    """Trains on arrays or on `tf.data` with the policy auto and a ledger."""
+    right = np.arange(SAMPLES) % CLASSES
+    x = np.random.default_rng(5).normal(size=(SAMPLES, DIM)) + 8 * np.eye(DIM)[right]
+    given = np.where(np.arange(SAMPLES) < 6, (right + 1) % CLASSES, right)
+    data = (x.astype("float32"), given.astype("int32"))
+    if numbered:
+        import tensorflow as tf
+
+        rows = tf.data.Dataset.from_tensor_slices(data)
+        data = (rsft.with_ids(rows).shuffle(SAMPLES, seed=1).batch(BATCH),)
+    model = rsft.RSFTModel(made_model(batch_norm=False), "auto")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    ledger = rsft.RejectionLedger()
+    model.fit(*data, epochs=2, verbose=0, callbacks=[ledger], shuffle=False)
+    names = ("labels", "seen", "accepted", "looks_wrong")
+    return {name: getattr(ledger.ledger, name) for name in names}
+
+
 def main(path):
     results = {"backend": np.array(keras.backend.backend())}
+    for numbered in (False, True):
+        found = fitted_by_itself(numbered)
+        results |= {f"auto {numbered}: {name}": one for name, one in found.items()}
     for case, (policy, batch_norm) in CASES.items():
         found = trained(policy(), batch_norm)
         results |= {f"{case}: {name}": value for name, value in found.items()}

@@ -92,6 +92,9 @@ def test_weights_decisions_and_ledger_are_those_of_tensorflow(backend, found_und
         )
     rates = [found[f"{case}: log acceptance_rate"] for case in ("sample", "batch")]
     assert all(0 < rate.mean() < 1 for rate in rates), "both branches are taken"
+    wrong = found["auto True: looks_wrong"]
+    assert wrong[:6].all()
+    np.testing.assert_array_equal(found["auto True: accepted"], 2 * (1 - wrong))
 
 
 RULES = (

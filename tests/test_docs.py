@@ -2,8 +2,8 @@
 
 The Python blocks of a page run one after the other, as a reader would paste them, in a
 folder that has what they name: `photos/`, and a backbone `own.keras`. `your_model`,
-`train` and `validation` are there too. `<!-- not run: WHY -->` in front of a block, and
-WHY in the page's words, leaves one out.
+`train`, `validation`, `x_train` and `y_train` are there too. `<!-- not run: WHY -->` in
+front of a block, and WHY in the page's words, leaves one out.
 """
 
 from __future__ import annotations
@@ -281,5 +281,6 @@ def test_python_runs(page, readers_folder, small_data, make_model):
 
     batches = tf.data.Dataset.from_tensor_slices(small_data).batch(16)
     names = {"your_model": make_model(), "train": batches, "validation": batches}
+    names |= dict(zip(("x_train", "y_train"), small_data, strict=True))
     for block in blocks(PAGES[page], "python"):
         exec(compile(block, page, "exec"), names)

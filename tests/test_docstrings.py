@@ -32,7 +32,7 @@ MAIN_NAMES = (
     *("LossThreshold", "Policy", "RunningThreshold", "SelfPaced", "RSFTModel"),
     *("FeatureSet", "RejectionLedger", "SearchSpace", "TrainingBatches"),
     *("TrainConfig", "PolicyConfig", "add_label_noise", "build_head"),
-    *("audit_labels", "load_data", "load_images"),
+    *("audit_labels", "load_data", "load_images", "with_ids"),
 )
 # Methods of others: each names the paper.
 PUBLISHED = (

@@ -125,8 +125,9 @@ class TestCallback:
     def test_needs_to_know_the_samples(self, small_data, make_model):
         x, y = small_data
         model = compiled(make_model, AcceptAll())
-        with pytest.raises(InvalidArgument, match="sample_index"):
-            model.fit(x, y, verbose=0, callbacks=[ledger_of(y)])
+        unnumbered = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+        with pytest.raises(InvalidArgument, match="with_ids"):
+            model.fit(unnumbered, verbose=0, callbacks=[ledger_of(y)])
 
     def test_fit_goes_on_without_it_afterwards(self, small_data, make_model):
         x, y = small_data
@@ -234,9 +235,9 @@ class TestPoliciesThatKnowTheSamples:
             AutoPolicy(6, loss_limit=wrong)
 
     def test_refuses_a_data_set_without_indices(self, small_data, make_model):
-        x, y = small_data
+        unnumbered = tf.data.Dataset.from_tensor_slices(small_data).batch(16)
         with pytest.raises(InvalidArgument, match="AcceptListed must be told"):
-            compiled(make_model, AcceptListed(48)).fit(x, y, verbose=0)
+            compiled(make_model, AcceptListed(48)).fit(unnumbered, verbose=0)
 
     @pytest.mark.parametrize("accept", [[], [False], [[True]], [1.0, 0.0], 0])
     def test_refuses_what_is_no_list(self, accept):

@@ -119,7 +119,7 @@ class TestImages:
         data = rsft.load_data(convert(X), Y, **WHOLE)
         np.testing.assert_array_equal(pixels_of(data), X)
         assert data.train.labels.tolist() == Y.tolist()
-        assert data.train.ids.tolist() == [f"{row:02}" for row in range(12)]
+        assert data.train.ids.tolist() == [f"{row}" for row in range(12)]
         assert tf.io.decode_png(data.train.encoded(3)).numpy().tolist() == X[3].tolist()
 
     @pytest.mark.parametrize("grey", [X[..., 0], X[..., :1]])
@@ -205,7 +205,7 @@ class TestLabels:
         names = ["zebra", "yak", "cow"]
         data = rsft.load_data((X, Y), class_names=names, **WHOLE)
         assert data.class_names == tuple(names)
-        assert named_labels(data, "train")["02"] == "cow"
+        assert named_labels(data, "train")["2"] == "cow"
         strings = np.array(names)[Y]
         data = rsft.load_data((X, strings), class_names=names, **WHOLE)
         assert data.train.labels.tolist() == Y.tolist()
@@ -363,7 +363,8 @@ class TestStreams:
         assert data.class_names == ("blue", "green", "red")
         one = rsft.load_data(Tensors((X, Y)), **WHOLE)
         other = rsft.load_data(Tensors((X[::-1], Y[::-1])), **WHOLE)
-        assert [id_[:3] for id_ in one.train.ids] == [f"{row:02}-" for row in range(12)]
+        numbers = [id_.split("-")[0] for id_ in one.train.ids]
+        assert numbers == [f"{row}" for row in range(12)]
         assert not set(one.train.ids) & set(other.train.ids)
 
     def test_a_shuffled_one_is_refused_at_once(self, photo_folder):

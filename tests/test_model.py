@@ -308,6 +308,7 @@ def test_the_logs_cover_the_epoch(steps_per_execution, compile_options):
             "accepted": 17,
             "samples": 22,
             "accepted_loss_sum": 15.3,
+            "loss_sum": 25.3,
             "nonfinite": 0,
             "lowest_loss_rejected": float("inf"),
         },

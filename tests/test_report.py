@@ -446,9 +446,9 @@ class TestPage:
         assert 'id="labels-found"' not in page
 
     def test_it_is_written_beside_and_replaced(self, run_folder, tmp_path):
-        path = write_report(run_folder, tmp_path / "page.html")
+        path = write_report(run_folder, path=tmp_path / "page.html")
         first = path.read_bytes()
-        assert write_report(str(run_folder), path).read_bytes() == first
+        assert write_report(str(run_folder), path=path).read_bytes() == first
         assert [one.name for one in tmp_path.iterdir()] == ["page.html"]
 
     def test_the_default_place_is_the_runs_folder(self, tmp_path):
@@ -459,10 +459,10 @@ class TestPage:
         mine = tmp_path / "mine.html"
         mine.write_text("<!doctype html>mine")
         with pytest.raises(InvalidArgument, match="not a report"):
-            write_report(run_folder, mine)
+            write_report(run_folder, path=mine)
         assert mine.read_text() == "<!doctype html>mine"
         with pytest.raises(InvalidArgument, match="not a report"):
-            write_report(run_folder, tmp_path)
+            write_report(run_folder, path=tmp_path)
 
     def test_a_run_that_was_not_written(self):
         class Unwritten:
@@ -526,7 +526,7 @@ class TestPage:
     def test_tensorflow_is_not_needed(self, run_folder, tmp_path):
         program = (
             "import sys; from keras_rsft import write_report; "
-            f"write_report({str(run_folder)!r}, {str(tmp_path / 'r.html')!r}); "
+            f"write_report({str(run_folder)!r}, path={str(tmp_path / 'r.html')!r}); "
             "assert not {'tensorflow', 'keras'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", program], check=True)

@@ -447,7 +447,7 @@ def test_the_server_shows_what_the_file_left_out(
     open_page, report, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(gallery, "MAX_EMBEDDED", 20)
-    few = write_report(report.parent, tmp_path / "few.html")
+    few = write_report(report.parent, path=tmp_path / "few.html")
     page = open_page(few)
     left_out = page.text_content("#gallery .lead")
     shown = page.locator("#grid .card").count()

@@ -91,7 +91,7 @@ def load_data(
             some of the training samples are held out, as by `load_images`.
         test_data: The same of the test split.
         ids: An id for each sample of `x`, each once. Default None: of arrays the
-            numbers of the rows, such as "0012"; of streams the number and a part of
+            numbers of the rows, such as "12"; of streams the number and a part of
             the content's digest, or the relative `file_paths` that
             `image_dataset_from_directory` notes; of texts as in `load_texts`. Those of
             `validation_data` and `test_data` begin with the split's name.
@@ -339,8 +339,7 @@ def _ids_of(asked: _Asked, own: list[str]) -> np.ndarray:
 
 
 def _row_numbers(count: int, prefix: str) -> list[str]:
-    width = len(str(max(count - 1, 0)))
-    return [f"{prefix}{row:0{width}}" for row in range(count)]
+    return [f"{prefix}{row}" for row in range(count)]
 
 
 # Arrays -------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class _Unreduced(keras.losses.Loss):
     def __init__(self, loss: Any, shapes: list[Shape] | None, policy: Policy):
         super().__init__(reduction="none")
         self._loss, self._shapes = loss, shapes
-        self._one_class = policy.judges_by_class
+        self._one_class = getattr(policy, "judges_by_class", False)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         loss = get_loss(self._loss, y_true, y_pred)

@@ -14,8 +14,16 @@ from keras_rsft.model._losses import LEFT_OUT
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
 
 
-def selection_sums(losses: Any, accept_mask: Any) -> Any:
-    """Sums what a batch adds to the counters, in one reduction, float32 `(5,)`."""
+# Classes that are counted apart; further ones are counted with the last.
+_CLASSES = 1_000
+
+
+def selection_sums(losses: Any, accept_mask: Any, labels: Any) -> tuple[Any, Any]:
+    """Sums what a batch adds to the counters, in one reduction, float32 `(5,)`.
+
+    And how many samples of each class were judged, and accepted, `(1000, 2)`; None
+    where the labels are no classes.
+    """
     judged = ops.ones_like(losses)
     if len(losses.shape) > 1:
         judged = ops.cast(ops.not_equal(losses, LEFT_OUT), "float32")
@@ -25,7 +33,12 @@ def selection_sums(losses: Any, accept_mask: Any) -> Any:
     finite_loss = ops.where(finite, losses, 0.0)
     finite = ops.cast(finite, "float32")
     rows = [judged, accepted, accepted * finite_loss, finite, finite_loss]
-    return ops.sum(ops.stack(rows), axis=1)
+    sums = ops.sum(ops.stack(rows), axis=1)
+    if labels is None:
+        return sums, None
+    groups = ops.minimum(ops.reshape(labels, (-1,)), _CLASSES - 1)  # None is negative.
+    counted = ops.stack([judged, accepted], axis=1)
+    return sums, ops.segment_sum(counted, groups, num_segments=_CLASSES)
 
 
 class SelectionMetric(keras.metrics.Metric):
@@ -34,6 +47,9 @@ class SelectionMetric(keras.metrics.Metric):
     def __init__(self, name: str = "selection"):
         super().__init__(name=name, dtype="float32")
         self.totals = self.add_variable((5,), "zeros", dtype="float32", name="totals")
+        self.classes = self.add_variable(
+            (_CLASSES, 2), "zeros", dtype="float32", name="classes"
+        )
         self.lowest = self.add_variable(
             (),
             keras.initializers.Constant(float("inf")),
@@ -42,12 +58,15 @@ class SelectionMetric(keras.metrics.Metric):
             name="lowest",
         )
 
-    def update_state(self, sums: Any) -> None:
-        """Adds one batch: a float32 tensor `(5,)` from `selection_sums`."""
-        if keras.backend.backend() == "tensorflow":
-            self.totals.value.assign_add(sums)  # `assign` would copy all of it.
-        else:
-            self.totals.assign(self.totals.value + sums)
+    def update_state(self, sums: Any, of_classes: Any = None) -> None:
+        """Adds one batch: what `selection_sums` returns."""
+        for variable, added in ((self.totals, sums), (self.classes, of_classes)):
+            if added is None:
+                continue
+            if keras.backend.backend() == "tensorflow":
+                variable.value.assign_add(added)  # `assign` would copy all of it.
+            else:
+                variable.assign(variable.value + added)
 
     def note_rejected(self, losses: Any, level: str) -> None:
         """Remembers the lowest loss that was judged in a step that accepted nothing."""
@@ -64,25 +83,38 @@ class SelectionMetric(keras.metrics.Metric):
 
     def reset_state(self) -> None:
         self.totals.assign(ops.zeros((5,)))
+        self.classes.assign(ops.zeros((_CLASSES, 2)))
         self.lowest.assign(float("inf"))
 
 
+# A class of at least this many samples, of which no larger fraction is accepted, is not
+# learnt any more.
+_LEAST_SAMPLES, _LEAST_ACCEPTED = 10, 0.1
+
+
 class AcceptanceGuard(keras.callbacks.Callback):
-    """Warns when an epoch accepted nothing or met losses that are not finite."""
+    """Warns of epochs that accepted nothing, of losses that are not finite, of harm.
+
+    Harm: after the warm-up fewer samples are accepted, all of them have a higher loss
+    than in the epoch before, and of some class hardly any is accepted. Noisy labels
+    alone do the first two, but leave each class its clean ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[str, float] | None = None
+        self._seen: dict[str, Any] | None = None
+        self._best, self._loss_before = (0, 0.0), math.inf
+        self._warned = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._seen = None
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         # Validation resets the metrics before the epoch ends.
-        self._seen = self._seen or self.model.selection_totals()
+        self._seen = self._seen or self._counted()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        seen = self._seen or self.model.selection_totals()
+        seen = self._seen or self._counted()
         judged = "element" if self.model.policy.level == "element" else "sample"
         if seen["nonfinite"] > 0:
             warnings.warn(
@@ -104,3 +136,37 @@ class AcceptanceGuard(keras.callbacks.Callback):
             warnings.warn(
                 f"Epoch {epoch + 1} accepted no {judged}{found}", stacklevel=2
             )
+        self._warn_of_harm(epoch, seen)
+
+    def _counted(self) -> dict[str, Any]:
+        classes = self.model.selection.classes.numpy()
+        return self.model.selection_totals() | {"classes": classes}
+
+    def _warn_of_harm(self, epoch: int, seen: dict[str, Any]) -> None:
+        finite = seen["samples"] - seen["nonfinite"]
+        if self._warned or finite <= 0:
+            return
+        accepted, loss = seen["accepted"] / seen["samples"], seen["loss_sum"] / finite
+        judged, learnt = seen["classes"].T
+        known = judged >= _LEAST_SAMPLES
+        left_out = known & (learnt < _LEAST_ACCEPTED * judged)
+        policy, (best_epoch, best) = self.model.policy, self._best
+        if (
+            int(policy.steps_seen.numpy()) > policy.warmup_steps
+            and accepted < best
+            and loss > self._loss_before
+            and left_out.any()
+        ):
+            self._warned = True
+            warnings.warn(
+                f"Epoch {epoch + 1}: the policy rejects what the model still has to "
+                f"learn: it accepts {100 * accepted:.0f} % of the samples "
+                f"({100 * best:.0f} % in epoch {best_epoch + 1}) and hardly any of "
+                f"{left_out.sum()} of {known.sum()} classes, while the loss of all "
+                f"samples rises, from {self._loss_before:.3g} to {loss:.3g}. Use "
+                'policy="auto", a longer warm-up or a higher threshold.',
+                stacklevel=2,
+            )
+        self._loss_before = loss
+        if accepted > best:
+            self._best = epoch, accepted

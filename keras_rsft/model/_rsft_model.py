@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras.src.trainers.data_adapters.tf_dataset_adapter import make_class_weight_map_fn
+import numpy as np
+from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 
+from keras_rsft.config import PolicyConfig
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.label_quality._audit import LabelQuality
+from keras_rsft.model import _data
+from keras_rsft.model._auto import audit_samples
 from keras_rsft.model._losses import LossScorer
 from keras_rsft.model._metrics import AcceptanceGuard, SelectionMetric
-from keras_rsft.policies import _listed, _threshold  # noqa: F401 (registered)
+from keras_rsft.policies._listed import AutoPolicy, require_same_count
 from keras_rsft.policies._policy import Policy
+from keras_rsft.policies._threshold import build_policy
 
 _BACKEND = keras.backend.backend()
 if _BACKEND == "tensorflow":
@@ -52,17 +60,37 @@ class RSFTModel(BackendStep):
     `MultiWorkerMirroredStrategy`, with its policy, it trains as on one device: one
     decision on the batch of all replicas, normalised by the number that all accept.
 
-    A data set may say which training sample each row is, for policies and for a
-    `RejectionLedger`: it then yields `(x, y, sample_weight or None, sample_index)`,
-    with int32 indices `(batch,)` in [0, n).
+    Policies and a `RejectionLedger` may ask which training sample each row is. `fit`
+    numbers the rows of arrays and of a `PyDataset`. A `tf.data.Dataset` is numbered by
+    `with_ids`: it yields `(x, y, sample_weight or None, sample_index)`, with int32
+    indices `(batch,)` in [0, n).
+
+    With the policy `"auto"`, the first `fit` audits the labels of the training samples
+    before its first epoch, says in one line what it found, and makes an `AutoPolicy` of
+    it, which is saved with the model. The features of the audit are what the model
+    computes before it is trained, so that it needs a pretrained backbone: features that
+    predict less than two thirds of the labels, as those of a model from scratch mostly
+    do, are not trusted, and every sample is accepted.
 
     Args:
         model: Any `keras.Model`; it is used, not copied, and stays available
             as `.model`.
-        policy: A `Policy`, e.g. `LossThreshold(1.5)`.
+        policy: A `Policy`, e.g. `LossThreshold(1.5)`; a name out of
+            `PolicyConfig`, e.g. `"auto"` or `"loss-threshold"`; or a `PolicyConfig`.
+            The first `fit` makes a policy of the latter two, whose warm-up is counted
+            in epochs and whose threshold in units of ln(classes).
+        features_from: For the policy `"auto"`: the name of the layer whose output is
+            the features, averaged over its inner axes. Default: what goes into the
+            last Dense layer.
+
+    Attributes:
+        label_quality: The `LabelQuality` that the policy `"auto"` found; None before,
+            for other policies, and after loading.
 
     Raises:
-        TypeError: If `policy` is not a `Policy`, or `model` not a `keras.Model`.
+        TypeError: If `policy` is none of these, or `model` not a `keras.Model`.
+        InvalidArgument: If `policy` is a name that is not known, or `features_from`
+            is given for another policy.
 
     Example:
         >>> import numpy as np
@@ -75,20 +103,38 @@ class RSFTModel(BackendStep):
         [0.5]
     """
 
-    def __init__(self, model: keras.Model, policy: Policy, **kwargs: Any):
+    def __init__(
+        self,
+        model: keras.Model,
+        policy: Policy | PolicyConfig | str,
+        *,
+        features_from: str | None = None,
+        **kwargs: Any,
+    ):
         if not isinstance(model, keras.Model):
             raise TypeError(
                 f"`model` must be a `keras.Model`. Received: {type(model).__name__}."
             )
-        if not isinstance(policy, Policy):
+        if isinstance(policy, str):
+            policy = PolicyConfig(policy)
+        if not isinstance(policy, (Policy, PolicyConfig)):
             raise TypeError(
-                "`policy` must be a `keras_rsft` policy such as `LossThreshold(1.5)`. "
-                f"Received: {type(policy).__name__}."
+                "`policy` must be a name such as 'auto', or a `keras_rsft` policy such "
+                f"as `LossThreshold(1.5)`. Received: {type(policy).__name__}."
+            )
+        judged = isinstance(policy, AutoPolicy) or getattr(policy, "name", "") == "auto"
+        if features_from is not None and not judged:
+            raise InvalidArgument(
+                "`features_from` names the features that the policy 'auto' judges "
+                f"labels by. Received: features_from={features_from!r} for another "
+                "policy. Leave it out."
             )
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(**kwargs)
         self.model = model
-        self.policy = policy
+        self.policy: Any = policy
+        self.features_from = features_from
+        self.label_quality: LabelQuality | None = None
         self.selection = SelectionMetric()
         self._scorer = None
         self.built = model.built
@@ -117,6 +163,7 @@ class RSFTModel(BackendStep):
     ) -> None:
         """Configures training; takes what `keras.Model.compile` takes."""
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
+        self._scored_by = loss, loss_weights
         self._scorer = LossScorer(self, loss, loss_weights)
 
     def export(self, *args: Any, **kwargs: Any) -> None:
@@ -140,33 +187,127 @@ class RSFTModel(BackendStep):
         validation_data: Any = None,
         shuffle: Any = True,
         class_weight: dict[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains like `keras.Model.fit`, and warns if nothing is accepted."""
-        if class_weight is not None and _has_index(x):
-            weighted, class_weight = make_class_weight_map_fn(class_weight), None
-            x = x.map(lambda x, y, weight, index: (*weighted(x, y, weight), index))
+        """Trains like `keras.Model.fit`, and warns if rejection goes wrong."""
+        self._assert_compile_called("fit")
+        given_list = isinstance(callbacks, keras.callbacks.CallbackList)
+        given = callbacks.callbacks if given_list else keras.tree.flatten(callbacks)
+        given = [one for one in given if one is not None]
+        are_arrays = _data.are_arrays(x, y, sample_weight)
+        if validation_split and validation_data is None and are_arrays:
+            (x, y, sample_weight), validation_data = train_validation_split(
+                (x, y, sample_weight), validation_split=validation_split
+            )
+        samples, found = None, _data.numbered(
+            x, y, sample_weight, batch_size=batch_size, steps=steps_per_epoch,
+            shuffle=shuffle, class_weight=class_weight, filled=self._is_replicated(),
+            needed=isinstance(self.policy, PolicyConfig) or any(
+                getattr(one, "needs_sample_index", False)
+                for one in (self.policy, *given)
+            ),
+        )  # fmt: skip
+        if found is not None:  # All but the order is in `x` now.
+            x, samples = found
+            y = sample_weight = class_weight = None
+        self._decide_policy(samples, steps_per_epoch, x, verbose)
+        for one in given:
+            if hasattr(one, "learn_samples"):
+                one.learn_samples(samples, self.label_quality)
+                if given_list:
+                    one.set_model(self)
         x = self.ready_for_training(x)
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            guard = AcceptanceGuard()
+        guard = AcceptanceGuard()
+        if given_list:
             guard.set_model(self)
             callbacks.callbacks.append(guard)
         else:
-            given = keras.tree.flatten(callbacks) if callbacks is not None else []
-            callbacks = [*given, AcceptanceGuard()]
+            callbacks = [*given, guard]
         try:
             return super().fit(
                 x, y, batch_size, epochs, verbose, callbacks, validation_split,
-                validation_data, shuffle, class_weight, *args, **kwargs,
+                validation_data, shuffle, class_weight, sample_weight, initial_epoch,
+                steps_per_epoch, *args, **kwargs,
             )  # fmt: skip
+        except Exception:
+            if samples is not None and samples.failure is not None:
+                raise samples.failure from None
+            raise
         finally:  # A ledger is of one fit, also where that fails.
             if self._recorder is not None:
                 self.record_with(None)
 
+    def _decide_policy(
+        self, samples: _data.Samples | None, steps: int | None, data: Any, verbose: Any
+    ) -> None:
+        """Makes the policy that was chosen by name, at the first `fit`."""
+        choice = self.policy
+        if not isinstance(choice, PolicyConfig):
+            require_same_count(choice, None if samples is None else samples.count)
+            return
+        accept, num_classes, epoch = None, 0, 0
+        if choice.name == "auto":
+            accept = self._audited(samples, choice.threshold, verbose)
+        else:
+            num_classes = self._class_count(samples)
+            epoch = steps or _data.steps_of(samples, data)
+        strategy = getattr(self, "distribute_strategy", None)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            policy = (
+                build_policy(choice, num_classes=num_classes, steps_per_epoch=epoch)
+                if accept is None
+                # Without a limit of the loss: that of a new head is high at first,
+                # and those it would reject are those it still has to learn.
+                else AutoPolicy(accept)
+            )
+        locked = self._tracker.locked
+        self._tracker.unlock()
+        self.policy = policy
+        if locked:
+            self._tracker.lock()
+        self._scorer = LossScorer(self, *self._scored_by)
+
+    def _audited(
+        self, samples: _data.Samples | None, threshold: float | None, verbose: Any
+    ) -> np.ndarray:
+        """Returns which samples the audit accepts, and says what it found."""
+        if samples is None:
+            raise InvalidArgument(
+                "The policy auto must know which samples there are. Received: data "
+                f"without numbers. {_data.HOW_TO_NUMBER}"
+            )
+        found = self.label_quality = audit_samples(
+            self.model, samples, self.features_from, progress=bool(verbose)
+        )
+        accept = found.accept_mask(threshold=threshold)
+        if verbose:
+            left = int((~accept).sum())
+            print(
+                f"{found.finding} {left:,} are left out."
+                if found.reason is None
+                else found.describe()
+            )
+        return accept
+
+    def _class_count(self, samples: _data.Samples | None) -> int:
+        shape = getattr(self.model, "output_shape", None)
+        if isinstance(shape, tuple) and isinstance(shape[-1], int):
+            return max(shape[-1], 2)
+        if samples is not None:
+            return int(samples.labels.max()) + 1
+        raise InvalidArgument(
+            "A policy by name needs the number of classes, and this model does not say "
+            "its output's shape. Build it first, or give a policy such as "
+            "LossThreshold(1.5)."
+        )
+
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts like `keras.Model.predict`, also of data with sample indices."""
-        if _has_index(x):
+        if _data.has_index(x):
             x = x.map(lambda inputs, *rest: (inputs, None))
         return super().predict(x, *args, **kwargs)
 
@@ -185,6 +326,11 @@ class RSFTModel(BackendStep):
         self.train_function = None  # Traced anew, with or without it.
 
     def make_train_function(self, force: bool = False) -> None:
+        if isinstance(self.policy, PolicyConfig):
+            raise InvalidArgument(
+                f"`fit` makes the policy {self.policy.name} of its data. Received: a "
+                "training step before the first `fit`. Call `fit` first."
+            )
         if self.policy.needs_ledger and self._recorder is None:
             raise InvalidArgument(
                 f"{type(self.policy).__name__} learns from a ledger. Received: none. "
@@ -198,15 +344,17 @@ class RSFTModel(BackendStep):
 
         Returns:
             `accepted`, `samples` and `nonfinite` (numbers of samples, or elements),
-            `accepted_loss_sum`, and `lowest_loss_rejected`: the lowest loss that
-            was compared with the threshold in steps that accepted nothing,
-            infinity if there was none.
+            `loss_sum` of the finite and `accepted_loss_sum` of the accepted, and
+            `lowest_loss_rejected`: the lowest loss that was compared with the threshold
+            in steps that accepted nothing, infinity if there was none.
         """
-        samples, accepted, loss_sum, finite, _ = self.selection.totals.numpy().tolist()
+        totals = self.selection.totals.numpy().tolist()
+        samples, accepted, accepted_loss_sum, finite, loss_sum = totals
         return {
             "accepted": accepted,
             "samples": samples,
-            "accepted_loss_sum": loss_sum,
+            "accepted_loss_sum": accepted_loss_sum,
+            "loss_sum": loss_sum,
             "nonfinite": samples - finite,
             "lowest_loss_rejected": float(self.selection.lowest.numpy()),
         }
@@ -226,7 +374,12 @@ class RSFTModel(BackendStep):
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
             "model": keras.saving.serialize_keras_object(self.model),
-            "policy": keras.saving.serialize_keras_object(self.policy),
+            "policy": (
+                dataclasses.asdict(self.policy)
+                if isinstance(self.policy, PolicyConfig)
+                else keras.saving.serialize_keras_object(self.policy)
+            ),
+            "features_from": self.features_from,
         }
 
     @classmethod
@@ -236,14 +389,11 @@ class RSFTModel(BackendStep):
         parts = {
             part: keras.saving.deserialize_keras_object(config[part], custom_objects)
             for part in ("model", "policy")
+            if "class_name" in config[part]
         }
+        if "policy" not in parts:  # Not decided yet.
+            parts["policy"] = PolicyConfig(**config["policy"])
         return cls(**(config | parts))
 
     def _random_states(self) -> list[Any]:
         return [v for v in self.model.variables if v.name == "seed_generator_state"]
-
-
-def _has_index(data: Any) -> bool:
-    """Says whether data are a `tf.data.Dataset` of batches with sample indices."""
-    spec = getattr(data, "element_spec", None)
-    return hasattr(data, "map") and isinstance(spec, tuple) and len(spec) == 4

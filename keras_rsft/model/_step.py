@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.model._data import HOW_TO_NUMBER
 from keras_rsft.model._losses import LEFT_OUT, aligned, within
 from keras_rsft.model._metrics import SELECTION_METRICS, SelectionMetric, selection_sums
 from keras_rsft.policies._policy import Policy
@@ -85,12 +86,15 @@ class TrainingStep(keras.Model):
             self._update_if_accepted(recorded, whole, accept_mask, batch[:3])
         else:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
-        sums = selection_sums(recorded.losses, whole.own(accept_mask))
+        labels = None if whole.labels is None else whole.own(whole.labels)
+        sums, of_classes = selection_sums(
+            recorded.losses, whole.own(accept_mask), labels
+        )
         shown = whole.shown_loss()
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(shown, sample_weight=sums[0])
-        self.selection.update_state(sums)
+        self.selection.update_state(sums, of_classes)
         return self.compute_metrics(x, y, recorded.y_pred, sample_weight)
 
     def reject(self, whole: Pass) -> None:
@@ -177,9 +181,8 @@ class TrainingStep(keras.Model):
             return
         if whole.sample_index is None:
             raise InvalidArgument(
-                "A ledger must be told which samples a batch holds. Received: no "
-                "sample_index. Let the data set yield (x, y, sample_weight or None, "
-                "sample_index)."
+                "A ledger must be told which samples a batch holds. Received: data "
+                f"without sample indices. {HOW_TO_NUMBER}"
             )
         losses = whole.losses
         if len(losses.shape) > 1:

@@ -19,9 +19,9 @@ from keras_rsft.policies._rules import accept_below, accept_listed
 class AcceptListed(Policy):
     """Accepts the training samples that a list, made before training, accepts.
 
-    The data set must say which samples a batch holds: it yields
-    `(x, y, sample_weight or None, sample_index)`, as `TrainingBatches` does with
-    `sample_index=True`. The list is saved with the model.
+    `fit` numbers the rows of arrays and of a `PyDataset`; a `tf.data.Dataset` is
+    numbered by `with_ids`, or yields `(x, y, sample_weight or None, sample_index)`, as
+    `TrainingBatches` does with `sample_index=True`. The list is saved with the model.
 
     Args:
         accept: Boolean array of shape `(n,)`, one entry a training sample; or the
@@ -39,6 +39,8 @@ class AcceptListed(Policy):
         >>> np.asarray(policy(losses, sample_index=sample_index)).tolist()
         [True, False]
     """
+
+    needs_sample_index = True
 
     def __init__(self, accept: Any, **kwargs: Any):
         super().__init__(**kwargs)
@@ -63,6 +65,8 @@ class AcceptListed(Policy):
 @keras.saving.register_keras_serializable(package="keras_rsft")
 class AcceptReviewed(Policy):
     """Accepts what a person has reviewed, and of the rest what another policy does."""
+
+    needs_sample_index = True
 
     def __init__(self, policy: Policy, reviewed: Any, **kwargs: Any):
         super().__init__(**kwargs)
@@ -108,7 +112,7 @@ class AutoPolicy(AcceptListed):
     """Accepts the samples whose label is likely right; the command line's default.
 
     Needs no clean labels and no noise rate, and keeps every sample where nothing
-    looks wrong.
+    looks wrong. `RSFTModel(model, "auto")` makes it of an audit of its own. By hand:
 
     ```python
     found = rsft.audit_labels(features, labels)
@@ -157,6 +161,17 @@ class AutoPolicy(AcceptListed):
         return self.loss_limit
 
 
+def require_same_count(policy: Policy, count: int | None) -> None:
+    """Refuses to train on other samples than a policy's list is of."""
+    listed = getattr(policy, "listed", getattr(policy, "reviewed", None))
+    if listed is not None and count is not None and count != listed.shape[0]:
+        raise InvalidArgument(
+            f"{type(policy).__name__} has a list of {listed.shape[0]:,} training "
+            f"samples. Received: {count:,}. It decided on other data: make a new "
+            'RSFTModel of the same model and "auto".'
+        )
+
+
 def _list_of(given: Any, *, if_count: bool) -> np.ndarray:
     """Returns an array, of one value where a number of samples is given."""
     if isinstance(given, Integral) and not isinstance(given, bool):
@@ -177,7 +192,8 @@ def _entries(policy: Policy, listed: Any, batch: Batch) -> Any:
     if batch.sample_index is None:
         raise InvalidArgument(
             f"{type(policy).__name__} must be told which samples a batch holds. "
-            "Received: no sample_index. Let the data set yield "
-            "(x, y, sample_weight or None, sample_index)."
+            "Received: data without sample indices. Give `fit` arrays or a "
+            "`PyDataset`; number a `tf.data.Dataset` by `rsft.with_ids(dataset)`, "
+            "before it is shuffled."
         )
     return ops.take(listed.value, batch.sample_index, axis=0)

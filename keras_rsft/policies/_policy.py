@@ -46,6 +46,7 @@ class Policy(keras.layers.Layer):
             time steps, labels of a sample with several.
         levels: What `level` may be for this class.
         needs_ledger: True where the policy learns from a `RejectionLedger`.
+        needs_sample_index: True where the policy must know which samples a batch holds.
         accepts_every_finite_sample: True where the policy never rejects a
             sample whose loss is finite.
         steps_seen: int32 scalar variable, training batches judged so far.
@@ -69,6 +70,7 @@ class Policy(keras.layers.Layer):
     level = "sample"
     levels: tuple[str, ...] = ("sample",)
     needs_ledger = False
+    needs_sample_index = False
     accepts_every_finite_sample = False
     _arguments: tuple[str, ...] = ()  # Of the constructor, kept under their names.
 

@@ -53,9 +53,12 @@ class LossThreshold(Policy):
     next step.
 
     Args:
-        threshold: Positive number in the loss's units. A new head on `k`
-            classes starts near `ln(k)`; a threshold below that rejects
-            everything unless there is a warm-up.
+        threshold: Positive number in the loss's units. Under cross-entropy a uniform
+            guess on `k` classes costs `ln(k)`: 0.69 for 2, 2.3 for 10, 4.6 for 100.
+            Think in multiples of it. A new head starts near `ln(k)`, so that a
+            threshold below rejects everything unless there is a warm-up, which must
+            last until every class is learnt: a class that is rejected from then on is
+            never learnt. `fit` warns of that.
         level: `"sample"` judges each sample by its own loss, `"batch"` all
             samples of a batch by their mean loss, `"element"` each element of a
             sample (pixel, box, label) by its own. Default `"sample"`.

@@ -9,9 +9,10 @@ import json
 import math
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -175,48 +176,80 @@ DOWNLOADED = "~/Downloads/corrections.csv"
 _MARK = b'<meta name="generator" content="keras_rsft">'
 
 
-class _Written(Protocol):
-    @property
-    def folder(self) -> Path | None: ...
-
-
 def write_report(
-    run: _Written | str | os.PathLike, path: str | os.PathLike | None = None
+    run: Any,
+    history: Any = None,
+    ledger: Any = None,
+    *,
+    images: Any = None,
+    class_names: Sequence[str] | None = None,
+    path: str | os.PathLike | None = None,
 ) -> Path:
     """Writes the page of a run: what came out, and which labels to look at.
 
     One HTML file that needs no network: the most suspicious 2,000 samples with their
-    pictures, at most some 12 MB.
+    pictures, at most some 12 MB. Of a model of your own:
+    `write_report(model, history, ledger)`.
 
     Args:
-        run: A run, or the folder of a run or of a search.
-        path: The file. Default: `report.html` in the run's folder. A report that is
-            there already is replaced.
+        run: A run, or the folder of a run or of a search; or an `RSFTModel` that was
+            fitted with a ledger.
+        history: Of such a model: what its `fit` returned.
+        ledger: Of such a model: the `RejectionLedger` among the callbacks.
+        images: Of such a model: the training samples' pictures, `(n, height, width[,
+            channels])`, with any range of values. Default: the inputs of `fit`.
+        class_names: Of such a model: the names of the classes, by label. Default: the
+            numbers.
+        path: The file. Default: `report.html` in the run's folder, of a model in the
+            working directory. A report that is there already is replaced.
 
     Returns:
         The file's path.
 
     Raises:
-        InvalidArgument: If it is no such folder, the run was not written, or `path`
-            is a file of another kind.
+        InvalidArgument: If it is no such folder or model, the run was not written, or
+            `path` is a file of another kind.
         DataError: If a file of the run cannot be understood.
     """
-    folder = run if isinstance(run, (str, os.PathLike)) else run.folder
-    if folder is None:
+    if ledger is None and (history is not None or hasattr(run, "fit")):
         raise InvalidArgument(
-            "The report is made from a run's folder, and this run was not written. "
-            "Give `finetune` an `output`."
+            "The report of a model is made from its ledger. Received: none. Call `fit` "
+            "with a RejectionLedger among the callbacks, then "
+            "`write_report(model, history, ledger)`."
         )
-    record = read_run(Path(folder))
-    path = record.folder / _storage.REPORT_FILE if path is None else Path(path)
+    if ledger is not None:
+        from keras_rsft.report._own import write_folder  # With TensorFlow.
+
+        target = Path(_storage.REPORT_FILE if path is None else path)
+        _require_report(target)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent, run.model.name)
+            folder.mkdir()
+            write_folder(folder, run, history, ledger, images, class_names)
+            page = render_page(read_run(folder))
+        ledger.page = target
+    else:
+        written = run if isinstance(run, (str, os.PathLike)) else run.folder
+        if written is None:
+            raise InvalidArgument(
+                "The report is made from a run's folder, and this run was not written. "
+                "Give `finetune` an `output`."
+            )
+        record = read_run(Path(written))
+        target = Path(record.folder / _storage.REPORT_FILE if path is None else path)
+        _require_report(target)
+        page = render_page(record)
+    _storage.replaced(target, lambda beside: beside.write_text(page, encoding="utf-8"))
+    return target
+
+
+def _require_report(path: Path) -> None:
+    """Refuses to overwrite a file that is not a report."""
     if path.exists() and not (path.is_file() and _MARK in path.read_bytes()[:4096]):
         raise InvalidArgument(
             f"{path} exists and is not a report. Nothing of yours is overwritten: "
             "choose another path, or move it away."
         )
-    page = render_page(record)
-    _storage.replaced(path, lambda beside: beside.write_text(page, encoding="utf-8"))
-    return path
 
 
 def render_page(
@@ -545,7 +578,7 @@ def _by_right_labels(
 def _alone(record: RunRecord) -> Outcome:
     found = summary.accuracies_of(record.results, record.split_sizes)
     if not found:
-        return Outcome(summary.NOT_JUDGED, [])
+        return Outcome(record.results.get("sentence") or summary.NOT_JUDGED, [])
     one, kind = found[-1], record.kind
     about = "about " if one.by == "estimated" else ""
     note, by_given = f"95 %: {one.interval}", share_text(one.given)

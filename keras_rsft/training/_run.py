@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_rsft import _storage
-from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS, Ledger
+from keras_rsft._ledger import COLUMNS, Ledger
 from keras_rsft._runtime import require_tensorflow_backend
 from keras_rsft._storage import NumberedFolder
 from keras_rsft.backbones._build import build_classifier
@@ -73,19 +73,7 @@ def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
             ["epoch", *run.history],
             ([at, *row] for at, row in epochs),
         ),
-        _storage.ACCEPTANCE_FILE: (
-            ["epoch", *run.class_names],
-            ([at, *row] for at, row in enumerate(recorder.acceptance_by_class, 1)),
-        ),
-        _storage.HISTOGRAMS_FILE: (
-            HISTOGRAM_COLUMNS,
-            (
-                row
-                for at, histogram in enumerate(recorder.loss_histograms, 1)
-                for row in histogram.rows(at)
-            ),
-        ),
-    }
+    } | recorder.tables(run.class_names)
     if run.predictions is not None:
         tables[_storage.PREDICTIONS_FILE] = (
             _before.COLUMNS,
