@@ -26,7 +26,7 @@ from keras_rsft.training._head import HELD_OUT, audit_splits
 NOISY_SPLITS = ("train", "validation")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
     """Several methods on one data set, side by side.
 
@@ -53,6 +53,11 @@ class Comparison:
         default_factory=dict, repr=False
     )
     folder: Path | None = None
+
+    def __repr__(self) -> str:
+        from keras_rsft.report._summary import comparison_summary, summary_text
+
+        return summary_text(comparison_summary(self))
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""

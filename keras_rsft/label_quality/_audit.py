@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LabelQuality:
     """What was found out about the labels of `n` samples in `k` classes.
 
@@ -147,6 +147,9 @@ class LabelQuality:
         from keras_rsft.report._summary import quality_summary, summary_text
 
         return summary_text(quality_summary(self._numbers))
+
+    def __repr__(self) -> str:
+        return f"<LabelQuality: {self.finding}>"
 
     def _repr_html_(self) -> str:
         from keras_rsft.report._notebook import quality_html

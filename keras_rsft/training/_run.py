@@ -267,7 +267,7 @@ def _sample_rows(data: SampleData, features: SplitFeatures) -> Iterable[list[str
 # Run ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """What came out of one run.
 
@@ -325,6 +325,11 @@ class Run:
     def overfitting(self) -> Overfitting | None:
         """How the head's training overfits; None where it does not."""
         return self.trained.overfitting
+
+    def __repr__(self) -> str:
+        from keras_rsft.report._summary import run_summary, summary_text
+
+        return summary_text(run_summary(self))
 
     def _repr_html_(self) -> str:
         from keras_rsft.report._notebook import run_html
@@ -595,7 +600,7 @@ class _Work:
 # Audit --------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Audit:
     """What was found out about the labels of a data set, without training.
 
@@ -620,6 +625,11 @@ class Audit:
     def finding(self) -> str:
         """How many labels look wrong, in one sentence."""
         return self.label_quality.finding
+
+    def __repr__(self) -> str:
+        from keras_rsft.report._summary import audit_summary, summary_text
+
+        return summary_text(audit_summary(self))
 
     def _repr_html_(self) -> str:
         from keras_rsft.report._notebook import audit_html

@@ -52,7 +52,7 @@ Splits = TypeVar("Splits", SplitFeatures, SampleData)
 _POLL_SECONDS = 0.2
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Search:
     """The trials of a search, its choice and how it does on the test split.
 
@@ -79,6 +79,11 @@ class Search:
     tuner: keras_tuner.Tuner
     folder: Path
     backbone_tuner: keras_tuner.Tuner | None = None
+
+    def __repr__(self) -> str:
+        from keras_rsft.report._summary import search_summary, summary_text
+
+        return summary_text(search_summary(self))
 
     def _repr_html_(self) -> str:
         """Returns a table and a figure for a notebook."""
