@@ -595,7 +595,7 @@ def _audited(
         "Examining the labels", total=ROUNDS, unit="rounds", visible=progress
     ) as advance:
         for _ in range(ROUNDS):
-            out_of_sample = np.empty(0, np.float32)  # Makes room for the next.
+            out_of_sample = np.empty((0, 0), np.float32)  # Makes room for the next.
             calibration, noise, out_of_sample = fit_noise(
                 regression.left_out_scores(weights * shares),
                 given,
