@@ -19,7 +19,6 @@ from keras_rsft.features._store import FeatureSet
 from keras_rsft.label_quality._audit import LabelQuality, audit_labels
 from keras_rsft.model._data import Samples
 
-_COPIED_ROWS = 4096
 # Of labels that the features must be expected to predict. With fewer, right labels
 # that the features cannot see are taken for wrong ones.
 _LEAST_PREDICTED = 2 / 3
@@ -35,22 +34,16 @@ def audit_samples(
             break
     extractor = _FeaturesOf(model, layer)
     with tempfile.TemporaryDirectory() as folder:
-        file, parts = Path(folder, "features.bin"), []
+        file = Path(folder, "features.bin")
         with file.open("wb") as written:
             for x, _, index in samples.batches():
-                values = extractor.predict_on_batch(x)
-                written.write(np.asarray(values, np.float32).tobytes())
-                parts.append(index)
-        index, dim = np.concatenate(parts), values.shape[1]
-        labels = samples.labels
-        if not (np.diff(index) == 1).all():  # As they were shuffled.
-            rows = np.memmap(file, np.float32, "r", shape=(len(index), dim))
-            order, file = np.argsort(index), Path(folder, "ordered.bin")
-            with file.open("wb") as written:
-                for start in range(0, len(order), _COPIED_ROWS):
-                    written.write(rows[order[start : start + _COPIED_ROWS]].tobytes())
+                values = np.asarray(extractor.predict_on_batch(x), np.float32)
+                for row, value in zip(index.tolist(), values, strict=True):
+                    written.seek(row * value.nbytes)  # They may come shuffled.
+                    written.write(value.tobytes())
+        labels = samples.labels  # Each sample once, or an error.
         ids = np.arange(len(labels)).astype(str)
-        features = FeatureSet(file, labels, ids, dim)
+        features = FeatureSet(file, labels, ids, values.shape[1])
         num_classes = max(int(labels.max()) + 1, 2)
         found = audit_labels(features, num_classes=num_classes, progress=progress)
     predicted = float(found.out_of_sample.max(axis=1).mean())
