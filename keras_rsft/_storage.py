@@ -147,6 +147,17 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> No
         writer.writerows([guarded_cell(value) for value in row] for row in rows)
 
 
+def write_pack(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Writes files by id one behind the other, and beside them where each is."""
+    rows, offset = [], 0
+    with path.open("wb") as pack:
+        for name, content in files:
+            pack.write(content)
+            rows.append((name, offset, len(content)))
+            offset += len(content)
+    write_csv(path.with_suffix(".csv"), ("id", "offset", "bytes"), rows)
+
+
 def read_csv(path: Path) -> Iterator[dict[str, str]]:
     """Yields the rows of what `write_csv` wrote, by column, the guards taken off."""
     with path.open(newline="", encoding="utf-8") as file:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,28 +74,20 @@ def write_previews(
 ) -> None:
     """Puts larger pictures of the most suspicious images into a folder, uncropped."""
     chosen = most_suspicious(splits, suspicion, MAX_PREVIEWS)
-    rows, offset = [], 0
-    with (
-        (folder / _storage.PREVIEWS_FILE).open("wb") as file,
-        progress_bar(
-            "Previews", total=sum(map(len, chosen)), unit="images", visible=progress
-        ) as advance,
-    ):
+
+    def encoded(advance: Callable[[int], None]) -> Iterator[tuple[str, bytes]]:
         for split, indices in zip(splits, chosen, strict=True):
             files = split.take(indices).reader.all_encoded()
             for index, file_bytes in zip(indices.tolist(), files, strict=True):
-                try:
-                    encoded = shrunk_jpeg(file_bytes, PREVIEW_SIDE)
-                except tf.errors.OpError:  # In unreadable.csv, or gone.
-                    encoded = b""
-                if encoded:
-                    file.write(encoded)
-                    rows.append((str(split.ids[index]), offset, len(encoded)))
-                    offset += len(encoded)
+                # Others are in unreadable.csv, or gone.
+                with contextlib.suppress(tf.errors.OpError):
+                    yield str(split.ids[index]), shrunk_jpeg(file_bytes, PREVIEW_SIDE)
                 advance(1)
-    _storage.write_csv(
-        folder / _storage.PREVIEWS_INDEX_FILE, ("id", "offset", "bytes"), rows
-    )
+
+    with progress_bar(
+        "Previews", total=sum(map(len, chosen)), unit="images", visible=progress
+    ) as advance:
+        _storage.write_pack(folder / _storage.PREVIEWS_FILE, encoded(advance))
 
 
 def most_suspicious(
@@ -113,28 +106,21 @@ def most_suspicious(
 
 
 def _render(splits: Sequence[ImageSplit], folder: Path, progress: bool) -> None:
-    rows, offset = [], 0
-    with (
-        (folder / _storage.THUMBNAILS_FILE).open("wb") as file,
-        progress_bar(
-            "Thumbnails", total=sum(map(len, splits)), unit="images", visible=progress
-        ) as advance,
-    ):
+    def encoded(advance: Callable[[int], None]) -> Iterator[tuple[str, bytes]]:
         for split in filter(len, splits):
             images = split.images(SIZE)
             images = images.map(_encode, num_parallel_calls=tf.data.AUTOTUNE)
             batches = without_autotuning(images.batch(_BATCH).prefetch(2))
             reached = 0
-            for indices, encoded in batches.as_numpy_iterator():
-                for index, one in zip(indices, encoded, strict=True):
-                    file.write(one)
-                    rows.append((str(split.ids[index]), offset, len(one)))
-                    offset += len(one)
+            for indices, files in batches.as_numpy_iterator():
+                yield from zip(map(str, split.ids[indices]), files, strict=True)
                 advance(int(indices[-1]) + 1 - reached)
                 reached = int(indices[-1]) + 1
-    _storage.write_csv(
-        folder / _storage.THUMBNAILS_INDEX_FILE, ("id", "offset", "bytes"), rows
-    )
+
+    with progress_bar(
+        "Thumbnails", total=sum(map(len, splits)), unit="images", visible=progress
+    ) as advance:
+        _storage.write_pack(folder / _storage.THUMBNAILS_FILE, encoded(advance))
 
 
 @tf.autograph.experimental.do_not_convert

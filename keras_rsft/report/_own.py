@@ -138,11 +138,13 @@ def write_folder(
     for name, (header, lines) in tables.items():
         _storage.write_csv(folder / name, header, lines)
     first = most_suspicious(ledger, _PICTURES)
-    small = jpegs(recorder, first, images)
-    _write_pack(folder, small, ledger.ids, _storage.THUMBNAILS_FILE)
-    if small:
+    packs = [(_storage.THUMBNAILS_FILE, jpegs(recorder, first, images))]
+    if packs[0][1]:
         large = jpegs(recorder, first[:_LARGE], images, _LARGE_SIDE)
-        _write_pack(folder, large, ledger.ids, _storage.PREVIEWS_FILE)
+        packs.append((_storage.PREVIEWS_FILE, large))
+    for name, pictures in packs:
+        named = ((ledger.ids[row], one) for row, one in pictures.items())
+        _storage.write_pack(folder / name, named)
 
 
 def _logs_of(history: Any) -> dict[str, Any]:
@@ -153,17 +155,6 @@ def _logs_of(history: Any) -> dict[str, Any]:
             f"Received: {type(history).__name__}."
         )
     return logs
-
-
-def _write_pack(folder: Path, files: dict[int, bytes], ids: Any, name: str) -> None:
-    """Writes files one behind the other, and where each of them is."""
-    (folder / name).write_bytes(b"".join(files.values()))
-    offset, rows = 0, []
-    for row, content in files.items():
-        rows.append((ids[row], offset, len(content)))
-        offset += len(content)
-    index = Path(folder, name).with_suffix(".csv")
-    _storage.write_csv(index, ("id", "offset", "bytes"), rows)
 
 
 # Review -------------------------------------------------------------------------------
