@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_rsft._storage import CLASSES_FILE, MODEL_FILE
-from keras_rsft.backbones._build import first_line
+from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
 from keras_rsft.config import IMAGES, TEXTS
 from keras_rsft.data import _sources
 from keras_rsft.data._images import decode_images
@@ -165,8 +164,10 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
 
 def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifier:
     try:
-        model = keras.saving.load_model(path, compile=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        model = load_keras_file(path)
+    except InvalidArgument:
+        raise
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}.") from error
     if isinstance(model, RSFTModel):
         model = model.model

@@ -12,7 +12,7 @@ from made_bases import DIM, SIDE, Reusable, save_onnx, save_signature
 from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._foreign import GraphNetwork, impure_operations, weights_bytes
 from keras_rsft.backbones._load import load_backbone
-from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
+from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 from keras_rsft.features._extract import FrozenBackbone
 
 IMAGES = (
@@ -248,5 +248,5 @@ def test_a_graph_in_a_keras_file_may_only_compute(tmp_path):
     images = keras.Input((SIDE, SIDE, 3))
     keras.Model(images, layer(images)).save(tmp_path / "hostile.keras")
     base = load_backbone(tmp_path / "hostile.keras")
-    with pytest.raises(DataError, match="ReadFile"):
+    with pytest.raises(InvalidArgument, match="ReadFile"):
         base(IMAGES)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,22 +184,63 @@ class TextTokens(KeptFile):
 
 # SavedModel ---------------------------------------------------------------------------
 
-# Stateful by TensorFlow's account only because of what they might contain, which is
-# looked at too.
-_HARMLESS = {
-    "Assert",
-    "Case",
-    "If",
-    "PartitionedCall",
-    "Placeholder",
-    "StatefulPartitionedCall",
-    "While",
-    "XlaCallModule",
-}
-# Neither stateful nor given a text, yet they reach out of the graph.
-_REACH_OUT = {"ImmutableConst", "PyFuncStateless"}
-# To read a file, an operation must be told its name; to read records, have a source.
-_NOT_NUMBERS = {tf.string.as_datatype_enum, tf.variant.as_datatype_enum}
+# All that a graph from a file may do: compute numbers. Of TensorFlow's 1,500 operations
+# others read and write files, open connections, wait for what never comes or end the
+# process, and each version brings more.
+_ALLOWED = frozenset(
+    """
+    Abs Acos Acosh Add AddN AddV2 AdjustContrastv2 AdjustHue AdjustSaturation All Any
+    ApproxTopK ArgMax ArgMin Asin Asinh Assert Atan Atan2 Atanh AvgPool AvgPool3D
+    BatchMatMul BatchMatMulV2 BatchMatMulV3 BatchToSpace BatchToSpaceND BiasAdd
+    BiasAddV1 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor BroadcastArgs
+    BroadcastGradientArgs BroadcastTo Bucketize Case Cast Ceil CheckNumerics
+    CheckNumericsV2 Cholesky ClipByValue CombinedNonMaxSuppression Complex ComplexAbs
+    Concat ConcatOffset ConcatV2 Conj ConjugateTranspose Const ControlTrigger Conv
+    Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInputV2 Cos Cosh CropAndResize Cross
+    Cumprod Cumsum CumulativeLogsumexp DenseBincount DepthToSpace DepthwiseConv2dNative
+    Dequantize Diag DiagPart Digamma Dilation2D Div DivNoNan DynamicPartition
+    DynamicStitch Einsum Elu EnsureShape Equal Erf Erfc Erfinv Exp ExpandDims Expm1
+    ExtractImagePatches FFT FFT2D FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
+    FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod FusedBatchNorm
+    FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual
+    HSVToRGB IFFT IFFT2D IRFFT IRFFT2D Identity IdentityN If Imag
+    ImageProjectiveTransformV2 ImageProjectiveTransformV3 InTopKV2 Inv Invert
+    InvertPermutation IsFinite IsInf IsNan L2Loss LRN LeakyRelu LeftShift Less LessEqual
+    Lgamma LinSpace Log Log1p LogSoftmax LogicalAnd LogicalNot LogicalOr LowerBound
+    MatMul MatrixBandPart MatrixDeterminant MatrixDiag MatrixDiagPart MatrixDiagPartV2
+    MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3 MatrixInverse MatrixSetDiag
+    MatrixSetDiagV2 MatrixSetDiagV3 MatrixSolve MatrixTriangularSolve Max MaxPool
+    MaxPool3D MaxPoolV2 MaxPoolWithArgmax Maximum Mean Merge Min Minimum MirrorPad Mod
+    Mul MulNoNan Neg NextAfter NoOp NonMaxSuppressionV3 NonMaxSuppressionV4
+    NonMaxSuppressionV5 NotEqual OneHot OnesLike Pack Pad PadV2 ParallelConcat
+    ParallelDynamicStitch PartitionedCall Placeholder PlaceholderWithDefault Polygamma
+    Pow PreventGradient Prod Qr QuantizeAndDequantizeV2 QuantizeAndDequantizeV3
+    QuantizeAndDequantizeV4 QuantizeV2 RFFT RFFT2D RGBToHSV Range Rank ReadVariableOp
+    Real RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic ResizeBilinear
+    ResizeNearestNeighbor ResourceGather Reverse ReverseSequence ReverseV2 RightShift
+    Rint Roll Round Rsqrt ScaleAndTranslate ScatterNd SegmentMax SegmentMean SegmentMin
+    SegmentProd SegmentSum Select SelectV2 SelfAdjointEigV2 Selu Shape ShapeN Sigmoid
+    Sign Sin Sinh Size Slice Snapshot Softmax Softplus Softsign SpaceToBatch
+    SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
+    StatefulPartitionedCall StatelessCase StatelessIf StatelessMultinomial
+    StatelessRandomGetKeyCounter StatelessRandomNormal StatelessRandomNormalV2
+    StatelessRandomUniform StatelessRandomUniformV2 StatelessTruncatedNormal
+    StatelessTruncatedNormalV2 StatelessWhile StopGradient StridedSlice Sub Sum Svd
+    Switch Tan Tanh TensorListFromTensor TensorListGetItem TensorListLength
+    TensorListReserve TensorListSetItem TensorListStack TensorScatterAdd
+    TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate
+    TensorStridedSliceUpdate Tile TopK TopKV2 Transpose TruncateDiv TruncateMod Unique
+    UniqueV2 UniqueWithCounts Unpack UnravelIndex UnsortedSegmentMax UnsortedSegmentMin
+    UnsortedSegmentProd UnsortedSegmentSum UpperBound Where While Xdivy Xlog1py Xlogy
+    ZerosLike
+""".split()
+)
+# And while a SavedModel is loaded: fill tables of constants.
+_ALLOWED_ON_LOADING = _ALLOWED | {
+    "AssignVariableOp", "HashTableV2", "LookupTableImportV2", "MutableHashTableV2",
+    "VarHandleOp",
+}  # fmt: skip
+_RUN_ON_LOADING = {"_create_resource", "_initialize", "_destroy_resource"}
 _EXPECTED = (
     "A SavedModel backbone must map float images (batch, height, width, 3) to features."
 )
@@ -235,21 +275,73 @@ def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, str]:
     return graph, frozen.outputs[0].name
 
 
-def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
+def impure_operations(
+    graph: tf.compat.v1.GraphDef,
+    functions: Sequence[str] | None = None,
+    allowed: frozenset[str] = _ALLOWED,
+) -> list[str]:
+    """Returns what a graph, or some functions of it, may use and is not allowed to."""
     from tensorflow.python.framework import op_def_registry
 
-    # Those with a state (`WriteFile`, `PyFunc`, lookup tables, random numbers), those
-    # on text (`ReadFile`), and those that this TensorFlow does not know.
-    inner = (function.node_def for function in graph.library.function)
-    nodes = itertools.chain(graph.node, *inner)
-    impure = []
-    for operation in sorted({node.op for node in nodes} - _HARMLESS):
-        known = op_def_registry.get(operation)
-        arguments = (*known.input_arg, *known.output_arg) if known is not None else ()
-        reads = any(one.type in _NOT_NUMBERS for one in arguments)
-        if known is None or known.is_stateful or reads or operation in _REACH_OUT:
-            impure.append(operation)
-    return impure
+    library = {one.signature.name: one.node_def for one in graph.library.function}
+    waiting = [graph.node] if functions is None else []
+    called, used = set(functions or ()), set()
+    while waiting or called:
+        waiting += [library.pop(name) for name in called if name in library]
+        called = set()
+        for node in waiting.pop() if waiting else ():
+            used.add(node.op)
+            called.add(node.op)  # A function can be called by its name alone.
+            for value in node.attr.values():
+                called |= {value.func.name, *(one.name for one in value.list.func)}
+    names = {one.signature.name for one in graph.library.function}
+    names -= {name for name in names if op_def_registry.get(name) is not None}
+    return sorted(used - names - allowed)
+
+
+def load_saved_model(path: Path) -> Any:
+    """Loads a SavedModel, unless that would do more than compute."""
+    from tensorflow.python.saved_model.loader_impl import parse_saved_model
+
+    try:
+        odd = [one for one in path.rglob("*") if not (one.is_file() or one.is_dir())]
+        if odd:
+            raise OSError(f"{odd[0]} is neither a file nor a folder")
+        parts = parse_saved_model(str(path)).meta_graphs
+        if len(parts) != 1 or not parts[0].HasField("object_graph_def"):
+            raise ValueError("it was not saved by `tf.saved_model.save`")
+        objects = parts[0].object_graph_def.nodes
+        run = [
+            child.node_id
+            for node in objects
+            for child in node.children
+            if child.local_name in _RUN_ON_LOADING
+        ]
+        for node in objects:
+            run += [one.restore_function for one in node.saveable_objects.values()]
+        names: list[str] = []
+        for node in (objects[number] for number in run):
+            names += node.function.concrete_functions
+            names.append(node.bare_concrete_function.concrete_function_name)
+        require_pure(parts[0].graph_def, path, names, _ALLOWED_ON_LOADING)
+        return tf.saved_model.load(str(path))
+    except InvalidArgument:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, tf.errors.OpError) as error:
+        raise WeightsUnavailable(
+            f"The SavedModel {path} is damaged: {first_line(error)}."
+        ) from error
+
+
+def require_pure(
+    graph: tf.compat.v1.GraphDef, source: str | Path, *which: Any
+) -> tf.compat.v1.GraphDef:
+    if impure := impure_operations(graph, *which):
+        raise InvalidArgument(
+            f"A graph from a file may only compute. Received: {source}, which uses "
+            f"{', '.join(impure)} too. It is not run."
+        )
+    return graph
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -262,11 +354,7 @@ class GraphNetwork(ForeignNetwork):
     @functools.cached_property
     def _function(self) -> Callable[[tf.Tensor], tf.Tensor]:
         graph = tf.compat.v1.GraphDef.FromString(self.content)
-        impure = impure_operations(graph)
-        if impure:
-            raise DataError(
-                f"The graph does more than compute: {', '.join(impure)}. It is not run."
-            )
+        require_pure(graph, f"the layer {self.name!r}")
 
         @tf.function(autograph=False)
         def run(images: tf.Tensor) -> tf.Tensor:
@@ -282,12 +370,7 @@ def build_saved_model(path: Path, *, image_size: tuple[int, int] | None) -> kera
         raise InvalidArgument(
             f"A SavedModel is a folder with saved_model.pb in it. Received: {path}."
         )
-    try:
-        loaded = tf.saved_model.load(str(path))
-    except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
-        raise WeightsUnavailable(
-            f"The SavedModel {path} is damaged: {first_line(error)}."
-        ) from error
+    loaded = load_saved_model(path)
     function, declared = _image_function(loaded, path)
     size = agreed_size(declared, image_size, path)
     try:
@@ -306,12 +389,7 @@ def build_saved_model(path: Path, *, image_size: tuple[int, int] | None) -> kera
         graph, output = freeze(traced)
         features_node = graph.node.add(name=_OUTPUT, op="Identity", input=[output])
         features_node.attr["T"].type = tf.float32.as_datatype_enum
-        impure = impure_operations(graph)
-        if impure:
-            raise InvalidArgument(
-                f"A backbone may only compute. Received: {path}, which also uses "
-                f"{', '.join(impure)}."
-            )
+        require_pure(graph, path)
         if graph.ByteSize() > _MOST_BYTES:
             raise InvalidArgument(f"{path} is too large: a graph can hold 2 GB.")
         content, dim = graph.SerializeToString(deterministic=True), int(shape[-1])

@@ -15,11 +15,11 @@ import keras
 
 from keras_rsft import _storage
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft.backbones._build import first_line
+from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
 from keras_rsft.backbones._foreign import weights_bytes
 from keras_rsft.backbones._load import licence_of_weights
 from keras_rsft.config import ExportConfig
-from keras_rsft.errors import DataError
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import _places
 from keras_rsft.export._formats import export_litert, export_onnx, require_tf2onnx
 from keras_rsft.export._saved_model import export_saved_model
@@ -89,7 +89,7 @@ def _metrics(accuracy: Accuracy) -> list[dict[str, Any]]:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    return list(_storage.read_csv(path)) if path.is_file() else []
+    return list(_storage.read_csv(path)) if path.exists() else []
 
 
 def _text(value: Any) -> str:
@@ -138,7 +138,7 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
     folder = Path(folder)
     _places.check_run_folder(folder)
     try:
-        model = keras.saving.load_model(folder / _storage.MODEL_FILE, compile=False)
+        model = load_keras_file(folder / _storage.MODEL_FILE)
         class_names = read_class_names(folder)
         if (folder / _storage.SEARCH_FILE).is_file():
             results = _read_json(folder / _storage.RESULTS_FILE)
@@ -147,7 +147,9 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
             config |= {name: results.get(name) for name in ("command", "versions")}
         else:
             config = _read_json(folder / _storage.CONFIG_FILE)
-    except (ValueError, TypeError, LookupError, OSError) as error:
+    except (DataError, InvalidArgument):
+        raise
+    except UNREADABLE as error:
         raise DataError(
             f"The run {folder} cannot be read: {first_line(error)}. Its backbone, head "
             "and class names must be whole; a backbone with layers of your own needs "
@@ -157,7 +159,7 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _storage.json_of(path, dict) if path.exists() else {}
 
 
 def export_run(

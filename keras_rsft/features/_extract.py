@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import time
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster, require_tensorflow_backend
-from keras_rsft._storage import locked, write_json
+from keras_rsft._storage import locked, make_folder, open_regular, write_json
 from keras_rsft.config import CACHE_DTYPES, DTYPES, require_known
 from keras_rsft.data._arrays import whole_split
 from keras_rsft.data._samples import SampleSplit
@@ -36,6 +38,8 @@ from keras_rsft.features._store import (
     INDEX_FILE,
     META_FILE,
     FeatureSet,
+    checksum_of,
+    open_features,
     read_meta,
 )
 
@@ -225,7 +229,7 @@ def seconds_per_image(
 
 # Part of every key: raise it when decoding, resizing, the format, or how a backbone is
 # told from another changes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(eq=False)
@@ -306,8 +310,8 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             sizes = (
                 _shares.size_of(part.path / file) for part in parts for file in files
             )
-            rows = 0
-            opened = [stack.enter_context((joining / one).open("wb")) for one in files]
+            rows, whole = 0, dict.fromkeys(files, 0)
+            opened = [stack.enter_context((joining / one).open("xb")) for one in files]
             advance = stack.enter_context(
                 progress_bar(
                     f"{name}: joining shards",
@@ -316,10 +320,12 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             )  # fmt: skip
             for part in parts:
                 record = part.finished() or {"rows": -1, "checksums": {}}
-                index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
+                index = read_index(part.path)
                 fault = _shares.index_fault(index, part.stretch, record["rows"])
                 for file, target in zip(files, opened, strict=True):
-                    checksum = _shares.append_file(part.path / file, target, advance)
+                    checksum, whole[file] = _shares.append_file(
+                        part.path / file, target, whole[file], advance
+                    )
                     if fault is None and checksum != record["checksums"].get(file):
                         fault = f"{file} is not what was written"
                 if fault is not None:
@@ -334,8 +340,8 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             for target in opened:
                 target.flush()
                 os.fsync(target.fileno())
-            write_json(joining / META_FILE, {"rows": rows, **work.meta})
-            _shares.publish(joining, folder)
+            checksums = {name: f"{value:08x}" for name, value in whole.items()}
+            _publish(work, joining, rows, checksums)
         shutil.rmtree(shares, ignore_errors=True)
 
 
@@ -344,10 +350,10 @@ def append_rows(
 ) -> tuple[int, dict[str, str]]:
     """Computes the features of a stretch of the split, after those that are there."""
     split, frozen = work.split, work.frozen
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
     for path in (features_path, index_path):
-        path.touch()
+        open_regular(path, "ab").close()
     # Of what a killed run left, whole batches stay, so that all later ones hold the
     # images that they would have held: the last bits of a feature may depend on what
     # it is computed together with.
@@ -355,30 +361,29 @@ def append_rows(
         index_path.stat().st_size // 8, features_path.stat().st_size // work.row_bytes
     )
     rows -= rows % work.batch_size
+    index_before = read_index(partial)[:rows]
+    if _shares.index_fault(index_before, stretch, rows) is not None:
+        rows = 0
     os.truncate(index_path, 8 * rows)
     os.truncate(features_path, work.row_bytes * rows)
-    next_index = stretch.start
-    if rows:
-        next_index = int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
+    next_index = int(index_before[-1]) + 1 if rows else stretch.start
     needed = work.row_bytes * (stretch.stop - next_index)
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"The features need {needed / 1e9:.2f} GB and the disk has "
-            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
+            f"The features need {size_text(needed)} and the disk has "
+            f"{size_text(free)} free. Choose another folder with `--cache-dir`",
             str(partial),
         )
     samples = work.inputs(next_index, stretch.stop)
     samples = samples.batch(work.batch_size).prefetch(2)
     done = next_index - stretch.start
-    digests = {}
-    for path in (features_path, index_path):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, _shares.CHECKSUM)
+    paths = (features_path, index_path)
+    checksums = {path.name: int(checksum_of(path), 16) for path in paths}
     with (
-        features_path.open("ab", buffering=0) as features_file,
-        index_path.open("ab", buffering=0) as index_file,
+        open_regular(features_path, "ab", buffering=0) as features_file,
+        open_regular(index_path, "ab", buffering=0) as index_file,
         progress_bar(
             f"{work.called} of {split.name}", total=len(stretch), unit=split.kind,
             done=done, visible=work.progress,
@@ -390,7 +395,8 @@ def append_rows(
             # The index only after its features are safe.
             for file, array in ((features_file, values), (index_file, index)):
                 _append(file, array)
-                digests[Path(file.name).name].update(_bytes_of(array))
+                name = Path(file.name).name
+                checksums[name] = zlib.crc32(_bytes_of(array), checksums[name])
 
         writing: Future | None = None
         flat_batches = (
@@ -411,7 +417,29 @@ def append_rows(
         if writing is not None:
             writing.result()
         _require_unreadable(work, range(next_index, stretch.stop), ())
-    return rows, {name: digest.hexdigest() for name, digest in digests.items()}
+    return rows, {name: f"{value:08x}" for name, value in checksums.items()}
+
+
+def size_text(count: float) -> str:
+    """Returns a number of bytes in the unit in which it has two digits."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    size, name = next((one for one in units if count >= one[0]), (1, "bytes"))
+    return f"{count / size:.2f} {name}" if size > 1 else f"{count:.0f} bytes"
+
+
+def read_index(folder: Path) -> np.ndarray:
+    """Returns which sample each row of a folder is of."""
+    with open_regular(folder / INDEX_FILE) as file:
+        return np.fromfile(file, dtype=np.int64)
+
+
+def _publish(
+    work: FeaturePass, filled: Path, rows: int, checksums: Mapping[str, str]
+) -> None:
+    write_json(
+        filled / META_FILE, {"rows": rows, **work.meta, "checksums": dict(checksums)}
+    )
+    _shares.publish(filled, work.folder)
 
 
 def _require_rows(rows: int, split: SampleSplit) -> None:
@@ -535,6 +563,7 @@ def default_cache_dir() -> Path:
 def run_alone(work: FeaturePass) -> None:
     """Makes a pass, or what is left of it; where another process does, waits for it."""
     with locked(f"{work.folder}.lock"):
+        _discard_damaged(work)
         if work.is_done:
             return
         parts = _shares.finished_parts(work.folder, len(work.split))
@@ -542,20 +571,35 @@ def run_alone(work: FeaturePass) -> None:
             _join_parts(work, parts, DEFAULT_TIMEOUT)
             return
         partial = work.folder.with_name(f"{work.folder.name}.partial")
-        rows, _ = append_rows(work, partial, range(len(work.split)))
+        rows, checksums = append_rows(work, partial, range(len(work.split)))
         _require_rows(rows, work.split)
-        write_json(partial / META_FILE, {"rows": rows, **work.meta})
-        _shares.publish(partial, work.folder)
+        _publish(work, partial, rows, checksums)
+
+
+def _discard_damaged(work: FeaturePass) -> None:
+    """Removes cached features that are not as they were written, and says so."""
+    if not os.path.lexists(work.folder):
+        return
+    try:
+        _opened(work.folder, len(work.split))
+    except DataError as error:
+        warnings.warn(f"{error} They are computed anew.", stacklevel=2)
+        _shares.remove(work.folder)
+
+
+def _opened(folder: Path, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns what is known of a finished folder, and its index, both checked."""
+    meta, index = open_features(folder), read_index(folder)
+    if fault := _shares.index_fault(index, range(count), meta["rows"]):
+        raise DataError(f"The cached features in {folder} are damaged: {fault}.")
+    return meta, index
 
 
 def open_cached(folder: Path, split: SampleSplit) -> FeatureSet:
     """Returns the features in a finished folder, with the labels of the split."""
     whole = None
     if split.before_review is None:
-        meta = read_meta(folder)
-        if meta is None:
-            raise OSError(errno.EIO, "The cached features are damaged", str(folder))
-        index = np.fromfile(folder / INDEX_FILE, dtype=np.int64)
+        meta, index = _opened(folder, len(split))
         missing = np.setdiff1d(np.arange(len(split)), index)
         unreadable = [
             (str(split.ids[i]), split.read_error(int(i)) or "unreadable")
@@ -654,6 +698,10 @@ def keep_shares(
     passes: Sequence[FeaturePass], cluster: Cluster, timeout: float = DEFAULT_TIMEOUT
 ) -> None:
     """Computes this process's shard of each pass, and waits for nobody."""
+    for work in passes:
+        # Before any shard is finished: nobody removes what others have joined.
+        with locked(f"{work.folder}.lock", needed=False):
+            _discard_damaged(work)
     for work in passes:
         parts = work.parts(len(cluster))
         if work.is_done or cluster.index >= len(parts):

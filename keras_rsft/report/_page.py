@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ import numpy as np
 from keras_rsft import _storage
 from keras_rsft._stats import paired_share_interval
 from keras_rsft.config import TEXTS, PolicyConfig, TrainConfig, UnfreezeConfig
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.report import _charts as charts
 from keras_rsft.report import _summary as summary
 from keras_rsft.report._record import RunRecord, Samples, read_run
@@ -245,11 +246,20 @@ def write_report(
 
 def _require_report(path: Path) -> None:
     """Refuses to overwrite a file that is not a report."""
-    if path.exists() and not (path.is_file() and _MARK in path.read_bytes()[:4096]):
+    if path.exists() and not _is_report(path):
         raise InvalidArgument(
             f"{path} exists and is not a report. Nothing of yours is overwritten: "
             "choose another path, or move it away."
         )
+
+
+def _is_report(path: Path) -> bool:
+    with (
+        contextlib.suppress(OSError, DataError),
+        _storage.open_regular(path) as file,
+    ):
+        return _MARK in file.read(4096)
+    return False
 
 
 def render_page(

@@ -89,7 +89,7 @@ class RunRecord:
         digest = hashlib.sha256(json.dumps(self.config, default=str).encode())
         for name in (_storage.LEDGER_FILE, _storage.RESULTS_FILE):
             path = self.folder / name
-            digest.update(path.read_bytes() if path.exists() else b"")
+            digest.update(_storage.bytes_of(path) if path.exists() else b"")
         return digest.hexdigest()[:16]
 
     @functools.cached_property
@@ -118,7 +118,7 @@ class RunRecord:
         path = self.folder / _storage.TEXTS_FILE
         if not path.is_file():
             return {}
-        with path.open(encoding="utf-8") as lines:
+        with _storage.text_of(path) as lines:
             rows = map(json.loads, lines)
             return {str(row["id"]): str(row["text"]) for row in rows}
 
@@ -135,7 +135,7 @@ class RunRecord:
         """The search's SVG files that exist: `heatmap`, `parallel_coordinates`."""
         names = (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
         paths = (self.folder / name for name in names)
-        return {path.stem: path.read_bytes() for path in paths if path.exists()}
+        return {path.stem: _storage.bytes_of(path) for path in paths if path.exists()}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -179,9 +179,9 @@ def _read(folder: Path, *, is_search: bool) -> RunRecord:
     reviewed = {row["id"] for row in listed if row.get("decision")}
     acceptance, path = np.array([]), folder / _storage.ACCEPTANCE_FILE
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
+        with _storage.text_of(path) as file:
             *_, last = csv.reader(file)  # By position: a class may be called "epoch".
-        acceptance = np.array([_number(cell) for cell in last[1:]])
+            acceptance = np.array([_number(cell) for cell in last[1:]])
     return RunRecord(
         folder=folder,
         class_names=class_names,
@@ -240,7 +240,7 @@ def _cut(path: Path, place: tuple[int, int] | None) -> bytes | None:
     if place is None:
         return None
     offset, length = place
-    with path.open("rb") as file:
+    with _storage.open_regular(path) as file:
         file.seek(offset)
         return file.read(length)
 

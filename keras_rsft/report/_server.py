@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import stat
 import sys
 import threading
 from http import HTTPStatus
@@ -97,12 +96,7 @@ def read_below(root: Path, name: str) -> bytes:
             inner = os.open(folder, flags, dir_fd=place)
             os.close(place)
             place = inner
-        # Opening a pipe would wait for somebody who writes.
-        flags = os.O_RDONLY | os.O_NONBLOCK | follow_none
-        with open(os.open(last, flags, dir_fd=place), "rb") as file:
-            state = os.fstat(file.fileno())
-            if not stat.S_ISREG(state.st_mode) or state.st_size > _MAX_PHOTO_BYTES:
-                raise ValueError(name)
+        with _storage.open_regular(last, most=_MAX_PHOTO_BYTES, dir_fd=place) as file:
             return file.read(_MAX_PHOTO_BYTES)
     finally:
         os.close(place)

@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT
-from keras_rsft._storage import replaced
+from keras_rsft._storage import open_regular, replaced
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import (
     IMAGES,
@@ -113,8 +113,8 @@ def _copy_groups(
     # The folders of features are named after the samples and the backbone.
     names = "\0".join([part.path.parent.name for part in whole])
     path = cache / f"copies-{hashlib.sha256(names.encode()).hexdigest()[:32]}.npy"
-    with contextlib.suppress(OSError, ValueError):
-        groups = np.load(path)
+    with contextlib.suppress(OSError, ValueError), open_regular(path) as file:
+        groups = np.load(file, allow_pickle=False)
         if groups.shape == (sum(map(len, whole)),):
             return groups
     splits = (data.train, data.validation, data.test)

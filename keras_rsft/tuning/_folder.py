@@ -69,6 +69,7 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
             _storage.write_json(partial / SEARCH_FILE, identity)
     else:
         _check_same(folder, identity)
+        _storage.require_no_links(folder)
     busy = InvalidArgument(
         f"Another process is searching in {folder}. Wait for it, or choose another "
         "`--output`."
