@@ -187,54 +187,51 @@ class TextTokens(KeptFile):
 # All that a graph from a file may do: compute numbers. Of TensorFlow's 1,500 operations
 # others read and write files, open connections, wait for what never comes or end the
 # process, and each version brings more.
-_ALLOWED = frozenset(
-    """
-    Abs Acos Acosh Add AddN AddV2 AdjustContrastv2 AdjustHue AdjustSaturation All Any
-    ApproxTopK ArgMax ArgMin Asin Asinh Assert Atan Atan2 Atanh AvgPool AvgPool3D
-    BatchMatMul BatchMatMulV2 BatchMatMulV3 BatchToSpace BatchToSpaceND BiasAdd
-    BiasAddV1 Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor BroadcastArgs
-    BroadcastGradientArgs BroadcastTo Bucketize Case Cast Ceil CheckNumerics
-    CheckNumericsV2 Cholesky ClipByValue CombinedNonMaxSuppression Complex ComplexAbs
-    Concat ConcatOffset ConcatV2 Conj ConjugateTranspose Const ControlTrigger Conv
-    Conv2D Conv2DBackpropInput Conv3D Conv3DBackpropInputV2 Cos Cosh CropAndResize Cross
-    Cumprod Cumsum CumulativeLogsumexp DenseBincount DepthToSpace DepthwiseConv2dNative
-    Dequantize Diag DiagPart Digamma Dilation2D Div DivNoNan DynamicPartition
-    DynamicStitch Einsum Elu EnsureShape Equal Erf Erfc Erfinv Exp ExpandDims Expm1
-    ExtractImagePatches FFT FFT2D FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
-    FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod FusedBatchNorm
-    FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater GreaterEqual
-    HSVToRGB IFFT IFFT2D IRFFT IRFFT2D Identity IdentityN If Imag
-    ImageProjectiveTransformV2 ImageProjectiveTransformV3 InTopKV2 Inv Invert
-    InvertPermutation IsFinite IsInf IsNan L2Loss LRN LeakyRelu LeftShift Less LessEqual
-    Lgamma LinSpace Log Log1p LogSoftmax LogicalAnd LogicalNot LogicalOr LowerBound
-    MatMul MatrixBandPart MatrixDeterminant MatrixDiag MatrixDiagPart MatrixDiagPartV2
-    MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3 MatrixInverse MatrixSetDiag
-    MatrixSetDiagV2 MatrixSetDiagV3 MatrixSolve MatrixTriangularSolve Max MaxPool
-    MaxPool3D MaxPoolV2 MaxPoolWithArgmax Maximum Mean Merge Min Minimum MirrorPad Mod
-    Mul MulNoNan Neg NextAfter NoOp NonMaxSuppressionV3 NonMaxSuppressionV4
-    NonMaxSuppressionV5 NotEqual OneHot OnesLike Pack Pad PadV2 ParallelConcat
-    ParallelDynamicStitch PartitionedCall Placeholder PlaceholderWithDefault Polygamma
-    Pow PreventGradient Prod Qr QuantizeAndDequantizeV2 QuantizeAndDequantizeV3
-    QuantizeAndDequantizeV4 QuantizeV2 RFFT RFFT2D RGBToHSV Range Rank ReadVariableOp
-    Real RealDiv Reciprocal Relu Relu6 Reshape ResizeArea ResizeBicubic ResizeBilinear
-    ResizeNearestNeighbor ResourceGather Reverse ReverseSequence ReverseV2 RightShift
-    Rint Roll Round Rsqrt ScaleAndTranslate ScatterNd SegmentMax SegmentMean SegmentMin
-    SegmentProd SegmentSum Select SelectV2 SelfAdjointEigV2 Selu Shape ShapeN Sigmoid
-    Sign Sin Sinh Size Slice Snapshot Softmax Softplus Softsign SpaceToBatch
-    SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square SquaredDifference Squeeze
-    StatefulPartitionedCall StatelessCase StatelessIf StatelessMultinomial
-    StatelessRandomGetKeyCounter StatelessRandomNormal StatelessRandomNormalV2
-    StatelessRandomUniform StatelessRandomUniformV2 StatelessTruncatedNormal
-    StatelessTruncatedNormalV2 StatelessWhile StopGradient StridedSlice Sub Sum Svd
-    Switch Tan Tanh TensorListFromTensor TensorListGetItem TensorListLength
-    TensorListReserve TensorListSetItem TensorListStack TensorScatterAdd
-    TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate
-    TensorStridedSliceUpdate Tile TopK TopKV2 Transpose TruncateDiv TruncateMod Unique
-    UniqueV2 UniqueWithCounts Unpack UnravelIndex UnsortedSegmentMax UnsortedSegmentMin
-    UnsortedSegmentProd UnsortedSegmentSum UpperBound Where While Xdivy Xlog1py Xlogy
-    ZerosLike
-""".split()
-)
+_NAMES = """
+Abs Acos Acosh Add AddN AddV2 AdjustContrastv2 AdjustHue AdjustSaturation All Any
+ApproxTopK ArgMax ArgMin Asin Asinh Assert Atan Atan2 Atanh AvgPool AvgPool3D
+BatchMatMul BatchMatMulV2 BatchMatMulV3 BatchToSpace BatchToSpaceND BiasAdd BiasAddV1
+Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor BroadcastArgs BroadcastGradientArgs
+BroadcastTo Bucketize Case Cast Ceil CheckNumerics CheckNumericsV2 Cholesky ClipByValue
+CombinedNonMaxSuppression Complex ComplexAbs Concat ConcatOffset ConcatV2 Conj
+ConjugateTranspose Const ControlTrigger Conv Conv2D Conv2DBackpropInput Conv3D
+Conv3DBackpropInputV2 Cos Cosh CropAndResize Cross Cumprod Cumsum CumulativeLogsumexp
+DenseBincount DepthToSpace DepthwiseConv2dNative Dequantize Diag DiagPart Digamma
+Dilation2D Div DivNoNan DynamicPartition DynamicStitch Einsum Elu EnsureShape Equal Erf
+Erfc Erfinv Exp ExpandDims Expm1 ExtractImagePatches FFT FFT2D FakeQuantWithMinMaxArgs
+FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod
+FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater
+GreaterEqual HSVToRGB IFFT IFFT2D IRFFT IRFFT2D Identity IdentityN If Imag
+ImageProjectiveTransformV2 ImageProjectiveTransformV3 InTopKV2 Inv Invert
+InvertPermutation IsFinite IsInf IsNan L2Loss LRN LeakyRelu LeftShift Less LessEqual
+Lgamma LinSpace Log Log1p LogSoftmax LogicalAnd LogicalNot LogicalOr LowerBound MatMul
+MatrixBandPart MatrixDeterminant MatrixDiag MatrixDiagPart MatrixDiagPartV2
+MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3 MatrixInverse MatrixSetDiag MatrixSetDiagV2
+MatrixSetDiagV3 MatrixSolve MatrixTriangularSolve Max MaxPool MaxPool3D MaxPoolV2
+MaxPoolWithArgmax Maximum Mean Merge Min Minimum MirrorPad Mod Mul MulNoNan Neg
+NextAfter NoOp NonMaxSuppressionV3 NonMaxSuppressionV4 NonMaxSuppressionV5 NotEqual
+OneHot OnesLike Pack Pad PadV2 ParallelConcat ParallelDynamicStitch PartitionedCall
+Placeholder PlaceholderWithDefault Polygamma Pow PreventGradient Prod Qr
+QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 QuantizeV2 RFFT
+RFFT2D RGBToHSV Range Rank ReadVariableOp Real RealDiv Reciprocal Relu Relu6 Reshape
+ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor ResourceGather Reverse
+ReverseSequence ReverseV2 RightShift Rint Roll Round Rsqrt ScaleAndTranslate ScatterNd
+SegmentMax SegmentMean SegmentMin SegmentProd SegmentSum Select SelectV2
+SelfAdjointEigV2 Selu Shape ShapeN Sigmoid Sign Sin Sinh Size Slice Snapshot Softmax
+Softplus Softsign SpaceToBatch SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square
+SquaredDifference Squeeze StatefulPartitionedCall StatelessCase StatelessIf
+StatelessMultinomial StatelessRandomGetKeyCounter StatelessRandomNormal
+StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2
+StatelessTruncatedNormal StatelessTruncatedNormalV2 StatelessWhile StopGradient
+StridedSlice Sub Sum Svd Switch Tan Tanh TensorListFromTensor TensorListGetItem
+TensorListLength TensorListReserve TensorListSetItem TensorListStack TensorScatterAdd
+TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate
+TensorStridedSliceUpdate Tile TopK TopKV2 Transpose TruncateDiv TruncateMod Unique
+UniqueV2 UniqueWithCounts Unpack UnravelIndex UnsortedSegmentMax UnsortedSegmentMin
+UnsortedSegmentProd UnsortedSegmentSum UpperBound Where While Xdivy Xlog1py Xlogy
+ZerosLike
+"""
+_ALLOWED = frozenset(_NAMES.split())
 # And while a SavedModel is loaded: fill tables of constants.
 _ALLOWED_ON_LOADING = _ALLOWED | {
     "AssignVariableOp", "HashTableV2", "LookupTableImportV2", "MutableHashTableV2",

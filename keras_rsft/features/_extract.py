@@ -700,8 +700,9 @@ def keep_shares(
     """Computes this process's shard of each pass, and waits for nobody."""
     for work in passes:
         # Before any shard is finished: nobody removes what others have joined.
-        with locked(f"{work.folder}.lock", needed=False):
-            _discard_damaged(work)
+        if os.path.lexists(work.folder):
+            with locked(f"{work.folder}.lock", needed=False):
+                _discard_damaged(work)
     for work in passes:
         parts = work.parts(len(cluster))
         if work.is_done or cluster.index >= len(parts):
