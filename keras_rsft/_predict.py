@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft._storage import CLASSES_FILE, MODEL_FILE
+from keras_rsft._storage import CLASSES_FILE, MODEL_FILE, read_class_names
 from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
 from keras_rsft.config import IMAGES, TEXTS
 from keras_rsft.data import _sources
@@ -20,7 +20,6 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import unusable_model
 from keras_rsft.export._runtimes import ExportedModel, load_exported
 from keras_rsft.model._rsft_model import RSFTModel
-from keras_rsft.training._run import read_class_names
 
 BATCH_SIZE = 32
 

@@ -228,6 +228,17 @@ def json_of(path: Path, kind: type = object) -> Any:
         return content
 
 
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    path = folder / CLASSES_FILE
+    names = json_of(path, list)
+    with understood(path):
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("expected a list of names")
+        if len(set(names)) < len(names):
+            raise ValueError("a name is there twice")
+    return tuple(names)
+
+
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds, or None where it is missing or damaged."""
     try:

@@ -24,7 +24,6 @@ from keras_rsft.export import _places
 from keras_rsft.export._formats import export_litert, export_onnx, require_tf2onnx
 from keras_rsft.export._saved_model import export_saved_model
 from keras_rsft.report._summary import Accuracy, accuracies_of, share_text
-from keras_rsft.training._run import read_class_names
 
 # Model card ---------------------------------------------------------------------------
 
@@ -139,7 +138,7 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
     _places.check_run_folder(folder)
     try:
         model = load_keras_file(folder / _storage.MODEL_FILE)
-        class_names = read_class_names(folder)
+        class_names = _storage.read_class_names(folder)
         if (folder / _storage.SEARCH_FILE).is_file():
             results = _read_json(folder / _storage.RESULTS_FILE)
             config = _read_json(folder / _storage.SEARCH_FILE)["data"][0]

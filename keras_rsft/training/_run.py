@@ -57,15 +57,6 @@ SAMPLE_COLUMNS = (
 )  # fmt: skip
 
 
-def read_class_names(folder: Path) -> tuple[str, ...]:
-    path = folder / _storage.CLASSES_FILE
-    with _storage.understood(path):
-        names = tuple(_storage.json_of(path, list))
-        if not all(isinstance(name, str) for name in names) or not names:
-            raise TypeError("expected a list of names")
-        return names
-
-
 def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
     run.model.save(folder / _storage.MODEL_FILE)
     run.head.save(folder / _storage.HEAD_FILE)
