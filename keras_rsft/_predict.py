@@ -146,11 +146,9 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
     """Loads what `predict_files` takes, for several calls of it."""
     path = Path(model)
     if (path / MODEL_FILE).is_file():
-        return _keras_classifier(path / MODEL_FILE, read_class_names(path))
+        return _keras_classifier(path / MODEL_FILE, named=True)
     if path.suffix == ".keras" and path.is_file():
-        beside = path.with_name(CLASSES_FILE)
-        names = read_class_names(path.parent) if beside.is_file() else None
-        return _keras_classifier(path, names)
+        return _keras_classifier(path, named=path.with_name(CLASSES_FILE).is_file())
     if path.is_dir() and not (path / "saved_model.pb").is_file():
         versions = [child for child in path.iterdir() if child.name.isdigit()]
         versions = [one for one in versions if (one / "saved_model.pb").is_file()]
@@ -161,7 +159,7 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
     raise unusable_model(model)
 
 
-def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifier:
+def _keras_classifier(path: Path, *, named: bool) -> Classifier:
     try:
         model = load_keras_file(path)
     except InvalidArgument:
@@ -170,7 +168,10 @@ def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifi
         raise DataError(f"{path} cannot be read: {first_line(error)}.") from error
     if isinstance(model, RSFTModel):
         model = model.model
-    names = tuple(class_names or map(str, range(model.output_shape[-1])))
+    count = model.output_shape[-1]
+    names = tuple(map(str, range(count)))
+    if named:
+        names = read_class_names(path.parent, count)
     if model.inputs[0].dtype == "string":
 
         def classify(encoded: list[bytes]) -> Answers:

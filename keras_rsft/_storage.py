@@ -171,15 +171,12 @@ def require_no_links(folder: Path) -> None:
 
 @contextlib.contextmanager
 def understood(path: str | os.PathLike) -> Iterator[None]:
-    """Says of anything that fails because of a file that this file is damaged."""
+    """Says of whatever fails as a file is read that this file is damaged."""
     try:
         yield
-    except (
-        ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
-        TypeError, ValueError, csv.Error,
-    ) as error:  # fmt: skip
-        if isinstance(error, (DataError, InvalidArgument)):
-            raise
+    except (OSError, ImportError, DataError, InvalidArgument):
+        raise
+    except Exception as error:  # Of JSON, of NumPy, of zip files, of what follows.
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{path} is not as `keras-rsft` wrote it ({type(error).__name__}: "
@@ -228,14 +225,14 @@ def json_of(path: Path, kind: type = object) -> Any:
         return content
 
 
-def read_class_names(folder: Path) -> tuple[str, ...]:
+def read_class_names(folder: Path, count: int | None = None) -> tuple[str, ...]:
     path = folder / CLASSES_FILE
     names = json_of(path, list)
     with understood(path):
-        if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError("expected a list of names")
-        if len(set(names)) < len(names):
-            raise ValueError("a name is there twice")
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name is no text")
+        if len({*names}) != (count or len(names) or 1):
+            raise ValueError(f"{len({*names})} different names, and {count} classes")
     return tuple(names)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from keras_rsft._runtime import import_extra
 from keras_rsft.backbones._build import agreed_size, first_line, leaf_layers
@@ -48,6 +49,9 @@ class KeptFile(keras.Layer):
         for fixed in ("trainable", "dtype"):
             config.pop(fixed, None)
         return config | {"digest": self.digest}
+
+    def check_content(self) -> None:
+        """Refuses a file that may not be used."""
 
     def save_assets(self, directory: str) -> None:
         folder = Path(directory)
@@ -348,10 +352,22 @@ class GraphNetwork(ForeignNetwork):
     def run(self, images: tf.Tensor) -> tf.Tensor:
         return self._function(images)
 
+    def check_content(self) -> None:
+        self._graph  # noqa: B018 -- Read and refused, before the model is used.
+
+    @functools.cached_property
+    def _graph(self) -> tf.compat.v1.GraphDef:
+        try:
+            graph = tf.compat.v1.GraphDef.FromString(self.content)
+        except DecodeError as error:
+            raise DataError(
+                f"The graph of the layer {self.name!r} is damaged."
+            ) from error
+        return require_pure(graph, f"the layer {self.name!r}")
+
     @functools.cached_property
     def _function(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        graph = tf.compat.v1.GraphDef.FromString(self.content)
-        require_pure(graph, f"the layer {self.name!r}")
+        graph = self._graph
 
         @tf.function(autograph=False)
         def run(images: tf.Tensor) -> tf.Tensor:
@@ -371,7 +387,10 @@ def build_saved_model(path: Path, *, image_size: tuple[int, int] | None) -> kera
     function, declared = _image_function(loaded, path)
     size = agreed_size(declared, image_size, path)
     try:
-        outputs = function(tf.zeros((1, *size, 3)))
+        one = tf.TensorSpec((1, *size, 3), tf.float32)
+        tried = tf.function(function, autograph=False).get_concrete_function(one)
+        require_pure(tried.graph.as_graph_def(), path)  # Before it is run at all.
+        outputs = function(tf.zeros(one.shape))
         chosen = _features_of(outputs)
         shape = (None, *outputs[chosen].shape[1:])
 

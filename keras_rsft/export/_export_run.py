@@ -138,22 +138,24 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
     _places.check_run_folder(folder)
     try:
         model = load_keras_file(folder / _storage.MODEL_FILE)
-        class_names = _storage.read_class_names(folder)
-        if (folder / _storage.SEARCH_FILE).is_file():
-            results = _read_json(folder / _storage.RESULTS_FILE)
-            config = _read_json(folder / _storage.SEARCH_FILE)["data"][0]
-            config |= results.get("settings") or {}
-            config |= {name: results.get(name) for name in ("command", "versions")}
-        else:
-            config = _read_json(folder / _storage.CONFIG_FILE)
     except (DataError, InvalidArgument):
         raise
     except UNREADABLE as error:
         raise DataError(
-            f"The run {folder} cannot be read: {first_line(error)}. Its backbone, head "
-            "and class names must be whole; a backbone with layers of your own needs "
-            "these registered with Keras first."
+            f"{folder / _storage.MODEL_FILE} cannot be read: {first_line(error)}. A "
+            "backbone with layers of your own needs these registered with Keras first."
         ) from error
+    class_names = _storage.read_class_names(folder, model.output_shape[-1])
+    search = folder / _storage.SEARCH_FILE
+    if not search.is_file():
+        config = _read_json(folder / _storage.CONFIG_FILE)
+        return FinishedRun(folder, model, class_names, config)
+    results = _read_json(folder / _storage.RESULTS_FILE)
+    with _storage.understood(search):
+        config = dict(_read_json(search)["data"][0])
+    with _storage.understood(folder / _storage.RESULTS_FILE):
+        config |= results.get("settings") or {}
+        config |= {name: results.get(name) for name in ("command", "versions")}
     return FinishedRun(folder, model, class_names, config)
 
 
@@ -196,7 +198,9 @@ def export_run(
         require_tf2onnx()
     if not isinstance(run, FinishedRun):
         run = read_run(run)
-    names, card = run.class_names, model_card(run, target.name)
+    # All else that it shows has been read by now.
+    with _storage.understood(run.folder / _storage.RESULTS_FILE):
+        names, card = run.class_names, model_card(run, target.name)
     dtype = settings.weight_dtype
     if settings.file_format == "saved-model":
         path = export_saved_model(

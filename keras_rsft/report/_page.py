@@ -239,7 +239,7 @@ def write_report(
         record = read_run(Path(written))
         target = Path(record.folder / _storage.REPORT_FILE if path is None else path)
         _require_report(target)
-        page = render_page(record)
+        page = rendered(record)
     _storage.replaced(target, lambda beside: beside.write_text(page, encoding="utf-8"))
     return target
 
@@ -251,6 +251,14 @@ def _require_report(path: Path) -> None:
             f"{path} exists and is not a report. Nothing of yours is overwritten: "
             "choose another path, or move it away."
         )
+
+
+def rendered(record: RunRecord, **how: Any) -> str:
+    """Returns a run's page; what only now turns out to be damaged is one of two."""
+    folder = record.folder
+    source = f"{folder / _storage.RESULTS_FILE} or {_storage.CONFIG_FILE} beside it"
+    with _storage.understood(source):
+        return render_page(record, **how)
 
 
 def _is_report(path: Path) -> bool:

@@ -19,7 +19,7 @@ from keras_rsft import _storage
 from keras_rsft.config import IMAGES
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.report._live import Decided, LiveAudit
-from keras_rsft.report._page import render_page
+from keras_rsft.report._page import rendered
 from keras_rsft.report._record import RunRecord
 
 ADDRESS = "127.0.0.1"
@@ -120,7 +120,7 @@ class ReviewServer(http.server.ThreadingHTTPServer):
             self._live = None
             self.live_error = f"The order stays as it is: {error}"
         self._turn = threading.Lock()
-        page = render_page(
+        page = rendered(
             record,
             served=True,
             token=None if self._live is None else self.token,

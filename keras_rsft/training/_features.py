@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -113,9 +114,10 @@ def _copy_groups(
     # The folders of features are named after the samples and the backbone.
     names = "\0".join([part.path.parent.name for part in whole])
     path = cache / f"copies-{hashlib.sha256(names.encode()).hexdigest()[:32]}.npy"
-    with contextlib.suppress(OSError, ValueError), open_regular(path) as file:
-        groups = np.load(file, allow_pickle=False)
-        if groups.shape == (sum(map(len, whole)),):
+    with contextlib.suppress(OSError, EOFError, ValueError), open_regular(path) as file:
+        groups, checksum = np.split(np.load(file, allow_pickle=False), [-1])
+        known = len(groups) == sum(map(len, whole))
+        if known and checksum == zlib.crc32(groups.tobytes()):
             return groups
     splits = (data.train, data.validation, data.test)
     originals = [split.before_review or split for split in splits]
@@ -142,7 +144,7 @@ def _copy_groups(
         return np.einsum("ij,ij->i", one, other) >= _PIXELS_ALIKE
 
     look = look_same if data.kind == IMAGES else None
-    groups = copy_groups(whole, look, progress=progress)
+    groups = copy_groups(whole, look, progress=progress).astype(np.int64)
     with contextlib.suppress(OSError):  # It is found again in no time.
         replaced(path, lambda place: _write_array(place, groups))
     return groups
@@ -150,7 +152,7 @@ def _copy_groups(
 
 def _write_array(path: Path, values: np.ndarray) -> None:
     with path.open("wb") as file:
-        np.save(file, values)
+        np.save(file, np.append(values, zlib.crc32(values.tobytes())))
 
 
 def _apart(
