@@ -179,8 +179,8 @@ def understood(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:  # Of JSON, of NumPy, of zip files, of what follows.
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{path} is not as `keras-rsft` wrote it ({type(error).__name__}: "
-            f"{reason}). Make it again, or bring the file as it was."
+            f"{path} cannot be read: it is not as `keras-rsft` wrote it "
+            f"({type(error).__name__}: {reason}). Restore it, or make the run again."
         ) from error
 
 

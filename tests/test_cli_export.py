@@ -127,7 +127,7 @@ def test_a_damaged_run(export, run_folder, tmp_path, damaged):
     (copy / damaged).write_bytes(b"PK damaged")
     status, _, err = export(copy)
     assert status == 1
-    assert "cannot be read" in err
+    assert f"{copy / damaged} cannot be read" in err
     assert "please report" not in err
     assert not (tmp_path / "saved_models").exists()
 
