@@ -289,6 +289,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda one: summary.shown(one) if type(one) is str else one,
     )
     templates.filters |= {"safe_json": script_json, "share": share_text}
     style = "\n".join(map(charts.asset, _STYLES))
