@@ -855,6 +855,8 @@ class ExportConfig:
             (dynamic-range quantisation) for LiteRT.
         version: Version of a SavedModel, at least 1. None: the next free one.
         top_k: How many classes a SavedModel names in `top_labels`, or None.
+        max_pixels: Most pixels of an encoded image that a SavedModel decodes, at least
+            1. None: 100,000,000.
 
     Raises:
         InvalidArgument: If the options do not fit the format.
@@ -874,6 +876,11 @@ class ExportConfig:
     top_k: int | None = option(
         None, "also return the K most probable classes of a saved-model", metavar="K"
     )
+    max_pixels: int | None = option(
+        None,
+        "have a saved-model refuse encoded images of more pixels; default: 100,000,000",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
         require_known("format", self.file_format, FORMATS)
@@ -883,9 +890,11 @@ class ExportConfig:
                 f"The format {self.file_format} stores weights as {' or '.join(known)}."
                 f" Received: {self.weight_dtype!r}."
             )
-        if self.file_format != "saved-model" and (self.version or self.top_k):
+        only = (self.version, self.top_k, self.max_pixels)
+        if self.file_format != "saved-model" and any(only):
             raise InvalidArgument(
-                "A version and the most probable classes can be chosen for the format "
-                f"saved-model only. Received: the format {self.file_format}."
+                "A version, the most probable classes and the most pixels can be "
+                "chosen for the format saved-model only. Received: the format "
+                f"{self.file_format}."
             )
-        check_numbers(self, "at least 1", "version", "top_k")
+        check_numbers(self, "at least 1", "version", "top_k", "max_pixels")

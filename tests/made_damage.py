@@ -1,4 +1,4 @@
-"""Damages a file of a finished folder in ways that a disk, a merge or a person would."""
+"""Damages a file of a folder as a disk, a merge or a person would."""
 
 from __future__ import annotations
 

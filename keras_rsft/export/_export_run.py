@@ -209,6 +209,7 @@ def export_run(
             class_names=names,
             version=settings.version,
             top_k=settings.top_k,
+            max_pixels=settings.max_pixels,
             weight_dtype=dtype,
             model_card=card,
         )

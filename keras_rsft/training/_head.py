@@ -13,7 +13,13 @@ import tensorflow as tf
 from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import NOT_DECAYED, SPLITS, PolicyConfig, TrainConfig
+from keras_rsft.config import (
+    NOT_DECAYED,
+    SPLITS,
+    USED_BY,
+    PolicyConfig,
+    TrainConfig,
+)
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
@@ -78,6 +84,23 @@ class TrainedHead:
     @property
     def ledger(self) -> Ledger:
         return self.recorder.ledger
+
+
+def why_nothing(policy: PolicyConfig, loss: float) -> str:
+    """Says what may have kept a policy from accepting samples of this mean loss."""
+    if not np.isfinite(loss):
+        return "The losses are NaN or infinite. Lower `--learning-rate`."
+    losses = f"The losses are {loss:.3g} on average"
+    if policy.name == "auto":
+        return (
+            f"{losses}, and no label is likely enough to be right. Lower `--threshold`."
+        )
+    if policy.name in USED_BY["threshold"]:
+        return (
+            f"{losses}, not below the threshold. Raise `--threshold` or "
+            "`--warmup-epochs`, or leave both out."
+        )
+    return f"{losses}. Choose another `--policy`."
 
 
 def train_head(
@@ -156,9 +179,8 @@ def train_head(
         best = int(np.argmax(history[monitor]))
     if history["acceptance_rate"][best] == 0:
         raise TrainingStalled(
-            f"The last of {settings.epochs} epochs accepted no sample: the losses, "
-            f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
-            "Raise `--threshold` or `--warmup-epochs`, or leave both out."
+            f"The last of {settings.epochs} epochs accepted no sample. "
+            f"{why_nothing(settings.policy, history['loss'][-1])}"
         )
     results: dict[str, float] = {}
     for at, name in enumerate(HELD_OUT):
