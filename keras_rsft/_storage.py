@@ -489,6 +489,7 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[RunPlace]:
         if folder.exists():  # Finished by another process just now.
             raise _Taken(f"{folder} exists. Nothing is overwritten.")
         before = read_json(unfinished / _IDENTITY_FILE)
+        before = before if isinstance(before, dict) else None
         place = RunPlace(folder, unfinished, resumed=before == identity)
         if before not in (None, identity) and (unfinished / HEAD_STATE).exists():
             names = sorted(

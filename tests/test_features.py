@@ -221,14 +221,6 @@ class TestExtraction:
             extract_features(tiny_base, data.train, cache_dir=tmp_path)
         assert read == ["features.bin"]
 
-    @pytest.mark.parametrize(
-        "count, text",
-        [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (2.5e6, "2.50 MB"),
-         (1.234e9, "1.23 GB")],
-    )  # fmt: skip
-    def test_sizes_have_two_digits(self, count, text):
-        assert extraction.size_text(count) == text
-
     def test_unreadable_images_are_left_out_and_named(
         self, photo_folder, tiny_base, tmp_path
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
+from tensorflow.python.framework import op_def_registry
+from tensorflow.python.ops import (
+    gen_linalg_ops,
+    gen_math_ops,
+    gen_nn_ops,
+    gen_spectral_ops,
+)
+from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 from keras_rsft._runtime import import_extra
 from keras_rsft.backbones._build import agreed_size, first_line, leaf_layers
@@ -190,57 +199,45 @@ class TextTokens(KeptFile):
 
 # All that a graph from a file may do: compute numbers. Of TensorFlow's 1,500 operations
 # others read and write files, open connections, wait for what never comes or end the
-# process, and each version brings more.
+# process, and each version brings more. Of these modules of it all are allowed, ...
+_FAMILIES = (gen_linalg_ops, gen_math_ops, gen_nn_ops, gen_spectral_ops)
+# ... and of arrays, images, control flow and the like:
 _NAMES = """
-Abs Acos Acosh Add AddN AddV2 AdjustContrastv2 AdjustHue AdjustSaturation All Any
-ApproxTopK ArgMax ArgMin Asin Asinh Assert Atan Atan2 Atanh AvgPool AvgPool3D
-BatchMatMul BatchMatMulV2 BatchMatMulV3 BatchToSpace BatchToSpaceND BiasAdd BiasAddV1
-Bincount Bitcast BitwiseAnd BitwiseOr BitwiseXor BroadcastArgs BroadcastGradientArgs
-BroadcastTo Bucketize Case Cast Ceil CheckNumerics CheckNumericsV2 Cholesky ClipByValue
-CombinedNonMaxSuppression Complex ComplexAbs Concat ConcatOffset ConcatV2 Conj
-ConjugateTranspose Const ControlTrigger Conv Conv2D Conv2DBackpropInput Conv3D
-Conv3DBackpropInputV2 Cos Cosh CropAndResize Cross Cumprod Cumsum CumulativeLogsumexp
-DenseBincount DepthToSpace DepthwiseConv2dNative Dequantize Diag DiagPart Digamma
-Dilation2D Div DivNoNan DynamicPartition DynamicStitch Einsum Elu EnsureShape Equal Erf
-Erfc Erfinv Exp ExpandDims Expm1 ExtractImagePatches FFT FFT2D FakeQuantWithMinMaxArgs
-FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod
-FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 Gather GatherNd GatherV2 Greater
-GreaterEqual HSVToRGB IFFT IFFT2D IRFFT IRFFT2D Identity IdentityN If Imag
-ImageProjectiveTransformV2 ImageProjectiveTransformV3 InTopKV2 Inv Invert
-InvertPermutation IsFinite IsInf IsNan L2Loss LRN LeakyRelu LeftShift Less LessEqual
-Lgamma LinSpace Log Log1p LogSoftmax LogicalAnd LogicalNot LogicalOr LowerBound MatMul
-MatrixBandPart MatrixDeterminant MatrixDiag MatrixDiagPart MatrixDiagPartV2
-MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3 MatrixInverse MatrixSetDiag MatrixSetDiagV2
-MatrixSetDiagV3 MatrixSolve MatrixTriangularSolve Max MaxPool MaxPool3D MaxPoolV2
-MaxPoolWithArgmax Maximum Mean Merge Min Minimum MirrorPad Mod Mul MulNoNan Neg
-NextAfter NoOp NonMaxSuppressionV3 NonMaxSuppressionV4 NonMaxSuppressionV5 NotEqual
-OneHot OnesLike Pack Pad PadV2 ParallelConcat ParallelDynamicStitch PartitionedCall
-Placeholder PlaceholderWithDefault Polygamma Pow PreventGradient Prod Qr
-QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 QuantizeV2 RFFT
-RFFT2D RGBToHSV Range Rank ReadVariableOp Real RealDiv Reciprocal Relu Relu6 Reshape
-ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor ResourceGather Reverse
-ReverseSequence ReverseV2 RightShift Rint Roll Round Rsqrt ScaleAndTranslate ScatterNd
-SegmentMax SegmentMean SegmentMin SegmentProd SegmentSum Select SelectV2
-SelfAdjointEigV2 Selu Shape ShapeN Sigmoid Sign Sin Sinh Size Slice Snapshot Softmax
-Softplus Softsign SpaceToBatch SpaceToBatchND SpaceToDepth Split SplitV Sqrt Square
-SquaredDifference Squeeze StatefulPartitionedCall StatelessCase StatelessIf
+AdjustContrastv2 AdjustHue AdjustSaturation Assert BatchToSpace BatchToSpaceND Bitcast
+BitwiseAnd BitwiseOr BitwiseXor BroadcastArgs BroadcastGradientArgs BroadcastTo Case
+CheckNumerics CheckNumericsV2 CombinedNonMaxSuppression Concat ConcatOffset ConcatV2
+ConjugateTranspose Const ControlTrigger CropAndResize DepthToSpace Dequantize Diag
+DiagPart DynamicPartition DynamicStitch EnsureShape ExpandDims ExtractImagePatches
+FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill
+Gather GatherNd GatherV2 HSVToRGB Identity IdentityN If ImageProjectiveTransformV2
+ImageProjectiveTransformV3 Invert InvertPermutation LeftShift LowerBound MatrixBandPart
+MatrixDiag MatrixDiagPart MatrixDiagPartV2 MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3
+MatrixSetDiag MatrixSetDiagV2 MatrixSetDiagV3 Merge MirrorPad NoOp NonMaxSuppressionV3
+NonMaxSuppressionV4 NonMaxSuppressionV5 OneHot OnesLike Pack Pad PadV2 ParallelConcat
+ParallelDynamicStitch PartitionedCall Placeholder PlaceholderWithDefault PreventGradient
+QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 QuantizeV2
+RGBToHSV Rank ReadVariableOp Reshape ResizeArea ResizeBicubic ResizeBilinear
+ResizeNearestNeighbor ResourceGather Reverse ReverseSequence ReverseV2 RightShift Roll
+ScaleAndTranslate ScatterNd Shape ShapeN Size Slice Snapshot SpaceToBatch SpaceToBatchND
+SpaceToDepth Split SplitV Squeeze StatefulPartitionedCall StatelessCase StatelessIf
 StatelessMultinomial StatelessRandomGetKeyCounter StatelessRandomNormal
 StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2
 StatelessTruncatedNormal StatelessTruncatedNormalV2 StatelessWhile StopGradient
-StridedSlice Sub Sum Svd Switch Tan Tanh TensorListFromTensor TensorListGetItem
-TensorListLength TensorListReserve TensorListSetItem TensorListStack TensorScatterAdd
-TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate
-TensorStridedSliceUpdate Tile TopK TopKV2 Transpose TruncateDiv TruncateMod Unique
-UniqueV2 UniqueWithCounts Unpack UnravelIndex UnsortedSegmentMax UnsortedSegmentMin
-UnsortedSegmentProd UnsortedSegmentSum UpperBound Where While Xdivy Xlog1py Xlogy
+StridedSlice Switch TensorListFromTensor TensorListGetItem TensorListLength
+TensorListReserve TensorListSetItem TensorListStack TensorScatterAdd TensorScatterMax
+TensorScatterMin TensorScatterSub TensorScatterUpdate TensorStridedSliceUpdate Tile
+Transpose Unique UniqueV2 UniqueWithCounts Unpack UnravelIndex UpperBound Where While
 ZerosLike
 """
-_ALLOWED = frozenset(_NAMES.split())
-# And while a SavedModel is loaded: fill tables of constants.
-_ALLOWED_ON_LOADING = _ALLOWED | {
-    "AssignVariableOp", "HashTableV2", "LookupTableImportV2", "MutableHashTableV2",
-    "VarHandleOp",
-}  # fmt: skip
+_ALLOWED = frozenset(
+    name for family in _FAMILIES for name in dir(family) if name[0].isupper()
+).union(_NAMES.split())
+# While a SavedModel is loaded, its tables of constants are filled, and nothing is
+# called or repeated.
+_ALLOWED_ON_LOADING = frozenset(
+    ("Const", "HashTableV2", "Identity", "LookupTableImportV2", "MutableHashTableV2",
+     "NoOp", "Placeholder")
+)  # fmt: skip
 _RUN_ON_LOADING = {"_create_resource", "_initialize", "_destroy_resource"}
 _EXPECTED = (
     "A SavedModel backbone must map float images (batch, height, width, 3) to features."
@@ -276,34 +273,17 @@ def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, str]:
     return graph, frozen.outputs[0].name
 
 
-def impure_operations(
-    graph: tf.compat.v1.GraphDef,
-    functions: Sequence[str] | None = None,
-    allowed: frozenset[str] = _ALLOWED,
-) -> list[str]:
-    """Returns what a graph, or some functions of it, may use and is not allowed to."""
-    from tensorflow.python.framework import op_def_registry
-
-    library = {one.signature.name: one.node_def for one in graph.library.function}
-    waiting = [graph.node] if functions is None else []
-    called, used = set(functions or ()), set()
-    while waiting or called:
-        waiting += [library.pop(name) for name in called if name in library]
-        called = set()
-        for node in waiting.pop() if waiting else ():
-            used.add(node.op)
-            called.add(node.op)  # A function can be called by its name alone.
-            for value in node.attr.values():
-                called |= {value.func.name, *(one.name for one in value.list.func)}
-    names = {one.signature.name for one in graph.library.function}
-    names -= {name for name in names if op_def_registry.get(name) is not None}
-    return sorted(used - names - allowed)
+def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
+    inner = {one.signature.name: one.node_def for one in graph.library.function}
+    used = {node.op for node in itertools.chain(graph.node, *inner.values())}
+    # A function can be called by its name alone.
+    return sorted(
+        used - _ALLOWED - {n for n in inner if op_def_registry.get(n) is None}
+    )
 
 
 def load_saved_model(path: Path) -> Any:
     """Loads a SavedModel, unless that would do more than compute."""
-    from tensorflow.python.saved_model.loader_impl import parse_saved_model
-
     try:
         odd = [one for one in path.rglob("*") if not (one.is_file() or one.is_dir())]
         if odd:
@@ -320,11 +300,12 @@ def load_saved_model(path: Path) -> Any:
         ]
         for node in objects:
             run += [one.restore_function for one in node.saveable_objects.values()]
-        names: list[str] = []
-        for node in (objects[number] for number in run):
-            names += node.function.concrete_functions
-            names.append(node.bare_concrete_function.concrete_function_name)
-        require_pure(parts[0].graph_def, path, names, _ALLOWED_ON_LOADING)
+        names = {objects[n].bare_concrete_function.concrete_function_name for n in run}
+        names |= {one for n in run for one in objects[n].function.concrete_functions}
+        library = parts[0].graph_def.library.function
+        bodies = [one.node_def for one in library if one.signature.name in names]
+        operations = {node.op for body in bodies for node in body}
+        _require_none(sorted(operations - _ALLOWED_ON_LOADING), path)
         return tf.saved_model.load(str(path))
     except InvalidArgument:
         raise
@@ -335,14 +316,18 @@ def load_saved_model(path: Path) -> Any:
 
 
 def require_pure(
-    graph: tf.compat.v1.GraphDef, source: str | Path, *which: Any
+    graph: tf.compat.v1.GraphDef, source: str | Path
 ) -> tf.compat.v1.GraphDef:
-    if impure := impure_operations(graph, *which):
+    _require_none(impure_operations(graph), source)
+    return graph
+
+
+def _require_none(operations: Sequence[str], source: str | Path) -> None:
+    if operations:
         raise InvalidArgument(
             f"A graph from a file may only compute. Received: {source}, which uses "
-            f"{', '.join(impure)} too. It is not run."
+            f"{', '.join(operations)} too. It is not run."
         )
-    return graph
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")

@@ -26,7 +26,6 @@ EXPECTED = (
     errors.WorkerLost,
 )  # fmt: skip
 TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
-_NO_ROOM = {"ResourceExhaustedError", "XlaRuntimeError"}  # Of TensorFlow.
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -74,12 +73,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        if isinstance(error, MemoryError) or type(error).__name__ in _NO_ROOM:
-            return _fail(
-                FAILED,
-                "There is not enough memory. Try a smaller batch, a smaller image size "
-                "or another backbone, or close other programs.",
-            )
+        if type(error).__name__ in ("MemoryError", "ResourceExhaustedError"):
+            return _fail(FAILED, "There is not enough memory. Try smaller images.")
         return _fail(
             FAILED,
             f"{type(error).__name__}: {error}\nThis should not happen: please report "

@@ -23,6 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from rich.filesize import decimal
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster, require_tensorflow_backend
@@ -372,8 +373,8 @@ def append_rows(
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"The features need {size_text(needed)} and the disk has "
-            f"{size_text(free)} free. Choose another folder with `--cache-dir`",
+            f"The features need {decimal(needed)} and the disk has "
+            f"{decimal(free)} free. Choose another folder with `--cache-dir`",
             str(partial),
         )
     samples = work.inputs(next_index, stretch.stop)
@@ -418,13 +419,6 @@ def append_rows(
             writing.result()
         _require_unreadable(work, range(next_index, stretch.stop), ())
     return rows, {name: f"{value:08x}" for name, value in checksums.items()}
-
-
-def size_text(count: float) -> str:
-    """Returns a number of bytes in the unit in which it has two digits."""
-    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    size, name = next((one for one in units if count >= one[0]), (1, "bytes"))
-    return f"{count / size:.2f} {name}" if size > 1 else f"{count:.0f} bytes"
 
 
 def read_index(folder: Path) -> np.ndarray:

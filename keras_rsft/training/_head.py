@@ -13,13 +13,7 @@ import tensorflow as tf
 from keras_rsft._ledger import Ledger, RejectionLedger
 from keras_rsft._progress import progress_bar
 from keras_rsft.backbones._build import build_head
-from keras_rsft.config import (
-    NOT_DECAYED,
-    SPLITS,
-    USED_BY,
-    PolicyConfig,
-    TrainConfig,
-)
+from keras_rsft.config import NOT_DECAYED, SPLITS, PolicyConfig, TrainConfig
 from keras_rsft.errors import InvalidArgument, TrainingStalled
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._store import FeatureSet
@@ -86,21 +80,14 @@ class TrainedHead:
         return self.recorder.ledger
 
 
-def why_nothing(policy: PolicyConfig, loss: float) -> str:
-    """Says what may have kept a policy from accepting samples of this mean loss."""
+def why_nothing(loss: float) -> str:
+    """Says what may have kept samples of this mean loss from being accepted."""
     if not np.isfinite(loss):
-        return "The losses are NaN or infinite. Lower `--learning-rate`."
-    losses = f"The losses are {loss:.3g} on average"
-    if policy.name == "auto":
-        return (
-            f"{losses}, and no label is likely enough to be right. Lower `--threshold`."
-        )
-    if policy.name in USED_BY["threshold"]:
-        return (
-            f"{losses}, not below the threshold. Raise `--threshold` or "
-            "`--warmup-epochs`, or leave both out."
-        )
-    return f"{losses}. Choose another `--policy`."
+        return "The losses are NaN or infinite: lower `--learning-rate`."
+    return (
+        f"The losses are {loss:.3g} on average: change `--threshold` where the policy "
+        "has one, raise `--warmup-epochs`, or choose another `--policy`."
+    )
 
 
 def train_head(
@@ -180,7 +167,7 @@ def train_head(
     if history["acceptance_rate"][best] == 0:
         raise TrainingStalled(
             f"The last of {settings.epochs} epochs accepted no sample. "
-            f"{why_nothing(settings.policy, history['loss'][-1])}"
+            f"{why_nothing(history['loss'][-1])}"
         )
     results: dict[str, float] = {}
     for at, name in enumerate(HELD_OUT):

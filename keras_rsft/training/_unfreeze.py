@@ -76,7 +76,7 @@ def unfreeze(
         raise TrainingStalled(
             f"The last of the {how.epochs} epochs in which the backbone learns "
             "accepted no sample. "
-            f"{_head.why_nothing(settings.policy, whole.history['loss'][-1])} Or leave "
+            f"{_head.why_nothing(whole.history['loss'][-1])} Or leave "
             "out `--unfreeze`."
         )
     results = trained.results
