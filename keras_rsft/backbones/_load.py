@@ -166,8 +166,8 @@ def load_backbone(
             - `hub:PRESET`, a preset of KerasHub by name or folder, with the extra
               `hub`. Its image converter says how pixels are scaled.
             - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
-              other. Loading one runs its initialisers: take it from a source that
-              you trust. What is stored and run later does nothing but compute.
+              other of `tf.saved_model.save`. One that would do more than compute,
+              while it is loaded or later, is refused.
             - `onnx:FILE@SCALE`, with the extra `onnx`; batch, channels first or
               last and float16 as the file has them. It runs in ONNX Runtime.
             - `minilm`, a sentence encoder, with the extra `text`: it takes texts.
