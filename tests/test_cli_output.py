@@ -278,3 +278,16 @@ def test_an_error_spells_it_out_too(call, tmp_path):
     status, _, err = call("review", tmp_path / HOSTILE)
     assert status == 2
     assert SPELLED in err
+
+
+def test_too_little_memory_is_told(call, monkeypatch):
+    from keras_rsft.cli import _commands
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(_commands, "features_of", fail)
+    status, _, err = call("audit", "digits")
+    assert status == 1
+    assert "not enough memory" in err
+    assert "should not happen" not in err
