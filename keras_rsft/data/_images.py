@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,21 @@ def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
+def _apart(function: Callable) -> Callable:
+    """Has graphs call a function: they visit all nodes that are part of themselves."""
+    attributes = {"_noinline": True}
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        if tf.executing_eagerly():
+            return function(*arguments)
+        return tf.function(
+            function, autograph=False, experimental_attributes=attributes
+        )(*arguments)
+
+    return called
+
+
 KINDS = ("unknown", "JPEG", "PNG", "GIF", "BMP", "WebP")
 # A dot stands for any byte.
 _SIGNATURES = (
@@ -34,7 +50,8 @@ _SIGNATURES = (
     b"BM..........",
     b"RIFF....WEBP",
 )
-_HEAD_BYTES = 54  # The longest header read here: BMP with its colour count.
+_HEAD_BYTES = 70  # The longest header read here: BMP with its colour masks.
+_PART_BYTES = 10
 
 
 def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
@@ -46,6 +63,14 @@ def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tenso
     return tf.strings.substr(encoded, start, tf.cast(count, tf.int64))
 
 
+def _numbers_at(encoded: tf.Tensor, start: tf.Tensor, count: Any) -> tf.Tensor:
+    """Returns bytes as int64, zeros behind the end."""
+    part = bytes_at(encoded, start, count)
+    length = tf.cast(count, tf.int32)
+    return tf.cast(tf.io.decode_raw(part, tf.uint8, fixed_length=length), tf.int64)
+
+
+@_apart
 def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
     """Cuts a GIF file down to its first frame."""
     # TensorFlow's decoder unpacks every frame before it returns the first, so an
@@ -65,14 +90,33 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
         step = (lambda at: byte(at) > 0), (lambda at: (at + byte(at) + 1,))
         return tf.while_loop(*step, (at,))[0] + 1
 
-    (frame,) = tf.while_loop(
-        lambda at: byte(at) == 0x21,  # An extension, such as a comment.
-        lambda at: (after_blocks(at + 2),),
-        (after_palette(13, byte(10)),),
+    def after_extension(at: tf.Tensor, hidden: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        # A graphic control extension may name the colour that stands for nothing.
+        names = (byte(at + 1) == 0xF9) & (byte(at + 3) % 2 == 1)
+        return after_blocks(at + 2), tf.where(names, byte(at + 6), hidden)
+
+    begin = after_palette(13, byte(10))
+    frame, hidden = tf.while_loop(
+        lambda at, hidden: byte(at) == 0x21,  # An extension, such as a comment.
+        after_extension,
+        (begin, tf.constant(-1)),
     )
     end = after_blocks(after_palette(frame + 10, byte(frame + 9)) + 1)
+    # Without the extensions that colour is one like others, and is made white.
+    own = byte(frame + 9) >= 0x80
+    palette = tf.where(own, frame + 10, 13)
+    colours = after_palette(palette, byte(tf.where(own, frame + 9, 10)))
+    white = palette + 3 * hidden
+    whitened = (bytes_at(encoded, 0, white), tf.constant(b"\xff\xff\xff"))
+    whitened += (bytes_at(encoded, white + 3, tf.size(raw)),)
+    encoded = tf.cond(
+        (hidden >= 0) & (white < colours),
+        lambda: tf.strings.join(whitened),
+        lambda: encoded,
+    )
     parts = (
-        bytes_at(encoded, 0, frame + 1),
+        bytes_at(encoded, 0, begin),
+        bytes_at(encoded, frame, 1),
         tf.constant(b"\0\0\0\0"),  # left and top
         bytes_at(encoded, frame + 5, end - frame - 5),
         tf.constant(b";"),
@@ -80,6 +124,95 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
     size = tf.cast(raw[frame + 5 : frame + 9], tf.int64)
     cut = tf.strings.join(parts)
     return _require_within_limit(cut, _number(size, 0, 2), _number(size, 2, 2))
+
+
+_MOST_PARTS = 1000  # Of a file; more are not looked at.
+_UPRIGHT = np.int64(1)
+
+
+def _find_parts(
+    encoded: tf.Tensor, first: int, length_of: Callable, *signatures: bytes
+) -> tf.Tensor:
+    """Returns where the parts of a file are that begin so, 0 where there is none."""
+    # `length_of` tells a part's length by its first bytes, 0 at the last one.
+    size = tf.cast(tf.strings.length(encoded), tf.int64)
+    wanted = np.array([list(one.ljust(_PART_BYTES, b".")) for one in signatures])
+
+    def step(at: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        head = _numbers_at(encoded, at, _PART_BYTES)
+        match = tf.reduce_all((head == wanted) | (wanted == ord(".")), axis=-1)
+        length = length_of(head)
+        found = tf.where(match & (found == 0), at, found)
+        return tf.where(length > 0, at + length, size), found
+
+    start = (tf.constant(first, tf.int64), tf.zeros([len(signatures)], tf.int64))
+    return tf.while_loop(
+        lambda at, found: (at < size) & tf.reduce_any(found == 0),
+        step,
+        start,
+        maximum_iterations=_MOST_PARTS,
+    )[1]
+
+
+def _upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Turns and mirrors pixels as an EXIF orientation, in [1, 8], asks for."""
+    return tf.cond(
+        orientation > 1, lambda: _turned(pixels, orientation), lambda: pixels
+    )
+
+
+@_apart
+def _turned(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    def flipped(axis: int, image: tf.Tensor, *which: int) -> tf.Tensor:
+        # Much faster than `tf.reverse`.
+        order = tf.range(tf.shape(image)[axis])
+        is_asked = tf.reduce_any(orientation == which)
+        return tf.gather(image, tf.where(is_asked, order[::-1], order), axis=axis)
+
+    def swapped() -> tf.Tensor:
+        return flipped(0, tf.transpose(flipped(0, pixels, 6, 7), [1, 0, 2]), 7, 8)
+
+    def straight() -> tf.Tensor:
+        return flipped(1, flipped(0, pixels, 3, 4), 2, 3)
+
+    return tf.cond(orientation > 4, swapped, straight)
+
+
+def _orientation(encoded: tf.Tensor, part: tf.Tensor, before: int) -> tf.Tensor:
+    """Returns the orientation, in [1, 8], that the EXIF data in a part name, else 1."""
+    start = part + before
+    marked = tf.reduce_all(_numbers_at(encoded, start, 6) == list(b"Exif\0\0"))
+    start += 6 * tf.cast(marked, tf.int64)
+    head = _numbers_at(encoded, start, 8)
+
+    def number(values: tf.Tensor, at: int, count: int) -> tf.Tensor:
+        orders = (_number(values, at, count, order) for order in (-1, 1))
+        return tf.where(head[0] == ord("M"), *orders)
+
+    directory = start + number(head, 4, 4)
+    count = number(_numbers_at(encoded, directory, 2), 0, 2)
+    entries = _numbers_at(
+        encoded, directory + 2, 12 * tf.clip_by_value(count, 1, _MOST_PARTS)
+    )
+    entries = tf.reshape(entries, [-1, 12])
+    is_asked = number(entries, 0, 2) == 0x0112
+    value = tf.reduce_max(tf.where(is_asked, number(entries, 8, 2), _UPRIGHT))
+    known = (part > 0) & (number(head, 2, 2) == 42) & (value >= 1) & (value <= 8)
+    return tf.where(known, value, _UPRIGHT)
+
+
+@_apart
+def _on_white(pixels: tf.Tensor) -> tf.Tensor:
+    """Puts uint8 pixels `(h, w, 4)`, the last of which is opacity, on white."""
+    colours, opacity = pixels[..., :3], pixels[..., 3:]
+
+    def blended() -> tf.Tensor:
+        share = tf.cast(opacity, tf.uint16)  # Sums stay below 2**16.
+        total = tf.cast(colours, tf.uint16) * share + 255 * (255 - share) + 128
+        rounded = tf.bitwise.right_shift(total, 8) + total  # Divided by 255.
+        return tf.cast(tf.bitwise.right_shift(rounded, 8), tf.uint8)
+
+    return tf.cond(tf.reduce_all(opacity == 255), lambda: colours, blended)
 
 
 def _has(head: tf.Tensor, at: int, signature: bytes) -> tf.Tensor:
@@ -112,8 +245,9 @@ def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Te
     """Decodes one image, crops its centre and resizes it."""
     # Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF (the first frame),
     # BMP (8, 24 and 32 bits) and WebP (not animated), told apart by their first bytes.
-    # Transparency is dropped. The centre is cropped to the target's aspect ratio, then
-    # resized with antialiased bilinear interpolation.
+    # What is transparent is put on white, the orientation in EXIF data is applied, and
+    # values of 16 bits are divided by 256. The centre is cropped to the target's aspect
+    # ratio, then resized with antialiased bilinear interpolation.
     size = checked_size(image_size)
     return centre_resize(decode_pixels(encoded, smallest=size), size)
 
@@ -149,15 +283,14 @@ def decode_pixels(
     if encoded.dtype != tf.string:  # The pixels of an array.
         return encoded
     # The first bytes, zeros where there are fewer.
-    head = tf.io.decode_raw(encoded, tf.uint8, fixed_length=_HEAD_BYTES)
-    head = tf.cast(head, tf.int64)
+    head = _numbers_at(encoded, 0, _HEAD_BYTES)
     signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
     same = (head[: signatures.shape[1]] == signatures) | (signatures == ord("."))
     matches = tf.cast(tf.reduce_all(same, axis=-1), tf.int32)
     kind = tf.reduce_sum(matches * np.arange(1, len(KINDS), dtype=np.int32))
     branches = (
         lambda: _refuse_unknown(encoded),
-        lambda: _decode_jpeg(encoded, smallest),
+        lambda: _decode_jpeg(encoded, head, smallest),
         lambda: _decode_png(encoded, head),
         lambda: tf.io.decode_gif(first_gif_frame(encoded))[0],
         lambda: _decode_bmp(encoded, head),
@@ -207,6 +340,7 @@ def readable_reason(error: tf.errors.OpError) -> str:
     return " ".join((ours.group(1) if ours else text).split())
 
 
+@_apart
 def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
     message = tf.where(
         tf.strings.length(encoded) == 0,
@@ -217,28 +351,83 @@ def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
         return tf.zeros([1, 1, 3], tf.uint8)
 
 
-def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Tensor:
+def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    def length_of(head: tf.Tensor) -> tf.Tensor:
+        # The segments of applications, comments and fillers come first.
+        marker, length = head[1], 2 + _number(head, 2, 2, -1)
+        wanted = (head[0] == 0xFF) & ((marker // 16 == 0xE) | (marker >= 0xFE))
+        length = tf.where(marker == 0xFF, tf.ones_like(length), length)
+        return tf.where(wanted, length, tf.zeros_like(length))
+
+    found = _find_parts(encoded, 2, length_of, b"\xff\xe1..Exif\0\0")
+    return _orientation(encoded, found[0], 4)
+
+
+def _decode_jpeg(
+    encoded: tf.Tensor, head: tf.Tensor, smallest: tuple[int, int] | None
+) -> tf.Tensor:
     shape = tf.io.extract_jpeg_shape(encoded, output_type=tf.int32)
     height, width = tf.cast(shape[0], tf.int64), tf.cast(shape[1], tf.int64)
     encoded = _require_within_limit(encoded, width, height)
-    if smallest is None:
-        return tf.io.decode_jpeg(encoded, channels=3)
-    scale = tf.minimum(height // smallest[0], width // smallest[1])
-    fits = scale >= _SCALED_DECODE_MARGIN * np.array(_JPEG_RATIOS[1:])
-    ratio_index = tf.reduce_sum(tf.cast(fits, tf.int32))
-    branches = [
-        functools.partial(tf.io.decode_jpeg, encoded, channels=3, ratio=ratio)
-        for ratio in _JPEG_RATIOS
-    ]
-    return tf.switch_case(ratio_index, branches)
+
+    def decoded(least: Any) -> tf.Tensor:
+        if smallest is None:
+            return tf.io.decode_jpeg(encoded, channels=3)
+        scale = tf.minimum(height // least[0], width // least[1])
+        fits = scale >= _SCALED_DECODE_MARGIN * np.array(_JPEG_RATIOS[1:])
+        ratio_index = tf.reduce_sum(tf.cast(fits, tf.int32))
+        branches = [
+            functools.partial(tf.io.decode_jpeg, encoded, channels=3, ratio=ratio)
+            for ratio in _JPEG_RATIOS
+        ]
+        return tf.switch_case(ratio_index, branches)
+
+    @_apart
+    def upright() -> tf.Tensor:
+        orientation = _jpeg_orientation(encoded)
+        sides = tf.constant(smallest or (1, 1), tf.int64)
+        return _upright(
+            decoded(tf.where(orientation > 4, sides[::-1], sides)), orientation
+        )
+
+    # Most files have no more than a JFIF segment before their tables.
+    has_jfif = _has(head, 2, b"\xff\xe0\0\x10")
+    second = tf.where(has_jfif, head[21], head[3])
+    return tf.cond(second == 0xDB, lambda: decoded(smallest), upright)
 
 
+@_apart
 def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     # The IHDR chunk, which must come first, has the size.
     width, height = _number(head, 16, 4, -1), _number(head, 20, 4, -1)
-    return tf.io.decode_png(_require_within_limit(encoded, width, height), channels=3)
+    encoded = _require_within_limit(encoded, width, height)
+
+    def length_of(chunk: tf.Tensor) -> tf.Tensor:
+        length = 12 + _number(chunk, 0, 4, -1)
+        return tf.where(_has(chunk, 4, b"IDAT"), tf.zeros_like(length), length)
+
+    @_apart
+    def found() -> tuple[tf.Tensor, tf.Tensor]:
+        hidden, exif = tf.unstack(
+            _find_parts(encoded, 8, length_of, b"....tRNS", b"....eXIf"), num=2
+        )
+        return hidden > 0, _orientation(encoded, exif, 8)
+
+    # Many files have no chunk between their head and their pixels.
+    hides, orientation = tf.cond(
+        _has(head, 37, b"IDAT"),
+        lambda: (tf.constant(False), tf.constant(_UPRIGHT)),
+        found,
+    )
+    pixels = tf.cond(
+        (head[25] >= 4) | hides,  # Opacity, or a colour that stands for nothing.
+        lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
+        lambda: tf.io.decode_png(encoded, channels=3),
+    )
+    return _upright(pixels, orientation)
 
 
+@_apart
 def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     header_size, width, height = (_number(head, at, 4) for at in (14, 18, 22))
     bits, compression = _number(head, 28, 2), _number(head, 30, 4)
@@ -260,9 +449,21 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         colours = tf.reshape(table, [256, 4])[:, 2::-1]
         return tf.gather(colours, tf.cast(pixels[..., 0], tf.int32))
 
-    return tf.cond(bits == 8, look_up, lambda: pixels[..., :3])
+    # Only a header of this size has a mask of the opacity. All 0 means no opacity.
+    masked = (bits == 32) & (compression == 3) & (header_size >= 56) & (head[69] == 255)
+    is_number = tf.reduce_all(head[66:69] == 0)
+
+    def see_through() -> tf.Tensor:
+        shown = tf.reduce_any(pixels[..., 3] > 0)
+        return tf.cond(shown, lambda: _on_white(pixels), lambda: pixels[..., :3])
+
+    def plain() -> tf.Tensor:
+        return tf.cond(bits == 8, look_up, lambda: pixels[..., :3])
+
+    return tf.cond(masked & is_number, see_through, plain)
 
 
+@_apart
 def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     # An animated WebP has aborted the whole process in TensorFlow 2.21.
     still = ~(_has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1))
@@ -280,7 +481,20 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         width = tf.where(match, case_width, width)
         height = tf.where(match, case_height, height)
     encoded = _require_within_limit(encoded, width, height)
-    return tf.io.decode_image(encoded, expand_animations=False)[..., :3]
+    pixels = tf.io.decode_image(encoded, expand_animations=False)
+    pixels = tf.cond(
+        tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels[..., :3]
+    )
+
+    def length_of(head: tf.Tensor) -> tf.Tensor:
+        length = _number(head, 4, 4)
+        return 8 + length + length % 2
+
+    def found() -> tf.Tensor:
+        return _orientation(encoded, _find_parts(encoded, 12, length_of, b"EXIF")[0], 8)
+
+    has_exif = _has(head, 12, b"VP8X") & (head[20] // 8 % 2 == 1)
+    return _upright(pixels, tf.cond(has_exif, found, lambda: tf.constant(_UPRIGHT)))
 
 
 def _require_within_limit(

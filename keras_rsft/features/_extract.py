@@ -225,7 +225,7 @@ def seconds_per_image(
 
 # Part of every key: raise it when decoding, resizing, the format, or how a backbone is
 # told from another changes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(eq=False)
