@@ -63,8 +63,8 @@ def load_data(
 
     Images are `(n, height, width)` or `(n, height, width, channels)` with 1, 3 or 4
     channels: integers or floats in [0, 255], or floats in [0, 1], which are multiplied
-    by 255 with a warning that says so. Floats are not rounded. Transparency is
-    dropped. Texts are strings. Labels are integers from 0 on, strings, or one-hot,
+    by 255 with a warning that says so. Floats are not rounded. Of four channels the
+    last is opacity: the image is put on white. Texts are strings. Labels are integers from 0 on, strings, or one-hot,
     `(n,)`, `(n, 1)` or `(n, classes)`.
 
     Arrays are not copied: a `np.memmap` stays on disk. Images of a `tf.data.Dataset`,

@@ -107,12 +107,10 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
     palette = tf.where(own, frame + 10, 13)
     colours = after_palette(palette, byte(tf.where(own, frame + 9, 10)))
     white = palette + 3 * hidden
-    whitened = (bytes_at(encoded, 0, white), tf.constant(b"\xff\xff\xff"))
-    whitened += (bytes_at(encoded, white + 3, tf.size(raw)),)
-    encoded = tf.cond(
-        (hidden >= 0) & (white < colours),
-        lambda: tf.strings.join(whitened),
-        lambda: encoded,
+    rest = bytes_at(encoded, white + 3, tf.size(raw))
+    whitened = [bytes_at(encoded, 0, white), tf.constant(b"\xff\xff\xff"), rest]
+    encoded = tf.where(
+        (hidden >= 0) & (white < colours), tf.strings.join(whitened), encoded
     )
     parts = (
         bytes_at(encoded, 0, begin),
@@ -450,17 +448,17 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         return tf.gather(colours, tf.cast(pixels[..., 0], tf.int32))
 
     # Only a header of this size has a mask of the opacity. All 0 means no opacity.
-    masked = (bits == 32) & (compression == 3) & (header_size >= 56) & (head[69] == 255)
-    is_number = tf.reduce_all(head[66:69] == 0)
+    masked = (bits == 32) & (compression == 3) & (header_size >= 56)
+    is_alone = tf.reduce_all(head[66:70] == [0, 0, 0, 255])
 
     def see_through() -> tf.Tensor:
         shown = tf.reduce_any(pixels[..., 3] > 0)
         return tf.cond(shown, lambda: _on_white(pixels), lambda: pixels[..., :3])
 
-    def plain() -> tf.Tensor:
+    def opaque() -> tf.Tensor:
         return tf.cond(bits == 8, look_up, lambda: pixels[..., :3])
 
-    return tf.cond(masked & is_number, see_through, plain)
+    return tf.cond(masked & is_alone, see_through, opaque)
 
 
 @_apart

@@ -158,10 +158,15 @@ def rgb_image(image: np.ndarray, scale: float = 1.0) -> np.ndarray:
         image = image[..., np.newaxis]
     if image.shape[-1] == 1:
         image = np.repeat(image, 3, axis=-1)
-    image = image[..., :3]  # As in decoding, transparency is dropped.
-    if image.dtype.kind != "f":
+    whole_numbers = image.dtype.kind != "f"
+    if whole_numbers and image.shape[-1] == 3:
         return image.astype(np.uint8)
     values = image.astype(np.float32) * np.float32(scale)
+    if image.shape[-1] == 4:  # On white, as in decoding.
+        share = values[..., 3:] / 255
+        values = values[..., :3] * share + 255 * (1 - share)
+    if whole_numbers:
+        return np.rint(values).astype(np.uint8)
     if scale != 1:  # Pixels of files that were divided by 255 come back as they were.
         whole = np.rint(values)
         values = np.where(np.abs(values - whole) < _ROUNDING_ERROR, whole, values)
