@@ -361,6 +361,19 @@ class TestStreams:
         np.testing.assert_array_equal(found[2], X[0])
         np.testing.assert_array_equal(found[1][..., 0], np.asarray(pictures[1]))
 
+    def test_pictures_are_upright_and_on_white(self):
+        from PIL import Image
+
+        tall = np.repeat(np.repeat(X[0], 2, axis=0), 3, axis=1)[:8, :4]
+        turned = Image.fromarray(np.rot90(tall))
+        turned.getexif()[0x0112] = 6
+        clear = Image.fromarray(tall).convert("RGBA")
+        clear.putalpha(0)
+        data = rsft.load_data(Rows(image=[turned, clear], label=Y[:2]), **WHOLE)
+        found = list(data.train.reader.pixels())
+        np.testing.assert_array_equal(found[0], tall)
+        assert (found[1] == 255).all()
+
     def test_ids_are_file_names_or_tell_another_order(self, photo_folder, photos):
         named = keras.utils.image_dataset_from_directory(
             photo_folder, shuffle=False, image_size=(20, 16), verbose=False

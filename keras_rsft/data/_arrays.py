@@ -64,8 +64,8 @@ def load_data(
     Images are `(n, height, width)` or `(n, height, width, channels)` with 1, 3 or 4
     channels: integers or floats in [0, 255], or floats in [0, 1], which are multiplied
     by 255 with a warning that says so. Floats are not rounded. Of four channels the
-    last is opacity: the image is put on white. Texts are strings. Labels are integers from 0 on, strings, or one-hot,
-    `(n,)`, `(n, 1)` or `(n, classes)`.
+    last is opacity: the image is put on white. Texts are strings. Labels are integers
+    from 0 on, strings, or one-hot, `(n,)`, `(n, 1)` or `(n, classes)`.
 
     Arrays are not copied: a `np.memmap` stays on disk. Images of a `tf.data.Dataset`,
     a `PyDataset` or a data set of Hugging Face are read from the source in each pass,
@@ -649,7 +649,11 @@ def _rows(
     for element in elements:
         content, label = _pair(element, source)
         if hasattr(content, "convert"):  # A picture of Pillow.
-            content = content if content.mode == "L" else content.convert("RGB")
+            from PIL import ImageOps
+
+            content = ImageOps.exif_transpose(content)
+            mode = "RGBA" if content.has_transparency_data else "RGB"
+            content = content if content.mode == "L" else content.convert(mode)
         label = np.asarray(label)
         if isinstance(content, str | bytes):
             yield _sample(content), label
