@@ -94,7 +94,8 @@ class TestFolder:
         write(folder / ".cache" / "x.png")
         data = load_images(folder)
         assert len(all_ids(data)) == 60
-        assert data.ignored_files == 5
+        assert data.unread_files == {".txt": 1, ".db": 1, ".md": 1}
+        assert data.notes == ("3 files were not read: 1 .md, 1 .txt, 1 .db.",)
 
     def test_links_are_followed_and_loops_are_not(self, folder, tmp_path):
         other = write(tmp_path / "store" / "far.png")
@@ -151,12 +152,82 @@ class TestFolder:
         assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [34, 6, 10]
         assert all(id_.startswith("train/") for id_ in data.validation.ids)
         assert all(id_.startswith("test/") for id_ in data.test.ids)
-        assert data.ignored_files == 1
+        assert data.unread_files == {".txt": 1}
+        assert data.notes == ("1 file was not read: 1 .txt.",)
 
-    def test_split_names_among_others_are_classes(self, tmp_path):
-        for name in ("train", "test", "boat"):
-            write(tmp_path / name / "deep" / "1.png")
-        assert load_images(tmp_path).class_names == ("boat", "test", "train")
+    @pytest.mark.parametrize(
+        "train, validation, test",
+        [
+            ("Training", "Validation", "Testing"),
+            ("seg_train", "seg_dev", "seg_test"),
+            ("train2017", "val2017", "test2017"),
+            ("Train Set", "valid-set", "TestSet"),
+            ("pets-training", "PETS-VAL", "pets-holdout"),
+            ("training", "validation", "evaluation"),
+        ],
+    )
+    @pytest.mark.parametrize("again", ["", "{}", "images"])
+    def test_usual_names_of_splits(self, tmp_path, train, validation, test, again):
+        if "set" in test.lower() and train == "Train Set":
+            train, test = "Train Set", "Test Set"
+        for name, count in ((train, 4), (validation, 2), (test, 3)):
+            for label in ("a", "b"):
+                for number in range(count):
+                    inner = tmp_path / name / again.format(name)
+                    write(inner / label / f"{number}.png")
+        data = load_images(tmp_path)
+        assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [8, 4, 6]
+        assert data.class_names == ("a", "b")
+
+    def test_one_folder_around_all_is_gone_through(self, tmp_path):
+        for split, count in (("Training", 4), ("Testing", 2)):
+            for label in ("a", "b"):
+                for number in range(count):
+                    write(tmp_path / "archive" / split / label / f"{number}.png")
+        write(tmp_path / "readme.md")
+        write(tmp_path / "archive" / "licence.txt")
+        data = load_images(tmp_path)
+        assert len(data.test) == 4
+        assert data.test.ids[0] == "archive/Testing/a/0.png"
+        assert data.unread_files == {".md": 1, ".txt": 1}
+        shutil.rmtree(tmp_path / "archive" / "Testing")
+        (tmp_path / "archive" / "Training").rename(tmp_path / "archive" / "photos")
+        shutil.move(tmp_path / "archive" / "photos", tmp_path / "photos")
+        shutil.rmtree(tmp_path / "archive")
+        assert load_images(tmp_path).class_names == ("a", "b")
+
+    @pytest.mark.parametrize(
+        "folders, message",
+        [
+            (("train/a", "test/a", "boat/a"), r"\(test, train\) with others \(boat\)"),
+            (("Training/a", "Testing/a", "unlabelled/x"), "Move the others away"),
+            (("seg_train/a", "seg_test/a", "seg_pred"), "seg_pred"),
+            (("train/a", "train/b", "extra/a"), r"\(train\) with others \(extra\)"),
+            (("test/a", "val/a"), "a folder `train`"),
+        ],
+    )
+    def test_a_mixture_of_splits_and_classes_is_refused(
+        self, tmp_path, folders, message
+    ):
+        for folder in folders:
+            write(tmp_path / folder / "1.png")
+        with pytest.raises(DataError, match=message):
+            load_images(tmp_path)
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("train", "boat", "car"),
+            ("test tube", "train station", "dog"),
+            ("train", "bus", "training shoes"),
+            ("valve", "trainer", "testament"),
+        ],
+    )
+    def test_classes_may_be_called_so(self, tmp_path, names):
+        for name in names:
+            for number in range(3):
+                write(tmp_path / name / f"{number}.png")
+        assert load_images(tmp_path).class_names == tuple(sorted(names))
 
     def test_a_class_that_train_lacks_is_named(self, tmp_path):
         for path in ("train/a", "train/b", "test/a", "test/zebra"):
@@ -165,8 +236,9 @@ class TestFolder:
             load_images(tmp_path)
 
     def test_an_empty_class_is_named(self, folder):
-        write(folder / "yak" / "photo.tiff")
-        with pytest.raises(DataError, match=r"yak\. Received: none, and 1 other"):
+        write(folder / "yak" / "photo.psd")
+        message = r"yak\. Received: none, and 1 other files: 1 .psd\. Images end in"
+        with pytest.raises(DataError, match=message):
             load_images(folder)
 
     def test_one_class_is_not_enough(self, tmp_path):
@@ -253,7 +325,9 @@ class TestTable:
 
     def test_only_missing_files_are_an_error(self, table):
         write_table(table, "path,label", "pics/0.png,a", "pics/1.png,b")
-        with pytest.raises(DataError, match=r"None of the 2 files.*relative to the"):
+        with pytest.raises(
+            DataError, match=r"None of the 2 files.*relative to /.*image-dir"
+        ):
             load_images(table)
 
     @pytest.mark.parametrize(
@@ -290,19 +364,24 @@ class TestTable:
     @pytest.mark.parametrize(
         "lines, message",
         [
-            (["file,class"], r"no column 'path', 'label'. It has: 'file', 'class'"),
-            (["path;label", "img/0.png;a"], "It has: 'path;label'"),
+            (["file,class"], r"'path', 'label' in line 1. It has: 'file', 'class'"),
+            (["path;class", "img/0.png;a"], "It has: 'path', 'class'.*--label-column"),
+            (["path,label,label", "img/0.png,a,b"], "line 1, has the column 'label' 2"),
             ([""], "It has: none"),
             (["path,label"], "no row below the header"),
             (["path,label", "img/0.png,"], "value in column 'label' of .*line 2"),
             (["path,label", "img/0.png"], "value in column 'label' of .*line 2"),
             (["path,label", ",a"], "value in column 'path' of .*line 2"),
             (["path,label", "img/0.png,a", "img//0.png,b"], "line 3 has been listed"),
-            (["path,label,split", "img/0.png,a,dev"], "'dev' in .*line 2"),
+            (["path,label,split", "img/0.png,a,dove"], "'dove' in .*line 2"),
             (["path,label", "img,a"], "is not a file, in .*line 2"),
             (["path,label", "img/0.png,cat, big"], "line 2, has more cells.*quotes"),
             (["path,label", "img/0\0.png,a"], "stay inside it"),
-            (["path,label", 'img/0.png,"a'], "comma-separated table in UTF-8"),
+            (["path,label", "img/1.png,b", 'img/0.png,"a'], "that begins in line 3"),
+            (["path,label", 'img/1.png,"b', 'img/0.png,a"'], "2 lines .* line 2"),
+            (["path,label", "img/1.png,b", 'img/0.png,a"'], "quote too many.* line 3"),
+            (["path,label", '"img/0.png,a', 'x",b'], "column 'path' runs.* line 2"),
+            (["path;label", "img/0.png;cat; big"], "line 2, has more.*';' in it"),
             (["path,label,split", "img/0.png,a,test"], "'a' in test"),
             (["path,label", "img/0.png,a"], "two classes or more"),
         ],

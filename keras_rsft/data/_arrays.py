@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
 from keras_rsft.config import SPLITS
-from keras_rsft.data import _sources
+from keras_rsft.data import _images, _sources
 from keras_rsft.data._images import readable_reason
 from keras_rsft.data._samples import (
     ArrayReader,
@@ -482,7 +482,7 @@ def _texts_of(x: Any) -> list[bytes] | None:
                 f"Texts must be strings. Received: {one!r} in row {at}. Leave it out."
             )
         texts.append(_sample(one))
-    suffixes = tuple(one.encode() for one in _sources.IMAGE_SUFFIXES)
+    suffixes = tuple(one.encode() for one in _images.SUFFIXES)
     if all(one.lower().endswith(suffixes) for one in texts):
         raise InvalidArgument(
             "Expected images or texts. Received: paths of images, such as "

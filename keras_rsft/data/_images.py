@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import io
 import math
 import operator
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument
 
 
 def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -39,6 +42,57 @@ def _apart(function: Callable) -> Callable:
         )(*arguments)
 
     return called
+
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
+)
+# Of kinds that TensorFlow cannot read, and Pillow can.
+_TIFF, _HEIF = (".tif", ".tiff"), (".heic", ".heif")
+MORE_SUFFIXES = frozenset((*_TIFF, *_HEIF, ".avif"))
+
+
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """Returns the endings of images that can be read with what is installed."""
+    if importlib.util.find_spec("PIL") is None:
+        return SUFFIXES
+    from PIL import features
+
+    heif = _HEIF if importlib.util.find_spec("pillow_heif") else ()
+    avif = (".avif",) if features.check("avif") else ()
+    return SUFFIXES.union(_TIFF, heif, avif)
+
+
+def needs_pillow(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in readable_suffixes() - SUFFIXES
+
+
+def read_image(path: str) -> bytes:
+    """Returns a file's bytes; those of a kind that only Pillow reads as PNG, upright.
+
+    Raises DataError if Pillow cannot read it, OSError if it cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if not needs_pillow(path):
+            return file.read()
+        from PIL import Image, ImageOps
+
+        if path.lower().endswith(_HEIF):
+            importlib.import_module("pillow_heif").register_heif_opener()
+        try:
+            image: Any = Image.open(file)
+            if math.prod(image.size) > MAX_PIXELS:
+                raise DataError(_too_large(*image.size))
+            image = ImageOps.exif_transpose(image)
+            if image.mode not in ("1", "L", "LA", "I;16", "RGB", "RGBA"):
+                mode = "RGBA" if image.has_transparency_data else "RGB"
+                image = image.convert(mode)
+            known = io.BytesIO()
+            image.save(known, "PNG", compress_level=1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
+            raise DataError(f"Pillow cannot read the file: {why}.") from why
+    return known.getvalue()
 
 
 KINDS = ("unknown", "JPEG", "PNG", "GIF", "BMP", "WebP")
@@ -495,11 +549,14 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     return _upright(pixels, tf.cond(has_exif, found, lambda: tf.constant(_UPRIGHT)))
 
 
+def _too_large(width: Any, height: Any) -> str:
+    return f"An image of {width} x {height} pixels; the most is {MAX_PIXELS:,}."
+
+
 def _require_within_limit(
     encoded: tf.Tensor, width: tf.Tensor, height: tf.Tensor
 ) -> tf.Tensor:
-    template = f"An image of {{}} x {{}} pixels; the most is {MAX_PIXELS:,}."
-    message = tf.strings.format(template, (width, height))
+    message = tf.strings.format(_too_large("{}", "{}"), (width, height))
     # Dividing, for the product of two 32-bit numbers may not fit 64 bits.
     return _require(encoded, width <= MAX_PIXELS // tf.maximum(height, 1), message)
 

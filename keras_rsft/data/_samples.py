@@ -62,7 +62,7 @@ class Reader(abc.ABC):
         for index in range(len(self._ids)):
             try:
                 yield self.encoded(index)
-            except OSError:
+            except (OSError, DataError):
                 yield b""
 
     @abc.abstractmethod
@@ -93,11 +93,17 @@ class FileReader(Reader):
         self._root = root
 
     def load(self, key: tf.Tensor) -> tf.Tensor:
-        return tf.io.read_file(tf.strings.join([os.path.join(self._root, ""), key]))
+        path = tf.strings.join([os.path.join(self._root, ""), key])
+        if not any(map(_images.needs_pillow, self._items.tolist())):
+            return tf.io.read_file(path)
+
+        def read(path: bytes) -> bytes:
+            return _images.read_image(os.fsdecode(path))
+
+        return tf.ensure_shape(tf.numpy_function(read, [path], tf.string), ())
 
     def encoded(self, index: int) -> bytes:
-        with open(self._path(index), "rb") as file:
-            return file.read()
+        return _images.read_image(self._path(index))
 
     def _path(self, index: int) -> str:
         return os.path.join(self._root, self._items[index])
@@ -473,7 +479,10 @@ class SampleData:
         test: The samples to measure the result on.
         class_names: Names of the classes, by label.
         source: Where the data are from, as given.
-        ignored_files: Number of files left out, hidden or with another suffix.
+        unread_files: How many files in a folder are not read, by their ending; hidden
+            ones do not count.
+        notes: Sentences about what may not be meant so: files that are not read,
+            classes whose names hardly differ.
         corrections: What `apply_corrections` changed, or None.
         cut: Names of the splits that were held out from the training samples; the
             others are as the source has them.
@@ -488,7 +497,8 @@ class SampleData:
     test: SampleSplit
     class_names: tuple[str, ...]
     source: str
-    ignored_files: int = 0
+    unread_files: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     corrections: Corrections | None = None
     cut: tuple[str, ...] = ()
     fingerprint: str | None = None
