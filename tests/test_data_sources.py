@@ -353,7 +353,8 @@ class TestTable:
         assert len(all_ids(load_images(table))) == 2
         (inner / "img" / "in.png").unlink()
         (inner / "img" / "in.png").symlink_to(outside)
-        with pytest.raises(DataError, match="stay inside it"):
+        message = f"'img/in.png', which is a link to {outside}, in .*line 3"
+        with pytest.raises(DataError, match=message):
             load_images(table)
 
     def test_a_folder_that_is_reached_by_a_link_is_fine(self, table, tmp_path):
@@ -405,6 +406,90 @@ class TestTable:
         write_table(table, "path,label,clean", "img/0.png,a,a", "img/1.png,b,c")
         with pytest.raises(DataError, match="'c' in the clean labels"):
             load_images(table, **options)
+
+    @pytest.mark.parametrize("separator", [";", "\t", "|"])
+    def test_other_separators_are_recognised(self, table, separator):
+        rows = [f"img/{n}.png,{label}" for n, label in enumerate(self.LABELS)]
+        lines = [line.replace(",", separator) for line in ("path,label,note", *rows)]
+        write_table(table, *lines, f'"img/4.png"{separator}red{separator}"a, b"')
+        data = load_images(table, validation_fraction=0, test_fraction=0)
+        assert data.class_names == ("blue", "red")
+        assert len(data.train) == 5
+
+    @pytest.mark.parametrize(
+        "prefix",
+        [
+            "",
+            "{folder}/",
+            "/content/drive/My Drive/pets/",
+            "C:\\Users\\me\\pets\\",
+            "../elsewhere/",
+            "https://example.org/pets/",
+        ],
+    )
+    @pytest.mark.parametrize("suffix", ["", ".png"])
+    def test_paths_below_a_folder_that_is_named(self, tmp_path, prefix, suffix):
+        folder = tmp_path / "pets"
+        for name in ("a", "b"):
+            write(folder / name / "1.png")
+        prefix = prefix.format(folder=folder)
+        inner = "\\" if "\\" in prefix else "/"
+        ending = "" if suffix else ".png"
+        rows = [f"{prefix}{one}{inner}1{ending},{one}" for one in ("a", "b")]
+        table = write_table(tmp_path / "tables" / "t.csv", "path,label", *rows)
+        options = {"image_dir": folder, "image_suffix": suffix}
+        assert all_ids(load_images(table, **options)) == ["a/1.png", "b/1.png"]
+        columns = {"path": [row.split(",")[0] for row in rows], "label": ["a", "b"]}
+        data = load_images(columns, **options)
+        assert all_ids(data) == ["a/1.png", "b/1.png"]
+        assert data.train.read_error(0) is None
+
+    def test_a_folder_of_images_that_is_none_is_refused(self, table):
+        write_table(table, "path,label", "img/0.png,a", "img/1.png,b")
+        with pytest.raises(InvalidArgument, match="image_dir"):
+            load_images(table, image_dir=table.parent / "nothing")
+
+    def test_a_missing_file_stays_listed_below_a_folder(self, table):
+        rows = ["/far/img/0.png,a", "/far/img/1.png,b", "/far/img/9.png,a"]
+        write_table(table, "path,label", *rows)
+        data = load_images(
+            table, image_dir=table.parent, validation_fraction=0, test_fraction=0
+        )
+        assert data.train.ids.tolist() == ["far/img/9.png", "img/0.png", "img/1.png"]
+        assert "No such file" in data.train.read_error(0)
+
+    def test_one_long_path_is_left_out_and_told(self, table):
+        rows = ["img/0.png,a", f"{'p' * 100_000},a", "img/1.png,b"]
+        write_table(table, "path,label", *rows)
+        data = load_images(table, validation_fraction=0, test_fraction=0)
+        assert data.train.ids.itemsize <= 4 * 9
+        assert data.notes == (
+            f"1 rows of {table} were left out: their paths are longer than 1,024 "
+            "characters (line 3).",
+        )
+        long = {"path": ["img/0.png", "p" * 2000], "label": ["a", "b"]}
+        with pytest.raises(DataError, match=r"longer than 1,024.*row 1"):
+            load_images(long, image_dir=table.parent)
+
+    def test_classes_that_hardly_differ_are_told(self, tmp_path):
+        groups = [
+            ["cat", "CAT", "cat\u200b", "c\u00adat"],
+            ["caf\u00e9", "cafe\u0301"],
+            ["01", "1.0", "1"],
+            ["big dog", "big\u00a0dog"],
+            ["stra\u00dfe", "STRASSE"],
+        ]
+        names = [name for group in groups for name in group] + ["cats", "11"]
+        rows = [f"{at}.png,{name}" for at, name in enumerate(names)]
+        for at in range(len(names)):
+            write(tmp_path / f"{at}.png")
+        data = load_images(write_table(tmp_path / "t.csv", "path,label", *rows))
+        assert data.num_classes == len(names)
+        (note,) = data.notes
+        for group in groups:
+            assert " and ".join(map(ascii, sorted(group))) in note
+        assert "cats" not in note
+        assert "'11'" not in note
 
     def test_another_encoding_is_explained(self, table):
         table.write_bytes("path,label\nimg/0.png,Größe\n".encode("latin-1"))
