@@ -386,6 +386,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> None:
         folder=run.folder,
         classes=run.class_names,
         images=sizes | {"unreadable": len(run.features.unreadable)},
+        unread_files=data.unread_files,
         corrections=run.config.get("corrections"),
         finding=run.finding,
         results=results_of(run),
@@ -556,6 +557,8 @@ def features(arguments: argparse.Namespace, output: Output) -> None:
                 "bytes": part.num_bytes,
                 "path": part.path,
             }
+        for note in found.one_colour_notes:
+            output.say(note)
         if found.unreadable:
             output.say(f"{len(found.unreadable):,} {data.kind} could not be read.")
         title = "Train on them"

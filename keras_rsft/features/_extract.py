@@ -334,6 +334,8 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             for target in opened:
                 target.flush()
                 os.fsync(target.fileno())
+            found = [_one_colour_indices(part.path) for part in parts]
+            np.concatenate(found).tofile(joining / _ONE_COLOUR_FILE)
             write_json(joining / META_FILE, {"rows": rows, **work.meta})
             _shares.publish(joining, folder)
         shutil.rmtree(shares, ignore_errors=True)
@@ -396,6 +398,7 @@ def append_rows(
         flat_batches = (
             (index.numpy(), tf.reshape(batch, (-1, *frozen.sample_shape)))
             for index, batch in samples
+            if _note_one_colour(partial, index, batch)
         )
         for index, features in frozen.over(flat_batches):
             _require_unreadable(work, range(next_index, int(index[-1])), index)
@@ -412,6 +415,39 @@ def append_rows(
             writing.result()
         _require_unreadable(work, range(next_index, stretch.stop), ())
     return rows, {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+_ONE_COLOUR_FILE = "one_colour.bin"
+_ONE_COLOUR_LEVELS = 16  # Of 256: a photo in fog has more.
+
+
+def _note_one_colour(folder: Path, index: tf.Tensor, batch: tf.Tensor) -> bool:
+    """Writes down which images are of nearly one colour."""
+    if batch.dtype == tf.string:
+        return True
+    images = batch if batch.shape.rank == 4 else batch[:, 0]
+    # Every 64th pixel tells of most that they are not.
+    few = np.ptp(images[:, ::8, ::8].numpy(), axis=(1, 2)).max(axis=-1)
+    maybe = np.flatnonzero(few <= _ONE_COLOUR_LEVELS)
+    levels = [np.ptp(images[at].numpy(), axis=(0, 1)).max() for at in maybe]
+    if found := [
+        at for at, n in zip(maybe, levels, strict=True) if n <= _ONE_COLOUR_LEVELS
+    ]:
+        with (folder / _ONE_COLOUR_FILE).open("ab") as file:
+            file.write(index.numpy()[found].tobytes())
+    return True
+
+
+def _one_colour_indices(folder: Path) -> np.ndarray:
+    file = folder / _ONE_COLOUR_FILE
+    return np.fromfile(file, np.int64) if file.is_file() else np.empty(0, np.int64)
+
+
+def images_of_one_colour(work: FeaturePass) -> list[str]:
+    """Returns the ids of images that a finished pass found to be of nearly one."""
+    # A pass that was resumed has some twice.
+    found = np.unique(_one_colour_indices(work.folder))
+    return work.split.ids[found[(found >= 0) & (found < len(work.split))]].tolist()
 
 
 def _require_rows(rows: int, split: SampleSplit) -> None:

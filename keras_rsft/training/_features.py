@@ -68,7 +68,8 @@ class SplitFeatures:
 
     `left_out` has, by split, held-out samples whose copy is in an earlier split: their
     labels are audited, but have no part in any accuracy. `copies` is None where there
-    are none.
+    are none. `notes` and `unread_files` are those of the data; `one_colour` are the ids
+    of images of nearly one colour.
     """
 
     train: FeatureSet
@@ -77,6 +78,21 @@ class SplitFeatures:
     class_names: tuple[str, ...]
     left_out: dict[str, FeatureSet] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
+    notes: tuple[str, ...] = ()
+    unread_files: dict[str, int] = dataclasses.field(default_factory=dict)
+    one_colour: tuple[str, ...] = ()
+
+    @property
+    def one_colour_notes(self) -> tuple[str, ...]:
+        """Says in a sentence how many images are of nearly one colour, if any are."""
+        if not self.one_colour:
+            return ()
+        count, first = len(self.one_colour), self.one_colour[0]
+        are = "image is" if count == 1 else "images are"
+        return (
+            f"{count:,} {are} of (nearly) one colour, such as {first}. Values of 16 "
+            "bits below 4,096 are nearly black, and what is transparent is white.",
+        )
 
     @property
     def copy_of(self) -> dict[str, str]:
@@ -284,6 +300,13 @@ def open_features(
     ]
     groups = _copy_groups(parts, data, passes[0].folder.parent, progress=progress)
     features, data = _apart(parts, data, groups)
+    plain = [one for work in passes for one in _extract.images_of_one_colour(work)]
+    features = dataclasses.replace(
+        features,
+        notes=data.notes,
+        unread_files=data.unread_files,
+        one_colour=tuple(plain),
+    )
     return FeatureSource(data, backbone, features, config, progress, on_note)
 
 
