@@ -91,7 +91,8 @@ def read_image(path: str) -> bytes:
             known = io.BytesIO()
             image.save(known, "PNG", compress_level=1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
-            raise DataError(f"Pillow cannot read the file: {why}.") from why
+            reason = str(why).partition(" <")[0]
+            raise DataError(f"Pillow cannot read the file: {reason}.") from why
     return known.getvalue()
 
 

@@ -69,6 +69,10 @@ class Reader(abc.ABC):
     def fingerprint(self) -> str:
         """Returns a hex digest of the samples: which they are, and their state."""
 
+    def changed(self) -> list[str]:
+        """Returns the ids of samples that are not as they were for the fingerprint."""
+        return []
+
 
 _FILES_TO_SHOW = 20_000
 _MIDDLE_BYTES = 4096
@@ -137,15 +141,26 @@ class FileReader(Reader):
         return [some for key, some in found.items() if key and len(some) > 1]
 
     def fingerprint(self) -> str:
-        def state(index: int) -> str:
-            try:
-                status = os.stat(self._path(index))
-            except OSError:
-                return "missing"
-            return f"{status.st_size} {status.st_mtime_ns}"
+        self._states = self._found_states()
+        named = zip(self._ids, self._states, strict=True)
+        return digest(
+            f"{name}\0{size} {time}\0".encode() if size >= 0 else
+            f"{name}\0missing\0".encode()
+            for name, (size, time) in named
+        )  # fmt: skip
 
-        named = enumerate(self._ids)
-        return digest(f"{name}\0{state(at)}\0".encode() for at, name in named)
+    def changed(self) -> list[str]:
+        now = self._found_states()
+        return self._ids[(now != self._states).any(axis=1)].tolist()
+
+    def _found_states(self) -> np.ndarray:
+        """Returns size and time of each file, -1 where there is none."""
+        states = np.full((len(self._ids), 2), -1, np.int64)
+        for at in range(len(states)):
+            with contextlib.suppress(OSError):
+                status = os.stat(self._path(at))
+                states[at] = status.st_size, status.st_mtime_ns
+        return states
 
 
 def image_digest(image: np.ndarray) -> int:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -414,6 +415,13 @@ def append_rows(
         if writing is not None:
             writing.result()
         _require_unreadable(work, range(next_index, stretch.stop), ())
+    if changed := split.reader.changed():
+        warnings.warn(
+            f"{len(changed):,} files of {split.name} were changed or removed while the "
+            f"{split.kind} were read, such as {changed[0]!r}. Run the same command "
+            "again to use them as they are now.",
+            stacklevel=2,
+        )
     return rows, {name: digest.hexdigest() for name, digest in digests.items()}
 
 

@@ -48,8 +48,12 @@ class Copies:
         """Says in one line how many there are, and what was done."""
         text = (
             f"{self.groups:,} {'group' if self.groups == 1 else 'groups'} of copies, "
-            f"{self.different_labels:,} with different labels."
+            f"{self.different_labels:,} with different labels"
         )
+        if self.different_labels:
+            are = "label is" if self.different_labels == 1 else "labels are"
+            text += f": at least {self.different_labels:,} {are} wrong"
+        text += "."
         for name, count in self.left_out.items():
             text += f" {_copied_text(count, name)}: left out of the accuracy."
         for name, count in self.remaining.items():
