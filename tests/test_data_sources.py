@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from made_images import (
     SPLIT_NAMES,
     all_ids,
@@ -20,6 +21,7 @@ from made_images import (
 )
 from PIL import Image
 
+from keras_rsft.data._images import SUFFIXES, decode_pixels
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 
@@ -501,6 +503,61 @@ class TestTable:
         write_table(table, "path,label", "img/0.png,a", "pipe.png,b")
         with pytest.raises(DataError, match="is not a file"):
             load_images(table)
+
+
+class TestMoreKinds:
+    """TIFF and AVIF, which Pillow reads; HEIC needs one more package."""
+
+    @pytest.fixture
+    def photos(self, tmp_path):
+        colours = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+        self.pixels = np.kron(colours, np.ones((8, 8, 1), np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        image = Image.fromarray(self.pixels)
+        clear = image.convert("RGBA")
+        clear.putalpha(0)
+        for name in "ab":
+            folder = tmp_path / "photos" / name
+            folder.mkdir(parents=True)
+            image.save(folder / "1.png")
+            image.save(folder / "2.tif")
+            image.rotate(180).save(folder / "3.TIFF", exif=exif.tobytes())
+            clear.save(folder / "4.tif")
+            Image.fromarray(self.pixels[..., 0] * np.uint16(256)).save(folder / "5.tif")
+            image.convert("CMYK").save(folder / "6.tif")
+        return tmp_path / "photos"
+
+    def test_are_read_as_they_look(self, photos):
+        data = load_images(photos, validation_fraction=0, test_fraction=0)
+        images = [image.numpy() for _, image in data.train.images((24, 32))]
+        assert len(images) == 12
+        for turned in images[:3]:
+            np.testing.assert_array_equal(turned, self.pixels)
+        assert (images[3] == 255).all()
+        np.testing.assert_array_equal(images[4][..., 2], self.pixels[..., 0])
+        assert np.abs(images[5] - self.pixels).max() <= 1
+        assert (decode_pixels(tf.constant(data.train.encoded(3))) == 255).numpy().all()
+
+    def test_damaged_and_huge_ones_are_named(self, photos, monkeypatch):
+        write(photos / "a" / "7.tif", b"II*\0")
+        data = load_images(photos, validation_fraction=0, test_fraction=0)
+        assert indices_of(data.train.images(8)) == [0, 1, 2, 3, 4, 5, *range(7, 13)]
+        reason = "Pillow cannot read the file: cannot identify image file."
+        assert data.train.read_error(6) == reason
+        monkeypatch.setattr("keras_rsft.data._images.MAX_PIXELS", 24 * 32 - 1)
+        assert data.train.read_error(1) == (
+            "Pillow cannot read the file: An image of 32 x 24 pixels; the most is 767."
+        )
+
+    def test_without_pillow_they_are_told(self, photos, monkeypatch):
+        monkeypatch.setattr(
+            "keras_rsft.data._images.readable_suffixes", lambda: SUFFIXES
+        )
+        assert load_images(photos).notes == (
+            "10 files were not read: 8 .tif, 2 .tiff. Install keras_rsft[images] to "
+            "read TIFF, HEIC and AVIF.",
+        )
 
 
 class TestOtherSources:

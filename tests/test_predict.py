@@ -91,6 +91,20 @@ def test_folders_and_patterns_become_files(tmp_path):
             found([tmp_path / nothing], IMAGES)
 
 
+def test_files_that_are_skipped_are_counted_by_their_ending(tmp_path):
+    for name in ("1.jpg", "b/2.PNG", "3.bak", "b/4.BAK", "b/5", ".6.jpg", "7.psd"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files, skipped = find_files([tmp_path], IMAGES)
+    assert len(files) == 2
+    assert skipped == {".bak": 2, "without an ending": 1, ".psd": 1}
+    assert find_files([tmp_path / "3.bak"], IMAGES)[1] == {}
+    (tmp_path / "1.jpg").unlink()
+    (tmp_path / "b" / "2.PNG").unlink()
+    with pytest.raises(DataError, match=r"4 files were not read: 2 \.bak, "):
+        find_files([tmp_path], IMAGES)
+
+
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     (tmp_path / "photo[1].png").touch()
     assert found([tmp_path / "photo[1].png"], IMAGES) == [

@@ -83,7 +83,7 @@ def read_image(path: str) -> bytes:
         try:
             image: Any = Image.open(file)
             if math.prod(image.size) > MAX_PIXELS:
-                raise DataError(_too_large(*image.size))
+                raise ValueError(_too_large(*image.size))
             image = ImageOps.exif_transpose(image)
             if image.mode not in ("1", "L", "LA", "I;16", "RGB", "RGBA"):
                 mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -91,7 +91,7 @@ def read_image(path: str) -> bytes:
             known = io.BytesIO()
             image.save(known, "PNG", compress_level=1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
-            reason = str(why).partition(" <")[0]
+            reason = str(why).partition(" <")[0].rstrip(".")
             raise DataError(f"Pillow cannot read the file: {reason}.") from why
     return known.getvalue()
 
