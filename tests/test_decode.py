@@ -267,6 +267,14 @@ def test_many_segments_do_not_take_long():
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.parametrize("rows", [1, 5, 47, 48])
+def test_large_images_are_put_on_white_in_bands(rows, monkeypatch):
+    monkeypatch.setattr(decode, "_BAND_PIXELS", rows * WIDTH)
+    for name in ("png alpha", "webp lossless alpha"):
+        pixels = decode.decode_pixels(tf.constant(FILES[name])).numpy()
+        assert np.abs(pixels.astype(int) - pillow_pixels(FILES[name])).max() <= 1
+
+
 def test_16_bits_with_transparency():
     colours = np.array([[[0, 0, 0], [65535, 256, 255], [40000, 0, 0]]], np.uint16)
     opacity = np.array([[[0], [65535], [32768]]], np.uint16)

@@ -181,6 +181,7 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
 
 _MOST_PARTS = 1000  # Of a file; more are not looked at.
 _UPRIGHT = np.int64(1)
+_BAND_PIXELS = 1_000_000
 
 
 def _find_parts(
@@ -217,10 +218,12 @@ def _upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 @_apart
 def _turned(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     def flipped(axis: int, image: tf.Tensor, *which: int) -> tf.Tensor:
-        # Much faster than `tf.reverse`.
-        order = tf.range(tf.shape(image)[axis])
-        is_asked = tf.reduce_any(orientation == which)
-        return tf.gather(image, tf.where(is_asked, order[::-1], order), axis=axis)
+        order = tf.range(tf.shape(image)[axis])[::-1]
+        return tf.cond(
+            tf.reduce_any(orientation == which),
+            lambda: tf.gather(image, order, axis=axis),  # Faster than `tf.reverse`.
+            lambda: image,
+        )
 
     def swapped() -> tf.Tensor:
         return flipped(0, tf.transpose(flipped(0, pixels, 6, 7), [1, 0, 2]), 7, 8)
@@ -257,15 +260,32 @@ def _orientation(encoded: tf.Tensor, part: tf.Tensor, before: int) -> tf.Tensor:
 @_apart
 def _on_white(pixels: tf.Tensor) -> tf.Tensor:
     """Puts uint8 pixels `(h, w, 4)`, the last of which is opacity, on white."""
-    colours, opacity = pixels[..., :3], pixels[..., 3:]
+    height, width = tf.shape(pixels)[0], tf.shape(pixels)[1]
+    rows = tf.maximum(1, _BAND_PIXELS // tf.maximum(width, 1))
 
-    def blended() -> tf.Tensor:
-        share = tf.cast(opacity, tf.uint16)  # Sums stay below 2**16.
-        total = tf.cast(colours, tf.uint16) * share + 255 * (255 - share) + 128
+    def blended(start: tf.Tensor) -> tf.Tensor:
+        part = tf.cast(pixels[start : start + rows], tf.uint16)
+        share = part[..., 3:]  # Sums stay below 2**16.
+        total = part[..., :3] * share + 255 * (255 - share) + 128
         rounded = tf.bitwise.right_shift(total, 8) + total  # Divided by 255.
         return tf.cast(tf.bitwise.right_shift(rounded, 8), tf.uint8)
 
-    return tf.cond(tf.reduce_all(opacity == 255), lambda: colours, blended)
+    def in_bands() -> tf.Tensor:
+        # As a whole, a large image would need its memory ten times.
+        count = (height + rows - 1) // rows
+        bands = tf.TensorArray(tf.uint8, count, infer_shape=False)
+        return tf.while_loop(
+            lambda at, bands: at < count,
+            lambda at, bands: (at + 1, bands.write(at, blended(at * rows))),
+            (0, bands),
+            parallel_iterations=1,
+        )[1].concat()
+
+    return tf.cond(
+        tf.reduce_all(pixels[..., 3] == 255),
+        lambda: pixels[..., :3],
+        lambda: tf.cond(height <= rows, lambda: blended(0), in_bands),
+    )
 
 
 def _has(head: tf.Tensor, at: int, signature: bytes) -> tf.Tensor:
