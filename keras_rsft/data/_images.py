@@ -33,13 +33,17 @@ def _apart(function: Callable) -> Callable:
     """Has graphs call a function: they visit all nodes that are part of themselves."""
     attributes = {"_noinline": True}
 
-    @functools.wraps(function)
-    def called(*arguments: Any) -> Any:
-        if tf.executing_eagerly():
-            return function(*arguments)
+    @functools.cache  # Traced once for all graphs.
+    def traced(limit: int) -> Any:
+        del limit
         return tf.function(
             function, autograph=False, experimental_attributes=attributes
-        )(*arguments)
+        )
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        run = function if tf.executing_eagerly() else traced(MAX_PIXELS)
+        return run(*arguments)
 
     return called
 
@@ -218,12 +222,10 @@ def _upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 @_apart
 def _turned(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     def flipped(axis: int, image: tf.Tensor, *which: int) -> tf.Tensor:
-        order = tf.range(tf.shape(image)[axis])[::-1]
-        return tf.cond(
-            tf.reduce_any(orientation == which),
-            lambda: tf.gather(image, order, axis=axis),  # Faster than `tf.reverse`.
-            lambda: image,
-        )
+        order = tf.range(tf.shape(image)[axis])
+        is_asked = tf.reduce_any(orientation == which)
+        order = tf.where(is_asked, order[::-1], order)
+        return tf.gather(image, order, axis=axis)  # Faster than `tf.reverse`.
 
     def swapped() -> tf.Tensor:
         return flipped(0, tf.transpose(flipped(0, pixels, 6, 7), [1, 0, 2]), 7, 8)
@@ -234,9 +236,12 @@ def _turned(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     return tf.cond(orientation > 4, swapped, straight)
 
 
-def _orientation(encoded: tf.Tensor, part: tf.Tensor, before: int) -> tf.Tensor:
+@_apart
+def _orientation(encoded: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
     """Returns the orientation, in [1, 8], that the EXIF data in a part name, else 1."""
-    start = part + before
+    # They follow the head of the part, which is of four bytes in JPEG.
+    in_jpeg = _numbers_at(encoded, part, 1)[0] == 0xFF
+    start = part + 8 - 4 * tf.cast(in_jpeg, tf.int64)
     marked = tf.reduce_all(_numbers_at(encoded, start, 6) == list(b"Exif\0\0"))
     start += 6 * tf.cast(marked, tf.int64)
     head = _numbers_at(encoded, start, 8)
@@ -433,7 +438,7 @@ def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
         return tf.where(wanted, length, tf.zeros_like(length))
 
     found = _find_parts(encoded, 2, length_of, b"\xff\xe1..Exif\0\0")
-    return _orientation(encoded, found[0], 4)
+    return _orientation(encoded, found[0])
 
 
 def _decode_jpeg(
@@ -443,30 +448,40 @@ def _decode_jpeg(
     height, width = tf.cast(shape[0], tf.int64), tf.cast(shape[1], tf.int64)
     encoded = _require_within_limit(encoded, width, height)
 
-    def decoded(least: Any) -> tf.Tensor:
-        if smallest is None:
-            return tf.io.decode_jpeg(encoded, channels=3)
-        scale = tf.minimum(height // least[0], width // least[1])
-        fits = scale >= _SCALED_DECODE_MARGIN * np.array(_JPEG_RATIOS[1:])
-        ratio_index = tf.reduce_sum(tf.cast(fits, tf.int32))
-        branches = [
-            functools.partial(tf.io.decode_jpeg, encoded, channels=3, ratio=ratio)
-            for ratio in _JPEG_RATIOS
-        ]
-        return tf.switch_case(ratio_index, branches)
-
-    @_apart
-    def upright() -> tf.Tensor:
-        orientation = _jpeg_orientation(encoded)
-        sides = tf.constant(smallest or (1, 1), tf.int64)
-        return _upright(
-            decoded(tf.where(orientation > 4, sides[::-1], sides)), orientation
-        )
-
     # Most files have no more than a JFIF segment before their tables.
     has_jfif = _has(head, 2, b"\xff\xe0\0\x10")
     second = tf.where(has_jfif, head[21], head[3])
-    return tf.cond(second == 0xDB, lambda: decoded(smallest), upright)
+    return tf.cond(
+        second == 0xDB,
+        lambda: _scaled_jpeg(encoded, height, width, smallest),
+        lambda: _upright_jpeg(encoded, height, width, smallest),
+    )
+
+
+@_apart
+def _upright_jpeg(
+    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, smallest: Any
+) -> tf.Tensor:
+    orientation = _jpeg_orientation(encoded)
+    if smallest is not None:
+        sides = tf.constant(smallest, tf.int64)
+        smallest = tf.where(orientation > 4, sides[::-1], sides)
+    return _upright(_scaled_jpeg(encoded, height, width, smallest), orientation)
+
+
+def _scaled_jpeg(
+    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, smallest: Any
+) -> tf.Tensor:
+    if smallest is None:
+        return tf.io.decode_jpeg(encoded, channels=3)
+    scale = tf.minimum(height // smallest[0], width // smallest[1])
+    fits = scale >= _SCALED_DECODE_MARGIN * np.array(_JPEG_RATIOS[1:])
+    ratio_index = tf.reduce_sum(tf.cast(fits, tf.int32))
+    branches = [
+        functools.partial(tf.io.decode_jpeg, encoded, channels=3, ratio=ratio)
+        for ratio in _JPEG_RATIOS
+    ]
+    return tf.switch_case(ratio_index, branches)
 
 
 @_apart
@@ -475,22 +490,11 @@ def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     width, height = _number(head, 16, 4, -1), _number(head, 20, 4, -1)
     encoded = _require_within_limit(encoded, width, height)
 
-    def length_of(chunk: tf.Tensor) -> tf.Tensor:
-        length = 12 + _number(chunk, 0, 4, -1)
-        return tf.where(_has(chunk, 4, b"IDAT"), tf.zeros_like(length), length)
-
-    @_apart
-    def found() -> tuple[tf.Tensor, tf.Tensor]:
-        hidden, exif = tf.unstack(
-            _find_parts(encoded, 8, length_of, b"....tRNS", b"....eXIf"), num=2
-        )
-        return hidden > 0, _orientation(encoded, exif, 8)
-
     # Many files have no chunk between their head and their pixels.
     hides, orientation = tf.cond(
         _has(head, 37, b"IDAT"),
         lambda: (tf.constant(False), tf.constant(_UPRIGHT)),
-        found,
+        lambda: _before_pixels(encoded),
     )
     pixels = tf.cond(
         (head[25] >= 4) | hides,  # Opacity, or a colour that stands for nothing.
@@ -498,6 +502,19 @@ def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         lambda: tf.io.decode_png(encoded, channels=3),
     )
     return _upright(pixels, orientation)
+
+
+@_apart
+def _before_pixels(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns whether a colour of a PNG file is hidden, and its orientation."""
+
+    def length_of(chunk: tf.Tensor) -> tf.Tensor:
+        length = 12 + _number(chunk, 0, 4, -1)
+        return tf.where(_has(chunk, 4, b"IDAT"), tf.zeros_like(length), length)
+
+    found = _find_parts(encoded, 8, length_of, b"....tRNS", b"....eXIf")
+    hidden, exif = tf.unstack(found, num=2)
+    return hidden > 0, _orientation(encoded, exif)
 
 
 @_apart
@@ -537,6 +554,16 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
 
 
 @_apart
+def _webp_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    def length_of(head: tf.Tensor) -> tf.Tensor:
+        length = _number(head, 4, 4)
+        return 8 + length + length % 2
+
+    found = _find_parts(encoded, 12, length_of, b"EXIF")
+    return _orientation(encoded, found[0])
+
+
+@_apart
 def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     # An animated WebP has aborted the whole process in TensorFlow 2.21.
     still = ~(_has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1))
@@ -559,15 +586,13 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels[..., :3]
     )
 
-    def length_of(head: tf.Tensor) -> tf.Tensor:
-        length = _number(head, 4, 4)
-        return 8 + length + length % 2
-
-    def found() -> tf.Tensor:
-        return _orientation(encoded, _find_parts(encoded, 12, length_of, b"EXIF")[0], 8)
-
     has_exif = _has(head, 12, b"VP8X") & (head[20] // 8 % 2 == 1)
-    return _upright(pixels, tf.cond(has_exif, found, lambda: tf.constant(_UPRIGHT)))
+    return _upright(
+        pixels,
+        tf.cond(
+            has_exif, lambda: _webp_orientation(encoded), lambda: tf.constant(_UPRIGHT)
+        ),
+    )
 
 
 def _too_large(width: Any, height: Any) -> str:
