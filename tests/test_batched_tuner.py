@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 
 import keras_tuner
@@ -16,6 +15,7 @@ from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.training._head import predicted_classes, train_head
 from keras_rsft.tuning import _tuner as durable
+from keras_rsft.tuning._space import first_epoch
 from keras_rsft.tuning._tuner import (
     DIVERGED,
     BatchedTuner,
@@ -90,7 +90,7 @@ def test_a_trial_has_the_value_and_the_weights_of_its_best_epoch(searched, featu
     for trial in list(tuner.oracle.trials.values())[:3]:
         settings = tuner.hypermodel.settings_of(trial.hyperparameters)
         alone = train_head(features, settings, progress=False).history
-        warmup = math.floor(settings.policy.warmup_epochs)
+        warmup = first_epoch(settings)
         behind = alone["val_accuracy"][warmup:]
         assert trial.score == pytest.approx(max(behind))
         assert trial.best_step == warmup + int(np.argmax(behind))
