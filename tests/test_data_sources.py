@@ -426,6 +426,7 @@ class TestTable:
             "/content/drive/My Drive/pets/",
             "C:\\Users\\me\\pets\\",
             "../elsewhere/",
+            "{other}/",
             "https://example.org/pets/",
         ],
     )
@@ -434,7 +435,9 @@ class TestTable:
         folder = tmp_path / "pets"
         for name in ("a", "b"):
             write(folder / name / "1.png")
-        prefix = prefix.format(folder=folder)
+        for name in ("a", "b"):
+            write(tmp_path / "other" / name / "1.png")
+        prefix = prefix.format(folder=folder, other=tmp_path / "other")
         inner = "\\" if "\\" in prefix else "/"
         ending = "" if suffix else ".png"
         rows = [f"{prefix}{one}{inner}1{ending},{one}" for one in ("a", "b")]

@@ -448,15 +448,14 @@ class _Place:
         """Returns a path relative to the folder, also one of another machine."""
         path += self.suffix if not path.endswith(self.suffix) else ""
         name = os.path.normpath(path)
-        if not self.is_given or os.path.lexists(os.path.join(self.folder, name)):
-            inside = os.path.join(self.folder, "")
-            return name.removeprefix(inside) if self.is_given else name
-        parts = [one for one in re.split(r"[/\\]+", path) if one not in ("", ".", "..")]
-        tails = (os.path.join(*parts[at:]) for at in range(len(parts)))
-        found = (
-            one for one in tails if os.path.lexists(os.path.join(self.folder, one))
-        )
-        return next(found, os.path.normpath(path.lstrip("/")))
+        if not self.is_given:
+            return name
+        name = name.removeprefix(os.path.join(self.folder, ""))
+        parts = [one for one in re.split(r"[/\\]+", name) if one not in ("", "..")]
+        tails = [os.path.join(*parts[at:]) for at in range(len(parts))]
+        paths = (os.path.join(self.folder, one) for one in tails)
+        found = (t for t, one in zip(tails, paths, strict=True) if os.path.lexists(one))
+        return next(found, tails[0] if tails else name)
 
 
 def _image_table(
