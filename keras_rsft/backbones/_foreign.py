@@ -235,6 +235,22 @@ def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, str]:
     return graph, frozen.outputs[0].name
 
 
+def to_onnx(traced: Any, output: str, opset: int) -> Any:
+    """Converts a concrete function of one input and one output to an ONNX model."""
+    import tf2onnx
+
+    graph, source = freeze(traced)
+    (spec,) = traced.structured_input_signature[0]
+    converted, _ = tf2onnx.convert.from_graph_def(
+        graph,
+        input_names=[f"{spec.name}:0"],
+        output_names=[source],
+        opset=opset,
+        tensors_to_rename={f"{spec.name}:0": spec.name, source: output},
+    )
+    return converted
+
+
 def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
     from tensorflow.python.framework import op_def_registry
 

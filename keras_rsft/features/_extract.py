@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from keras_rsft.data._arrays import whole_split
 from keras_rsft.data._samples import SampleSplit
 from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _shares
+from keras_rsft.features._engines import Forward, choose_engine
 from keras_rsft.features._shares import Part
 from keras_rsft.features._store import (
     FEATURES_FILE,
@@ -56,7 +57,11 @@ class FrozenBackbone:
         *,
         num_images: int = 0,
         device_names: Sequence[str] = (),
+        engine: str = "tensorflow",
+        on_note: Callable[[str], None] = lambda text: None,
     ):
+        self.engine, self._on_note = engine, on_note
+        self._run: Forward | None = None
         self._backbone = backbone
         self._device_names = tuple(device_names)
         self._num_images = num_images
@@ -79,10 +84,29 @@ class FrozenBackbone:
     def forward(self) -> tf.types.experimental.PolymorphicFunction:
         return self._traced(())
 
+    def open_engine(self, folder: Path, batch: tf.Tensor) -> None:
+        """Chooses what runs the backbone, before the first batch."""
+        if len(self._device_names) > 1:
+            self.engine = "tensorflow"
+        if self.engine == "tensorflow" or self._run is not None:
+            return
+        self.engine, self._run = choose_engine(
+            self.engine,
+            self.forward,
+            folder=folder,
+            fingerprint=self.fingerprint,
+            batch=batch.numpy(),
+            num_batches=self._num_images / len(batch),
+            on_note=self._on_note,
+        )
+
     def over(
         self, batches: Iterable[tuple[Any, tf.Tensor]]
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Runs the backbone over batches, each on one device, all devices at once."""
+        if (run := self._run) is not None:
+            yield from ((one, run(images.numpy())) for one, images in batches)
+            return
         if len(self._device_names) < 2:
             yield from ((one, self.forward(images).numpy()) for one, images in batches)
             return
@@ -277,6 +301,7 @@ class FeaturePass:
             "views": self.augmentations,
             "dim": self.frozen.dim,
             "precision": self.cache_dtype,
+            "engine": self.frozen.engine,
         }
 
     def inputs(self, start: int, stop: int) -> tf.data.Dataset:
@@ -396,11 +421,14 @@ def append_rows(
                 digests[Path(file.name).name].update(_bytes_of(array))
 
         writing: Future | None = None
-        flat_batches = (
+        flat_batches: Iterator[tuple[np.ndarray, tf.Tensor]] = (
             (index.numpy(), tf.reshape(batch, (-1, *frozen.sample_shape)))
             for index, batch in samples
             if _note_one_colour(partial, index, batch)
         )
+        if (first := next(flat_batches, None)) is not None:
+            frozen.open_engine(work.folder.parent / "engines", first[1])
+            flat_batches = itertools.chain([first], flat_batches)
         for index, features in frozen.over(flat_batches):
             _require_unreadable(work, range(next_index, int(index[-1])), index)
             values = _cached_as(work.cache_dtype, features)

@@ -14,9 +14,10 @@ import numpy as np
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT
-from keras_rsft._storage import replaced
+from keras_rsft._storage import read_json, replaced
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import (
+    ENGINES,
     IMAGES,
     NOT_REPEATABLE,
     SPLITS,
@@ -29,7 +30,7 @@ from keras_rsft.data._samples import ImageData, ImageSplit, SampleData
 from keras_rsft.features import _extract
 from keras_rsft.features._batches import positions_of
 from keras_rsft.features._neighbours import before_reviews, copy_groups, with_copies
-from keras_rsft.features._store import FeatureSet
+from keras_rsft.features._store import META_FILE, FeatureSet
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 
 
@@ -233,6 +234,8 @@ class FeatureSource:
             origin["data"] += NOT_REPEATABLE
             origin["fingerprint"] = self.data.fingerprint
         del origin["cache_dir"]
+        cached = self.features.train.path.parent
+        origin["engine"] = (read_json(cached / META_FILE) or {}).get("engine")
         origin["image_size"] = list(self.backbone.input_shape[1:3]) or None
         if self.data.corrections is not None:
             origin["corrections"] = self.data.corrections.record()
@@ -260,7 +263,9 @@ def resolve(
 
 
 def choose_dtype(config: FeatureConfig) -> str:
-    if config.dtype == "auto" and is_fixed_network(str(config.backbone)):
+    if config.dtype == "auto" and (
+        is_fixed_network(str(config.backbone)) or config.engine not in ENGINES[:2]
+    ):
         return "float32"
     return _extract.choose_dtype(config.dtype)
 
@@ -290,7 +295,13 @@ def open_features(
     backbone = load_configured(config)
     on_backbone(backbone)
     passes = feature_passes(
-        backbone, data, config, seed=seed, progress=progress, devices=devices
+        backbone,
+        data,
+        config,
+        seed=seed,
+        progress=progress,
+        devices=devices,
+        on_note=on_note,
     )
     if devices.cluster.is_alone:
         for work in passes:
@@ -322,6 +333,7 @@ def feature_passes(
     seed: int = 0,
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> list[_extract.FeaturePass]:
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
@@ -330,6 +342,8 @@ def feature_passes(
             backbone,
             num_images=sum(map(len, splits)) + more,
             device_names=devices.local_names,
+            engine="tensorflow" if config.dtype == "bfloat16" else config.engine,
+            on_note=on_note,
         )
     return [
         _extract.FeaturePass(
