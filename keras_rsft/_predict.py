@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import glob
 import os
@@ -15,7 +16,7 @@ from keras_rsft._storage import CLASSES_FILE, MODEL_FILE, read_class_names
 from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
 from keras_rsft.config import IMAGES, TEXTS
 from keras_rsft.data import _sources
-from keras_rsft.data._images import decode_images
+from keras_rsft.data._images import decode_images, read_image, readable_suffixes
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import unusable_model
 from keras_rsft.export._runtimes import ExportedModel, load_exported
@@ -54,7 +55,9 @@ class Sample:
         if self.content is not None:
             return self.content, None
         try:
-            return Path(self.name).read_bytes(), None
+            return read_image(self.name), None
+        except DataError as error:
+            return b"", str(error)
         except OSError as error:
             return b"", error.strerror or str(error)
 
@@ -118,28 +121,38 @@ def predict_samples(
                 yield Prediction(sample.name, label, float(score))
 
 
-def find_files(paths: Sequence[str | os.PathLike], kind: str) -> list[str]:
-    """Replaces folders and patterns by the image or text files in them, sorted."""
-    suffixes = _sources.TEXT_SUFFIXES if kind == TEXTS else _sources.IMAGE_SUFFIXES
+def find_files(
+    paths: Sequence[str | os.PathLike], kind: str
+) -> tuple[list[str], collections.Counter[str]]:
+    """Replaces folders and patterns by the image or text files in them, sorted.
+
+    Also returns how many files in folders are not read, by their ending.
+    """
+    suffixes = _sources.TEXT_SUFFIXES if kind == TEXTS else readable_suffixes()
     found: dict[str, None] = {}
+    skipped: collections.Counter[str] = collections.Counter()
     for path in (os.fspath(path) for path in paths):
         if os.path.isdir(path):
             below = ((file, file.relative_to(path)) for file in Path(path).rglob("*"))
-            files = sorted(
+            shown = sorted(
                 str(file)
                 for file, relative in below
-                if not any(part[0] == "." for part in relative.parts)
-                and file.suffix.lower() in suffixes
-                and file.is_file()
+                if not any(part[0] == "." for part in relative.parts) and file.is_file()
             )
+            files = [one for one in shown if _sources.ending_of(one) in suffixes]
+            others = [one for one in shown if _sources.ending_of(one) not in suffixes]
+            skipped.update(map(_sources.ending_of, others))
         elif not os.path.lexists(path) and glob.has_magic(path):
             files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         else:
             files = [path]
         if not files:
-            raise DataError(f"There is no {kind.removesuffix('s')} file in {path}.")
+            more = f" {_sources.unread_sentence(skipped)}" if skipped else ""
+            raise DataError(
+                f"There is no {kind.removesuffix('s')} file in {path}.{more}"
+            )
         found |= dict.fromkeys(files)
-    return list(found)
+    return list(found), skipped
 
 
 def load_classifier(model: str | os.PathLike) -> Classifier:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -45,8 +50,6 @@ class TestFit:
         assert "none.png: No such file" in err
 
     def test_an_unreadable_image_is_a_warning(self, fit, photo_folder, tmp_path):
-        import shutil
-
         photos = tmp_path / "photos"
         shutil.copytree(photo_folder, photos)
         (photos / "red" / "00.png").write_bytes(b"")
@@ -56,6 +59,36 @@ class TestFit:
         assert "1 images cannot be read" in out
         listed = (tmp_path / "runs" / "photos-1" / "unreadable.csv").read_text()
         assert "red/00.png" in listed
+
+    def test_what_is_not_read_and_plain_images_are_told(
+        self, fit, call, photo_folder, tmp_path
+    ):
+        photos = tmp_path / "photos"
+        shutil.copytree(photo_folder, photos)
+        for name in ("red/x.bak", "blue/y.bak", "blue/z.psd"):
+            (photos / name).write_bytes(b"content")
+        grey = Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 250)
+        for name in ("red/00.png", "green/05.png"):
+            grey.save(photos / name)
+        status, out, err = fit("--set", "with_plain=false", "--json", data=photos)
+        assert status == 0
+        result = json.loads(out)
+        assert result["unread_files"] == {".bak": 2, ".psd": 1}
+        assert result["results"]["images_of_one_colour"] == 2
+        notes = result["results"]["data_notes"]
+        assert notes[0] == "3 files were not read: 2 .bak, 1 .psd."
+        assert notes[1].startswith("2 images are of (nearly) one colour, such as ")
+        page = (Path(result["folder"]) / "report.html").read_text(encoding="utf-8")
+        shown = " ".join(err.split())
+        for note in notes:
+            assert note in shown
+            assert note in page
+        status, out, err = call("predict", result["folder"], photos)
+        assert status == 1
+        assert len(out.splitlines()) == 36
+        assert err.endswith(f"{notes[0]}\n")
+        status, out, _ = call("predict", result["folder"], photos / "red" / "01.png")
+        assert (status, len(out.splitlines())) == (0, 1)
 
     def test_an_existing_output_is_refused_before_the_work(self, fit, tmp_path):
         (tmp_path / "mine").mkdir()
@@ -121,8 +154,6 @@ class TestMistakes:
 
     @pytest.mark.parametrize("broken", ["one class", "empty class", "no image"])
     def test_in_the_data(self, fit, tmp_path, photo_folder, broken):
-        import shutil
-
         photos = tmp_path / "photos"
         shutil.copytree(photo_folder, photos)
         if broken == "one class":

@@ -200,7 +200,7 @@ class TestRefused:
         [
             (b"", "It has: none"),
             (b"id,given_label,decision\na,b,keep\n", "no column 'new_label'"),
-            (b"id;given_label;decision;new_label\n", "It has: 'id;given"),
+            (b"id;given;decision;new_label\n", "It has: 'id', 'given', 'deci"),
             (b"\xff\xfe\x00", "in UTF-8"),
         ],
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from made_images import (
     SPLIT_NAMES,
     all_ids,
@@ -20,6 +21,7 @@ from made_images import (
 )
 from PIL import Image
 
+from keras_rsft.data._images import SUFFIXES, decode_pixels
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 
@@ -94,7 +96,8 @@ class TestFolder:
         write(folder / ".cache" / "x.png")
         data = load_images(folder)
         assert len(all_ids(data)) == 60
-        assert data.ignored_files == 5
+        assert data.unread_files == {".txt": 1, ".db": 1, ".md": 1}
+        assert data.notes == ("3 files were not read: 1 .md, 1 .txt, 1 .db.",)
 
     def test_links_are_followed_and_loops_are_not(self, folder, tmp_path):
         other = write(tmp_path / "store" / "far.png")
@@ -151,12 +154,82 @@ class TestFolder:
         assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [34, 6, 10]
         assert all(id_.startswith("train/") for id_ in data.validation.ids)
         assert all(id_.startswith("test/") for id_ in data.test.ids)
-        assert data.ignored_files == 1
+        assert data.unread_files == {".txt": 1}
+        assert data.notes == ("1 file was not read: 1 .txt.",)
 
-    def test_split_names_among_others_are_classes(self, tmp_path):
-        for name in ("train", "test", "boat"):
-            write(tmp_path / name / "deep" / "1.png")
-        assert load_images(tmp_path).class_names == ("boat", "test", "train")
+    @pytest.mark.parametrize(
+        "train, validation, test",
+        [
+            ("Training", "Validation", "Testing"),
+            ("seg_train", "seg_dev", "seg_test"),
+            ("train2017", "val2017", "test2017"),
+            ("Train Set", "valid-set", "TestSet"),
+            ("pets-training", "PETS-VAL", "pets-holdout"),
+            ("training", "validation", "evaluation"),
+        ],
+    )
+    @pytest.mark.parametrize("again", ["", "{}", "images"])
+    def test_usual_names_of_splits(self, tmp_path, train, validation, test, again):
+        if "set" in test.lower() and train == "Train Set":
+            train, test = "Train Set", "Test Set"
+        for name, count in ((train, 4), (validation, 2), (test, 3)):
+            for label in ("a", "b"):
+                for number in range(count):
+                    inner = tmp_path / name / again.format(name)
+                    write(inner / label / f"{number}.png")
+        data = load_images(tmp_path)
+        assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [8, 4, 6]
+        assert data.class_names == ("a", "b")
+
+    def test_one_folder_around_all_is_gone_through(self, tmp_path):
+        for split, count in (("Training", 4), ("Testing", 2)):
+            for label in ("a", "b"):
+                for number in range(count):
+                    write(tmp_path / "archive" / split / label / f"{number}.png")
+        write(tmp_path / "readme.md")
+        write(tmp_path / "archive" / "licence.txt")
+        data = load_images(tmp_path)
+        assert len(data.test) == 4
+        assert data.test.ids[0] == "archive/Testing/a/0.png"
+        assert data.unread_files == {".md": 1, ".txt": 1}
+        shutil.rmtree(tmp_path / "archive" / "Testing")
+        (tmp_path / "archive" / "Training").rename(tmp_path / "archive" / "photos")
+        shutil.move(tmp_path / "archive" / "photos", tmp_path / "photos")
+        shutil.rmtree(tmp_path / "archive")
+        assert load_images(tmp_path).class_names == ("a", "b")
+
+    @pytest.mark.parametrize(
+        "folders, message",
+        [
+            (("train/a", "test/a", "boat/a"), r"\(test, train\) with others \(boat\)"),
+            (("Training/a", "Testing/a", "unlabelled/x"), "Move the others away"),
+            (("seg_train/a", "seg_test/a", "seg_pred"), "seg_pred"),
+            (("train/a", "train/b", "extra/a"), r"\(train\) with others \(extra\)"),
+            (("test/a", "val/a"), "a folder `train`"),
+        ],
+    )
+    def test_a_mixture_of_splits_and_classes_is_refused(
+        self, tmp_path, folders, message
+    ):
+        for folder in folders:
+            write(tmp_path / folder / "1.png")
+        with pytest.raises(DataError, match=message):
+            load_images(tmp_path)
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("train", "boat", "car"),
+            ("test tube", "train station", "dog"),
+            ("train", "bus", "training shoes"),
+            ("valve", "trainer", "testament"),
+        ],
+    )
+    def test_classes_may_be_called_so(self, tmp_path, names):
+        for name in names:
+            for number in range(3):
+                write(tmp_path / name / f"{number}.png")
+        assert load_images(tmp_path).class_names == tuple(sorted(names))
 
     def test_a_class_that_train_lacks_is_named(self, tmp_path):
         for path in ("train/a", "train/b", "test/a", "test/zebra"):
@@ -165,8 +238,9 @@ class TestFolder:
             load_images(tmp_path)
 
     def test_an_empty_class_is_named(self, folder):
-        write(folder / "yak" / "photo.tiff")
-        with pytest.raises(DataError, match=r"yak\. Received: none, and 1 other"):
+        write(folder / "yak" / "photo.psd")
+        message = r"yak\. Received: none, and 1 other files: 1 .psd\. Images end in"
+        with pytest.raises(DataError, match=message):
             load_images(folder)
 
     def test_one_class_is_not_enough(self, tmp_path):
@@ -253,7 +327,9 @@ class TestTable:
 
     def test_only_missing_files_are_an_error(self, table):
         write_table(table, "path,label", "pics/0.png,a", "pics/1.png,b")
-        with pytest.raises(DataError, match=r"None of the 2 files.*relative to the"):
+        with pytest.raises(
+            DataError, match=r"None of the 2 files.*relative to /.*image-dir"
+        ):
             load_images(table)
 
     @pytest.mark.parametrize(
@@ -279,7 +355,8 @@ class TestTable:
         assert len(all_ids(load_images(table))) == 2
         (inner / "img" / "in.png").unlink()
         (inner / "img" / "in.png").symlink_to(outside)
-        with pytest.raises(DataError, match="stay inside it"):
+        message = f"'img/in.png', which is a link to {outside}, in .*line 3"
+        with pytest.raises(DataError, match=message):
             load_images(table)
 
     def test_a_folder_that_is_reached_by_a_link_is_fine(self, table, tmp_path):
@@ -290,19 +367,24 @@ class TestTable:
     @pytest.mark.parametrize(
         "lines, message",
         [
-            (["file,class"], r"no column 'path', 'label'. It has: 'file', 'class'"),
-            (["path;label", "img/0.png;a"], "It has: 'path;label'"),
+            (["file,class"], r"'path', 'label' in line 1. It has: 'file', 'class'"),
+            (["path;class", "img/0.png;a"], "It has: 'path', 'class'.*--label-column"),
+            (["path,label,label", "img/0.png,a,b"], "line 1, has the column 'label' 2"),
             ([""], "It has: none"),
             (["path,label"], "no row below the header"),
             (["path,label", "img/0.png,"], "value in column 'label' of .*line 2"),
             (["path,label", "img/0.png"], "value in column 'label' of .*line 2"),
             (["path,label", ",a"], "value in column 'path' of .*line 2"),
             (["path,label", "img/0.png,a", "img//0.png,b"], "line 3 has been listed"),
-            (["path,label,split", "img/0.png,a,dev"], "'dev' in .*line 2"),
+            (["path,label,split", "img/0.png,a,dove"], "'dove' in .*line 2"),
             (["path,label", "img,a"], "is not a file, in .*line 2"),
             (["path,label", "img/0.png,cat, big"], "line 2, has more cells.*quotes"),
             (["path,label", "img/0\0.png,a"], "stay inside it"),
-            (["path,label", 'img/0.png,"a'], "comma-separated table in UTF-8"),
+            (["path,label", "img/1.png,b", 'img/0.png,"a'], "that begins in line 3"),
+            (["path,label", 'img/1.png,"b', 'img/0.png,a"'], "2 lines .* line 2"),
+            (["path,label", "img/1.png,b", 'img/0.png,a"'], "quote too many.* line 3"),
+            (["path,label", '"img/0.png,a', 'x",b'], "column 'path' runs.* line 2"),
+            (["path;label", "img/0.png;cat; big"], "line 2, has more.*';' in it"),
             (["path,label,split", "img/0.png,a,test"], "'a' in test"),
             (["path,label", "img/0.png,a"], "two classes or more"),
         ],
@@ -327,6 +409,93 @@ class TestTable:
         with pytest.raises(DataError, match="'c' in the clean labels"):
             load_images(table, **options)
 
+    @pytest.mark.parametrize("separator", [";", "\t", "|"])
+    def test_other_separators_are_recognised(self, table, separator):
+        rows = [f"img/{n}.png,{label}" for n, label in enumerate(self.LABELS)]
+        lines = [line.replace(",", separator) for line in ("path,label,note", *rows)]
+        write_table(table, *lines, f'"img/4.png"{separator}red{separator}"a, b"')
+        data = load_images(table, validation_fraction=0, test_fraction=0)
+        assert data.class_names == ("blue", "red")
+        assert len(data.train) == 5
+
+    @pytest.mark.parametrize(
+        "prefix",
+        [
+            "",
+            "{folder}/",
+            "/content/drive/My Drive/pets/",
+            "C:\\Users\\me\\pets\\",
+            "../elsewhere/",
+            "{other}/",
+            "https://example.org/pets/",
+        ],
+    )
+    @pytest.mark.parametrize("suffix", ["", ".png"])
+    def test_paths_below_a_folder_that_is_named(self, tmp_path, prefix, suffix):
+        folder = tmp_path / "pets"
+        for name in ("a", "b"):
+            write(folder / name / "1.png")
+        for name in ("a", "b"):
+            write(tmp_path / "other" / name / "1.png")
+        prefix = prefix.format(folder=folder, other=tmp_path / "other")
+        inner = "\\" if "\\" in prefix else "/"
+        ending = "" if suffix else ".png"
+        rows = [f"{prefix}{one}{inner}1{ending},{one}" for one in ("a", "b")]
+        table = write_table(tmp_path / "tables" / "t.csv", "path,label", *rows)
+        options = {"image_dir": folder, "image_suffix": suffix}
+        assert all_ids(load_images(table, **options)) == ["a/1.png", "b/1.png"]
+        columns = {"path": [row.split(",")[0] for row in rows], "label": ["a", "b"]}
+        data = load_images(columns, **options)
+        assert all_ids(data) == ["a/1.png", "b/1.png"]
+        assert data.train.read_error(0) is None
+
+    def test_a_folder_of_images_that_is_none_is_refused(self, table):
+        write_table(table, "path,label", "img/0.png,a", "img/1.png,b")
+        with pytest.raises(InvalidArgument, match="image_dir"):
+            load_images(table, image_dir=table.parent / "nothing")
+
+    def test_a_missing_file_stays_listed_below_a_folder(self, table):
+        rows = ["/far/img/0.png,a", "/far/img/1.png,b", "/far/img/9.png,a"]
+        write_table(table, "path,label", *rows)
+        data = load_images(
+            table, image_dir=table.parent, validation_fraction=0, test_fraction=0
+        )
+        assert data.train.ids.tolist() == ["far/img/9.png", "img/0.png", "img/1.png"]
+        assert "No such file" in data.train.read_error(0)
+
+    def test_one_long_path_is_left_out_and_told(self, table):
+        rows = ["img/0.png,a", f"{'p' * 100_000},a", "img/1.png,b"]
+        write_table(table, "path,label", *rows)
+        data = load_images(table, validation_fraction=0, test_fraction=0)
+        assert data.train.ids.itemsize <= 4 * 9
+        assert data.notes == (
+            f"1 rows of {table} were left out: their paths are longer than 1,024 "
+            "characters (line 3).",
+        )
+        long = {"path": ["img/0.png", "p" * 2000], "label": ["a", "b"]}
+        with pytest.raises(DataError, match=r"longer than 1,024.*row 1"):
+            load_images(long, image_dir=table.parent)
+
+    def test_classes_that_hardly_differ_are_told(self, tmp_path):
+        groups = [
+            ["cat", "CAT", "cat\u200b", "c\u00adat"],
+            ["caf\u00e9", "cafe\u0301"],
+            ["01", "1.0", "1"],
+            ["big dog", "big\u00a0dog"],
+            ["stra\u00dfe", "STRASSE"],
+        ]
+        names = [name for group in groups for name in group] + ["cats", "11"]
+        rows = [f"{at}.png,{name}" for at, name in enumerate(names)]
+        for at in range(len(names)):
+            write(tmp_path / f"{at}.png")
+        data = load_images(write_table(tmp_path / "t.csv", "path,label", *rows))
+        assert data.num_classes == len(names)
+        (note,) = data.notes
+        for group in groups:
+            assert " and ".join(map(ascii, sorted(group))) in note
+        assert "cats" not in note
+        assert "'11'" not in note
+
     def test_another_encoding_is_explained(self, table):
         table.write_bytes("path,label\nimg/0.png,Größe\n".encode("latin-1"))
         with pytest.raises(DataError, match="UTF-8"):
@@ -337,6 +506,61 @@ class TestTable:
         write_table(table, "path,label", "img/0.png,a", "pipe.png,b")
         with pytest.raises(DataError, match="is not a file"):
             load_images(table)
+
+
+class TestMoreKinds:
+    """TIFF and AVIF, which Pillow reads; HEIC needs one more package."""
+
+    @pytest.fixture
+    def photos(self, tmp_path):
+        colours = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+        self.pixels = np.kron(colours, np.ones((8, 8, 1), np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        image = Image.fromarray(self.pixels)
+        clear = image.convert("RGBA")
+        clear.putalpha(0)
+        for name in "ab":
+            folder = tmp_path / "photos" / name
+            folder.mkdir(parents=True)
+            image.save(folder / "1.png")
+            image.save(folder / "2.tif")
+            image.rotate(180).save(folder / "3.TIFF", exif=exif.tobytes())
+            clear.save(folder / "4.tif")
+            Image.fromarray(self.pixels[..., 0] * np.uint16(256)).save(folder / "5.tif")
+            image.convert("CMYK").save(folder / "6.tif")
+        return tmp_path / "photos"
+
+    def test_are_read_as_they_look(self, photos):
+        data = load_images(photos, validation_fraction=0, test_fraction=0)
+        images = [image.numpy() for _, image in data.train.images((24, 32))]
+        assert len(images) == 12
+        for turned in images[:3]:
+            np.testing.assert_array_equal(turned, self.pixels)
+        assert (images[3] == 255).all()
+        np.testing.assert_array_equal(images[4][..., 2], self.pixels[..., 0])
+        assert np.abs(images[5] - self.pixels).max() <= 1
+        assert (decode_pixels(tf.constant(data.train.encoded(3))) == 255).numpy().all()
+
+    def test_damaged_and_huge_ones_are_named(self, photos, monkeypatch):
+        write(photos / "a" / "7.tif", b"II*\0")
+        data = load_images(photos, validation_fraction=0, test_fraction=0)
+        assert indices_of(data.train.images(8)) == [0, 1, 2, 3, 4, 5, *range(7, 13)]
+        reason = "Pillow cannot read the file: cannot identify image file."
+        assert data.train.read_error(6) == reason
+        monkeypatch.setattr("keras_rsft.data._images.MAX_PIXELS", 24 * 32 - 1)
+        assert data.train.read_error(1) == (
+            "Pillow cannot read the file: An image of 32 x 24 pixels; the most is 767."
+        )
+
+    def test_without_pillow_they_are_told(self, photos, monkeypatch):
+        monkeypatch.setattr(
+            "keras_rsft.data._images.readable_suffixes", lambda: SUFFIXES
+        )
+        assert load_images(photos).notes == (
+            "10 files were not read: 8 .tif, 2 .tiff. Install keras_rsft[images] to "
+            "read TIFF, HEIC and AVIF.",
+        )
 
 
 class TestOtherSources:

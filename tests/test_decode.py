@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageOps
 
 from keras_rsft.data import _images as decode
 from keras_rsft.data._images import MAX_PIXELS, decode_image
@@ -33,6 +35,7 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 def make_files() -> dict[str, bytes]:
     colour = Image.fromarray(blocks())
     turned = colour.rotate(180)
+    hidden = tuple(blocks()[0, 0].tolist())
     see_through = colour.convert("RGBA")
     see_through.putalpha(Image.fromarray(blocks()[..., 0]))
     return {
@@ -46,9 +49,19 @@ def make_files() -> dict[str, bytes]:
         "png grey alpha": encode(see_through.convert("LA"), "PNG"),
         "png alpha": encode(see_through, "PNG"),
         "png palette": encode(colour.convert("P"), "PNG"),
+        "png palette alpha": encode(
+            colour.convert("P"), "PNG", transparency=bytes(range(0, 250, 25))
+        ),
+        "png one colour hidden": encode(colour, "PNG", transparency=hidden),
+        "png one grey hidden": encode(
+            colour.convert("L"),
+            "PNG",
+            transparency=colour.convert("L").getpixel((0, 0)),
+        ),
         "png 1 bit": encode(colour.convert("1"), "PNG"),
         "gif": encode(colour, "GIF"),
         "gif animated": encode(colour, "GIF", save_all=True, append_images=[turned]),
+        "gif hidden": encode(colour.convert("P"), "GIF", transparency=3, comment=b"c"),
         "gif comment": encode(colour, "GIF", comment=b"c" * 700),
         "bmp": encode(colour, "BMP"),
         "bmp grey": encode(colour.convert("L"), "BMP"),
@@ -64,18 +77,47 @@ def make_files() -> dict[str, bytes]:
     }
 
 
+def oriented(orientation: int, order: str) -> bytes:
+    """EXIF data with a few entries, in either order of bytes."""
+    pack = "<" if order == "little" else ">"
+    entries = struct.pack(f"{pack}HHII", 0x0100, 4, 1, 0x0112)
+    entries += struct.pack(f"{pack}HHIHH", 0x0112, 3, 1, orientation, 0)
+    mark = b"II" if order == "little" else b"MM"
+    head = mark + struct.pack(f"{pack}HI", 42, 12) + b"next"
+    return b"Exif\0\0" + head + struct.pack(f"{pack}H", 2) + entries + bytes(4)
+
+
+def stored(orientation: int) -> np.ndarray:
+    """The blocks as a camera stores them that is held in such a way."""
+    turns = [1, 2, 3, 4, 5, 8, 7, 6]  # Each undoes one of 1 to 8.
+    exif = Image.Exif()
+    exif[0x0112] = turns[orientation - 1]
+    image = Image.fromarray(blocks())
+    image.info["exif"] = exif.tobytes()
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
 FILES = make_files()
+TURNED = Image.fromarray(stored(6))
+FILES |= {
+    "jpeg turned": encode(
+        TURNED, "JPEG", quality=95, subsampling=0, exif=oriented(6, "big")
+    ),
+    "png turned": encode(TURNED, "PNG", exif=oriented(6, "little")),
+    "webp turned": encode(TURNED, "WEBP", lossless=True, exif=oriented(6, "big")),
+}
 # A GIF is whole without its last byte, and an animation without its last frame.
 TRUNCATABLE = [name for name in FILES if name != "gif animated"]
 
 
-def opaque_pixels(encoded: bytes) -> np.ndarray:
-    """What Pillow decodes, with any transparency dropped rather than applied."""
+def pillow_pixels(encoded: bytes) -> np.ndarray:
+    """What Pillow decodes, upright, on white."""
     image = Image.open(io.BytesIO(encoded))
-    if image.mode in ("LA", "RGBA"):
-        grey_or_rgb = np.asarray(image)[..., :-1]
-        return np.broadcast_to(grey_or_rgb, (*grey_or_rgb.shape[:2], 3))
-    return np.asarray(image.convert("RGB"))
+    with contextlib.suppress(SyntaxError):  # Of EXIF data that are none.
+        ImageOps.exif_transpose(image, in_place=True)
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -106,7 +148,7 @@ def test_pixels_equal_pillow(name):
     pixels = pixels_in_graph(tf.constant(FILES[name])).numpy()
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     assert pixels.dtype == np.uint8
-    difference = np.abs(pixels.astype(int) - opaque_pixels(FILES[name]))
+    difference = np.abs(pixels.astype(int) - pillow_pixels(FILES[name]))
     # They differ in how they transform back and enlarge halved colour planes.
     halved = name in ("jpeg subsampled", "jpeg progressive")
     assert difference.max() <= (8 if halved else 1)
@@ -126,6 +168,141 @@ def test_16_bit_png_is_scaled_to_8_bits():
     encoded = encode(Image.fromarray(values), "PNG")
     pixels = decode.decode_pixels(tf.constant(encoded)).numpy()
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_photo_with_its_orientation_in_a_tag_is_upright(kind, orientation, order):
+    image = Image.fromarray(stored(orientation))
+    options = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "PNG": {},
+        "WEBP": {"lossless": True, "quality": 0},
+    }
+    exif = oriented(orientation, order)
+    pixels = decode.decode_pixels(
+        tf.constant(encode(image, kind, exif=exif, **options[kind]))
+    )
+    assert np.abs(pixels.numpy().astype(int) - blocks()).max() <= 1
+    see_through = image.convert("RGBA")
+    see_through.putalpha(Image.fromarray(255 - stored(orientation)[..., 0]))
+    if kind != "JPEG":
+        file = encode(see_through, kind, exif=exif, **options[kind])
+        pixels = decode.decode_pixels(tf.constant(file))
+        assert np.abs(pixels.numpy().astype(int) - pillow_pixels(file)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (7, 30), (300, 200)])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_turned_photo_equals_its_upright_twin(orientation, size):
+    def twin(values, orientation):
+        image = Image.fromarray(np.kron(values, np.ones((12, 12, 1), np.uint8)))
+        exif = oriented(orientation, "big")
+        return tf.constant(encode(image, "JPEG", quality=100, subsampling=0, exif=exif))
+
+    upright, turned = twin(blocks(), 1), twin(stored(orientation), orientation)
+    difference = np.abs(decode_image(turned, size) - decode_image(upright, size))
+    assert difference.max() <= 1.5
+    # The same scale was decoded: the longer side of a turned file is the height.
+    shapes = [
+        decode.decode_pixels(one, smallest=size).shape for one in (upright, turned)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"",
+        segment(0xE0, b"JFIF\0\x01\x01\0\0\x01\0\x01\0\0"),
+        segment(0xE0, b"JFIF\0\x01\x01\0\0\x01\0\x01\x01\x01" + bytes(3)),
+        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + bytes(40_000)),
+        segment(0xE2, b"ICC_PROFILE\0\x01\x01" + bytes(60_000)) * 3,
+        segment(0xFE, b"a comment") + b"\xff\xff\xff",
+        segment(0xED, b"Photoshop 3.0\0") + segment(0xEF, b"other" + bytes(5)),
+    ],
+)
+def test_other_segments_may_stand_before_the_orientation(before):
+    image = Image.fromarray(stored(6))
+    plain = encode(image, "JPEG", quality=95, subsampling=0)
+    rest = plain[2 + 18 :]  # Without Pillow's own JFIF segment.
+    exif = segment(0xE1, oriented(6, "little"))
+    file = plain[:2] + before + exif + rest
+    pixels = pixels_in_graph(tf.constant(file)).numpy()
+    assert np.abs(pixels.astype(int) - blocks()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0II*\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0II+\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(50),
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\0\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x00",
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_data_turn_nothing(kind, exif):
+    image = Image.fromarray(blocks())
+    file = encode(image, kind, exif=exif, quality=95)
+    plain = encode(image, kind, quality=95)
+    np.testing.assert_array_equal(
+        pixels_in_graph(tf.constant(file)), decode.decode_pixels(tf.constant(plain))
+    )
+
+
+def test_many_segments_do_not_take_long():
+    file = b"\xff\xd8" + segment(0xE5, b"") * 500_000 + FILES["jpeg"][20:]
+    began = time.perf_counter()
+    pixels_in_graph(tf.constant(file))
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("rows", [1, 5, 47, 48])
+def test_large_images_are_put_on_white_in_bands(rows, monkeypatch):
+    monkeypatch.setattr(decode, "_BAND_PIXELS", rows * WIDTH)
+    for name in ("png alpha", "webp lossless alpha"):
+        pixels = decode.decode_pixels(tf.constant(FILES[name])).numpy()
+        assert np.abs(pixels.astype(int) - pillow_pixels(FILES[name])).max() <= 1
+
+
+def test_16_bits_with_transparency():
+    colours = np.array([[[0, 0, 0], [65535, 256, 255], [40000, 0, 0]]], np.uint16)
+    opacity = np.array([[[0], [65535], [32768]]], np.uint16)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    rows = b"\0" + np.concatenate([colours, opacity], axis=-1).astype(">u2").tobytes()
+    body = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 16, 6, 0, 0, 0))
+    body += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    pixels = decode.decode_pixels(tf.constant(b"\x89PNG\r\n\x1a\n" + body)).numpy()
+    assert pixels[0].tolist() == [[255, 255, 255], [255, 1, 0], [205, 127, 127]]
+
+
+@pytest.mark.parametrize(
+    "mask, expected", [(0xFF000000, [255, 155, 100]), (0, [100] * 3)]
+)
+def test_a_bmp_with_a_mask_of_opacity_is_put_on_white(mask, expected):
+    header = struct.pack("<IiiHHIIiiII", 108, 3, 1, 1, 32, 3, 12, 0, 0, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, mask) + bytes(108 - 56)
+    rows = b"".join(bytes([100, 100, 100, opacity]) for opacity in (0, 165, 255))
+    head = b"BM" + struct.pack("<IHHI", 14 + 108 + 12, 0, 0, 14 + 108)
+    pixels = decode.decode_pixels(tf.constant(head + header + rows)).numpy()
+    assert pixels[0, :, 0].tolist() == expected
+    hidden = head + header + rows.replace(b"\xa5", b"\0").replace(b"\xff", b"\0")
+    pixels = decode.decode_pixels(tf.constant(hidden)).numpy()
+    assert pixels[0, :, 0].tolist() == [100] * 3  # Of opacity 0 everywhere: not used.
 
 
 def test_gif_of_many_frames_decodes_the_first_only():
@@ -161,9 +338,9 @@ def test_more_pixels_than_the_limit_are_refused(name, monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", HEIGHT * WIDTH)
     decode.decode_pixels(encoded)  # exactly the limit
     monkeypatch.setattr(decode, "MAX_PIXELS", HEIGHT * WIDTH - 1)
-    assert f"An image of {WIDTH} x {HEIGHT} pixels; the most is 3,071." in reason(
-        FILES[name]
-    )
+    sides = (HEIGHT, WIDTH) if name.endswith("turned") else (WIDTH, HEIGHT)
+    expected = "An image of {} x {} pixels; the most is 3,071.".format(*sides)
+    assert expected in reason(FILES[name])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_rsft._runtime import Cluster
 from keras_rsft.backbones._build import build_classifier, build_head
 from keras_rsft.data._samples import FileReader
 from keras_rsft.data._sources import load_images
@@ -260,6 +261,48 @@ class TestExtraction:
         )
         assert cached.unreadable == ()
         np.testing.assert_array_equal(cached.features, straight.features)
+
+    @pytest.fixture
+    def photos(self, photo_folder, tmp_path):
+        return shutil.copytree(photo_folder, tmp_path / "photos")
+
+    def test_images_of_one_colour_are_found(self, photos, tiny_base, tmp_path):
+        for name, change in (("blue/01.png", 16), ("green/02.png", 17)):
+            pixels = np.full((20, 16, 3), 100, np.uint8)
+            pixels[3, 5, 1] += change  # Not among those that are looked at first.
+            file = photos / name
+            file.write_bytes(tf.io.encode_png(pixels).numpy())
+        data = load_images(photos, validation_fraction=0, test_fraction=0)
+        for views in (1, 2):
+            work = FeaturePass(
+                tiny_base, data.train, tmp_path, 5, views, progress=False
+            )
+            extraction.run_alone(work)
+            assert extraction.images_of_one_colour(work) == ["blue/01.png"]
+        shared = FeaturePass(tiny_base, data.train, tmp_path / "s", 5, progress=False)
+        for at in range(2):
+            extraction.keep_shares([shared], Cluster(("", ""), at))
+        extraction.run_alone(shared)
+        assert extraction.images_of_one_colour(shared) == ["blue/01.png"]
+
+    def test_files_that_change_during_a_pass_are_named(
+        self, photos, tiny_base, tmp_path
+    ):
+        data = load_images(photos, validation_fraction=0, test_fraction=0)
+        work = FeaturePass(tiny_base, data.train, tmp_path, progress=False)
+        with (photos / "green" / "03.png").open("ab") as file:
+            file.write(b"more")
+        with pytest.warns(UserWarning, match=r"1 files of train.*'green/03\.png'"):
+            extraction.run_alone(work)
+        data = load_images(photos, validation_fraction=0, test_fraction=0)
+        other = FeaturePass(tiny_base, data.train, tmp_path / "b", progress=False)
+        (photos / "red" / "04.png").unlink()
+        with pytest.warns(UserWarning, match=r"changed or removed.*'red/04\.png'"):
+            extraction.run_alone(other)
+        found = extraction.open_cached(other.folder, data.train)
+        ((name, reason),) = found.unreadable
+        assert name == "red/04.png"
+        assert "No such file" in reason
 
     def test_no_readable_image_is_an_error(self, photo_folder, tiny_base, tmp_path):
         folder = tmp_path / "photos"

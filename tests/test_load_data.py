@@ -111,7 +111,7 @@ class TestImages:
             lambda x: x.astype(np.float64),
             lambda x: x / 255,
             lambda x: x.astype(np.float32) * np.float32(1 / 255),
-            lambda x: np.concatenate([x, x[..., :1]], axis=-1),
+            lambda x: np.concatenate([x, np.full_like(x[..., :1], 255)], axis=-1),
         ],
     )
     @pytest.mark.filterwarnings("ignore:The images of the arrays")
@@ -126,6 +126,13 @@ class TestImages:
     def test_one_channel_becomes_three(self, grey):
         data = rsft.load_data(grey, Y, **WHOLE)
         np.testing.assert_array_equal(pixels_of(data), X[..., [0, 0, 0]])
+
+    @pytest.mark.parametrize("scale", [1, 1.0, 255.0])
+    @pytest.mark.filterwarnings("ignore:The images of the arrays")
+    def test_of_four_channels_are_put_on_white(self, scale):
+        x = np.tile(np.array([[[200, 100, 0, 51]]], np.uint8), (12, 4, 4, 1))
+        data = rsft.load_data(x / scale if scale != 1 else x, Y, **WHOLE)
+        np.testing.assert_allclose(pixels_of(data)[3, 2, 1], [244, 224, 204], atol=1e-3)
 
     def test_floats_are_not_rounded(self):
         x = X * np.float32(0.77)
@@ -353,6 +360,19 @@ class TestStreams:
         found = pixels_of(data)
         np.testing.assert_array_equal(found[2], X[0])
         np.testing.assert_array_equal(found[1][..., 0], np.asarray(pictures[1]))
+
+    def test_pictures_are_upright_and_on_white(self):
+        from PIL import Image
+
+        tall = np.repeat(np.repeat(X[0], 2, axis=0), 3, axis=1)[:8, :4]
+        turned = Image.fromarray(np.rot90(tall))
+        turned.getexif()[0x0112] = 6
+        clear = Image.fromarray(tall).convert("RGBA")
+        clear.putalpha(0)
+        data = rsft.load_data(Rows(image=[turned, clear], label=Y[:2]), **WHOLE)
+        found = list(data.train.reader.pixels())
+        np.testing.assert_array_equal(found[0], tall)
+        assert (found[1] == 255).all()
 
     def test_ids_are_file_names_or_tell_another_order(self, photo_folder, photos):
         named = keras.utils.image_dataset_from_directory(

@@ -67,6 +67,10 @@ def test_every_form_of_a_model_gives_the_same_answers(models, photo_folder, tmp_
             assert one.score == pytest.approx(same.score, abs=1e-3)
 
 
+def found(paths, kind):
+    return find_files(paths, kind)[0]
+
+
 def test_folders_and_patterns_become_files(tmp_path):
     hidden = "a/._1.jpg", "a/.thumbnails/1.jpg"  # As where `fit` looks for images.
     for name in ("a/2.PNG", "a/1.jpg", "a/b/3.webp", "a/notes.txt", "4.gif", *hidden):
@@ -76,22 +80,34 @@ def test_folders_and_patterns_become_files(tmp_path):
     def names(*paths):
         return [str(path) for path in (tmp_path / name for name in paths)]
 
-    assert find_files([tmp_path / "a"], IMAGES) == names(
-        "a/1.jpg", "a/2.PNG", "a/b/3.webp"
-    )
-    assert find_files([tmp_path / "**" / "*.jpg"], IMAGES) == names("a/1.jpg")
-    assert find_files(names("4.gif", "a/1.jpg", "4.gif"), IMAGES) == names(
+    assert found([tmp_path / "a"], IMAGES) == names("a/1.jpg", "a/2.PNG", "a/b/3.webp")
+    assert found([tmp_path / "**" / "*.jpg"], IMAGES) == names("a/1.jpg")
+    assert found(names("4.gif", "a/1.jpg", "4.gif"), IMAGES) == names(
         "4.gif", "a/1.jpg"
     )
-    assert find_files(names("missing.png"), IMAGES) == names("missing.png")
+    assert found(names("missing.png"), IMAGES) == names("missing.png")
     for nothing in ("*.bmp", "a/notes.txt/*"):
         with pytest.raises(DataError, match="no image file"):
-            find_files([tmp_path / nothing], IMAGES)
+            found([tmp_path / nothing], IMAGES)
+
+
+def test_files_that_are_skipped_are_counted_by_their_ending(tmp_path):
+    for name in ("1.jpg", "b/2.PNG", "3.bak", "b/4.BAK", "b/5", ".6.jpg", "7.psd"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files, skipped = find_files([tmp_path], IMAGES)
+    assert len(files) == 2
+    assert skipped == {".bak": 2, "without an ending": 1, ".psd": 1}
+    assert find_files([tmp_path / "3.bak"], IMAGES)[1] == {}
+    (tmp_path / "1.jpg").unlink()
+    (tmp_path / "b" / "2.PNG").unlink()
+    with pytest.raises(DataError, match=r"4 files were not read: 2 \.bak, "):
+        find_files([tmp_path], IMAGES)
 
 
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     (tmp_path / "photo[1].png").touch()
-    assert find_files([tmp_path / "photo[1].png"], IMAGES) == [
+    assert found([tmp_path / "photo[1].png"], IMAGES) == [
         str(tmp_path / "photo[1].png")
     ]
 

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from made_bases import classifier_of
+from PIL import Image
 
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.export import _saved_model as saved_model
@@ -59,6 +60,34 @@ def files(photo_folder, tmp_path_factory):
     broken = tmp_path_factory.mktemp("broken") / "broken.jpg"
     broken.write_bytes(b"no image")
     return [photo_folder / "red" / "01.png", broken, photo_folder / "blue" / "02.png"]
+
+
+@pytest.fixture(scope="module")
+def twins(photo_folder, tmp_path_factory):
+    """The same photo upright, turned with a tag, on white, and on nothing."""
+    folder = tmp_path_factory.mktemp("twins")
+    upright = Image.open(photo_folder / "red" / "03.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    white, clear = upright.copy(), upright.convert("RGBA")
+    white.paste("white", (0, 0, 9, 20))
+    clear.paste((0, 0, 0, 0), (0, 0, 9, 20))
+    upright.save(folder / "0.png")
+    upright.rotate(90, expand=True).save(folder / "1.png", exif=exif.tobytes())
+    turned = upright.rotate(90, expand=True)
+    turned.save(folder / "2.webp", lossless=True, exif=exif.tobytes())
+    white.save(folder / "3.png")
+    clear.save(folder / "4.png")
+    clear.save(folder / "5.webp", lossless=True)
+    return sorted(folder.iterdir())
+
+
+def test_twins_get_equal_answers(serve, twins):
+    encoded = tf.constant([file.read_bytes() for file in twins])
+    found = serve(image_bytes=encoded)["probabilities"].numpy()
+    np.testing.assert_array_equal(found[1:3], found[[0, 0]])
+    np.testing.assert_array_equal(found[4:], found[[3, 3]])
+    assert np.abs(found[3] - found[0]).max() > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +199,7 @@ def _saved_model_cli(*commands) -> str:
 
 
 @pytest.mark.slow
-def test_the_c_library_loads_and_runs_it(version, files, expected, tmp_path):
+def test_the_c_library_loads_and_runs_it(version, files, twins, expected, tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     libraries = Path(tf.sysconfig.get_lib())
     found = [libraries / f"libtensorflow_{part}.so.2" for part in ("cc", "framework")]
@@ -196,6 +225,14 @@ def test_the_c_library_loads_and_runs_it(version, files, expected, tmp_path):
     scores = [float(line[1]) for line in lines]
     np.testing.assert_allclose(scores, expected["score"], atol=1e-5)
     assert [line[2] for line in lines] == ["1", "0", "1"]
+    result = subprocess.run(
+        [program, version, *twins], capture_output=True, text=True, check=True
+    )
+    answers = [line.split("\t", 1)[1] for line in result.stdout.splitlines()]
+    assert len(answers) == 6
+    assert answers[1:3] == answers[:1] * 2
+    assert answers[4:] == answers[3:4] * 2
+    assert answers[3] != answers[0]
 
 
 def _load_client():

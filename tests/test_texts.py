@@ -163,7 +163,7 @@ class TestFolder:
     def test_a_folder_a_class(self, root):
         data = load_texts(root)
         assert data.class_names == ("animals", "cooking", "money")
-        assert data.ignored_files == 1
+        assert data.unread_files == {".md": 1}
         assert all(one.endswith(".txt") for one in data.train.ids)
         known = dict(sentences())
         first = data.train.text(0)

@@ -163,6 +163,8 @@ def load_data(arguments: argparse.Namespace, noisy_splits: Sequence[str]) -> Sam
         data = load_images(
             arguments.data,
             path_column=given.path_column,
+            image_dir=given.image_dir,
+            image_suffix=given.image_suffix,
             label_key=given.label_column,
             clean_label_key=given.clean_label_column,
             data_dir=given.data_dir,
@@ -187,6 +189,8 @@ def _load(arguments: argparse.Namespace, output: Output, *noisy: str) -> SampleD
         state = "made wrong" if data.corrections is None else "are still wrong"
         text += f" {wrong} training labels {state} ({arguments.noise})."
     output.say(text)
+    for note in data.notes:
+        output.say(note)
     if data.corrections is not None:
         output.say(data.corrections.describe())
     if clean := getattr(arguments, "clean_splits", ()):
@@ -381,6 +385,7 @@ def fit(arguments: argparse.Namespace, output: Output) -> None:
         folder=run.folder,
         classes=run.class_names,
         images=sizes | {"unreadable": len(run.features.unreadable)},
+        unread_files=data.unread_files,
         corrections=run.config.get("corrections"),
         finding=run.finding,
         results=results_of(run),
@@ -551,6 +556,8 @@ def features(arguments: argparse.Namespace, output: Output) -> None:
                 "bytes": part.num_bytes,
                 "path": part.path,
             }
+        for note in found.one_colour_notes:
+            output.say(note)
         if found.unreadable:
             output.say(f"{len(found.unreadable):,} {data.kind} could not be read.")
         title = "Train on them"
@@ -851,10 +858,11 @@ def predict(arguments: argparse.Namespace, output: Output) -> bool:
     _places.check_exists(arguments.model)
     from keras_rsft import _predict as library
     from keras_rsft._progress import progress_bar
+    from keras_rsft.data._sources import unread_sentence
 
     classifier = library.load_classifier(arguments.model)
     column = arguments.text_column or DEFAULT_TEXT_COLUMN
-    files = library.find_files(arguments.paths, classifier.takes)
+    files, skipped = library.find_files(arguments.paths, classifier.takes)
     samples = library.samples_in(files, classifier, text_column=column)
     unreadable = []
     if arguments.output_format == "csv":
@@ -872,8 +880,10 @@ def predict(arguments: argparse.Namespace, output: Output) -> bool:
             advance(1)
     for one in unreadable:
         print(summary.shown(f"{one.path}: {one.error}"), file=sys.stderr)
+    if skipped:
+        print(summary.shown(unread_sentence(skipped)), file=sys.stderr)
     output.answer.flush()  # A pipe that nobody reads any more fails here, not at exit.
-    return not unreadable
+    return not unreadable and not skipped
 
 
 def write_answer(one: Prediction, output_format: str, file: TextIO) -> None:

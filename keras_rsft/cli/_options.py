@@ -28,6 +28,16 @@ class DataConfig:
     label_column: str = option(
         "label", "column of the labels in a CSV file, or key of a tfds: set"
     )
+    path_column: str = option("path", "column of the images' paths in a CSV file")
+    image_dir: str | None = option(
+        None,
+        "folder of the images in a CSV file, also if their paths are absolute or of "
+        "another machine; default: the folder of the CSV file",
+        metavar="FOLDER",
+    )
+    image_suffix: str = option(
+        "", "what to append to paths in a CSV file, such as .jpg", metavar="TEXT"
+    )
     text_column: str | None = option(
         None,
         "the data are texts, in this column of a CSV file; default with --backbone "
@@ -58,7 +68,6 @@ class DataConfig:
         0.15, "fraction held out if there is no validation split"
     )
     test_fraction: float = option(0.15, "fraction held out if there is no test split")
-    path_column: str = rare("path", "column of the images' paths in a CSV file")
     split_column: str = rare("split", "column of each sample's split in a CSV file")
     id_column: str | None = rare(
         None, "column of the texts' ids; default: made of the texts"

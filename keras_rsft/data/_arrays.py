@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
 from keras_rsft.config import SPLITS
-from keras_rsft.data import _sources
+from keras_rsft.data import _images, _sources
 from keras_rsft.data._images import readable_reason
 from keras_rsft.data._samples import (
     ArrayReader,
@@ -63,9 +63,9 @@ def load_data(
 
     Images are `(n, height, width)` or `(n, height, width, channels)` with 1, 3 or 4
     channels: integers or floats in [0, 255], or floats in [0, 1], which are multiplied
-    by 255 with a warning that says so. Floats are not rounded. Transparency is
-    dropped. Texts are strings. Labels are integers from 0 on, strings, or one-hot,
-    `(n,)`, `(n, 1)` or `(n, classes)`.
+    by 255 with a warning that says so. Floats are not rounded. Of four channels the
+    last is opacity: the image is put on white. Texts are strings. Labels are integers
+    from 0 on, strings, or one-hot, `(n,)`, `(n, 1)` or `(n, classes)`.
 
     Arrays are not copied: a `np.memmap` stays on disk. Images of a `tf.data.Dataset`,
     a `PyDataset` or a data set of Hugging Face are read from the source in each pass,
@@ -482,7 +482,7 @@ def _texts_of(x: Any) -> list[bytes] | None:
                 f"Texts must be strings. Received: {one!r} in row {at}. Leave it out."
             )
         texts.append(_sample(one))
-    suffixes = tuple(one.encode() for one in _sources.IMAGE_SUFFIXES)
+    suffixes = tuple(one.encode() for one in _images.SUFFIXES)
     if all(one.lower().endswith(suffixes) for one in texts):
         raise InvalidArgument(
             "Expected images or texts. Received: paths of images, such as "
@@ -649,7 +649,11 @@ def _rows(
     for element in elements:
         content, label = _pair(element, source)
         if hasattr(content, "convert"):  # A picture of Pillow.
-            content = content if content.mode == "L" else content.convert("RGB")
+            from PIL import ImageOps
+
+            content = ImageOps.exif_transpose(content)
+            mode = "RGBA" if content.has_transparency_data else "RGB"
+            content = content if content.mode == "L" else content.convert(mode)
         label = np.asarray(label)
         if isinstance(content, str | bytes):
             yield _sample(content), label

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
+import io
 import math
 import operator
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument
 
 
 def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -28,6 +31,77 @@ def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
+def _apart(function: Callable) -> Callable:
+    """Has graphs call a function: they visit all nodes that are part of themselves."""
+    attributes = {"_noinline": True}
+
+    @functools.cache  # Traced once for all graphs.
+    def traced(limit: int) -> Any:
+        del limit
+        return tf.function(
+            function, autograph=False, experimental_attributes=attributes
+        )
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        run = function if tf.executing_eagerly() else traced(_most_pixels())
+        return run(*arguments)
+
+    return called
+
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
+)
+# Of kinds that TensorFlow cannot read, and Pillow can.
+_TIFF, _HEIF = (".tif", ".tiff"), (".heic", ".heif")
+MORE_SUFFIXES = frozenset((*_TIFF, *_HEIF, ".avif"))
+
+
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """Returns the endings of images that can be read with what is installed."""
+    if importlib.util.find_spec("PIL") is None:
+        return SUFFIXES
+    from PIL import features
+
+    heif = _HEIF if importlib.util.find_spec("pillow_heif") else ()
+    avif = (".avif",) if features.check("avif") else ()
+    return SUFFIXES.union(_TIFF, heif, avif)
+
+
+def needs_pillow(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in readable_suffixes() - SUFFIXES
+
+
+def read_image(path: str) -> bytes:
+    """Returns a file's bytes; those of a kind that only Pillow reads as PNG, upright.
+
+    Raises DataError if Pillow cannot read it, OSError if it cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if not needs_pillow(path):
+            return file.read()
+        from PIL import Image, ImageOps
+
+        if path.lower().endswith(_HEIF):
+            importlib.import_module("pillow_heif").register_heif_opener()
+        try:
+            image: Any = Image.open(file)
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(_too_large(*image.size))
+            image = ImageOps.exif_transpose(image)
+            if image.mode not in ("1", "L", "LA", "I;16", "RGB", "RGBA"):
+                mode = "RGBA" if image.has_transparency_data else "RGB"
+                image = image.convert(mode)
+            known = io.BytesIO()
+            image.save(known, "PNG", compress_level=1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
+            reason = str(why).partition(" <")[0].rstrip(".")
+            raise DataError(f"Pillow cannot read the file: {reason}.") from why
+    return known.getvalue()
+
+
 KINDS = ("unknown", "JPEG", "PNG", "GIF", "BMP", "WebP")
 # A dot stands for any byte.
 _SIGNATURES = (
@@ -37,7 +111,8 @@ _SIGNATURES = (
     b"BM..........",
     b"RIFF....WEBP",
 )
-_HEAD_BYTES = 54  # The longest header read here: BMP with its colour count.
+_HEAD_BYTES = 70  # The longest header read here: BMP with its colour masks.
+_PART_BYTES = 10
 
 
 def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
@@ -49,6 +124,14 @@ def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tenso
     return tf.strings.substr(encoded, start, tf.cast(count, tf.int64))
 
 
+def _numbers_at(encoded: tf.Tensor, start: tf.Tensor, count: Any) -> tf.Tensor:
+    """Returns bytes as int64, zeros behind the end."""
+    part = bytes_at(encoded, start, count)
+    length = tf.cast(count, tf.int32)
+    return tf.cast(tf.io.decode_raw(part, tf.uint8, fixed_length=length), tf.int64)
+
+
+@_apart
 def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
     """Cuts a GIF file down to its first frame."""
     # TensorFlow's decoder unpacks every frame before it returns the first, so an
@@ -68,14 +151,31 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
         step = (lambda at: byte(at) > 0), (lambda at: (at + byte(at) + 1,))
         return tf.while_loop(*step, (at,))[0] + 1
 
-    (frame,) = tf.while_loop(
-        lambda at: byte(at) == 0x21,  # An extension, such as a comment.
-        lambda at: (after_blocks(at + 2),),
-        (after_palette(13, byte(10)),),
+    def after_extension(at: tf.Tensor, hidden: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        # A graphic control extension may name the colour that stands for nothing.
+        names = (byte(at + 1) == 0xF9) & (byte(at + 3) % 2 == 1)
+        return after_blocks(at + 2), tf.where(names, byte(at + 6), hidden)
+
+    begin = after_palette(13, byte(10))
+    frame, hidden = tf.while_loop(
+        lambda at, hidden: byte(at) == 0x21,  # An extension, such as a comment.
+        after_extension,
+        (begin, tf.constant(-1)),
     )
     end = after_blocks(after_palette(frame + 10, byte(frame + 9)) + 1)
+    # Without the extensions that colour is one like others, and is made white.
+    own = byte(frame + 9) >= 0x80
+    palette = tf.where(own, frame + 10, 13)
+    colours = after_palette(palette, byte(tf.where(own, frame + 9, 10)))
+    white = palette + 3 * hidden
+    rest = bytes_at(encoded, white + 3, tf.size(raw))
+    whitened = [bytes_at(encoded, 0, white), tf.constant(b"\xff\xff\xff"), rest]
+    encoded = tf.where(
+        (hidden >= 0) & (white < colours), tf.strings.join(whitened), encoded
+    )
     parts = (
-        bytes_at(encoded, 0, frame + 1),
+        bytes_at(encoded, 0, begin),
+        bytes_at(encoded, frame, 1),
         tf.constant(b"\0\0\0\0"),  # left and top
         bytes_at(encoded, frame + 5, end - frame - 5),
         tf.constant(b";"),
@@ -83,6 +183,116 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
     size = tf.cast(raw[frame + 5 : frame + 9], tf.int64)
     cut = tf.strings.join(parts)
     return _require_within_limit(cut, _number(size, 0, 2), _number(size, 2, 2))
+
+
+_MOST_PARTS = 1000  # Of a file; more are not looked at.
+_UPRIGHT = np.int64(1)
+_BAND_PIXELS = 1_000_000
+
+
+def _find_parts(
+    encoded: tf.Tensor, first: int, length_of: Callable, *signatures: bytes
+) -> tf.Tensor:
+    """Returns where the parts of a file are that begin so, 0 where there is none."""
+    # `length_of` tells a part's length by its first bytes, 0 at the last one.
+    size = tf.cast(tf.strings.length(encoded), tf.int64)
+    wanted = np.array([list(one.ljust(_PART_BYTES, b".")) for one in signatures])
+
+    def step(at: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        head = _numbers_at(encoded, at, _PART_BYTES)
+        match = tf.reduce_all((head == wanted) | (wanted == ord(".")), axis=-1)
+        length = length_of(head)
+        found = tf.where(match & (found == 0), at, found)
+        return tf.where(length > 0, at + length, size), found
+
+    start = (tf.constant(first, tf.int64), tf.zeros([len(signatures)], tf.int64))
+    return tf.while_loop(
+        lambda at, found: (at < size) & tf.reduce_any(found == 0),
+        step,
+        start,
+        maximum_iterations=_MOST_PARTS,
+    )[1]
+
+
+def _upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Turns and mirrors pixels as an EXIF orientation, in [1, 8], asks for."""
+    return tf.cond(
+        orientation > 1, lambda: _turned(pixels, orientation), lambda: pixels
+    )
+
+
+@_apart
+def _turned(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    def flipped(axis: int, image: tf.Tensor, *which: int) -> tf.Tensor:
+        order = tf.range(tf.shape(image)[axis])
+        is_asked = tf.reduce_any(orientation == which)
+        order = tf.where(is_asked, order[::-1], order)
+        return tf.gather(image, order, axis=axis)  # Faster than `tf.reverse`.
+
+    def swapped() -> tf.Tensor:
+        return flipped(0, tf.transpose(flipped(0, pixels, 6, 7), [1, 0, 2]), 7, 8)
+
+    def straight() -> tf.Tensor:
+        return flipped(1, flipped(0, pixels, 3, 4), 2, 3)
+
+    return tf.cond(orientation > 4, swapped, straight)
+
+
+@_apart
+def _orientation(encoded: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
+    """Returns the orientation, in [1, 8], that the EXIF data in a part name, else 1."""
+    # They follow the head of the part, which is of four bytes in JPEG.
+    in_jpeg = _numbers_at(encoded, part, 1)[0] == 0xFF
+    start = part + 8 - 4 * tf.cast(in_jpeg, tf.int64)
+    marked = tf.reduce_all(_numbers_at(encoded, start, 6) == list(b"Exif\0\0"))
+    start += 6 * tf.cast(marked, tf.int64)
+    head = _numbers_at(encoded, start, 8)
+
+    def number(values: tf.Tensor, at: int, count: int) -> tf.Tensor:
+        orders = (_number(values, at, count, order) for order in (-1, 1))
+        return tf.where(head[0] == ord("M"), *orders)
+
+    directory = start + number(head, 4, 4)
+    count = number(_numbers_at(encoded, directory, 2), 0, 2)
+    entries = _numbers_at(
+        encoded, directory + 2, 12 * tf.clip_by_value(count, 1, _MOST_PARTS)
+    )
+    entries = tf.reshape(entries, [-1, 12])
+    is_asked = number(entries, 0, 2) == 0x0112
+    value = tf.reduce_max(tf.where(is_asked, number(entries, 8, 2), _UPRIGHT))
+    known = (part > 0) & (number(head, 2, 2) == 42) & (value >= 1) & (value <= 8)
+    return tf.where(known, value, _UPRIGHT)
+
+
+@_apart
+def _on_white(pixels: tf.Tensor) -> tf.Tensor:
+    """Puts uint8 pixels `(h, w, 4)`, the last of which is opacity, on white."""
+    height, width = tf.shape(pixels)[0], tf.shape(pixels)[1]
+    rows = tf.maximum(1, _BAND_PIXELS // tf.maximum(width, 1))
+
+    def blended(start: tf.Tensor) -> tf.Tensor:
+        part = tf.cast(pixels[start : start + rows], tf.uint16)
+        share = part[..., 3:]  # Sums stay below 2**16.
+        total = part[..., :3] * share + 255 * (255 - share) + 128
+        rounded = tf.bitwise.right_shift(total, 8) + total  # Divided by 255.
+        return tf.cast(tf.bitwise.right_shift(rounded, 8), tf.uint8)
+
+    def in_bands() -> tf.Tensor:
+        # As a whole, a large image would need its memory ten times.
+        count = (height + rows - 1) // rows
+        bands = tf.TensorArray(tf.uint8, count, infer_shape=False)
+        return tf.while_loop(
+            lambda at, bands: at < count,
+            lambda at, bands: (at + 1, bands.write(at, blended(at * rows))),
+            (0, bands),
+            parallel_iterations=1,
+        )[1].concat()
+
+    return tf.cond(
+        tf.reduce_all(pixels[..., 3] == 255),
+        lambda: pixels[..., :3],
+        lambda: tf.cond(height <= rows, lambda: blended(0), in_bands),
+    )
 
 
 def _has(head: tf.Tensor, at: int, signature: bytes) -> tf.Tensor:
@@ -115,8 +325,9 @@ def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Te
     """Decodes one image, crops its centre and resizes it."""
     # Reads JPEG (grey, colour, CMYK), PNG (any depth, palette), GIF (the first frame),
     # BMP (8, 24 and 32 bits) and WebP (not animated), told apart by their first bytes.
-    # Transparency is dropped. The centre is cropped to the target's aspect ratio, then
-    # resized with antialiased bilinear interpolation.
+    # What is transparent is put on white, the orientation in EXIF data is applied, and
+    # values of 16 bits are divided by 256. The centre is cropped to the target's aspect
+    # ratio, then resized with antialiased bilinear interpolation.
     size = checked_size(image_size)
     return centre_resize(decode_pixels(encoded, smallest=size), size)
 
@@ -152,15 +363,14 @@ def decode_pixels(
     if encoded.dtype != tf.string:  # The pixels of an array.
         return encoded
     # The first bytes, zeros where there are fewer.
-    head = tf.io.decode_raw(encoded, tf.uint8, fixed_length=_HEAD_BYTES)
-    head = tf.cast(head, tf.int64)
+    head = _numbers_at(encoded, 0, _HEAD_BYTES)
     signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
     same = (head[: signatures.shape[1]] == signatures) | (signatures == ord("."))
     matches = tf.cast(tf.reduce_all(same, axis=-1), tf.int32)
     kind = tf.reduce_sum(matches * np.arange(1, len(KINDS), dtype=np.int32))
     branches = (
         lambda: _refuse_unknown(encoded),
-        lambda: _decode_jpeg(encoded, smallest),
+        lambda: _decode_jpeg(encoded, head, smallest),
         lambda: _decode_png(encoded, head),
         lambda: tf.io.decode_gif(first_gif_frame(encoded))[0],
         lambda: _decode_bmp(encoded, head),
@@ -210,6 +420,7 @@ def readable_reason(error: tf.errors.OpError) -> str:
     return " ".join((ours.group(1) if ours else text).split())
 
 
+@_apart
 def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
     message = tf.where(
         tf.strings.length(encoded) == 0,
@@ -220,10 +431,49 @@ def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
         return tf.zeros([1, 1, 3], tf.uint8)
 
 
-def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Tensor:
+def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    def length_of(head: tf.Tensor) -> tf.Tensor:
+        # The segments of applications, comments and fillers come first.
+        marker, length = head[1], 2 + _number(head, 2, 2, -1)
+        wanted = (head[0] == 0xFF) & ((marker // 16 == 0xE) | (marker >= 0xFE))
+        length = tf.where(marker == 0xFF, tf.ones_like(length), length)
+        return tf.where(wanted, length, tf.zeros_like(length))
+
+    found = _find_parts(encoded, 2, length_of, b"\xff\xe1..Exif\0\0")
+    return _orientation(encoded, found[0])
+
+
+def _decode_jpeg(
+    encoded: tf.Tensor, head: tf.Tensor, smallest: tuple[int, int] | None
+) -> tf.Tensor:
     shape = tf.io.extract_jpeg_shape(encoded, output_type=tf.int32)
     height, width = tf.cast(shape[0], tf.int64), tf.cast(shape[1], tf.int64)
     encoded = _require_within_limit(encoded, width, height)
+
+    # Most files have no more than a JFIF segment before their tables.
+    has_jfif = _has(head, 2, b"\xff\xe0\0\x10")
+    second = tf.where(has_jfif, head[21], head[3])
+    return tf.cond(
+        second == 0xDB,
+        lambda: _scaled_jpeg(encoded, height, width, smallest),
+        lambda: _upright_jpeg(encoded, height, width, smallest),
+    )
+
+
+@_apart
+def _upright_jpeg(
+    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, smallest: Any
+) -> tf.Tensor:
+    orientation = _jpeg_orientation(encoded)
+    if smallest is not None:
+        sides = tf.constant(smallest, tf.int64)
+        smallest = tf.where(orientation > 4, sides[::-1], sides)
+    return _upright(_scaled_jpeg(encoded, height, width, smallest), orientation)
+
+
+def _scaled_jpeg(
+    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, smallest: Any
+) -> tf.Tensor:
     if smallest is None:
         return tf.io.decode_jpeg(encoded, channels=3)
     scale = tf.minimum(height // smallest[0], width // smallest[1])
@@ -236,12 +486,40 @@ def _decode_jpeg(encoded: tf.Tensor, smallest: tuple[int, int] | None) -> tf.Ten
     return tf.switch_case(ratio_index, branches)
 
 
+@_apart
 def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     # The IHDR chunk, which must come first, has the size.
     width, height = _number(head, 16, 4, -1), _number(head, 20, 4, -1)
-    return tf.io.decode_png(_require_within_limit(encoded, width, height), channels=3)
+    encoded = _require_within_limit(encoded, width, height)
+
+    # Many files have no chunk between their head and their pixels.
+    hides, orientation = tf.cond(
+        _has(head, 37, b"IDAT"),
+        lambda: (tf.constant(False), tf.constant(_UPRIGHT)),
+        lambda: _before_pixels(encoded),
+    )
+    pixels = tf.cond(
+        (head[25] >= 4) | hides,  # Opacity, or a colour that stands for nothing.
+        lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
+        lambda: tf.io.decode_png(encoded, channels=3),
+    )
+    return _upright(pixels, orientation)
 
 
+@_apart
+def _before_pixels(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns whether a colour of a PNG file is hidden, and its orientation."""
+
+    def length_of(chunk: tf.Tensor) -> tf.Tensor:
+        length = 12 + _number(chunk, 0, 4, -1)
+        return tf.where(_has(chunk, 4, b"IDAT"), tf.zeros_like(length), length)
+
+    found = _find_parts(encoded, 8, length_of, b"....tRNS", b"....eXIf")
+    hidden, exif = tf.unstack(found, num=2)
+    return hidden > 0, _orientation(encoded, exif)
+
+
+@_apart
 def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     header_size, width, height = (_number(head, at, 4) for at in (14, 18, 22))
     bits, compression = _number(head, 28, 2), _number(head, 30, 4)
@@ -263,9 +541,31 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         colours = tf.reshape(table, [256, 4])[:, 2::-1]
         return tf.gather(colours, tf.cast(pixels[..., 0], tf.int32))
 
-    return tf.cond(bits == 8, look_up, lambda: pixels[..., :3])
+    # Only a header of this size has a mask of the opacity. All 0 means no opacity.
+    masked = (bits == 32) & (compression == 3) & (header_size >= 56)
+    is_alone = tf.reduce_all(head[66:70] == [0, 0, 0, 255])
+
+    def see_through() -> tf.Tensor:
+        shown = tf.reduce_any(pixels[..., 3] > 0)
+        return tf.cond(shown, lambda: _on_white(pixels), lambda: pixels[..., :3])
+
+    def opaque() -> tf.Tensor:
+        return tf.cond(bits == 8, look_up, lambda: pixels[..., :3])
+
+    return tf.cond(masked & is_alone, see_through, opaque)
 
 
+@_apart
+def _webp_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    def length_of(head: tf.Tensor) -> tf.Tensor:
+        length = _number(head, 4, 4)
+        return 8 + length + length % 2
+
+    found = _find_parts(encoded, 12, length_of, b"EXIF")
+    return _orientation(encoded, found[0])
+
+
+@_apart
 def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
     # An animated WebP has aborted the whole process in TensorFlow 2.21.
     still = ~(_has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1))
@@ -283,17 +583,35 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         width = tf.where(match, case_width, width)
         height = tf.where(match, case_height, height)
     encoded = _require_within_limit(encoded, width, height)
-    return tf.io.decode_image(encoded, expand_animations=False)[..., :3]
+    pixels = tf.io.decode_image(encoded, expand_animations=False)
+    pixels = tf.cond(
+        tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels[..., :3]
+    )
+
+    has_exif = _has(head, 12, b"VP8X") & (head[20] // 8 % 2 == 1)
+    return _upright(
+        pixels,
+        tf.cond(
+            has_exif, lambda: _webp_orientation(encoded), lambda: tf.constant(_UPRIGHT)
+        ),
+    )
+
+
+def _too_large(width: Any, height: Any) -> str:
+    return f"An image of {width} x {height} pixels; the most is {_most_pixels():,}."
 
 
 def _require_within_limit(
     encoded: tf.Tensor, width: tf.Tensor, height: tf.Tensor
 ) -> tf.Tensor:
-    most = _fewer_pixels.get() or MAX_PIXELS
-    template = f"An image of {{}} x {{}} pixels; the most is {most:,}."
-    message = tf.strings.format(template, (width, height))
+    most = _most_pixels()
+    message = tf.strings.format(_too_large("{}", "{}"), (width, height))
     # Dividing, for the product of two 32-bit numbers may not fit 64 bits.
     return _require(encoded, width <= most // tf.maximum(height, 1), message)
+
+
+def _most_pixels() -> int:
+    return _fewer_pixels.get() or MAX_PIXELS
 
 
 _fewer_pixels = contextvars.ContextVar[int | None]("fewer pixels", default=None)

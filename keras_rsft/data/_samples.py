@@ -62,12 +62,16 @@ class Reader(abc.ABC):
         for index in range(len(self._ids)):
             try:
                 yield self.encoded(index)
-            except OSError:
+            except (OSError, DataError):
                 yield b""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Returns a hex digest of the samples: which they are, and their state."""
+
+    def changed(self) -> list[str]:
+        """Returns the ids of samples that are not as they were for the fingerprint."""
+        return []
 
 
 _FILES_TO_SHOW = 20_000
@@ -93,11 +97,17 @@ class FileReader(Reader):
         self._root = root
 
     def load(self, key: tf.Tensor) -> tf.Tensor:
-        return tf.io.read_file(tf.strings.join([os.path.join(self._root, ""), key]))
+        path = tf.strings.join([os.path.join(self._root, ""), key])
+        if not any(map(_images.needs_pillow, self._items.tolist())):
+            return tf.io.read_file(path)
+
+        def read(path: bytes) -> bytes:
+            return _images.read_image(os.fsdecode(path))
+
+        return tf.ensure_shape(tf.numpy_function(read, [path], tf.string), ())
 
     def encoded(self, index: int) -> bytes:
-        with open(self._path(index), "rb") as file:
-            return file.read()
+        return _images.read_image(self._path(index))
 
     def _path(self, index: int) -> str:
         return os.path.join(self._root, self._items[index])
@@ -131,15 +141,26 @@ class FileReader(Reader):
         return [some for key, some in found.items() if key and len(some) > 1]
 
     def fingerprint(self) -> str:
-        def state(index: int) -> str:
-            try:
-                status = os.stat(self._path(index))
-            except OSError:
-                return "missing"
-            return f"{status.st_size} {status.st_mtime_ns}"
+        self._states = self._found_states()
+        named = zip(self._ids, self._states, strict=True)
+        return digest(
+            f"{name}\0{size} {time}\0".encode() if size >= 0 else
+            f"{name}\0missing\0".encode()
+            for name, (size, time) in named
+        )  # fmt: skip
 
-        named = enumerate(self._ids)
-        return digest(f"{name}\0{state(at)}\0".encode() for at, name in named)
+    def changed(self) -> list[str]:
+        now = self._found_states()
+        return self._ids[(now != self._states).any(axis=1)].tolist()
+
+    def _found_states(self) -> np.ndarray:
+        """Returns size and time of each file, -1 where there is none."""
+        states = np.full((len(self._ids), 2), -1, np.int64)
+        for at in range(len(states)):
+            with contextlib.suppress(OSError):
+                status = os.stat(self._path(at))
+                states[at] = status.st_size, status.st_mtime_ns
+        return states
 
 
 def image_digest(image: np.ndarray) -> int:
@@ -158,10 +179,15 @@ def rgb_image(image: np.ndarray, scale: float = 1.0) -> np.ndarray:
         image = image[..., np.newaxis]
     if image.shape[-1] == 1:
         image = np.repeat(image, 3, axis=-1)
-    image = image[..., :3]  # As in decoding, transparency is dropped.
-    if image.dtype.kind != "f":
+    whole_numbers = image.dtype.kind != "f"
+    if whole_numbers and image.shape[-1] == 3:
         return image.astype(np.uint8)
     values = image.astype(np.float32) * np.float32(scale)
+    if image.shape[-1] == 4:  # On white, as in decoding.
+        share = values[..., 3:] / 255
+        values = values[..., :3] * share + 255 * (1 - share)
+    if whole_numbers:
+        return np.rint(values).astype(np.uint8)
     if scale != 1:  # Pixels of files that were divided by 255 come back as they were.
         whole = np.rint(values)
         values = np.where(np.abs(values - whole) < _ROUNDING_ERROR, whole, values)
@@ -468,7 +494,10 @@ class SampleData:
         test: The samples to measure the result on.
         class_names: Names of the classes, by label.
         source: Where the data are from, as given.
-        ignored_files: Number of files left out, hidden or with another suffix.
+        unread_files: How many files in a folder are not read, by their ending; hidden
+            ones do not count.
+        notes: Sentences about what may not be meant so: files that are not read,
+            classes whose names hardly differ.
         corrections: What `apply_corrections` changed, or None.
         cut: Names of the splits that were held out from the training samples; the
             others are as the source has them.
@@ -483,7 +512,8 @@ class SampleData:
     test: SampleSplit
     class_names: tuple[str, ...]
     source: str
-    ignored_files: int = 0
+    unread_files: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     corrections: Corrections | None = None
     cut: tuple[str, ...] = ()
     fingerprint: str | None = None

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,14 +19,18 @@ import tensorflow as tf
 
 from keras_rsft._runtime import import_extra
 from keras_rsft.config import nearest_name_hint
-from keras_rsft.data import _samples
-from keras_rsft.data._splits import SPLIT_ALIASES, Cut, Data, NamedSample, data_of
+from keras_rsft.data import _images, _samples
+from keras_rsft.data._splits import (
+    SPLIT_ALIASES,
+    Cut,
+    Data,
+    NamedSample,
+    data_of,
+    split_and_rest,
+)
 from keras_rsft.data._tfds import tfds_data
 from keras_rsft.errors import DataError, InvalidArgument
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
-)
 TEXT_SUFFIXES = frozenset((".txt",))
 
 # Folders ------------------------------------------------------------------------------
@@ -35,20 +40,22 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
     """Reads a folder of class folders, or of split folders of these."""
     root = os.path.abspath(source)
     kind = data_type.split_type.kind
-    suffixes = IMAGE_SUFFIXES if kind == "images" else TEXT_SUFFIXES
-    folders, ignored = _visible(root)
-    splits = [SPLIT_ALIASES.get(name.lower(), "") for name in folders]
-    if "train" not in splits or "" in splits:
-        folders, splits, ignored = [""], ["train"], 0
-    if len(set(splits)) < len(splits):
-        raise DataError(
-            f"Two folders in {root} are for the same split. Received: "
-            f"{', '.join(folders)}. Put their images into one."
-        )
+    suffixes = _images.readable_suffixes() if kind == "images" else TEXT_SUFFIXES
+    unread: collections.Counter[str] = collections.Counter()
+    # Archives often hold one folder of the same content once more.
+    base = _sole_folder(root, "") if len(_visible(root)[0]) == 1 else ""
+    folders = [os.path.join(base, one) for one in _visible(os.path.join(root, base))[0]]
+    splits = _splits_of(os.path.join(root, base), folders, suffixes)
+    for above in {"", base} if splits else {""} - {base}:
+        unread += _visible(os.path.join(root, above))[1]
+    if splits:
+        folders = [_sole_folder(root, one) for one in folders]
+    else:
+        folders, splits = [base], ["train"]
     samples: list[NamedSample] = []
     for prefix, split in zip(folders, splits, strict=True):
         labels, others = _visible(os.path.join(root, prefix))
-        ignored += others
+        unread += others
         if not labels:
             raise DataError(
                 f"Expected one folder for each class in {os.path.join(root, prefix)}. "
@@ -61,12 +68,12 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
             if not ids:
                 raise DataError(
                     f"Expected {kind} in the class folder {os.path.join(root, below)}. "
-                    f"Received: none, and {others} other files. {kind.capitalize()} "
-                    f"end in {', '.join(sorted(suffixes))}. Add some or remove the "
-                    "folder."
+                    f"Received: none, and {others.total()} other files"
+                    f"{_listed(others)}. {kind.capitalize()} end in "
+                    f"{', '.join(sorted(suffixes))}. Add some or remove the folder."
                 )
             samples += [NamedSample(id_, label, split) for id_ in ids]
-            ignored += others
+            unread += others
     for sample in samples:
         try:
             sample.id.encode()
@@ -76,21 +83,93 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
                 f"Received: {sample.id!r}. Rename the file or its folder."
             ) from error
     reader_of = functools.partial(_samples.FileReader, root)
-    return data_of(data_type, samples, reader_of, cut, source, ignored_files=ignored)
+    return data_of(
+        data_type, samples, reader_of, cut, source,
+        unread_files=dict(unread.most_common()),
+        notes=(unread_sentence(unread),) if unread else (),
+    )  # fmt: skip
 
 
-def _visible(folder: str) -> tuple[list[str], int]:
-    """Returns the folders in a folder, and how many other entries it has."""
-    entries = _entries(folder)
-    folders = [e.name for e in entries if _is_dir(e) and not e.name.startswith(".")]
-    return folders, len(entries) - len(folders)
+def unread_sentence(endings: collections.Counter[str]) -> str:
+    """Says how many files have an ending that is not read, and what would help."""
+    were = "file was" if endings.total() == 1 else "files were"
+    text = f"{endings.total():,} {were} not read{_listed(endings)}."
+    readable = _images.readable_suffixes()
+    if endings.keys() & (_images.MORE_SUFFIXES - readable):
+        text += " Install keras_rsft[images] to read TIFF, HEIC and AVIF."
+    return text
+
+
+def _listed(endings: collections.Counter[str]) -> str:
+    """Returns how many files have which ending, behind a colon."""
+    counts = [f"{count:,} {name}" for name, count in endings.most_common(10)]
+    counts += ["..."] if len(endings) > 10 else []
+    return f": {', '.join(counts)}" if counts else ""
+
+
+def ending_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without an ending"
+
+
+def _splits_of(root: str, folders: list[str], suffixes: frozenset[str]) -> list[str]:
+    """Returns the splits that folders are for, none where they are for classes."""
+    found = [split_and_rest(os.path.basename(one)) for one in folders]
+    names = [os.path.basename(one) for one in folders]
+    together = {rest for split, rest in found if split == "train"}
+    splits = [split if rest in together else "" for split, rest in found]
+    train = [name for name, one in zip(names, splits, strict=True) if one == "train"]
+    others = [name for name, one in zip(names, splits, strict=True) if not one]
+    if not train:
+        if len(found) > 1 and all(split for split, _ in found):
+            raise DataError(
+                f"Expected a folder `train` in {root}. Received: {', '.join(names)}. "
+                "Add one, or rename the folders if they are classes."
+            )
+        return []
+    if others:
+        inside = os.path.join(root, train[0])
+        nested, files = _visible(inside)
+        # A class may be called train; then it holds images.
+        if len(set(splits) - {""}) < 2 and (
+            len(nested) < 2 or not suffixes.isdisjoint(files)
+        ):
+            return []
+        known = [name for name in names if name not in others]
+        raise DataError(
+            f"{root} mixes split folders ({', '.join(known)}) with others "
+            f"({', '.join(others[:5])}). Move the others away, or rename the first if "
+            "they are classes."
+        )
+    if len(set(splits)) < len(splits):
+        raise DataError(
+            f"Two folders in {root} are for the same split. Received: "
+            f"{', '.join(names)}. Put their images into one."
+        )
+    return splits
+
+
+def _sole_folder(root: str, below: str) -> str:
+    """Returns the only folder in a folder, if it holds several, else the folder."""
+    folders = _visible(os.path.join(root, below))[0]
+    inner = os.path.join(below, *folders[:1])
+    if len(folders) != 1 or (not below and split_and_rest(inner)[0]):
+        return below
+    return inner if len(_visible(os.path.join(root, inner))[0]) > 1 else below
+
+
+def _visible(folder: str) -> tuple[list[str], collections.Counter[str]]:
+    """Returns the folders in a folder, and the endings of its files."""
+    entries = [one for one in _entries(folder) if not one.name.startswith(".")]
+    folders = [one.name for one in entries if _is_dir(one)]
+    files = (one.name for one in entries if not _is_dir(one))
+    return folders, collections.Counter(map(ending_of, files))
 
 
 def _files_below(
     root: str, below: str, suffixes: frozenset[str]
-) -> tuple[list[str], int]:
+) -> tuple[list[str], collections.Counter[str]]:
     ids: list[str] = []
-    others = 0
+    others: collections.Counter[str] = collections.Counter()
     chain: tuple[str, ...] = (os.path.realpath(os.path.join(root, below)),)
     waiting = [(below, chain)]
     while waiting:
@@ -99,8 +178,8 @@ def _files_below(
             name = os.path.join(folder, entry.name)
             suffix = os.path.splitext(name)[1].lower()
             if entry.name.startswith("."):
-                others += 1
-            elif _is_dir(entry) and not entry.is_symlink():
+                continue
+            if _is_dir(entry) and not entry.is_symlink():
                 waiting.append((name, chain))
             elif _is_dir(entry):
                 real = os.path.realpath(entry.path)
@@ -110,7 +189,7 @@ def _files_below(
             elif suffix in suffixes and os.path.isfile(entry):
                 ids.append(name.replace(os.sep, "/"))
             else:
-                others += 1
+                others[ending_of(name)] += 1
     return ids, others
 
 
@@ -137,43 +216,70 @@ DEFAULT_SPLIT_COLUMN = "split"
 # Ten times the limit of a text. Where a quote is never closed, the rest of the file is
 # one cell: it must not all go into memory.
 _MAX_CELL = 10_000_000
+MAX_PATH = 1024
 
 
 def read_table(
-    file: str | os.PathLike, required: Sequence[str]
+    file: str | os.PathLike, required: Sequence[str], advice: str = ""
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields each row of a CSV file, at least one, with the number of its line."""
-    is_empty = True
+    is_empty, line = True, 1
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            found = reader.fieldnames or []
-            missing = [name for name in required if name not in found]
-            if missing:
-                raise DataError(
-                    f"{file} has no column {', '.join(map(repr, missing))}. "
-                    f"It has: {', '.join(map(repr, found)) or 'none'}."
-                )
-            while (row := _next_row(reader)) is not None:
-                if None in row:
+            separator, found = _header(file, next(lines, ""), required, advice)
+            rows = csv.reader(lines, delimiter=separator, strict=True)
+            while (row := _next_row(rows)) is not None:
+                line += 1
+                if len(row) > len(found):
                     raise DataError(
-                        f"{file}, line {reader.line_num}, has more cells than the "
-                        "header. Put quotes around a cell with a comma in it."
+                        f"{file}, line {line}, has more cells than the header. Put "
+                        f"quotes around a cell with {separator!r} in it."
                     )
-                is_empty = False
-                yield reader.line_num, {name: row[name] or "" for name in found}
+                if row:
+                    is_empty = False
+                    row += [""] * (len(found) - len(row))
+                    yield line, dict(zip(found, row, strict=True))
+                line = 1 + rows.line_num
             if is_empty:
                 raise DataError(f"There is no row below the header in {file}.")
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
-            f"Expected {file} to be a comma-separated table in UTF-8. "
-            f"Received: {error}. Save it again as CSV (UTF-8)."
+            f"Expected {file} to be a comma-separated table in UTF-8. Received: "
+            f"{error}, in the row that begins in line {line + 1}. Look for a quote "
+            "that is not closed, or save it again as CSV (UTF-8)."
         ) from error
     except OSError as error:
         raise DataError(f"Cannot read {file}: {error.strerror}.") from error
 
 
-def _next_row(reader: csv.DictReader) -> dict[str, Any] | None:
+_SEPARATORS = (",", ";", "\t", "|")
+
+
+def _header(
+    file: str | os.PathLike, line: str, required: Sequence[str], advice: str
+) -> tuple[str, list[str]]:
+    """Returns what separates cells, and the names of the columns."""
+    found: list[str] = []
+    for separator in sorted(_SEPARATORS, key=lambda one: -line.count(one)):
+        cells = next(csv.reader([line], delimiter=separator, strict=True), [])
+        names = [cell.strip() for cell in cells]
+        if set(required) <= set(names):
+            twice = [one for one in required if names.count(one) > 1]
+            if twice:
+                raise DataError(
+                    f"{file}, line 1, has the column {twice[0]!r} "
+                    f"{names.count(twice[0])} times. Rename or remove the others."
+                )
+            return separator, names
+        found = found or names
+    missing = [name for name in required if name not in found]
+    raise DataError(
+        f"{file} has no column {', '.join(map(repr, missing))} in line 1. "
+        f"It has: {', '.join(map(repr, filter(None, found))) or 'none'}.{advice}"
+    )
+
+
+def _next_row(reader: Any) -> list[str] | None:
     # The limit is one of the process: nobody else's reading must notice.
     before = csv.field_size_limit(_MAX_CELL)
     try:
@@ -270,6 +376,7 @@ class _Columns:
     label: str
     split: str | None
     clean_label: str | None
+    is_text: bool = False
 
     def rows(
         self, table: Any, *further: str | None
@@ -282,8 +389,15 @@ class _Columns:
         if not isinstance(table, str):
             yield from _table_rows(table, required, self.label)
             return
-        for line, row in read_table(table, required):
-            yield f"{table}, line {line}", row
+        option = "--text-column" if self.is_text else "--path-column"
+        advice = f" Name the columns with {option} and --label-column."
+        for line, row in read_table(table, required, advice):
+            where = f"{table}, line {line}"
+            for name in required:
+                # A quote too many joins all cells up to the next one.
+                if name != self.content or not self.is_text:
+                    _require_one_line(row[name], name, where)
+            yield where, row
 
     def sample(self, row: dict[str, str], name: str, where: str) -> NamedSample:
         given = (row.get(self.split or "", "")).strip() or "train"
@@ -304,30 +418,82 @@ def _value(row: dict[str, str], column: str, where: str) -> str:
     return value
 
 
-def _image_table(file: str, columns: _Columns, cut: Cut) -> _samples.ImageData:
-    """Reads a table of images, whose paths are relative to its own folder."""
-    folder = os.path.dirname(os.path.abspath(file))
+def _require_one_line(value: str, column: str, where: str) -> None:
+    lines = value.strip().splitlines()
+    quoted = value.strip()[:1] == '"' or value.strip()[-1:] == '"'
+    if len(lines) > 1 or (quoted and value.count('"') % 2):
+        shown = lines[0] if len(lines[0]) <= 80 else f"{lines[0][:80]}..."
+        raise DataError(
+            f"A cell of column {column!r} runs over {len(lines)} lines or holds a "
+            f"quote too many. Received: {shown!r} in {where}. Remove the quote."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the files of a table are: below `folder`, which the user gave or not."""
+
+    folder: str
+    suffix: str
+    is_given: bool
+
+    @classmethod
+    def of(cls, given: str | os.PathLike | None, default: str, suffix: str) -> _Place:
+        folder = os.path.abspath(default if given is None else given)
+        if given is not None and not os.path.isdir(folder):
+            raise InvalidArgument(f"`image_dir` must be a folder. Received: {given!r}.")
+        return cls(folder, suffix, given is not None)
+
+    def name_of(self, path: str) -> str:
+        """Returns a path relative to the folder, also one of another machine."""
+        path += self.suffix if not path.endswith(self.suffix) else ""
+        name = os.path.normpath(path)
+        if not self.is_given:
+            return name
+        name = name.removeprefix(os.path.join(self.folder, ""))
+        parts = [one for one in re.split(r"[/\\]+", name) if one not in ("", "..")]
+        tails = [os.path.join(*parts[at:]) for at in range(len(parts))]
+        paths = (os.path.join(self.folder, one) for one in tails)
+        found = (t for t, one in zip(tails, paths, strict=True) if os.path.lexists(one))
+        return next(found, tails[0] if tails else name)
+
+
+def _image_table(
+    file: str, columns: _Columns, cut: Cut, place: _Place
+) -> _samples.ImageData:
+    """Reads a table of images, whose paths are relative to a folder."""
+    folder = place.folder
     root = os.path.join(os.path.realpath(folder), "")
     # Most files share a folder: resolving each anew would take long.
     resolve = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
-    def is_inside(full: str) -> bool:
+    def target_of(full: str) -> str:
         parent, name = os.path.split(full)
         real = os.path.join(resolve(parent), name)
         if os.path.islink(real) or name == os.pardir:
             real = os.path.realpath(real)
-        return real.startswith(root)
+        return real
 
     samples: dict[str, NamedSample] = {}
+    too_long: list[str] = []
     found = 0
     for where, row in columns.rows(file):
         path = _value(row, columns.content, where)
-        name = os.path.normpath(path)
+        if len(path) > MAX_PATH:  # Arrays of ids are as wide as the longest one.
+            too_long.append(where.rpartition(" ")[2])
+            continue
+        name = place.name_of(path)
         full = os.path.join(folder, name)
-        if "\0" in path or os.path.isabs(path) or not is_inside(full):
+        outside = "\0" in path or os.path.isabs(name)
+        if outside or not (target := target_of(full)).startswith(root):
+            is_link = not outside and os.path.normpath(full).startswith(
+                os.path.join(folder, "")
+            )
+            leads = f", which is a link to {target}," if is_link else ""
             raise DataError(
-                "Paths must be relative to the CSV's folder and stay inside it. "
-                f"Received: {path!r} in {where}."
+                f"Paths must be relative to {folder} and stay inside it. Received: "
+                f"{path!r}{leads} in {where}. Name the folder of the images with "
+                "--image-dir (`image_dir`); column: --path-column."
             )
         name = name.replace(os.sep, "/")
         if name in samples:
@@ -340,30 +506,48 @@ def _image_table(file: str, columns: _Columns, cut: Cut) -> _samples.ImageData:
     if not found:
         raise DataError(
             f"None of the {len(samples)} files listed in {file} exists, such as "
-            f"{next(iter(samples))!r}. Paths are relative to the CSV's folder, "
-            f"{folder}."
+            f"{next(iter(samples), '')!r} in line 2. Paths are relative to {folder}. "
+            "Name another folder with --image-dir (`image_dir`), what is missing at "
+            "the end with --image-suffix (`image_suffix`), or another column with "
+            "--path-column (`path_column`)."
+        )
+    notes: tuple[str, ...] = ()
+    if too_long:
+        notes = (
+            f"{len(too_long):,} rows of {file} were left out: their paths are longer "
+            f"than {MAX_PATH:,} characters (line {', '.join(too_long[:10])}).",
         )
     reader_of = functools.partial(_samples.FileReader, folder)
-    return data_of(_samples.ImageData, samples.values(), reader_of, cut, file)
+    return data_of(
+        _samples.ImageData, samples.values(), reader_of, cut, file, notes=notes
+    )
 
 
-def _images_of_table(table: Any, columns: _Columns, cut: Cut) -> _samples.ImageData:
+def _images_of_table(
+    table: Any, columns: _Columns, cut: Cut, place: _Place
+) -> _samples.ImageData:
     """Reads a table of images, whose paths are the ids."""
     samples: dict[str, NamedSample] = {}
     for where, row in columns.rows(table):
         name = _value(row, columns.content, where)
+        if len(name) > MAX_PATH:
+            raise DataError(
+                f"A path is longer than {MAX_PATH:,} characters, in {where}."
+            )
+        name = place.name_of(name)
         if name in samples:
             raise DataError(f"{name!r} in {where} has been listed before.")
         samples[name] = columns.sample(row, name, where)
-    if not any(map(os.path.isfile, samples)):
+    full = {one: os.path.join(place.folder, one) for one in samples}
+    if not any(map(os.path.isfile, full.values())):
         raise DataError(
             f"None of the {len(samples)} files in {called(table)} exists, such as "
-            f"{next(iter(samples))!r}. Paths are absolute, or relative to the current "
-            f"folder, {os.getcwd()}."
+            f"{next(iter(samples))!r}. Paths are absolute, or relative to "
+            f"{place.folder}; `image_dir` names another folder."
         )
 
     def reader_of(ids: np.ndarray) -> _samples.FileReader:
-        paths = np.array([os.path.abspath(one) for one in ids.tolist()], np.str_)
+        paths = np.array([full[one] for one in ids.tolist()], np.str_)
         return _samples.FileReader("", ids, paths)
 
     return of_python(
@@ -487,7 +671,9 @@ def load_texts(
         DataError: If the source cannot be trained on as it is.
     """
     cut = Cut(validation_fraction, test_fraction, split_seed)
-    columns = _Columns(text_column, label_column, split_column, clean_label_column)
+    columns = _Columns(
+        text_column, label_column, split_column, clean_label_column, is_text=True
+    )
     if columns_of(source) is not None:
         return of_python(_text_table(source, columns, id_column, cut))
     name = _path_of(source)
@@ -539,10 +725,11 @@ def _text_table(
             name = id_of(encoded)
         else:
             name = row[id_column].strip()
-            if not name or name in texts:
+            if not name or name in texts or len(name) > MAX_PATH:
                 raise DataError(
-                    f"Each text must have an id of its own in column {id_column!r}. "
-                    f"Received: {name!r} in {where}."
+                    f"Each text must have an id of its own in column {id_column!r}, of "
+                    f"at most {MAX_PATH:,} characters. Received: {name[:80]!r} in "
+                    f"{where}."
                 )
         samples.append(columns.sample(row, name, where))
         texts[name] = encoded
@@ -590,6 +777,8 @@ def load_images(
     label_column: str = "label",
     split_column: str | None = DEFAULT_SPLIT_COLUMN,
     clean_label_column: str | None = None,
+    image_dir: str | os.PathLike | None = None,
+    image_suffix: str = "",
     label_key: str = "label",
     clean_label_key: str | None = None,
     validation_fraction: float = 0.15,
@@ -608,7 +797,8 @@ def load_images(
             a folder with one folder of images for each class;
             a folder with `train` and, if there are, `validation` (or `valid`,
             `val`) and `test`, each with one folder for each class;
-            a `.csv` file, whose paths are relative to its own folder;
+            a `.csv` file, whose paths are relative to its own folder or `image_dir`,
+            separated by commas, semicolons, tabs or bars;
             `"tfds:NAME"`, an image classification data set of TensorFlow
             Datasets, downloaded if need be;
             `"digits"`, scikit-learn's 8 x 8 digits (`"./digits"` is a folder);
@@ -622,6 +812,11 @@ def load_images(
             empty value means `train`. It may be absent if it is the default.
             None ignores it.
         clean_label_column: CSV: the column of the right labels, if known.
+        image_dir: CSV and table: the folder of the images. A path that is not below
+            it, such as one of another machine, means the file at the longest end of
+            the path that is. Default None: the folder of the CSV file.
+        image_suffix: CSV and table: what is appended to paths that do not end so, such
+            as `.jpg`. Default: nothing.
         label_key: TFDS: the feature that holds the given labels.
         clean_label_key: TFDS: the feature that holds the right labels, if
             known. In validation and test it also stands in where `label_key`
@@ -650,7 +845,8 @@ def load_images(
     cut = Cut(validation_fraction, test_fraction, split_seed)
     columns = _Columns(path_column, label_column, split_column, clean_label_column)
     if columns_of(source) is not None:
-        return _images_of_table(source, columns, cut)
+        place = _Place.of(image_dir, os.curdir, image_suffix)
+        return _images_of_table(source, columns, cut, place)
     name = _path_of(source)
     if name.startswith(TFDS_PREFIX):
         return tfds_data(name, label_key, clean_label_key, data_dir, cut)
@@ -666,7 +862,8 @@ def load_images(
             '`source` must be a folder, a .csv file, "tfds:NAME" or "digits". '
             f"Received: {name!r}, {fault}"
         )
-    return _image_table(name, columns, cut)
+    place = _Place.of(image_dir, os.path.dirname(name), image_suffix)
+    return _image_table(name, columns, cut, place)
 
 
 def _digits(cut: Cut) -> _samples.ImageData:

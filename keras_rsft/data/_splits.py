@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,8 +16,16 @@ from keras_rsft.config import SPLITS
 from keras_rsft.data._samples import Reader, SampleData
 from keras_rsft.errors import DataError, InvalidArgument
 
-SPLIT_ALIASES = {name: name for name in SPLITS}
-SPLIT_ALIASES |= {"valid": "validation", "val": "validation"}
+# Longer names first.
+_SPLIT_WORDS = {
+    "train": ("training", "train"),
+    "validation": ("validation", "valid", "val", "development", "dev"),
+    "test": ("testing", "test", "evaluation", "eval", "holdout"),
+}
+SPLIT_ALIASES = {word: name for name, words in _SPLIT_WORDS.items() for word in words}
+_SPLIT_WORD = re.compile(
+    f"(?<![a-z])({'|'.join(SPLIT_ALIASES)})(?:[ _-]?set)?(?![a-z])"
+)
 TRAIN, VALIDATION, TEST = range(3)
 
 # From this many samples of a class on, each split held out gets at least one.
@@ -44,6 +53,15 @@ class Cut:
             )
 
 
+def split_and_rest(name: str) -> tuple[str, str]:
+    """Returns the split that a folder's name tells, or "", and the rest of the name."""
+    word = _SPLIT_WORD.search(name.lower())
+    if word is None:
+        return "", name
+    rest = name[: word.start()] + name[word.end() :]
+    return SPLIT_ALIASES[word[1]], rest.strip(" _-.").lower()
+
+
 class NamedSample(NamedTuple):
     """One sample as a folder or a table names it."""
 
@@ -60,7 +78,8 @@ def data_of(
     cut: Cut,
     source: str,
     *,
-    ignored_files: int = 0,
+    unread_files: dict[str, int] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Data:
     """Sorts samples by id, numbers their classes and makes three splits of them."""
     samples = sorted(samples)
@@ -78,7 +97,7 @@ def data_of(
         reader_of(ids),
     )
     return cut_splits(
-        data_type(whole, whole, whole, names, source, ignored_files),
+        data_type(whole, whole, whole, names, source, unread_files or {}, notes),
         np.array([SPLITS.index(s.split) for s in samples], np.int8),
         cut,
     )
@@ -117,7 +136,30 @@ def cut_splits(data: Data, splits: np.ndarray, cut: Cut) -> Data:
         name: dataclasses.replace(whole.take(np.flatnonzero(splits == code)), name=name)
         for code, name in enumerate(SPLITS)
     }
-    return dataclasses.replace(data, **parts, cut=made)
+    notes = (*data.notes, *_similar_names(data.class_names))
+    return dataclasses.replace(data, **parts, cut=made, notes=notes)
+
+
+def _similar_names(names: Sequence[str]) -> list[str]:
+    """Returns a sentence if classes differ in nothing that one sees, or means."""
+    alike: dict[Any, list[str]] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        seen = (one for one in plain if unicodedata.category(one) not in ("Cf", "Cc"))
+        key = " ".join("".join(seen).split())
+        number = float(key) if _NUMBER.fullmatch(key) else key
+        alike.setdefault(number, []).append(name)
+    groups = [
+        " and ".join(map(ascii, group)) for group in alike.values() if len(group) > 1
+    ]
+    if not groups:
+        return []
+    more = "" if len(groups) <= 10 else f", and {len(groups) - 10} more"
+    return [
+        "Classes differ only in case, invisible characters, Unicode form or the form "
+        f"of a number: {'; '.join(groups[:10])}{more}. Give one name to what is one "
+        "class."
+    ]
 
 
 def assign_splits(groups: np.ndarray, labels: np.ndarray, cut: Cut) -> np.ndarray:

@@ -108,11 +108,8 @@ class FrozenBackbone:
         self, batches: Iterable[tuple[Any, tf.Tensor]]
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Runs the backbone over batches, each on one device, all devices at once."""
-        if (run := self._run) is not None:
-            yield from ((one, run(images.numpy())) for one, images in batches)
-            return
         if len(self._device_names) < 2:
-            yield from ((one, self.forward(images).numpy()) for one, images in batches)
+            yield from ((one, self._computed(images)) for one, images in batches)
             return
         functions = [self._on_device(name) for name in self._device_names]
         waiting: collections.deque = collections.deque()
@@ -126,6 +123,11 @@ class FrozenBackbone:
                     yield number, features.result()
             for number, features in waiting:
                 yield number, features.result()
+
+    def _computed(self, images: tf.Tensor) -> np.ndarray:
+        if self._run is None:
+            return self.forward(images).numpy()
+        return self._run(images.numpy())
 
     def _on_device(self, name: str) -> Any:
         """Returns a function from images to an array, with the weights on a device."""
@@ -366,6 +368,8 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             for target in opened:
                 target.flush()
                 os.fsync(target.fileno())
+            found = [_one_colour_indices(part.path) for part in parts]
+            np.concatenate(found).tofile(joining / _ONE_COLOUR_FILE)
             checksums = {name: f"{value:08x}" for name, value in whole.items()}
             _publish(work, joining, rows, checksums)
         shutil.rmtree(shares, ignore_errors=True)
@@ -425,14 +429,15 @@ def append_rows(
                 checksums[name] = zlib.crc32(_bytes_of(array), checksums[name])
 
         writing: Future | None = None
-        flat_batches: Iterator[tuple[np.ndarray, tf.Tensor]] = (
-            (index.numpy(), tf.reshape(batch, (-1, *frozen.sample_shape)))
-            for index, batch in samples
-        )
-        if (first := next(flat_batches, None)) is not None:
-            frozen.open_engine(work.folder.parent / "engines", first[1])
-            flat_batches = itertools.chain([first], flat_batches)
-        for index, features in frozen.over(flat_batches):
+
+        def flat_batches() -> Iterator[tuple[np.ndarray, tf.Tensor]]:
+            for index, batch in samples:
+                _note_one_colour(partial, index, batch)
+                flat = tf.reshape(batch, (-1, *frozen.sample_shape))
+                frozen.open_engine(work.folder.parent / "engines", flat)
+                yield index.numpy(), flat
+
+        for index, features in frozen.over(flat_batches()):
             _require_unreadable(work, range(next_index, int(index[-1])), index)
             values = _cached_as(work.cache_dtype, features)
             if writing is not None:
@@ -446,6 +451,13 @@ def append_rows(
         if writing is not None:
             writing.result()
         _require_unreadable(work, range(next_index, stretch.stop), ())
+    if changed := split.reader.changed():
+        warnings.warn(
+            f"{len(changed):,} files of {split.name} were changed or removed while the "
+            f"{split.kind} were read, such as {changed[0]!r}. Run the same command "
+            "again to use them as they are now.",
+            stacklevel=2,
+        )
     return rows, {name: f"{value:08x}" for name, value in checksums.items()}
 
 
@@ -462,6 +474,40 @@ def _publish(
         filled / META_FILE, {"rows": rows, **work.meta, "checksums": dict(checksums)}
     )
     _shares.publish(filled, work.folder)
+
+
+_ONE_COLOUR_FILE = "one_colour.bin"
+_ONE_COLOUR_LEVELS = 16  # Of 256: a photo in fog has more.
+
+
+def _note_one_colour(folder: Path, index: tf.Tensor, batch: tf.Tensor) -> None:
+    """Writes down which images are of nearly one colour."""
+    if batch.dtype == tf.string:
+        return
+    images = batch if batch.shape.rank == 4 else batch[:, 0]
+    # Every 64th pixel tells of most that they are not.
+    few = np.ptp(images[:, ::8, ::8].numpy(), axis=(1, 2)).max(axis=-1)
+    maybe = np.flatnonzero(few <= _ONE_COLOUR_LEVELS)
+    levels = [np.ptp(images[at].numpy(), axis=(0, 1)).max() for at in maybe]
+    if found := [
+        at for at, n in zip(maybe, levels, strict=True) if n <= _ONE_COLOUR_LEVELS
+    ]:
+        with open_regular(folder / _ONE_COLOUR_FILE, "ab") as file:
+            file.write(index.numpy()[found].tobytes())
+
+
+def _one_colour_indices(folder: Path) -> np.ndarray:
+    file = folder / _ONE_COLOUR_FILE
+    with contextlib.suppress(FileNotFoundError), open_regular(file) as opened:
+        return np.fromfile(opened, np.int64)
+    return np.empty(0, np.int64)
+
+
+def images_of_one_colour(work: FeaturePass) -> list[str]:
+    """Returns the ids of images that a finished pass found to be of nearly one."""
+    # A pass that was resumed has some twice.
+    found = np.unique(_one_colour_indices(work.folder))
+    return work.split.ids[found[(found >= 0) & (found < len(work.split))]].tolist()
 
 
 def _require_rows(rows: int, split: SampleSplit) -> None:

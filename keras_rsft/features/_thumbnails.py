@@ -27,7 +27,7 @@ QUALITY = 75
 MAX_THUMBNAILS = 100_000
 # What a page can hold beside the thumbnails.
 MAX_PREVIEWS, PREVIEW_SIDE = 250, 320
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _BATCH = 64
 
 

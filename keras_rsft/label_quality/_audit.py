@@ -361,16 +361,16 @@ class LabelQuality:
             return f"{self.reason}."
         parts = (self, *self.held_out, *self.left_out.values())
         samples = sum(len(part.labels) for part in parts)
-        wrong = sum(part.expected_wrong for part in parts)
+        wrong = round(sum(part.expected_wrong for part in parts))
         look_wrong = sum(int(part.looks_wrong.sum()) for part in parts)
         if not look_wrong:
             return (
                 f"None of {samples:,} labels looks wrong, judged by the other samples "
-                f"({wrong:,.0f} expected). A mistake that all samples of a class share "
+                f"({wrong:,} expected). A mistake that all samples of a class share "
                 "cannot be seen."
             )
         return (
-            f"About {wrong:,.0f} of {samples:,} labels are wrong "
+            f"About {wrong:,} of {samples:,} labels are wrong "
             f"({100 * wrong / samples:.1f} %), judged by the other samples; "
             f"{look_wrong:,} look wrong."
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import html
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -195,12 +197,16 @@ def run_summary(run: Any) -> Summary:
 
 
 def _unreadable(run: Any) -> tuple[str, ...]:
-    if not (count := len(run.features.unreadable)):
-        return ()
+    warnings: tuple[str, ...] = run.features.one_colour_notes
+    if not (unreadable := run.features.unreadable):
+        return warnings
     kind = "texts" if takes_texts(run.config["backbone"]) else "images"
+    endings = collections.Counter(os.path.splitext(one)[1] for one, _ in unreadable)
+    listed = ", ".join(f"{n:,} {name}" for name, n in endings.most_common(10) if name)
     return (
-        f"{count} {kind} cannot be read and were left out; see unreadable.csv in the "
-        "run folder.",
+        *warnings,
+        f"{len(unreadable)} {kind} cannot be read and were left out"
+        f"{f' ({listed})' if listed else ''}; see unreadable.csv in the run folder.",
     )
 
 

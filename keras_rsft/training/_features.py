@@ -50,8 +50,12 @@ class Copies:
         """Says in one line how many there are, and what was done."""
         text = (
             f"{self.groups:,} {'group' if self.groups == 1 else 'groups'} of copies, "
-            f"{self.different_labels:,} with different labels."
+            f"{self.different_labels:,} with different labels"
         )
+        if self.different_labels:
+            are = "label is" if self.different_labels == 1 else "labels are"
+            text += f": at least {self.different_labels:,} {are} wrong"
+        text += "."
         for name, count in self.left_out.items():
             text += f" {_copied_text(count, name)}: left out of the accuracy."
         for name, count in self.remaining.items():
@@ -70,7 +74,8 @@ class SplitFeatures:
 
     `left_out` has, by split, held-out samples whose copy is in an earlier split: their
     labels are audited, but have no part in any accuracy. `copies` is None where there
-    are none.
+    are none. `notes` and `unread_files` are those of the data; `one_colour` are the ids
+    of images of nearly one colour.
     """
 
     train: FeatureSet
@@ -79,6 +84,21 @@ class SplitFeatures:
     class_names: tuple[str, ...]
     left_out: dict[str, FeatureSet] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
+    notes: tuple[str, ...] = ()
+    unread_files: dict[str, int] = dataclasses.field(default_factory=dict)
+    one_colour: tuple[str, ...] = ()
+
+    @property
+    def one_colour_notes(self) -> tuple[str, ...]:
+        """Says in a sentence how many images are of nearly one colour, if any are."""
+        if not self.one_colour:
+            return ()
+        count, first = len(self.one_colour), self.one_colour[0]
+        are = "image is" if count == 1 else "images are"
+        return (
+            f"{count:,} {are} of (nearly) one colour, such as {first}. Values of 16 "
+            "bits below 4,096 are nearly black, and what is transparent is white.",
+        )
 
     @property
     def copy_of(self) -> dict[str, str]:
@@ -297,6 +317,13 @@ def open_features(
     ]
     groups = _copy_groups(parts, data, passes[0].folder.parent, progress=progress)
     features, data = _apart(parts, data, groups)
+    plain = [one for work in passes for one in _extract.images_of_one_colour(work)]
+    features = dataclasses.replace(
+        features,
+        notes=data.notes,
+        unread_files=data.unread_files,
+        one_colour=tuple(plain),
+    )
     return FeatureSource(data, backbone, features, config, progress, on_note)
 
 

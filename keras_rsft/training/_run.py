@@ -210,7 +210,7 @@ def results_of(run: Run) -> dict[str, Any]:
         results["overfitting"] = vars(found) | {"sentence": found.sentence}
     if run.against_plain is not None:
         results["against_plain"] = dataclasses.asdict(run.against_plain)
-    results |= copies_results(run.features)
+    results |= data_results(run.features)
     if (compared := run.against_before) is not None:
         results["against_before"] = dataclasses.asdict(compared) | {
             "sentence": compared.sentence
@@ -220,10 +220,15 @@ def results_of(run: Run) -> dict[str, Any]:
     return results
 
 
-def copies_results(features: SplitFeatures) -> dict[str, Any]:
-    if (copies := features.copies) is None:
-        return {}
-    return {"copies": vars(copies) | {"sentence": copies.sentence}}
+def data_results(features: SplitFeatures) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "unread_files": features.unread_files,
+        "images_of_one_colour": len(features.one_colour),
+        "data_notes": [*features.notes, *features.one_colour_notes],
+    }
+    if (copies := features.copies) is not None:
+        results["copies"] = vars(copies) | {"sentence": copies.sentence}
+    return results
 
 
 def _near_duplicate_rows(
@@ -692,7 +697,7 @@ def audit(
             label_quality=quality,
             class_names=data.class_names,
             results={"label_quality": label_results(quality, data.class_names)}
-            | copies_results(source.features),
+            | data_results(source.features),
             config={"command": command, **source.origin, "seed": seed},
             features=source.features,
             folder=None if place is None else place.folder,

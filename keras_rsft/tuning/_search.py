@@ -183,6 +183,8 @@ def search(
         on_backbone=check,
         on_note=on_note,
     )
+    for note in opened.features.one_colour_notes:
+        on_note(note)
     if (copies := opened.features.copies) is not None:
         on_note(copies.sentence)
     if names != options.unfreeze:
