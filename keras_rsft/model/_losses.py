@@ -31,13 +31,14 @@ class LossScorer:
     def __init__(self, model: Any, loss: Any, loss_weights: Any):
         # Of a sample's elements by output: they must agree, to be added up.
         by_element = model.policy.level == "element"
-        self._shapes: list[Shape] | None = [] if by_element else None
+        self.shapes: list[Shape] | None = [] if by_element else None
+        self.outputs: list[Any] = []  # Each output's losses in the last call.
         self._model = keras.Model()
         self._model.output_names = model.output_names
         self._model.compile(
             optimizer=None,
             loss=keras.tree.map_structure(
-                lambda one: one and _Unreduced(one, self._shapes, model.policy), loss
+                lambda one: one and _Unreduced(one, self, model.policy), loss
             ),
             loss_weights=loss_weights,
         )
@@ -49,8 +50,9 @@ class LossScorer:
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Returns float32 losses of samples `(batch,)`, or elements `(batch, ...)`."""
-        if self._shapes:
-            self._shapes.clear()
+        if self.shapes:
+            self.shapes.clear()
+        self.outputs.clear()
         values = self._model.compute_loss(
             y=y_true, y_pred=y_pred, sample_weight=sample_weight
         )
@@ -60,14 +62,14 @@ class LossScorer:
 class _Unreduced(keras.losses.Loss):
     """A loss of one output: a number per sample, or per element with `shapes`."""
 
-    def __init__(self, loss: Any, shapes: list[Shape] | None, policy: Policy):
+    def __init__(self, loss: Any, scorer: LossScorer, policy: Policy):
         super().__init__(reduction="none")
-        self._loss, self._shapes = loss, shapes
+        self._loss, self._shapes, self._outputs = loss, scorer.shapes, scorer.outputs
         self._one_class = getattr(policy, "judges_by_class", False)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         loss = get_loss(self._loss, y_true, y_pred)
-        if type(loss) is LossFunctionWrapper:
+        if type(loss) is LossFunctionWrapper and not keras.tree.is_nested(y_pred):
             loss = loss.fn
         if isinstance(loss, _BINARY_KINDS) or loss in _BINARY_FUNCTIONS:
             if self._shapes is not None:
@@ -82,9 +84,15 @@ class _Unreduced(keras.losses.Loss):
                     "several labels. Leave the floor out; of one-hot targets take "
                     "categorical_crossentropy."
                 )
-        if isinstance(loss, keras.losses.Loss):
+        if not isinstance(loss, keras.losses.Loss):
+            return loss(*_same_rank(y_true, y_pred))
+        if type(loss).__call__ is keras.losses.Loss.__call__:
             return loss.call(y_true, y_pred)
-        return loss(*_same_rank(y_true, y_pred))
+        reduction, loss.reduction = loss.reduction, "none"
+        try:
+            return loss(y_true, y_pred)
+        finally:
+            loss.reduction = reduction
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         mask = get_keras_mask(y_pred)
@@ -98,6 +106,7 @@ class _Unreduced(keras.losses.Loss):
                 "samples. Received: a loss that returns a single number. "
                 "Return it without the mean over the batch."
             )
+        _check_rows(values, keras.tree.flatten((y_pred, y_true)))
         own_mask = get_keras_mask(values)  # Of `ignore_class`.
         if sample_weight is not None:
             values = values * aligned(sample_weight, values)
@@ -106,6 +115,11 @@ class _Unreduced(keras.losses.Loss):
             if one is not None:
                 one = ops.cast(aligned(one, values), "bool")
                 counted = one if counted is None else ops.logical_and(counted, one)
+        values = self._by_sample(values, counted, y_pred)
+        self._outputs.append(values)
+        return values
+
+    def _by_sample(self, values: Any, counted: Any, y_pred: Any) -> Any:
         if self._shapes is not None:
             return _by_element(values, counted, y_pred, self._shapes)
         axes = within(values)
@@ -116,6 +130,16 @@ class _Unreduced(keras.losses.Loss):
         counted = ops.broadcast_to(counted, ops.shape(values))
         share = ops.mean(ops.cast(counted, values.dtype), axis=axes)
         return ops.divide_no_nan(ops.mean(values, axis=axes), share)
+
+
+def _check_rows(values: Any, parts: list[Any]) -> None:
+    """Refuses losses of another number of samples; as far as it is known."""
+    rows = next((part.shape[0] for part in parts if part.shape[0] is not None), None)
+    if values.shape[0] != rows:
+        raise InvalidArgument(
+            "`loss` must return a value for each sample, of shape (batch,) or more. "
+            f"Received: shape {tuple(values.shape)} for {rows or 'a batch of'} samples."
+        )
 
 
 def _by_element(values: Any, counted: Any, y_pred: Any, shapes: list[Shape]) -> Any:

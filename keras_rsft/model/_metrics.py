@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
+from keras.src.trainers.compile_utils import CompileLoss
 
 from keras_rsft.model._losses import LEFT_OUT
 
@@ -41,6 +43,53 @@ def selection_sums(losses: Any, accept_mask: Any, labels: Any) -> tuple[Any, Any
     return sums, ops.segment_sum(counted, groups, num_segments=_CLASSES)
 
 
+class LossMean(keras.metrics.Mean):
+    """Keras's mean of the losses of batches; of none it is NaN, not 0."""
+
+    # Of a training batch: mean and weight of its finite losses, where Keras's is not.
+    instead: tuple[Any, Any] | None = None
+
+    def update_state(self, values: Any, sample_weight: Any = None) -> None:
+        if self.instead is not None:
+            finite, (mean, weight) = ops.isfinite(values), self.instead
+            values = ops.where(finite, values, mean)
+            given = 1.0 if sample_weight is None else float(sample_weight)
+            sample_weight = ops.where(finite, given, weight)
+        super().update_state(values, sample_weight)
+
+    def result(self) -> Any:
+        return self.total / self.count
+
+
+class OutputLosses(CompileLoss):
+    """Keras's losses of a model's outputs; the log of each is a `LossMean`."""
+
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        super().build(y_true, y_pred)
+        self._metrics[:] = [LossMean(name=metric.name) for metric in self._metrics]
+
+    def log(self, outputs: list[Any], compute: Callable[[], Any] | None) -> Any:
+        """Logs each output's losses `(batch, ...)`; by Keras, if it is to compute one.
+
+        As in Keras, batches count alike where their size is not known in advance.
+        """
+        for metric, losses in zip(self._metrics, outputs, strict=True):
+            finite = ops.isfinite(losses)
+            count = ops.sum(ops.cast(finite, "float32"))
+            total = ops.sum(ops.where(finite, losses, 0.0))
+            weight = count if losses.shape[0] else ops.minimum(count, 1.0)
+            metric.instead = ops.divide_no_nan(total, count), weight
+        try:
+            if compute is not None:
+                return compute()
+            for metric in self._metrics:
+                metric.update_state(float("nan"))
+        finally:
+            for metric in self._metrics:
+                metric.instead = None
+        return None
+
+
 class SelectionMetric(keras.metrics.Metric):
     """Counts what was accepted since the last reset."""
 
@@ -50,12 +99,12 @@ class SelectionMetric(keras.metrics.Metric):
         self.classes = self.add_variable(
             (_CLASSES, 2), "zeros", dtype="float32", name="classes"
         )
-        self.lowest = self.add_variable(
-            (),
-            keras.initializers.Constant(float("inf")),
-            dtype="float32",
-            aggregation="only_first_replica",  # All replicas have seen the same.
-            name="lowest",
+        # All replicas have seen the same.
+        once = {"dtype": "float32", "aggregation": "only_first_replica"}
+        infinite = keras.initializers.Constant(float("inf"))
+        self.lowest = self.add_variable((), infinite, name="lowest", **once)
+        self.steps_not_finite = self.add_variable(
+            (), "zeros", name="steps_not_finite", **once
         )
 
     def update_state(self, sums: Any, of_classes: Any = None) -> None:
@@ -85,6 +134,7 @@ class SelectionMetric(keras.metrics.Metric):
         self.totals.assign(ops.zeros((5,)))
         self.classes.assign(ops.zeros((_CLASSES, 2)))
         self.lowest.assign(float("inf"))
+        self.steps_not_finite.assign(0.0)
 
 
 # A class of at least this many samples, of which no larger fraction is accepted, is not

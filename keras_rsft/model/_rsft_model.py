@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+from keras.src.utils.tracking import DotNotTrackScope
 
 from keras_rsft.config import PolicyConfig
 from keras_rsft.errors import InvalidArgument
@@ -17,7 +18,12 @@ from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.model import _data
 from keras_rsft.model._auto import audit_samples
 from keras_rsft.model._losses import LossScorer
-from keras_rsft.model._metrics import AcceptanceGuard, SelectionMetric
+from keras_rsft.model._metrics import (
+    AcceptanceGuard,
+    LossMean,
+    OutputLosses,
+    SelectionMetric,
+)
 from keras_rsft.policies._listed import AutoPolicy, require_same_count
 from keras_rsft.policies._policy import Policy
 from keras_rsft.policies._threshold import build_policy
@@ -163,6 +169,12 @@ class RSFTModel(BackendStep):
     ) -> None:
         """Configures training; takes what `keras.Model.compile` takes."""
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
+        with DotNotTrackScope():  # As Keras keeps its own.
+            self._loss_tracker = LossMean(name="loss")
+            if loss is not None:
+                self._compile_loss = OutputLosses(
+                    loss, loss_weights, output_names=self.output_names
+                )
         self._scored_by = loss, loss_weights
         self._scorer = LossScorer(self, loss, loss_weights)
 
