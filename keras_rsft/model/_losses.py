@@ -138,7 +138,8 @@ def _check_rows(values: Any, parts: list[Any]) -> None:
     if values.shape[0] != rows:
         raise InvalidArgument(
             "`loss` must return a value for each sample, of shape (batch,) or more. "
-            f"Received: shape {tuple(values.shape)} for {rows or 'a batch of'} samples."
+            f"Received: shape {tuple(values.shape)} for "
+            f"{'a batch of ' if rows is None else ''}{rows or ''} samples."
         )
 
 

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 from keras.src.trainers.compile_utils import CompileLoss
 
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.model._losses import LEFT_OUT
 
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
@@ -137,6 +138,20 @@ class SelectionMetric(keras.metrics.Metric):
         self.steps_not_finite.assign(0.0)
 
 
+def _check_numbers(optimizer: Any) -> None:
+    """Refuses an optimizer that would make all weights NaN."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = optimizer.learning_rate
+    numbers = {k: v for k, v in vars(optimizer).items() if isinstance(v, float)}
+    numbers["learning_rate"] = float(ops.convert_to_numpy(rate))
+    for name, value in numbers.items():
+        if math.isnan(value) or (name == "learning_rate" and math.isinf(value)):
+            raise InvalidArgument(
+                f"`{name}` of the optimizer must be a finite number. Received: "
+                f"{type(optimizer).__name__} with {name}={value}."
+            )
+
+
 # A class of at least this many samples, of which no larger fraction is accepted, is not
 # learnt any more.
 _LEAST_SAMPLES, _LEAST_ACCEPTED = 10, 0.1
@@ -158,6 +173,7 @@ class AcceptanceGuard(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._seen = None
+        _check_numbers(self.model.optimizer)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         # Validation resets the metrics before the epoch ends.
@@ -173,9 +189,20 @@ class AcceptanceGuard(keras.callbacks.Callback):
                 "Look at their inputs and labels.",
                 stacklevel=2,
             )
+        steps = seen["steps_not_finite"]
+        # Those that a loss scale was too high for are part of its search.
+        scaled = isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer)
+        if steps > 0 and (not scaled or seen["accepted"] == 0):
+            warnings.warn(
+                f"Epoch {epoch + 1}: {steps:.0f} steps changed nothing, because the "
+                "gradient, or a state such as the mean of a BatchNorm, was NaN or "
+                "infinite, though the loss was not. Look at the inputs, and at square "
+                "roots, logarithms and divisions in the model.",
+                stacklevel=2,
+            )
         if seen["samples"] > 0 and seen["accepted"] == 0:
             lowest = seen["lowest_loss_rejected"]
-            found = ": no loss was finite."
+            found = f": no {'gradient' if steps > 0 else 'loss'} was finite."
             if math.isfinite(lowest):
                 mean = (logs or {}).get("loss", lowest)
                 found = (
