@@ -336,20 +336,29 @@ class Seen(layers.Layer):
         return x
 
 
-class Noting(keras.Model):
-    """A model with a metric of its own, and a weight beside a layer to be built."""
+class Beside(keras.Model):
+    """A model with a weight of its own beside a layer to be built."""
 
     def __init__(self):
         super().__init__()
-        self.seen = keras.metrics.Mean(name="seen")
         self.shift = self.add_weight(shape=(), initializer="zeros")
         self.dense = layers.Dense(1)
 
     def call(self, x):
-        self.seen.update_state(ops.mean(x))
         return self.dense(x) + self.shift
 
 
+class Noting(Beside):
+    def __init__(self):
+        super().__init__()
+        self.seen = keras.metrics.Mean(name="seen")
+
+    def call(self, x):
+        self.seen.update_state(ops.mean(x))
+        return super().call(x)
+
+
+@pytest.mark.only_under("tensorflow", "torch", reason="Keras's step under JAX fails")
 @pytest.mark.parametrize("policy, eagerly", [("all", False), ("threshold", True)])
 @pytest.mark.parametrize("kind", ["layer", "model"])
 def test_metrics_of_layers_and_models_are_logged(policy, eagerly, kind):
@@ -364,7 +373,7 @@ def test_metrics_of_layers_and_models_are_logged(policy, eagerly, kind):
 # Models of every make -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: keras.Sequential([layers.Dense(1)]), Noting])
+@pytest.mark.parametrize("make", [lambda: keras.Sequential([layers.Dense(1)]), Beside])
 @pytest.mark.parametrize("averages", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_model_that_its_first_batch_builds_has_all_slots(make, averages, scaled):

@@ -95,6 +95,7 @@ def made_model(**options):
             "sum_over_batch_size",
         ),
         ({"policy": lambda: KeepFraction(0.5, level="element")}, "level='sample'"),
+        ({"loss": [SCORES, "mse"]}, "Several outputs"),
     ],
 )
 def test_what_keras_cannot_do_is_refused(strategy, options, said):

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 from keras.src.backend import get_keras_mask
 from keras.src.losses.losses import LossFunctionWrapper
-from keras.src.trainers.compile_utils import get_loss
+from keras.src.trainers.compile_utils import CompileLoss, get_loss
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policies._policy import Policy
@@ -33,30 +33,38 @@ class LossScorer:
         by_element = model.policy.level == "element"
         self.shapes: list[Shape] | None = [] if by_element else None
         self.outputs: list[Any] = []  # Each output's losses in the last call.
-        self._model = keras.Model()
-        self._model.output_names = model.output_names
-        self._model.compile(
-            optimizer=None,
-            loss=keras.tree.map_structure(
-                lambda one: one and _Unreduced(one, self, model.policy), loss
-            ),
-            loss_weights=loss_weights,
+        self._losses = (
+            loss
+            if loss is None
+            else _Unlogged(
+                keras.tree.map_structure(
+                    lambda one: one and _Unreduced(one, self, model.policy), loss
+                ),
+                loss_weights,
+                output_names=model.output_names,
+            )
         )
 
     @property
     def built(self) -> bool:
         """Whether it was called, and has what Keras keeps of each output's loss."""
-        return self._model._compile_loss is None or self._model._compile_loss.built
+        return self._losses is None or self._losses.built
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Returns float32 losses of samples `(batch,)`, or elements `(batch, ...)`."""
         if self.shapes:
             self.shapes.clear()
         self.outputs.clear()
-        values = self._model.compute_loss(
-            y=y_true, y_pred=y_pred, sample_weight=sample_weight
-        )
+        values = self._losses(y_true, y_pred, sample_weight)
         return ops.cast(values, "float32")
+
+
+class _Unlogged(CompileLoss):
+    """Keras's losses of outputs, without the metrics that it updates at each call."""
+
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        super().build(y_true, y_pred)
+        self._metrics[:] = [None] * len(self._metrics)
 
 
 class _Unreduced(keras.losses.Loss):

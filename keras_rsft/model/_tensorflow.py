@@ -268,6 +268,10 @@ def _check_replicable(model: TrainingStep) -> None:
         "several replicas. Leave out `ema_overwrite_frequency`.": (
             optimizer.ema_overwrite_frequency
         ),
+        "Several outputs are judged on one device. "
+        "Train without a strategy, or give one loss to one output.": (
+            max(len(losses), len(keras.tree.flatten(model.output_names or ()))) > 1
+        ),
         "Elements within samples are judged on one device. "
         "Use `level='sample'`, or no strategy.": model.policy.level == "element",
         "The loss of several replicas is the mean over their samples. Give it "
