@@ -55,7 +55,8 @@ class LossScorer:
         if self.shapes:
             self.shapes.clear()
         self.outputs.clear()
-        values = self._losses(y_true, y_pred, sample_weight)
+        score: Any = self._losses
+        values = score(y_true, y_pred, sample_weight)
         return ops.cast(values, "float32")
 
 

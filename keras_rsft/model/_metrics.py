@@ -128,7 +128,7 @@ class SelectionMetric(keras.metrics.Metric):
         samples, accepted, accepted_loss, _, _ = ops.unstack(self.totals.value, 5)
         return {
             "acceptance_rate": ops.divide_no_nan(accepted, samples),
-            "accepted_loss": ops.divide_no_nan(accepted_loss, accepted),
+            "accepted_loss": accepted_loss / accepted,  # NaN, not 0, of none.
         }
 
     def reset_state(self) -> None:
