@@ -65,7 +65,11 @@ def _refuse_overrides(
 
 
 def _of_wrapped(name: str) -> property:
-    return property(lambda self: getattr(self.model, name))
+    def found(self: RSFTModel) -> Any:
+        """Returns that of the wrapped model."""
+        return getattr(self.model, name)
+
+    return property(found)
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
