@@ -525,7 +525,7 @@ class TrainConfig:
             kept. The accuracy is by right labels, known or estimated, or by the given
             ones where no label can be judged. Default None: all epochs, and the
             weights of the last.
-        seed: Seed of the initial weights and of the order. Default 0.
+        seed: Seed of the order of the samples. Default 0.
         momentum: Of `"sgd"`, in [0, 1]. Default 0.9.
         unfreeze: Which layers of the backbone to train with the head after its
             `epochs`, and how. Default None: none.
@@ -558,7 +558,7 @@ class TrainConfig:
         nargs="?",
         const=5,
     )
-    seed: int = option(0, "seed of the weights, the order and the noise")
+    seed: int = option(0, "seed of the order of the samples, and of `--noise`")
     momentum: float = rare(0.9, "momentum of sgd")
     unfreeze: UnfreezeConfig | None = None
 
@@ -740,7 +740,7 @@ class SearchSpace:
     right_probability: tuple[float, float] = (0.2, 0.9)
     article_threshold: tuple[float, float] = (0.5, 3.0)
     keep_fraction: tuple[float, float] = (0.4, 0.95)
-    warmup_epochs: tuple[int, int] = (0, 5)
+    warmup_epochs: tuple[int, int] = (1, 5)
     optimizers: tuple[str, ...] = option(
         ("sgd", "adamw"), "default: sgd,adamw", metavar="A,B"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft.backbones._blocks import block_starts, leaf_layers
+from keras_rsft.backbones._build import build_classifier, build_head
 
 SIDE, DIM = 16, 6
 
@@ -21,6 +22,19 @@ def network() -> keras.Model:
         images
     )
     return keras.Model(images, keras.layers.GlobalAveragePooling2D()(values))
+
+
+def spread_head(dim: int, classes: int, *, moments=None, seed: int = 0) -> keras.Model:
+    """A head with weights such as training leaves: one of zeros hides mistakes."""
+    head = build_head(dim, classes, moments=moments)
+    weights = np.random.default_rng(seed).normal(size=(dim, classes)) / dim**0.5
+    head.get_layer("scores").kernel.assign(weights)
+    return head
+
+
+def classifier_of(backbone: keras.Model, classes: int) -> keras.Model:
+    head = spread_head(backbone.output_shape[-1], classes)
+    return build_classifier(backbone, classes, head=head)
 
 
 def save_three_blocks(path: Path) -> Path:

@@ -94,7 +94,6 @@ class TestFeatures:
         by_array = audit(x, y, held_out=[(x[:90], y[:90])])
         require_equal(by_file, by_array)
         require_equal(by_file.held_out[0], by_array.held_out[0])
-        np.testing.assert_array_equal(by_file.regression[0], by_array.regression[0])
         np.testing.assert_array_equal(by_file.wrong, by_array.wrong.astype(str))
         require_equal(found, audit(cached))
 
@@ -224,7 +223,6 @@ class TestProbabilities:
         assert quality.noise_rate == pytest.approx(0.2, abs=0.05)
         assert wrong[quality.wrong].mean() > 0.8
         assert quality.looks_wrong[wrong].mean() > 0.7
-        assert quality.regression is None
 
     def test_a_model_as_unsure_as_the_labels(self):
         """Its probabilities explain the labels without any noise, too."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import keras
 import numpy as np
 import pytest
 from made_features import CLASSES, DIM, feature_set, split_features
@@ -15,12 +14,9 @@ from keras_rsft.errors import InvalidArgument
 from keras_rsft.label_quality._audit import audit_labels
 from keras_rsft.training._head import (
     ESTIMATED_ACCURACY,
-    audit_splits,
     best_of_all_epochs,
-    head_probabilities,
     predicted_classes,
     train_head,
-    untrained_head,
 )
 from keras_rsft.tuning._batched import BatchedHeads
 from keras_rsft.tuning._space import first_epoch, update_rule
@@ -39,13 +35,13 @@ SETTINGS = TrainConfig(epochs=5, batch_size=BATCH, learning_rate=0.02)
 FEW_EPOCHS = dataclasses.replace(SETTINGS, epochs=3)
 POLICIES = {
     "accept-all": PolicyConfig("accept-all"),
-    "below": PolicyConfig("loss-threshold", threshold=1.0, warmup_epochs=0),
+    "below": PolicyConfig("loss-threshold", threshold=1.15, warmup_epochs=0),
     "below, warm-up": PolicyConfig("loss-threshold", threshold=0.6, warmup_epochs=1.5),
     "article": PolicyConfig(
-        "loss-threshold", threshold=1.5, level="batch", warmup_epochs=0
+        "loss-threshold", threshold=1.05, level="batch", warmup_epochs=0.4
     ),
     "article, warm-up": PolicyConfig(
-        "loss-threshold", threshold=1.3, level="batch", warmup_epochs=1
+        "loss-threshold", threshold=0.9, level="batch", warmup_epochs=1
     ),
     "keep-fraction": PolicyConfig("keep-fraction", keep_fraction=0.6),
     "auto": PolicyConfig("auto"),
@@ -118,15 +114,6 @@ def test_each_policy_equals_the_ordinary_path(features, optimizer, policies):
     assert_equal_to_alone(features, settings, together)
 
 
-@pytest.mark.parametrize("policy, starts_there", [("auto", True), ("below", False)])
-def test_auto_starts_at_what_judged_the_labels(features, policy, starts_there):
-    found = audit_splits(features, 0, progress=False)
-    model = untrained_head(features, TrainConfig(policy=POLICIES[policy]), found)
-    probabilities = head_probabilities(model, features.validation)
-    judged_by = found.held_out[0].out_of_sample
-    assert np.allclose(probabilities, judged_by, atol=1e-4) == starts_there
-
-
 @pytest.mark.slow
 def test_what_was_reviewed_is_accepted_as_on_the_ordinary_path(features):
     before = features.train
@@ -181,11 +168,10 @@ def test_a_head_that_accepts_nothing_stays_as_it_was(features):
         for policy in (hopeless, POLICIES["accept-all"])
     ]
     together = trained_together(features, settings)
-    first = keras.initializers.GlorotUniform(seed=0)((DIM, CLASSES)).numpy()
-    np.testing.assert_array_equal(together.kernels[0], first)
-    np.testing.assert_array_equal(together.biases[0], np.zeros(CLASSES))
+    assert not together.kernels[0].any()
+    assert not together.biases[0].any()
     assert (together.history["acceptance_rate"][0] == 0).all()
-    assert not np.allclose(together.kernels[1], first)
+    assert together.kernels[1].all()
 
 
 def test_a_head_that_diverges_leaves_the_others_alone(features):
@@ -229,7 +215,7 @@ def test_the_estimated_accuracy_is_the_mean_of_the_credits(features):
 
 
 def test_an_epoch_of_the_warm_up_is_never_the_best(features):
-    policy = dataclasses.replace(POLICIES["below, warm-up"], warmup_epochs=3)
+    policy = dataclasses.replace(POLICIES["below"], warmup_epochs=3)
     settings = [dataclasses.replace(SETTINGS, policy=policy)]
     # The loss falls, so that the first epoch that counts has the highest.
     together = trained_together(features, settings, objective="loss", direction="max")

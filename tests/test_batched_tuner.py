@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import sys
 
 import keras
@@ -22,6 +21,7 @@ from keras_rsft.policies._threshold import KeepFraction
 from keras_rsft.training._head import predicted_classes, train_head
 from keras_rsft.tuning import _tuner as durable
 from keras_rsft.tuning._folder import identity_of
+from keras_rsft.tuning._space import first_epoch
 from keras_rsft.tuning._tuner import (
     DIVERGED,
     BatchedTuner,
@@ -96,7 +96,7 @@ def test_a_trial_has_the_value_and_the_weights_of_its_best_epoch(searched, featu
     for trial in list(tuner.oracle.trials.values())[:3]:
         settings = tuner.hypermodel.settings_of(trial.hyperparameters)
         alone = train_head(features, settings, progress=False).history
-        warmup = math.floor(settings.policy.warmup_epochs)
+        warmup = first_epoch(settings)
         behind = alone["val_accuracy"][warmup:]
         assert trial.score == pytest.approx(max(behind))
         assert trial.best_step == warmup + int(np.argmax(behind))

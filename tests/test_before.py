@@ -221,7 +221,7 @@ class TestRuns:
         assert third.against_before.run == str(run.folder)
 
     def test_another_setting_is_no_review(self, second, fit, corrections, first):
-        other = {"settings": {"learning_rate": 0.02}, "corrections": corrections}
+        other = {"settings": {"learning_rate": 0.1}, "corrections": corrections}
         run, notes = fit("other", **other)
         assert run.against_before is None
         assert "nothing to compare with" in notes[0]

@@ -159,9 +159,7 @@ class TestBaselines:
             trial.settings, epochs=1, batch_size=90, learning_rate=0.1
         )
         train = trial.features.train
-        start = methods.build_head(
-            DIM, CLASSES, moments=train.moments(), seed=settings.seed
-        )
+        start = methods.build_head(DIM, CLASSES, moments=train.moments())
         p = head_probabilities(start, train)
         given = np.eye(CLASSES)[train.labels]
         weight = (p * given).sum(axis=1, keepdims=True) ** 0.7

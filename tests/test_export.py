@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from made_bases import classifier_of
 
 from keras_rsft._predict import predict_files
-from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import InvalidArgument
@@ -24,7 +24,7 @@ NAMES = ("blue", "green", "réd")
 
 @pytest.fixture(scope="module")
 def classifier(tiny_base_file):
-    return build_classifier(load_backbone(str(tiny_base_file)), 3)
+    return classifier_of(load_backbone(str(tiny_base_file)), 3)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_predict_refuses_what_is_no_model(tmp_path):
 @pytest.mark.slow
 def test_an_export_is_at_most_a_tenth_larger_than_weights_over_10_mb(tmp_path):
     base = load_backbone("efficientnet_lite0", weights="none")
-    model = build_classifier(base, 2)
+    model = classifier_of(base, 2)
     folder = export_saved_model(model, tmp_path / "whole", class_names=["cat", "dog"])
     weights = sum(weight.numpy().nbytes for weight in model.variables)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -11,9 +11,10 @@ import textwrap
 import keras
 import numpy as np
 import pytest
+from made_bases import classifier_of, spread_head
 
 from keras_rsft._storage import write_new_file
-from keras_rsft.backbones._build import build_classifier, build_head
+from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._formats import export_litert, export_onnx
@@ -26,7 +27,7 @@ NAMES = ("blue", "green", "réd")
 @pytest.fixture(scope="module")
 def classifier(tiny_base_file):
     keras.utils.set_random_seed(0)
-    return build_classifier(load_backbone(str(tiny_base_file)), 3)
+    return classifier_of(load_backbone(str(tiny_base_file)), 3)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_a_real_base_gives_the_saved_models_probabilities(suffix, tmp_path):
     rng = np.random.default_rng(0)
     dim = base.output_shape[-1]
     moments = rng.normal(size=dim), rng.uniform(1, 2, dim)  # As a trained head has.
-    model = build_classifier(base, 3, head=build_head(dim, 3, moments=moments))
+    model = build_classifier(base, 3, head=spread_head(dim, 3, moments=moments))
     images = rng.uniform(0, 255, (4, 64, 64, 3)).astype("float32")
     version = export_saved_model(model, tmp_path / "photos", class_names=NAMES)
     path = export_as(suffix, model, tmp_path, class_names=NAMES)

@@ -7,9 +7,8 @@ import made_bases
 import numpy as np
 import pytest
 import tensorflow as tf
-from made_bases import DIM, SIDE, Reusable, save_onnx, save_signature
+from made_bases import DIM, SIDE, Reusable, classifier_of, save_onnx, save_signature
 
-from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._foreign import GraphNetwork, impure_operations, weights_bytes
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
@@ -73,7 +72,7 @@ def test_the_weights_are_part_of_the_key_of_kept_features(tmp_path, monkeypatch)
 
 def test_a_keras_file_holds_the_whole_base(name, tmp_path, expected):
     keras.utils.set_random_seed(0)
-    model = build_classifier(load_backbone(name), 3)
+    model = classifier_of(load_backbone(name), 3)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded(IMAGES), model(IMAGES), rtol=0, atol=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made_bases import save_onnx, save_signature
+from made_bases import classifier_of, save_onnx, save_signature
 
 from keras_rsft import cli
 from keras_rsft._predict import predict_files
@@ -110,11 +110,10 @@ def test_a_run_on_a_saved_model_is_exported_as_any_other(
 )
 def test_the_joined_file_computes_as_the_model(options, tmp_path):
     pytest.importorskip("tf2onnx")
-    from keras_rsft.backbones._build import build_classifier
     from keras_rsft.backbones._load import load_backbone
 
     path = save_onnx(tmp_path / "a.onnx", **options)
-    model = build_classifier(load_backbone(f"onnx:{path}@-1:1"), 3)
+    model = classifier_of(load_backbone(f"onnx:{path}@-1:1"), 3)
     exported = export_onnx(model, tmp_path / "b.onnx", class_names=("a", "b", "c"))
     images = np.random.default_rng(0).uniform(0, 255, (4, 16, 16, 3)).astype("float32")
     found = load_exported(exported).probabilities(images)
@@ -124,11 +123,10 @@ def test_the_joined_file_computes_as_the_model(options, tmp_path):
 
 def test_a_fixed_number_of_images_is_not_joined(tmp_path):
     pytest.importorskip("tf2onnx")
-    from keras_rsft.backbones._build import build_classifier
     from keras_rsft.backbones._load import load_backbone
 
     path = save_onnx(tmp_path / "a.onnx", batch=2)
-    model = build_classifier(load_backbone(f"onnx:{path}@0:1"), 3)
+    model = classifier_of(load_backbone(f"onnx:{path}@0:1"), 3)
     with pytest.raises(InvalidArgument, match="number of images open"):
         export_onnx(model, tmp_path / "b.onnx", class_names=("a", "b", "c"))
 

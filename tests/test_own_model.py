@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_rsft._ledger import RejectionLedger
 from keras_rsft.config import PolicyConfig
 from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.label_quality._audit import audit_labels
 from keras_rsft.model._data import Samples, class_labels, with_ids
 from keras_rsft.model._metrics import AcceptanceGuard
 from keras_rsft.model._rsft_model import RSFTModel
@@ -371,7 +372,7 @@ class TestAuto:
         model.fit(pictures, y, verbose=0)
         assert int(np.sum(~np.asarray(model.policy.listed))) == 12
 
-    def test_a_subclassed_model_that_is_not_built(self, made):
+    def test_a_subclassed_model_that_is_not_built(self, made, monkeypatch):
         class Own(keras.Model):
             def __init__(self):
                 super().__init__()
@@ -384,8 +385,15 @@ class TestAuto:
         model = RSFTModel(Own(), "auto")
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("sgd", loss)
+        widths = []
+
+        def audited(features, *rest, **options):
+            widths.append(features.dim)
+            return audit_labels(features, *rest, **options)
+
+        monkeypatch.setattr("keras_rsft.model._auto.audit_labels", audited)
         model.fit(*made, verbose=0)
-        assert model.label_quality.regression[0].shape[0] == 64
+        assert widths == [64]
         assert "call" not in vars(model.model.hidden)
 
     def test_features_that_say_too_little_are_not_trusted(self, made, capsys):

@@ -10,10 +10,10 @@ import sys
 
 import keras
 import pytest
+from made_bases import classifier_of
 
 from keras_rsft import cli
 from keras_rsft._predict import Prediction, find_files, predict_files
-from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli._commands import write_answer
 from keras_rsft.config import IMAGES
@@ -32,7 +32,7 @@ def models(tiny_base_file, tmp_path_factory):
     pytest.importorskip("ai_edge_litert")
     pytest.importorskip("tf2onnx")
     keras.utils.set_random_seed(0)
-    model = build_classifier(load_backbone(str(tiny_base_file)), 3)
+    model = classifier_of(load_backbone(str(tiny_base_file)), 3)
     root = tmp_path_factory.mktemp("models")
     (root / "run").mkdir()
     model.save(root / "run" / "model.keras")

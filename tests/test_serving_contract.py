@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from made_bases import classifier_of
 
-from keras_rsft.backbones._build import build_classifier
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.export import _saved_model as saved_model
 from keras_rsft.export._saved_model import export_saved_model
@@ -38,7 +38,7 @@ NEEDS_SERVING = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def version(tiny_base_file, tmp_path_factory):
-    classifier = build_classifier(load_backbone(str(tiny_base_file)), 3)
+    classifier = classifier_of(load_backbone(str(tiny_base_file)), 3)
     directory = tmp_path_factory.mktemp("served") / "photos"
     return export_saved_model(classifier, directory, class_names=NAMES)
 
@@ -87,7 +87,7 @@ def test_warmup_requests_are_what_the_server_replays(version, serve):
 
 
 def test_warmup_can_be_left_out(tiny_base_file, tmp_path, monkeypatch):
-    classifier = build_classifier(load_backbone(str(tiny_base_file)), 3)
+    classifier = classifier_of(load_backbone(str(tiny_base_file)), 3)
     options = {"class_names": NAMES}
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
     monkeypatch.setattr(saved_model, "warmup_available", lambda: False)

@@ -10,10 +10,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from made_bases import last_block
+from made_bases import last_block, spread_head
 
 from keras_rsft._predict import predict_files
-from keras_rsft.backbones._build import build_head, leaf_layers
+from keras_rsft.backbones._build import leaf_layers
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli import main
 from keras_rsft.config import FeatureConfig, TrainConfig, UnfreezeConfig
@@ -58,7 +58,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head():
-    return build_head(6, 3, moments=(np.zeros(6), np.ones(6)), seed=1)
+    return spread_head(6, 3, moments=(np.zeros(6), np.ones(6)))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ class TestWhatChanges:
 
     def test_a_huge_gradient_is_clipped(self, tune, base):
         # Features scaled up a thousand times: so are the gradients.
-        head = build_head(6, 3, moments=(np.zeros(6), np.full(6, 1e-6)), seed=1)
+        head = spread_head(6, 3, moments=(np.zeros(6), np.full(6, 1e-6)))
         one_step = {"epochs": 1, "batch_size": 100, "learning_rate": 1.0}
         tuned = tune(head=head, **one_step)
         before = [*base.get_weights(), *head.get_weights()]

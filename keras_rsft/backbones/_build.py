@@ -183,16 +183,19 @@ def build_head(
     num_classes: int,
     *,
     moments: tuple[np.ndarray, np.ndarray] | None = None,
-    seed: int = 0,
 ) -> keras.Model:
-    """Builds a Dense head with softmax.
+    """Builds a Dense head with softmax, whose weights are zero.
+
+    On features of a frozen backbone the loss is convex: random weights would break no
+    symmetry, and stay in the head as noise until it has been trained for long (zero
+    weights: Kolesnikov et al., "Big Transfer (BiT)", ECCV 2020). The head says at first
+    that all classes are equally likely: each sample's loss is ln(`num_classes`).
 
     Args:
         dim: Number of features, at least 1.
         num_classes: Number of classes, at least 2.
         moments: Mean and variance of the features, `(dim,)` each, by which they
             are standardised first; None leaves them as they are.
-        seed: Seed of the initial weights. Default 0.
 
     Returns:
         Model from features `(batch, dim)` to probabilities
@@ -218,7 +221,7 @@ def build_head(
     scores = layers.Dense(
         num_classes,
         activation="softmax",
-        kernel_initializer=keras.initializers.GlorotUniform(seed=seed),
+        kernel_initializer="zeros",
         dtype="float32",
         name="scores",
     )(values)

@@ -82,10 +82,10 @@ def compare(
 ) -> Comparison:
     """Trains a head with each of several methods on the same cached features.
 
-    The seed changes the initial weights, the order of the samples and the labels
-    that `noise` makes wrong. Accuracy is measured on the test split by the right
-    labels, known or estimated (`LabelQuality.accuracy`). Methods are compared on the
-    same test samples, seed by seed. No method sees a right label.
+    The seed changes the order of the samples, and the labels that `noise` makes wrong.
+    Accuracy is measured on the test split by the right labels, known or estimated
+    (`LabelQuality.accuracy`). Methods are compared on the same test samples, seed by
+    seed. No method sees a right label.
 
     Args:
         data: Loaded images or texts, or what `load_data` takes: `(x, y)`, a

@@ -77,8 +77,6 @@ class LabelQuality:
         can_judge: Whether right and wrong labels can be told apart.
         reviewed: Boolean array `(n,)`, the labels that a person confirmed or
             corrected. None: nobody looked.
-        regression: What judged the labels, as a head over the features: its kernel
-            `(dim, k)` and bias `(k,)`, float32. None where they cannot be judged.
         ids: Array `(n,)`, the ids of the samples. None: their row numbers.
         class_names: The `k` classes by label, as they were given. None: numbers.
     """
@@ -93,7 +91,6 @@ class LabelQuality:
     can_judge: bool = True
     reviewed: np.ndarray | None = None
     left_out: dict[str, LabelQuality] = dataclasses.field(default_factory=dict)
-    regression: tuple[np.ndarray, np.ndarray] | None = None
     ids: np.ndarray | None = None
     class_names: tuple[Any, ...] | None = None
 
@@ -329,23 +326,6 @@ class LabelQuality:
             return 0.0
         known = 0.0 if self.reviewed is None else float(self.reviewed.mean())
         return PRIOR_BIAS * (1.0 - known)
-
-    def first_weights(
-        self, mean: np.ndarray, deviation: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns `regression` for standardised features: where `auto`'s head starts.
-
-        Args:
-            mean: Float array `(dim,)`, what is taken off the features.
-            deviation: Float array `(dim,)`, what they are then divided by.
-
-        Returns:
-            Kernel `(dim, k)` and bias `(k,)`, or None.
-        """
-        if self.regression is None:
-            return None
-        kernel, bias = self.regression
-        return kernel * deviation[:, None], bias + mean @ kernel
 
     @property
     def looks_wrong(self) -> np.ndarray:
@@ -684,7 +664,6 @@ def _audited(
         tuple(parts),
         can_judge,
         features.reviewed,
-        regression=regression.as_head(calibration) if can_judge else None,
     )
 
 

@@ -223,14 +223,6 @@ class LeftOutRegression:
             raise ValueError("Nothing was fitted yet.")
         return self._fit, self._ridge
 
-    def as_head(self, calibration: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns kernel and bias over the features as they are."""
-        fit, ridge = self._last_fit()
-        kernel, bias = fit.coefficients(ridge)
-        kernel = self._scale[:, None] * kernel
-        bias = (bias - self._mean @ kernel) @ calibration[:-1] + calibration[-1]
-        return kernel @ calibration[:-1], bias
-
     def _standardised(self, values: np.ndarray) -> np.ndarray:
         return ((values - self._mean) * self._scale).astype(np.float32)
 
@@ -288,9 +280,6 @@ class GivenScores:
         empty = np.empty((0, self._num_classes), np.float32)
         return np.concatenate([empty, *others.chunks(CHUNK_ROWS)])
 
-    def as_head(self, calibration: np.ndarray) -> None:
-        return None
-
 
 class _RidgePath:
     """Ridge regression with an intercept; one eigendecomposition serves every ridge."""
@@ -325,10 +314,6 @@ class _RidgePath:
         shrunk = self._shrunk(ridge)
         scores = self._mean_target + rotated.reshape(-1, rotated.shape[-1]) @ shrunk
         return scores.reshape(*rotated.shape[:-1], shrunk.shape[1])
-
-    def coefficients(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-        kernel = self._axes @ self._shrunk(ridge)
-        return kernel, self._mean_target - self._centre @ kernel
 
     def left_out_scores(
         self,

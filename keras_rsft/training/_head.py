@@ -254,12 +254,8 @@ def untrained_head(
 ) -> RSFTModel:
     train, num_classes = features.train, len(features.class_names)
     steps = -(-len(train) // settings.batch_size)
-    moments = train.moments()
-    head = build_head(train.dim, num_classes, moments=moments, seed=settings.seed)
+    head = build_head(train.dim, num_classes, moments=train.moments())
     if settings.policy.name == "auto" and label_quality is not None:
-        weights = label_quality.first_weights(moments[0], np.sqrt(moments[1]))
-        if weights is not None:
-            head.get_layer("scores").set_weights(weights)
         policy: Policy = AutoPolicy(
             label_quality.accept_mask(threshold=settings.policy.threshold),
             loss_limit=label_quality.loss_limit,

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -258,11 +257,7 @@ class BatchedHeads:
         first_epochs = np.array([_space.first_epoch(one) for one in settings])
         alive = np.arange(count)
         cuts = {round(epochs * n / (halvings + 1)) for n in range(1, halvings + 1)}
-        state = self._first_state(
-            numbers["acceptance"] == _space.LISTED,
-            _space.update_rule(settings[0]),
-            label_quality,
-        )
+        state = self._first_state(count, _space.update_rule(settings[0]))
         batches = TrainingBatches(
             train, batch_size=self._block_rows, seed=self._seed, sample_index=True
         )
@@ -298,26 +293,18 @@ class BatchedHeads:
                 state = tf.nest.map_structure(gather, state)
         return trained
 
-    def _first_state(
-        self, listed: np.ndarray, rule: str, label_quality: LabelQuality | None
-    ) -> HeadState:
-        """Returns the weights that `untrained_head` begins with; `listed` is `(k,)`."""
-        shape = self._features.train.dim, len(self._features.class_names)
-        first = keras.initializers.GlorotUniform(seed=self._seed)(shape)
-        usual = (first, tf.zeros(shape[1:]))
-        mean, scale = (moment.numpy() for moment in self._moments)
-        found = label_quality and label_quality.first_weights(mean, scale)
-        kernel, bias = (
-            tf.where(listed, auto[..., None], other[..., None])
-            for auto, other in zip(found or usual, usual, strict=True)
-        )
+    def _first_state(self, count: int, rule: str) -> HeadState:
+        """Returns the weights that `untrained_head` begins with, of all heads."""
+        classes = len(self._features.class_names)
+        kernel = tf.zeros((self._features.train.dim, classes, count))
+        bias = tf.zeros((classes, count))
         slots = 1 if rule == "sgd" else 2
         return HeadState(
             kernel,
             bias,
             kernel_slots=(tf.zeros_like(kernel),) * slots,
             bias_slots=(tf.zeros_like(bias),) * slots,
-            iterations=tf.zeros(listed.shape),
+            iterations=tf.zeros(count),
         )
 
     def _epoch(

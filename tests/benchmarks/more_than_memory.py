@@ -108,7 +108,7 @@ def forget(path: Path) -> None:
 
 def compiled(features: rsft.FeatureSet, moments, seed: int = 0) -> rsft.RSFTModel:
     """Builds a head that rejects from the thousandth step on."""
-    head = rsft.build_head(features.dim, CLASSES, moments=moments, seed=seed)
+    head = rsft.build_head(features.dim, CLASSES, moments=moments)
     model = rsft.RSFTModel(head, rsft.LossThreshold(4.0, warmup_steps=1000))
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.9),

@@ -248,7 +248,7 @@ def trained_rows(features, classes: int, batch_size: int) -> float:
 
     import keras_rsft as rsft
 
-    head = rsft.build_head(DIM, classes, moments=features.moments(), seed=0)
+    head = rsft.build_head(DIM, classes, moments=features.moments())
     model = rsft.RSFTModel(head, rsft.LossThreshold(100.0))
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.9),
