@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_rsft._storage import CLASSES_FILE, MODEL_FILE
-from keras_rsft.backbones._build import first_line
+from keras_rsft._storage import CLASSES_FILE, MODEL_FILE, read_class_names
+from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
 from keras_rsft.config import IMAGES, TEXTS
 from keras_rsft.data import _sources
 from keras_rsft.data._images import decode_images
@@ -21,7 +20,6 @@ from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import unusable_model
 from keras_rsft.export._runtimes import ExportedModel, load_exported
 from keras_rsft.model._rsft_model import RSFTModel
-from keras_rsft.training._run import read_class_names
 
 BATCH_SIZE = 32
 
@@ -148,11 +146,9 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
     """Loads what `predict_files` takes, for several calls of it."""
     path = Path(model)
     if (path / MODEL_FILE).is_file():
-        return _keras_classifier(path / MODEL_FILE, read_class_names(path))
+        return _keras_classifier(path / MODEL_FILE, named=True)
     if path.suffix == ".keras" and path.is_file():
-        beside = path.with_name(CLASSES_FILE)
-        names = read_class_names(path.parent) if beside.is_file() else None
-        return _keras_classifier(path, names)
+        return _keras_classifier(path, named=path.with_name(CLASSES_FILE).is_file())
     if path.is_dir() and not (path / "saved_model.pb").is_file():
         versions = [child for child in path.iterdir() if child.name.isdigit()]
         versions = [one for one in versions if (one / "saved_model.pb").is_file()]
@@ -163,14 +159,19 @@ def load_classifier(model: str | os.PathLike) -> Classifier:
     raise unusable_model(model)
 
 
-def _keras_classifier(path: Path, class_names: Sequence[str] | None) -> Classifier:
+def _keras_classifier(path: Path, *, named: bool) -> Classifier:
     try:
-        model = keras.saving.load_model(path, compile=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        model = load_keras_file(path)
+    except InvalidArgument:
+        raise
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}.") from error
     if isinstance(model, RSFTModel):
         model = model.model
-    names = tuple(class_names or map(str, range(model.output_shape[-1])))
+    count = model.output_shape[-1]
+    names = tuple(map(str, range(count)))
+    if named:
+        names = read_class_names(path.parent, count)
     if model.inputs[0].dtype == "string":
 
         def classify(encoded: list[bytes]) -> Answers:

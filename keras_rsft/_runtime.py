@@ -238,15 +238,41 @@ def termination_raises() -> Iterator[None]:
 
     sys.unraisablehook = report
     before = {number: signal.signal(number, _interrupt) for number in numbers}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    woken_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _heard.clear()
+    threading.Thread(target=_end_if_stuck, args=(reader,), daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(woken_before)
+        os.close(writer)
+        _heard.set()
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = hook
 
 
+# How long what runs in a library may go on after the process was asked to end.
+SECONDS_TO_END = 30.0
+_heard = threading.Event()
+
+
+def _end_if_stuck(reader: int) -> None:
+    """Ends the process where the main thread never gets to hear of a signal."""
+    # Handlers run between two steps of Python: a graph that runs without end, or waits
+    # for what never comes, would keep them off.
+    with open(reader, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                if not _heard.wait(SECONDS_TO_END):
+                    os._exit(128 + number[0])
+                _heard.clear()
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _heard.set()
     while frame is not None:
         if frame.f_code.co_name == "__del__":  # There an exception would be lost.
             _send_again(number)

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -15,12 +16,13 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import filelock
 
@@ -105,6 +107,88 @@ def write_new_file(path: Path, content: bytes) -> None:
         ) from None
 
 
+# --- Files of somebody else ---------------------------------------------------------
+# A folder may come from anybody: a link in it could give away, or overwrite, any file
+# of the user, and a pipe would be waited for without end.
+
+_NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
+_IRREGULAR = {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR}
+# What is read whole.
+_MOST_BYTES = 2**30
+
+
+def open_regular(
+    path: str | os.PathLike,
+    mode: str = "rb",
+    *,
+    buffering: int = -1,
+    most: float = math.inf,
+    dir_fd: int | None = None,
+) -> BinaryIO:
+    """Opens a file to read, `"rb"`, or to append, `"ab"`: no link, pipe or device."""
+    irregular = DataError(
+        f"{path} is a link, a pipe or a folder, has a second name, or is too large. "
+        "Only plain files are used here: put a copy in its place, or remove it."
+    )
+
+    def opener(path: str, flags: int) -> int:
+        # Opening a pipe would wait for somebody at its other end.
+        return os.open(path, flags | _NO_LINK | _NO_WAIT, 0o666, dir_fd=dir_fd)
+
+    try:
+        file: Any = open(path, mode, buffering, opener=opener)  # noqa: SIM115
+    except OSError as error:
+        if error.errno in _IRREGULAR:
+            raise irregular from error
+        raise
+    state = os.fstat(file.fileno())
+    # A second name may be one outside of the folder.
+    fits = state.st_nlink == 1 if mode == "ab" else state.st_size <= most
+    if not (stat.S_ISREG(state.st_mode) and fits):
+        file.close()
+        raise irregular
+    return file
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder to write into, if there is none; refuses a link to one."""
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise DataError(f"{path} is a link, and nothing is written through one here.")
+    return path
+
+
+def require_no_links(folder: Path) -> None:
+    """Refuses a folder that others write into by name, if a link or a pipe is in it."""
+    for path in folder.rglob("*"):
+        kind = path.lstat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise DataError(
+                f"{path} is a link or a pipe, and nothing is written through one here. "
+                "Put a copy in its place, or remove it."
+            )
+
+
+@contextlib.contextmanager
+def understood(path: str | os.PathLike) -> Iterator[None]:
+    """Says of whatever fails as a file is read that this file is damaged."""
+    try:
+        yield
+    except (OSError, ImportError, DataError, InvalidArgument):
+        raise
+    except Exception as error:  # Of JSON, of NumPy, of zip files, of what follows.
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{path} cannot be read: it is not as `keras-rsft` wrote it "
+            f"({type(error).__name__}: {reason}). Restore it, or make the run again."
+        ) from error
+
+
+def bytes_of(path: Path) -> bytes:
+    with open_regular(path, most=_MOST_BYTES) as file:
+        return file.read()
+
+
 # --- JSON and CSV -------------------------------------------------------------------
 
 # What starts a formula in a spreadsheet; the quote itself, to tell it from a guard.
@@ -132,11 +216,31 @@ def json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def json_of(path: Path, kind: type = object) -> Any:
+    """Returns what a JSON file holds; DataError where it is damaged."""
+    with understood(path):
+        content = json.loads(bytes_of(path).decode("utf-8"))
+        if not isinstance(content, kind):
+            raise TypeError(f"a {type(content).__name__}, not a {kind.__name__}")
+        return content
+
+
+def read_class_names(folder: Path, count: int | None = None) -> tuple[str, ...]:
+    path = folder / CLASSES_FILE
+    names = json_of(path, list)
+    with understood(path):
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name is no text")
+        if len({*names}) != (count or len(names) or 1):
+            raise ValueError(f"{len({*names})} different names, and {count} classes")
+    return tuple(names)
+
+
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds, or None where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json_of(path)
+    except (OSError, DataError):
         return None
 
 
@@ -160,9 +264,16 @@ def write_pack(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 def read_csv(path: Path) -> Iterator[dict[str, str]]:
     """Yields the rows of what `write_csv` wrote, by column, the guards taken off."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with text_of(path) as file:
         for row in csv.DictReader(file):
             yield {plain_cell(name): plain_cell(cell) for name, cell in row.items()}
+
+
+@contextlib.contextmanager
+def text_of(path: Path) -> Iterator[TextIO]:
+    """Opens a text file of a run; what its reader finds wrong is said of this file."""
+    with understood(path), open_regular(path) as file:
+        yield io.TextIOWrapper(file, encoding="utf-8", newline="")
 
 
 def guarded_cell(value: Any) -> Any:
@@ -378,6 +489,7 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[RunPlace]:
         if folder.exists():  # Finished by another process just now.
             raise _Taken(f"{folder} exists. Nothing is overwritten.")
         before = read_json(unfinished / _IDENTITY_FILE)
+        before = before if isinstance(before, dict) else None
         place = RunPlace(folder, unfinished, resumed=before == identity)
         if before not in (None, identity) and (unfinished / HEAD_STATE).exists():
             names = sorted(
@@ -404,8 +516,9 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[RunPlace]:
 @contextlib.contextmanager
 def _held(unfinished: Path) -> Iterator[None]:
     """Makes and locks an unfinished folder; refuses one that is somebody else's."""
-    if unfinished.exists():
-        found = list(unfinished.iterdir()) if unfinished.is_dir() else [unfinished]
+    if os.path.lexists(unfinished):
+        is_own = unfinished.is_dir() and not unfinished.is_symlink()
+        found = list(unfinished.iterdir()) if is_own else [unfinished]
         names = {path.name for path in found} - _OWN_NAMES
         if not all(name.startswith(_PARTIAL) for name in names):
             raise _Taken(

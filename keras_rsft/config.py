@@ -190,6 +190,7 @@ def is_fixed_network(name: str) -> bool:
 
 DTYPES = ("auto", "float32", "bfloat16")
 CACHE_DTYPES = ("float32", "float16")
+ENGINES = ("auto", "tensorflow", "onnxruntime", "openvino")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +209,15 @@ class FeatureConfig:
             as it is, and others flipped and cropped at random. Default 1.
         dtype: Dtype of the backbone: `"float32"`, `"bfloat16"`, or `"auto"`, which
             takes bfloat16 where the hardware has it. Default `"auto"`.
+        engine: What runs the backbone: `"tensorflow"`, `"onnxruntime"` or `"openvino"`
+            (in float32), or `"auto"`, which takes the fastest that is installed, where
+            the features take longer than a minute. Default `"auto"`.
         cache_dtype: Dtype of the features on disk: `"float32"` or `"float16"`. Default
             `"float32"`.
 
     Raises:
-        InvalidArgument: If a value is unknown or out of its range.
+        InvalidArgument: If a value is unknown or out of its range, an engine is not
+            installed, or not one for that dtype.
 
     Example:
         >>> import keras_rsft as rsft
@@ -244,6 +249,11 @@ class FeatureConfig:
         f"dtype of the backbone: {', '.join(DTYPES)}; auto takes bfloat16 where the "
         "hardware has it",
     )
+    engine: str = option(
+        "auto",
+        f"what runs the backbone: {', '.join(ENGINES)}; auto takes the fastest that is "
+        "installed where the features take longer than a minute",
+    )
     cache_dtype: str = rare(
         "float32",
         f"dtype of the cached features: {', '.join(CACHE_DTYPES)}; float16 takes half "
@@ -262,6 +272,24 @@ class FeatureConfig:
         check_numbers(self, "at least 1", "image_size", "augmentations")
         require_known("dtype", self.dtype, DTYPES)
         require_known("cache dtype", self.cache_dtype, CACHE_DTYPES)
+        require_known("engine", self.engine, ENGINES)
+        if missing := missing_packages(self.engine):
+            extra = "onnx" if self.engine == "onnxruntime" else self.engine
+            raise InvalidArgument(
+                f"The engine {self.engine} needs {', '.join(missing)}. Install it "
+                f'with: pip install "keras_rsft[{extra}]".'
+            )
+        if self.dtype == "bfloat16" and self.engine not in ENGINES[:2]:
+            raise InvalidArgument(
+                f"The engine {self.engine} computes in float32. Received: "
+                "dtype='bfloat16'. Leave out the dtype, or the engine."
+            )
+
+
+def missing_packages(engine: str) -> list[str]:
+    """Returns what is not installed of the packages that an engine needs."""
+    needed = () if engine in ENGINES[:2] else (engine, "onnx", "tf2onnx")
+    return [one for one in needed if importlib.util.find_spec(one) is None]
 
 
 def feature_config(features: FeatureConfig | str | None, kind: str) -> FeatureConfig:
@@ -855,6 +883,8 @@ class ExportConfig:
             (dynamic-range quantisation) for LiteRT.
         version: Version of a SavedModel, at least 1. None: the next free one.
         top_k: How many classes a SavedModel names in `top_labels`, or None.
+        max_pixels: Most pixels of an encoded image that a SavedModel decodes, at least
+            1. None: 100,000,000.
 
     Raises:
         InvalidArgument: If the options do not fit the format.
@@ -874,6 +904,11 @@ class ExportConfig:
     top_k: int | None = option(
         None, "also return the K most probable classes of a saved-model", metavar="K"
     )
+    max_pixels: int | None = option(
+        None,
+        "have a saved-model refuse encoded images of more pixels; default: 100,000,000",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
         require_known("format", self.file_format, FORMATS)
@@ -883,9 +918,11 @@ class ExportConfig:
                 f"The format {self.file_format} stores weights as {' or '.join(known)}."
                 f" Received: {self.weight_dtype!r}."
             )
-        if self.file_format != "saved-model" and (self.version or self.top_k):
+        only = (self.version, self.top_k, self.max_pixels)
+        if self.file_format != "saved-model" and any(only):
             raise InvalidArgument(
-                "A version and the most probable classes can be chosen for the format "
-                f"saved-model only. Received: the format {self.file_format}."
+                "A version, the most probable classes and the most pixels can be "
+                "chosen for the format saved-model only. Received: the format "
+                f"{self.file_format}."
             )
-        check_numbers(self, "at least 1", "version", "top_k")
+        check_numbers(self, "at least 1", "version", "top_k", "max_pixels")

@@ -12,6 +12,7 @@ from PIL import Image
 from keras_rsft import _storage
 from keras_rsft._ledger import COLUMNS, HISTOGRAM_COLUMNS, Ledger, loss_histogram
 from keras_rsft._storage import write_csv, write_json
+from keras_rsft.features._store import checksum_of
 from keras_rsft.report._record import read_run
 
 HOSTILE_CLASSES = (
@@ -84,10 +85,11 @@ def write_features(folder: Path, cache: Path, *, dim: int = 6) -> np.ndarray:
     values.astype(np.float32).tofile(cache / "features.bin")
     np.arange(len(given), dtype=np.int64).tofile(cache / "index.bin")
     sizes = {"rows": len(given), "views": 1, "dim": dim, "precision": "float32"}
+    names = ("features.bin", "index.bin")
+    sizes["checksums"] = {name: checksum_of(cache / name) for name in names}
     write_json(cache / "meta.json", sizes)
-    places = {
-        "train": {"folder": str(cache), "rows": None, "dropped": {}, "clean": False}
-    }
+    place = {"folder": str(cache), "rows": None, "dropped": {}, "clean": False}
+    places = {"train": place | {"checksums": sizes["checksums"]}}
     write_json(folder / _storage.CACHED_FEATURES_FILE, places)
     return right
 

@@ -127,7 +127,7 @@ def test_a_damaged_run(export, run_folder, tmp_path, damaged):
     (copy / damaged).write_bytes(b"PK damaged")
     status, _, err = export(copy)
     assert status == 1
-    assert "cannot be read" in err
+    assert f"{copy / damaged} cannot be read" in err
     assert "please report" not in err
     assert not (tmp_path / "saved_models").exists()
 
@@ -243,3 +243,16 @@ def test_only_exact_weights_are_judged_by_their_difference():
     narrow = dataclasses.replace(found, allowed_difference=None)
     assert narrow.passed
     assert not dataclasses.replace(narrow, broken_refused=False).passed
+
+
+def test_an_export_can_refuse_smaller_images(export, run_folder, tmp_path):
+    status, _, err = export(run_folder, "--max-pixels", 320, "--verify")
+    assert status == 0, err
+    (path,) = (tmp_path / "saved_models").glob("*/1")
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    images = [tf.zeros((20, width, 3), tf.uint8) for width in (16, 17)]
+    files = tf.stack([tf.io.encode_png(image) for image in images])
+    assert serve(image_bytes=files)["valid"].numpy().tolist() == [True, False]
+    status, _, err = export(run_folder, "--format", "litert", "--max-pixels", 320)
+    assert status == 2
+    assert "the most pixels" in err

@@ -206,3 +206,88 @@ def test_on_a_terminal(base, photo_folder, tmp_path):
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)
     quiet = on_a_terminal([*fit, "--quiet"], cwd=tmp_path)
     assert quiet == f"{tmp_path / 'runs' / photo_folder.name}-2\r\n"
+
+
+HOSTILE = "red\x1b[31m\u202egnp"
+SPELLED = r"red\x1b[31m\u202egnp"
+
+
+class TestStreams:
+    """Streams as a shell may hand them over, and names that steer a terminal."""
+
+    @pytest.fixture
+    def photos(self, finished, tmp_path):
+        """Photos with such names, one of them no text, and one that is no image."""
+        finished("fit")
+        names = ["owl\N{OWL}.png", f"{HOSTILE}.png", os.fsdecode(b"not\xfftext.png")]
+        for name in names:
+            source = finished.root / "photos" / "red" / "00.png"
+            (tmp_path / name).write_bytes(source.read_bytes())
+        (tmp_path / f"{HOSTILE}.jpg").write_bytes(b"")
+        return [tmp_path / name for name in [*names, f"{HOSTILE}.jpg"]]
+
+    @pytest.fixture
+    def start(self, finished, photos):
+        def start(*options, shell="", encoding="utf-8"):
+            words = [*PROGRAM, "predict", finished.root / "photos-1", *photos, *options]
+            return subprocess.run(
+                f"{shlex.join(map(str, words))} {shell}",
+                shell=True, capture_output=True,
+                env=os.environ | {"PYTHONIOENCODING": encoding},
+            )  # fmt: skip
+
+        return start
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+    def test_every_name_can_be_printed(self, start, encoding):
+        done = start(encoding=encoding)
+        out, err = done.stdout.decode(encoding), done.stderr.decode(encoding)
+        owl = "\N{OWL}" if encoding == "utf-8" else r"\U0001f989"
+        names = [Path(line.split("\t")[0]).name for line in out.splitlines()]
+        assert names == [f"owl{owl}.png", f"{SPELLED}.png", r"not\udcfftext.png"]
+        assert err.splitlines()[-1].endswith(
+            f"{SPELLED}.jpg: not an image that can be decoded"
+        )
+        assert done.returncode == 1
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+    def test_json_is_the_same_in_every_encoding(self, start, photos, encoding):
+        done = start("--output-format", "jsonl", encoding=encoding)
+        answers = map(json.loads, done.stdout.decode(encoding).splitlines())
+        assert [one["path"] for one in answers] == [*map(str, photos[:3])]
+
+    @pytest.mark.parametrize("shell", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+    def test_closed_streams_are_no_failure(self, start, shell):
+        done = start(shell=shell)
+        assert done.returncode == 1  # Of the image that is none.
+        assert (done.stdout != b"") == (">&- 2" not in shell)
+
+
+def test_tables_and_sentences_spell_out_what_steers(capsys):
+    with Output() as output:
+        output.say(HOSTILE)
+        output.rows("Found", [(HOSTILE, HOSTILE)])
+        warnings.warn(HOSTILE, stacklevel=1)
+    captured = capsys.readouterr()
+    assert captured.out.count(SPELLED) == 3
+    assert f"Warning: {SPELLED}" in captured.err
+    assert not {"\x1b", "\u202e"} & {*captured.out, *captured.err}
+
+
+def test_an_error_spells_it_out_too(call, tmp_path):
+    status, _, err = call("review", tmp_path / HOSTILE)
+    assert status == 2
+    assert SPELLED in err
+
+
+def test_too_little_memory_is_told(call, monkeypatch):
+    from keras_rsft.cli import _commands
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(_commands, "features_of", fail)
+    status, _, err = call("audit", "digits")
+    assert status == 1
+    assert "not enough memory" in err
+    assert "should not happen" not in err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,9 +22,10 @@ from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features import _batches as batches
 from keras_rsft.features import _extract as extraction
+from keras_rsft.features import _store
 from keras_rsft.features._batches import TrainingBatches, batches_of
 from keras_rsft.features._extract import FeaturePass, extract_features
-from keras_rsft.features._store import FeatureSet
+from keras_rsft.features._store import FeatureSet, checksum_of
 from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.policies._threshold import LossThreshold
 
@@ -145,8 +148,78 @@ class TestExtraction:
         good = np.array(cached.features)
         with cached.path.open("r+b") as file:
             file.truncate(100)
-        again = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        with pytest.warns(UserWarning, match="damaged or not complete"):
+            again = extract_features(tiny_base, data.train, cache_dir=tmp_path)
         np.testing.assert_allclose(again.features, good, atol=1e-6)
+
+    @pytest.mark.parametrize("change", ["zeros", "shuffled", "huge", "one bit"])
+    def test_features_that_were_changed_are_computed_again(
+        self, tiny_base, data, tmp_path, change
+    ):
+        cached = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        good = np.array(cached.features)
+        changed = {
+            "zeros": np.zeros_like(good),
+            "shuffled": good[::-1].copy(),
+            "huge": np.full_like(good, 1e30),
+            "one bit": good.copy(),
+        }[change]
+        if change == "one bit":
+            changed.view(np.uint32)[3, 2] ^= 1
+        changed.tofile(cached.path)
+        with pytest.warns(UserWarning, match=r"features\.bin is not what was written"):
+            again = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        np.testing.assert_array_equal(again.features, good)
+
+    @pytest.mark.parametrize(
+        "change", [lambda i: i[::-1], lambda i: i * 0, lambda i: i - 1, lambda i: i + 9]
+    )
+    @pytest.mark.parametrize("known", [False, True])
+    def test_an_index_is_of_these_samples_in_order(
+        self, tiny_base, data, tmp_path, change, known
+    ):
+        cached = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        path = cached.path.with_name("index.bin")
+        change(np.fromfile(path, np.int64)).tofile(path)
+        if known:  # By one who writes the checksum too.
+            meta = json.loads(path.with_name("meta.json").read_text())
+            meta["checksums"]["index.bin"] = checksum_of(path)
+            path.with_name("meta.json").write_text(json.dumps(meta))
+        said = "a sample" if known else r"index\.bin is not what was written"
+        with pytest.warns(UserWarning, match=said):
+            again = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        np.testing.assert_array_equal(again.ids, cached.ids)
+
+    def test_a_pass_does_not_go_on_from_a_damaged_index(
+        self, tiny_base, data, tmp_path
+    ):
+        whole = extract_features(tiny_base, data.train, cache_dir=tmp_path / "whole")
+        folder = FeaturePass(tiny_base, data.train, tmp_path / "cut").folder
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(parents=True)
+        np.zeros((32, 6), np.float32).tofile(partial / "features.bin")
+        np.full(32, 10**12).tofile(partial / "index.bin")
+        found = extract_features(tiny_base, data.train, cache_dir=tmp_path / "cut")
+        np.testing.assert_array_equal(found.features, whole.features)
+
+    def test_a_file_is_verified_once_as_long_as_it_stays(
+        self, tiny_base, data, tmp_path, monkeypatch
+    ):
+        read = []
+
+        def spy(path):
+            read.append(path.name)
+            return checksum_of(path)
+
+        extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        monkeypatch.setattr(_store, "checksum_of", spy)
+        for _ in range(3):
+            cached = extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        assert read == []
+        os.utime(cached.path)
+        for _ in range(3):
+            extract_features(tiny_base, data.train, cache_dir=tmp_path)
+        assert read == ["features.bin"]
 
     def test_unreadable_images_are_left_out_and_named(
         self, photo_folder, tiny_base, tmp_path

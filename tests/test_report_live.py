@@ -134,7 +134,7 @@ def test_splits_and_copies(folder, right, tmp_path):
         [(one, split, names[record.ledger.given[at]], "", "", "", copy_of.get(at, ""))
          for at, (one, split) in enumerate(zip(ids, splits, strict=True))],
     )  # fmt: skip
-    place = {"folder": str(tmp_path / "cache"), "dropped": {}, "clean": False}
+    place = json.loads((folder / CACHED_FEATURES_FILE).read_text())["train"]
     places = {
         name: place | {"rows": [at for at, one in enumerate(splits) if one == name]}
         for name in dict.fromkeys(splits)
@@ -164,6 +164,7 @@ def test_splits_and_copies(folder, right, tmp_path):
         (lambda places: places["train"].update(rows=[0] * 90), "not those"),
         (lambda places: places["train"].update(rows=list(range(1, 91))), "not those"),
         (lambda places: places["train"].update(dropped={"x": -9}), "not those"),
+        (lambda places: places["train"].update(checksums={}), "not those"),
         (lambda places: places.update(train=[]), "cannot be read"),
     ],
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import socket
@@ -16,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -28,6 +31,11 @@ from keras_rsft.errors import InvalidArgument, WeightsUnavailable
 
 # What HDF5 and zip raise on a file that is cut short or overwritten.
 DAMAGED = (OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# All that Keras raises on a file that is not as it wrote it.
+UNREADABLE = (
+    *DAMAGED, ArithmeticError, AttributeError, EOFError, ImportError, LookupError,
+    MemoryError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def load_weights_file(model: keras.Model, path: Path) -> None:
@@ -49,6 +57,68 @@ def load_weights_file(model: keras.Model, path: Path) -> None:
             f"The weights in {path} do not fit {model.name} without its classes "
             f"(include_top=False): {first_line(error)}"
         ) from error
+
+
+# Where Keras and KerasHub keep what computes and can neither load code nor read files
+# (as `Lambda`, lookups, tokenizers), nor run without end (as loops of `keras.ops`).
+_COMPUTES = re.compile(
+    r"keras\.src\.(activations|applications|constraints|dtype_policies|initializers|losses"
+    r"|metrics|models|optimizers|quantizers|random|regularizers"
+    r"|layers\.(activations|attention|convolutional|merging|normalization|pooling"
+    r"|regularization|reshaping|rnn|core\.(?!lambda)\w+"
+    r"|preprocessing\.(image_preprocessing|normalization|rescaling|discretization))"
+    r"|ops\.(einops|image|linalg|math|nn|numpy|core\.(Cast|ConvertToTensor|SaturateCast"
+    r"|Scatter|ScatterUpdate|Slice|SliceUpdate|StopGradient|Unstack)))\b.*"
+    r"|keras_hub\.src\.(models|layers\.modeling)\b(?!.*(tokenizer|preprocessor|converter)\b).*"
+)
+_PLAIN_CLASSES = {
+    "__bytes__", "__ellipsis__", "__keras_tensor__", "__numpy__", "__slice__",
+    "__tensor__",
+}  # fmt: skip
+
+
+def load_keras_file(path: Path) -> keras.Model:
+    """Loads a `.keras` file of anybody: what it is made of may only compute."""
+    with zipfile.ZipFile(path) as archive:
+        require_computing(json.loads(archive.read("config.json")), path)
+    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    for layer in leaf_layers(model):
+        if hasattr(layer, "check_content"):  # Here: Keras hides what loading raises.
+            layer.check_content()
+    return model
+
+
+def require_computing(config: Any, path: str | Path) -> None:
+    """Refuses a config that names more than layers and operations that compute."""
+    waiting = [config]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        if not isinstance(node, dict):
+            continue
+        waiting += node.values()
+        if {"class_name", "config"} <= node.keys() and not _computes(node):
+            raise InvalidArgument(
+                f"{path} is made of {node.get('module')}.{node['class_name']}, which "
+                "may do more than compute, so that it is not loaded. A class of your "
+                "own must be registered with Keras first."
+            )
+
+
+def _computes(node: dict[str, Any]) -> bool:
+    name, module = str(node["class_name"]), str(node.get("module"))
+    if name in _PLAIN_CLASSES:
+        return True
+    if name == "function":  # Keras looks for it among its own, by its name.
+        return module == "builtins" or _COMPUTES.fullmatch(f"{module}.") is not None
+    known = keras.saving.get_registered_object(node.get("registered_name"))
+    if known is None and module.partition(".")[0] in ("keras", "keras_hub"):
+        known = getattr(importlib.import_module(module), name, None)
+    where = f"{getattr(known, '__module__', '')}.{name}"
+    # What others have registered is this process's own.
+    own = where.partition(".")[0] not in ("", "keras", "keras_hub")
+    return own or _COMPUTES.fullmatch(where) is not None
 
 
 def set_layer_weights(

@@ -7,13 +7,22 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.python.framework import op_def_registry
+from tensorflow.python.ops import (
+    gen_linalg_ops,
+    gen_math_ops,
+    gen_nn_ops,
+    gen_spectral_ops,
+)
+from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 from keras_rsft._runtime import import_extra
 from keras_rsft.backbones._build import agreed_size, first_line, leaf_layers
@@ -49,6 +58,9 @@ class KeptFile(keras.Layer):
         for fixed in ("trainable", "dtype"):
             config.pop(fixed, None)
         return config | {"digest": self.digest}
+
+    def check_content(self) -> None:
+        """Refuses a file that may not be used."""
 
     def save_assets(self, directory: str) -> None:
         folder = Path(directory)
@@ -185,22 +197,48 @@ class TextTokens(KeptFile):
 
 # SavedModel ---------------------------------------------------------------------------
 
-# Stateful by TensorFlow's account only because of what they might contain, which is
-# looked at too.
-_HARMLESS = {
-    "Assert",
-    "Case",
-    "If",
-    "PartitionedCall",
-    "Placeholder",
-    "StatefulPartitionedCall",
-    "While",
-    "XlaCallModule",
-}
-# Neither stateful nor given a text, yet they reach out of the graph.
-_REACH_OUT = {"ImmutableConst", "PyFuncStateless"}
-# To read a file, an operation must be told its name; to read records, have a source.
-_NOT_NUMBERS = {tf.string.as_datatype_enum, tf.variant.as_datatype_enum}
+# All that a graph from a file may do: compute numbers. Of TensorFlow's 1,500 operations
+# others read and write files, open connections, wait for what never comes or end the
+# process, and each version brings more. Of these modules of it all are allowed, ...
+_FAMILIES = (gen_linalg_ops, gen_math_ops, gen_nn_ops, gen_spectral_ops)
+# ... and of arrays, images, control flow and the like:
+_NAMES = """
+AdjustContrastv2 AdjustHue AdjustSaturation Assert BatchToSpace BatchToSpaceND Bitcast
+BitwiseAnd BitwiseOr BitwiseXor BroadcastArgs BroadcastGradientArgs BroadcastTo Case
+CheckNumerics CheckNumericsV2 CombinedNonMaxSuppression Concat ConcatOffset ConcatV2
+ConjugateTranspose Const ControlTrigger CropAndResize DepthToSpace Dequantize Diag
+DiagPart DynamicPartition DynamicStitch EnsureShape ExpandDims ExtractImagePatches
+FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel Fill
+Gather GatherNd GatherV2 HSVToRGB Identity IdentityN If ImageProjectiveTransformV2
+ImageProjectiveTransformV3 Invert InvertPermutation LeftShift LowerBound MatrixBandPart
+MatrixDiag MatrixDiagPart MatrixDiagPartV2 MatrixDiagPartV3 MatrixDiagV2 MatrixDiagV3
+MatrixSetDiag MatrixSetDiagV2 MatrixSetDiagV3 Merge MirrorPad NoOp NonMaxSuppressionV3
+NonMaxSuppressionV4 NonMaxSuppressionV5 OneHot OnesLike Pack Pad PadV2 ParallelConcat
+ParallelDynamicStitch PartitionedCall Placeholder PlaceholderWithDefault PreventGradient
+QuantizeAndDequantizeV2 QuantizeAndDequantizeV3 QuantizeAndDequantizeV4 QuantizeV2
+RGBToHSV Rank ReadVariableOp Reshape ResizeArea ResizeBicubic ResizeBilinear
+ResizeNearestNeighbor ResourceGather Reverse ReverseSequence ReverseV2 RightShift Roll
+ScaleAndTranslate ScatterNd Shape ShapeN Size Slice Snapshot SpaceToBatch SpaceToBatchND
+SpaceToDepth Split SplitV Squeeze StatefulPartitionedCall StatelessCase StatelessIf
+StatelessMultinomial StatelessRandomGetKeyCounter StatelessRandomNormal
+StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformV2
+StatelessTruncatedNormal StatelessTruncatedNormalV2 StatelessWhile StopGradient
+StridedSlice Switch TensorListFromTensor TensorListGetItem TensorListLength
+TensorListReserve TensorListSetItem TensorListStack TensorScatterAdd TensorScatterMax
+TensorScatterMin TensorScatterSub TensorScatterUpdate TensorStridedSliceUpdate Tile
+Transpose Unique UniqueV2 UniqueWithCounts Unpack UnravelIndex UpperBound Where While
+ZerosLike
+"""
+_ALLOWED = frozenset(
+    name for family in _FAMILIES for name in dir(family) if name[0].isupper()
+).union(_NAMES.split())
+# While a SavedModel is loaded, its tables of constants are filled, and nothing is
+# called or repeated.
+_ALLOWED_ON_LOADING = frozenset(
+    ("Const", "HashTableV2", "Identity", "LookupTableImportV2", "MutableHashTableV2",
+     "NoOp", "Placeholder")
+)  # fmt: skip
+_RUN_ON_LOADING = {"_create_resource", "_initialize", "_destroy_resource"}
 _EXPECTED = (
     "A SavedModel backbone must map float images (batch, height, width, 3) to features."
 )
@@ -235,21 +273,77 @@ def freeze(traced: Any) -> tuple[tf.compat.v1.GraphDef, str]:
     return graph, frozen.outputs[0].name
 
 
-def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
-    from tensorflow.python.framework import op_def_registry
+def to_onnx(traced: Any, output: str, opset: int) -> Any:
+    """Converts a concrete function of one input and one output to an ONNX model."""
+    import tf2onnx
 
-    # Those with a state (`WriteFile`, `PyFunc`, lookup tables, random numbers), those
-    # on text (`ReadFile`), and those that this TensorFlow does not know.
-    inner = (function.node_def for function in graph.library.function)
-    nodes = itertools.chain(graph.node, *inner)
-    impure = []
-    for operation in sorted({node.op for node in nodes} - _HARMLESS):
-        known = op_def_registry.get(operation)
-        arguments = (*known.input_arg, *known.output_arg) if known is not None else ()
-        reads = any(one.type in _NOT_NUMBERS for one in arguments)
-        if known is None or known.is_stateful or reads or operation in _REACH_OUT:
-            impure.append(operation)
-    return impure
+    graph, source = freeze(traced)
+    (spec,) = traced.structured_input_signature[0]
+    converted, _ = tf2onnx.convert.from_graph_def(
+        graph,
+        input_names=[f"{spec.name}:0"],
+        output_names=[source],
+        opset=opset,
+        tensors_to_rename={f"{spec.name}:0": spec.name, source: output},
+    )
+    return converted
+
+
+def impure_operations(graph: tf.compat.v1.GraphDef) -> list[str]:
+    inner = {one.signature.name: one.node_def for one in graph.library.function}
+    used = {node.op for node in itertools.chain(graph.node, *inner.values())}
+    # A function can be called by its name alone.
+    return sorted(
+        used - _ALLOWED - {n for n in inner if op_def_registry.get(n) is None}
+    )
+
+
+def load_saved_model(path: Path) -> Any:
+    """Loads a SavedModel, unless that would do more than compute."""
+    try:
+        odd = [one for one in path.rglob("*") if not (one.is_file() or one.is_dir())]
+        if odd:
+            raise OSError(f"{odd[0]} is neither a file nor a folder")
+        parts = parse_saved_model(str(path)).meta_graphs
+        if len(parts) != 1 or not parts[0].HasField("object_graph_def"):
+            raise ValueError("it was not saved by `tf.saved_model.save`")
+        objects = parts[0].object_graph_def.nodes
+        run = [
+            child.node_id
+            for node in objects
+            for child in node.children
+            if child.local_name in _RUN_ON_LOADING
+        ]
+        for node in objects:
+            run += [one.restore_function for one in node.saveable_objects.values()]
+        names = {objects[n].bare_concrete_function.concrete_function_name for n in run}
+        names |= {one for n in run for one in objects[n].function.concrete_functions}
+        library = parts[0].graph_def.library.function
+        bodies = [one.node_def for one in library if one.signature.name in names]
+        operations = {node.op for body in bodies for node in body}
+        _require_none(sorted(operations - _ALLOWED_ON_LOADING), path)
+        return tf.saved_model.load(str(path))
+    except InvalidArgument:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, tf.errors.OpError) as error:
+        raise WeightsUnavailable(
+            f"The SavedModel {path} is damaged: {first_line(error)}."
+        ) from error
+
+
+def require_pure(
+    graph: tf.compat.v1.GraphDef, source: str | Path
+) -> tf.compat.v1.GraphDef:
+    _require_none(impure_operations(graph), source)
+    return graph
+
+
+def _require_none(operations: Sequence[str], source: str | Path) -> None:
+    if operations:
+        raise InvalidArgument(
+            f"A graph from a file may only compute. Received: {source}, which uses "
+            f"{', '.join(operations)} too. It is not run."
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -259,14 +353,22 @@ class GraphNetwork(ForeignNetwork):
     def run(self, images: tf.Tensor) -> tf.Tensor:
         return self._function(images)
 
+    def check_content(self) -> None:
+        self._graph  # noqa: B018 -- Read and refused, before the model is used.
+
+    @functools.cached_property
+    def _graph(self) -> tf.compat.v1.GraphDef:
+        try:
+            graph = tf.compat.v1.GraphDef.FromString(self.content)
+        except DecodeError as error:
+            raise DataError(
+                f"The graph of the layer {self.name!r} is damaged."
+            ) from error
+        return require_pure(graph, f"the layer {self.name!r}")
+
     @functools.cached_property
     def _function(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        graph = tf.compat.v1.GraphDef.FromString(self.content)
-        impure = impure_operations(graph)
-        if impure:
-            raise DataError(
-                f"The graph does more than compute: {', '.join(impure)}. It is not run."
-            )
+        graph = self._graph
 
         @tf.function(autograph=False)
         def run(images: tf.Tensor) -> tf.Tensor:
@@ -282,16 +384,14 @@ def build_saved_model(path: Path, *, image_size: tuple[int, int] | None) -> kera
         raise InvalidArgument(
             f"A SavedModel is a folder with saved_model.pb in it. Received: {path}."
         )
-    try:
-        loaded = tf.saved_model.load(str(path))
-    except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
-        raise WeightsUnavailable(
-            f"The SavedModel {path} is damaged: {first_line(error)}."
-        ) from error
+    loaded = load_saved_model(path)
     function, declared = _image_function(loaded, path)
     size = agreed_size(declared, image_size, path)
     try:
-        outputs = function(tf.zeros((1, *size, 3)))
+        one = tf.TensorSpec((1, *size, 3), tf.float32)
+        tried = tf.function(function, autograph=False).get_concrete_function(one)
+        require_pure(tried.graph.as_graph_def(), path)  # Before it is run at all.
+        outputs = function(tf.zeros(one.shape))
         chosen = _features_of(outputs)
         shape = (None, *outputs[chosen].shape[1:])
 
@@ -306,12 +406,7 @@ def build_saved_model(path: Path, *, image_size: tuple[int, int] | None) -> kera
         graph, output = freeze(traced)
         features_node = graph.node.add(name=_OUTPUT, op="Identity", input=[output])
         features_node.attr["T"].type = tf.float32.as_datatype_enum
-        impure = impure_operations(graph)
-        if impure:
-            raise InvalidArgument(
-                f"A backbone may only compute. Received: {path}, which also uses "
-                f"{', '.join(impure)}."
-            )
+        require_pure(graph, path)
         if graph.ByteSize() > _MOST_BYTES:
             raise InvalidArgument(f"{path} is too large: a graph can hold 2 GB.")
         content, dim = graph.SerializeToString(deterministic=True), int(shape[-1])

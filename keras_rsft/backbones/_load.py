@@ -14,6 +14,7 @@ import keras
 
 from keras_rsft import config
 from keras_rsft._runtime import import_extra
+from keras_rsft._storage import json_of
 from keras_rsft.backbones import _build, _foreign, _lite0, _minilm
 from keras_rsft.data._images import checked_size
 from keras_rsft.errors import InvalidArgument, WeightsUnavailable
@@ -34,12 +35,14 @@ def _build_own_model(path: Path, image_size: tuple[int, int] | None) -> _build.N
             f"The backbone file {path} is damaged or not a `.keras` file."
         )
     try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+        model = _build.load_keras_file(path)
     except _build.DAMAGED as error:
         raise WeightsUnavailable(
             f"The backbone file {path} is damaged: {_build.first_line(error)}."
         ) from error
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except InvalidArgument:
+        raise
+    except _build.UNREADABLE as error:
         raise InvalidArgument(
             f"The backbone file {path} could not be loaded in safe mode: "
             f"{_build.first_line(error)}. Save it with stock Keras layers only."
@@ -72,6 +75,9 @@ def _build_preset(
             "`weights` of a KerasHub preset must be the default, or none for random "
             f"ones. Received: {weights!r}"
         )
+    described = Path(preset, "config.json")
+    if described.is_file():
+        _build.require_computing(json_of(described), f"hub:{preset}")
     try:
         body = keras_hub.models.Backbone.from_preset(
             preset, load_weights=weights == "imagenet", dtype=_DTYPES[dtype]
@@ -160,8 +166,8 @@ def load_backbone(
             - `hub:PRESET`, a preset of KerasHub by name or folder, with the extra
               `hub`. Its image converter says how pixels are scaled.
             - `savedmodel:FOLDER@SCALE`, a SavedModel from TensorFlow Hub or any
-              other. Loading one runs its initialisers: take it from a source that
-              you trust. What is stored and run later does nothing but compute.
+              other of `tf.saved_model.save`. One that would do more than compute,
+              while it is loaded or later, is refused.
             - `onnx:FILE@SCALE`, with the extra `onnx`; batch, channels first or
               last and float16 as the file has them. It runs in ONNX Runtime.
             - `minilm`, a sentence encoder, with the extra `text`: it takes texts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -121,6 +122,9 @@ def _packaged_folder() -> Path:
 
 def _read(path: Path) -> bytes:
     try:
+        # A link is taken, as Hugging Face has them; a pipe would be waited for.
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "It is no file", str(path))
         return path.read_bytes()
     except OSError as error:
         raise WeightsUnavailable(

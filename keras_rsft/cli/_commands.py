@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -27,7 +26,7 @@ from keras_rsft._runtime import (
 )
 from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
 from keras_rsft.cli._options import DEFAULT_TEXT_COLUMN, DataConfig, settings_of
-from keras_rsft.cli._render import Output
+from keras_rsft.cli._render import Output, json_text
 from keras_rsft.config import IMAGES, TEXTS, FeatureConfig, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import _places
@@ -872,7 +871,7 @@ def predict(arguments: argparse.Namespace, output: Output) -> bool:
                 unreadable.append(one)
             advance(1)
     for one in unreadable:
-        print(f"{one.path}: {one.error}", file=sys.stderr)
+        print(summary.shown(f"{one.path}: {one.error}"), file=sys.stderr)
     output.answer.flush()  # A pipe that nobody reads any more fails here, not at exit.
     return not unreadable
 
@@ -885,7 +884,7 @@ def write_answer(one: Prediction, output_format: str, file: TextIO) -> None:
         csv.writer(file, lineterminator="\n").writerow(cells)
     elif output_format == "jsonl":
         answer = {"path": one.path, "label": label, "score": score}
-        print(json.dumps(answer, ensure_ascii=False), file=file)
+        print(json_text(answer, file), file=file)
     else:
-        names = (name.translate(_ESCAPES) for name in (one.path, label))
+        names = (summary.shown(n.translate(_ESCAPES)) for n in (one.path, label))
         print(*names, f"{score:.4f}", sep="\t", file=file)

@@ -18,6 +18,7 @@ from keras_rsft.cli._options import CommandParser, DataConfig, settings_of
 from keras_rsft.cli._render import Output
 from keras_rsft.config import option, rare
 from keras_rsft.errors import InvalidArgument
+from keras_rsft.report._summary import shown
 
 USAGE_ERROR, FAILED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 2, 1, 130, 143, 141
 EXPECTED = (
@@ -28,6 +29,8 @@ TRACEBACK_VARIABLE = "KERAS_RSFT_TRACEBACK"
 
 
 def run(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        _prepare_streams()
     # In another program's process, its Keras is left as it is.
     imports = _runtime.quick_imports() if argv is None else contextlib.nullcontext()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -70,6 +73,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
+        if type(error).__name__ in ("MemoryError", "ResourceExhaustedError"):
+            return _fail(FAILED, "There is not enough memory. Try smaller images.")
         return _fail(
             FAILED,
             f"{type(error).__name__}: {error}\nThis should not happen: please report "
@@ -78,8 +83,22 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    print(f"keras-rsft: {message}", file=sys.stderr)
+    print(f"keras-rsft: {shown(message)}", file=sys.stderr)
     return status
+
+
+def _prepare_streams() -> None:
+    """Has closed streams lead nowhere, and others take every character."""
+    # The first files to be opened would get the numbers of closed streams, and what
+    # libraries have to say would be written into them.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _silence_native_libraries() -> None:
@@ -97,7 +116,10 @@ def _silence_native_libraries() -> None:
     if descriptor != 2:
         return
     sys.stderr.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding)
+    encoding, on_error = sys.stderr.encoding, sys.stderr.errors
+    sys.stderr = os.fdopen(
+        os.dup(2), "w", buffering=1, encoding=encoding, errors=on_error
+    )
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)
 

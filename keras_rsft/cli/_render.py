@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from keras_rsft._storage import json_value
-from keras_rsft.report._summary import Summary, Table
+from keras_rsft.report._summary import Summary, Table, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +57,7 @@ class Output:
         """Prints a sentence, or a line that can be pasted: nothing breaks it."""
         from rich.markup import escape
 
-        self._console.print(escape(text), style=style, soft_wrap=True)
+        self._console.print(escape(shown(text)), style=style, soft_wrap=True)
 
     def next_command(self, title: str, command: str) -> None:
         """Prints a whole command, ready to paste."""
@@ -78,7 +78,7 @@ class Output:
         from rich.markup import escape
 
         named = any(one.columns)
-        shown = table.Table(
+        drawn = table.Table(
             title=one.title or None,
             title_justify="left",
             show_header=named,
@@ -87,15 +87,15 @@ class Output:
         )
         for index, name in enumerate(one.columns):
             is_number = named and index >= one.text_columns
-            shown.add_column(
+            drawn.add_column(
                 name,
                 justify="right" if is_number else "left",
                 no_wrap=is_number,
                 overflow="fold",
             )
         for row in one.rows:
-            shown.add_row(*map(escape, row))
-        self._console.print(shown)
+            drawn.add_row(*(escape(shown(cell)) for cell in row))
+        self._console.print(drawn)
         if one.note:
             self.say(one.note)
 
@@ -107,12 +107,17 @@ class Output:
         """Prints the document (`--json`) or its most important line (`--quiet`)."""
         if self._as_json:
             whole = json_value({"command": self._command} | document)
-            text = json.dumps(whole, ensure_ascii=False, indent=2)
-            print(text, file=self.answer, flush=True)
+            print(json_text(whole, self.answer, indent=2), file=self.answer, flush=True)
         elif self._quiet:
-            print(last_line, file=self.answer, flush=True)
+            print(shown(str(last_line)), file=self.answer, flush=True)
+
+
+def json_text(document: Any, stream: Any, indent: int | None = None) -> str:
+    """Returns JSON in a form that a stream can hold: the same in every encoding."""
+    is_unicode = str(stream.encoding or "").lower().startswith("utf")
+    return json.dumps(document, ensure_ascii=not is_unicode, indent=indent)
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Prints a warning without its line of code, which tells a user nothing."""
-    print(f"Warning: {message}", file=sys.stderr, flush=True)
+    print(f"Warning: {shown(str(message))}", file=sys.stderr, flush=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import operator
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -286,10 +289,24 @@ def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
 def _require_within_limit(
     encoded: tf.Tensor, width: tf.Tensor, height: tf.Tensor
 ) -> tf.Tensor:
-    template = f"An image of {{}} x {{}} pixels; the most is {MAX_PIXELS:,}."
+    most = _fewer_pixels.get() or MAX_PIXELS
+    template = f"An image of {{}} x {{}} pixels; the most is {most:,}."
     message = tf.strings.format(template, (width, height))
     # Dividing, for the product of two 32-bit numbers may not fit 64 bits.
-    return _require(encoded, width <= MAX_PIXELS // tf.maximum(height, 1), message)
+    return _require(encoded, width <= most // tf.maximum(height, 1), message)
+
+
+_fewer_pixels = contextvars.ContextVar[int | None]("fewer pixels", default=None)
+
+
+@contextlib.contextmanager
+def at_most_pixels(most: int | None) -> Iterator[None]:
+    """Has graphs that are built meanwhile refuse larger images; None: MAX_PIXELS."""
+    before = _fewer_pixels.set(most)
+    try:
+        yield
+    finally:
+        _fewer_pixels.reset(before)
 
 
 def _require(encoded: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf.Tensor:

@@ -15,16 +15,15 @@ import keras
 
 from keras_rsft import _storage
 from keras_rsft._runtime import require_tensorflow_backend
-from keras_rsft.backbones._build import first_line
+from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
 from keras_rsft.backbones._foreign import weights_bytes
 from keras_rsft.backbones._load import licence_of_weights
 from keras_rsft.config import ExportConfig
-from keras_rsft.errors import DataError
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export import _places
 from keras_rsft.export._formats import export_litert, export_onnx, require_tf2onnx
 from keras_rsft.export._saved_model import export_saved_model
 from keras_rsft.report._summary import Accuracy, accuracies_of, share_text
-from keras_rsft.training._run import read_class_names
 
 # Model card ---------------------------------------------------------------------------
 
@@ -89,7 +88,7 @@ def _metrics(accuracy: Accuracy) -> list[dict[str, Any]]:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    return list(_storage.read_csv(path)) if path.is_file() else []
+    return list(_storage.read_csv(path)) if path.exists() else []
 
 
 def _text(value: Any) -> str:
@@ -138,26 +137,30 @@ def read_run(folder: str | os.PathLike) -> FinishedRun:
     folder = Path(folder)
     _places.check_run_folder(folder)
     try:
-        model = keras.saving.load_model(folder / _storage.MODEL_FILE, compile=False)
-        class_names = read_class_names(folder)
-        if (folder / _storage.SEARCH_FILE).is_file():
-            results = _read_json(folder / _storage.RESULTS_FILE)
-            config = _read_json(folder / _storage.SEARCH_FILE)["data"][0]
-            config |= results.get("settings") or {}
-            config |= {name: results.get(name) for name in ("command", "versions")}
-        else:
-            config = _read_json(folder / _storage.CONFIG_FILE)
-    except (ValueError, TypeError, LookupError, OSError) as error:
+        model = load_keras_file(folder / _storage.MODEL_FILE)
+    except (DataError, InvalidArgument):
+        raise
+    except UNREADABLE as error:
         raise DataError(
-            f"The run {folder} cannot be read: {first_line(error)}. Its backbone, head "
-            "and class names must be whole; a backbone with layers of your own needs "
-            "these registered with Keras first."
+            f"{folder / _storage.MODEL_FILE} cannot be read: {first_line(error)}. A "
+            "backbone with layers of your own needs these registered with Keras first."
         ) from error
+    class_names = _storage.read_class_names(folder, model.output_shape[-1])
+    search = folder / _storage.SEARCH_FILE
+    if not search.is_file():
+        config = _read_json(folder / _storage.CONFIG_FILE)
+        return FinishedRun(folder, model, class_names, config)
+    results = _read_json(folder / _storage.RESULTS_FILE)
+    with _storage.understood(search):
+        config = dict(_read_json(search)["data"][0])
+    with _storage.understood(folder / _storage.RESULTS_FILE):
+        config |= results.get("settings") or {}
+        config |= {name: results.get(name) for name in ("command", "versions")}
     return FinishedRun(folder, model, class_names, config)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _storage.json_of(path, dict) if path.exists() else {}
 
 
 def export_run(
@@ -195,7 +198,9 @@ def export_run(
         require_tf2onnx()
     if not isinstance(run, FinishedRun):
         run = read_run(run)
-    names, card = run.class_names, model_card(run, target.name)
+    # All else that it shows has been read by now.
+    with _storage.understood(run.folder / _storage.RESULTS_FILE):
+        names, card = run.class_names, model_card(run, target.name)
     dtype = settings.weight_dtype
     if settings.file_format == "saved-model":
         path = export_saved_model(
@@ -204,6 +209,7 @@ def export_run(
             class_names=names,
             version=settings.version,
             top_k=settings.top_k,
+            max_pixels=settings.max_pixels,
             weight_dtype=dtype,
             model_card=card,
         )

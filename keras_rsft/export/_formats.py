@@ -115,15 +115,7 @@ def _converted(
     function: Any, spec: tf.TensorSpec, output: str, opset: int
 ) -> onnx.ModelProto:
     traced = tf.function(function, input_signature=[spec], autograph=False)
-    graph, source = _foreign.freeze(traced.get_concrete_function())
-    converted, _ = require_tf2onnx().convert.from_graph_def(
-        graph,
-        input_names=[f"{spec.name}:0"],
-        output_names=[source],
-        opset=opset,
-        tensors_to_rename={f"{spec.name}:0": spec.name, source: output},
-    )
-    return converted
+    return _foreign.to_onnx(traced.get_concrete_function(), output, opset)
 
 
 def _joined(model: keras.Model, content: bytes) -> onnx.ModelProto:

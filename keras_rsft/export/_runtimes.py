@@ -13,6 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft._runtime import import_extra
+from keras_rsft._storage import bytes_of
+from keras_rsft.backbones._foreign import load_saved_model, require_pure
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._formats import CLASS_NAMES_KEY, LABELS_MEMBER
 
@@ -40,11 +42,12 @@ def load_exported(path: str | os.PathLike) -> ExportedModel:
 
 
 def _load_saved_model(path: Path) -> ExportedModel:
-    loaded = tf.saved_model.load(str(path))
+    loaded = load_saved_model(path)
     serve = loaded.signatures.get("serving_images")
     labels = path / "assets" / "labels.txt"
     if serve is None or not labels.is_file():
         raise DataError(f"{path} has no signature `serving_images`, or no labels.")
+    require_pure(serve.graph.as_graph_def(), path)
     shape = serve.structured_input_signature[1]["images"].shape
 
     def probabilities(images: np.ndarray) -> np.ndarray:
@@ -52,7 +55,7 @@ def _load_saved_model(path: Path) -> ExportedModel:
         signature = loaded.signatures["serving_images"]
         return signature(images=tf.constant(images))["probabilities"].numpy()
 
-    return ExportedModel(tuple(shape[1:3]), _lines(labels.read_bytes()), probabilities)
+    return ExportedModel(tuple(shape[1:3]), _lines(bytes_of(labels)), probabilities)
 
 
 def _load_onnx(path: Path) -> ExportedModel:

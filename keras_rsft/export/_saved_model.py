@@ -18,7 +18,7 @@ from keras_rsft._runtime import import_extra, require_tensorflow_backend
 from keras_rsft._storage import write_new_file, written_whole
 from keras_rsft.backbones._foreign import require_tensorflow
 from keras_rsft.config import ExportConfig
-from keras_rsft.data._images import decode_images
+from keras_rsft.data._images import at_most_pixels, decode_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export import _places
 from keras_rsft.model._rsft_model import RSFTModel
@@ -87,6 +87,7 @@ def serving_graph(
     class_names: Sequence[str],
     labels_file: Path,
     top_k: int | None,
+    max_pixels: int | None = None,
 ) -> tuple[tf.Module, dict[str, Any]]:
     module = tf.Module()
     module.labels = tf.saved_model.Asset(str(labels_file))
@@ -117,7 +118,8 @@ def serving_graph(
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string)])
     def serve_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        images, valid = decode_images(image_bytes, forward.image_size)
+        with at_most_pixels(max_pixels):
+            images, valid = decode_images(image_bytes, forward.image_size)
         served = images_signature(images=images)  # A call: one copy of the model.
         # Empty text or zeros where an image is not valid.
         for name, value in served.items():
@@ -205,6 +207,7 @@ def export_saved_model(
     version: int | None = None,
     top_k: int | None = None,
     weight_dtype: str = "float32",
+    max_pixels: int | None = None,
     warmup: bool | None = None,
     model_card: str | None = None,
 ) -> Path:
@@ -232,6 +235,9 @@ def export_saved_model(
         top_k: In [1, classes]. Default: no `top_labels`.
         weight_dtype: `"float32"`, or `"float16"` for half the size: kernels are
             stored in float16 and widened when the graph runs. Default float32.
+        max_pixels: Refuse encoded images of more pixels, at least 1: they cost time
+            and memory however small their files are. Default: 100,000,000, which
+            takes 300 MB.
         warmup: Write requests that the server runs before it answers, in
             `assets.extra/`. Default: where the extra `serving` is installed.
         model_card: Markdown, written as the version's `README.md`. Default: none.
@@ -248,7 +254,7 @@ def export_saved_model(
     directory = _places.check_model_folder(directory)
     _places.check_name(directory.name)
     model = checked_model(model, class_names)
-    ExportConfig("saved-model", weight_dtype, version, top_k)
+    ExportConfig("saved-model", weight_dtype, version, top_k, max_pixels)
     if top_k is not None and top_k > len(class_names):
         raise InvalidArgument(
             f"`top_k` must be in [1, {len(class_names)}], the number of classes. "
@@ -265,7 +271,9 @@ def export_saved_model(
         with written_whole(target) as partial, tempfile.TemporaryDirectory() as assets:
             labels = Path(assets) / "labels.txt"
             labels.write_text("\n".join(class_names) + "\n", encoding="utf-8")
-            module, signatures = serving_graph(forward, class_names, labels, top_k)
+            module, signatures = serving_graph(
+                forward, class_names, labels, top_k, max_pixels
+            )
             tf.saved_model.save(module, str(partial), signatures=signatures)
             if requests:
                 (partial / WARMUP_FILE).parent.mkdir()

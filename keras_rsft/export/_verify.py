@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._storage import SAMPLES_FILE, read_csv
-from keras_rsft.data._images import decode_images
+from keras_rsft.data._images import at_most_pixels, decode_images
 from keras_rsft.data._samples import ImageData, ImageSplit
 from keras_rsft.errors import DataError
 from keras_rsft.export._export_run import Export, FinishedRun
@@ -125,7 +125,9 @@ def verify_export(
     encoded = list(_generated_images() if images is None else images)
     encoded.append(encoded[0][: len(encoded[0]) // 2])
     size = run.model.input_shape[1:3]
-    decoded, valid = (one.numpy() for one in decode_images(tf.constant(encoded), size))
+    with at_most_pixels(export.settings.max_pixels):
+        found_in = decode_images(tf.constant(encoded), size)
+    decoded, valid = (one.numpy() for one in found_in)
     if not valid.any():
         raise DataError("None of the images to compare on can be decoded.")
     answers = []

@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,25 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from rich.filesize import decimal
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT, Cluster, require_tensorflow_backend
-from keras_rsft._storage import locked, write_json
+from keras_rsft._storage import locked, make_folder, open_regular, write_json
 from keras_rsft.config import CACHE_DTYPES, DTYPES, require_known
 from keras_rsft.data._arrays import whole_split
 from keras_rsft.data._samples import SampleSplit
 from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _shares
+from keras_rsft.features._engines import Forward, choose_engine
 from keras_rsft.features._shares import Part
 from keras_rsft.features._store import (
     FEATURES_FILE,
     INDEX_FILE,
     META_FILE,
     FeatureSet,
+    checksum_of,
+    open_features,
     read_meta,
 )
 
@@ -55,7 +61,11 @@ class FrozenBackbone:
         *,
         num_images: int = 0,
         device_names: Sequence[str] = (),
+        engine: str = "tensorflow",
+        on_note: Callable[[str], None] = lambda text: None,
     ):
+        self.engine, self._on_note = engine, on_note
+        self._run: Forward | None = None
         self._backbone = backbone
         self._device_names = tuple(device_names)
         self._num_images = num_images
@@ -78,10 +88,29 @@ class FrozenBackbone:
     def forward(self) -> tf.types.experimental.PolymorphicFunction:
         return self._traced(())
 
+    def open_engine(self, folder: Path, batch: tf.Tensor) -> None:
+        """Chooses what runs the backbone, before the first batch."""
+        if len(self._device_names) > 1:
+            self.engine = "tensorflow"
+        if self.engine == "tensorflow" or self._run is not None:
+            return
+        self.engine, self._run = choose_engine(
+            self.engine,
+            self.forward,
+            folder=folder,
+            fingerprint=self.fingerprint,
+            batch=batch.numpy(),
+            num_batches=self._num_images / len(batch),
+            on_note=self._on_note,
+        )
+
     def over(
         self, batches: Iterable[tuple[Any, tf.Tensor]]
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Runs the backbone over batches, each on one device, all devices at once."""
+        if (run := self._run) is not None:
+            yield from ((one, run(images.numpy())) for one, images in batches)
+            return
         if len(self._device_names) < 2:
             yield from ((one, self.forward(images).numpy()) for one, images in batches)
             return
@@ -225,7 +254,7 @@ def seconds_per_image(
 
 # Part of every key: raise it when decoding, resizing, the format, or how a backbone is
 # told from another changes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(eq=False)
@@ -276,6 +305,7 @@ class FeaturePass:
             "views": self.augmentations,
             "dim": self.frozen.dim,
             "precision": self.cache_dtype,
+            "engine": self.frozen.engine,
         }
 
     def inputs(self, start: int, stop: int) -> tf.data.Dataset:
@@ -306,8 +336,8 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             sizes = (
                 _shares.size_of(part.path / file) for part in parts for file in files
             )
-            rows = 0
-            opened = [stack.enter_context((joining / one).open("wb")) for one in files]
+            rows, whole = 0, dict.fromkeys(files, 0)
+            opened = [stack.enter_context((joining / one).open("xb")) for one in files]
             advance = stack.enter_context(
                 progress_bar(
                     f"{name}: joining shards",
@@ -316,10 +346,12 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             )  # fmt: skip
             for part in parts:
                 record = part.finished() or {"rows": -1, "checksums": {}}
-                index = np.fromfile(part.path / INDEX_FILE, dtype=np.int64)
+                index = read_index(part.path)
                 fault = _shares.index_fault(index, part.stretch, record["rows"])
                 for file, target in zip(files, opened, strict=True):
-                    checksum = _shares.append_file(part.path / file, target, advance)
+                    checksum, whole[file] = _shares.append_file(
+                        part.path / file, target, whole[file], advance
+                    )
                     if fault is None and checksum != record["checksums"].get(file):
                         fault = f"{file} is not what was written"
                 if fault is not None:
@@ -334,8 +366,8 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
             for target in opened:
                 target.flush()
                 os.fsync(target.fileno())
-            write_json(joining / META_FILE, {"rows": rows, **work.meta})
-            _shares.publish(joining, folder)
+            checksums = {name: f"{value:08x}" for name, value in whole.items()}
+            _publish(work, joining, rows, checksums)
         shutil.rmtree(shares, ignore_errors=True)
 
 
@@ -344,10 +376,10 @@ def append_rows(
 ) -> tuple[int, dict[str, str]]:
     """Computes the features of a stretch of the split, after those that are there."""
     split, frozen = work.split, work.frozen
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     features_path, index_path = partial / FEATURES_FILE, partial / INDEX_FILE
     for path in (features_path, index_path):
-        path.touch()
+        open_regular(path, "ab").close()
     # Of what a killed run left, whole batches stay, so that all later ones hold the
     # images that they would have held: the last bits of a feature may depend on what
     # it is computed together with.
@@ -355,30 +387,29 @@ def append_rows(
         index_path.stat().st_size // 8, features_path.stat().st_size // work.row_bytes
     )
     rows -= rows % work.batch_size
+    index_before = read_index(partial)[:rows]
+    if _shares.index_fault(index_before, stretch, rows) is not None:
+        rows = 0
     os.truncate(index_path, 8 * rows)
     os.truncate(features_path, work.row_bytes * rows)
-    next_index = stretch.start
-    if rows:
-        next_index = int(np.fromfile(index_path, dtype=np.int64)[-1]) + 1
+    next_index = int(index_before[-1]) + 1 if rows else stretch.start
     needed = work.row_bytes * (stretch.stop - next_index)
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"The features need {needed / 1e9:.2f} GB and the disk has "
-            f"{free / 1e9:.2f} GB free. Choose another folder with `--cache-dir`",
+            f"The features need {decimal(needed)} and the disk has "
+            f"{decimal(free)} free. Choose another folder with `--cache-dir`",
             str(partial),
         )
     samples = work.inputs(next_index, stretch.stop)
     samples = samples.batch(work.batch_size).prefetch(2)
     done = next_index - stretch.start
-    digests = {}
-    for path in (features_path, index_path):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, _shares.CHECKSUM)
+    paths = (features_path, index_path)
+    checksums = {path.name: int(checksum_of(path), 16) for path in paths}
     with (
-        features_path.open("ab", buffering=0) as features_file,
-        index_path.open("ab", buffering=0) as index_file,
+        open_regular(features_path, "ab", buffering=0) as features_file,
+        open_regular(index_path, "ab", buffering=0) as index_file,
         progress_bar(
             f"{work.called} of {split.name}", total=len(stretch), unit=split.kind,
             done=done, visible=work.progress,
@@ -390,13 +421,17 @@ def append_rows(
             # The index only after its features are safe.
             for file, array in ((features_file, values), (index_file, index)):
                 _append(file, array)
-                digests[Path(file.name).name].update(_bytes_of(array))
+                name = Path(file.name).name
+                checksums[name] = zlib.crc32(_bytes_of(array), checksums[name])
 
         writing: Future | None = None
-        flat_batches = (
+        flat_batches: Iterator[tuple[np.ndarray, tf.Tensor]] = (
             (index.numpy(), tf.reshape(batch, (-1, *frozen.sample_shape)))
             for index, batch in samples
         )
+        if (first := next(flat_batches, None)) is not None:
+            frozen.open_engine(work.folder.parent / "engines", first[1])
+            flat_batches = itertools.chain([first], flat_batches)
         for index, features in frozen.over(flat_batches):
             _require_unreadable(work, range(next_index, int(index[-1])), index)
             values = _cached_as(work.cache_dtype, features)
@@ -411,7 +446,22 @@ def append_rows(
         if writing is not None:
             writing.result()
         _require_unreadable(work, range(next_index, stretch.stop), ())
-    return rows, {name: digest.hexdigest() for name, digest in digests.items()}
+    return rows, {name: f"{value:08x}" for name, value in checksums.items()}
+
+
+def read_index(folder: Path) -> np.ndarray:
+    """Returns which sample each row of a folder is of."""
+    with open_regular(folder / INDEX_FILE) as file:
+        return np.fromfile(file, dtype=np.int64)
+
+
+def _publish(
+    work: FeaturePass, filled: Path, rows: int, checksums: Mapping[str, str]
+) -> None:
+    write_json(
+        filled / META_FILE, {"rows": rows, **work.meta, "checksums": dict(checksums)}
+    )
+    _shares.publish(filled, work.folder)
 
 
 def _require_rows(rows: int, split: SampleSplit) -> None:
@@ -535,6 +585,7 @@ def default_cache_dir() -> Path:
 def run_alone(work: FeaturePass) -> None:
     """Makes a pass, or what is left of it; where another process does, waits for it."""
     with locked(f"{work.folder}.lock"):
+        _discard_damaged(work)
         if work.is_done:
             return
         parts = _shares.finished_parts(work.folder, len(work.split))
@@ -542,20 +593,35 @@ def run_alone(work: FeaturePass) -> None:
             _join_parts(work, parts, DEFAULT_TIMEOUT)
             return
         partial = work.folder.with_name(f"{work.folder.name}.partial")
-        rows, _ = append_rows(work, partial, range(len(work.split)))
+        rows, checksums = append_rows(work, partial, range(len(work.split)))
         _require_rows(rows, work.split)
-        write_json(partial / META_FILE, {"rows": rows, **work.meta})
-        _shares.publish(partial, work.folder)
+        _publish(work, partial, rows, checksums)
+
+
+def _discard_damaged(work: FeaturePass) -> None:
+    """Removes cached features that are not as they were written, and says so."""
+    if not os.path.lexists(work.folder):
+        return
+    try:
+        _opened(work.folder, len(work.split))
+    except DataError as error:
+        warnings.warn(f"{error} They are computed anew.", stacklevel=2)
+        _shares.remove(work.folder)
+
+
+def _opened(folder: Path, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns what is known of a finished folder, and its index, both checked."""
+    meta, index = open_features(folder), read_index(folder)
+    if fault := _shares.index_fault(index, range(count), meta["rows"]):
+        raise DataError(f"The cached features in {folder} are damaged: {fault}.")
+    return meta, index
 
 
 def open_cached(folder: Path, split: SampleSplit) -> FeatureSet:
     """Returns the features in a finished folder, with the labels of the split."""
     whole = None
     if split.before_review is None:
-        meta = read_meta(folder)
-        if meta is None:
-            raise OSError(errno.EIO, "The cached features are damaged", str(folder))
-        index = np.fromfile(folder / INDEX_FILE, dtype=np.int64)
+        meta, index = _opened(folder, len(split))
         missing = np.setdiff1d(np.arange(len(split)), index)
         unreadable = [
             (str(split.ids[i]), split.read_error(int(i)) or "unreadable")
@@ -654,6 +720,11 @@ def keep_shares(
     passes: Sequence[FeaturePass], cluster: Cluster, timeout: float = DEFAULT_TIMEOUT
 ) -> None:
     """Computes this process's shard of each pass, and waits for nobody."""
+    for work in passes:
+        # Before any shard is finished: nobody removes what others have joined.
+        if os.path.lexists(work.folder):
+            with locked(f"{work.folder}.lock", needed=False):
+                _discard_damaged(work)
     for work in passes:
         parts = work.parts(len(cluster))
         if work.is_done or cluster.index >= len(parts):

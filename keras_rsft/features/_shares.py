@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from keras_rsft._storage import locked, replaced, write_json
+from keras_rsft._storage import (
+    json_of,
+    locked,
+    make_folder,
+    open_regular,
+    replaced,
+    write_json,
+)
 from keras_rsft.errors import WorkerLost
 from keras_rsft.features._store import read_meta
 
 _SHARE_FILE = "share.json"
 _LOCK_FILE = ".lock"
 SECONDS_BETWEEN_LOOKS = 0.2
-CHECKSUM = "blake2b"
 _COPIED_BYTES = 2**24
 
 
@@ -63,7 +68,7 @@ class Part:
     def finished(self) -> dict[str, Any] | None:
         """Returns `rows` and `checksums` of a finished part, else None."""
         try:
-            record = json.loads((self.path / _SHARE_FILE).read_text(encoding="utf-8"))
+            record = json_of(self.path / _SHARE_FILE, dict)
             return {"rows": int(record["rows"]), "checksums": dict(record["checksums"])}
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -102,7 +107,7 @@ def joining_folder(folder: Path) -> Path:
 
 def held(folder: Path, timeout: float) -> contextlib.AbstractContextManager[None]:
     """Locks a folder, where the file system has locks; WorkerLost if others do."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lost = WorkerLost(
         f"Another process has held {folder} for {timeout:.0f} s. "
         "Each worker must have an index of its own; end the other one."
@@ -132,10 +137,17 @@ def watched(
         time.sleep(min(SECONDS_BETWEEN_LOOKS, timeout))
 
 
+def remove(folder: Path) -> None:
+    """Removes a folder, or a link to one, whose folder stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish(filled: Path, folder: Path) -> None:
     """Gives a complete folder its final name; a damaged one there is removed."""
     if read_meta(folder) is None:
-        shutil.rmtree(folder, ignore_errors=True)  # Only ever a damaged one.
+        remove(folder)  # Only ever a damaged one.
         try:
             filled.rename(folder)
             return
@@ -157,13 +169,13 @@ def index_fault(index: np.ndarray, stretch: range, rows: int) -> str | None:
 
 
 def append_file(
-    source: Path, target: BinaryIO, advance: Callable[[float], None]
-) -> str:
-    """Copies a file to the end of another, and returns its checksum."""
-    digest = hashlib.new(CHECKSUM)
-    with source.open("rb") as file:
+    source: Path, target: BinaryIO, before: int, advance: Callable[[float], None]
+) -> tuple[str, int]:
+    """Copies a file to the end of another; returns its checksum, and that of both."""
+    checksum = 0
+    with open_regular(source) as file:
         while piece := file.read(_COPIED_BYTES):
-            digest.update(piece)
+            checksum, before = (zlib.crc32(piece, one) for one in (checksum, before))
             target.write(piece)
             advance(len(piece) / 2**20)
-    return digest.hexdigest()
+    return f"{checksum:08x}", before

@@ -59,10 +59,11 @@ def write_thumbnails(
             with _storage.written_whole(pack) as partial:
                 _render(whole, partial, progress)
     for name in (_storage.THUMBNAILS_FILE, _storage.THUMBNAILS_INDEX_FILE):
-        try:
-            os.link(pack / name, folder / name)  # No second copy on the same disk.
-        except OSError:
-            shutil.copyfile(pack / name, folder / name)
+        with _storage.open_regular(pack / name) as file:
+            try:
+                os.link(pack / name, folder / name)  # No second copy on the same disk.
+            except OSError:
+                (folder / name).write_bytes(file.read())
 
 
 def write_previews(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 
 from keras_rsft._stats import Interval
 from keras_rsft.report._record import EpochLosses
-from keras_rsft.report._summary import share_text, shortened
+from keras_rsft.report._summary import escaped, share_text, shortened
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 28
@@ -44,7 +43,7 @@ def _tag(name: str, content: str = "", /, **attributes: Any) -> str:
         if value is not None:
             text = f"{round(value, 2):g}" if isinstance(value, float) else str(value)
             key = key.rstrip("_").replace("_", "-")
-            written += f' {key}="{html.escape(text)}"'
+            written += f' {key}="{escaped(text)}"'
     return f"<{name}{written}>{content}</{name}>"
 
 
@@ -65,7 +64,7 @@ def _words(
 ) -> str:
     if not text:
         return ""
-    return _tag("text", html.escape(text), class_=class_, x=x, y=y, text_anchor=anchor)
+    return _tag("text", escaped(text), class_=class_, x=x, y=y, text_anchor=anchor)
 
 
 def _svg(

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_rsft import _storage
 from keras_rsft.errors import DataError
-from keras_rsft.features._store import FEATURES_FILE, FeatureSet, read_meta
+from keras_rsft.features._store import FEATURES_FILE, FeatureSet, open_features
 from keras_rsft.label_quality._audit import LabelQuality, audit_labels
 from keras_rsft.report._record import RunRecord
 
@@ -103,13 +103,17 @@ class LiveAudit:
         rows: list[int] | None,
         dropped: dict[str, int],
         clean: bool,
+        checksums: dict[str, str],
     ) -> FeatureSet:
         place, ledger = Path(folder), self._record.ledger
-        meta = read_meta(place)
-        if meta is None:
+        if not (place / FEATURES_FILE).exists():
             raise DataError(
                 f"The features of this run are no longer cached in {place.parent}."
             )
+        meta = open_features(place)
+        # The run may be somebody else's: it must know what it wants to be read.
+        if meta.pop("checksums") != checksums:
+            raise DataError(f"The features in {folder} are not those of this run.")
         count = int(meta.pop("rows"))
         mine = [row for row, split in enumerate(ledger.split) if split == name]
         at = np.arange(count) if rows is None else np.array(rows, int)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from keras_rsft.report import _charts as charts
 from keras_rsft.report import _summary as summaries
-from keras_rsft.report._summary import Summary, Table
+from keras_rsft.report._summary import Summary, Table, escaped
 
 MOST_CLASSES = 20
 MOST_TRIALS = 10
@@ -100,18 +99,18 @@ def search_html(found: Any) -> str:
 
 def _summary_html(summary: Summary) -> str:
     sentences = "".join(
-        f"<p>{html.escape(one)}</p>" for one in (*summary.warnings, *summary.notes)
+        f"<p>{escaped(one)}</p>" for one in (*summary.warnings, *summary.notes)
     )
     return "".join(map(table_html, summary.tables)) + sentences
 
 
 def table_html(table: Table) -> str:
     def line(tag: str, cells: tuple[str, ...]) -> str:
-        escaped = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        return f"<tr>{''.join(escaped)}</tr>"
+        written = (f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{''.join(written)}</tr>"
 
     head = line("th", table.columns) if any(table.columns) else ""
     body = "".join(line("td", row) for row in table.rows)
-    title = f"<caption>{html.escape(table.title)}</caption>" if table.title else ""
-    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
+    title = f"<caption>{escaped(table.title)}</caption>" if table.title else ""
+    note = f"<p>{escaped(table.note)}</p>" if table.note else ""
     return f"<table>{title}<thead>{head}</thead><tbody>{body}</tbody></table>{note}"

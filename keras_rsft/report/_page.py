@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ import numpy as np
 from keras_rsft import _storage
 from keras_rsft._stats import paired_share_interval
 from keras_rsft.config import TEXTS, PolicyConfig, TrainConfig, UnfreezeConfig
-from keras_rsft.errors import InvalidArgument
+from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.report import _charts as charts
 from keras_rsft.report import _summary as summary
 from keras_rsft.report._record import RunRecord, Samples, read_run
@@ -238,18 +239,35 @@ def write_report(
         record = read_run(Path(written))
         target = Path(record.folder / _storage.REPORT_FILE if path is None else path)
         _require_report(target)
-        page = render_page(record)
+        page = rendered(record)
     _storage.replaced(target, lambda beside: beside.write_text(page, encoding="utf-8"))
     return target
 
 
 def _require_report(path: Path) -> None:
     """Refuses to overwrite a file that is not a report."""
-    if path.exists() and not (path.is_file() and _MARK in path.read_bytes()[:4096]):
+    if path.exists() and not _is_report(path):
         raise InvalidArgument(
             f"{path} exists and is not a report. Nothing of yours is overwritten: "
             "choose another path, or move it away."
         )
+
+
+def rendered(record: RunRecord, **how: Any) -> str:
+    """Returns a run's page; what only now turns out to be damaged is one of two."""
+    folder = record.folder
+    source = f"{folder / _storage.RESULTS_FILE} or {_storage.CONFIG_FILE} beside it"
+    with _storage.understood(source):
+        return render_page(record, **how)
+
+
+def _is_report(path: Path) -> bool:
+    with (
+        contextlib.suppress(OSError, DataError),
+        _storage.open_regular(path) as file,
+    ):
+        return _MARK in file.read(4096)
+    return False
 
 
 def render_page(
@@ -271,6 +289,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda one: summary.shown(one) if type(one) is str else one,
     )
     templates.filters |= {"safe_json": script_json, "share": share_text}
     style = "\n".join(map(charts.asset, _STYLES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ import numpy as np
 
 from keras_rsft import _storage
 from keras_rsft.config import IMAGES, TEXTS, takes_texts
-from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.errors import InvalidArgument
 
 TRIALS_FILE, HEAT_MAP_FILE = "trials.csv", "heatmap.svg"
 PARALLEL_COORDINATES_FILE = "parallel_coordinates.svg"
+
+
+# Of one small picture.
+_MOST_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +95,7 @@ class RunRecord:
         digest = hashlib.sha256(json.dumps(self.config, default=str).encode())
         for name in (_storage.LEDGER_FILE, _storage.RESULTS_FILE):
             path = self.folder / name
-            digest.update(path.read_bytes() if path.exists() else b"")
+            digest.update(_storage.bytes_of(path) if path.exists() else b"")
         return digest.hexdigest()[:16]
 
     @functools.cached_property
@@ -118,7 +124,7 @@ class RunRecord:
         path = self.folder / _storage.TEXTS_FILE
         if not path.is_file():
             return {}
-        with path.open(encoding="utf-8") as lines:
+        with _storage.text_of(path) as lines:
             rows = map(json.loads, lines)
             return {str(row["id"]): str(row["text"]) for row in rows}
 
@@ -135,7 +141,7 @@ class RunRecord:
         """The search's SVG files that exist: `heatmap`, `parallel_coordinates`."""
         names = (HEAT_MAP_FILE, PARALLEL_COORDINATES_FILE)
         paths = (self.folder / name for name in names)
-        return {path.stem: path.read_bytes() for path in paths if path.exists()}
+        return {path.stem: _storage.bytes_of(path) for path in paths if path.exists()}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -146,66 +152,67 @@ def read_run(folder: Path) -> RunRecord:
             "Expected a run folder, as `keras-rsft fit` leaves it, with "
             f"{_storage.RESULTS_FILE} and {_storage.LEDGER_FILE}. Received: {folder}."
         )
-    try:
-        return _read(folder, is_search=not has_ledger)
-    except (ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"A file in {folder} is not as `keras-rsft` wrote it "
-            f"({type(error).__name__}: {error}). Make the run again."
-        ) from error
-
-
-def _read(folder: Path, *, is_search: bool) -> RunRecord:
-    def json_of(name: str) -> Any:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-
-    config = json_of(_storage.SEARCH_FILE if is_search else _storage.CONFIG_FILE)
+    is_search = not has_ledger
+    path = folder / (_storage.SEARCH_FILE if is_search else _storage.CONFIG_FILE)
+    config = _storage.json_of(path, dict)
     if is_search and not (folder / _storage.CLASSES_FILE).exists():
-        class_names = tuple(config["data"][1])  # All trials failed: no model.
+        with _storage.understood(path):
+            class_names = tuple(config["data"][1])  # All trials failed: no model.
     else:
-        class_names = tuple(json_of(_storage.CLASSES_FILE))
-    metrics = _rows(folder / _storage.METRICS_FILE)
-    losses, bins = [], _rows(folder / _storage.HISTOGRAMS_FILE)
-    for epoch, group in itertools.groupby(bins, lambda row: int(row["epoch"])):
-        rows = list(group)
-        threshold = rows[-1]["threshold"]
-        counted = tuple(
-            (float(r["low"]), float(r["high"]), int(r["accepted"]), int(r["rejected"]))
-            for r in rows
-        )
-        limit = float(threshold) if threshold else None
-        losses.append(EpochLosses(epoch, limit, counted))
-    listed = _rows(folder / _storage.SAMPLES_FILE)
-    reviewed = {row["id"] for row in listed if row.get("decision")}
+        class_names = _storage.read_class_names(folder)
+    with _rows(folder / _storage.METRICS_FILE) as rows:
+        metrics = {
+            name: [_number(row[name]) for row in rows]
+            for name in (rows[0] if rows else {})
+        }
+    losses = []
+    with _rows(folder / _storage.HISTOGRAMS_FILE) as bins:
+        for epoch, group in itertools.groupby(bins, lambda row: int(row["epoch"])):
+            counted = []
+            for row in group:
+                limit = _number(row["threshold"])
+                edges = _finite(row["low"]), _finite(row["high"])
+                counted.append((*edges, int(row["accepted"]), int(row["rejected"])))
+            known = None if math.isnan(limit) else limit
+            losses.append(EpochLosses(epoch, known, tuple(counted)))
+    with _rows(folder / _storage.SAMPLES_FILE) as listed:
+        reviewed = {row["id"] for row in listed if row.get("decision")}
+        split_sizes = collections.Counter(row["split"] for row in listed)
     acceptance, path = np.array([]), folder / _storage.ACCEPTANCE_FILE
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
+        with _storage.text_of(path) as file:
             *_, last = csv.reader(file)  # By position: a class may be called "epoch".
-        acceptance = np.array([_number(cell) for cell in last[1:]])
+            acceptance = np.array([_number(cell) for cell in last[1:]])
+    with _rows(folder / _storage.NEAR_DUPLICATES_FILE) as rows:
+        pairs = tuple(
+            (row["id"], row["other_id"], _finite(row["similarity"])) for row in rows
+        )
+    with _rows(folder / TRIALS_FILE) as rows:
+        trials = tuple(rows)
     return RunRecord(
         folder=folder,
         class_names=class_names,
         config=config,
-        results=json_of(_storage.RESULTS_FILE),
-        metrics={
-            name: [_number(row[name]) for row in metrics]
-            for name in (metrics[0] if metrics else {})
-        },
+        results=_storage.json_of(folder / _storage.RESULTS_FILE, dict),
+        metrics=metrics,
         samples=None if is_search else _samples(folder, class_names, reviewed),
         losses=tuple(losses),
         acceptance=acceptance,
-        pairs=tuple(
-            (row["id"], row["other_id"], float(row["similarity"]))
-            for row in _rows(folder / _storage.NEAR_DUPLICATES_FILE)
-        ),
-        split_sizes=collections.Counter(row["split"] for row in listed),
-        trials=tuple(_rows(folder / TRIALS_FILE)),
+        pairs=pairs,
+        split_sizes=split_sizes,
+        trials=trials,
     )
 
 
 def _samples(folder: Path, class_names: tuple[str, ...], reviewed: set[str]) -> Samples:
+    with _rows(folder / _storage.LEDGER_FILE) as rows:
+        return _samples_in(rows, class_names, reviewed)
+
+
+def _samples_in(
+    rows: list[dict[str, str]], class_names: tuple[str, ...], reviewed: set[str]
+) -> Samples:
     positions = {name: index for index, name in enumerate(class_names)} | {"": -1}
-    rows = _rows(folder / _storage.LEDGER_FILE)
 
     def labels(column: str) -> np.ndarray:
         return np.array([positions[row[column]] for row in rows], np.int32)
@@ -231,8 +238,11 @@ def _samples(folder: Path, class_names: tuple[str, ...], reviewed: set[str]) -> 
 
 
 def _pictures(index: Path) -> dict[str, tuple[int, int]]:
-    rows = _rows(index)
-    return {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
+    with _rows(index) as rows:
+        places = {row["id"]: (int(row["offset"]), int(row["bytes"])) for row in rows}
+        if any(min(place) < 0 or place[1] > _MOST_BYTES for place in places.values()):
+            raise ValueError("a picture in no place")
+        return places
 
 
 def _cut(path: Path, place: tuple[int, int] | None) -> bytes | None:
@@ -240,14 +250,23 @@ def _cut(path: Path, place: tuple[int, int] | None) -> bytes | None:
     if place is None:
         return None
     offset, length = place
-    with path.open("rb") as file:
+    with _storage.open_regular(path) as file:
         file.seek(offset)
         return file.read(length)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    return list(_storage.read_csv(path)) if path.exists() else []
+@contextlib.contextmanager
+def _rows(path: Path) -> Iterator[list[dict[str, str]]]:
+    """Gives a table's rows; what is wrong with them is said of this file."""
+    with _storage.understood(path):
+        yield list(_storage.read_csv(path)) if path.exists() else []
 
 
 def _number(cell: str) -> float:
     return float(cell) if cell else math.nan
+
+
+def _finite(cell: str) -> float:
+    if not math.isfinite(number := float(cell)):
+        raise ValueError(f"a number must be finite, not {cell}")
+    return number

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import stat
 import sys
 import threading
 from http import HTTPStatus
@@ -20,7 +19,7 @@ from keras_rsft import _storage
 from keras_rsft.config import IMAGES
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.report._live import Decided, LiveAudit
-from keras_rsft.report._page import render_page
+from keras_rsft.report._page import rendered
 from keras_rsft.report._record import RunRecord
 
 ADDRESS = "127.0.0.1"
@@ -97,12 +96,7 @@ def read_below(root: Path, name: str) -> bytes:
             inner = os.open(folder, flags, dir_fd=place)
             os.close(place)
             place = inner
-        # Opening a pipe would wait for somebody who writes.
-        flags = os.O_RDONLY | os.O_NONBLOCK | follow_none
-        with open(os.open(last, flags, dir_fd=place), "rb") as file:
-            state = os.fstat(file.fileno())
-            if not stat.S_ISREG(state.st_mode) or state.st_size > _MAX_PHOTO_BYTES:
-                raise ValueError(name)
+        with _storage.open_regular(last, most=_MAX_PHOTO_BYTES, dir_fd=place) as file:
             return file.read(_MAX_PHOTO_BYTES)
     finally:
         os.close(place)
@@ -126,7 +120,7 @@ class ReviewServer(http.server.ThreadingHTTPServer):
             self._live = None
             self.live_error = f"The order stays as it is: {error}"
         self._turn = threading.Lock()
-        page = render_page(
+        page = rendered(
             record,
             served=True,
             token=None if self._live is None else self.token,

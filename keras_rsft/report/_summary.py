@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,21 @@ from keras_rsft._stats import Interval, apportioned, proportion_interval
 from keras_rsft.config import takes_texts
 
 # Words --------------------------------------------------------------------------------
+
+# What steers a terminal, turns the text around it, or is no character at all.
+_STEERING = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def shown(text: str) -> str:
+    """Spells out what a name of somebody else's must not do to its surroundings."""
+    return _STEERING.sub(lambda one: one[0].encode("unicode_escape").decode(), text)
+
+
+def escaped(text: str) -> str:
+    return html.escape(shown(text))
+
 
 # The fractions among the results of a run, in the order in which they are shown.
 RESULT_NAMES = {

@@ -21,7 +21,7 @@ from keras_rsft.training._head import HELD_OUT, head_probabilities, judge_of
 
 COLUMNS = ("id", "split", "given_label", "predicted_label")
 # What of a run's configuration may differ between the runs before and after a review.
-_NOT_SETTINGS = ("command", "finding", "versions", "corrections")
+_NOT_SETTINGS = ("command", "finding", "versions", "corrections", "engine")
 
 
 # Ids and predicted labels of a split that was not trained on, by the split's name.

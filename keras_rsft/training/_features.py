@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +15,10 @@ import numpy as np
 
 from keras_rsft._progress import progress_bar
 from keras_rsft._runtime import DEFAULT_TIMEOUT
-from keras_rsft._storage import replaced
+from keras_rsft._storage import open_regular, read_json, replaced
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.config import (
+    ENGINES,
     IMAGES,
     NOT_REPEATABLE,
     SPLITS,
@@ -29,7 +31,7 @@ from keras_rsft.data._samples import ImageData, ImageSplit, SampleData
 from keras_rsft.features import _extract
 from keras_rsft.features._batches import positions_of
 from keras_rsft.features._neighbours import before_reviews, copy_groups, with_copies
-from keras_rsft.features._store import FeatureSet
+from keras_rsft.features._store import META_FILE, FeatureSet
 from keras_rsft.training._devices import ONE_DEVICE, Devices
 
 
@@ -113,9 +115,10 @@ def _copy_groups(
     # The folders of features are named after the samples and the backbone.
     names = "\0".join([part.path.parent.name for part in whole])
     path = cache / f"copies-{hashlib.sha256(names.encode()).hexdigest()[:32]}.npy"
-    with contextlib.suppress(OSError, ValueError):
-        groups = np.load(path)
-        if groups.shape == (sum(map(len, whole)),):
+    with contextlib.suppress(OSError, EOFError, ValueError), open_regular(path) as file:
+        groups, checksum = np.split(np.load(file, allow_pickle=False), [-1])
+        known = len(groups) == sum(map(len, whole))
+        if known and checksum == zlib.crc32(groups.tobytes()):
             return groups
     splits = (data.train, data.validation, data.test)
     originals = [split.before_review or split for split in splits]
@@ -142,7 +145,7 @@ def _copy_groups(
         return np.einsum("ij,ij->i", one, other) >= _PIXELS_ALIKE
 
     look = look_same if data.kind == IMAGES else None
-    groups = copy_groups(whole, look, progress=progress)
+    groups = copy_groups(whole, look, progress=progress).astype(np.int64)
     with contextlib.suppress(OSError):  # It is found again in no time.
         replaced(path, lambda place: _write_array(place, groups))
     return groups
@@ -150,7 +153,7 @@ def _copy_groups(
 
 def _write_array(path: Path, values: np.ndarray) -> None:
     with path.open("wb") as file:
-        np.save(file, values)
+        np.save(file, np.append(values, zlib.crc32(values.tobytes())))
 
 
 def _apart(
@@ -213,6 +216,8 @@ class FeatureSource:
             origin["data"] += NOT_REPEATABLE
             origin["fingerprint"] = self.data.fingerprint
         del origin["cache_dir"]
+        cached = self.features.train.path.parent
+        origin["engine"] = (read_json(cached / META_FILE) or {}).get("engine")
         origin["image_size"] = list(self.backbone.input_shape[1:3]) or None
         if self.data.corrections is not None:
             origin["corrections"] = self.data.corrections.record()
@@ -240,7 +245,9 @@ def resolve(
 
 
 def choose_dtype(config: FeatureConfig) -> str:
-    if config.dtype == "auto" and is_fixed_network(str(config.backbone)):
+    if config.dtype == "auto" and (
+        is_fixed_network(str(config.backbone)) or config.engine not in ENGINES[:2]
+    ):
         return "float32"
     return _extract.choose_dtype(config.dtype)
 
@@ -270,7 +277,13 @@ def open_features(
     backbone = load_configured(config)
     on_backbone(backbone)
     passes = feature_passes(
-        backbone, data, config, seed=seed, progress=progress, devices=devices
+        backbone,
+        data,
+        config,
+        seed=seed,
+        progress=progress,
+        devices=devices,
+        on_note=on_note,
     )
     if devices.cluster.is_alone:
         for work in passes:
@@ -295,6 +308,7 @@ def feature_passes(
     seed: int = 0,
     progress: bool = True,
     devices: Devices = ONE_DEVICE,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> list[_extract.FeaturePass]:
     splits = (data.train, data.validation, data.test)
     more = (config.augmentations - 1) * len(data.train)
@@ -303,6 +317,8 @@ def feature_passes(
             backbone,
             num_images=sum(map(len, splits)) + more,
             device_names=devices.local_names,
+            engine="tensorflow" if config.dtype == "bfloat16" else config.engine,
+            on_note=on_note,
         )
     return [
         _extract.FeaturePass(

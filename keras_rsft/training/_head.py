@@ -80,6 +80,16 @@ class TrainedHead:
         return self.recorder.ledger
 
 
+def why_nothing(loss: float) -> str:
+    """Says what may have kept samples of this mean loss from being accepted."""
+    if not np.isfinite(loss):
+        return "The losses are NaN or infinite: lower `--learning-rate`."
+    return (
+        f"The losses are {loss:.3g} on average: change `--threshold` where the policy "
+        "has one, raise `--warmup-epochs`, or choose another `--policy`."
+    )
+
+
 def train_head(
     features: SplitFeatures,
     settings: TrainConfig,
@@ -156,9 +166,8 @@ def train_head(
         best = int(np.argmax(history[monitor]))
     if history["acceptance_rate"][best] == 0:
         raise TrainingStalled(
-            f"The last of {settings.epochs} epochs accepted no sample: the losses, "
-            f"{history['loss'][-1]:.3g} on average, are not below the threshold. "
-            "Raise `--threshold` or `--warmup-epochs`, or leave both out."
+            f"The last of {settings.epochs} epochs accepted no sample. "
+            f"{why_nothing(history['loss'][-1])}"
         )
     results: dict[str, float] = {}
     for at, name in enumerate(HELD_OUT):

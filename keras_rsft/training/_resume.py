@@ -7,8 +7,10 @@ import dataclasses
 import inspect
 import io
 import json
+import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,7 +81,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         else:
             content = b""
             if self._devices.is_chief and self._path.exists():
-                content = self._path.read_bytes()
+                content = _storage.bytes_of(self._path)
             state = read_state(io.BytesIO(self._devices.from_chief(content)))
         if state is not None and state.belongs_to == self._belongs_to:
             self._restored = self._latest = self._on_disk = state
@@ -152,10 +154,19 @@ def write_state(path: Path, state: TrainingState) -> None:
         np.savez(file, **arrays)
 
 
+# Of NumPy, of zip files, and of JSON.
+_DAMAGES = (
+    OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error,
+    struct.error, MemoryError, RecursionError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+
+
 def read_state(file: Path | BinaryIO) -> TrainingState | None:
     """Reads a state, or None where there is none or it is damaged."""
-    damages = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
-    with contextlib.suppress(*damages):
+    with contextlib.suppress(*_DAMAGES):
+        if isinstance(file, Path):
+            with _storage.open_regular(file) as opened:
+                return read_state(opened)
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         described = json.loads(

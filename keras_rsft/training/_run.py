@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +24,7 @@ from keras_rsft.data._labels import apply_corrections
 from keras_rsft.data._samples import SampleData
 from keras_rsft.errors import InvalidArgument, WorkerLost
 from keras_rsft.features._neighbours import near_duplicates
-from keras_rsft.features._store import FeatureSet
+from keras_rsft.features._store import FeatureSet, read_meta
 from keras_rsft.features._thumbnails import (
     write_excerpts,
     write_previews,
@@ -56,11 +55,6 @@ from keras_rsft.training._unfreeze import (
 SAMPLE_COLUMNS = (
     "id", "split", "given_label", "clean_label", "decision", "label_before", "copy_of"
 )  # fmt: skip
-
-
-def read_class_names(folder: Path) -> tuple[str, ...]:
-    text = (folder / _storage.CLASSES_FILE).read_text(encoding="utf-8")
-    return tuple(json.loads(text))
 
 
 def fill_run_folder(folder: Path, run: Run, work: _Work) -> None:
@@ -176,8 +170,10 @@ def cached_in(features: SplitFeatures) -> dict[str, dict[str, Any]]:
             gone = np.setdiff1d(np.arange(len(whole)), rows)
             dropped = {str(whole.ids[row]): int(row) for row in gone}
         clean = part.reviewed is not None and bool(part.reviewed.all())
+        meta = read_meta(part.path.parent) or {}
         places[name] = {
             "folder": str(part.path.parent),
+            "checksums": meta.get("checksums"),
             "rows": None if part.rows is None else rows.tolist(),
             "dropped": dropped,
             "clean": clean,

@@ -75,9 +75,9 @@ def unfreeze(
     if whole.history["acceptance_rate"][-1] == 0:
         raise TrainingStalled(
             f"The last of the {how.epochs} epochs in which the backbone learns "
-            f"accepted no sample: the losses, {whole.history['loss'][-1]:.3g} on "
-            "average, are not below the threshold. Raise `--threshold`, or leave out "
-            "`--unfreeze`."
+            "accepted no sample. "
+            f"{_head.why_nothing(whole.history['loss'][-1])} Or leave "
+            "out `--unfreeze`."
         )
     results = trained.results
     kept = better_model(head_only, tuned, source, trained, name=name)
@@ -105,7 +105,8 @@ def tune(
         if not trained.accepted.any():
             raise TrainingStalled(
                 "The trained head accepts no sample, so there is nothing to fine-tune "
-                "the last block on. Raise `--threshold`, or leave out `--unfreeze`."
+                "the last block on. Choose another `--policy` or `--threshold`, or "
+                "leave out `--unfreeze`."
             )
         settings = dataclasses.replace(
             settings,

@@ -70,6 +70,7 @@ def open_search(output: str | os.PathLike, identity: dict[str, Any]) -> Iterator
             _storage.write_json(partial / SEARCH_FILE, identity)
     else:
         _check_same(folder, identity)
+        _storage.require_no_links(folder)
     busy = InvalidArgument(
         f"Another process is searching in {folder}. Wait for it, or choose another "
         "`--output`."
@@ -179,16 +180,16 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     known = _storage.read_json(folder / SEARCH_FILE)
-    if known is None:
+    if not isinstance(known, dict):
         raise InvalidArgument(
             f"{folder} exists and is not the folder of a search. Nothing is "
             "overwritten: choose another `--output`."
         )
     other = []
     for part, now in identity.items():
-        was = known.get(part) or {}
-        if was != now and part in _CHANGED:
-            other.append(_CHANGED[part])
+        was = known.get(part)
+        if was != now and (part in _CHANGED or not isinstance(was, dict)):
+            other.append(_CHANGED.get(part, f"other {part}"))
         elif was != now:
             changed = (
                 f"{k} {was.get(k)}, now {now[k]}" for k in now if was.get(k) != now[k]

@@ -21,7 +21,7 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from keras_tuner.errors import FailedTrialError
 
 from keras_rsft._ledger import RejectionLedger
-from keras_rsft._storage import replaced
+from keras_rsft._storage import json_of, open_regular, replaced, understood
 from keras_rsft.config import BATCHED, HYPERBAND, SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.features._batches import TrainingBatches, batches_of
@@ -122,7 +122,13 @@ class DurableTuner(keras_tuner.Tuner):
             self.oracle.save()
 
     def reload(self) -> None:
-        if not self.is_worker:
+        if self.is_worker:
+            return
+        folder = Path(self.project_dir)
+        for path in sorted(folder.glob("trial_*/trial.json")):
+            with understood(path):
+                Trial.from_state(json_of(path, dict))
+        with understood(folder / STATE_FILE):
             self.oracle.reload()
 
     def settings_of(self, trial: Trial, epochs: int) -> TrainConfig:
@@ -132,8 +138,11 @@ class DurableTuner(keras_tuner.Tuner):
     @property
     def outcomes(self) -> tuple[TrialOutcome, ...]:
         """All trials, in the order in which they began."""
-        trials = [self.oracle.trials[name] for name in self.oracle.start_order]
-        return tuple(self._outcome(trial) for trial in trials)
+        outcomes = []
+        for name in self.oracle.start_order:
+            with understood(Path(self.get_trial_dir(name)) / "trial.json"):
+                outcomes.append(self._outcome(self.oracle.trials[name]))
+        return tuple(outcomes)
 
     def _outcome(self, trial: Trial) -> TrialOutcome:
         values, completed = trial.hyperparameters.values, trial.status == COMPLETED
@@ -181,7 +190,8 @@ class DurableTuner(keras_tuner.Tuner):
     def predicted(self, outcome: TrialOutcome) -> np.ndarray:
         """Returns them: integers, one for each validation sample."""
         path = Path(self.get_trial_dir(outcome.trial_id)) / PREDICTED_FILE
-        return np.load(path, allow_pickle=False)
+        with understood(path), open_regular(path) as file:
+            return np.load(file, allow_pickle=False)
 
     def _fail(self, trial: Trial, message: str) -> None:
         trial.status, trial.message = TrialStatus.FAILED, message
@@ -442,9 +452,13 @@ class BatchedTuner(TrialsTuner):
         """Returns a trial's model with the weights of its best epoch."""
         model = self.hypermodel.build(trial.hyperparameters)
         path = Path(self.get_trial_dir(trial.trial_id)) / HEAD_FILE
-        with np.load(path, allow_pickle=False) as saved:
+        with (
+            understood(path),
+            open_regular(path) as file,
+            np.load(file, allow_pickle=False) as saved,
+        ):
             weights = [saved["kernel"], saved["bias"]]
-        model.model.get_layer("scores").set_weights(weights)
+            model.model.get_layer("scores").set_weights(weights)
         batch_size = self.hypermodel.settings.batch_size
         steps = -(-len(self.hypermodel.features.train) // batch_size)
         model.policy.note_steps_seen((trial.best_step + 1) * steps)

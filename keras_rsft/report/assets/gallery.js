@@ -3,7 +3,16 @@
 
 const PAGE_SIZE = 60;
 
+// Spells out what would steer the text around a name, or turn it round.
+function spelled(text) {
+  return String(text).replace(/[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g,
+    (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
 function made(name, properties = {}, ...children) {
+  if ("textContent" in properties) {
+    properties = { ...properties, textContent: spelled(properties.textContent) };
+  }
   const element = document.createElement(name);
   Object.assign(element, properties);
   element.append(...children);

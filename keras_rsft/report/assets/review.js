@@ -194,7 +194,7 @@ class Review {
   show() {
     const { id, split, probability, clean } = this.data.samples;
     const row = this.row;
-    const set = (name, text) => { document.getElementById(`review-${name}`).textContent = text; };
+    const set = (name, text) => { document.getElementById(`review-${name}`).textContent = spelled(text); };
     this.showSample(row);
     set("id", id[row]);
     set("given", this.text("given"));
