@@ -233,6 +233,12 @@ class RejectionLedger(keras.callbacks.Callback):
 
     needs_sample_index = True
 
+    def __deepcopy__(self, memo: dict) -> RejectionLedger:
+        raise InvalidArgument(
+            "A ledger is of one training, and cannot be copied: Keras Tuner copies "
+            "callbacks for each trial. Give one to `fit` within the hypermodel's `fit`."
+        )
+
     def __init__(self, ids: Any = None, labels: Any = None, clean_labels: Any = None):
         super().__init__()
         self._ids, self._clean_labels = ids, clean_labels

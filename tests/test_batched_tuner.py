@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
 
+import keras
 import keras_tuner
 import numpy as np
 import pytest
 from made_features import split_features
 
+from keras_rsft._ledger import RejectionLedger
 from keras_rsft.config import SearchConfig, SearchSpace, TrainConfig
 from keras_rsft.errors import DataError, InvalidArgument
+from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._threshold import KeepFraction
 from keras_rsft.training._head import predicted_classes, train_head
 from keras_rsft.tuning import _tuner as durable
+from keras_rsft.tuning._folder import identity_of
 from keras_rsft.tuning._space import first_epoch
 from keras_rsft.tuning._tuner import (
     DIVERGED,
@@ -282,6 +288,72 @@ def test_rules_that_no_batch_of_heads_can_train_are_tried_alone(features, tmp_pa
     ]
 
 
+def branching(hp):
+    """Declares some hyperparameters within an `if` of Python, one within another."""
+    values = {"policy": hp.Choice("policy", ["accept-all", "keep-fraction"])}
+    if values["policy"] == "keep-fraction":
+        values["keep_fraction"] = hp.Choice("keep_fraction", [0.5, 0.7])
+        if values["keep_fraction"] == 0.7:
+            values["learning_rate"] = hp.Float("learning_rate", 0.01, 0.1)
+    return values
+
+
+def test_what_a_branch_of_a_space_declares_is_searched(features, tmp_path):
+    tuner = make(features, tmp_path, oracle=random_oracle(8), space=branching)
+    tuner.search()
+    values = [one.values for one in tuner.outcomes]
+    assert len({one["learning_rate"] for one in values}) > 4
+    assert {one["keep_fraction"] for one in values} == {0.5, 0.7}
+    objective = keras_tuner.Objective("val_accuracy", "max")
+    for oracle in (GridOracle, keras_tuner.oracles.GridSearchOracle):
+        grid = oracle(objective, max_trials=9)
+        tuner = make(features, tmp_path / oracle.__name__, oracle=grid, space=branching)
+        tuner.search()
+        assert {one.status for one in tuner.outcomes} == {"COMPLETED"}
+
+
+def test_two_spaces_are_not_mixed_in_one_folder(features, tmp_path):
+    def other(hp):
+        return {"policy": hp.Choice("policy", ["accept-all", "keep-fraction", "auto"])}
+
+    make(features, tmp_path, oracle=random_oracle(1), space=branching).search()
+    with pytest.raises(InvalidArgument, match="another search space"):
+        make(features, tmp_path, space=other)
+    resumed = make(features, tmp_path, space=branching)
+    assert len(resumed.outcomes) == 1
+    spaces = [
+        identity_of(hypermodel_of(features, space), SearchConfig(), {})["space"]
+        for space in (branching, other, lambda hp: other(hp) | {"epochs": 2})
+    ]
+    assert spaces[0] != spaces[1] != spaces[2]
+
+
+def test_keras_tuners_overrides_leave_a_wrapped_model_as_it_is(tmp_path):
+    def build(hp):
+        dense = keras.layers.Dense(hp.Int("units", 4, 9), activation="softmax")
+        model = RSFTModel(
+            keras.Sequential([keras.Input((4,)), dense]), KeepFraction(0.8)
+        )
+        model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return model
+
+    x, y = np.random.default_rng(0).normal(size=(32, 4)), np.arange(32) % 4
+    for number, override in enumerate(
+        ({"optimizer": "rmsprop"}, {"loss": "sparse_categorical_crossentropy"})
+    ):
+        tuner = keras_tuner.RandomSearch(
+            build, keras_tuner.Objective("val_accuracy", "max"), max_trials=1,
+            directory=str(tmp_path), project_name=str(number), **override,
+        )  # fmt: skip
+        tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
+        (trial,) = tuner.oracle.trials.values()
+        assert trial.status == "COMPLETED"
+        names = {"loss", "accuracy", "acceptance_rate", "accepted_loss"}
+        assert set(trial.metrics.metrics) == names | {"val_loss", "val_accuracy"}
+    with pytest.raises(InvalidArgument, match="Keras Tuner copies callbacks"):
+        copy.deepcopy([RejectionLedger()])
+
+
 def test_a_trial_whose_values_cannot_be_trained_fails_alone(features, tmp_path):
     def space(hp):
         fraction = hp.Choice("fraction", [0.5, 7.0])
@@ -374,6 +446,13 @@ class TestRefusals:
         oracle = keras_tuner.oracles.RandomSearchOracle(objective, max_trials=2)
         with pytest.raises(InvalidArgument, match="must be one of loss"):
             make(features, tmp_path, oracle=oracle)
+
+    @pytest.mark.parametrize(
+        "name", ["executions_per_trial", "loss", "optimizer", "max_model_size"]
+    )
+    def test_what_would_be_ignored(self, features, tmp_path, name):
+        with pytest.raises(InvalidArgument, match=f"Received: {name}, which"):
+            make(features, tmp_path, **{name: 2})
 
     def test_other_hypermodels(self, tmp_path):
         with pytest.raises(InvalidArgument, match="RSFTHyperModel"):

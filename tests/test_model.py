@@ -29,6 +29,11 @@ OPTIMIZERS = {
     "ema": lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5),
     "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
     "clipnorm": lambda: keras.optimizers.SGD(0.05, momentum=0.9, clipnorm=0.1),
+    # At its default scale the first steps overflow: they change nothing here, and
+    # statistics of BatchNorm in stock Keras.
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), initial_scale=64.0
+    ),
 }
 MODES = {
     "graph": {},
@@ -66,7 +71,7 @@ REJECTION_CASES = [
 MORE_CASES = [
     (optimizer, mode, level)
     for optimizer, mode in [
-        *((name, "graph") for name in OPTIMIZERS),
+        *((name, "graph") for name in OPTIMIZERS if name != "scaled"),
         *(("momentum", mode) for mode in MODES if mode != "graph"),
         ("accumulation", "mixed_float16"),
         ("adamw", "mixed_bfloat16"),
@@ -110,7 +115,7 @@ def test_rejected_batch_changes_no_variable(
     assert_equal(values_of(wrapped, model.optimizer), trained)
     assert counter.passes == 3, "no backward pass ran"
     assert history["acceptance_rate"] == [0.0]
-    assert history["accepted_loss"] == [0.0]
+    assert np.isnan(history["accepted_loss"]).all(), "0 would be the best there is"
     assert np.isfinite(history["loss"][0])
     assert int(model.policy.steps_seen.numpy()) == 6
 
@@ -219,7 +224,7 @@ def train_beside_stock_keras(policy, optimizer, options, data, make_model, value
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 ("AcceptAll", "adamw", "steps_per_execution"),
-                ("AcceptAll", "adam", "mixed_float16"),
+                ("AcceptAll", "scaled", "mixed_float16"),
                 ("AcceptAll", "momentum", "graph"),
                 ("AcceptAll", "accumulation", "graph"),
                 ("AcceptAll", "momentum", "mixed_bfloat16"),
@@ -311,6 +316,7 @@ def test_the_logs_cover_the_epoch(steps_per_execution, compile_options):
             "loss_sum": 25.3,
             "nonfinite": 0,
             "lowest_loss_rejected": float("inf"),
+            "steps_not_finite": 0,
         },
         1e-6,
     )

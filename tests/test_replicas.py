@@ -95,6 +95,7 @@ def made_model(**options):
             "sum_over_batch_size",
         ),
         ({"policy": lambda: KeepFraction(0.5, level="element")}, "level='sample'"),
+        ({"loss": [SCORES, "mse"]}, "Several outputs"),
     ],
 )
 def test_what_keras_cannot_do_is_refused(strategy, options, said):
@@ -105,6 +106,36 @@ def test_what_keras_cannot_do_is_refused(strategy, options, said):
         model = made_model(**options)
     with pytest.raises(InvalidArgument, match=said):
         model.fit(np.zeros((4, 4)), np.zeros(4), verbose=0)
+
+
+@pytest.mark.filterwarnings("ignore:Epoch 1")
+def test_a_gradient_that_is_not_finite_changes_nothing(strategy):
+    class Root(keras.layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(1,), initializer="ones")
+
+        def call(self, x):  # Its gradient is NaN at 0.
+            return x + keras.ops.sqrt(keras.ops.square(self.scale * x))
+
+    with strategy.scope():
+        network = [keras.Input((4,)), Root(), keras.layers.BatchNormalization()]
+        network.append(keras.layers.Dense(3))
+        model = RSFTModel(keras.Sequential(network), AcceptAll())
+        adam = keras.optimizers.Adam()
+        model.compile(adam, keras.losses.SparseCategoricalCrossentropy(True))
+        adam.build(model.trainable_variables)
+    seen = []
+    x = np.random.default_rng(0).normal(size=(4, 4))
+    for rows in (x, x * (np.arange(4) > 0)[:, None]):
+        history = model.fit(rows, np.arange(4) % 3, verbose=0).history
+        state = [v.numpy() for v in [*model.model.variables, *adam.variables]]
+        steps = model.selection_totals()["steps_not_finite"]
+        seen.append((state, history["acceptance_rate"], steps))
+    (trained, *good), (after, *bad) = seen
+    assert good == [[1.0], 0]
+    assert bad == [[0.0], 1]
+    for value, other in zip(after, trained, strict=True):
+        np.testing.assert_array_equal(value, other)
 
 
 def test_a_model_made_outside_of_the_scope_is_refused(strategy):

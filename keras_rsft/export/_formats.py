@@ -22,7 +22,7 @@ from keras_rsft.backbones._build import leaf_layers
 from keras_rsft.config import ExportConfig
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export._places import check_file
-from keras_rsft.export._saved_model import ForwardPass, check_class_names
+from keras_rsft.export._saved_model import ForwardPass, checked_model
 
 if TYPE_CHECKING:
     import onnx
@@ -43,7 +43,7 @@ def export_litert(
     """Writes a LiteRT model from `images` to `probabilities`."""
     require_tensorflow_backend("`export_litert`")
     path = check_file(path, "tflite")
-    check_class_names(model, class_names)
+    model = checked_model(model, class_names)
     ExportConfig("litert", weight_dtype)
     forward = ForwardPass(model)
     module = tf.Module()
@@ -84,7 +84,7 @@ def export_onnx(
     """Writes an ONNX model from `images` to `probabilities`."""
     require_tensorflow_backend("`export_onnx`")
     path = check_file(path, "onnx")
-    check_class_names(model, class_names)
+    model = checked_model(model, class_names)
     require_tf2onnx()
     found = [one for one in leaf_layers(model) if isinstance(one, _foreign.OnnxNetwork)]
     # Its notes on its progress are of no use; errors still raise.

@@ -21,6 +21,7 @@ from keras_rsft.config import ExportConfig
 from keras_rsft.data._images import at_most_pixels, decode_images
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.export import _places
+from keras_rsft.model._rsft_model import RSFTModel
 
 # The graph ----------------------------------------------------------------------------
 
@@ -225,7 +226,8 @@ def export_saved_model(
     `batching.config` for TF Serving are written into `DIRECTORY` once.
 
     Args:
-        model: Images in [0, 255] to probabilities, as `Run.model`.
+        model: Images in [0, 255] to probabilities, as `Run.model`; or an `RSFTModel`
+            around such a model.
         directory: Folder named after the model; made if it does not exist.
         class_names: Names in the order of the probabilities.
         version: Number of the version, at least 1. Default: one more than the
@@ -251,7 +253,7 @@ def export_saved_model(
     require_tensorflow_backend("`export_saved_model`")
     directory = _places.check_model_folder(directory)
     _places.check_name(directory.name)
-    check_class_names(model, class_names)
+    model = checked_model(model, class_names)
     ExportConfig("saved-model", weight_dtype, version, top_k, max_pixels)
     if top_k is not None and top_k > len(class_names):
         raise InvalidArgument(
@@ -289,7 +291,10 @@ def export_saved_model(
     return target
 
 
-def check_class_names(model: keras.Model, class_names: Sequence[str]) -> None:
+def checked_model(model: keras.Model, class_names: Sequence[str]) -> keras.Model:
+    """Returns the model that answers, for these classes: of an RSFTModel its own."""
+    if isinstance(model, RSFTModel):
+        model = model.model
     if len(class_names) != model.output_shape[-1]:
         raise InvalidArgument(
             f"The model has {model.output_shape[-1]} classes. "
@@ -300,3 +305,4 @@ def check_class_names(model: keras.Model, class_names: Sequence[str]) -> None:
             raise InvalidArgument(
                 f"A class name must be one line of text. Received: {name!r}."
             )
+    return model

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import keras
+from jax.experimental import sparse
 
 from keras_rsft.model._step import Change, Pass, SymbolicBuild, unpack, unselected
 
@@ -66,33 +67,43 @@ class JaxStep(SymbolicBuild):
                 variable.assign(value)
         return scored._replace(pending=pending, tape=backward)
 
+    def taken(self, part: Any, rows: Any, usable: Any) -> Any:
+        if isinstance(part, sparse.BCOO):  # Cannot be gathered from: it has zeros.
+            kept = jax.numpy.where(usable[part.indices[:, 0]], part.data, 0)
+            return sparse.BCOO((kept, part.indices), shape=part.shape)
+        return super().taken(part, rows, usable)
+
     def gradients(self, recorded: Pass, seeds: list[Any]) -> list[Any]:
         (gradients,) = recorded.tape(seeds)
         return gradients
 
     def branch(
         self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
-    ) -> None:
+    ) -> Any:
         variables = keras.tree.flatten(self._state_variables())
         changed = [  # What the two outcomes may leave different.
             *self.trainable_variables,
             *self.model.non_trainable_variables,
             *self.optimizer.variables,
             self.selection.lowest,
+            self.selection.steps_not_finite,
         ]
 
-        def stateless(run: Change) -> Callable[[], list[Any]]:
-            def branch() -> list[Any]:
+        def stateless(run: Change) -> Callable[[], tuple[Any, list[Any]]]:
+            def branch() -> tuple[Any, list[Any]]:
                 given = [variable.value for variable in variables]
                 with _values_in_scope(variables, given) as scope:
-                    run()
-                return [scope.get_current_value(variable) for variable in changed]
+                    result = run()
+                return result, [scope.get_current_value(one) for one in changed]
 
             return branch
 
-        values = jax.lax.cond(condition, stateless(accepted), stateless(otherwise))
+        result, values = jax.lax.cond(
+            condition, stateless(accepted), stateless(otherwise)
+        )
         for variable, value in zip(changed, values, strict=True):
             variable.assign(value)
+        return result
 
     def apply_gradients(self, gradients: list[Any]) -> None:
         variables = [self.trainable_variables, self.optimizer.variables]

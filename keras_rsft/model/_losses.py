@@ -8,7 +8,7 @@ import keras
 from keras import ops
 from keras.src.backend import get_keras_mask
 from keras.src.losses.losses import LossFunctionWrapper
-from keras.src.trainers.compile_utils import get_loss
+from keras.src.trainers.compile_utils import CompileLoss, get_loss
 
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.policies._policy import Policy
@@ -31,43 +31,54 @@ class LossScorer:
     def __init__(self, model: Any, loss: Any, loss_weights: Any):
         # Of a sample's elements by output: they must agree, to be added up.
         by_element = model.policy.level == "element"
-        self._shapes: list[Shape] | None = [] if by_element else None
-        self._model = keras.Model()
-        self._model.output_names = model.output_names
-        self._model.compile(
-            optimizer=None,
-            loss=keras.tree.map_structure(
-                lambda one: one and _Unreduced(one, self._shapes, model.policy), loss
-            ),
-            loss_weights=loss_weights,
+        self.shapes: list[Shape] | None = [] if by_element else None
+        self.outputs: list[Any] = []  # Each output's losses in the last call.
+        self._losses = (
+            loss
+            if loss is None
+            else _Unlogged(
+                keras.tree.map_structure(
+                    lambda one: one and _Unreduced(one, self, model.policy), loss
+                ),
+                loss_weights,
+                output_names=model.output_names,
+            )
         )
 
     @property
     def built(self) -> bool:
         """Whether it was called, and has what Keras keeps of each output's loss."""
-        return self._model._compile_loss is None or self._model._compile_loss.built
+        return self._losses is None or self._losses.built
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Returns float32 losses of samples `(batch,)`, or elements `(batch, ...)`."""
-        if self._shapes:
-            self._shapes.clear()
-        values = self._model.compute_loss(
-            y=y_true, y_pred=y_pred, sample_weight=sample_weight
-        )
+        if self.shapes:
+            self.shapes.clear()
+        self.outputs.clear()
+        score: Any = self._losses
+        values = score(y_true, y_pred, sample_weight)
         return ops.cast(values, "float32")
+
+
+class _Unlogged(CompileLoss):
+    """Keras's losses of outputs, without the metrics that it updates at each call."""
+
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        super().build(y_true, y_pred)
+        self._metrics[:] = [None] * len(self._metrics)
 
 
 class _Unreduced(keras.losses.Loss):
     """A loss of one output: a number per sample, or per element with `shapes`."""
 
-    def __init__(self, loss: Any, shapes: list[Shape] | None, policy: Policy):
+    def __init__(self, loss: Any, scorer: LossScorer, policy: Policy):
         super().__init__(reduction="none")
-        self._loss, self._shapes = loss, shapes
+        self._loss, self._shapes, self._outputs = loss, scorer.shapes, scorer.outputs
         self._one_class = getattr(policy, "judges_by_class", False)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         loss = get_loss(self._loss, y_true, y_pred)
-        if type(loss) is LossFunctionWrapper:
+        if type(loss) is LossFunctionWrapper and not keras.tree.is_nested(y_pred):
             loss = loss.fn
         if isinstance(loss, _BINARY_KINDS) or loss in _BINARY_FUNCTIONS:
             if self._shapes is not None:
@@ -82,9 +93,15 @@ class _Unreduced(keras.losses.Loss):
                     "several labels. Leave the floor out; of one-hot targets take "
                     "categorical_crossentropy."
                 )
-        if isinstance(loss, keras.losses.Loss):
+        if not isinstance(loss, keras.losses.Loss):
+            return loss(*_same_rank(y_true, y_pred))
+        if type(loss).__call__ is keras.losses.Loss.__call__:
             return loss.call(y_true, y_pred)
-        return loss(*_same_rank(y_true, y_pred))
+        reduction, loss.reduction = loss.reduction, "none"
+        try:
+            return loss(y_true, y_pred)
+        finally:
+            loss.reduction = reduction
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         mask = get_keras_mask(y_pred)
@@ -98,6 +115,7 @@ class _Unreduced(keras.losses.Loss):
                 "samples. Received: a loss that returns a single number. "
                 "Return it without the mean over the batch."
             )
+        _check_rows(values, keras.tree.flatten((y_pred, y_true)))
         own_mask = get_keras_mask(values)  # Of `ignore_class`.
         if sample_weight is not None:
             values = values * aligned(sample_weight, values)
@@ -106,6 +124,11 @@ class _Unreduced(keras.losses.Loss):
             if one is not None:
                 one = ops.cast(aligned(one, values), "bool")
                 counted = one if counted is None else ops.logical_and(counted, one)
+        values = self._by_sample(values, counted, y_pred)
+        self._outputs.append(values)
+        return values
+
+    def _by_sample(self, values: Any, counted: Any, y_pred: Any) -> Any:
         if self._shapes is not None:
             return _by_element(values, counted, y_pred, self._shapes)
         axes = within(values)
@@ -116,6 +139,17 @@ class _Unreduced(keras.losses.Loss):
         counted = ops.broadcast_to(counted, ops.shape(values))
         share = ops.mean(ops.cast(counted, values.dtype), axis=axes)
         return ops.divide_no_nan(ops.mean(values, axis=axes), share)
+
+
+def _check_rows(values: Any, parts: list[Any]) -> None:
+    """Refuses losses of another number of samples; as far as it is known."""
+    rows = next((part.shape[0] for part in parts if part.shape[0] is not None), None)
+    if values.shape[0] != rows:
+        raise InvalidArgument(
+            "`loss` must return a value for each sample, of shape (batch,) or more. "
+            f"Received: shape {tuple(values.shape)} for "
+            f"{'a batch of ' if rows is None else ''}{rows or ''} samples."
+        )
 
 
 def _by_element(values: Any, counted: Any, y_pred: Any, shapes: list[Shape]) -> Any:

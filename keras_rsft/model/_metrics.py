@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
+from keras.src.trainers.compile_utils import CompileLoss
 
+from keras_rsft.errors import InvalidArgument
 from keras_rsft.model._losses import LEFT_OUT
 
 SELECTION_METRICS = ("acceptance_rate", "accepted_loss")
@@ -41,6 +44,53 @@ def selection_sums(losses: Any, accept_mask: Any, labels: Any) -> tuple[Any, Any
     return sums, ops.segment_sum(counted, groups, num_segments=_CLASSES)
 
 
+class LossMean(keras.metrics.Mean):
+    """Keras's mean of the losses of batches; of none it is NaN, not 0."""
+
+    # Of a training batch: mean and weight of its finite losses, where Keras's is not.
+    instead: tuple[Any, Any] | None = None
+
+    def update_state(self, values: Any, sample_weight: Any = None) -> None:
+        if self.instead is not None:
+            finite, (mean, weight) = ops.isfinite(values), self.instead
+            values = ops.where(finite, values, mean)
+            given = 1.0 if sample_weight is None else float(sample_weight)
+            sample_weight = ops.where(finite, given, weight)
+        super().update_state(values, sample_weight)
+
+    def result(self) -> Any:
+        return self.total / self.count
+
+
+class OutputLosses(CompileLoss):
+    """Keras's losses of a model's outputs; the log of each is a `LossMean`."""
+
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        super().build(y_true, y_pred)
+        self._metrics[:] = [LossMean(name=metric.name) for metric in self._metrics]
+
+    def log(self, outputs: list[Any], compute: Callable[[], Any] | None) -> Any:
+        """Logs each output's losses `(batch, ...)`; by Keras, if it is to compute one.
+
+        As in Keras, batches count alike where their size is not known in advance.
+        """
+        for metric, losses in zip(self._metrics, outputs, strict=True):
+            finite = ops.isfinite(losses)
+            count = ops.sum(ops.cast(finite, "float32"))
+            total = ops.sum(ops.where(finite, losses, 0.0))
+            weight = count if losses.shape[0] else ops.minimum(count, 1.0)
+            metric.instead = ops.divide_no_nan(total, count), weight
+        try:
+            if compute is not None:
+                return compute()
+            for metric in self._metrics:
+                metric.update_state(float("nan"))
+        finally:
+            for metric in self._metrics:
+                metric.instead = None
+        return None
+
+
 class SelectionMetric(keras.metrics.Metric):
     """Counts what was accepted since the last reset."""
 
@@ -50,12 +100,12 @@ class SelectionMetric(keras.metrics.Metric):
         self.classes = self.add_variable(
             (_CLASSES, 2), "zeros", dtype="float32", name="classes"
         )
-        self.lowest = self.add_variable(
-            (),
-            keras.initializers.Constant(float("inf")),
-            dtype="float32",
-            aggregation="only_first_replica",  # All replicas have seen the same.
-            name="lowest",
+        # All replicas have seen the same.
+        once = {"dtype": "float32", "aggregation": "only_first_replica"}
+        infinite = keras.initializers.Constant(float("inf"))
+        self.lowest = self.add_variable((), infinite, name="lowest", **once)
+        self.steps_not_finite = self.add_variable(
+            (), "zeros", name="steps_not_finite", **once
         )
 
     def update_state(self, sums: Any, of_classes: Any = None) -> None:
@@ -78,13 +128,28 @@ class SelectionMetric(keras.metrics.Metric):
         samples, accepted, accepted_loss, _, _ = ops.unstack(self.totals.value, 5)
         return {
             "acceptance_rate": ops.divide_no_nan(accepted, samples),
-            "accepted_loss": ops.divide_no_nan(accepted_loss, accepted),
+            "accepted_loss": accepted_loss / accepted,  # NaN, not 0, of none.
         }
 
     def reset_state(self) -> None:
         self.totals.assign(ops.zeros((5,)))
         self.classes.assign(ops.zeros((_CLASSES, 2)))
         self.lowest.assign(float("inf"))
+        self.steps_not_finite.assign(0.0)
+
+
+def _check_numbers(optimizer: Any) -> None:
+    """Refuses an optimizer that would make all weights NaN."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = optimizer.learning_rate
+    numbers = {k: v for k, v in vars(optimizer).items() if isinstance(v, float)}
+    numbers["learning_rate"] = float(ops.convert_to_numpy(rate))
+    for name, value in numbers.items():
+        if math.isnan(value) or (name == "learning_rate" and math.isinf(value)):
+            raise InvalidArgument(
+                f"`{name}` of the optimizer must be a finite number. Received: "
+                f"{type(optimizer).__name__} with {name}={value}."
+            )
 
 
 # A class of at least this many samples, of which no larger fraction is accepted, is not
@@ -108,6 +173,7 @@ class AcceptanceGuard(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._seen = None
+        _check_numbers(self.model.optimizer)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         # Validation resets the metrics before the epoch ends.
@@ -123,9 +189,20 @@ class AcceptanceGuard(keras.callbacks.Callback):
                 "Look at their inputs and labels.",
                 stacklevel=2,
             )
+        steps = seen["steps_not_finite"]
+        # Those that a loss scale was too high for are part of its search.
+        scaled = isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer)
+        if steps > 0 and (not scaled or seen["accepted"] == 0):
+            warnings.warn(
+                f"Epoch {epoch + 1}: {steps:.0f} steps changed nothing, because the "
+                "gradient, or a state such as the mean of a BatchNorm, was NaN or "
+                "infinite, though the loss was not. Look at the inputs, and at square "
+                "roots, logarithms and divisions in the model.",
+                stacklevel=2,
+            )
         if seen["samples"] > 0 and seen["accepted"] == 0:
             lowest = seen["lowest_loss_rejected"]
-            found = ": no loss was finite."
+            found = f": no {'gradient' if steps > 0 else 'loss'} was finite."
             if math.isfinite(lowest):
                 mean = (logs or {}).get("loss", lowest)
                 found = (

@@ -9,7 +9,10 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.export.export_utils import get_input_signature
+from keras.src.trainers.compile_utils import CompileMetrics
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+from keras.src.utils.tracking import DotNotTrackScope
 
 from keras_rsft.config import PolicyConfig
 from keras_rsft.errors import InvalidArgument
@@ -17,7 +20,12 @@ from keras_rsft.label_quality._audit import LabelQuality
 from keras_rsft.model import _data
 from keras_rsft.model._auto import audit_samples
 from keras_rsft.model._losses import LossScorer
-from keras_rsft.model._metrics import AcceptanceGuard, SelectionMetric
+from keras_rsft.model._metrics import (
+    AcceptanceGuard,
+    LossMean,
+    OutputLosses,
+    SelectionMetric,
+)
 from keras_rsft.policies._listed import AutoPolicy, require_same_count
 from keras_rsft.policies._policy import Policy
 from keras_rsft.policies._threshold import build_policy
@@ -34,6 +42,34 @@ else:
         "keras_rsft trains under Keras's backends tensorflow, jax and torch. Received: "
         f"{_BACKEND}. Set KERAS_BACKEND=tensorflow, or leave it out."
     )
+
+
+# What Keras asks of the model that it trains, and so of no model within another.
+_ASKED_OF_THE_OUTER = (
+    "train_step", "test_step", "predict_step", "compute_loss", "compute_metrics",
+    "metrics", "get_metrics_result", "reset_metrics", "fit", "evaluate", "predict",
+    "train_on_batch", "test_on_batch", "predict_on_batch",
+)  # fmt: skip
+
+
+def _refuse_overrides(
+    kind: type, base: type, names: tuple[str, ...], hint: str
+) -> None:
+    """Refuses a class that overrides what would not be asked."""
+    found = [name for name in names if getattr(kind, name) is not getattr(base, name)]
+    if found:
+        raise InvalidArgument(
+            f"RSFTModel does not use what {kind.__name__} overrides: "
+            f"{', '.join(found)}. {hint}"
+        )
+
+
+def _of_wrapped(name: str) -> property:
+    def found(self: RSFTModel) -> Any:
+        """Returns that of the wrapped model."""
+        return getattr(self.model, name)
+
+    return property(found)
 
 
 @keras.saving.register_keras_serializable(package="keras_rsft")
@@ -129,6 +165,10 @@ class RSFTModel(BackendStep):
                 f"labels by. Received: features_from={features_from!r} for another "
                 "policy. Leave it out."
             )
+        hint = "Wrap the model that it is made of, or override that of RSFTModel."
+        _refuse_overrides(type(model), keras.Model, _ASKED_OF_THE_OUTER, hint)
+        hint = "It is one number: give `compile` a loss that judges each sample."
+        _refuse_overrides(type(self), RSFTModel, ("compute_loss",), hint)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(**kwargs)
         self.model = model
@@ -138,6 +178,21 @@ class RSFTModel(BackendStep):
         self.selection = SelectionMetric()
         self._scorer = None
         self.built = model.built
+
+    input_shape, output_shape = _of_wrapped("input_shape"), _of_wrapped("output_shape")
+    inputs, outputs = _of_wrapped("inputs"), _of_wrapped("outputs")
+    input, output = _of_wrapped("input"), _of_wrapped("output")
+
+    def get_layer(self, name: str | None = None, index: int | None = None) -> Any:
+        """Returns a layer of the wrapped model, or that model, or the policy."""
+        if name in [layer.name for layer in self.layers]:
+            return super().get_layer(name)
+        return self.model.get_layer(name, index)
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Keras's, and those that the wrapped model has as attributes."""
+        return [*super().metrics, *self.model._metrics]
 
     @property
     def output_names(self) -> Any:
@@ -162,13 +217,53 @@ class RSFTModel(BackendStep):
         **kwargs: Any,
     ) -> None:
         """Configures training; takes what `keras.Model.compile` takes."""
+        if isinstance(metrics := kwargs.get("metrics"), list) and self.compiled:
+            # Keras Tuner gives a model's `metrics`, to compile it once more.
+            kept = [
+                one._user_metrics for one in metrics if isinstance(one, CompileMetrics)
+            ]
+            own = {id(one) for one in self.metrics}
+            others = [one for one in metrics if id(one) not in own]
+            kwargs["metrics"] = kept[0] if kept and not others else others
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
+        with DotNotTrackScope():  # As Keras keeps its own.
+            self._loss_tracker = LossMean(name="loss")
+            if loss is not None:
+                self._compile_loss = OutputLosses(
+                    loss, loss_weights, output_names=self.output_names
+                )
         self._scored_by = loss, loss_weights
         self._scorer = LossScorer(self, loss, loss_weights)
 
-    def export(self, *args: Any, **kwargs: Any) -> None:
+    def export(
+        self,
+        filepath: Any,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Exports the wrapped model; takes what `keras.Model.export` takes."""
-        self.model.export(*args, **kwargs)
+        if format != "tf_saved_model" or _BACKEND != "tensorflow":
+            self.model.export(filepath, format, verbose, input_signature, **kwargs)
+            return
+        archive = keras.export.ExportArchive()
+        signature = input_signature or get_input_signature(self.model)
+        archive.track_and_add_endpoint("serve", self.model, signature, **kwargs)
+        # Keras stores its variables, and what they hold, as if they were two.
+        for name in ("variables", "trainable_variables", "non_trainable_variables"):
+            stored = getattr(archive._tf_trackable, name)
+            setattr(archive._tf_trackable, name, [one.value for one in stored])
+        archive.write_out(filepath, verbose=True if verbose is None else verbose)
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves all of it, with the policy; takes what `keras.Model.save` takes."""
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise InvalidArgument(
+                "The format HDF5 has no place for a policy. Received: "
+                f"filepath={str(filepath)!r}. Save it as `.keras`."
+            )
+        super().save(filepath, *args, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -336,6 +431,11 @@ class RSFTModel(BackendStep):
                 f"{type(self.policy).__name__} learns from a ledger. Received: none. "
                 "Give `fit` a `RejectionLedger` among its callbacks."
             )
+        if self.loss is None:
+            raise InvalidArgument(
+                "A policy judges samples by the loss that `compile` is given. "
+                "Received: none (`add_loss` is not of a sample). Give it a `loss`."
+            )
         self._make_slots()
         return super().make_train_function(force)
 
@@ -346,7 +446,9 @@ class RSFTModel(BackendStep):
             `accepted`, `samples` and `nonfinite` (numbers of samples, or elements),
             `loss_sum` of the finite and `accepted_loss_sum` of the accepted, and
             `lowest_loss_rejected`: the lowest loss that was compared with the threshold
-            in steps that accepted nothing, infinity if there was none.
+            in steps that accepted nothing, infinity if there was none; and
+            `steps_not_finite`: the number of steps that changed nothing, and accepted
+            nothing, because their gradient was not finite.
         """
         totals = self.selection.totals.numpy().tolist()
         samples, accepted, accepted_loss_sum, finite, loss_sum = totals
@@ -357,6 +459,7 @@ class RSFTModel(BackendStep):
             "loss_sum": loss_sum,
             "nonfinite": samples - finite,
             "lowest_loss_rejected": float(self.selection.lowest.numpy()),
+            "steps_not_finite": float(self.selection.steps_not_finite.numpy()),
         }
 
     def save_own_variables(self, store: Any) -> None:

@@ -17,7 +17,7 @@ from keras_rsft.model._metrics import SELECTION_METRICS, SelectionMetric, select
 from keras_rsft.policies._policy import Policy
 
 Data = tuple[Any, Any, Any]  # Inputs, targets, sample weights or None.
-Change = Callable[[], None]  # Changes variables.
+Change = Callable[[], Any]  # Changes variables; returns whether the weights changed.
 
 
 class Pass(NamedTuple):
@@ -81,19 +81,19 @@ class TrainingStep(keras.Model):
         recorded = self.recorded(lambda: self._scored(*batch))
         whole = self._of_all_replicas(recorded)
         accept_mask = self.policy(whole.losses, whole.labels, whole.sample_index)
-        self._record(whole, accept_mask)
-        if self.trainable_variables:
-            self._update_if_accepted(recorded, whole, accept_mask, batch[:3])
-        else:
+        if not self.trainable_variables:
             warnings.warn("The model has no trainable weights.", stacklevel=2)
+        changed = self._update_if_accepted(recorded, whole, accept_mask, batch[:3])
+        # All are rejected where the gradient was not finite.
+        accept_mask = ops.logical_and(accept_mask, changed)
+        self._record(whole, accept_mask)
+        for variable, value in held_back(recorded, self.metrics_variables):
+            variable.assign(value)  # Those of layers.
         labels = None if whole.labels is None else whole.own(whole.labels)
         sums, of_classes = selection_sums(
             recorded.losses, whole.own(accept_mask), labels
         )
-        shown = whole.shown_loss()
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(shown, sample_weight=sums[0])
+        self._loss_tracker.update_state(whole.shown_loss(), sample_weight=sums[3])
         self.selection.update_state(sums, of_classes)
         return self.compute_metrics(x, y, recorded.y_pred, sample_weight)
 
@@ -112,11 +112,18 @@ class TrainingStep(keras.Model):
         losses = weighted = self._scorer(y, y_pred)
         if sample_weight is not None:
             weighted = self._scorer(y, y_pred, sample_weight)
+            usable = ops.logical_or(ops.isfinite(weighted), losses == LEFT_OUT)
+            losses = ops.where(usable, losses, float("nan"))
         replicated = self._is_replicated()
         by_batch = self._takes_all_or_nothing and not replicated
-        batch_loss = None
+        compute = None
         if by_batch or (sample_weight is not None and not replicated):
-            batch_loss = self.compute_loss(x, y, y_pred, sample_weight)
+            parts = x, y, y_pred, sample_weight
+            compute = functools.partial(self.compute_loss, *parts)
+        if len(self._scorer.outputs) > 1:
+            batch_loss = self._log_outputs(y, y_pred, compute)
+        else:
+            batch_loss = None if compute is None else compute()
         penalties = self._penalties()
         return Pass(
             minimised=[batch_loss] if by_batch else penalties,
@@ -131,6 +138,12 @@ class TrainingStep(keras.Model):
             y_pred=y_pred,
         )
 
+    def _log_outputs(self, y: Any, y_pred: Any, compute: Any) -> Any:
+        if not self._compile_loss.built:
+            with keras.StatelessScope():  # It has made its metrics after that.
+                self._compile_loss(y, y_pred)
+        return self._compile_loss.log(self._scorer.outputs, compute)
+
     def _finite_pass(self, losses: Any, accept_mask: Any, data: Data) -> Pass:
         """Repeats the forward pass; samples with no finite loss are overwritten."""
         usable = ops.isfinite(losses)
@@ -143,7 +156,7 @@ class TrainingStep(keras.Model):
         first_usable = ops.argmax(ops.pad(ops.cast(usable, "int32"), ((0, 1),)))
         rows = ops.where(usable, rows, ops.cast(first_usable, "int32"))
         x, y, sample_weight = keras.tree.map_structure(
-            lambda part: None if part is None else ops.take(part, rows, axis=0), data
+            lambda part: None if part is None else self.taken(part, rows, usable), data
         )
 
         def only_accepted(values: Any) -> Any:
@@ -159,6 +172,10 @@ class TrainingStep(keras.Model):
 
         return self.recorded(scored)
 
+    def taken(self, part: Any, rows: Any, usable: Any) -> Any:
+        """Returns some rows of a batch; `usable` says which of them are their own."""
+        return ops.take(part, rows, axis=0)
+
     def _forward(self, x: Any) -> tuple[Any, keras.StatelessScope | None]:
         """Runs the model, holding back what the pass would change in it."""
         with keras.StatelessScope(collect_losses=True) as pending:
@@ -166,6 +183,10 @@ class TrainingStep(keras.Model):
         if pending.losses:
             self.add_loss(pending.losses)
         return y_pred, pending
+
+    def _is_whole(self) -> bool:
+        """Says whether all layers have their weights."""
+        return all(layer.built for layer in self.model._flatten_layers())
 
     def _penalties(self) -> list[Any]:
         return [ops.sum(ops.cast(added, "float32")) for added in self.losses]
@@ -197,28 +218,41 @@ class TrainingStep(keras.Model):
 
     def _update_if_accepted(
         self, recorded: Pass, whole: Pass, accept_mask: Any, data: Data
-    ) -> None:
+    ) -> Any:
         """Changes the weights, or notes that this batch was rejected as a whole."""
         accepts_any = ops.any(accept_mask)
 
-        def apply(passed: Pass) -> None:
+        def apply(passed: Pass) -> Any:
             gradients = self._gradients(passed, whole, accept_mask)
-            for variable, value in self._pending_values(passed):
-                variable.assign(value)
-            self.apply_gradients(gradients)
+            states = held_back(passed, self.model.variables)
+            finite = self.are_finite([*gradients, *(value for _, value in states)])
 
-        def repeat() -> None:
-            apply(self._finite_pass(recorded.losses, accept_mask, data))
+            def change() -> Any:
+                for variable, value in states:
+                    variable.assign(value)
+                self.apply_gradients(gradients)
+                return finite
+
+            def leave() -> Any:
+                self.note_not_finite()
+                return finite
+
+            return self.branch(finite, change, leave, rare=True)
+
+        def repeat() -> Any:
+            return apply(self._finite_pass(recorded.losses, accept_mask, data))
+
+        def reject() -> Any:
+            self.reject(whole)
+            return ops.zeros_like(accepts_any)
 
         update = functools.partial(apply, recorded)
-        reject = functools.partial(self.reject, whole)
         if self.policy.level == "batch":  # Accepted, so all its losses are finite.
-            self.branch(accepts_any, update, reject)
-            return
+            return self.branch(accepts_any, update, reject)
         finite = ops.isfinite(whole.losses)
         if self.policy.level == "element":
             finite = ops.logical_or(finite, ops.equal(whole.losses, LEFT_OUT))
-        self.branch(
+        return self.branch(
             ops.logical_and(accepts_any, ops.all(finite)),
             update,
             functools.partial(self.branch, accepts_any, repeat, reject),
@@ -229,6 +263,8 @@ class TrainingStep(keras.Model):
         self, recorded: Pass, whole: Pass, accept_mask: Any, share: Any = 1.0
     ) -> list[Any]:
         """Runs the backward pass; `share` is the device's of what layers add."""
+        if not self.trainable_variables:
+            return []
         seeds = [share * ops.ones_like(target) for target in recorded.minimised]
         if recorded.per_sample is not None:
             accepted = ops.cast(accept_mask, "float32")
@@ -236,15 +272,26 @@ class TrainingStep(keras.Model):
         seeds = [self.optimizer.scale_loss(seed) for seed in seeds]
         return self.gradients(recorded, seeds)
 
-    def _pending_values(self, recorded: Pass) -> list[tuple[Any, Any]]:
-        variables, pending = self.model.variables, recorded.pending
-        values = [(v, pending.get_current_value(v)) for v in variables]
-        return [(v, value) for v, value in values if value is not None]
+    def are_finite(self, values: Sequence[Any]) -> Any:
+        """Says of gradients and states, None for those not reached, if all are."""
+        # Of a sum: the quickest, as it writes nothing of their size.
+        sums = [
+            ops.sum(ops.cast(value, "float32"))
+            for value in values
+            if value is not None and keras.backend.is_float_dtype(_dtype_of(value))
+        ]
+        return ops.isfinite(ops.sum(ops.stack(sums))) if sums else ops.isfinite(0.0)
+
+    def note_not_finite(self) -> None:
+        """Counts a step that changed nothing because its gradient was not finite."""
+        self.selection.steps_not_finite.assign_add(1.0)
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            self.optimizer._stateful_handle_non_finite_grads()  # Lowers its scale.
 
     def _make_slots(self) -> None:
         """Makes the optimizer's variables before they are used in a branch."""
         variables = self.trainable_variables
-        if self.optimizer is None or not variables:
+        if self.optimizer is None or not variables or not self._is_whole():
             return
         if not self.optimizer.built:
             self.optimizer.build(variables)
@@ -261,7 +308,8 @@ class TrainingStep(keras.Model):
     def apply_gradients(self, gradients: list[Any]) -> None:
         pairs = zip(gradients, self.trainable_variables, strict=True)
         reached = [(gradient, v) for gradient, v in pairs if gradient is not None]
-        self.optimizer.apply([g for g, _ in reached], [v for _, v in reached])
+        if reached:
+            self.optimizer.apply([g for g, _ in reached], [v for _, v in reached])
 
 
 class SymbolicBuild(TrainingStep):
@@ -298,6 +346,16 @@ def unpack(data: Any) -> tuple[Any, Any, Any, Any]:
             f"shape (batch,). Received: {dtype} of shape {sample_index.shape}."
         )
     return tuple(data)
+
+
+def held_back(recorded: Pass, variables: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Returns those of some variables that a pass would change, with their values."""
+    values = [(v, recorded.pending.get_current_value(v)) for v in variables]
+    return [(v, value) for v, value in values if value is not None]
+
+
+def _dtype_of(value: Any) -> str:
+    return keras.backend.standardize_dtype(value.dtype)
 
 
 def unselected(logs: dict[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_rsft.errors import InvalidArgument
-from keras_rsft.model._step import Change, Pass, TrainingStep, unpack, unselected
+from keras_rsft.model._step import (
+    Change,
+    Pass,
+    TrainingStep,
+    held_back,
+    unpack,
+    unselected,
+)
 
 # Tensors of one update: gradients, state to be averaged, state equal on all replicas.
 _Update = list[list[tf.Tensor]]
@@ -25,9 +32,10 @@ class TensorFlowStep(TrainingStep):
     def train_step(self, data: Any) -> dict[str, Any]:
         if self._is_replicated():
             return _per_worker(self, self.train_on(data))
-        if not self.model.built:  # Nothing can be made inside a `tf.cond`.
-            self.model(keras.tree.map_structure(_symbol, unpack(data)[0]))
-            self._make_slots()
+        if not self._is_whole():  # Nothing can be made inside a `tf.cond`.
+            with tf.init_scope():  # Slots are made of values.
+                self.model(keras.tree.map_structure(_symbol, unpack(data)[0]))
+                self._make_slots()
         return self.train_on(data)
 
     def test_step(self, data: Any) -> dict[str, Any]:
@@ -61,14 +69,26 @@ class TensorFlowStep(TrainingStep):
 
     def branch(
         self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
-    ) -> None:
+    ) -> Any:
         if rare and not tf.executing_eagerly():
             # Kept apart: TensorFlow would otherwise unfold it into the graph, and
             # walk through its dead operations in every step.
             otherwise = tf.function(
                 otherwise, autograph=False, experimental_attributes={"_noinline": True}
             )
-        tf.cond(condition, accepted, otherwise)
+        return tf.cond(condition, accepted, otherwise)
+
+    def are_finite(self, values: Sequence[Any]) -> Any:
+        # Of an embedding some rows have a gradient.
+        sparse = tf.IndexedSlices
+        return super().are_finite(
+            [value.values if isinstance(value, sparse) else value for value in values]
+        )
+
+    def taken(self, part: Any, rows: Any, usable: Any) -> Any:
+        if isinstance(part, tf.SparseTensor):  # Cannot be gathered from: it has zeros.
+            return tf.sparse.retain(part, tf.gather(usable, part.indices[:, 0]))
+        return super().taken(part, rows, usable)
 
     def ready_for_training(self, data: Any) -> Any:
         strategy = self.distribute_strategy
@@ -136,10 +156,9 @@ class TensorFlowStep(TrainingStep):
 
     def _update_if_accepted(
         self, recorded: Pass, whole: Pass, accept_mask: Any, data: Any
-    ) -> None:
+    ) -> Any:
         if not self._is_replicated():
-            super()._update_if_accepted(recorded, whole, accept_mask, data)
-            return
+            return super()._update_if_accepted(recorded, whole, accept_mask, data)
         accepts_any = tf.reduce_any(accept_mask)
         finite = tf.math.is_finite(whole.losses)
         # Which variables are reached is known once a branch with gradients is traced.
@@ -171,12 +190,14 @@ class TensorFlowStep(TrainingStep):
             lambda: computed(recorded, tf.ones_like(finite)),
             lambda: tf.cond(accepts_any, repeat, nothing),
         )
+        changed = tf.zeros_like(accepts_any)
         if targets:
-            tf.distribute.get_replica_context().merge_call(
+            changed = tf.distribute.get_replica_context().merge_call(
                 functools.partial(_apply_if, self, targets), args=(accepts_any, values)
             )
         judged = tf.where(accepts_any, float("inf"), whole.losses)
         self.reject(whole._replace(losses=judged))
+        return changed
 
     def _make_slots(self) -> None:
         with tf.init_scope(), self.distribute_strategy.scope():
@@ -202,7 +223,9 @@ class TensorFlowStep(TrainingStep):
 
 
 def _symbol(value: Any) -> keras.KerasTensor:
-    return keras.KerasTensor(value.shape, keras.backend.standardize_dtype(value.dtype))
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    sparse = isinstance(value, tf.SparseTensor)
+    return keras.KerasTensor(value.shape, dtype, sparse=sparse)
 
 
 def _row_symbol(spec: Any) -> keras.KerasTensor | None:
@@ -245,6 +268,10 @@ def _check_replicable(model: TrainingStep) -> None:
         "several replicas. Leave out `ema_overwrite_frequency`.": (
             optimizer.ema_overwrite_frequency
         ),
+        "Several outputs are judged on one device. "
+        "Train without a strategy, or give one loss to one output.": (
+            max(len(losses), len(keras.tree.flatten(model.output_names or ()))) > 1
+        ),
         "Elements within samples are judged on one device. "
         "Use `level='sample'`, or no strategy.": model.policy.level == "element",
         "The loss of several replicas is the mean over their samples. Give it "
@@ -280,7 +307,7 @@ def _contribution(
     gradients = model._gradients(passed, whole, accept_mask, share)
     pairs = zip(model.trainable_variables, gradients, strict=True)
     averaged, taken = [], []
-    for variable, value in model._pending_values(passed):
+    for variable, value in held_back(passed, model.model.variables):
         if tf.as_dtype(variable.dtype).is_floating:
             part = own_part(tf.cast(value, tf.float32)) * share
             averaged.append((variable, part))
@@ -296,29 +323,42 @@ def _apply_if(
     strategy: tf.distribute.Strategy,
     accepts_any: Any,
     values: _Update,
-) -> None:
-    """Applies an update on all replicas, or on none of them."""
+) -> Any:
+    """Applies an update on all replicas, or on none; returns whether it did."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     method = "_all_reduce_sum_gradients"  # Which are summed already.
+    on_each = strategy.extended.call_for_each_replica
+    count = len(targets[0])
 
-    def apply_own(values: _Update) -> None:
-        """Sums what all replicas have computed, and changes this replica's copies."""
-        gradients, averaged, taken = values
-        summed = tf.distribute.get_replica_context().all_reduce(
-            tf.distribute.ReduceOp.SUM, [*gradients, *averaged]
-        )
-        count = len(gradients)
-        states = [*zip(targets[1], summed[count:], strict=True)]
+    def summed(parts: _Update) -> list[tf.Tensor]:
+        """Sums what all replicas have computed."""
+        reduce = tf.distribute.get_replica_context().all_reduce
+        parts = [*parts[0], *parts[1]]
+        return reduce(tf.distribute.ReduceOp.SUM, parts) if parts else parts
+
+    def change_own(sums: list[tf.Tensor], taken: list[tf.Tensor]) -> None:
+        """Changes this replica's copies."""
+        states = [*zip(targets[1], sums[count:], strict=True)]
         states += zip(targets[2], taken, strict=True)
         for variable, value in states:
             variable.assign(tf.cast(value, variable.dtype))
-        model.optimizer.apply(summed[:count], targets[0])
+        if count:
+            model.optimizer.apply(sums[:count], targets[0])
 
-    def apply() -> None:
-        vars(optimizer)[method] = lambda pairs: pairs
-        try:
-            strategy.extended.call_for_each_replica(apply_own, args=(values,))
-        finally:
-            del vars(optimizer)[method]
+    def apply() -> Any:
+        sums = on_each(summed, args=(values,))
+        finite = on_each(model.are_finite, args=(sums,))
+        finite = strategy.experimental_local_results(finite)[0]
 
-    tf.cond(strategy.experimental_local_results(accepts_any)[0], apply, lambda: None)
+        def change() -> None:
+            vars(optimizer)[method] = lambda pairs: pairs
+            try:
+                on_each(change_own, args=(sums, values[2]))
+            finally:
+                del vars(optimizer)[method]
+
+        tf.cond(finite, change, model.note_not_finite)
+        return finite
+
+    accepts_any = strategy.experimental_local_results(accepts_any)[0]
+    return tf.cond(accepts_any, apply, lambda: tf.zeros_like(accepts_any))

@@ -45,5 +45,5 @@ class TorchStep(SymbolicBuild):
 
     def branch(
         self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
-    ) -> None:
-        (accepted if condition else otherwise)()
+    ) -> Any:
+        return (accepted if condition else otherwise)()

@@ -337,11 +337,12 @@ class BatchedHeads:
             )
             step += -(-rows // self._batch_size)
         samples, accepted, accepted_loss, finite, finite_loss = sums.numpy()
-        return state, {
-            "loss": finite_loss / np.maximum(finite, 1),
-            "acceptance_rate": accepted / samples,
-            "accepted_loss": accepted_loss / np.maximum(accepted, 1),
-        }
+        with np.errstate(invalid="ignore"):  # Of none it is NaN, as in `fit`.
+            return state, {
+                "loss": finite_loss / finite,
+                "acceptance_rate": accepted / samples,
+                "accepted_loss": accepted_loss / accepted,
+            }
 
     def _validate(self, state: HeadState) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns accuracies and losses, and the predicted classes `(k, n)`."""

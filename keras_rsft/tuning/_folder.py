@@ -24,7 +24,7 @@ from keras_rsft.report import _charts, _record
 from keras_rsft.report._charts import UNUSED, Axis, HeatMap
 from keras_rsft.training._features import SplitFeatures
 from keras_rsft.tuning._choice import UNFREEZE, TrialOutcome
-from keras_rsft.tuning._space import values_of
+from keras_rsft.tuning._space import explored
 from keras_rsft.tuning._tuner import RSFTHyperModel
 
 # Folder -------------------------------------------------------------------------------
@@ -39,8 +39,9 @@ def identity_of(
     hypermodel: RSFTHyperModel, options: SearchConfig, source: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns what must stay the same for a search to resume, as JSON can hold it."""
-    hp = keras_tuner.HyperParameters()
-    values_of(hypermodel.space, hp)
+    space = explored(hypermodel.space).get_config()["space"]
+    if callable(hypermodel.space):  # It may also return what it does not search.
+        space.append(dict(hypermodel.space(keras_tuner.HyperParameters())))
     features, given = hypermodel.features, dataclasses.asdict(options)
     samples: list[bytes] = []
     for part in (features.train, features.validation):
@@ -51,7 +52,7 @@ def identity_of(
         dict(source),
         features.class_names,
         samples,
-        space=hp.get_config()["space"],
+        space=space,
         settings=dataclasses.asdict(hypermodel.settings),
         options={k: v for k, v in given.items() if k not in _FREE_OPTIONS},
     )

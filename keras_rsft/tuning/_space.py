@@ -10,6 +10,8 @@ from typing import Any
 
 import keras_tuner
 import numpy as np
+from keras_tuner.engine.hyperparameters import Boolean as _Boolean
+from keras_tuner.engine.hyperparameters import Choice as _Choice
 from keras_tuner.engine.hyperparameters import Fixed as _Fixed
 
 from keras_rsft.config import ARTICLE, SearchSpace, TrainConfig, require_known
@@ -85,6 +87,29 @@ def values_of(space: Space, hp: keras_tuner.HyperParameters) -> Mapping[str, Any
         if values[parent] in possible:
             values[name] = value
     return values
+
+
+def explored(space: Space) -> keras_tuner.HyperParameters:
+    """Returns all that a space declares, for whatever choices it depends on.
+
+    A function may declare some within a Python `if`, where Keras Tuner sees none that
+    the default choices do not lead to.
+    """
+    found = keras_tuner.HyperParameters()
+    tried: set[tuple[str, Any]] = set()
+    waiting: list[dict[str, Any]] = [{}]
+    while waiting:
+        chosen = waiting.pop()
+        hp = keras_tuner.HyperParameters()
+        hp.values.update(chosen)
+        values_of(space, hp)
+        found.merge(hp, overwrite=False)
+        for one in hp.space:
+            if isinstance(one, (_Choice, _Boolean)) and one.name in hp.values:
+                options = {(one.name, value) for value in one.values} - tried
+                tried |= options
+                waiting += [hp.values | dict([option]) for option in options]
+    return found
 
 
 def settings_of_values(values: Mapping[str, Any], given: TrainConfig) -> TrainConfig:

@@ -96,8 +96,22 @@ class DurableTuner(keras_tuner.Tuner):
         # A failed trial is no reason to give up the others.
         oracle.max_consecutive_failed_trials = None
         super().__init__(oracle, hypermodel, **kwargs)
-        if not self.is_worker and (Path(self.project_dir) / STATE_FILE).exists():
+        state = Path(self.project_dir) / STATE_FILE
+        if not self.is_worker and state.exists():
+            self._check_same_space(state)
             self.reload()
+
+    def _check_same_space(self, state: Path) -> None:
+        """Refuses the trials of another space, which new ones cannot be mixed with."""
+        known = json.loads(state.read_text())["hyperparameters"]["space"]
+        now = json.loads(json.dumps(self.oracle.get_space().get_config()["space"]))
+        names = {one["config"]["name"] for one in now}
+        if [one for one in known if one["config"]["name"] in names] != now:
+            raise InvalidArgument(
+                f"{self.project_dir} holds a search with another search space, whose "
+                "trials cannot be mixed with new ones. Choose another `directory` or "
+                "`project_name`, or repeat the first search to resume."
+            )
 
     @property
     def is_worker(self) -> bool:
@@ -308,6 +322,10 @@ class RSFTHyperModel(keras_tuner.HyperModel):
         values = _space.values_of(self.space, hp)
         return _space.settings_of_values(values, self.settings)
 
+    def declare_hyperparameters(self, hp: keras_tuner.HyperParameters) -> None:
+        """Declares those of all branches of the space; Keras Tuner calls it first."""
+        hp.merge(_space.explored(self.space), overwrite=False)
+
     def build(self, hp: keras_tuner.HyperParameters) -> RSFTModel:
         """Returns a trial's compiled, untrained `RSFTModel` over features."""
         settings = self.settings_of(hp)
@@ -377,11 +395,13 @@ class BatchedTuner(TrialsTuner):
         parallel_trials: Most heads that are trained together, at least 1. Default 64.
         halvings: How often the worse half of the heads is dropped while they train,
             at least 0. Default 0.
-        **kwargs: `directory`, `project_name` and whatever `keras_tuner.Tuner` takes.
+        **kwargs: `directory`, `project_name`, `overwrite`, `logger` and `tuner_id` of
+            `keras_tuner.Tuner`.
 
     Raises:
         InvalidArgument: If the oracle or something in the space cannot be batched;
-            the message names a tuner that can take it.
+            the message names a tuner that can take it. If the folder holds the search
+            of another space, or another argument is given, such as `optimizer`.
     """
 
     def __init__(
@@ -404,6 +424,13 @@ class BatchedTuner(TrialsTuner):
                 "cannot take Hyperband's: use the tuner hyperband, or `halvings`."
             )
         SearchConfig(parallel_trials=parallel_trials, halvings=halvings)  # Checks them.
+        names = "directory", "project_name", "overwrite", "logger", "tuner_id"
+        if ignored := sorted(set(kwargs) - set(names)):
+            raise InvalidArgument(
+                "The batched tuner trains the heads of `hypermodel` once each. "
+                f"Received: {', '.join(ignored)}, which it would ignore. Give the "
+                "hypermodel `settings` or a `space`, or use another tuner."
+            )
         if oracle.objective.name not in METRICS:
             raise InvalidArgument(
                 f"The objective must be one of {', '.join(METRICS)}. "
@@ -487,6 +514,7 @@ class GridOracle(DurableOracle, oracles.GridSearchOracle):
         if not self.start_order:
             return super().populate_space(trial_id)
         last = self.trials[self.start_order[-1]].hyperparameters.values
+        last = self.get_space().values | last  # Some may have been found since.
         values = self._get_next_combination(last)
         if values is None:
             return {"status": TrialStatus.STOPPED}
