@@ -369,7 +369,9 @@ def _join_parts(work: FeaturePass, parts: Sequence[Part], timeout: float) -> Non
                 target.flush()
                 os.fsync(target.fileno())
             found = [_one_colour_indices(part.path) for part in parts]
-            np.concatenate(found).tofile(joining / _ONE_COLOUR_FILE)
+            np.concatenate([np.empty(0, int), *found]).tofile(
+                joining / _ONE_COLOUR_FILE
+            )
             checksums = {name: f"{value:08x}" for name, value in whole.items()}
             _publish(work, joining, rows, checksums)
         shutil.rmtree(shares, ignore_errors=True)
