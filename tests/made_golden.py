@@ -299,7 +299,7 @@ def trained_models() -> dict[str, dict]:
         history = model.fit(batches, epochs=3, verbose=0, callbacks=[ledger]).history
         found[name] = {
             "weights": [summed(values) for values in network.get_weights()],
-            "history": {key: rounded(sum(all_)) for key, all_ in history.items()},
+            "history": {k: rounded(np.nansum(all_)) for k, all_ in history.items()},
             "ledger": summed(ledger.ledger.suspicion),
         }
     return found

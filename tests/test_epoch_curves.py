@@ -35,7 +35,7 @@ def trained(features, policy, **changes):
 
 class TestCurves:
     def test_they_are_of_the_weights_at_the_end_of_the_epoch(self, features):
-        run = trained(features, PolicyConfig(threshold=0.6, warmup_epochs=1))
+        run = trained(features, PolicyConfig(threshold=0.95, warmup_epochs=1))
         history = run.history
         scores = head_probabilities(run.model, features.train)
         labels = features.train.labels

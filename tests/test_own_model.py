@@ -517,6 +517,7 @@ class TestHarm:
     def said(self, *epochs, warmup_steps=1):
         model = mock.Mock()
         model.policy.warmup_steps = warmup_steps
+        model.optimizer = keras.optimizers.SGD()
         guard = AcceptanceGuard()
         guard.set_model(model)
         with warnings.catch_warnings(record=True) as caught:
@@ -529,6 +530,7 @@ class TestHarm:
                     "accepted": float(sum(accepted)),
                     "loss_sum": loss * samples,
                     "nonfinite": 0.0,
+                    "steps_not_finite": 0.0,
                     "lowest_loss_rejected": 1.0,
                 }
                 counted = np.array([judged, accepted], float).T

@@ -138,7 +138,7 @@ class TestEarlyStopping:
                 np.equal.outer(right, np.arange(3)).astype("float32"),
             )
         mixed = dataclasses.replace(features, validation=wrong)
-        run = train(mixed, epochs=6, early_stopping=6, learning_rate=0.01)
+        run = train(mixed, epochs=6, early_stopping=6, learning_rate=0.1)
         given = run.history["val_accuracy"]
         estimated = run.history["val_accuracy_estimated"]
         assert np.argmax(given) != np.argmax(estimated)

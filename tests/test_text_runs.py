@@ -137,7 +137,7 @@ class TestPredict:
             "predict", "run", "new.csv", "new", "--text-column", "words", "--quiet"
         )
         answers = [line.split("\t") for line in out.splitlines()]
-        assert [one[0] for one in answers] == ["new.csv:2", "new.csv:5", "new/one.txt"]
+        assert [one[0] for one in answers] == ["new.csv:2", "new.csv:4", "new/one.txt"]
         assert [one[1] for one in answers] == ["money", "cooking", "animals"]
         assert status == 1
         assert "new.csv:3: The text is empty." in err

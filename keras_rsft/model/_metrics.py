@@ -143,7 +143,7 @@ def _check_numbers(optimizer: Any) -> None:
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     rate = optimizer.learning_rate
     numbers = {k: v for k, v in vars(optimizer).items() if isinstance(v, float)}
-    numbers["learning_rate"] = float(ops.convert_to_numpy(rate))
+    numbers["learning_rate"] = float(ops.convert_to_tensor(rate))
     for name, value in numbers.items():
         if math.isnan(value) or (name == "learning_rate" and math.isinf(value)):
             raise InvalidArgument(
