@@ -71,8 +71,8 @@ class TestFallBack:
     def test_where_features_differ(self, extract, monkeypatch):
         load = _engines._LOADERS["onnxruntime"]
 
-        def wrong(path):
-            run = load(path)
+        def wrong(content):
+            run = load(content)
             return lambda images: run(images) * 1.001
 
         monkeypatch.setitem(_engines._LOADERS, "onnxruntime", wrong)
@@ -120,7 +120,7 @@ class TestFallBack:
         assert found.features.shape == (3, 384)
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "record"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "record", "link"])
 def test_a_damaged_file_is_made_anew(extract, tmp_path, damage):
     found, _, _ = extract("onnxruntime", "one")
     (path,) = (tmp_path / "one" / "engines").glob("*.onnx")
@@ -129,6 +129,9 @@ def test_a_damaged_file_is_made_anew(extract, tmp_path, damage):
         path.with_suffix(".json").write_text("[1")
     elif damage == "gone":
         path.unlink()
+    elif damage == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
@@ -137,6 +140,7 @@ def test_a_damaged_file_is_made_anew(extract, tmp_path, damage):
     again, notes, used = extract("onnxruntime", "one")
     assert (used, notes) == ("onnxruntime", [])
     np.testing.assert_array_equal(again.features, found.features)
+    assert not path.is_symlink()
 
 
 class TestAuto:

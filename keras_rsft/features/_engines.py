@@ -21,10 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from keras_rsft._storage import locked, read_json, replaced, write_json
+from keras_rsft._storage import (
+    bytes_of,
+    locked,
+    make_folder,
+    read_json,
+    replaced,
+    write_json,
+)
 from keras_rsft.backbones._build import first_line
 from keras_rsft.backbones._foreign import to_onnx
 from keras_rsft.config import missing_packages
+from keras_rsft.errors import DataError
 
 Forward = Callable[[np.ndarray], np.ndarray]
 
@@ -66,7 +74,7 @@ def choose_engine(
         return "tensorflow", None
     path = folder / f"{fingerprint}.onnx"
     record_path = path.with_suffix(".json")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with locked(f"{path}.lock"):
         record = read_json(record_path)
         known = record if isinstance(record, dict) else {}
@@ -86,10 +94,11 @@ def choose_engine(
         runs: dict[str, Forward] = {}
         for engine in candidates:
             try:
-                if _checksum(path) != known.get("checksum", ""):
-                    known = _convert(forward, path, record_path)
+                content = _read(path, known.get("checksum"))
+                if content is None:
+                    content, known = _convert(forward, path, record_path)
                     expected = forward(batch).numpy() if expected is None else expected
-                run = _LOADERS[engine](path)
+                run = _LOADERS[engine](content)
                 if expected is not None:
                     _require_equal(run(batch), expected)
             except EngineError as error:
@@ -131,8 +140,10 @@ def _require_equal(found: np.ndarray, expected: np.ndarray) -> None:
         )
 
 
-def _convert(forward: Any, path: Path, record_path: Path) -> dict[str, Any]:
-    """Writes the ONNX file, and returns the record of it."""
+def _convert(
+    forward: Any, path: Path, record_path: Path
+) -> tuple[bytes, dict[str, Any]]:
+    """Writes the ONNX file, and returns it with the record of it."""
     logger = logging.getLogger("tf2onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -149,9 +160,9 @@ def _convert(forward: Any, path: Path, record_path: Path) -> dict[str, Any]:
         replaced(path, lambda place: place.write_bytes(content))
     except OSError as error:
         raise EngineError(f"{path} cannot be written ({error.strerror})") from error
-    record = {"checksum": hashlib.blake2b(content, digest_size=16).hexdigest()}
+    record = {"checksum": _checksum(content)}
     _write(record_path, record)
-    return record
+    return content, record
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -159,13 +170,17 @@ def _write(path: Path, record: dict[str, Any]) -> None:
         replaced(path, lambda place: write_json(place, record))
 
 
-def _checksum(path: Path) -> str | None:
+def _read(path: Path, checksum: Any) -> bytes | None:
+    """Returns a file as it was written, or None."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    except OSError:
+        content = bytes_of(path)
+    except (OSError, DataError):
         return None
-    return digest.hexdigest()
+    return content if _checksum(content) == checksum else None
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _machine() -> str:
@@ -186,14 +201,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _onnxruntime(path: Path) -> Forward:
+def _onnxruntime(content: bytes) -> Forward:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
+            content, options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # Of its C++ part; the types are not public.
         raise EngineError(f"it cannot load the file ({first_line(error)})") from error
@@ -201,12 +216,13 @@ def _onnxruntime(path: Path) -> Forward:
     return lambda images: session.run(None, {taken.name: images})[0]
 
 
-def _openvino(path: Path) -> Forward:
+def _openvino(content: bytes) -> Forward:
     import openvino
 
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     try:
-        network = openvino.Core().compile_model(path, "CPU", options)
+        core = openvino.Core()
+        network = core.compile_model(core.read_model(content), "CPU", options)
     except RuntimeError as error:
         raise EngineError(f"it cannot load the file ({first_line(error)})") from error
     return lambda images: network(images)[0]
