@@ -143,7 +143,8 @@ def _check_numbers(optimizer: Any) -> None:
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     rate = optimizer.learning_rate
     numbers = {k: v for k, v in vars(optimizer).items() if isinstance(v, float)}
-    numbers["learning_rate"] = float(ops.convert_to_tensor(rate))
+    # A product is a plain tensor, also of a variable that is on several devices.
+    numbers["learning_rate"] = float(ops.multiply(rate, 1.0))
     for name, value in numbers.items():
         if math.isnan(value) or (name == "learning_rate" and math.isinf(value)):
             raise InvalidArgument(
