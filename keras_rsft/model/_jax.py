@@ -80,6 +80,8 @@ class JaxStep(SymbolicBuild):
     def branch(
         self, condition: Any, accepted: Change, otherwise: Change, rare: bool = False
     ) -> Any:
+        if not isinstance(condition, jax.core.Tracer):  # Eager: nothing to compile.
+            return accepted() if condition else otherwise()
         variables = keras.tree.flatten(self._state_variables())
         changed = [  # What the two outcomes may leave different.
             *self.trainable_variables,
