@@ -16,8 +16,9 @@ from keras_rsft.config import FeatureConfig, SearchConfig, SearchSpace, TrainCon
 from keras_rsft.errors import DataError, InvalidArgument, TrainingStalled
 from keras_rsft.training._head import train_head
 from keras_rsft.tuning import _search as search_run
-from keras_rsft.tuning._folder import next_search_folder, open_search
+from keras_rsft.tuning._folder import identity_of, next_search_folder, open_search
 from keras_rsft.tuning._search import search, search_features
+from keras_rsft.tuning._tuner import RSFTHyperModel
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -298,3 +299,13 @@ def test_from_images(photo_folder, tiny_base_file, tmp_path):
     )  # fmt: skip
     (prediction,) = predict_files(found.folder, [photo_folder / "green" / "05.png"])
     assert prediction.label in ("blue", "green", "red")
+
+
+def test_features_of_another_engine_are_of_the_same_search(features):
+    hypermodel = RSFTHyperModel(features, settings=SETTINGS, space=SPACE)
+    options = SearchConfig(max_trials=2)
+    one, other = (
+        identity_of(hypermodel, options, {"data": "x", "engine": engine})
+        for engine in ("tensorflow", "openvino")
+    )
+    assert one == other

@@ -49,7 +49,8 @@ def identity_of(
         labels = np.ascontiguousarray(part.labels, np.int32)
         samples += ["\n".join(names).encode(), labels.tobytes()]
     identity = _storage.run_identity(
-        dict(source),
+        # Every engine gives the same features.
+        {name: part for name, part in source.items() if name != "engine"},
         features.class_names,
         samples,
         space=space,
