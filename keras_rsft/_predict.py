@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,21 @@ from keras_rsft._storage import CLASSES_FILE, MODEL_FILE, read_class_names
 from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
 from keras_rsft.config import IMAGES, TEXTS
 from keras_rsft.data import _sources
-from keras_rsft.data._images import decode_images, read_image, readable_suffixes
+from keras_rsft.data._images import (
+    decode_image,
+    read_image,
+    readable_reason,
+    readable_suffixes,
+    traced_image,
+)
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import unusable_model
 from keras_rsft.export._runtimes import ExportedModel, load_exported
 from keras_rsft.model._rsft_model import RSFTModel
 
 BATCH_SIZE = 32
+# So many images are answered without tracing a graph first.
+FEW = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +207,13 @@ def _keras_classifier(path: Path, *, named: bool) -> Classifier:
             f"The model must take images or texts. Received: {path}, which does not: "
             "a head takes features. Give the run folder instead."
         )
+
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        few = len(images) <= FEW
+        return model(images, training=False) if few else model.predict_on_batch(images)
+
     size = tuple(model.input_shape[1:3])
-    return _images_classifier(ExportedModel(size, names, model.predict_on_batch))
+    return _images_classifier(ExportedModel(size, names, probabilities))
 
 
 def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
@@ -210,18 +224,23 @@ def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
 
 
 def _images_classifier(model: ExportedModel) -> Classifier:
-    decode = tf.function(
-        lambda encoded: decode_images(encoded, model.image_size),
-        input_signature=[tf.TensorSpec((None,), tf.string)],
-    )
-    error = "not an image that can be decoded"
-
     def classify(encoded: list[bytes]) -> Answers:
-        images, valid = decode(tf.constant(encoded, tf.string))
-        probabilities = np.asarray(model.probabilities(images.numpy()))
-        errors = [None if one else error for one in valid.numpy().tolist()]
-        return *_best(probabilities, model.class_names), errors
+        images = np.zeros((len(encoded), *model.image_size, 3), np.float32)
+        errors: list[str | None] = [None] * len(encoded)
+        # Tracing the graph that decodes takes longer than to decode some images.
+        decode = decode_image if len(encoded) <= FEW else traced_image
 
+        def decode_one(row: int) -> None:
+            try:
+                images[row] = decode(tf.constant(encoded[row]), model.image_size)
+            except tf.errors.OpError as error:
+                errors[row] = readable_reason(error)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(decode_one, range(len(encoded))))
+        return *_best(np.asarray(model.probabilities(images)), names), errors
+
+    names = model.class_names
     return Classifier(IMAGES, classify)
 
 

@@ -246,7 +246,7 @@ class TestStreams:
         names = [Path(line.split("\t")[0]).name for line in out.splitlines()]
         assert names == [f"owl{owl}.png", f"{SPELLED}.png", r"not\udcfftext.png"]
         assert err.splitlines()[-1].endswith(
-            f"{SPELLED}.jpg: not an image that can be decoded"
+            f"{SPELLED}.jpg: Not an image of a known kind (JPEG, PNG, GIF, BMP, WebP)."
         )
         assert done.returncode == 1
 

@@ -170,7 +170,7 @@ def test_the_command_lists_what_it_cannot_read(models, photo_folder, tmp_path, c
     captured = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(captured.out)))
     assert len(rows) == 12
-    assert "broken.png: not an image" in captured.err
+    assert "broken.png: Not an image of a known kind" in captured.err
     assert cli.main(arguments[:3]) == 1
     assert cli.main([*arguments[:2], arguments[3]]) == 0
 

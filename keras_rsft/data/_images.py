@@ -12,7 +12,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -32,7 +32,7 @@ def without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _apart(function: Callable) -> Callable:
-    """Has graphs call a function: they visit all nodes that are part of themselves."""
+    """Has a function traced apart, once and when it is needed, for all who call it."""
     attributes = {"_noinline": True}
 
     @functools.cache  # Traced once for all graphs.
@@ -44,8 +44,7 @@ def _apart(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:
-        run = function if tf.executing_eagerly() else traced(_most_pixels())
-        return run(*arguments)
+        return traced(_most_pixels())(*arguments)
 
     return called
 
@@ -124,11 +123,26 @@ def bytes_at(encoded: tf.Tensor, start: tf.Tensor, count: tf.Tensor) -> tf.Tenso
     return tf.strings.substr(encoded, start, tf.cast(count, tf.int64))
 
 
-def _numbers_at(encoded: tf.Tensor, start: tf.Tensor, count: Any) -> tf.Tensor:
+def _values_at(encoded: tf.Tensor, start: Any, count: int) -> tf.Tensor:
     """Returns bytes as int64, zeros behind the end."""
     part = bytes_at(encoded, start, count)
-    length = tf.cast(count, tf.int32)
-    return tf.cast(tf.io.decode_raw(part, tf.uint8, fixed_length=length), tf.int64)
+    return tf.cast(tf.io.decode_raw(part, tf.uint8, fixed_length=count), tf.int64)
+
+
+def _numbers(
+    values: tf.Tensor, *places: tuple[int, int], order: str = "little"
+) -> list[tf.Tensor]:
+    """Reads unsigned numbers in bytes `(..., n)`, each at a place (first, count)."""
+    # One product, for each node of a graph takes its time to build and to load.
+    weights = np.zeros((len(places), values.shape[-1]), np.int64)
+    step = 1 if order == "little" else -1
+    for row, (at, count) in zip(weights, places, strict=True):
+        row[at : at + count] = 256 ** np.arange(count)[::step]
+    return tf.unstack(tf.linalg.matvec(weights, values), num=len(places), axis=-1)
+
+
+def _code(signature: bytes, order: Literal["little", "big"] = "little") -> int:
+    return int.from_bytes(signature, order)
 
 
 @_apart
@@ -140,7 +154,7 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
     raw = tf.pad(raw, [[0, 1024]])  # Zeros end every walk, which cannot leap over them.
 
     def byte(at: tf.Tensor) -> tf.Tensor:
-        return tf.cast(raw[at], tf.int32)
+        return tf.cast(tf.gather(raw, at), tf.int32)
 
     def after_palette(at: tf.Tensor, flags: tf.Tensor) -> tf.Tensor:
         size = 3 * tf.bitwise.left_shift(2, flags % 8)
@@ -180,94 +194,109 @@ def first_gif_frame(encoded: tf.Tensor) -> tf.Tensor:
         bytes_at(encoded, frame + 5, end - frame - 5),
         tf.constant(b";"),
     )
-    size = tf.cast(raw[frame + 5 : frame + 9], tf.int64)
-    cut = tf.strings.join(parts)
-    return _require_within_limit(cut, _number(size, 0, 2), _number(size, 2, 2))
+    size = _numbers(_values_at(encoded, frame + 5, 4), (0, 2), (2, 2))
+    return _require_within_limit(tf.strings.join(parts), *size)
 
 
 _MOST_PARTS = 1000  # Of a file; more are not looked at.
 _UPRIGHT = np.int64(1)
+# Pixels `(h, w, 3)`, or 4 with opacity, and their orientation in [1, 8].
+_Decoded = tuple[tf.Tensor, tf.Tensor]
+# By orientation: whether rows and columns are mirrored.
+_MIRRORED = np.array([[0, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 0]], bool)
 _BAND_PIXELS = 1_000_000
 
 
-def _find_parts(
-    encoded: tf.Tensor, first: int, length_of: Callable, *signatures: bytes
-) -> tf.Tensor:
-    """Returns where the parts of a file are that begin so, 0 where there is none."""
-    # `length_of` tells a part's length by its first bytes, 0 at the last one.
+_JPEG, _PNG, _WEBP = (KINDS.index(kind) for kind in ("JPEG", "PNG", "WebP"))
+# The parts that are looked for, how many bytes come before their content, and in what.
+# The last is a colour that stands for nothing.
+_WANTED = (b"\xff\xe1..Exif\0\0", b"....eXIf..", b"EXIF......", b"....tRNS..")
+_WANTED_HEADS = np.array([4, 8, 8, 8], np.int64)
+_WANTED_IN = np.array([_JPEG, _PNG, _WEBP, _PNG], np.int32)
+
+
+@_apart
+def _look_for_parts(encoded: tf.Tensor, kind: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns whether a colour is hidden, and the orientation, in [1, 8]."""
     size = tf.cast(tf.strings.length(encoded), tf.int64)
-    wanted = np.array([list(one.ljust(_PART_BYTES, b".")) for one in signatures])
+    wanted = np.array([list(signature) for signature in _WANTED])
+
+    def length_of(head: tf.Tensor) -> tf.Tensor:
+        """Returns a part's length, 0 of the last one."""
+        marker, segment, chunk, name = _numbers(
+            head, (1, 1), (2, 2), (0, 4), (4, 4), order="big"
+        )
+        # The segments of applications, comments and fillers come first.
+        goes_on = (head[0] == 0xFF) & ((marker // 16 == 0xE) | (marker >= 0xFE))
+        segment = tf.where(marker == 0xFF, np.int64(1), 2 + segment)
+        (padded,) = _numbers(head, (4, 4))
+        lengths: list[Any] = [np.int64(0)] * len(KINDS)
+        lengths[_JPEG] = tf.where(goes_on, segment, np.int64(0))
+        lengths[_PNG] = tf.where(name == _code(b"IDAT", "big"), np.int64(0), 12 + chunk)
+        lengths[_WEBP] = 8 + padded + padded % 2
+        return tf.gather(tf.stack(lengths), kind)
 
     def step(at: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        head = _numbers_at(encoded, at, _PART_BYTES)
+        head = _values_at(encoded, at, _PART_BYTES)
         match = tf.reduce_all((head == wanted) | (wanted == ord(".")), axis=-1)
+        found = tf.where(match & (kind == _WANTED_IN) & (found == 0), at, found)
         length = length_of(head)
-        found = tf.where(match & (found == 0), at, found)
         return tf.where(length > 0, at + length, size), found
 
-    start = (tf.constant(first, tf.int64), tf.zeros([len(signatures)], tf.int64))
-    return tf.while_loop(
-        lambda at, found: (at < size) & tf.reduce_any(found == 0),
-        step,
-        start,
-        maximum_iterations=_MOST_PARTS,
+    first = np.zeros(len(KINDS), np.int64)
+    first[[_JPEG, _PNG, _WEBP]] = 2, 8, 12
+    start = tf.gather(first, kind), tf.zeros([len(_WANTED)], tf.int64)
+    found = tf.while_loop(
+        lambda at, found: at < size, step, start, maximum_iterations=_MOST_PARTS
     )[1]
+    exif = tf.reduce_max(tf.where(found > 0, found + _WANTED_HEADS, found)[:-1])
+    orientation = tf.cond(
+        exif > 0, lambda: _orientation(encoded, exif), lambda: tf.constant(_UPRIGHT)
+    )
+    return found[-1] > 0, orientation
 
 
 def _upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """Turns and mirrors pixels as an EXIF orientation, in [1, 8], asks for."""
-    return tf.cond(
-        orientation > 1, lambda: _turned(pixels, orientation), lambda: pixels
-    )
+
+    def turned() -> tf.Tensor:
+        swapped = (lambda: tf.transpose(pixels, [1, 0, 2])), (lambda: pixels)
+        mirrored = tf.gather(_MIRRORED, (orientation - 1) % 4)
+        straight = tf.cond(orientation > 4, *swapped)
+        return tf.raw_ops.Reverse(tensor=straight, dims=mirrored)
+
+    return tf.cond(orientation > 1, turned, lambda: pixels)
 
 
 @_apart
-def _turned(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    def flipped(axis: int, image: tf.Tensor, *which: int) -> tf.Tensor:
-        order = tf.range(tf.shape(image)[axis])
-        is_asked = tf.reduce_any(orientation == which)
-        order = tf.where(is_asked, order[::-1], order)
-        return tf.gather(image, order, axis=axis)  # Faster than `tf.reverse`.
+def _orientation(encoded: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+    """Returns the orientation, in [1, 8], that EXIF data from there on name, else 1."""
+    (mark,) = _numbers(_values_at(encoded, start, 6), (0, 6))
+    start += tf.where(mark == _code(b"Exif\0\0"), np.int64(6), np.int64(0))
+    head = _values_at(encoded, start, 8)
+    is_big = head[0] == ord("M")
 
-    def swapped() -> tf.Tensor:
-        return flipped(0, tf.transpose(flipped(0, pixels, 6, 7), [1, 0, 2]), 7, 8)
+    def numbers(values: tf.Tensor, *places: tuple[int, int]) -> list[tf.Tensor]:
+        orders = [
+            tf.stack(_numbers(values, *places, order=order))
+            for order in ("big", "little")
+        ]
+        return tf.unstack(tf.where(is_big, *orders), num=len(places))
 
-    def straight() -> tf.Tensor:
-        return flipped(1, flipped(0, pixels, 3, 4), 2, 3)
-
-    return tf.cond(orientation > 4, swapped, straight)
-
-
-@_apart
-def _orientation(encoded: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
-    """Returns the orientation, in [1, 8], that the EXIF data in a part name, else 1."""
-    # They follow the head of the part, which is of four bytes in JPEG.
-    in_jpeg = _numbers_at(encoded, part, 1)[0] == 0xFF
-    start = part + 8 - 4 * tf.cast(in_jpeg, tf.int64)
-    marked = tf.reduce_all(_numbers_at(encoded, start, 6) == list(b"Exif\0\0"))
-    start += 6 * tf.cast(marked, tf.int64)
-    head = _numbers_at(encoded, start, 8)
-
-    def number(values: tf.Tensor, at: int, count: int) -> tf.Tensor:
-        orders = (_number(values, at, count, order) for order in (-1, 1))
-        return tf.where(head[0] == ord("M"), *orders)
-
-    directory = start + number(head, 4, 4)
-    count = number(_numbers_at(encoded, directory, 2), 0, 2)
-    entries = _numbers_at(
-        encoded, directory + 2, 12 * tf.clip_by_value(count, 1, _MOST_PARTS)
-    )
-    entries = tf.reshape(entries, [-1, 12])
-    is_asked = number(entries, 0, 2) == 0x0112
-    value = tf.reduce_max(tf.where(is_asked, number(entries, 8, 2), _UPRIGHT))
-    known = (part > 0) & (number(head, 2, 2) == 42) & (value >= 1) & (value <= 8)
-    return tf.where(known, value, _UPRIGHT)
+    magic, directory = numbers(head, (2, 2), (4, 4))
+    listed = _values_at(encoded, start + directory, 2 + 12 * _MOST_PARTS)
+    (count,) = numbers(listed[:2], (0, 2))
+    tag, value = numbers(tf.reshape(listed[2:], [_MOST_PARTS, 12]), (0, 2), (8, 2))
+    is_asked = (tag == 0x0112) & (tf.range(_MOST_PARTS, dtype=tf.int64) < count)
+    value = tf.reduce_max(tf.where(is_asked, value, _UPRIGHT))
+    return tf.where((magic == 42) & (value >= 1) & (value <= 8), value, _UPRIGHT)
 
 
 @_apart
 def _on_white(pixels: tf.Tensor) -> tf.Tensor:
     """Puts uint8 pixels `(h, w, 4)`, the last of which is opacity, on white."""
     height, width = tf.shape(pixels)[0], tf.shape(pixels)[1]
+    # As a whole, a large image would need its memory ten times.
     rows = tf.maximum(1, _BAND_PIXELS // tf.maximum(width, 1))
 
     def blended(start: tf.Tensor) -> tf.Tensor:
@@ -278,7 +307,6 @@ def _on_white(pixels: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.bitwise.right_shift(rounded, 8), tf.uint8)
 
     def in_bands() -> tf.Tensor:
-        # As a whole, a large image would need its memory ten times.
         count = (height + rows - 1) // rows
         bands = tf.TensorArray(tf.uint8, count, infer_shape=False)
         return tf.while_loop(
@@ -288,21 +316,8 @@ def _on_white(pixels: tf.Tensor) -> tf.Tensor:
             parallel_iterations=1,
         )[1].concat()
 
-    return tf.cond(
-        tf.reduce_all(pixels[..., 3] == 255),
-        lambda: pixels[..., :3],
-        lambda: tf.cond(height <= rows, lambda: blended(0), in_bands),
-    )
-
-
-def _has(head: tf.Tensor, at: int, signature: bytes) -> tf.Tensor:
-    return tf.reduce_all(head[at : at + len(signature)] == list(signature))
-
-
-def _number(head: tf.Tensor, at: int, count: int, order: int = 1) -> tf.Tensor:
-    """Reads an unsigned number, little-endian, or big-endian with an order of -1."""
-    values = tf.constant([256**power for power in range(count)][::order], tf.int64)
-    return tf.reduce_sum(head[..., at : at + count] * values, axis=-1)
+    opaque = tf.reduce_all(pixels[..., 3] == 255)
+    return tf.cond(opaque, lambda: pixels[..., :3], in_bands)
 
 
 MAX_PIXELS = 100_000_000
@@ -363,7 +378,7 @@ def decode_pixels(
     if encoded.dtype != tf.string:  # The pixels of an array.
         return encoded
     # The first bytes, zeros where there are fewer.
-    head = _numbers_at(encoded, 0, _HEAD_BYTES)
+    head = _values_at(encoded, 0, _HEAD_BYTES)
     signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
     same = (head[: signatures.shape[1]] == signatures) | (signatures == ord("."))
     matches = tf.cast(tf.reduce_all(same, axis=-1), tf.int32)
@@ -372,11 +387,15 @@ def decode_pixels(
         lambda: _refuse_unknown(encoded),
         lambda: _decode_jpeg(encoded, head, smallest),
         lambda: _decode_png(encoded, head),
-        lambda: tf.io.decode_gif(first_gif_frame(encoded))[0],
-        lambda: _decode_bmp(encoded, head),
+        lambda: (tf.io.decode_gif(first_gif_frame(encoded))[0], _UPRIGHT),
+        lambda: (_decode_bmp(encoded, head), _UPRIGHT),
         lambda: _decode_webp(encoded, head),
     )
-    return tf.ensure_shape(tf.switch_case(kind, branches), (None, None, 3))
+    pixels, orientation = tf.switch_case(kind, branches)
+    pixels = tf.cond(
+        tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels
+    )
+    return _upright(tf.ensure_shape(pixels, (None, None, 3)), orientation)
 
 
 def shrunk_jpeg(encoded: bytes, side: int, quality: int = 80) -> bytes:
@@ -415,114 +434,81 @@ def checked_size(image_size: Any) -> tuple[int, int]:
 
 def readable_reason(error: tf.errors.OpError) -> str:
     """Returns an op's error message without the names of TensorFlow's nodes."""
-    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]| name:.*$", "", error.message)
-    ours = re.search(r"Summarized data: b['\"](.*)['\"]", text, re.DOTALL)
+    text = error.message.partition("\n\t [[")[0].rpartition("\n\n")[2]
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]| name:.*$", "", text)
+    ours = re.search(r"(?:data: b['\"]|failed: \[)(.*)['\"\]]", text, re.DOTALL)
     return " ".join((ours.group(1) if ours else text).split())
 
 
 @_apart
-def _refuse_unknown(encoded: tf.Tensor) -> tf.Tensor:
+def _refuse_unknown(encoded: tf.Tensor) -> _Decoded:
     message = tf.where(
         tf.strings.length(encoded) == 0,
         "The file is empty.",
         f"Not an image of a known kind ({', '.join(KINDS[1:])}).",
     )
     with tf.control_dependencies([tf.debugging.Assert(False, [message])]):
-        return tf.zeros([1, 1, 3], tf.uint8)
+        return tf.zeros([1, 1, 3], tf.uint8), _UPRIGHT
 
 
-def _jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    def length_of(head: tf.Tensor) -> tf.Tensor:
-        # The segments of applications, comments and fillers come first.
-        marker, length = head[1], 2 + _number(head, 2, 2, -1)
-        wanted = (head[0] == 0xFF) & ((marker // 16 == 0xE) | (marker >= 0xFE))
-        length = tf.where(marker == 0xFF, tf.ones_like(length), length)
-        return tf.where(wanted, length, tf.zeros_like(length))
-
-    found = _find_parts(encoded, 2, length_of, b"\xff\xe1..Exif\0\0")
-    return _orientation(encoded, found[0])
+def _parts_if(
+    is_needed: tf.Tensor, encoded: tf.Tensor, kind: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    return tf.cond(
+        is_needed,
+        lambda: _look_for_parts(encoded, tf.constant(kind)),
+        lambda: (tf.constant(False), tf.constant(_UPRIGHT)),
+    )
 
 
 def _decode_jpeg(
     encoded: tf.Tensor, head: tf.Tensor, smallest: tuple[int, int] | None
-) -> tf.Tensor:
+) -> _Decoded:
     shape = tf.io.extract_jpeg_shape(encoded, output_type=tf.int32)
-    height, width = tf.cast(shape[0], tf.int64), tf.cast(shape[1], tf.int64)
+    height, width = tf.unstack(tf.cast(shape, tf.int64)[:2], num=2)
     encoded = _require_within_limit(encoded, width, height)
 
     # Most files have no more than a JFIF segment before their tables.
-    has_jfif = _has(head, 2, b"\xff\xe0\0\x10")
-    second = tf.where(has_jfif, head[21], head[3])
-    return tf.cond(
-        second == 0xDB,
-        lambda: _scaled_jpeg(encoded, height, width, smallest),
-        lambda: _upright_jpeg(encoded, height, width, smallest),
-    )
-
-
-@_apart
-def _upright_jpeg(
-    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, smallest: Any
-) -> tf.Tensor:
-    orientation = _jpeg_orientation(encoded)
-    if smallest is not None:
-        sides = tf.constant(smallest, tf.int64)
-        smallest = tf.where(orientation > 4, sides[::-1], sides)
-    return _upright(_scaled_jpeg(encoded, height, width, smallest), orientation)
-
-
-def _scaled_jpeg(
-    encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, smallest: Any
-) -> tf.Tensor:
+    first, second, after_first = _numbers(head, (2, 4), (3, 1), (21, 1))
+    second = tf.where(first == _code(b"\xff\xe0\0\x10"), after_first, second)
+    _, orientation = _parts_if(second != 0xDB, encoded, _JPEG)
     if smallest is None:
-        return tf.io.decode_jpeg(encoded, channels=3)
-    scale = tf.minimum(height // smallest[0], width // smallest[1])
+        return tf.io.decode_jpeg(encoded, channels=3), orientation
+    sides = np.array(smallest, np.int64)
+    sides = tf.where(orientation > 4, sides[::-1], sides)
+    scale = tf.reduce_min(tf.stack([height, width]) // sides)
     fits = scale >= _SCALED_DECODE_MARGIN * np.array(_JPEG_RATIOS[1:])
     ratio_index = tf.reduce_sum(tf.cast(fits, tf.int32))
     branches = [
         functools.partial(tf.io.decode_jpeg, encoded, channels=3, ratio=ratio)
         for ratio in _JPEG_RATIOS
     ]
-    return tf.switch_case(ratio_index, branches)
+    return tf.switch_case(ratio_index, branches), orientation
 
 
 @_apart
-def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
+def _decode_png(encoded: tf.Tensor, head: tf.Tensor) -> _Decoded:
     # The IHDR chunk, which must come first, has the size.
-    width, height = _number(head, 16, 4, -1), _number(head, 20, 4, -1)
+    width, height, colours, chunk = _numbers(
+        head, (16, 4), (20, 4), (25, 1), (37, 4), order="big"
+    )
     encoded = _require_within_limit(encoded, width, height)
 
     # Many files have no chunk between their head and their pixels.
-    hides, orientation = tf.cond(
-        _has(head, 37, b"IDAT"),
-        lambda: (tf.constant(False), tf.constant(_UPRIGHT)),
-        lambda: _before_pixels(encoded),
-    )
+    hides, orientation = _parts_if(chunk != _code(b"IDAT", "big"), encoded, _PNG)
     pixels = tf.cond(
-        (head[25] >= 4) | hides,  # Opacity, or a colour that stands for nothing.
-        lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
+        (colours >= 4) | hides,
+        lambda: tf.io.decode_png(encoded, channels=4),
         lambda: tf.io.decode_png(encoded, channels=3),
     )
-    return _upright(pixels, orientation)
-
-
-@_apart
-def _before_pixels(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns whether a colour of a PNG file is hidden, and its orientation."""
-
-    def length_of(chunk: tf.Tensor) -> tf.Tensor:
-        length = 12 + _number(chunk, 0, 4, -1)
-        return tf.where(_has(chunk, 4, b"IDAT"), tf.zeros_like(length), length)
-
-    found = _find_parts(encoded, 8, length_of, b"....tRNS", b"....eXIf")
-    hidden, exif = tf.unstack(found, num=2)
-    return hidden > 0, _orientation(encoded, exif)
+    return pixels, orientation
 
 
 @_apart
 def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-    header_size, width, height = (_number(head, at, 4) for at in (14, 18, 22))
-    bits, compression = _number(head, 28, 2), _number(head, 30, 4)
+    header_size, width, height, bits, compression, opacity = _numbers(
+        head, (14, 4), (18, 4), (22, 4), (28, 2), (30, 4), (66, 4)
+    )
     # TensorFlow would take compressed bytes for pixels. 3 means colour masks,
     # which 32-bit files with transparency have; they are in the usual order.
     plain = (compression == 0) | ((compression == 3) & (bits == 32))
@@ -543,11 +529,11 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
 
     # Only a header of this size has a mask of the opacity. All 0 means no opacity.
     masked = (bits == 32) & (compression == 3) & (header_size >= 56)
-    is_alone = tf.reduce_all(head[66:70] == [0, 0, 0, 255])
+    is_alone = opacity == _code(b"\0\0\0\xff")
 
     def see_through() -> tf.Tensor:
         shown = tf.reduce_any(pixels[..., 3] > 0)
-        return tf.cond(shown, lambda: _on_white(pixels), lambda: pixels[..., :3])
+        return tf.cond(shown, lambda: pixels, lambda: pixels[..., :3])
 
     def opaque() -> tf.Tensor:
         return tf.cond(bits == 8, look_up, lambda: pixels[..., :3])
@@ -556,45 +542,28 @@ def _decode_bmp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
 
 
 @_apart
-def _webp_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    def length_of(head: tf.Tensor) -> tf.Tensor:
-        length = _number(head, 4, 4)
-        return 8 + length + length % 2
-
-    found = _find_parts(encoded, 12, length_of, b"EXIF")
-    return _orientation(encoded, found[0])
-
-
-@_apart
-def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
-    # An animated WebP has aborted the whole process in TensorFlow 2.21.
-    still = ~(_has(head, 12, b"VP8X") & (head[20] // 2 % 2 == 1))
-    message = tf.constant("An animated WebP, which TensorFlow cannot read.")
-    encoded = _require(encoded, still, message)
-    lossless_bits = _number(head, 21, 4)
-    cases = (
-        (b"VP8 ", _number(head, 26, 2) % 2**14, _number(head, 28, 2) % 2**14),
-        (b"VP8L", lossless_bits % 2**14 + 1, lossless_bits // 2**14 % 2**14 + 1),
-        (b"VP8X", _number(head, 24, 3) + 1, _number(head, 27, 3) + 1),
+def _decode_webp(encoded: tf.Tensor, head: tf.Tensor) -> _Decoded:
+    kind, flags, *sizes = _numbers(
+        head, (12, 4), (20, 1), (26, 2), (28, 2), (21, 4), (24, 3), (27, 3)
     )
-    width = height = tf.zeros([], tf.int64)
-    for chunk, case_width, case_height in cases:
-        match = _has(head, 12, chunk)
-        width = tf.where(match, case_width, width)
-        height = tf.where(match, case_height, height)
+    is_extended = kind == _code(b"VP8X")
+    # An animated WebP has aborted the whole process in TensorFlow 2.21.
+    message = tf.constant("An animated WebP, which TensorFlow cannot read.")
+    encoded = _require(encoded, ~(is_extended & (flags // 2 % 2 == 1)), message)
+    low_width, low_height, lossless, width, height = sizes
+    lossless_height = lossless // 2**14
+    is_lossless = kind == _code(b"VP8L")
+    width, low_width, lossless = width + 1, low_width % 2**14, lossless % 2**14 + 1
+    height, low_height = height + 1, low_height % 2**14
+    lossless_height = lossless_height % 2**14 + 1
+    width = tf.where(is_extended, width, tf.where(is_lossless, lossless, low_width))
+    height = tf.where(
+        is_extended, height, tf.where(is_lossless, lossless_height, low_height)
+    )
     encoded = _require_within_limit(encoded, width, height)
     pixels = tf.io.decode_image(encoded, expand_animations=False)
-    pixels = tf.cond(
-        tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels[..., :3]
-    )
-
-    has_exif = _has(head, 12, b"VP8X") & (head[20] // 8 % 2 == 1)
-    return _upright(
-        pixels,
-        tf.cond(
-            has_exif, lambda: _webp_orientation(encoded), lambda: tf.constant(_UPRIGHT)
-        ),
-    )
+    _, orientation = _parts_if(is_extended & (flags // 8 % 2 == 1), encoded, _WEBP)
+    return pixels, orientation
 
 
 def _too_large(width: Any, height: Any) -> str:
