@@ -120,12 +120,13 @@ class TestGroups:
 class TestRegression:
     @pytest.mark.parametrize("solved", [512, 1])
     @pytest.mark.parametrize("rows", [4096, 5])
+    @pytest.mark.parametrize("dim", [5, 60])  # Fewer and more than there are samples.
     def test_scores_equal_a_fit_without_the_group(
-        self, feature_set, solved, rows, monkeypatch
+        self, feature_set, solved, rows, dim, monkeypatch
     ):
         monkeypatch.setattr(module, "MAX_GROUP_TO_SOLVE", solved)
         monkeypatch.setattr(module, "CHUNK_ROWS", rows)
-        values, labels = clusters(count=40, dim=5)
+        values, labels = clusters(count=40, dim=dim)
         groups = np.arange(40)
         groups[[3, 17]], groups[[8, 9, 30]], groups[[20, 39]] = 3, 8, 20
         weights = np.linspace(0.2, 1.0, 40).astype(np.float32)
@@ -140,7 +141,7 @@ class TestRegression:
             return np.hstack([scaled, np.ones((len(rows), 1))])
 
         inputs, targets = standardised(values), np.eye(4)[labels]
-        penalty = np.diag([regression._ridge] * 5 + [1e-4])
+        penalty = np.diag([regression._ridge] * dim + [1e-4])
 
         def fit_without(group):
             kept = groups != group

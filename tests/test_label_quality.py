@@ -49,8 +49,9 @@ def noisy(labels, kind, rate, num_classes=4, seed=1):
 
 
 class TestRegression:
-    def test_scores_equal_those_of_a_fit_without_the_sample(self, feature_set):
-        values, labels = clusters(count=40, dim=5)
+    @pytest.mark.parametrize("dim", [5, 60])  # Fewer and more than there are samples.
+    def test_scores_equal_those_of_a_fit_without_the_sample(self, feature_set, dim):
+        values, labels = clusters(count=40, dim=dim)
         weights = np.linspace(0.2, 1.0, 40).astype(np.float32)
         regression = LeftOutRegression(feature_set(values, labels), 4, seed=0)
         scores = regression.left_out_scores(weights)
@@ -58,7 +59,7 @@ class TestRegression:
             [(values - values.mean(0)) / values.std(0), np.ones((40, 1))]
         )
         targets = np.eye(4)[labels]
-        penalty = np.diag([regression._ridge] * 5 + [1e-3])
+        penalty = np.diag([regression._ridge] * dim + [1e-3])
         for place in (0, 17, 39):
             kept = np.arange(40) != place
             weighted = inputs[kept] * weights[kept, None]

@@ -246,6 +246,8 @@ class LeftOutRegression:
     ) -> _RidgePath:
         """Fits inputs to targets with weights."""
         width = self._features.dim
+        if len(self._weights) < width:
+            return _path_of_few(*map(np.concatenate, zip(*chunks, strict=True)))
         gram, moment = np.zeros((width, width)), np.zeros((width, self._num_classes))
         inputs_sum, targets_sum = np.zeros(width), np.zeros(self._num_classes)
         total = 0.0
@@ -256,7 +258,12 @@ class LeftOutRegression:
             inputs_sum += weighted.sum(axis=0)
             targets_sum += weights @ targets
             total += float(weights.sum(dtype=float))
-        return _RidgePath(gram, moment, inputs_sum, targets_sum, max(total, 1e-9))
+        total = max(total, 1e-9)
+        centre, mean_target = inputs_sum / total, targets_sum / total
+        gram -= total * np.outer(centre, centre)
+        moment -= total * np.outer(centre, mean_target)
+        values, axes = np.linalg.eigh(gram)
+        return _RidgePath(values, axes, axes.T @ moment, centre, mean_target, total)
 
 
 def _sampled(count: int, seed: int) -> np.ndarray:
@@ -286,26 +293,24 @@ class _RidgePath:
 
     def __init__(
         self,
-        gram: np.ndarray,
+        values: np.ndarray,
+        axes: np.ndarray,
         moment: np.ndarray,
-        inputs_sum: np.ndarray,
-        targets_sum: np.ndarray,
+        centre: np.ndarray,
+        mean_target: np.ndarray,
         total: float,
     ):
-        centre, mean_target = inputs_sum / total, targets_sum / total
-        gram = gram - total * np.outer(centre, centre)
-        moment = moment - total * np.outer(centre, mean_target)
-        values, axes = np.linalg.eigh(gram)
         self._values = np.maximum(values, 0.0)
         self._axes = axes.astype(np.float32)
-        self._moment = (axes.T @ moment).astype(np.float32)
+        self._moment = moment.astype(np.float32)
         self._centre = centre.astype(np.float32)
         self._mean_target = mean_target.astype(np.float32)
         self._total = total
 
     def rotated(self, inputs: np.ndarray) -> np.ndarray:
         flat = inputs.reshape(-1, inputs.shape[-1])  # One product, not one a group.
-        return ((flat - self._centre) @ self._axes).reshape(inputs.shape)
+        rotated = (flat - self._centre) @ self._axes
+        return rotated.reshape(*inputs.shape[:-1], -1)
 
     def _shrunk(self, ridge: float) -> np.ndarray:
         return self._moment / (self._values + ridge)[:, None].astype(np.float32)
@@ -348,6 +353,26 @@ class _RidgePath:
         solved = axes.swapaxes(1, 2) @ (roots * (fitted - targets))
         solved = axes @ (solved / (1.0 - np.minimum(values, 0.999))[:, :, None])
         return fitted + shared @ (roots * solved)
+
+
+def _path_of_few(
+    inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray
+) -> _RidgePath:
+    """Fits fewer samples than they have features, by their products alone.
+
+    What is at right angles to all of them has no part in any score.
+    """
+    total = max(float(weights.sum(dtype=float)), 1e-9)
+    centre, mean_target = weights @ inputs / total, weights @ targets / total
+    roots = np.sqrt(weights.astype(float))[:, None]
+    rows = roots * (inputs - centre)
+    values, left = np.linalg.eigh(rows @ rows.T)
+    found = values > 1e-12 * max(float(values[-1]), 1e-9)
+    values, left = values[found], left[:, found]
+    scales = np.sqrt(values)
+    moment = scales[:, None] * (left.T @ (roots * (targets - mean_target)))
+    axes = rows.T @ (left / scales)
+    return _RidgePath(values, axes, moment, centre, mean_target, total)
 
 
 def _neighbours(values: np.ndarray, near: float | None) -> np.ndarray:
