@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import tensorflow as tf
 
 from keras_rsft._storage import CLASSES_FILE, MODEL_FILE, read_class_names
 from keras_rsft.backbones._build import UNREADABLE, first_line, load_keras_file
-from keras_rsft.config import IMAGES, TEXTS
+from keras_rsft.config import ENGINES, IMAGES, TEXTS, FeatureConfig, require_known
 from keras_rsft.data import _sources
 from keras_rsft.data._images import (
     decode_image,
@@ -26,7 +27,9 @@ from keras_rsft.data._images import (
 )
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._places import unusable_model
-from keras_rsft.export._runtimes import ExportedModel, load_exported
+from keras_rsft.export._runtimes import load_exported
+from keras_rsft.features._engines import FOLDER as ENGINES_FOLDER
+from keras_rsft.features._extract import FrozenBackbone, default_cache_dir
 from keras_rsft.model._rsft_model import RSFTModel
 
 BATCH_SIZE = 32
@@ -48,8 +51,10 @@ Answers = tuple[list[str], np.ndarray, list[str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
+    """Takes some samples, and how many there are in all."""
+
     takes: str
-    classify: Callable[[list[bytes]], Answers]
+    classify: Callable[[list[bytes], int], Answers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,7 @@ def predict_files(
     files: Sequence[str | os.PathLike],
     *,
     text_column: str = _sources.DEFAULT_TEXT_COLUMN,
+    engine: str = "auto",
 ) -> Iterator[Prediction]:
     """Yields one prediction a file, in order; of a CSV file of texts one a row.
 
@@ -86,14 +92,17 @@ def predict_files(
         files: Image files; for a model that takes texts text files, and CSV files with
             a column of texts.
         text_column: That column's name. Default `text`.
+        engine: What runs a Keras model of images, as in `FeatureConfig`. Default
+            `"auto"`.
 
     Raises:
-        InvalidArgument: If the model cannot be found or is none of these.
+        InvalidArgument: If the model cannot be found or is none of these, or cannot be
+            run by the engine, or this is not installed.
         DataError: If it cannot be read, an exported file has no class names, or a CSV
             file has no such column.
         ImportError: If the file's runtime is not installed.
     """
-    classifier = load_classifier(model)
+    classifier = load_classifier(model, engine=engine)
     samples = samples_in(files, classifier, text_column=text_column)
     yield from predict_samples(classifier, samples)
 
@@ -119,7 +128,7 @@ def predict_samples(
     for start in range(0, len(samples), BATCH_SIZE):
         batch = samples[start : start + BATCH_SIZE]
         encoded, unread = zip(*(sample.read() for sample in batch), strict=True)
-        labels, scores, unusable = classifier.classify(list(encoded))
+        labels, scores, unusable = classifier.classify(list(encoded), len(samples))
         for sample, label, score, *errors in zip(
             batch, labels, scores, unread, unusable, strict=True
         ):
@@ -164,24 +173,38 @@ def find_files(
     return list(found), skipped
 
 
-def load_classifier(model: str | os.PathLike) -> Classifier:
+def load_classifier(
+    model: str | os.PathLike,
+    *,
+    engine: str = "auto",
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Classifier:
     """Loads what `predict_files` takes, for several calls of it."""
+    FeatureConfig(engine=engine)  # Refuses one that is not there.
     path = Path(model)
     if (path / MODEL_FILE).is_file():
-        return _keras_classifier(path / MODEL_FILE, named=True)
+        path = path / MODEL_FILE
     if path.suffix == ".keras" and path.is_file():
-        return _keras_classifier(path, named=path.with_name(CLASSES_FILE).is_file())
+        return _keras_classifier(path, engine, on_note)
     if path.is_dir() and not (path / "saved_model.pb").is_file():
         versions = [child for child in path.iterdir() if child.name.isdigit()]
         versions = [one for one in versions if (one / "saved_model.pb").is_file()]
         path = max(versions, key=lambda version: int(version.name), default=path)
     is_file = path.suffix in (".tflite", ".onnx") and path.is_file()
     if is_file or (path / "saved_model.pb").is_file():
-        return _images_classifier(load_exported(path))
+        require_known("engine of an exported model", engine, ("auto",))
+        exported = load_exported(path)
+        return _images_classifier(
+            exported.image_size,
+            exported.class_names,
+            lambda images, total: exported.probabilities(images),
+        )
     raise unusable_model(model)
 
 
-def _keras_classifier(path: Path, *, named: bool) -> Classifier:
+def _keras_classifier(
+    path: Path, engine: str, on_note: Callable[[str], None]
+) -> Classifier:
     try:
         model = load_keras_file(path)
     except InvalidArgument:
@@ -192,11 +215,12 @@ def _keras_classifier(path: Path, *, named: bool) -> Classifier:
         model = model.model
     count = model.output_shape[-1]
     names = tuple(map(str, range(count)))
-    if named:
+    if path.name == MODEL_FILE or path.with_name(CLASSES_FILE).is_file():
         names = read_class_names(path.parent, count)
     if model.inputs[0].dtype == "string":
+        require_known("engine of a model of texts", engine, ENGINES[:2])
 
-        def classify(encoded: list[bytes]) -> Answers:
+        def classify(encoded: list[bytes], total: int) -> Answers:
             texts, errors = zip(*map(_text_or_error, encoded), strict=True)
             probabilities = model.predict_on_batch(tf.constant(texts, tf.string))
             return *_best(np.asarray(probabilities), names), list(errors)
@@ -208,12 +232,18 @@ def _keras_classifier(path: Path, *, named: bool) -> Classifier:
             "a head takes features. Give the run folder instead."
         )
 
-    def probabilities(images: np.ndarray) -> np.ndarray:
-        few = len(images) <= FEW
-        return model(images, training=False) if few else model.predict_on_batch(images)
+    @functools.cache
+    def network(total: int) -> FrozenBackbone:
+        return FrozenBackbone(model, num_images=total, engine=engine, on_note=on_note)
 
-    size = tuple(model.input_shape[1:3])
-    return _images_classifier(ExportedModel(size, names, probabilities))
+    def probabilities(images: np.ndarray, total: int) -> np.ndarray:
+        if total <= FEW:
+            return np.asarray(model(images, training=False))
+        batch = tf.constant(images)
+        network(total).open_engine(default_cache_dir() / ENGINES_FOLDER, batch)
+        return next(network(total).over([(None, batch)]))[1]
+
+    return _images_classifier(tuple(model.input_shape[1:3]), names, probabilities)
 
 
 def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
@@ -223,24 +253,27 @@ def _text_or_error(encoded: bytes) -> tuple[bytes, str | None]:
         return b"", str(error)
 
 
-def _images_classifier(model: ExportedModel) -> Classifier:
-    def classify(encoded: list[bytes]) -> Answers:
-        images = np.zeros((len(encoded), *model.image_size, 3), np.float32)
+def _images_classifier(
+    image_size: tuple[int, int],
+    names: Sequence[str],
+    probabilities: Callable[[np.ndarray, int], np.ndarray],
+) -> Classifier:
+    def classify(encoded: list[bytes], total: int) -> Answers:
+        images = np.zeros((len(encoded), *image_size, 3), np.float32)
         errors: list[str | None] = [None] * len(encoded)
         # Tracing the graph that decodes takes longer than to decode some images.
-        decode = decode_image if len(encoded) <= FEW else traced_image
+        decode = decode_image if total <= FEW else traced_image
 
         def decode_one(row: int) -> None:
             try:
-                images[row] = decode(tf.constant(encoded[row]), model.image_size)
+                images[row] = decode(tf.constant(encoded[row]), image_size)
             except tf.errors.OpError as error:
                 errors[row] = readable_reason(error)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(decode_one, range(len(encoded))))
-        return *_best(np.asarray(model.probabilities(images)), names), errors
+        return *_best(probabilities(images, total), names), errors
 
-    names = model.class_names
     return Classifier(IMAGES, classify)
 
 

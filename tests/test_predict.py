@@ -13,7 +13,7 @@ import pytest
 from made_bases import classifier_of
 
 from keras_rsft import cli
-from keras_rsft._predict import Prediction, find_files, predict_files
+from keras_rsft._predict import FEW, Prediction, find_files, predict_files
 from keras_rsft.backbones._load import load_backbone
 from keras_rsft.cli._commands import write_answer
 from keras_rsft.config import IMAGES
@@ -65,6 +65,35 @@ def test_every_form_of_a_model_gives_the_same_answers(models, photo_folder, tmp_
         assert [one.error for one in other] == [one.error for one in first]
         for one, same in zip(other, first, strict=True):
             assert one.score == pytest.approx(same.score, abs=1e-3)
+
+
+def test_another_engine_gives_the_same_answers(
+    models, photo_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = sorted(photo_folder.rglob("*.png"))
+    assert len(files) > FEW
+    expected = list(predict_files(models[0], files))
+    answers = list(predict_files(models[0], files, engine="onnxruntime"))
+    assert [one.label for one in answers] == [one.label for one in expected]
+    assert [one.score for one in answers] == pytest.approx(
+        [one.score for one in expected], abs=1e-5
+    )
+    (converted,) = tmp_path.rglob("*.onnx")
+    converted.write_bytes(b"damaged")  # It is made anew.
+    assert list(predict_files(models[0], files, engine="onnxruntime")) == answers
+    few = list(predict_files(models[0], files[:FEW]))
+    assert [one.score for one in few] == pytest.approx(
+        [one.score for one in expected[:FEW]], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "at, engine", [(3, "onnxruntime"), (5, "tensorflow"), (0, "x")]
+)
+def test_an_engine_that_does_not_run_the_model_is_refused(models, at, engine):
+    with pytest.raises(InvalidArgument, match=f"Received: '{engine}'"):
+        list(predict_files(models[at], ["a.png"], engine=engine))
 
 
 def found(paths, kind):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -55,6 +57,14 @@ def test_a_base_that_fails_is_listed_with_its_reason(ranking):
     ((name, reason),) = ranking.failed
     assert name.endswith("damaged.keras")
     assert "damaged or not a `.keras` file" in reason
+
+
+def test_another_engine_extracts_the_features(photo_folder, tiny_base_file, tmp_path):
+    pytest.importorskip("tf2onnx")
+    settings = FeatureConfig(cache_dir=tmp_path, engine="onnxruntime")
+    rank_backbones(str(photo_folder), [tiny_base_file], features=settings)
+    (meta,) = tmp_path.rglob("meta.json")
+    assert json.loads(meta.read_text())["engine"] == "onnxruntime"
 
 
 def test_where_no_base_can_be_used(photo_folder, tmp_path):

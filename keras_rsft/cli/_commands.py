@@ -860,7 +860,11 @@ def predict(arguments: argparse.Namespace, output: Output) -> bool:
     from keras_rsft._progress import progress_bar
     from keras_rsft.data._sources import unread_sentence
 
-    classifier = library.load_classifier(arguments.model)
+    classifier = library.load_classifier(
+        arguments.model,
+        engine=arguments.engine or "auto",
+        on_note=lambda text: print(summary.shown(text), file=sys.stderr),
+    )
     column = arguments.text_column or DEFAULT_TEXT_COLUMN
     files, skipped = library.find_files(arguments.paths, classifier.takes)
     samples = library.samples_in(files, classifier, text_column=column)

@@ -330,7 +330,8 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
     commands.predict: (
         "use a trained model on image files or texts; the exit status is 1 if some "
         "could not be read: they are listed on standard error, the others answered",
-        {Options: "model paths output_format", DataConfig: "text_column"},
+        {Options: "model paths output_format", config.FeatureConfig: "engine",
+         DataConfig: "text_column"},
     ),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from keras_rsft.data._splits import stratified_sample
 from keras_rsft.errors import DataError, InvalidArgument, WeightsUnavailable
 from keras_rsft.features import _extract
 from keras_rsft.label_quality._audit import MIN_NOISE_RATE, LabelQuality, audit_labels
-from keras_rsft.training._features import load_configured
+from keras_rsft.training._features import choose_engine, load_configured
 
 DEFAULT_SAMPLE = 1000
 # Errors of one backbone, after which the others are still ranked.
@@ -126,7 +126,9 @@ def rank_backbones(
     for name, config in zip(names, configs, strict=True):
         try:
             backbone = load_configured(config)
-            frozen = _extract.FrozenBackbone(backbone, num_images=len(images))
+            frozen = _extract.FrozenBackbone(
+                backbone, num_images=len(images), engine=choose_engine(config)
+            )
             cached = _extract.extract_features(
                 frozen,
                 images,

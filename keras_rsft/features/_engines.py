@@ -43,7 +43,7 @@ MIN_SECONDS = 60.0
 MIN_GAIN = 1.05
 OPSET = 17
 _MEASURED_RUNS = 3
-FORMAT_VERSION = 1  # Raise it when the conversion changes.
+FOLDER = "engines"  # Beside the cached features.
 
 
 class EngineError(Exception):

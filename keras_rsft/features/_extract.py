@@ -33,7 +33,7 @@ from keras_rsft.data._arrays import whole_split
 from keras_rsft.data._samples import SampleSplit
 from keras_rsft.errors import DataError, WorkerLost
 from keras_rsft.features import _shares
-from keras_rsft.features._engines import Forward, choose_engine
+from keras_rsft.features._engines import FOLDER, Forward, choose_engine
 from keras_rsft.features._shares import Part
 from keras_rsft.features._store import (
     FEATURES_FILE,
@@ -240,15 +240,16 @@ def seconds_per_image(
         raise DataError(
             f"None of the {len(split)} {split.kind} of {split.name!r} can be read."
         )
-    batches = samples.repeat().batch(batch_size).prefetch(2)
+    batches = samples.repeat().batch(batch_size).prefetch(2).take(_MOST_BATCHES + 1)
+    shape = (-1, *backbone.sample_shape)
+    done = backbone.over((len(batch), tf.reshape(batch, shape)) for _, batch in batches)
     started, counted = 0.0, 0
-    for number, (_, batch) in enumerate(batches.take(_MOST_BATCHES + 1)):
-        backbone.forward(tf.reshape(batch, (-1, *backbone.sample_shape))).numpy()
+    for number, (count, _) in enumerate(done):
         now = time.perf_counter()
         if number == 0:
             started = now
             continue
-        counted += len(batch)
+        counted += count
         if now - started >= _LEAST_SECONDS:
             break
     return (now - started) / counted
@@ -436,7 +437,7 @@ def append_rows(
             for index, batch in samples:
                 _note_one_colour(partial, index, batch)
                 flat = tf.reshape(batch, (-1, *frozen.sample_shape))
-                frozen.open_engine(work.folder.parent / "engines", flat)
+                frozen.open_engine(work.folder.parent / FOLDER, flat)
                 yield index.numpy(), flat
 
         for index, features in frozen.over(flat_batches()):

@@ -272,6 +272,11 @@ def choose_dtype(config: FeatureConfig) -> str:
     return _extract.choose_dtype(config.dtype)
 
 
+def choose_engine(config: FeatureConfig) -> str:
+    """Returns what is asked for; engines other than TensorFlow compute in float32."""
+    return "tensorflow" if choose_dtype(config) == "bfloat16" else config.engine
+
+
 def load_configured(config: FeatureConfig) -> keras.Model:
     return load_backbone(
         str(config.backbone),
@@ -344,7 +349,7 @@ def feature_passes(
             backbone,
             num_images=sum(map(len, splits)) + more,
             device_names=devices.local_names,
-            engine="tensorflow" if config.dtype == "bfloat16" else config.engine,
+            engine=choose_engine(config),
             on_note=on_note,
         )
     return [
