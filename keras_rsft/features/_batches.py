@@ -175,6 +175,10 @@ class _EpochNumber(keras.callbacks.Callback):
         self._epoch.assign(epoch)
 
 
+# Nothing that is mapped needs to be rewritten for graphs, which takes its time.
+as_it_is = tf.autograph.experimental.do_not_convert
+
+
 def _gathered(
     features: FeatureSet,
     order: Order,
@@ -190,7 +194,9 @@ def _gathered(
     labels = tf.constant(features.labels)
     block_rows = batch_size * max(1, BLOCK_BYTES // (4 * features.dim * batch_size))
     rows = tf.data.Dataset.range(1).map(
-        lambda _: order() if share is None else share.of_order(order(), batch_size)
+        as_it_is(
+            lambda _: order() if share is None else share.of_order(order(), batch_size)
+        )
     )
     if features.num_bytes <= MAX_BYTES_IN_MEMORY:
         if features.rows is None:
@@ -198,12 +204,16 @@ def _gathered(
         else:
             values = features.all_views
         table = tf.constant(values.reshape(-1, features.dim))
-        blocks = rows.rebatch(block_rows).map(lambda s, row: (s, tf.gather(table, row)))
+        blocks = rows.rebatch(block_rows).map(
+            as_it_is(lambda s, row: (s, tf.gather(table, row)))
+        )
     else:
         read = _make_row_reader(features)
         one_window = features.num_bytes <= WINDOW_BYTES
         chunk_rows = block_rows if one_window else WINDOW_BYTES // features.row_bytes
-        chunks = rows.rebatch(max(1, chunk_rows)).map(lambda s, row: (s, read(row)))
+        chunks = rows.rebatch(max(1, chunk_rows)).map(
+            as_it_is(lambda s, row: (s, read(row)))
+        )
         blocks = chunks.prefetch(1).rebatch(block_rows)
 
     def complete(sample: tf.Tensor, values: tf.Tensor) -> tuple:
@@ -214,7 +224,7 @@ def _gathered(
         weights = None if share is None else tf.ones(tf.shape(sample))
         return *columns, weights, tf.cast(sample, tf.int32)
 
-    samples = blocks.map(complete).prefetch(1)
+    samples = blocks.map(as_it_is(complete)).prefetch(1)
     if share is not None:  # Their number differs where the last batch is small.
         return without_autotuning(samples.rebatch(share.row_counts(batch_size)))
     return _counted(samples.rebatch(batch_size), features, batch_size)

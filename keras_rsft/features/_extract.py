@@ -150,7 +150,7 @@ class FrozenBackbone:
             weights = []
         spec = tf.TensorSpec((None, *self.sample_shape), backbone.inputs[0].dtype)
 
-        @tf.function(input_signature=[spec])
+        @tf.function(input_signature=[spec], autograph=False)
         def forward(images: tf.Tensor) -> tf.Tensor:
             constants = [(variable, tf.constant(value)) for variable, value in weights]
             with keras.StatelessScope(state_mapping=constants or copies):
