@@ -731,11 +731,11 @@ class TestWork:
     def test_a_stopped_run_resumes_with_the_same_pixels_alone(
         self, parts, options, tmp_path, stop_at
     ):
-        def fit(x):
+        def fit(x, **changed):
             begun = []
             rsft.finetune(
                 (x, parts[0][1]), output=tmp_path / "run", with_plain=False,
-                on_begin=lambda *how: begun.append(how[1]), **options,
+                on_begin=lambda *how: begun.append(how[1]), **options | changed,
             )  # fmt: skip
             return begun
 
@@ -744,7 +744,8 @@ class TestWork:
             fit(parts[0][0])
         with pytest.raises(InvalidArgument, match="not finished, with other data"):
             fit(255 - parts[0][0])
-        assert fit(parts[0][0].copy()) == [True]
+        tensorflow = dataclasses.replace(options["features"], engine="tensorflow")
+        assert fit(parts[0][0].copy(), features=tensorflow) == [True]
 
     def test_every_verb_takes_them(self, parts, options, tiny_base_file, tmp_path):
         train, validation = parts

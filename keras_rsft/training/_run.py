@@ -35,7 +35,12 @@ from keras_rsft.model._rsft_model import RSFTModel
 from keras_rsft.training import _before
 from keras_rsft.training._curves import Overfitting
 from keras_rsft.training._devices import Devices, open_devices
-from keras_rsft.training._features import SplitFeatures, open_features, resolve
+from keras_rsft.training._features import (
+    SplitFeatures,
+    choose_dtype,
+    open_features,
+    resolve,
+)
 from keras_rsft.training._head import (
     HELD_OUT,
     AgainstPlain,
@@ -442,7 +447,11 @@ def finetune(
     identity = identity_of_run(
         data,
         callbacks,
-        features=dataclasses.asdict(dataclasses.replace(features, cache_dir=None)),
+        features=dataclasses.asdict(
+            dataclasses.replace(
+                features, cache_dir=None, dtype=choose_dtype(features), engine="auto"
+            )
+        ),
         settings=dataclasses.asdict(settings),
         strategy=devices.name,
         with_plain=with_plain,
