@@ -562,6 +562,8 @@ def test_what_keras_asks_of_a_model_is_that_of_the_wrapped_one(tmp_path):
     for name in ("model.h5", tmp_path / "model.hdf5"):
         with pytest.raises(InvalidArgument, match=r"no place for a policy.*\.keras"):
             model.save(name)
+    with pytest.raises(InvalidArgument, match=r"no place for a policy.*\.keras"):
+        keras.saving.save_model(model, tmp_path / "model.h5")
 
 
 @pytest.mark.only_under("tensorflow", reason="the SavedModel of TensorFlow's variables")
