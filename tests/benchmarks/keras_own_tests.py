@@ -111,7 +111,10 @@ def pytest_configure(config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Notes how often wrappers stood in for the models of a test."""
+    """Seeds a test, and notes how often wrappers stood in for its models."""
+    from keras.utils import set_random_seed
+
+    set_random_seed(0)  # What is shuffled is in the same order in all runs.
     wrappers = getattr(item.config, "own_tests_wrappers", Wrappers())
     try:
         return (yield)
