@@ -406,14 +406,18 @@ def test_a_model_that_its_first_batch_builds_has_all_slots(make, averages, scale
 @pytest.mark.parametrize(
     "policy, eagerly", [("all", False), ("threshold", True), ("batch", True)]
 )
-def test_states_change_without_trainable_weights(policy, eagerly):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_states_change_without_trainable_weights(policy, eagerly, scaled):
     found = []
     x, _ = made_data(1.0)
     for wrap in (lambda m: m, lambda m: RSFTModel(m, POLICIES[policy]())):
         norm = layers.BatchNormalization(center=False, scale=False)
         inner = keras.Sequential([keras.Input((3,)), norm])
         model = wrap(inner)
-        model.compile("sgd", "mse", run_eagerly=eagerly)
+        optimizer = keras.optimizers.SGD()
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer, "mse", run_eagerly=eagerly)
         model.fit(x, x, verbose=0)
         found.append(inner.get_weights())
     assert np.abs(found[0][0]).max() > 0
@@ -562,6 +566,8 @@ def test_what_keras_asks_of_a_model_is_that_of_the_wrapped_one(tmp_path):
     for name in ("model.h5", tmp_path / "model.hdf5"):
         with pytest.raises(InvalidArgument, match=r"no place for a policy.*\.keras"):
             model.save(name)
+    with pytest.raises(InvalidArgument, match=r"no place for a policy.*\.keras"):
+        keras.saving.save_model(model, tmp_path / "model.h5")
 
 
 @pytest.mark.only_under("tensorflow", reason="the SavedModel of TensorFlow's variables")

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.export.export_utils import get_input_signature
 from keras.src.trainers.compile_utils import CompileMetrics
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
@@ -43,7 +44,7 @@ else:
         f"{_BACKEND}. Set KERAS_BACKEND=tensorflow, or leave it out."
     )
 
-
+_NO_HDF5 = "The format HDF5 has no place for a policy. Save the model as `.keras`."
 # What Keras asks of the model that it trains, and so of no model within another.
 _ASKED_OF_THE_OUTER = (
     "train_step", "test_step", "predict_step", "compute_loss", "compute_metrics",
@@ -259,10 +260,7 @@ class RSFTModel(BackendStep):
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Saves all of it, with the policy; takes what `keras.Model.save` takes."""
         if str(filepath).endswith((".h5", ".hdf5")):
-            raise InvalidArgument(
-                "The format HDF5 has no place for a policy. Received: "
-                f"filepath={str(filepath)!r}. Save it as `.keras`."
-            )
+            raise InvalidArgument(f"{_NO_HDF5} Received: filepath={str(filepath)!r}.")
         super().save(filepath, *args, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -475,6 +473,8 @@ class RSFTModel(BackendStep):
                 state.assign(store[key][...])
 
     def get_config(self) -> dict[str, Any]:
+        if get_global_attribute("use_legacy_config"):  # `keras.saving.save_model`.
+            raise InvalidArgument(_NO_HDF5)
         return super().get_config() | {
             "model": keras.saving.serialize_keras_object(self.model),
             "policy": (

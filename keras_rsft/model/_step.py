@@ -285,7 +285,8 @@ class TrainingStep(keras.Model):
     def note_not_finite(self) -> None:
         """Counts a step that changed nothing because its gradient was not finite."""
         self.selection.steps_not_finite.assign_add(1.0)
-        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+        scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+        if scaled and self.optimizer.built:  # It is not without trainable weights.
             self.optimizer._stateful_handle_non_finite_grads()  # Lowers its scale.
 
     def _make_slots(self) -> None:
