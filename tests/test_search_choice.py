@@ -8,19 +8,20 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from keras_rsft.config import SearchConfig
+from keras_rsft.config import PolicyConfig, SearchConfig, TrainConfig
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.report._charts import rate_ticks
 from keras_rsft.tuning._choice import TrialOutcome, choose_trial
 from keras_rsft.tuning._folder import heat_map, write_pictures
 
 
-def outcome(name, accuracy, acceptance, *, loss=1.0, **values):
+def outcome(name, accuracy, acceptance, *, loss=1.0, policy="accept-all", **values):
+    settings = TrainConfig(policy=PolicyConfig(policy))
     metrics = {
         "val_accuracy": accuracy, "val_accuracy_estimated": accuracy,
         "acceptance_rate": acceptance, "val_loss": loss,
     }  # fmt: skip
-    return TrialOutcome(name, "COMPLETED", values, metrics, 3)
+    return TrialOutcome(name, "COMPLETED", values, metrics, 3, settings=settings)
 
 
 FAILED = TrialOutcome("f", "FAILED", {}, {}, 0, "The weights became NaN.")
@@ -69,6 +70,16 @@ def test_of_equally_good_ones_the_most_typical_is_taken():
     assert (choice.chosen.trial_id, choice.best.trial_id) == ("b", "a")
     assert "agreement with the other trials: 0.8800 against 0.9000" in choice.reason
     assert f"a standard error of {choice.noise:.4f}" in choice.reason
+
+
+@pytest.mark.parametrize("right, chosen", [(97, "a"), (86, "c")])
+def test_auto_is_preferred_where_it_may_be_as_good(right, chosen):
+    trials = outcome("a", right / 100, 1.0), outcome("b", 0.70, 1.0)
+    trials += (outcome("c", 0.85, 0.7, policy="auto"),)
+    wrong = {"a": range(right, 100), "b": range(70, 100), "c": range(15)}
+    choice = choose(*trials, wrong=wrong)
+    assert (choice.chosen.trial_id, choice.best.trial_id) == (chosen, "a")
+    assert ("no other is better by more than" in choice.reason) == (chosen == "c")
 
 
 def test_what_is_worse_has_hardly_a_vote():

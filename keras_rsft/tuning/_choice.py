@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_rsft._stats import paired_error
-from keras_rsft.config import FROZEN, UNFREEZE_NAMES, SearchConfig, TrainConfig
+from keras_rsft.config import AUTO, FROZEN, UNFREEZE_NAMES, SearchConfig, TrainConfig
 from keras_rsft.errors import TrainingStalled
 from keras_rsft.training._head import credited_to
 
@@ -94,7 +94,7 @@ def choose_trial(
     by validation sample. Most convincing is the highest sum of the objective and of the
     agreement with all trials, each weighted by how likely it is as good as the best:
     where trials err, they err differently, so that their votes add to what few labels
-    say.
+    say. A trial of `auto` is preferred within one standard error of that one.
 
     `predicted` has by trial the class of each validation sample, `(n,)`; the mean of
     the `credits`, `(n, classes)`, of these classes is the objective. Without them only
@@ -141,12 +141,30 @@ def choose_trial(
             score[one.trial_id] = one.goodness(options) + agreed
         if cost == best.cost:
             candidates = [one for one in eligible if one.cost == cost]
-    chosen = max(
-        candidates,
-        key=lambda one: (score[one.trial_id], one.acceptance, one.goodness(options)),
-    )
-    reason = _reason(chosen, best, errors[chosen.trial_id], objective)
-    return Choice(chosen, best, reason, errors)
+
+    def convincing(one: TrialOutcome) -> tuple[float, ...]:
+        return score[one.trial_id], one.acceptance, one.goodness(options)
+
+    likeliest = max(candidates, key=convincing)
+    of_auto = [one for one in candidates if one.settings.policy.name == AUTO]
+    if of_auto and likeliest not in of_auto and predicted and credits is not None:
+        auto = max(of_auto, key=convincing)
+        error = paired_error(
+            *(
+                credited_to(credits, predicted[one.trial_id])
+                for one in (likeliest, auto)
+            )
+        )
+        if likeliest.goodness(options) - auto.goodness(options) <= error:
+            reason = (
+                f"Trial {auto.trial_id} leaves out the labels that look wrong, and no "
+                f"other is better by more than one standard error ({error:.4f}): "
+                f"{auto.metrics[objective]:.4f} against {likeliest.metrics[objective]:.4f} "
+                f"of trial {likeliest.trial_id}."
+            )
+            return Choice(auto, best, reason, errors)
+    reason = _reason(likeliest, best, errors[likeliest.trial_id], objective)
+    return Choice(likeliest, best, reason, errors)
 
 
 def agreements(predicted: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
