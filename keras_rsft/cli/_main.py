@@ -105,6 +105,8 @@ def _silence_native_libraries() -> None:
     """Keeps TensorFlow's start-up chatter off the user's terminal."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # What is wrong with a file of TensorFlow is said once, and without a traceback.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Off by default on processors where it still is the faster choice.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     if os.environ.get(TRACEBACK_VARIABLE):

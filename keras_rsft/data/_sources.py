@@ -338,9 +338,9 @@ def _table_rows(
     name = called(table)
     found = columns_of(table) or []
     if wrong := [one for one in columns if found.count(one) != 1]:
-        fault = "more than one" if wrong[0] in found else "no"
+        count = "more than one" if wrong[0] in found else "no"
         raise DataError(
-            f"There is {fault} column {', '.join(map(repr, wrong))} in {name}. It has: "
+            f"There is {count} column {', '.join(map(repr, wrong))} in {name}. It has: "
             f"{', '.join(map(repr, found)) or 'none'}."
         )
     names = class_names_of(table)
@@ -431,7 +431,7 @@ class _Columns:
 
     def unused_splits(self, table: Any) -> tuple[str, ...]:
         """Says which column has the names of splits and is not read as such."""
-        row = {}
+        row: dict[str, str] = {}
         if isinstance(table, str):
             _, row = next(read_table(table, (self.content, self.label)))
         names = columns_of(table) or list(row)
