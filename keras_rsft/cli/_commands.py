@@ -24,7 +24,7 @@ from keras_rsft._runtime import (
     cluster_of,
     part_in_search,
 )
-from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
+from keras_rsft._storage import check_new_folder, guarded_cell, json_value
 from keras_rsft.cli._options import DEFAULT_TEXT_COLUMN, DataConfig, settings_of
 from keras_rsft.cli._render import Output, json_text
 from keras_rsft.config import IMAGES, TEXTS, FeatureConfig, TrainConfig
@@ -684,10 +684,8 @@ def review(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.serve:
         _serve(folder, arguments, output)
         return
-    page = folder / REPORT_FILE
-    if arguments.rebuild or not page.is_file():
-        page = rsft.write_report(folder)
-    page = page.absolute()
+    # Anew each time: a page that is there may be a stranger's, with scripts of theirs.
+    page = rsft.write_report(folder).absolute()
     output.say(str(page))
     output.finish(page, folder=folder.absolute(), page=page, url=page.as_uri())
     if not arguments.no_browser:

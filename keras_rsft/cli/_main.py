@@ -240,7 +240,6 @@ class Options:
         False, "show all samples, from a server that only this machine can reach"
     )
     port: int | None = option(None, "of --serve; default: the run's own", type=_port)
-    rebuild: bool = option(False, "write report.html again if it exists")
     no_browser: bool = option(False, "open nothing; print where the page is")
     name: str | None = option(
         None, "the model's name; default: that of the run folder", first=1
@@ -323,7 +322,7 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
     ),
     commands.review: (
         "look at a run and correct labels in the browser",
-        {Options: "run serve port rebuild no_browser"},
+        {Options: "run serve port no_browser"},
     ),
     commands.export: (
         "write a model for TF Serving, LiteRT or ONNX",
