@@ -151,15 +151,9 @@ def find_files(
     skipped: collections.Counter[str] = collections.Counter()
     for path in (os.fspath(path) for path in paths):
         if os.path.isdir(path):
-            below = ((file, file.relative_to(path)) for file in Path(path).rglob("*"))
-            shown = sorted(
-                str(file)
-                for file, relative in below
-                if not any(part[0] == "." for part in relative.parts) and file.is_file()
-            )
-            files = [one for one in shown if _sources.ending_of(one) in suffixes]
-            others = [one for one in shown if _sources.ending_of(one) not in suffixes]
-            skipped.update(map(_sources.ending_of, others))
+            names, others = _sources.files_below(path, "", suffixes)
+            files = [str(Path(path, name)) for name in sorted(names)]
+            skipped += others
         elif not os.path.lexists(path) and glob.has_magic(path):
             files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         else:

@@ -112,7 +112,7 @@ class TestAudit:
         assert found["finding"] in page
         assert 'id="gallery"' in page
         assert 'id="training"' not in page
-        assert call("review", folder, "--no-browser", "--rebuild")[0] == 0
+        assert call("review", folder, "--no-browser")[0] == 0
 
     def test_corrections_of_its_review(self, run, photos, tmp_path):
         data = made_wrong(photos)

@@ -13,11 +13,14 @@ import pytest
 import tensorflow as tf
 
 from keras_rsft import cli
+from keras_rsft.cli import _commands as commands
+from keras_rsft.cli._main import build_parser
+from keras_rsft.cli._render import Output
 from keras_rsft.data._sources import load_images
 from keras_rsft.errors import DataError
 from keras_rsft.export import _export_run as from_run
 from keras_rsft.export import _verify as verification
-from keras_rsft.export._export_run import export_run, read_run
+from keras_rsft.export._export_run import FinishedRun, export_run, read_run
 from keras_rsft.export._verify import (
     Verification,
     sample_of,
@@ -185,6 +188,31 @@ def test_verify_without_the_data_says_so(export, run_folder, tmp_path):
     assert status == 0, err
     assert "generated ones are used: `source` must be" in out
     assert "12 of 12 images" in out
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ('keras-rsft fit "photos', "No closing quotation"),
+        ("keras-rsft fit --help", "command cannot be read"),
+        ("keras-rsft fit photos --future 1", "command cannot be read"),
+        (7, "does not say what data"),
+        (["fit"], "does not say what data"),
+    ],
+)
+def test_a_command_in_a_run_is_not_trusted(tmp_path, capsys, command, message):
+    run = FinishedRun(tmp_path, None, ("a", "b"), {"command": command})
+    with pytest.raises(DataError, match=message):
+        commands._data_of(run, build_parser(), Output(command="export"))
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_which_images_are_read_is_told(tmp_path, capsys, photos):
+    run = FinishedRun(tmp_path, None, (), {"command": f"keras-rsft fit {photos}"})
+    commands._data_of(run, build_parser(), Output(command="export"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"says that its images are in {photos}." in said
 
 
 def test_the_split_that_a_run_was_validated_on(run_folder, photos):

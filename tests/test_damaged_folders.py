@@ -84,7 +84,7 @@ def run(root: Path, place: Path, use: str, folder: Path) -> tuple[int, str]:
     arguments = (
         arguments
         or {
-            "review": ["review", folder, "--rebuild", "--no-browser"],
+            "review": ["review", folder, "--no-browser"],
             "predict": ["predict", folder, root / "photos" / "red" / "00.png"],
             "export": ["export", folder, "--name", "m", "--directory", place / "out"],
         }[use]

@@ -22,7 +22,7 @@ from made_images import (
 from PIL import Image
 
 from keras_rsft.data._images import SUFFIXES, decode_pixels
-from keras_rsft.data._sources import load_images
+from keras_rsft.data._sources import load_images, load_texts
 from keras_rsft.errors import DataError, InvalidArgument
 
 
@@ -94,10 +94,13 @@ class TestFolder:
         write(folder / "dog" / "deep" / "Thumbs.db")
         write(folder / "readme.md")
         write(folder / ".cache" / "x.png")
+        write(folder / "cat" / "._01.png")  # What macOS leaves beside 01.png.
+        write(folder / "cat" / ".DS_Store")
         data = load_images(folder)
         assert len(all_ids(data)) == 60
-        assert data.unread_files == {".txt": 1, ".db": 1, ".md": 1}
-        assert data.notes == ("3 files were not read: 1 .md, 1 .txt, 1 .db.",)
+        assert data.unread_files == {".txt": 1, ".db": 1, ".md": 1, "hidden": 1}
+        (note,) = data.notes
+        assert note == "4 files were not read: 1 .md, 1 hidden, 1 .txt, 1 .db."
 
     def test_links_are_followed_and_loops_are_not(self, folder, tmp_path):
         other = write(tmp_path / "store" / "far.png")
@@ -180,6 +183,26 @@ class TestFolder:
         data = load_images(tmp_path)
         assert [len(getattr(data, s)) for s in SPLIT_NAMES] == [8, 4, 6]
         assert data.class_names == ("a", "b")
+
+    @pytest.mark.parametrize(
+        "outer, inner",
+        [
+            (("trainval", "test"), ("a", "b")),
+            (("fold1", "fold2"), ("a", "b")),
+            (("a", "b"), ("train", "test")),
+        ],
+    )
+    def test_levels_that_are_taken_for_none_are_told(self, tmp_path, outer, inner):
+        for name in outer:
+            for other in inner:
+                for number in range(4):
+                    write(tmp_path / name / other / f"{number}.png")
+        data = load_images(tmp_path)
+        assert data.class_names == tuple(sorted(outer))
+        (note,) = data.notes
+        assert f"holds the folders {', '.join(sorted(inner))}:" in note
+        shutil.rmtree(tmp_path / outer[0] / inner[1])  # A class may be sorted further.
+        assert load_images(tmp_path).notes == ()
 
     def test_one_folder_around_all_is_gone_through(self, tmp_path):
         for split, count in (("Training", 4), ("Testing", 2)):
@@ -370,6 +393,7 @@ class TestTable:
             (["file,class"], r"'path', 'label' in line 1. It has: 'file', 'class'"),
             (["path;class", "img/0.png;a"], "It has: 'path', 'class'.*--label-column"),
             (["path,label,label", "img/0.png,a,b"], "line 1, has the column 'label' 2"),
+            (["path,label,split,split", "img/0.png,a,,"], "the column 'split' 2 times"),
             ([""], "It has: none"),
             (["path,label"], "no row below the header"),
             (["path,label", "img/0.png,"], "value in column 'label' of .*line 2"),
@@ -483,22 +507,49 @@ class TestTable:
             ["01", "1.0", "1"],
             ["big dog", "big\u00a0dog"],
             ["stra\u00dfe", "STRASSE"],
+            ["\u2764", "\u2764\ufe0f", "\u2764\u3164"],
+            ["red_fox", "Red-Fox", "red fox", '"""red fox"""'],
+            ["5e-1", ".5", "0.50", "\u0660.5"],
+            ["3", "3."],
         ]
-        names = [name for group in groups for name in group] + ["cats", "11"]
+        names = [name for group in groups for name in group]
+        names += ["cats", "11", "-1", "_", "+", "1_1"]
         rows = [f"{at}.png,{name}" for at, name in enumerate(names)]
         for at in range(len(names)):
             write(tmp_path / f"{at}.png")
         data = load_images(write_table(tmp_path / "t.csv", "path,label", *rows))
         assert data.num_classes == len(names)
         (note,) = data.notes
+        groups[6][3] = '"red fox"'
         for group in groups:
             assert " and ".join(map(ascii, sorted(group))) in note
-        assert "cats" not in note
-        assert "'11'" not in note
+        for name in ("cats", "11", "-1", "_", "+", "1_1"):
+            assert repr(name) not in note
+
+    def test_a_class_of_missing_labels_is_told(self, table):
+        write_table(table, "path,label", "img/0.png,a", "img/1.png,nan")
+        assert load_images(table).notes == (
+            "A class is called nan. If the label is missing there, leave these samples "
+            "out.",
+        )
+
+    @pytest.mark.parametrize("name", ["Split", "subset", "Usage"])
+    def test_a_column_of_splits_that_is_not_read_is_told(self, table, name):
+        rows = [f"img/{at}.png,{at % 2},Training" for at in range(4)]
+        write_table(table, f"path,label,{name}", *rows)
+        (note,) = load_images(table).notes
+        assert note.startswith(f"The column {name!r}, which begins with 'Training'")
+        assert load_images(table, split_column=name).notes == ()
+        assert load_images(table, split_column=None).notes == ()
+        columns = {"text": ["p", "q"], "label": ["a", "b"], name: ["train", "train"]}
+        assert load_texts(columns).notes == (note.replace("Training", "train"),)
 
     def test_another_encoding_is_explained(self, table):
         table.write_bytes("path,label\nimg/0.png,Größe\n".encode("latin-1"))
-        with pytest.raises(DataError, match="UTF-8"):
+        with pytest.raises(DataError, match="another encoding in line 2"):
+            load_images(table)
+        table.write_bytes("path,label\nimg/0.png,a\n".encode("utf-16"))
+        with pytest.raises(DataError, match="another encoding in line 1"):
             load_images(table)
 
     def test_a_pipe_is_not_read(self, table):
@@ -506,6 +557,9 @@ class TestTable:
         write_table(table, "path,label", "img/0.png,a", "pipe.png,b")
         with pytest.raises(DataError, match="is not a file"):
             load_images(table)
+        paths = [str(table.parent / name) for name in ("img/0.png", "pipe.png")]
+        with pytest.raises(DataError, match=r"pipe.png is not a file, in row 1"):
+            load_images({"path": paths, "label": ["a", "b"]})
 
 
 class TestMoreKinds:

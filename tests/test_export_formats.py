@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 from made_bases import classifier_of, spread_head
+from made_damage import damage
 
 from keras_rsft._storage import write_new_file
 from keras_rsft.backbones._build import build_classifier
@@ -66,6 +69,31 @@ def test_any_batch_gives_the_saved_models_probabilities(
             exported.probabilities(images[:count]), expected[:count], atol=1e-3
         )
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", ["tflite", "onnx"])
+def test_a_damaged_file_is_told_by_its_name(suffix, classifier, tmp_path):
+    path = export_as(suffix, classifier, tmp_path, class_names=NAMES)
+    whole, said = path.read_bytes(), []
+    for seed in range(60):
+        path.write_bytes(whole)
+        damage(path, random.Random(seed))
+        try:
+            exported = load_exported(path)
+        except DataError as error:
+            said.append(str(error))
+        else:
+            assert len(exported.class_names) == 3
+    assert len(said) > 20
+    assert all(str(path) in one for one in said)
+
+
+@pytest.mark.parametrize("content", [b"", b"blue\n", b"\xff\n\n\n"])
+def test_class_names_that_do_not_fit_are_told(classifier, tmp_path, content):
+    version = export_saved_model(classifier, tmp_path / "m", class_names=NAMES)
+    (version / "assets" / "labels.txt").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(str(version))):
+        load_exported(version)
 
 
 @pytest.mark.slow

@@ -522,6 +522,15 @@ class TestTables:
         with pytest.raises(DataError, match="no column 'label' in the Frame"):
             rsft.load_data(Frame({"path": columns["path"]}))
 
+    def test_columns_that_do_not_fit(self, columns):
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame(columns)
+        frame.insert(0, "label", "a", allow_duplicates=True)
+        with pytest.raises(DataError, match="more than one column 'label' in the Dat"):
+            rsft.load_data(frame)
+        with pytest.raises(DataError, match="must be of one length"):
+            rsft.load_images(columns | {"label": ["a"]})
+
 
 def one_batch(x, y):
     return Tensors((x, y)).batch(12)

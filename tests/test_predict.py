@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -126,12 +127,26 @@ def test_files_that_are_skipped_are_counted_by_their_ending(tmp_path):
         (tmp_path / name).touch()
     files, skipped = find_files([tmp_path], IMAGES)
     assert len(files) == 2
-    assert skipped == {".bak": 2, "without an ending": 1, ".psd": 1}
+    assert skipped == {".bak": 2, "without an ending": 1, ".psd": 1, "hidden": 1}
     assert find_files([tmp_path / "3.bak"], IMAGES)[1] == {}
     (tmp_path / "1.jpg").unlink()
     (tmp_path / "b" / "2.PNG").unlink()
-    with pytest.raises(DataError, match=r"4 files were not read: 2 \.bak, "):
+    with pytest.raises(DataError, match=r"5 files were not read: 2 \.bak, "):
         find_files([tmp_path], IMAGES)
+
+
+def test_links_in_a_folder_are_followed_or_counted(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "1.png").touch()
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "linked").symlink_to(tmp_path / "other")
+    (new / "up").symlink_to(tmp_path)
+    (new / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(new / "pipe.jpg")
+    assert find_files([new], IMAGES) == (
+        [str(new / "linked" / "1.png")], {".png": 1, ".jpg": 1}
+    )  # fmt: skip
 
 
 def test_a_name_with_brackets_is_a_file_first(tmp_path):

@@ -323,10 +323,8 @@ class TestCommand:
         page = folder / "report.html"
         assert capsys.readouterr().out.strip() == str(page)
         whole = page.read_text(encoding="utf-8")
-        page.write_text(whole[:500], encoding="utf-8")
+        page.write_text(f"{whole}<script>theirs()</script>", encoding="utf-8")
         assert main(["review", str(folder), "--no-browser"]) == 0
-        assert page.read_text(encoding="utf-8") == whole[:500]
-        assert main(["review", str(folder), "--no-browser", "--rebuild"]) == 0
         assert page.read_text(encoding="utf-8") == whole
 
     def test_for_programs(self, tmp_path, capsys):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import io
 import math
 import os
 import shlex
@@ -24,7 +26,7 @@ from keras_rsft._runtime import (
     cluster_of,
     part_in_search,
 )
-from keras_rsft._storage import REPORT_FILE, check_new_folder, guarded_cell, json_value
+from keras_rsft._storage import check_new_folder, guarded_cell, json_value, understood
 from keras_rsft.cli._options import DEFAULT_TEXT_COLUMN, DataConfig, settings_of
 from keras_rsft.cli._render import Output, json_text
 from keras_rsft.config import IMAGES, TEXTS, FeatureConfig, TrainConfig
@@ -684,10 +686,8 @@ def review(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.serve:
         _serve(folder, arguments, output)
         return
-    page = folder / REPORT_FILE
-    if arguments.rebuild or not page.is_file():
-        page = rsft.write_report(folder)
-    page = page.absolute()
+    # Anew each time: a page that is there may be a stranger's, with scripts of theirs.
+    page = rsft.write_report(folder).absolute()
     output.say(str(page))
     output.finish(page, folder=folder.absolute(), page=page, url=page.as_uri())
     if not arguments.no_browser:
@@ -770,17 +770,28 @@ def export(arguments: argparse.Namespace, output: Output) -> bool:
     return passed
 
 
-def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:
+def _data_of(
+    run: FinishedRun, parser: argparse.ArgumentParser, output: Output
+) -> ImageData:
     """Loads the images that the run was trained on, by the command that trained it."""
+    # The run may be a stranger's: the user must see what is read.
+    told = "The run's folder says that its images are in"
     from keras_rsft.data._samples import ImageData
 
-    command = shlex.split(run.config.get("command") or "")[1:]
+    with understood(run.folder):
+        command = shlex.split(str(run.config.get("command") or ""))[1:]
     if command[:1] in (["fit"], ["search"]):
+        nothing = io.StringIO()
         try:
-            arguments = parser.parse_args(command)
+            with (
+                contextlib.redirect_stdout(nothing),
+                contextlib.redirect_stderr(nothing),
+            ):
+                arguments = parser.parse_args(command)
         except SystemExit as stop:  # argparse, at a command of another version.
             raise DataError("the run's command cannot be read.") from stop
         arguments.corrections = []
+        output.say(f"{told} {arguments.data}.")
         data = load_data(arguments, ())
         if not isinstance(data, ImageData):
             raise DataError("the run was trained on texts.")
@@ -789,6 +800,7 @@ def _data_of(run: FinishedRun, parser: argparse.ArgumentParser) -> ImageData:
         raise DataError("the run does not say what data it was trained on.")
     if "fingerprint" in run.config:
         raise DataError(f"the run was trained on {run.config['data']}.")
+    output.say(f"{told} {run.config['data']}.")
     return rsft.load_images(run.config["data"])
 
 
@@ -803,7 +815,9 @@ def _check(
     missing, narrowed = "", export.settings.weight_dtype != "float32"
     if narrowed or arguments.verify:
         try:
-            images = checks.validation_split(run, _data_of(run, arguments.parser))
+            images = checks.validation_split(
+                run, _data_of(run, arguments.parser, output)
+            )
         except (DataError, InvalidArgument, ImportError, OSError) as error:
             missing = str(error)
     if narrowed:

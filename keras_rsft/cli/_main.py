@@ -105,6 +105,8 @@ def _silence_native_libraries() -> None:
     """Keeps TensorFlow's start-up chatter off the user's terminal."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # What is wrong with a file of TensorFlow is said once, and without a traceback.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Off by default on processors where it still is the faster choice.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     if os.environ.get(TRACEBACK_VARIABLE):
@@ -238,7 +240,6 @@ class Options:
         False, "show all samples, from a server that only this machine can reach"
     )
     port: int | None = option(None, "of --serve; default: the run's own", type=_port)
-    rebuild: bool = option(False, "write report.html again if it exists")
     no_browser: bool = option(False, "open nothing; print where the page is")
     name: str | None = option(
         None, "the model's name; default: that of the run folder", first=1
@@ -321,7 +322,7 @@ _COMMANDS: dict[Callable[..., bool | None], tuple[str, dict[type, str]]] = {
     ),
     commands.review: (
         "look at a run and correct labels in the browser",
-        {Options: "run serve port rebuild no_browser"},
+        {Options: "run serve port no_browser"},
     ),
     commands.export: (
         "write a model for TF Serving, LiteRT or ONNX",

@@ -53,6 +53,7 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
     else:
         folders, splits = [base], ["train"]
     samples: list[NamedSample] = []
+    inside: list[set[str]] = []  # The folders in each class folder.
     for prefix, split in zip(folders, splits, strict=True):
         labels, others = _visible(os.path.join(root, prefix))
         unread += others
@@ -64,7 +65,7 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
             )
         for label in labels:
             below = os.path.join(prefix, label)
-            ids, others = _files_below(root, below, suffixes)
+            ids, others = files_below(root, below, suffixes)
             if not ids:
                 raise DataError(
                     f"Expected {kind} in the class folder {os.path.join(root, below)}. "
@@ -74,6 +75,8 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
                 )
             samples += [NamedSample(id_, label, split) for id_ in ids]
             unread += others
+            parts = (id_.split("/")[below.count(os.sep) + 1 : -1] for id_ in ids)
+            inside.append({part[0] for part in parts if part})
     for sample in samples:
         try:
             sample.id.encode()
@@ -82,11 +85,18 @@ def _folder_data(data_type: type[Data], source: str, cut: Cut) -> Data:
                 "File names must be valid UTF-8. "
                 f"Received: {sample.id!r}. Rename the file or its folder."
             ) from error
+    notes = [unread_sentence(unread)] if unread else []
+    shared = sorted(set.intersection(*inside))
+    if len(shared) > 1:
+        notes.append(
+            f"Every class folder holds the folders {', '.join(shared[:10])}: these are "
+            "taken neither for classes nor for splits. If they are, sort the "
+            f"{kind} into <split>/<class>/<{kind[:-1]}> or <class>/<{kind[:-1]}>."
+        )
     reader_of = functools.partial(_samples.FileReader, root)
     return data_of(
         data_type, samples, reader_of, cut, source,
-        unread_files=dict(unread.most_common()),
-        notes=(unread_sentence(unread),) if unread else (),
+        unread_files=dict(unread.most_common()), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -165,9 +175,10 @@ def _visible(folder: str) -> tuple[list[str], collections.Counter[str]]:
     return folders, collections.Counter(map(ending_of, files))
 
 
-def _files_below(
+def files_below(
     root: str, below: str, suffixes: frozenset[str]
 ) -> tuple[list[str], collections.Counter[str]]:
+    """Returns the files to read, relative to `root`, and the endings of the others."""
     ids: list[str] = []
     others: collections.Counter[str] = collections.Counter()
     chain: tuple[str, ...] = (os.path.realpath(os.path.join(root, below)),)
@@ -178,6 +189,9 @@ def _files_below(
             name = os.path.join(folder, entry.name)
             suffix = os.path.splitext(name)[1].lower()
             if entry.name.startswith("."):
+                # macOS writes ._NAME beside NAME where its attributes have no place.
+                is_meant = suffix in suffixes and not entry.name.startswith("._")
+                others["hidden"] += is_meant and not _is_dir(entry)
                 continue
             if _is_dir(entry) and not entry.is_symlink():
                 waiting.append((name, chain))
@@ -213,6 +227,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 # Tables -------------------------------------------------------------------------------
 
 DEFAULT_SPLIT_COLUMN = "split"
+_SPLIT_COLUMN = re.compile("split|set|fold|part|phase|usage", re.IGNORECASE)
 # Ten times the limit of a text. Where a quote is never closed, the rest of the file is
 # one cell: it must not all go into memory.
 _MAX_CELL = 10_000_000
@@ -242,14 +257,24 @@ def read_table(
                 line = 1 + rows.line_num
             if is_empty:
                 raise DataError(f"There is no row below the header in {file}.")
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise DataError(
-            f"Expected {file} to be a comma-separated table in UTF-8. Received: "
-            f"{error}, in the row that begins in line {line + 1}. Look for a quote "
-            "that is not closed, or save it again as CSV (UTF-8)."
+            f"Expected {file} to be in UTF-8. Received: another encoding in line "
+            f"{_line_not_in_utf8(file)}. Save it again as CSV (UTF-8)."
+        ) from error
+    except csv.Error as error:
+        raise DataError(
+            f"Expected {file} to be a comma-separated table. Received: {error}, in the "
+            f"row that begins in line {line + 1}. Look for a quote that is not closed."
         ) from error
     except OSError as error:
         raise DataError(f"Cannot read {file}: {error.strerror}.") from error
+
+
+def _line_not_in_utf8(file: str | os.PathLike) -> int:
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        escaped = (any("\udc80" <= one <= "\udcff" for one in line) for line in lines)
+        return next(number for number, one in enumerate(escaped, 1) if one)
 
 
 _SEPARATORS = (",", ";", "\t", "|")
@@ -264,8 +289,8 @@ def _header(
         cells = next(csv.reader([line], delimiter=separator, strict=True), [])
         names = [cell.strip() for cell in cells]
         if set(required) <= set(names):
-            twice = [one for one in required if names.count(one) > 1]
-            if twice:
+            read = (*required, DEFAULT_SPLIT_COLUMN)
+            if twice := [one for one in read if names.count(one) > 1]:
                 raise DataError(
                     f"{file}, line 1, has the column {twice[0]!r} "
                     f"{names.count(twice[0])} times. Rename or remove the others."
@@ -312,10 +337,10 @@ def _table_rows(
     """Yields each row of a table, with words that say which one it is."""
     name = called(table)
     found = columns_of(table) or []
-    missing = [one for one in columns if one not in found]
-    if missing:
+    if wrong := [one for one in columns if found.count(one) != 1]:
+        count = "more than one" if wrong[0] in found else "no"
         raise DataError(
-            f"There is no column {', '.join(map(repr, missing))} in {name}. It has: "
+            f"There is {count} column {', '.join(map(repr, wrong))} in {name}. It has: "
             f"{', '.join(map(repr, found)) or 'none'}."
         )
     names = class_names_of(table)
@@ -323,6 +348,11 @@ def _table_rows(
     cells = [list(table[one]) for one in columns]
     if not cells[0]:
         raise DataError(f"There is no row in {name}.")
+    if len(lengths := {len(column) for column in cells}) > 1:
+        raise DataError(
+            f"The columns of {name} must be of one length. Received: "
+            f"{' and '.join(map(str, sorted(lengths)))} rows."
+        )
     for number, row in enumerate(zip(*cells, strict=True)):
         values = {one: _cell(v) for one, v in zip(columns, row, strict=True)}
         given = row[columns.index(label)]
@@ -398,6 +428,24 @@ class _Columns:
                 if name != self.content or not self.is_text:
                     _require_one_line(row[name], name, where)
             yield where, row
+
+    def unused_splits(self, table: Any) -> tuple[str, ...]:
+        """Says which column has the names of splits and is not read as such."""
+        row: dict[str, str] = {}
+        if isinstance(table, str):
+            _, row = next(read_table(table, (self.content, self.label)))
+        names = columns_of(table) or list(row)
+        if self.split is None or self.split in names:
+            return ()
+        for name in filter(_SPLIT_COLUMN.search, names):
+            first = row[name] if row else str(next(iter(table[name])))
+            if split_and_rest(first)[0] and name not in (self.content, self.label):
+                return (
+                    f"The column {name!r}, which begins with {first!r}, is not read. "
+                    "If it has the splits, name it: --set split_column=NAME "
+                    "(`split_column`).",
+                )
+        return ()
 
     def sample(self, row: dict[str, str], name: str, where: str) -> NamedSample:
         given = (row.get(self.split or "", "")).strip() or "train"
@@ -511,9 +559,9 @@ def _image_table(
             "the end with --image-suffix (`image_suffix`), or another column with "
             "--path-column (`path_column`)."
         )
-    notes: tuple[str, ...] = ()
+    notes = columns.unused_splits(file)
     if too_long:
-        notes = (
+        notes += (
             f"{len(too_long):,} rows of {file} were left out: their paths are longer "
             f"than {MAX_PATH:,} characters (line {', '.join(too_long[:10])}).",
         )
@@ -528,6 +576,7 @@ def _images_of_table(
 ) -> _samples.ImageData:
     """Reads a table of images, whose paths are the ids."""
     samples: dict[str, NamedSample] = {}
+    full: dict[str, str] = {}
     for where, row in columns.rows(table):
         name = _value(row, columns.content, where)
         if len(name) > MAX_PATH:
@@ -538,7 +587,9 @@ def _images_of_table(
         if name in samples:
             raise DataError(f"{name!r} in {where} has been listed before.")
         samples[name] = columns.sample(row, name, where)
-    full = {one: os.path.join(place.folder, one) for one in samples}
+        full[name] = os.path.join(place.folder, name)
+        if os.path.exists(full[name]) and not os.path.isfile(full[name]):
+            raise DataError(f"{full[name]} is not a file, in {where}.")
     if not any(map(os.path.isfile, full.values())):
         raise DataError(
             f"None of the {len(samples)} files in {called(table)} exists, such as "
@@ -550,9 +601,11 @@ def _images_of_table(
         paths = np.array([full[one] for one in ids.tolist()], np.str_)
         return _samples.FileReader("", ids, paths)
 
-    return of_python(
-        data_of(_samples.ImageData, samples.values(), reader_of, cut, called(table))
-    )
+    data = data_of(
+        _samples.ImageData, samples.values(), reader_of, cut, called(table),
+        notes=columns.unused_splits(table),
+    )  # fmt: skip
+    return of_python(data)
 
 
 # Texts --------------------------------------------------------------------------------
@@ -739,7 +792,8 @@ def _text_table(
     def reader_of(ids: np.ndarray) -> TextReader:
         return TextReader(ids, np.array([texts[one] for one in ids.tolist()], object))
 
-    return data_of(TextData, samples, reader_of, cut, file)
+    notes = columns.unused_splits(table)
+    return data_of(TextData, samples, reader_of, cut, file, notes=notes)
 
 
 class TextReader(_samples.Reader):

@@ -31,6 +31,13 @@ TRAIN, VALIDATION, TEST = range(3)
 # From this many samples of a class on, each split held out gets at least one.
 _SMALLEST_CLASS_TO_CUT = 3
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+_ANY_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
+# What shows nothing, and is neither a control nor a format character to Unicode.
+_FILLERS = re.compile(
+    r"[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0]"
+)
+# What tables have where a value is missing.
+_MISSING = {"nan", "NaN", "NA", "N/A", "#N/A", "<NA>", "None", "null", "NULL"}
 
 Data = TypeVar("Data", bound=SampleData)
 
@@ -141,25 +148,32 @@ def cut_splits(data: Data, splits: np.ndarray, cut: Cut) -> Data:
 
 
 def _similar_names(names: Sequence[str]) -> list[str]:
-    """Returns a sentence if classes differ in nothing that one sees, or means."""
+    """Returns sentences of classes that differ in nothing that one sees, or means."""
     alike: dict[Any, list[str]] = {}
     for name in names:
-        plain = unicodedata.normalize("NFKC", name).casefold()
+        plain = unicodedata.normalize("NFKC", _FILLERS.sub("", name)).casefold()
         seen = (one for one in plain if unicodedata.category(one) not in ("Cf", "Cc"))
-        key = " ".join("".join(seen).split())
-        number = float(key) if _NUMBER.fullmatch(key) else key
-        alike.setdefault(number, []).append(name)
+        key = "".join(seen).strip("\"' \t")
+        number = float(key) if _ANY_NUMBER.fullmatch(key) else None
+        words = " ".join(re.split(r"[\s_-]+", key)).strip() or name
+        alike.setdefault(words if number is None else number, []).append(name)
     groups = [
         " and ".join(map(ascii, group)) for group in alike.values() if len(group) > 1
     ]
-    if not groups:
-        return []
-    more = "" if len(groups) <= 10 else f", and {len(groups) - 10} more"
-    return [
-        "Classes differ only in case, invisible characters, Unicode form or the form "
-        f"of a number: {'; '.join(groups[:10])}{more}. Give one name to what is one "
-        "class."
-    ]
+    notes = []
+    if groups:
+        more = "" if len(groups) <= 10 else f", and {len(groups) - 10} more"
+        notes.append(
+            "Classes differ only in case, separators, quotes, invisible characters, "
+            f"Unicode form or the form of a number: {'; '.join(groups[:10])}{more}. "
+            "Give one name to what is one class."
+        )
+    if missing := [name for name in names if name in _MISSING]:
+        notes.append(
+            f"A class is called {' and '.join(missing)}. If the label is missing "
+            "there, leave these samples out."
+        )
+    return notes
 
 
 def assign_splits(groups: np.ndarray, labels: np.ndarray, cut: Cut) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_rsft._runtime import import_extra
-from keras_rsft._storage import bytes_of
+from keras_rsft._storage import bytes_of, understood
 from keras_rsft.backbones._foreign import load_saved_model, require_pure
 from keras_rsft.errors import DataError, InvalidArgument
 from keras_rsft.export._formats import CLASS_NAMES_KEY, LABELS_MEMBER
@@ -28,17 +28,25 @@ class ExportedModel:
 
 def load_exported(path: str | os.PathLike) -> ExportedModel:
     """Loads a SavedModel's version, a `.tflite` or an `.onnx` file."""
-    path = Path(path)
-    if path.suffix == ".tflite" and path.is_file():
-        return _load_litert(path)
-    if path.suffix == ".onnx" and path.is_file():
-        return _load_onnx(path)
-    if (path / "saved_model.pb").is_file():
-        return _load_saved_model(path)
-    raise InvalidArgument(
-        "An exported model is the folder of a SavedModel's version, a .tflite or an "
-        f".onnx file. Received: {path}."
-    )
+    path, load = Path(path), None
+    if path.suffix in _LOADERS and path.is_file():
+        load = _LOADERS[path.suffix]
+    elif (path / "saved_model.pb").is_file():
+        load = _load_saved_model
+    if load is None:
+        raise InvalidArgument(
+            "An exported model is the folder of a SavedModel's version, a .tflite or "
+            f"an .onnx file. Received: {path}."
+        )
+    with understood(path):
+        model = load(path)
+        # Much of what is wrong in a file is noticed when it runs.
+        answer = model.probabilities(np.zeros((1, *model.image_size, 3), np.float32))
+        if answer.shape != (1, len(model.class_names)):
+            raise ValueError(
+                f"{len(model.class_names)} class names for an answer {answer.shape}"
+            )
+    return model
 
 
 def _load_saved_model(path: Path) -> ExportedModel:
@@ -60,11 +68,7 @@ def _load_saved_model(path: Path) -> ExportedModel:
 
 def _load_onnx(path: Path) -> ExportedModel:
     onnxruntime = import_extra("onnxruntime", "onnx", "Running an ONNX model")
-    errors = onnxruntime.capi.onnxruntime_pybind11_state
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     if CLASS_NAMES_KEY not in metadata:
         raise DataError(f"{path} has no class names in its metadata.")
@@ -102,3 +106,6 @@ def _load_litert(path: Path) -> ExportedModel:
 
 def _lines(encoded: bytes) -> tuple[str, ...]:
     return tuple(encoded.decode("utf-8").splitlines())
+
+
+_LOADERS = {".tflite": _load_litert, ".onnx": _load_onnx}
