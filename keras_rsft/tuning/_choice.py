@@ -156,11 +156,11 @@ def choose_trial(
             )
         )
         if likeliest.goodness(options) - auto.goodness(options) <= error:
+            value, other = (one.metrics[objective] for one in (auto, likeliest))
             reason = (
                 f"Trial {auto.trial_id} leaves out the labels that look wrong, and no "
                 f"other is better by more than one standard error ({error:.4f}): "
-                f"{auto.metrics[objective]:.4f} against {likeliest.metrics[objective]:.4f} "
-                f"of trial {likeliest.trial_id}."
+                f"{value:.4f} against {other:.4f} of trial {likeliest.trial_id}."
             )
             return Choice(auto, best, reason, errors)
     reason = _reason(likeliest, best, errors[likeliest.trial_id], objective)
