@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import io
 import json
@@ -326,6 +327,15 @@ class TestCommand:
         page.write_text(f"{whole}<script>theirs()</script>", encoding="utf-8")
         assert main(["review", str(folder), "--no-browser"]) == 0
         assert page.read_text(encoding="utf-8") == whole
+
+    def test_a_folder_that_cannot_be_written_to(self, tmp_path, capsys, monkeypatch):
+        def refused(*_):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        folder = made_run(tmp_path / "run")
+        monkeypatch.setattr("keras_rsft._storage._file_beside", refused)
+        assert main(["review", str(folder), "--no-browser"]) == 2
+        assert "Use `--serve`" in capsys.readouterr().err
 
     def test_for_programs(self, tmp_path, capsys):
         folder = made_run(tmp_path / "a run")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
 import io
 import math
 import os
@@ -687,7 +688,15 @@ def review(arguments: argparse.Namespace, output: Output) -> None:
         _serve(folder, arguments, output)
         return
     # Anew each time: a page that is there may be a stranger's, with scripts of theirs.
-    page = rsft.write_report(folder).absolute()
+    try:
+        page = rsft.write_report(folder).absolute()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+        raise InvalidArgument(
+            f"The page is written anew into {folder}, which cannot be written to. Use "
+            "`--serve`, which shows it without writing."
+        ) from error
     output.say(str(page))
     output.finish(page, folder=folder.absolute(), page=page, url=page.as_uri())
     if not arguments.no_browser:
