@@ -87,12 +87,12 @@ def oriented(orientation: int, order: str) -> bytes:
     return b"Exif\0\0" + head + struct.pack(f"{pack}H", 2) + entries + bytes(4)
 
 
-def stored(orientation: int) -> np.ndarray:
-    """The blocks as a camera stores them that is held in such a way."""
+def stored(orientation: int, pixels: np.ndarray | None = None) -> np.ndarray:
+    """Pixels, the blocks by default, as a camera held in such a way stores them."""
     turns = [1, 2, 3, 4, 5, 8, 7, 6]  # Each undoes one of 1 to 8.
     exif = Image.Exif()
     exif[0x0112] = turns[orientation - 1]
-    image = Image.fromarray(blocks())
+    image = Image.fromarray(blocks() if pixels is None else pixels)
     image.info["exif"] = exif.tobytes()
     return np.asarray(ImageOps.exif_transpose(image))
 
@@ -191,6 +191,18 @@ def test_a_photo_with_its_orientation_in_a_tag_is_upright(kind, orientation, ord
         file = encode(see_through, kind, exif=exif, **options[kind])
         pixels = decode.decode_pixels(tf.constant(file))
         assert np.abs(pixels.numpy().astype(int) - pillow_pixels(file)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_square_is_cut_from_the_same_pixels(orientation):
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 14, 3), np.uint8)
+    turned, exif = stored(orientation, pixels), oriented(orientation, "big")
+    files = (
+        encode(Image.fromarray(pixels), "PNG"),
+        encode(Image.fromarray(turned), "PNG", exif=exif),
+    )
+    upright, turned = (decode_image(tf.constant(one), 5) for one in files)
+    np.testing.assert_allclose(turned, upright, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (7, 30), (300, 200)])

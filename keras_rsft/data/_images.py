@@ -256,14 +256,17 @@ def _look_for_parts(encoded: tf.Tensor, kind: tf.Tensor) -> tuple[tf.Tensor, tf.
     return found[-1] > 0, orientation
 
 
+def _mirrored(orientation: tf.Tensor) -> tf.Tensor:
+    return tf.gather(_MIRRORED, (orientation - 1) % 4)
+
+
 def _upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """Turns and mirrors pixels as an EXIF orientation, in [1, 8], asks for."""
 
     def turned() -> tf.Tensor:
         swapped = (lambda: tf.transpose(pixels, [1, 0, 2])), (lambda: pixels)
-        mirrored = tf.gather(_MIRRORED, (orientation - 1) % 4)
         straight = tf.cond(orientation > 4, *swapped)
-        return tf.raw_ops.Reverse(tensor=straight, dims=mirrored)
+        return tf.raw_ops.Reverse(tensor=straight, dims=_mirrored(orientation))
 
     return tf.cond(orientation > 1, turned, lambda: pixels)
 
@@ -343,8 +346,13 @@ def decode_image(encoded: tf.Tensor, image_size: int | tuple[int, int]) -> tf.Te
     # What is transparent is put on white, the orientation in EXIF data is applied, and
     # values of 16 bits are divided by 256. The centre is cropped to the target's aspect
     # ratio, then resized with antialiased bilinear interpolation.
-    size = checked_size(image_size)
-    return centre_resize(decode_pixels(encoded, smallest=size), size)
+    height, width = size = checked_size(image_size)
+    encoded = tf.convert_to_tensor(encoded)
+    if encoded.dtype != tf.string or height != width:
+        return centre_resize(decode_pixels(encoded, smallest=size), size)
+    # A square is turned when it is small: that takes a tenth of the time.
+    pixels, orientation = _decode_as_stored(encoded, size)
+    return _upright(centre_resize(pixels, size, orientation), orientation)
 
 
 def decode_views(
@@ -377,6 +385,13 @@ def decode_pixels(
     encoded = tf.convert_to_tensor(encoded)
     if encoded.dtype != tf.string:  # The pixels of an array.
         return encoded
+    return _upright(*_decode_as_stored(encoded, smallest))
+
+
+def _decode_as_stored(
+    encoded: tf.Tensor, smallest: tuple[int, int] | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes one image, and returns its orientation, in [1, 8], too."""
     # The first bytes, zeros where there are fewer.
     head = _values_at(encoded, 0, _HEAD_BYTES)
     signatures = np.array([list(signature) for signature in _SIGNATURES], np.int64)
@@ -395,7 +410,7 @@ def decode_pixels(
     pixels = tf.cond(
         tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels
     )
-    return _upright(tf.ensure_shape(pixels, (None, None, 3)), orientation)
+    return tf.ensure_shape(pixels, (None, None, 3)), orientation
 
 
 def shrunk_jpeg(encoded: bytes, side: int, quality: int = 80) -> bytes:
@@ -602,11 +617,22 @@ def _require(encoded: tf.Tensor, condition: tf.Tensor, message: tf.Tensor) -> tf
         return tf.identity(encoded)
 
 
-def centre_resize(pixels: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Crops the centre of uint8 pixels `(h, w, 3)`; float32 of the size given."""
+def centre_resize(
+    pixels: tf.Tensor, size: tuple[int, int], orientation: tf.Tensor | None = None
+) -> tf.Tensor:
+    """Crops the centre of uint8 pixels `(h, w, 3)`; float32 of the size given.
+
+    An `orientation` says how the result will be turned: where the centre is between two
+    pixels, its crop must be the one of the turned image.
+    """
     height, width = tf.shape(pixels)[0], tf.shape(pixels)[1]
     crop_height, crop_width = _largest_crop(height, width, size[1] / size[0])
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    down, right = height - crop_height, width - crop_width
+    if orientation is not None:
+        mirrored = tf.cast(_mirrored(orientation)[:2], tf.int32)
+        mirrored = tf.where(orientation > 4, mirrored[::-1], mirrored)
+        down, right = down + mirrored[0], right + mirrored[1]
+    top, left = down // 2, right // 2
     crop = tf.slice(pixels, [top, left, 0], [crop_height, crop_width, 3])
     return _resize(crop, size)
 
