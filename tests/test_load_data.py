@@ -17,6 +17,7 @@ from made_images import SPLIT_NAMES, all_ids, named_labels
 import keras_rsft as rsft
 from keras_rsft.cli._commands import _data_of
 from keras_rsft.cli._main import build_parser
+from keras_rsft.cli._render import Output
 from keras_rsft.data._images import decode_pixels
 from keras_rsft.data._labels import COLUMNS
 from keras_rsft.errors import DataError, InvalidArgument
@@ -775,7 +776,7 @@ class TestWork:
         named = "the arrays (not repeatable from the command line)"
         run = SimpleNamespace(config={"data": named, "fingerprint": "0"})
         with pytest.raises(DataError, match="was trained on the arrays"):
-            _data_of(run, build_parser())
+            _data_of(run, build_parser(), Output(command="export"))
 
     def test_the_pilot_takes_them(self, parts, options):
         assert rsft.run_pilot(parts[0], **options).num_images == 16
