@@ -774,7 +774,7 @@ class TestWork:
 
     def test_no_command_loads_them_again(self):
         named = "the arrays (not repeatable from the command line)"
-        run = SimpleNamespace(config={"data": named, "fingerprint": "0"})
+        run = SimpleNamespace(folder="run", config={"data": named, "fingerprint": "0"})
         with pytest.raises(DataError, match="was trained on the arrays"):
             _data_of(run, build_parser(), Output(command="export"))
 
