@@ -161,9 +161,7 @@ class TestAuto:
         seconds[:] = [1000.0, 500.0]
         _, notes, used = extract("auto")
         assert used == "onnxruntime"
-        assert notes == [
-            "Features are extracted by onnxruntime: 2.0 times as fast here."
-        ]
+        assert notes == ["onnxruntime runs the backbone: 2.0 times as fast here."]
 
     @pytest.mark.parametrize(
         "other, used",

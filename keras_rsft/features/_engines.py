@@ -116,7 +116,7 @@ def choose_engine(
         known["fastest"] = {**known.get("fastest", {}), _machine(): fastest}
         _write(record_path, known)
     if fastest != "tensorflow":
-        on_note(f"Features are extracted by {fastest}: {gain:.1f} times as fast here.")
+        on_note(f"{fastest} runs the backbone: {gain:.1f} times as fast here.")
     return fastest, runs.get(fastest)
 
 
