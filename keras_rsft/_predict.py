@@ -35,6 +35,8 @@ from keras_rsft.model._rsft_model import RSFTModel
 BATCH_SIZE = 32
 # So many images are answered without tracing a graph first.
 FEW = 4
+# Fewer are answered before the engines have been measured.
+MANY = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +230,8 @@ def _keras_classifier(
 
     @functools.cache
     def network(total: int) -> FrozenBackbone:
-        return FrozenBackbone(model, num_images=total, engine=engine, on_note=on_note)
+        used = "tensorflow" if engine == "auto" and total < MANY else engine
+        return FrozenBackbone(model, num_images=total, engine=used, on_note=on_note)
 
     def probabilities(images: np.ndarray, total: int) -> np.ndarray:
         if total <= FEW:

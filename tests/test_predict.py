@@ -89,6 +89,16 @@ def test_another_engine_gives_the_same_answers(
     )
 
 
+def test_where_an_engine_has_no_place_for_its_file(
+    models, photo_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    files = sorted(photo_folder.rglob("*.png"))
+    answers = list(predict_files(models[0], files, engine="onnxruntime"))
+    assert answers == list(predict_files(models[0], files))
+
+
 @pytest.mark.parametrize(
     "at, engine", [(3, "onnxruntime"), (5, "tensorflow"), (0, "x")]
 )

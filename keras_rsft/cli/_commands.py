@@ -783,10 +783,10 @@ def _data_of(
     run: FinishedRun, parser: argparse.ArgumentParser, output: Output
 ) -> ImageData:
     """Loads the images that the run was trained on, by the command that trained it."""
-    # The run may be a stranger's: the user must see what is read.
-    told = "The run's folder says that its images are in"
     from keras_rsft.data._samples import ImageData
 
+    # The run may be a stranger's: the user must see what is read.
+    told = "The run's folder says that its images are in"
     with understood(run.folder):
         command = shlex.split(str(run.config.get("command") or ""))[1:]
     if command[:1] in (["fit"], ["search"]):

@@ -74,8 +74,12 @@ def choose_engine(
         return "tensorflow", None
     path = folder / f"{fingerprint}.onnx"
     record_path = path.with_suffix(".json")
-    make_folder(folder)
-    with locked(f"{path}.lock"):
+    try:
+        make_folder(folder)
+    except OSError as error:
+        on_note(f"TensorFlow runs the backbone: {folder} cannot be made ({error}).")
+        return "tensorflow", None
+    with locked(f"{path}.lock", needed=False):
         record = read_json(record_path)
         known = record if isinstance(record, dict) else {}
         chosen = wanted
