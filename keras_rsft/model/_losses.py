@@ -131,8 +131,9 @@ class _Unreduced(keras.losses.Loss):
     def _by_sample(self, values: Any, counted: Any, y_pred: Any) -> Any:
         if self._shapes is not None:
             return _by_element(values, counted, y_pred, self._shapes)
-        axes = within(values)
-        if counted is None or not axes:
+        if not (axes := within(values)):
+            return values
+        if counted is None:
             return ops.mean(values, axis=axes)
         # Padding has a loss of 0: counted, it would make short samples look easy.
         values = ops.where(counted, values, 0.0)

@@ -58,6 +58,11 @@ class LossMean(keras.metrics.Mean):
             sample_weight = ops.where(finite, given, weight)
         super().update_state(values, sample_weight)
 
+    def add(self, mean: Any, count: Any) -> None:
+        """Adds the mean of some losses, in half the operations of `update_state`."""
+        _add(self.total, mean * count)
+        _add(self.count, count)
+
     def result(self) -> Any:
         return self.total / self.count
 
@@ -110,13 +115,9 @@ class SelectionMetric(keras.metrics.Metric):
 
     def update_state(self, sums: Any, of_classes: Any = None) -> None:
         """Adds one batch: what `selection_sums` returns."""
-        for variable, added in ((self.totals, sums), (self.classes, of_classes)):
-            if added is None:
-                continue
-            if keras.backend.backend() == "tensorflow":
-                variable.value.assign_add(added)  # `assign` would copy all of it.
-            else:
-                variable.assign(variable.value + added)
+        _add(self.totals, sums)
+        if of_classes is not None:
+            _add(self.classes, of_classes)
 
     def note_rejected(self, losses: Any, level: str) -> None:
         """Remembers the lowest loss that was judged in a step that accepted nothing."""
@@ -136,6 +137,13 @@ class SelectionMetric(keras.metrics.Metric):
         self.classes.assign(ops.zeros((_CLASSES, 2)))
         self.lowest.assign(float("inf"))
         self.steps_not_finite.assign(0.0)
+
+
+def _add(variable: Any, value: Any) -> None:
+    if keras.backend.backend() == "tensorflow":
+        variable.value.assign_add(value)  # `assign` would copy all of it.
+    else:
+        variable.assign(variable.value + value)
 
 
 def _check_numbers(optimizer: Any) -> None:
