@@ -173,6 +173,32 @@ class LabelQuality:
         """
         return math.inf if self.reason is not None else math.log(len(self.noise))
 
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """Float32 array `(n,)` in [0, 1]: how much each accepted sample counts.
+
+        The root of how likely its label is by the other samples: a head memorises the
+        labels that these do not predict, the right ones too. Equal on the mean in every
+        class. 1 where a person has reviewed it, and where nothing is to be rejected.
+
+        After the generalised cross-entropy (Zhang and Sabuncu, 2018), which weighs by a
+        power of the model's own probability.
+        """
+        found = np.ones(len(self.labels), np.float32)
+        if self.reason is not None:
+            return found
+        likely = np.sqrt(1.0 - self.suspicion)
+        right = self.right_probability.astype(float)
+        classes = len(self.noise)
+        sums = np.bincount(self.labels, right * likely, classes)
+        counts = np.bincount(self.labels, right, classes)
+        means = np.divide(sums, counts, out=np.ones(classes), where=sums > 0)
+        mean = sums.sum() / max(counts.sum(), 1e-30)
+        found = np.minimum(likely * (mean / means)[self.labels], 1.0).astype(np.float32)
+        if self.reviewed is not None:
+            found[self.reviewed] = 1.0
+        return found
+
     def accept_mask(
         self, *, threshold: float | None = None, class_floor: float = 0.1
     ) -> np.ndarray:

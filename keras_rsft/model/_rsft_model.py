@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.export.export_utils import get_input_signature
 from keras.src.trainers.compile_utils import CompileMetrics
@@ -342,9 +341,9 @@ class RSFTModel(BackendStep):
         if not isinstance(choice, PolicyConfig):
             require_same_count(choice, None if samples is None else samples.count)
             return
-        accept, num_classes, epoch = None, 0, 0
+        found, num_classes, epoch = None, 0, 0
         if choice.name == "auto":
-            accept = self._audited(samples, choice.threshold, verbose)
+            found = self._audited(samples, choice.threshold, verbose)
         else:
             num_classes = self._class_count(samples)
             epoch = steps or _data.steps_of(samples, data)
@@ -352,10 +351,13 @@ class RSFTModel(BackendStep):
         with contextlib.nullcontext() if strategy is None else strategy.scope():
             policy = (
                 build_policy(choice, num_classes=num_classes, steps_per_epoch=epoch)
-                if accept is None
+                if found is None
                 # Without a limit of the loss: that of a new head is high at first,
                 # and those it would reject are those it still has to learn.
-                else AutoPolicy(accept)
+                else AutoPolicy(
+                    found.accept_mask(threshold=choice.threshold),
+                    weights=found.weights,
+                )
             )
         locked = self._tracker.locked
         self._tracker.unlock()
@@ -366,8 +368,8 @@ class RSFTModel(BackendStep):
 
     def _audited(
         self, samples: _data.Samples | None, threshold: float | None, verbose: Any
-    ) -> np.ndarray:
-        """Returns which samples the audit accepts, and says what it found."""
+    ) -> LabelQuality:
+        """Audits the labels, and says what was found."""
         if samples is None:
             raise InvalidArgument(
                 "The policy auto must know which samples there are. Received: data "
@@ -376,15 +378,14 @@ class RSFTModel(BackendStep):
         found = self.label_quality = audit_samples(
             self.model, samples, self.features_from, progress=bool(verbose)
         )
-        accept = found.accept_mask(threshold=threshold)
         if verbose:
-            left = int((~accept).sum())
+            left = int((~found.accept_mask(threshold=threshold)).sum())
             print(
                 f"{found.finding} {left:,} are left out."
                 if found.reason is None
                 else found.describe()
             )
-        return accept
+        return found
 
     def _class_count(self, samples: _data.Samples | None) -> int:
         shape = getattr(self.model, "output_shape", None)

@@ -52,8 +52,10 @@ class Pass(NamedTuple):
         finite = ops.isfinite(self.weighted)
         total = ops.sum(ops.where(finite, self.weighted, 0.0))
         mean = ops.divide_no_nan(total, ops.sum(ops.cast(finite, "float32")))
-        shown = sum(self.penalties, mean)
-        shown = ops.where(ops.isfinite(shown), shown, mean)
+        shown = mean
+        if self.penalties:
+            shown = sum(self.penalties, mean)
+            shown = ops.where(ops.isfinite(shown), shown, mean)
         if self.batch_loss is None:
             return shown
         return ops.where(ops.isfinite(self.batch_loss), self.batch_loss, shown)
@@ -93,7 +95,7 @@ class TrainingStep(keras.Model):
         sums, of_classes = selection_sums(
             recorded.losses, whole.own(accept_mask), labels
         )
-        self._loss_tracker.update_state(whole.shown_loss(), sample_weight=sums[3])
+        self._loss_tracker.add(whole.shown_loss(), sums[3])
         self.selection.update_state(sums, of_classes)
         return self.compute_metrics(x, y, recorded.y_pred, sample_weight)
 
@@ -267,8 +269,10 @@ class TrainingStep(keras.Model):
             return []
         seeds = [share * ops.ones_like(target) for target in recorded.minimised]
         if recorded.per_sample is not None:
-            accepted = ops.cast(accept_mask, "float32")
-            seeds.append(whole.own(accepted / ops.sum(accepted)))
+            seed = ops.cast(accept_mask, "float32")
+            seed /= ops.sum(seed)
+            weights = self.policy.weights_of(whole.sample_index)
+            seeds.append(whole.own(seed if weights is None else seed * weights))
         seeds = [self.optimizer.scale_loss(seed) for seed in seeds]
         return self.gradients(recorded, seeds)
 

@@ -53,10 +53,10 @@ class AcceptListed(Policy):
         self.listed = _add_list(self, "listed", accept)
 
     def decide(self, batch: Batch) -> Any:
-        return _entries(self, self.listed, batch)
+        return _entries(self, self.listed, batch.sample_index)
 
     def _accepted_in_warmup(self, batch: Batch) -> Any:
-        return _entries(self, self.listed, batch)
+        return _entries(self, self.listed, batch.sample_index)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"accept": int(self.listed.shape[0])}
@@ -83,7 +83,11 @@ class AcceptReviewed(Policy):
 
     def decide(self, batch: Batch) -> Any:
         accepted = self.policy(batch.losses, batch.labels, batch.sample_index)
-        return ops.logical_or(accepted, _entries(self, self.reviewed, batch))
+        reviewed = _entries(self, self.reviewed, batch.sample_index)
+        return ops.logical_or(accepted, reviewed)
+
+    def weights_of(self, sample_index: Any) -> Any:
+        return self.policy.weights_of(sample_index)
 
     def note_steps_seen(self, steps: int) -> None:
         super().note_steps_seen(steps)
@@ -117,7 +121,9 @@ class AutoPolicy(AcceptListed):
     ```python
     found = rsft.audit_labels(features, labels)
     print(found.describe())
-    policy = rsft.AutoPolicy(found.accept_mask(), loss_limit=found.loss_limit)
+    policy = rsft.AutoPolicy(
+        found.accept_mask(), weights=found.weights, loss_limit=found.loss_limit
+    )
     model = rsft.RSFTModel(head, policy)
     ```
 
@@ -125,6 +131,8 @@ class AutoPolicy(AcceptListed):
         accept: Boolean array of shape `(n,)`, one entry a training sample, such as
             `LabelQuality.accept_mask` gives; or the number of samples, to accept all
             of them.
+        weights: Float array `(n,)` in [0, 1]: how much each sample counts where it is
+            accepted, such as `LabelQuality.weights`. Default None: all count as much.
         loss_limit: After the warm-up, a sample must also have a loss below this:
             `LabelQuality.loss_limit` leaves out what a trained head finds no more
             likely than a guess. Of each class in a batch a tenth of the listed, but
@@ -145,8 +153,24 @@ class AutoPolicy(AcceptListed):
 
     _arguments = ("loss_limit",)
 
-    def __init__(self, accept: Any, *, loss_limit: float = math.inf, **kwargs: Any):
+    def __init__(
+        self,
+        accept: Any,
+        *,
+        weights: Any = None,
+        loss_limit: float = math.inf,
+        **kwargs: Any,
+    ):
         super().__init__(accept, **kwargs)
+        count = self.listed.shape[0]
+        weights = np.asarray(np.ones(count) if weights is None else weights, np.float32)
+        if weights.shape != (count,) or not ((weights >= 0) & (weights <= 1)).all():
+            raise InvalidArgument(
+                "`weights` must be a number in [0, 1] for each of the "
+                f"{count} samples of `accept`. Received: shape {weights.shape}, "
+                f"from {weights.min(initial=1)} to {weights.max(initial=0)}."
+            )
+        self.weights_listed = _add_list(self, "weights", weights)
         hint = "Use infinity for no limit."
         require(is_positive(loss_limit), "positive", hint, loss_limit=loss_limit)
         self.loss_limit = self.add_live_number("loss_limit", loss_limit)
@@ -156,6 +180,9 @@ class AutoPolicy(AcceptListed):
         if math.isinf(self._configured["loss_limit"]):  # The class floor adds nothing.
             return ops.logical_and(listed, accept_below(batch.losses, self.loss_limit))
         return accept_listed(listed, batch.losses, batch.labels, self.loss_limit)
+
+    def weights_of(self, sample_index: Any) -> Any:
+        return _entries(self, self.weights_listed, sample_index)
 
     def _loss_limit(self, step: Any) -> Any:
         return self.loss_limit
@@ -183,17 +210,17 @@ def _add_list(policy: Policy, name: str, entries: np.ndarray) -> Any:
     return policy.add_weight(
         name=name,
         shape=entries.shape,
-        dtype="bool",
+        dtype=str(entries.dtype),
         initializer=lambda shape, dtype: ops.convert_to_tensor(entries),
     )
 
 
-def _entries(policy: Policy, listed: Any, batch: Batch) -> Any:
-    if batch.sample_index is None:
+def _entries(policy: Policy, listed: Any, sample_index: Any) -> Any:
+    if sample_index is None:
         raise InvalidArgument(
             f"{type(policy).__name__} must be told which samples a batch holds. "
             "Received: data without sample indices. Give `fit` arrays or a "
             "`PyDataset`; number a `tf.data.Dataset` by `rsft.with_ids(dataset)`, "
             "before it is shuffled."
         )
-    return ops.take(listed.value, batch.sample_index, axis=0)
+    return ops.take(listed.value, sample_index, axis=0)

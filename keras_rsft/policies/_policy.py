@@ -174,6 +174,20 @@ class Policy(keras.layers.Layer):
             mask = ops.reshape(mask, ops.shape(per_sample_loss))
         return mask
 
+    def weights_of(self, sample_index: Any) -> Any:
+        """Returns how much each sample counts where it is accepted.
+
+        The gradient is that of the sum of the accepted samples' losses, each times its
+        weight, divided by their number.
+
+        Args:
+            sample_index: As in `call`.
+
+        Returns:
+            Float32 tensor `(batch,)`, or None: all count as much. Default: None.
+        """
+        return None
+
     def note_losses(self, losses: np.ndarray, epochs: int) -> None:
         """Takes the losses of the epochs so far, where the policy `needs_ledger`.
 

@@ -267,6 +267,7 @@ def untrained_head(
     if settings.policy.name == "auto" and label_quality is not None:
         policy: Policy = AutoPolicy(
             label_quality.accept_mask(threshold=settings.policy.threshold),
+            weights=label_quality.weights,
             loss_limit=label_quality.loss_limit,
             warmup_steps=round(settings.policy.warmup_epochs * steps),
         )

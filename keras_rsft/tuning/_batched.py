@@ -41,6 +41,7 @@ class Batch(NamedTuple):
     features: tf.Tensor
     labels: tf.Tensor
     highest: tf.Tensor  # Threshold of `auto` that still accepts each.
+    weights: tf.Tensor  # How much each counts for `auto`.
     reviewed: tf.Tensor
     present: tf.Tensor
     step: tf.Tensor
@@ -83,6 +84,8 @@ def step_heads(
     accepted = tf.transpose(accepted_by_trials(tf.transpose(losses), batch, trials))
     share = tf.cast(accepted, tf.float32)
     share = tf.math.divide_no_nan(share, tf.reduce_sum(share, axis=0))
+    is_auto = tf.equal(trials.numbers["acceptance"], _space.LISTED)
+    share *= tf.where(is_auto, batch.weights[:, None], 1.0)
     errors = (tf.exp(likelihoods) - wanted) * share[:, None]
     errors = tf.where(accepted[:, None], errors, 0.0)
     flat_errors = tf.reshape(errors, (-1, classes * trial_count))
@@ -234,11 +237,12 @@ class BatchedHeads:
         classes, validation = len(self._features.class_names), self._features.validation
         if credits is None:
             credits = given_credits(validation.labels, classes)
-        highest = np.ones(len(train), np.float32)
+        highest = weights = np.ones(len(train), np.float32)
         if label_quality is not None:
-            highest = label_quality.highest_thresholds()
+            highest, weights = label_quality.highest_thresholds(), label_quality.weights
         none = np.zeros(len(train), bool)
-        columns = highest, none if train.reviewed is None else train.reviewed
+        reviewed = none if train.reviewed is None else train.reviewed
+        columns = highest, weights, reviewed
         numbers = _space.stack_trials(
             settings,
             num_classes=classes,
@@ -310,7 +314,7 @@ class BatchedHeads:
     def _epoch(
         self,
         batches: TrainingBatches,
-        columns: tuple[np.ndarray, np.ndarray],
+        columns: Sequence[np.ndarray],
         epoch: int,
         state: HeadState,
         numbers: dict[str, np.ndarray],
@@ -377,17 +381,19 @@ def run_block(
 ) -> tuple[HeadState, tf.Tensor]:
     """Takes all steps of a block of shuffled rows, as one compiled program."""
     steps = (rows + batch_size - 1) // batch_size
-    features, *columns = block  # Labels, highest and reviewed have one axis.
+    features, *columns = block  # The others have one axis.
 
     def body(step: tf.Tensor, state: HeadState, sums: tf.Tensor) -> tuple:
         start = step * batch_size
         values = tf.slice(features, [start, 0], [batch_size, features.shape[1]])
-        labels, highest, reviewed = (
+        labels, highest, weights, reviewed = (
             tf.slice(one, [start], [batch_size]) for one in columns
         )
         present = start + tf.range(batch_size) < rows
         values = (values - moments[0]) / moments[1]
-        batch = Batch(values, labels, highest, reviewed, present, first_step + step)
+        batch = Batch(
+            values, labels, highest, weights, reviewed, present, first_step + step
+        )
         state, added = step_heads(batch, state, trials)
         return step + 1, state, sums + added
 
