@@ -270,9 +270,31 @@ class TestExamination:
             np.flatnonzero(found.looks_wrong), range(250, 260)
         )
 
+    def test_hard_samples_count_less_but_no_class_does(self, feature_set):
+        values, labels = clusters(count=1200, spread=1.3)
+        between = values[labels == 2].mean(axis=0) - values[labels == 3].mean(axis=0)
+        values[labels == 3] += 0.6 * between  # Harder to tell from class 2.
+        given = noisy(labels, symmetric_noise, 0.3)
+        found = audit_labels(feature_set(values, given), num_classes=4, progress=False)
+        weights, accepted = found.weights, found.accept_mask()
+        assert weights.dtype == np.float32
+        assert 0 <= weights.min() < weights.max() <= 1
+        means = [weights[accepted & (given == label)].mean() for label in range(4)]
+        assert max(means) < 1.1 * min(means)
+        likely = np.sqrt(1 - found.suspicion)
+        easy, hard = accepted & (given < 2), accepted & (given >= 2)
+        assert likely[hard].mean() < 0.9 * likely[easy].mean()
+        order = np.flatnonzero(given == 3)[np.argsort(likely[given == 3])]
+        assert (np.diff(weights[order]) >= 0).all()
+        reviewed = np.zeros(1200, bool)
+        reviewed[order[:5]] = True
+        known = dataclasses.replace(found, reviewed=reviewed)
+        assert (known.weights[reviewed] == 1).all()
+
     def test_right_labels_are_all_kept(self, feature_set):
         found = audit_labels(feature_set(*clusters()), num_classes=4, progress=False)
         assert found.accept_mask().all()
+        assert (found.weights == 1).all()
         assert found.describe().startswith("Hardly any training label")
 
     def test_labels_at_random_are_all_kept_and_it_is_said(self, feature_set):

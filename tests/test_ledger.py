@@ -229,6 +229,32 @@ class TestPoliciesThatKnowTheSamples:
         without_labels = policy(losses, None, index)
         assert np.array(without_labels).tolist() == [True] + [False] * 5
 
+    def test_auto_weighs_what_it_accepts(self, small_data, tmp_path):
+        x, y = small_data
+        accept, weights = np.arange(48) % 3 > 0, np.linspace(0, 1, 48)
+        layers = [
+            keras.layers.Dense(3, activation="softmax", kernel_initializer="zeros")
+        ]
+        policy = AutoPolicy(accept, weights=weights)
+        model = RSFTModel(keras.Sequential([keras.Input((8,)), *layers]), policy)
+        model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy")
+        first = model.fit(x, y, batch_size=48, epochs=1, verbose=0, shuffle=False)
+        errors = (1 / 3 - np.eye(3)[y]) * (accept * weights / accept.sum())[:, None]
+        kernel, bias = layers[0].get_weights()
+        np.testing.assert_allclose(kernel, -0.5 * x.T @ errors, atol=1e-6)
+        np.testing.assert_allclose(bias, -0.5 * errors.sum(axis=0), atol=1e-6)
+        # Losses are shown as they are.
+        assert first.history["accepted_loss"] == pytest.approx([np.log(3)])
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras").policy
+        found = np.asarray(again.weights_of(np.arange(48)))
+        np.testing.assert_allclose(found, weights, atol=1e-7)
+
+    @pytest.mark.parametrize("wrong", [[1.0], [1.0, 2.0], [1.0, np.nan], [[1.0, 1.0]]])
+    def test_auto_refuses_weights_that_are_none(self, wrong):
+        with pytest.raises(InvalidArgument, match=r"`weights` must be a number in"):
+            AutoPolicy(2, weights=wrong)
+
     @pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan])
     def test_auto_refuses_a_limit_that_is_not_positive(self, wrong):
         with pytest.raises(InvalidArgument, match="loss_limit"):
