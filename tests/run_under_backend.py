@@ -25,7 +25,12 @@ CASES = {
         lambda: rsft.RunningThreshold(0.2, num_classes=3, warmup_steps=3),
         True,
     ),
-    "listed": (lambda: rsft.AcceptListed(np.arange(SAMPLES) % 3 > 0), True),
+    "auto": (
+        lambda: rsft.AutoPolicy(
+            np.arange(SAMPLES) % 3 > 0, weights=np.linspace(0.1, 1.0, SAMPLES)
+        ),
+        True,
+    ),
 }
 
 

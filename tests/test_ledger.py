@@ -17,7 +17,7 @@ from keras_rsft._ledger import (
 )
 from keras_rsft.errors import InvalidArgument
 from keras_rsft.model._rsft_model import RSFTModel
-from keras_rsft.policies._listed import AcceptListed, AutoPolicy
+from keras_rsft.policies._listed import AcceptListed, AcceptReviewed, AutoPolicy
 from keras_rsft.policies._threshold import (
     AcceptAll,
     KeepFraction,
@@ -229,13 +229,17 @@ class TestPoliciesThatKnowTheSamples:
         without_labels = policy(losses, None, index)
         assert np.array(without_labels).tolist() == [True] + [False] * 5
 
-    def test_auto_weighs_what_it_accepts(self, small_data, tmp_path):
+    @pytest.mark.parametrize("reviewed", [False, True])
+    def test_auto_weighs_what_it_accepts(self, small_data, tmp_path, reviewed):
         x, y = small_data
         accept, weights = np.arange(48) % 3 > 0, np.linspace(0, 1, 48)
         layers = [
             keras.layers.Dense(3, activation="softmax", kernel_initializer="zeros")
         ]
         policy = AutoPolicy(accept, weights=weights)
+        if reviewed:
+            policy = AcceptReviewed(policy, np.arange(48) == 3)
+            accept = accept | (np.arange(48) == 3)
         model = RSFTModel(keras.Sequential([keras.Input((8,)), *layers]), policy)
         model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy")
         first = model.fit(x, y, batch_size=48, epochs=1, verbose=0, shuffle=False)

@@ -22,8 +22,8 @@ from keras_rsft.policies._threshold import AcceptAll, KeepFraction
 
 SCORES = "sparse_categorical_crossentropy"
 CASES = (
-    "batch", "sample", "keep", "running", "mixture", "nan", "nan, all else accepted",
-    "mixed_bfloat16", "mixed_float16", "nothing",
+    "batch", "sample", "keep", "auto", "running", "mixture", "nan",
+    "nan, all else accepted", "mixed_bfloat16", "mixed_float16", "nothing",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from keras_rsft._ledger import RejectionLedger
 from keras_rsft.config import TrainConfig
 from keras_rsft.features._extract import FrozenBackbone
 from keras_rsft.model._rsft_model import RSFTModel
+from keras_rsft.policies._listed import AutoPolicy
 from keras_rsft.policies._threshold import (
     AcceptAll,
     KeepFraction,
@@ -59,10 +60,16 @@ def by_class():
     )
 
 
+def weighing():
+    accept, weights = np.arange(ROWS) % 3 > 0, np.linspace(0.1, 1.0, ROWS)
+    return AutoPolicy(accept, weights=weights)
+
+
 CASES = {
     "batch": (lambda: LossThreshold(1.25, level="batch"), sgd, {}),
     "sample": (lambda: LossThreshold(1.0), sgd, {}),
     "keep": (lambda: KeepFraction(0.6), clipped_adam, {}),
+    "auto": (weighing, sgd, {}),
     "running": (by_class, sgd, {"weights": True}),
     "mixture": (lambda: LossMixture(warmup_steps=0), averaging_sgd, {}),
     "nan": (lambda: LossThreshold(1.0), sgd, {"nan": True}),
@@ -139,10 +146,10 @@ def differences(one, three):
     """Returns what a test looks at, as plain numbers."""
     (model, history, ledger, _), (model3, history3, ledger3, before3) = one, three
     pairs = list(zip(arrays(model), arrays(model3), strict=True))
-    copies = [
-        float(np.ptp([copy.numpy() for copy in v.value.values], axis=0).max(initial=0))
-        for v in variables(model3)
-    ]
+    copies = []
+    for variable in variables(model3):
+        values = [1.0 * copy.numpy() for copy in variable.value.values]
+        copies.append(float(np.ptp(values, axis=0).max(initial=0)))
     now = [v.numpy() for v in model3.model.variables + model3.optimizer.variables]
     states = ledger.state(), ledger3.state()
     return {
