@@ -394,6 +394,24 @@ class TestNearCopies:
         assert "20 groups of copies, 0 with different labels." in found.copies.sentence
         assert "8 test samples are copies" in found.copies.sentence
 
+    def test_a_review_that_keeps_two_labels_of_a_photo_is_told(self, photos, opened):
+        copy = "b/copied.png"
+        write(photos / copy, (photos / "a" / "00.png").read_bytes())
+        data = rsft.load_images(photos, validation_fraction=0, test_fraction=0)
+        found = (
+            "12 groups of copies, 1 with different labels: at least 1 label is wrong"
+        )
+        assert opened(data).features.copies.sentence == f"{found}."
+        decisions = {
+            "id": ["a/00.png", copy],
+            "given_label": ["a", "b"],
+            "decision": ["keep", "keep"],
+            "new_label": ["", ""],
+        }
+        reviewed = rsft.apply_corrections(data, decisions)
+        said = opened(reviewed).features.copies.sentence
+        assert said == f"{found}, 1 of them after a review: look again."
+
     def test_they_are_looked_for_once(self, resized, opened, monkeypatch):
         data = rsft.load_images(resized)
         first = opened(data).features

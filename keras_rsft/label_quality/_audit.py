@@ -395,10 +395,12 @@ class LabelQuality:
                 f"({wrong:,} expected). A mistake that all samples of a class share "
                 "cannot be seen."
             )
+        are = "is" if wrong == 1 else "are"
+        look = "looks" if look_wrong == 1 else "look"
         return (
-            f"About {wrong:,} of {samples:,} labels are wrong "
+            f"About {wrong:,} of {samples:,} labels {are} wrong "
             f"({100 * wrong / samples:.1f} %), judged by the other samples; "
-            f"{look_wrong:,} look wrong."
+            f"{look_wrong:,} {look} wrong."
         )
 
     def describe(self, threshold: float | None = None) -> str:

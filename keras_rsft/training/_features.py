@@ -41,6 +41,7 @@ class Copies:
 
     groups: int
     different_labels: int
+    kept_different: int  # Of these: by a review.
     # By split: held-out copies of samples of an earlier split.
     left_out: dict[str, int]
     remaining: dict[str, int]
@@ -55,6 +56,8 @@ class Copies:
         if self.different_labels:
             are = "label is" if self.different_labels == 1 else "labels are"
             text += f": at least {self.different_labels:,} {are} wrong"
+        if self.kept_different:
+            text += f", {self.kept_different:,} of them after a review: look again"
         text += "."
         for name, count in self.left_out.items():
             text += f" {_copied_text(count, name)}: left out of the accuracy."
@@ -187,7 +190,16 @@ def _apart(
     several = np.unique(everywhere, return_counts=True)[1] > 1
     if not several.any():
         return SplitFeatures(parts[0], parts[1], parts[2], data.class_names), data
-    labelled = np.unique(np.stack([everywhere, labels], axis=1), axis=0)[:, 0]
+    reviewed = [
+        np.zeros(len(part), bool) if part.reviewed is None else part.reviewed
+        for part in parts
+    ]
+
+    def of_different_labels(chosen: np.ndarray) -> int:
+        pairs = np.stack([everywhere, labels], axis=1)[chosen]
+        labelled = np.unique(pairs, axis=0)[:, 0]
+        return int((np.unique(labelled, return_counts=True)[1] > 1).sum())
+
     left_out: dict[str, FeatureSet] = {}
     remaining: dict[str, int] = {}
     changed: dict[str, Any] = {}
@@ -205,7 +217,8 @@ def _apart(
         changed[name] = split.take(np.flatnonzero(~np.isin(split.ids, copies.ids)))
     found = Copies(
         groups=int(several.sum()),
-        different_labels=int((np.unique(labelled, return_counts=True)[1] > 1).sum()),
+        different_labels=of_different_labels(np.ones(len(labels), bool)),
+        kept_different=of_different_labels(np.concatenate(reviewed)),
         left_out={name: len(part) for name, part in left_out.items()},
         remaining=remaining,
     )
