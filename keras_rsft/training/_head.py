@@ -334,10 +334,6 @@ def predicted_classes(model: keras.Model, part: FeatureSet) -> np.ndarray:
     return head_probabilities(model, part).argmax(axis=-1)
 
 
-def right_answers(model: keras.Model, part: FeatureSet) -> np.ndarray:
-    return predicted_classes(model, part) == part.labels
-
-
 ESTIMATED_ACCURACY = "val_accuracy_estimated"
 
 
