@@ -179,7 +179,7 @@ def import_extra(module: str, extra: str, user: str) -> ModuleType:
 
 # Keras and TensorFlow import them where they are installed, to wrap what a user might
 # hand over: two fifths of their start-up, and the command line hands nothing over.
-_WRAPPED = frozenset({"jax", "matplotlib", "pandas", "scipy", "sklearn"})
+_WRAPPED = frozenset({"IPython", "jax", "matplotlib", "pandas", "scipy", "sklearn"})
 
 
 class _LeaveOutWrapped:
